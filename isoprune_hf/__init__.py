@@ -1,0 +1,97 @@
+"""Isomorphic Pruning for Hugging Face image classifiers: score, cut to a budget, finetune, open anywhere."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor, IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.errors import (
+    BudgetError,
+    CheckpointError,
+    DatasetError,
+    HubError,
+    IsoPruneError,
+    RecipeError,
+    UnsupportedArchitectureError,
+)
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.version import __version__
+
+if TYPE_CHECKING:
+    from isoprune_hf.models import load_base
+    from isoprune_hf.pruning.cost import cost_model, count_cost
+    from isoprune_hf.pruning.graph import trace_groups
+    from isoprune_hf.pruning.importance import ImportanceScores, score_groups
+    from isoprune_hf.pruning.planning import PruningPlan, make_plan
+    from isoprune_hf.pruning.prune import prune_model
+    from isoprune_hf.pruning.surgery import apply_plan
+    from isoprune_hf.publishing.model_card import build_model_card
+    from isoprune_hf.training.data import load_data
+    from isoprune_hf.training.evaluation import evaluate_model
+    from isoprune_hf.training.loop import finetune
+
+# The heavy half is imported when it is first asked for: opening a pruned model needs none of it.
+_LAZY = {
+    "load_base": "models",
+    "cost_model": "pruning.cost",
+    "count_cost": "pruning.cost",
+    "trace_groups": "pruning.graph",
+    "ImportanceScores": "pruning.importance",
+    "score_groups": "pruning.importance",
+    "PruningPlan": "pruning.planning",
+    "make_plan": "pruning.planning",
+    "prune_model": "pruning.prune",
+    "apply_plan": "pruning.surgery",
+    "build_model_card": "publishing.model_card",
+    "load_data": "training.data",
+    "evaluate_model": "training.evaluation",
+    "finetune": "training.loop",
+}
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "DataRecipe",
+    "DatasetError",
+    "FinetuneRecipe",
+    "HubError",
+    "ImportanceScores",
+    "IsoImageProcessor",
+    "IsoPruneConfig",
+    "IsoPruneError",
+    "IsoPruneForImageClassification",
+    "PruneRecipe",
+    "PruningPlan",
+    "RecipeError",
+    "UnsupportedArchitectureError",
+    "__version__",
+    "apply_plan",
+    "build_model_card",
+    "cost_model",
+    "count_cost",
+    "evaluate_model",
+    "finetune",
+    "load_base",
+    "load_data",
+    "make_plan",
+    "prune_model",
+    "score_groups",
+    "trace_groups",
+]
+
+AutoConfig.register("isoprune", IsoPruneConfig)
+AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassification)
+AutoImageProcessor.register(
+    IsoPruneConfig, image_processor_classes={"pil": IsoImageProcessor, "torchvision": IsoImageProcessor}
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'isoprune_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"isoprune_hf.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

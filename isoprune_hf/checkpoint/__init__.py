@@ -1,0 +1,1 @@
+"""How a pruned model is stored and rebuilt."""

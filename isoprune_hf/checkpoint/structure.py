@@ -1,0 +1,58 @@
+"""Find what differs between a base and a model made from it. Putting the difference back is in `modeling_isoprune`, which ships."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, SkippedBlock
+
+
+def meta_copy(model: IsoPruneForImageClassification, *, dense: bool = False) -> IsoPruneForImageClassification:
+    """Build the architecture of `model` on the meta device, without its weights.
+
+    Args:
+        model: The model to copy.
+        dense: Leave the structure out: the base that the model was cut from.
+    """
+    config = copy.deepcopy(model.config)
+    if dense:
+        config.structure = None
+    with torch.device("meta"):
+        return type(model)(config).eval()
+
+
+def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
+    """Describe `pruned` by what differs from `base`.
+
+    Args:
+        base: The dense architecture; only shapes and attributes are read.
+        pruned: The same architecture after a cut.
+
+    Returns:
+        `shapes`: tensor name -> shape; `attributes`: module -> {attribute: number}; `removed`: modules that are skipped.
+    """
+    removed = [path for path, module in pruned.named_modules() if isinstance(module, SkippedBlock)]
+    dense = base.state_dict()
+    shapes = {
+        name: list(tensor.shape)
+        for name, tensor in pruned.state_dict().items()
+        if list(tensor.shape) != list(dense[name].shape)
+    }
+    attributes: dict[str, dict[str, Any]] = {}
+    modules = dict(pruned.named_modules())
+    for path, module in base.named_modules():
+        if path not in modules or path in removed:
+            continue
+        now = vars(modules[path])
+        for name, value in vars(module).items():
+            if not name.startswith("_") and _is_numbers(value) and now.get(name, value) != value:
+                changed = now[name]
+                attributes.setdefault(path, {})[name] = list(changed) if isinstance(changed, tuple) else changed
+    return {"shapes": shapes, "attributes": attributes, "removed": removed}
+
+
+def _is_numbers(value: Any) -> bool:
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(type(number) in (int, float) for number in numbers)

@@ -1,0 +1,1 @@
+"""From a base model to a smaller one: groups, scores, plan, cut."""

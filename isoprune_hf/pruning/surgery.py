@@ -1,0 +1,169 @@
+"""The cut: carry a plan out on a model. One `index_select` for each tensor, then the numbers that modules keep about themselves."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.pruning.architectures import (
+    HEAD_COUNTS,
+    HEAD_DIMS,
+    HEAD_SCALES,
+    HEAD_WIDTHS,
+    Attention,
+    find_attention,
+    find_patch_merging,
+)
+from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.pruning.graph import CoupledGroup, trace_groups
+from isoprune_hf.pruning.planning import PruningPlan
+
+
+def apply_plan(
+    model: IsoPruneForImageClassification, plan: PruningPlan, groups: Sequence[CoupledGroup] | None = None
+) -> IsoPruneForImageClassification:
+    """Cut a copy of the model to a plan.
+
+    Args:
+        model: The base; left untouched.
+        plan: What stays.
+        groups: Groups of `trace_groups(model)`; traced anew when not given.
+
+    Returns:
+        The pruned model, its config holding structure and cost, in the base's mode.
+
+    Raises:
+        CheckpointError: The plan does not fit the model.
+        UnsupportedArchitectureError: The cut model does not run.
+    """
+    groups = trace_groups(model) if groups is None else groups
+    check_plan(plan, groups)
+    pruned = copy.deepcopy(model)
+    attentions = {part.path: part for part in find_attention(model.model)}
+    with torch.no_grad():
+        for name, dims in _kept_elements(plan, groups, model.model).items():
+            _cut_tensor(pruned.model, name, dims)
+    for module in pruned.model.modules():
+        _set_layer_numbers(module)
+    for group in groups:
+        if group.num_heads and group.name in plan.kept:
+            heads = len(plan.heads[group.name])
+            _set_attention_numbers(pruned.model, attentions[group.name], heads, len(plan.kept[group.name]) // heads)
+    _set_widths(model.model, pruned.model)
+    config = pruned.config
+    config.structure = capture_structure(meta_copy(model, dense=True).model, pruned.model)
+    config.stage = "pruned"
+    base_cost = config.cost["base"] if config.cost else count_cost(model).to_dict()
+    config.cost = {"base": base_cost, "pruned": count_cost(pruned).to_dict()}
+    return pruned
+
+
+def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup]) -> None:
+    """Check that a plan fits the groups of a model.
+
+    Raises:
+        CheckpointError: Names the group that does not fit.
+    """
+    known = {group.name: group for group in groups}
+    for name, kept in plan.kept.items():
+        group = known.get(name)
+        if group is None:
+            raise CheckpointError(f"pruning plan: the model has no group {name!r}")
+        if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= group.channels:
+            raise CheckpointError(f"pruning plan: {name} must keep ascending channels from 0 to {group.channels - 1}, at least one")
+        if group.num_heads:
+            counts = np.bincount(np.asarray(kept) // group.head_dim, minlength=group.num_heads)
+            heads = tuple(np.flatnonzero(counts).tolist())
+            if heads != tuple(plan.heads.get(name, ())) or len(set(counts[list(heads)].tolist())) != 1:
+                raise CheckpointError(f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}")
+
+
+def _kept_elements(
+    plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Tensor -> dim -> positions that stay."""
+    masks: dict[tuple[str, int], np.ndarray] = {}
+
+    def remove(parameter: str, dim: int, positions: np.ndarray) -> None:
+        size = base.get_submodule(parameter.rpartition(".")[0]).__getattr__(parameter.rpartition(".")[2]).shape[dim]
+        masks.setdefault((parameter, dim), np.ones(size, dtype=bool))[positions] = False
+
+    for group in groups:
+        if group.name not in plan.kept:
+            continue
+        leaving = np.setdiff1d(np.arange(group.channels), plan.kept[group.name])
+        for member in group.members:
+            remove(member.parameter, member.dim, member.index[leaving].ravel())
+        leaving_heads = np.setdiff1d(np.arange(group.num_heads), plan.heads.get(group.name, ()))
+        for member in group.head_members:
+            remove(member.parameter, member.dim, member.index[leaving_heads].ravel())
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    for (parameter, dim), mask in masks.items():
+        kept.setdefault(parameter, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+    return kept
+
+
+def _cut_tensor(model: nn.Module, name: str, dims: Mapping[int, torch.Tensor]) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    tensor = getattr(owner, leaf)
+    kept = tensor.detach()
+    for dim, positions in dims.items():
+        kept = kept.index_select(dim, positions.to(kept.device))
+    setattr(owner, leaf, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+
+
+def _set_layer_numbers(module: nn.Module) -> None:
+    """Let a layer's numbers agree with its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        depthwise = 1 < module.groups == module.in_channels == module.out_channels
+        module.out_channels = module.weight.shape[0]
+        module.groups = module.out_channels if depthwise else module.groups
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+        module.num_features = module.weight.shape[0]
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = module.weight.shape[0]
+
+
+def _set_attention_numbers(model: nn.Module, part: Attention, heads: int, head_dim: int) -> None:
+    # The scale follows the new head dim: fused attention takes it from the tensors, eager attention from the module.
+    values = [
+        (HEAD_COUNTS, heads),
+        (HEAD_DIMS, head_dim),
+        (HEAD_WIDTHS, heads * head_dim),
+        (HEAD_SCALES, head_dim**-0.5),
+    ]
+    module = model.get_submodule(part.path)
+    for names, value in values:
+        for name in names:
+            if name in vars(module):
+                setattr(module, name, value)
+
+
+def _set_widths(base: nn.Module, pruned: nn.Module) -> None:
+    """Widths that are kept for information, beside the layer that they speak of."""
+    for part in find_patch_merging(base):
+        merging, reduction = pruned.get_submodule(part.path), pruned.get_submodule(part.reduction)
+        for name, value in (("dim", reduction.in_features // 4), ("out_dim", reduction.out_features)):
+            if name in vars(merging):
+                setattr(merging, name, value)
+    for part in find_attention(base):
+        module = pruned.get_submodule(part.path)
+        if "dim" in vars(module):
+            module.dim = pruned.get_submodule(part.projections[0]).in_features
+    heads = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    old, new = base.get_submodule(heads[-1]).in_features, pruned.get_submodule(heads[-1]).in_features
+    for owner in (pruned, getattr(pruned, "head", None)):
+        for name in ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size"):
+            if owner is not None and vars(owner).get(name) == old:
+                setattr(owner, name, new)

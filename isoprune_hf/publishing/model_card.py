@@ -1,0 +1,145 @@
+"""The model card: its figures are read from the folder it describes; what the folder does not know is left out."""
+
+import hashlib
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.publishing.report import format_figure
+
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_STAGES = ("base", "pruned", "finetuned")
+_COLUMNS = {"macs": "GMACs", "params": "params (M)", "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
+_COLUMNS |= {"latency_ms": "latency (ms)", "images": "images"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LIBRARIES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "torch-pruning", "huggingface_hub")
+
+
+def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCard:
+    """Build the card of a pruned model from the files of its folder.
+
+    Args:
+        folder: Folder of a pruned model.
+        repo: `user/name` that the snippets open; the name of the folder where there is none yet.
+
+    Raises:
+        CheckpointError: The folder is not one of a pruned model, or one of its JSON files is damaged.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    stage = config.get("stage", "base")
+    if config.get("model_type") != "isoprune" or stage not in _STAGES:
+        kind = config.get("model_type")
+        raise CheckpointError(f"config.json: not a pruned model (model_type {kind!r}, stage {stage!r})")
+    name = repo or folder.resolve().name
+    cost, recipe = config.get("cost") or {}, config.get("recipe") or {}
+    hashed = [folder / file for file in ("model.safetensors", "pruning_plan.json") if (folder / file).is_file()]
+    return ModelCard.from_template(
+        _describe(config, recipe.get("data") or {}, metrics.get(stage) or {}, name.rpartition("/")[2]),
+        template_path=str(_TEMPLATE),
+        name=name,
+        config=config,
+        stage=stage,
+        source=config.get("source") or {},
+        base=config.get("base") or {},
+        recipe={key: recipe.get(key) or {} for key in ("prune", "data", "finetune")},
+        saved=_compare(cost),
+        table=_tabulate(cost, metrics, stage),
+        hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
+        versions=_list_versions(),
+        show=_show,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing; a card is built from the folder of a pruned model") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name}: must hold a mapping, got {type(value).__name__}")
+    return value
+
+
+def _describe(config: dict[str, Any], data: dict[str, Any], metrics: dict[str, Any], title: str) -> ModelCardData:
+    source, library = config.get("source") or {}, (config.get("base") or {}).get("library")
+    base_model = source.get("name") if source.get("pretrained") and _is_hub_id(source.get("name")) else None
+    dataset = data.get("dataset")
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=_show(dataset),
+            dataset_name=_show(dataset),
+            dataset_split=data.get("eval_split"),
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=metrics[key],
+        )
+        for key, metric in {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}.items()
+        if dataset is not None and metrics.get(key) is not None
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["isoprune", "isomorphic-pruning", "pruning", *([library] if library else [])],
+        base_model=base_model,
+        base_model_relation="finetune" if base_model and config.get("stage") == "finetuned" else None,
+        datasets=dataset if _is_hub_id(dataset) else None,
+        model_name=title,
+        eval_results=results or None,
+    )
+
+
+def _is_hub_id(name: Any) -> bool:
+    if not isinstance(name, str) or name.startswith("torchvision/"):
+        return False
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _show(value: Any) -> str:
+    """Write a value for one table cell; of a path only the last part, since a card is public."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    parts = re.split(r"[/\\]+", text.rstrip("/\\"))
+    if parts != [text] and not isinstance(value, str):
+        text = "not shown, since it holds a path"
+    elif parts != [text] and parts[0] != "torchvision" and not _is_hub_id(text):
+        text = f"a local folder ({parts[-1]})"
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _tabulate(cost: dict[str, Any], metrics: dict[str, Any], stage: str) -> list[list[str]]:
+    names = [name for name in _STAGES if metrics.get(name) or _STAGES.index(name) <= _STAGES.index(stage)]
+    sizes = {name: cost.get("base" if name == "base" else "pruned") or {} for name in names}
+    rows = {name: {**sizes[name], **(metrics.get(name) or {})} for name in names}
+    columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows.values())]
+    body = [
+        [name, *(format_figure(key, row.get(key), "\N{EN DASH}") for key in columns)] for name, row in rows.items()
+    ]
+    return [["model", *(_COLUMNS[key] for key in columns)], *body]
+
+
+def _compare(cost: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Give size before, size after and percent removed, for macs and params; nothing where a size is not known."""
+    base, pruned = cost.get("base") or {}, cost.get("pruned") or {}
+    if not all(side.get(key) for side in (base, pruned) for key in ("macs", "params")):
+        return {}
+    cut = {key: f"{100 * (1 - pruned[key] / base[key]):.1f}" for key in ("macs", "params")}
+    return {key: (format_figure(key, base[key]), format_figure(key, pruned[key]), cut[key]) for key in cut}
+
+
+def _list_versions() -> dict[str, str]:
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,196 @@
+"""What a user may ask for: frozen dataclasses, one for each section of a recipe file, with their range checks."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from isoprune_hf.errors import RecipeError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """How the base is opened, scored and cut.
+
+    Args:
+        model: Base to prune: `timm/NAME`, `torchvision/NAME`, a transformers Hub id, or a folder.
+        pretrained: Load the trained weights; false draws seeded random ones, with no network.
+        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size: 64}.
+        num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
+        criterion: What a channel is worth: taylor (needs data), l1, l2 or random.
+        scope: Who competes with whom: isomorphic (equal sub-structures), global (all), local (nobody).
+        ratio: Fraction of the channels that leaves, from 0 to 1.
+        head_ratio: Fraction of the attention heads that leaves.
+        head_dim_ratio: Fraction of the dims inside the heads that leaves; the default is `ratio`.
+        target_macs: Budget instead of ratios: 4.2G, 350M, or 50% of the base. The three ratios then only say how the cut is shared.
+        min_keep: Channels (or dims of a head) that stay in every layer.
+        max_ratio: Largest fraction that may leave any single layer.
+        round_to: Widths become multiples of this number; hardware likes 8.
+        calibration_batches: Micro-batches of the training split that score the channels.
+        batch_size: Images in a micro-batch; the same on every rank.
+        seed: Seed of random weights, of the calibration sample and of the random criterion.
+    """
+
+    model: str | None = None
+    pretrained: bool = True
+    model_args: dict[str, Any] = field(default_factory=dict)
+    num_labels: int | Literal["data"] | None = None
+    criterion: Literal["taylor", "l1", "l2", "random"] = "taylor"
+    scope: Literal["isomorphic", "global", "local"] = "isomorphic"
+    ratio: float = 0.5
+    head_ratio: float = 0.0
+    head_dim_ratio: float | None = None
+    target_macs: str | int | float | None = None
+    min_keep: int = 2
+    max_ratio: float = 1.0
+    round_to: int = 8
+    calibration_batches: int = 50
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "head_ratio", "head_dim_ratio", "max_ratio"):
+            _check_range("prune", name, getattr(self, name), 0, 1)
+        for name in ("min_keep", "round_to", "calibration_batches", "batch_size"):
+            _check_range("prune", name, getattr(self, name), 1)
+        _check_range("prune", "seed", self.seed, 0)
+        if isinstance(self.num_labels, int):
+            _check_range("prune", "num_labels", self.num_labels, 1)
+        if self.target_macs is not None:
+            parse_budget(self.target_macs, 1, "prune.target_macs")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the labelled images come from.
+
+    Args:
+        dataset: A Hub id such as ILSVRC/imagenet-1k, a folder of parquet files, a folder with train/CLASS/*.JPEG and
+            val/CLASS/*.JPEG, or `digits` (1,797 real handwritten digits that scikit-learn ships).
+        revision: Git revision of a Hub data set.
+        image_column: Column that holds the image.
+        label_column: Column that holds the class.
+        train_split: Split for calibration and finetuning.
+        eval_split: Split for evaluation.
+        batch_size: Images in an evaluation batch on each rank.
+        num_workers: Loader processes on each rank.
+    """
+
+    dataset: str | None = None
+    revision: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    train_split: str = "train"
+    eval_split: str = "validation"
+    batch_size: int = 64
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("data", "batch_size", self.batch_size, 1)
+        _check_range("data", "num_workers", self.num_workers, 0)
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """How weights are trained: after the cut, or before it for a base that starts from random weights.
+
+    Args:
+        epochs: Passes over the training split; 0 leaves the weights as they are.
+        batch_size: Images for one update over all ranks and accumulation steps.
+        grad_accumulation: Micro-batches that one rank adds up for an update.
+        optimizer: adamw or sgd.
+        learning_rate: Peak learning rate, for the whole batch.
+        momentum: Momentum of sgd.
+        weight_decay: Decay of all parameters with two or more dims; biases, norms and scales have none.
+        clip_grad: Largest norm of the gradient.
+        schedule: cosine, or step (times `step_gamma` every `step_epochs`), per update.
+        warmup_epochs: Epochs of linear warm-up.
+        min_learning_rate: Where cosine ends.
+        step_epochs: Epochs between two steps of the step schedule.
+        step_gamma: Factor of a step.
+        label_smoothing: Share of the target that goes to all classes.
+        distillation: soft (the teacher's distribution), hard (its top class) or none.
+        teacher: auto (the dense base, where it has trained weights), none, or a name or folder as for `prune.model`.
+        distillation_weight: Share of the teacher in the loss, from 0 to 1.
+        temperature: Softens both distributions of soft distillation.
+        precision: no (fp32) or bf16.
+        crop_scale: Smallest and largest share of the image area that a random crop keeps; [1, 1] is the evaluation transform.
+        hflip: Probability of a horizontal flip.
+        auto_augment: Policy string of timm, as rand-m9-mstd0.5-inc1.
+        random_erasing: Probability of erasing a box.
+        seed: Seed of order, augmentation and dropout.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    grad_accumulation: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup_epochs: float = 0
+    min_learning_rate: float = 0.0
+    step_epochs: int = 30
+    step_gamma: float = 0.1
+    label_smoothing: float = 0.1
+    distillation: Literal["none", "soft", "hard"] = "soft"
+    teacher: str = "auto"
+    distillation_weight: float = 0.5
+    temperature: float = 1.0
+    precision: Literal["no", "bf16"] = "no"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accumulation", "step_epochs"):
+            _check_range("finetune", name, getattr(self, name), 1)
+        for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
+            _check_range("finetune", name, getattr(self, name), 0)
+        for name in ("momentum", "label_smoothing", "distillation_weight", "hflip", "random_erasing", "step_gamma"):
+            _check_range("finetune", name, getattr(self, name), 0, 1)
+        if self.temperature <= 0:
+            raise RecipeError(f"finetune.temperature must be above 0, got {self.temperature}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise RecipeError(f"finetune.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise RecipeError(f"finetune.clip_grad must be above 0, got {self.clip_grad}")
+
+
+def _check_range(section: str, name: str, value: float | None, low: float, high: float | None = None) -> None:
+    if value is None or (value >= low and (high is None or value <= high)):
+        return
+    allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+    raise RecipeError(f"{section}.{name} must be {allowed}, got {value}")
+
+
+def parse_budget(budget: str | float, base: int, name: str = "target_macs") -> int:
+    """Read a size as people write it.
+
+    Args:
+        budget: `4.2G`, `350M`, a plain number, or a share of the base such as `50%`.
+        base: The same quantity of the base.
+        name: Setting that is named in the error.
+
+    Returns:
+        The budget in units.
+
+    Raises:
+        RecipeError: It is no such size, or not above zero.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([KMGT%]?)\s*", str(budget), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise RecipeError(f"{name} must be a size such as 4.2G, 350M or 50%, got {budget!r}")
+    number, unit = float(match[1]), match[2].upper()
+    return round(base * number / 100) if unit == "%" else round(number * _UNITS[unit])
+
+
+def recipe_to_dict(recipe: PruneRecipe | DataRecipe | FinetuneRecipe) -> dict[str, Any]:
+    """Turn a recipe into plain values for JSON and YAML."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}

@@ -1,0 +1,422 @@
+"""The stages of the command line: each puts the pieces of the road in their order and writes what they made."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from PIL import Image
+from torch import nn
+from transformers import BaseImageProcessor, pipeline
+
+from isoprune_hf.checkpoint.folder import check_output, read_json, save_model_folder, write_file
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import DatasetError, IsoPruneError, RecipeError
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.pruning.cost import ModelCost, count_cost
+from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups
+from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.prune import PruneResult, prune_model
+from isoprune_hf.publishing.model_card import build_model_card
+from isoprune_hf.publishing.report import draw_classes, results_table
+from isoprune_hf.publishing.speed import measure_latency
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
+from isoprune_hf.training.data import ImageData, calibration_batches, calibration_ids, check_labels, load_data
+from isoprune_hf.training.evaluation import evaluate_model
+from isoprune_hf.training.loop import finetune
+
+logger = get_logger(__name__)
+
+Metrics = dict[str, dict[str, float | int]]
+
+
+def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool) -> str:
+    """Score the base and write `importance.safetensors`."""
+    target = Path(output)
+    if target.exists() and not overwrite:
+        raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
+    images = _open_data(data, accelerator) if data.dataset else None
+    base = _open_base(prune, images, accelerator)
+    batches, sample = _calibration(prune, images, base.processor, accelerator)
+    scores = score_groups(
+        base.model,
+        trace_groups(base.model),
+        criterion=prune.criterion,
+        batches=batches,
+        accelerator=accelerator,
+        seed=prune.seed,
+        sample=sample,
+    )
+    if accelerator.is_main_process:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        scores.save(temporary)
+        os.replace(temporary, target)
+    return f"scores of {len(scores.scores)} groups are in {output}"
+
+
+def run_prune(
+    accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool, scores: str | None
+) -> str:
+    """Cut the base and write the folder of the pruned model."""
+    folder = check_output(output, overwrite=overwrite)
+    images = _open_data(data, accelerator) if data.dataset else None
+    base = _open_base(prune, images, accelerator)
+    result = _prune(prune, data, images, base, accelerator, scores)
+    metrics = {}
+    if images is not None and images.evaluation is not None:
+        metrics = {
+            "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
+            "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
+        }
+    _write(folder, result.model, base.processor, accelerator, plan=result.plan.to_json(), metrics=metrics)
+    return _summary(result.model, metrics, {}, folder)
+
+
+def run_finetune(
+    accelerator: Accelerator, model: str, data: DataRecipe, finetune: FinetuneRecipe, output: str, overwrite: bool
+) -> str:
+    """Train a pruned model and write its folder anew, under another name."""
+    folder = check_output(output, overwrite=overwrite)
+    if Path(model).resolve() == folder.resolve():
+        raise RecipeError("--output must be another folder than --model")
+    images = _open_data(data, accelerator)
+    start = load_base(model)
+    check_labels(images.label_names, start.model.config.id2label)
+    metrics = dict(read_json(model, "metrics.json") or {})
+    teacher = _open_teacher(start.model, finetune)
+    if images.evaluation is not None:
+        dense = teacher if teacher is not None and finetune.teacher == "auto" else None
+        if "base" not in metrics:
+            dense = dense or _reopen_base(start.model)
+        if "base" not in metrics and dense is not None:
+            metrics["base"] = _evaluate(dense.model, images.evaluation, dense.processor, data, accelerator)
+    metrics |= _finetune(accelerator, start, images, data, finetune, teacher, folder / "checkpoints", metrics)
+    plan = Path(model) / "pruning_plan.json"
+    _write(
+        folder,
+        start.model,
+        start.processor,
+        accelerator,
+        plan=plan.read_text() if plan.is_file() else None,
+        metrics=metrics,
+    )
+    return _summary(start.model, metrics, {}, folder)
+
+
+def run_evaluate(accelerator: Accelerator, model: str, data: DataRecipe) -> str:
+    """Evaluate a model; a local folder of ours also keeps the figures."""
+    images = _open_data(data, accelerator)
+    if images.evaluation is None:
+        raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
+    base = load_base(model)
+    check_labels(images.label_names, base.model.config.id2label)
+    figures = _evaluate(base.model, images.evaluation, base.processor, data, accelerator)
+    cost = count_cost(base.model)
+    config = base.model.config
+    recorded = (config.recipe or {}).get("data")
+    ours = (Path(model) / "modeling_isoprune.py").is_file()
+    if ours and (recorded is None or recorded["dataset"] == data.dataset) and accelerator.is_main_process:
+        metrics = {**(read_json(model, "metrics.json") or {}), config.stage: figures}
+        write_file(Path(model) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        if recorded is None:
+            config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
+            config.save_pretrained(model)
+        write_file(Path(model) / "README.md", str(build_model_card(model)))
+    accelerator.wait_for_everyone()
+    size = f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M"
+    return f"{size}\n{json.dumps(figures, sort_keys=True)}"
+
+
+def run_all(
+    accelerator: Accelerator,
+    prune: PruneRecipe,
+    data: DataRecipe,
+    pretrain: FinetuneRecipe,
+    finetune: FinetuneRecipe,
+    output: str,
+    overwrite: bool,
+) -> str:
+    """Take the whole road: base, scores, cut, finetuning, evaluation, folder, card, and a look through `pipeline`."""
+    root = check_output(output, overwrite=overwrite)
+    images = _open_data(data, accelerator)
+    if images.evaluation is None:
+        raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
+    base = _open_base(prune, images, accelerator)
+    if pretrain.epochs:
+        logger.info(f"train the dense base, {pretrain.epochs} epochs")
+        _finetune(accelerator, base, images, data, pretrain, None, root / "base_checkpoints", {})
+        base.model.config.source = {"name": str(root / "base"), "pretrained": True, "seed": prune.seed, "model_args": {}}
+        _write(root / "base", base.model, base.processor, accelerator)
+    result = _prune(prune, data, images, base, accelerator, None)
+    metrics: Metrics = {
+        "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
+        "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
+    }
+    if accelerator.is_main_process:
+        root.mkdir(parents=True, exist_ok=True)
+        result.scores.save(root / "importance.safetensors")
+    speed = {"base": base.model, "pruned": result.model}
+    student = BaseModel(result.model, base.processor)
+    if finetune.epochs:
+        teacher = _open_teacher(result.model, finetune, base)
+        before = load_like(result.model)
+        speed = {"base": base.model, "pruned": before, "finetuned": result.model}
+        metrics |= _finetune(accelerator, student, images, data, finetune, teacher, root / "checkpoints", metrics)
+    latency = measure_latency(speed, base.model.config.image_size)
+    folder = root / "model"
+    _write(
+        folder,
+        result.model,
+        base.processor,
+        accelerator,
+        plan=result.plan.to_json(),
+        metrics=metrics,
+        latency=latency,
+    )
+    lines = [_summary(result.model, metrics, latency, folder)]
+    if accelerator.is_main_process:
+        lines.append(_try_out(folder, images))
+    accelerator.wait_for_everyone()
+    return "\n\n".join(lines)
+
+
+def run_inspect(model: str, output: str | None) -> str:
+    """List the isomorphic classes of a model; draw them when there is a place for the picture."""
+    opened = load_base(model, pretrained=Path(model).is_dir()).model
+    plan = Path(model) / "pruning_plan.json"
+    decided = PruningPlan.load(plan) if plan.is_file() else None
+    if decided is not None:  # the groups of the dense base, of which the plan speaks
+        opened.config.structure = None
+    groups = trace_groups(opened)
+    classes: dict[str, list[Any]] = {}
+    for group in groups:
+        classes.setdefault(group.signature, []).append(group)
+    lines = [f"{model}: {len(groups)} coupled groups in {len(classes)} isomorphic classes"]
+    for number, (signature, members) in enumerate(classes.items(), 1):
+        channels = sum(group.channels for group in members)
+        kept = channels if decided is None else sum(len(decided.kept.get(g.name, range(g.channels))) for g in members)
+        shape = signature if len(signature) < 60 else signature[:57] + "..."
+        lines.append(f"  {number:2}  {len(members):3} groups  {channels:6} channels  {kept / channels:4.0%} kept  {shape}")
+    if output is not None:
+        title = Path(model).name if decided is None else f"{Path(model).name}: what the plan keeps"
+        draw_classes(groups, decided, Path(output), title=title)
+        lines.append(f"picture: {output}")
+    return "\n".join(lines)
+
+
+def load_like(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+    """Copy a model with its weights."""
+    return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+
+
+def _open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
+    with accelerator.main_process_first():  # one rank fills the cache
+        return load_data(data)
+
+
+def _open_base(prune: PruneRecipe, images: ImageData | None, accelerator: Accelerator) -> BaseModel:
+    if prune.model is None:
+        raise RecipeError("prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config")
+    if prune.criterion == "taylor" and images is None:
+        raise RecipeError("criterion taylor needs data: give --data.dataset, or take --prune.criterion l1")
+    if prune.num_labels == "data" and images is None:
+        raise RecipeError("prune.num_labels data needs data: give --data.dataset")
+    if images is not None and prune.criterion == "taylor" and images.train is None:
+        raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
+    names = images.label_names if images is not None else None
+    num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
+    base = load_base(
+        prune.model,
+        prune.pretrained,
+        model_args=prune.model_args,
+        num_labels=num_labels,
+        label_names=names if names is not None and num_labels == len(names) else None,
+        seed=prune.seed,
+    )
+    if images is not None:
+        check_labels(images.label_names, base.model.config.id2label)
+    base.model.to(accelerator.device)
+    return base
+
+
+def _calibration(
+    prune: PruneRecipe, images: ImageData | None, processor: BaseImageProcessor, accelerator: Accelerator
+) -> tuple[Any, dict[str, str | int]]:
+    if prune.criterion != "taylor":
+        return None, {}
+    options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
+    ids = calibration_ids(len(images.train), **options)
+    sample = {
+        "dataset": images.fingerprint,
+        "images": len(ids),
+        "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+    }
+    logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    return calibration_batches(images.train, processor, **options, **share), sample
+
+
+def _prune(
+    prune: PruneRecipe,
+    data: DataRecipe,
+    images: ImageData | None,
+    base: BaseModel,
+    accelerator: Accelerator,
+    scores: str | None,
+) -> PruneResult:
+    batches, sample = (None, {}) if scores else _calibration(prune, images, base.processor, accelerator)
+    known = ImportanceScores.load(scores) if scores else None
+    result = prune_model(base.model, prune, batches, accelerator, scores=known, sample=sample)
+    if images is not None:
+        result.model.config.recipe["data"] = recipe_to_dict(data)
+    return result
+
+
+def _evaluate(
+    model: nn.Module, split: Any, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
+) -> dict[str, float | int]:
+    model.to(accelerator.device)
+    return evaluate_model(
+        model, split, processor, accelerator=accelerator, batch_size=data.batch_size, num_workers=data.num_workers
+    )
+
+
+def _finetune(
+    accelerator: Accelerator,
+    student: BaseModel,
+    images: ImageData,
+    data: DataRecipe,
+    recipe: FinetuneRecipe,
+    teacher: BaseModel | None,
+    checkpoints: Path,
+    metrics: Metrics,
+) -> Metrics:
+    """Train the student in place; returns its figures before (where they are not known) and after."""
+    dense = not any((student.model.config.structure or {}).values())
+    if not dense:
+        student.model.config.stage = "finetuned"
+        student.model.config.recipe = {
+            **(student.model.config.recipe or {}),
+            "data": recipe_to_dict(data),
+            "finetune": recipe_to_dict(recipe),
+        }
+
+    def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
+        if accelerator.is_main_process:
+            save_model_folder(checkpoints / name, model, student.processor)
+        accelerator.wait_for_everyone()
+
+    history = finetune(
+        student.model,
+        images,
+        student.processor,
+        recipe,
+        accelerator=accelerator,
+        teacher=None if teacher is None else teacher.model,
+        eval_batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        save=save,
+    )["history"]
+    if images.evaluation is None:
+        return {}
+    keys = ("top1", "top5", "loss", "images")
+    first, last = ({key: history[position][key] for key in keys} for position in (0, -1))
+    return {"pruned": metrics.get("pruned", first), "finetuned": last} if not dense else {"base": last}
+
+
+def _open_teacher(
+    student: IsoPruneForImageClassification, recipe: FinetuneRecipe, base: BaseModel | None = None
+) -> BaseModel | None:
+    """Open the teacher; `auto` is the dense base, unless its weights or its head were never trained."""
+    if recipe.distillation == "none" or recipe.teacher == "none":
+        return None
+    if recipe.teacher == "auto":
+        source = student.config.source or {}
+        if not source.get("pretrained") or source.get("num_labels"):
+            logger.info("no teacher: the dense base has untrained weights")
+            return None
+        return base or _reopen_base(student)
+    teacher = load_base(recipe.teacher)
+    names = [student.config.id2label[index] for index in sorted(student.config.id2label)]
+    check_labels(names, teacher.model.config.id2label)
+    return teacher
+
+
+def _reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
+    """Open the dense base that a folder was cut from; None, with a warning, where it cannot be had."""
+    source = dict(model.config.source or {})
+    if not source.get("name"):
+        return None
+    expected = source.pop("fingerprint", None)
+    labels = source.get("num_labels")
+    names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label)) if labels else None
+    try:
+        base = load_base(**source, label_names=names)
+    except IsoPruneError as error:
+        logger.warning(f"the dense base is not evaluated and does not teach: {error}")
+        return None
+    if expected is not None and fingerprint(base.model.model) != expected:
+        logger.warning(f"the dense base {source['name']} has changed since the cut: it is not used")
+        return None
+    return base
+
+
+def _write(
+    folder: Path,
+    model: IsoPruneForImageClassification,
+    processor: BaseImageProcessor,
+    accelerator: Accelerator,
+    *,
+    plan: str | None = None,
+    metrics: Metrics | None = None,
+    latency: dict[str, float] | None = None,
+) -> None:
+    if accelerator.is_main_process:
+        kept = folder / "checkpoints"
+        save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=kept if kept.is_dir() else None)
+        if latency:
+            where = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
+            record = {"milliseconds": latency, "device": where, "threads": torch.get_num_threads(), "batch_size": 1}
+            write_file(folder / "speed.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        if model.config.stage != "base":
+            write_file(folder / "README.md", str(build_model_card(folder)))
+    accelerator.wait_for_everyone()
+
+
+def _summary(
+    model: IsoPruneForImageClassification, metrics: Metrics, latency: dict[str, float], folder: Path
+) -> str:
+    cost = {name: ModelCost(**values) for name, values in model.config.cost.items()}
+    rows = {
+        name: {
+            **cost["base" if name == "base" else "pruned"].to_dict(),
+            **metrics.get(name, {}),
+            **({"latency_ms": latency[name]} if name in latency else {}),
+        }
+        for name in ("base", "pruned", "finetuned")
+        if name in metrics or name in cost
+    }
+    opening = (
+        f"The pruned model is in {folder}. Open it with:\n\n"
+        "    import isoprune_hf\n"
+        "    from transformers import pipeline\n"
+        f'    classify = pipeline("image-classification", model="{folder}")\n'
+    )
+    return f"{results_table(rows)}\n\n{opening}"
+
+
+def _try_out(folder: Path, images: ImageData) -> str:
+    """Open the folder as a user would and classify one image that was held out."""
+    example = images.evaluation[0]
+    picture: Image.Image = example["image"].convert("RGB")
+    best = pipeline("image-classification", model=str(folder))(picture)[0]
+    truth = images.label_names[example["label"]]
+    return f"pipeline on a held-out image: {best['label']} ({best['score']:.2f}), truth {truth}"
+
+

@@ -1,0 +1,1 @@
+"""Labelled images, training with a teacher, and what a number in the card is."""

@@ -1,0 +1,95 @@
+"""What an accuracy in the card is: every image of the split once, whatever the number of ranks."""
+
+import evaluate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from isoprune_hf.training.data import Dataset, eval_loader, prediction_features
+
+_TOP = 5
+
+
+class ImageClassificationMetric(evaluate.Metric):
+    """Top-1 and top-5 accuracy (fractions), mean loss and number of images."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Top-1 and top-5 accuracy and mean loss of an image classifier.",
+            citation="",
+            inputs_description="predictions: top class ids, best first; references: labels; losses: one an image.",
+            features=prediction_features(),
+        )
+
+    def _compute(
+        self, predictions: list[list[int]], references: list[int], losses: list[float]
+    ) -> dict[str, float | int]:
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        return {
+            "top1": float(hits[:, 0].mean()),
+            "top5": float(hits[:, :_TOP].any(axis=1).mean()),
+            "loss": float(np.mean(losses)),
+            "images": len(references),
+        }
+
+
+def evaluate_model(
+    model: nn.Module,
+    split: Dataset,
+    processor: BaseImageProcessor,
+    *,
+    accelerator: Accelerator | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, float | int]:
+    """Evaluate an image classifier, on the device where it is.
+
+    Rank r takes the images r, r + world, ... and writes them into vectors as long as the split, which are summed over
+    the ranks. So every image counts once for any number of ranks, also when some have none. All ranks must call this
+    with the same split.
+
+    Args:
+        model: Gives `.logits` of shape (B, C) for `pixel_values`; not wrapped, or a wrapper is taken off.
+        split: Images with the columns `image` and `label`.
+        processor: Makes the pixel values.
+        accelerator: The ranks that share the work; without it there is one.
+        batch_size: Images in a batch on each rank.
+        num_workers: Loader processes on each rank.
+
+    Returns:
+        `top1` and `top5` as fractions, `loss` (mean cross-entropy in fp64) and `images`; the same on every rank.
+    """
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    model = model if accelerator is None else accelerator.unwrap_model(model)
+    loader = eval_loader(split, processor, batch_size=batch_size, num_workers=num_workers, rank=rank, world=world)
+    vectors = _score_images(model, loader, len(split))
+    if world > 1:
+        # `reduce` hands back new tensors; every place was written by one rank, so the sum is a union.
+        vectors = [accelerator.reduce(vector.to(accelerator.device), reduction="sum").cpu() for vector in vectors]
+    predictions, references, losses = (vector.numpy() for vector in vectors)
+    metric = ImageClassificationMetric(keep_in_memory=True)
+    return metric.compute(predictions=predictions, references=references, losses=losses)
+
+
+@torch.no_grad()
+def _score_images(model: nn.Module, loader: torch.utils.data.DataLoader, images: int) -> list[Tensor]:
+    """Return top classes (N, 5) padded with -1, labels (N,) and losses (N,), zero where another rank works."""
+    device = next(model.parameters()).device
+    top = torch.zeros(images, _TOP, dtype=torch.int64)
+    references = torch.zeros(images, dtype=torch.int64)
+    losses = torch.zeros(images, dtype=torch.float64)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for positions, pixel_values, labels in loader:
+            logits = model(pixel_values=pixel_values.to(device, non_blocking=True)).logits.cpu().double()
+            best = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
+            top[positions] = nn.functional.pad(best, (0, _TOP - best.shape[1]), value=-1)
+            references[positions] = labels
+            losses[positions] = nn.functional.cross_entropy(logits, labels, reduction="none")
+    finally:
+        for module, training in modes:
+            module.training = training
+    return [top, references, losses]

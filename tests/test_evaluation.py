@@ -1,0 +1,130 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
+from isoprune_hf.training.evaluation import ImageClassificationMetric, evaluate_model
+
+ROOT = Path(__file__).parents[1]
+
+
+class TinyNet(nn.Module):
+    def __init__(self, classes: int = 7):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(48, classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.dropout(self.norm(pixel_values)).flatten(1)))
+
+
+def make_net(classes: int = 7) -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet(classes)
+
+
+def make_processor() -> IsoImageProcessor:
+    return IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
+
+
+def make_split(images: int, classes: int = 7) -> datasets.Dataset:
+    rng = np.random.default_rng(3)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=classes)})
+    pixels = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(images)]
+    labels = rng.integers(0, classes, images).tolist()
+    return datasets.Dataset.from_dict({"image": pixels, "label": labels}, features=features)
+
+
+def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, float]:
+    """Count image by image in NumPy."""
+    net.eval()
+    top1 = top5 = loss = 0.0
+    for row in split:
+        pixel_values = make_processor()(row["image"], return_tensors="pt")["pixel_values"]
+        logits = net(pixel_values).logits[0].detach().double().numpy()
+        order = np.argsort(-logits).tolist()
+        top1 += order[0] == row["label"]
+        top5 += row["label"] in order[:5]
+        loss += np.log(np.exp(logits).sum()) - logits[row["label"]]
+    return {"top1": top1 / len(split), "top5": top5 / len(split), "loss": loss / len(split), "images": len(split)}
+
+
+def test_the_metric_counts_by_hand():
+    metrics = ImageClassificationMetric(keep_in_memory=True).compute(
+        predictions=[[1, 0, 2, 3, 4], [1, 0, 2, 3, 4], [5, 4, 3, 2, 1], [0, 1, 2, 3, 4]],
+        references=[1, 4, 0, 0],
+        losses=[1.0, 2.0, 3.0, 6.0],
+    )
+    assert metrics == {"top1": 0.5, "top5": 0.75, "loss": 3.0, "images": 4}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_it_equals_a_loop_over_single_images(batch_size):
+    net, split = make_net(), make_split(13)
+    metrics = evaluate_model(net, split, make_processor(), batch_size=batch_size)
+    assert metrics == pytest.approx(evaluate_one_by_one(net, split), rel=1e-6)
+    assert 0 < metrics["top1"] < metrics["top5"] < 1
+
+
+def test_fewer_than_five_classes_give_a_top5_of_one():
+    net, split = make_net(classes=3), make_split(9, classes=3)
+    metrics = evaluate_model(net, split, make_processor(), batch_size=2)
+    assert metrics["top5"] == 1.0
+    assert metrics == pytest.approx(evaluate_one_by_one(net, split), rel=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    net = make_net().train()
+    net.norm.eval()
+    net.head.weight.grad = torch.ones_like(net.head.weight)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    evaluate_model(net, make_split(5), make_processor())
+    assert net.training and net.dropout.training and not net.norm.training
+    assert torch.equal(net.head.weight.grad, torch.ones_like(net.head.weight))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+SCRIPT = """
+import json, sys
+from accelerate import Accelerator
+from test_evaluation import evaluate_model, make_net, make_processor, make_split
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+found = {}
+for images in range(1, 14):
+    split, batch_size = make_split(13).select(range(images)), images % 4 + 1
+    found[images] = evaluate_model(
+        make_net(), split, make_processor(), accelerator=accelerator, batch_size=batch_size
+    )
+with open(f"{sys.argv[1]}/rank{accelerator.process_index}.json", "w") as file:
+    json.dump(found, file)
+accelerator.end_training()
+"""
+
+
+def test_two_ranks_count_every_image_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    for images in range(1, 14):
+        alone = evaluate_model(make_net(), make_split(13).select(range(images)), make_processor())
+        assert ranks[0][str(images)]["images"] == images
+        assert ranks[0][str(images)] == pytest.approx(alone, rel=1e-6)
