@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Prune, finetune and evaluate an image classifier: `accelerate launch train_accelerate.py [STAGE] [FLAGS]`.
 
-With no arguments it runs the embedded default: real handwritten digits and a small ViT. The same command as `isoprune`.
+With no arguments it runs the embedded default: real handwritten digits and a small ViT. The same command as
+`isoprune`.
 """
 
 import sys

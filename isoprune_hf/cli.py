@@ -83,13 +83,12 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)|option '([\w.]+)'|[Kk]ey '?\"?([\w.]+)'?\"? is not", message)
+        unknown = re.search(
+            r"unrecognized arguments: --([\w.]+)|option '([\w.]+)'|[Kk]ey '?\"?([\w.]+)'?\"? is not", message
+        )
         if unknown:
             name = next(filter(None, unknown.groups()))
-            known = [action.dest for action in self._actions]
-            for actions in getattr(self, "_subparsers_actions", lambda: [])():
-                known += [action.dest for action in actions]
-            near = difflib.get_close_matches(name, known or [], n=1)
+            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
             message += f"; did you mean {near[0]}?" if near else ""
         _fail(message)
 
@@ -121,7 +120,13 @@ def parse(arguments: list[str]) -> Namespace:
     Raises:
         RecipeError: A value is out of its range, or a recipe file cannot be read.
     """
-    if not arguments or arguments[0] not in {*STAGES, "-h", "--help", "--version"}:
+    first = arguments[0] if arguments else ""
+    if first and not first.startswith("-") and first not in STAGES:
+        near = difflib.get_close_matches(first, STAGES, n=1)
+        raise RecipeError(
+            f"unknown stage {first!r}; stages are {', '.join(STAGES)}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    if first not in {*STAGES, "-h", "--help", "--version"}:
         arguments = ["run", *arguments]
     if arguments[0] == "push" and len(arguments) > 1 and not arguments[1].startswith("-"):
         arguments = ["push", "--folder", *arguments[1:]]
@@ -153,7 +158,9 @@ def _read_recipe(stage: str, file: str) -> str:
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            raise RecipeError(f"--config: {file} has an unknown section {name!r}{f'; did you mean {near[0]}?' if near else ''}")
+            raise RecipeError(
+                f"--config: {file} has an unknown section {name!r}{f'; did you mean {near[0]}?' if near else ''}"
+            )
     mine = {*sections.split(), *(flag[0] for flag in flags)} if stage == "run" else set(sections.split())
     return json.dumps({name: value for name, value in values.items() if name in mine})
 
@@ -174,7 +181,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _stage_parser(stage: str, sections: list[str], flags: list[tuple[str, Any, Any, str]], text: str) -> ArgumentParser:
+def _stage_parser(
+    stage: str, sections: list[str], flags: list[tuple[str, Any, Any, str]], text: str
+) -> ArgumentParser:
     usage = f"isoprune {stage}" + (" [--config RECIPE.yaml]" if sections else "") + " [FLAGS]"
     parser = _Parser(description=text, usage=usage)
     if sections:
@@ -202,13 +211,22 @@ def _run(stage: str, config: Namespace) -> str:
         return stages.run_inspect(**values)
     accelerator = Accelerator()
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Plain("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("isoprune_hf").setLevel(level)
     work = {"run": stages.run_all}.get(stage) or getattr(stages, f"run_{stage}")
     try:
         return work(accelerator, **values)
     finally:
         accelerator.end_training()
+
+
+class _Plain(logging.Formatter):
+    """Only the main process logs, so its rank need not stand before every line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).removeprefix("[RANK 0] ")
 
 
 def _quiet_libraries() -> None:

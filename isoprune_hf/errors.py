@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each is also a built-in, and each message says what is wrong, what was given, what is allowed."""
+"""Errors that a user can mend: each says what is wrong, what was given and what is allowed, and is also a built-in."""
 
 from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, IsoPruneError
 

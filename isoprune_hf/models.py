@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,19 +11,27 @@ import torchvision
 from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import load_model_config_from_hf
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedConfig
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.modeling_isoprune import (
-    IsoImageProcessor,
     IsoPruneConfig,
     IsoPruneForImageClassification,
     build_base,
 )
 from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
+from isoprune_hf.processors import (
+    timm_processor,
+    torchvision_processor,
+    transformers_image_size,
+    transformers_processor,
+)
 
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 _TASK = "not an image classifier; give a model with a classification head"
 
 
@@ -47,9 +54,10 @@ def load_base(
     """Open a base model.
 
     Args:
-        name: `timm/NAME` or a bare timm name, `torchvision/NAME`, a transformers or timm Hub id, or a local folder: one of ours, of
-            transformers, or of timm.
-        pretrained: Load trained weights; false draws weights from `seed` and needs no network for timm, torchvision and folders.
+        name: `timm/NAME` or a bare timm name, `torchvision/NAME`, a transformers or timm Hub id, or a local folder:
+            one of ours, of transformers, or of timm.
+        pretrained: Load trained weights; false draws weights from `seed` and needs no network for timm, torchvision
+            and folders.
         model_args: Arguments of a timm or torchvision architecture without trained weights, as {"img_size": 64}.
         num_labels: Size of a new head, drawn from `seed`; None keeps the base's own.
         label_names: Names for the labels of a new head.
@@ -68,9 +76,15 @@ def load_base(
             base = _open_ours(str(folder), num_labels)
             if pretrained or num_labels:
                 return _with_head(base, pretrained, num_labels, label_names, seed)
-            return _with_head(base, False, base.model.config.num_labels, tuple(base.model.config.id2label.values()), seed)
+            return _with_head(
+                base, False, base.model.config.num_labels, tuple(base.model.config.id2label.values()), seed
+            )
         is_timm = "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper"
-        base = _open_timm(f"local-dir:{folder}", pretrained, {}, seed) if is_timm else _open_transformers(name, pretrained, seed)
+        base = (
+            _open_timm(f"local-dir:{folder}", pretrained, {}, seed)
+            if is_timm
+            else _open_transformers(name, pretrained, seed)
+        )
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise RecipeError(f"prune.model: there is no folder {name!r}")
     elif name.startswith("torchvision/"):
@@ -78,7 +92,9 @@ def load_base(
     elif timm.is_model(name.removeprefix("timm/")) or "/" not in name:
         base = _open_timm(name.removeprefix("timm/"), pretrained, model_args or {}, seed)
     elif name.startswith("timm/"):
-        raise RecipeError(f"prune.model: timm {timm.__version__} has no model {name!r}{_like(name[5:], timm.list_models())}")
+        raise RecipeError(
+            f"prune.model: timm {timm.__version__} has no model {name!r}{_like(name[5:], timm.list_models())}"
+        )
     else:
         base = _open_transformers(name, pretrained, seed)
     base.model.config.source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args or {}}
@@ -103,7 +119,8 @@ def _like(name: str, known: list[str]) -> str:
 def _offline(name: str, error: Exception) -> RecipeError:
     return RecipeError(
         f"prune.model: the weights or config of {name!r} are not on this machine and could not be fetched "
-        f"({type(error).__name__}); check the name and the network, or draw random weights with --prune.pretrained false"
+        f"({type(error).__name__}); check the name and the network, or draw random weights with "
+        "--prune.pretrained false"
     )
 
 
@@ -119,7 +136,9 @@ def _wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassifi
         model = IsoPruneForImageClassification(config)
     built = {key: tensor.shape for key, tensor in model.model.state_dict().items()}
     if built != {key: tensor.shape for key, tensor in module.state_dict().items()}:
-        raise UnsupportedArchitectureError(f"{type(module).__name__} cannot be rebuilt from its name and arguments alone")
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} cannot be rebuilt from its name and arguments alone"
+        )
     model.model = module
     return model.eval()
 
@@ -158,7 +177,9 @@ def _labels(names: tuple[str, ...] | list[str]) -> dict[str, Any]:
 
 def _open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> BaseModel:
     if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
-        raise RecipeError(f"prune.model: timm {timm.__version__} has no model {name!r}{_like(name, timm.list_models())}")
+        raise RecipeError(
+            f"prune.model: timm {timm.__version__} has no model {name!r}{_like(name, timm.list_models())}"
+        )
     if pretrained and model_args:
         raise RecipeError("prune.model_args changes the architecture: it needs --prune.pretrained false")
     try:
@@ -189,7 +210,7 @@ def _open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: in
         image_size=list(data["input_size"]),
         **_labels(names or [f"LABEL_{index}" for index in range(module.num_classes)]),
     )
-    return BaseModel(_wrap(config, module), _timm_processor(data))
+    return BaseModel(_wrap(config, module), timm_processor(data))
 
 
 def _tuples(args: dict[str, Any]) -> dict[str, Any]:
@@ -204,23 +225,6 @@ def _imagenet_names(module: nn.Module) -> list[str] | None:
     return [info.index_to_description(index, detailed=False) for index in range(module.num_classes)]
 
 
-def _timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
-    _, height, width = data["input_size"]
-    if height != width or data["crop_mode"] not in ("center", "squash"):
-        raise UnsupportedArchitectureError(
-            f"evaluation transforms with crop mode {data['crop_mode']!r} and images of {height} x {width} are not supported"
-        )
-    scaled = math.floor(height / data["crop_pct"])
-    size = {"shortest_edge": scaled} if data["crop_mode"] == "center" else {"height": scaled, "width": scaled}
-    return _processor(size, height, _RESAMPLE[data["interpolation"]], data["mean"], data["std"])
-
-
-def _processor(size: dict[str, int], crop: int, resample: int, mean: tuple, std: tuple) -> IsoImageProcessor:
-    return IsoImageProcessor(
-        size=size, crop_size={"height": crop, "width": crop}, resample=resample, image_mean=list(mean), image_std=list(std)
-    )
-
-
 def _open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> BaseModel:
     name, _, version = name.partition(".")
     known = torchvision.models.list_models(torchvision.models)
@@ -231,7 +235,9 @@ def _open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], s
         raise RecipeError("prune.model_args changes the architecture: it needs --prune.pretrained false")
     choices = torchvision.models.get_model_weights(name)
     if version and version not in choices.__members__:
-        raise RecipeError(f"prune.model: torchvision/{name} has no weights {version!r}; it has {', '.join(choices.__members__)}")
+        raise RecipeError(
+            f"prune.model: torchvision/{name} has no weights {version!r}; it has {', '.join(choices.__members__)}"
+        )
     weights = choices[version] if version else choices.DEFAULT
     transform, categories = weights.transforms(), weights.meta["categories"]
     crop = transform.crop_size[0]
@@ -239,12 +245,12 @@ def _open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], s
     base = {"library": "torchvision", "architecture": name, "args": model_args}
     config = IsoPruneConfig(base=base, image_size=[3, crop, crop], **labels)
     try:
-        module = torchvision.models.get_model(name, weights=weights, progress=False) if pretrained else _draw(config, seed)
+        module = (
+            torchvision.models.get_model(name, weights=weights, progress=False) if pretrained else _draw(config, seed)
+        )
     except OSError as error:
         raise _offline(f"torchvision/{name}", error) from error
-    resample = _RESAMPLE[transform.interpolation.value]
-    size = {"shortest_edge": transform.resize_size[0]}
-    return BaseModel(_wrap(config, module), _processor(size, crop, resample, transform.mean, transform.std))
+    return BaseModel(_wrap(config, module), torchvision_processor(transform))
 
 
 def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
@@ -252,7 +258,9 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
-            raise RecipeError(f"prune.model: {name} is no folder of isoprune, transformers or timm: {error}") from error
+            raise RecipeError(
+                f"prune.model: {name} is no folder of isoprune, transformers or timm: {error}"
+            ) from error
         raise _offline(name, error) from error
     if config.model_type == "isoprune":
         return _open_ours(name, None)
@@ -260,10 +268,10 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         return _open_timm(f"hf-hub:{name}", pretrained, {}, seed)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise RecipeError(f"prune.model: {name} is of type {config.model_type}, {_TASK}")
-    processor = _transformers_processor(name, config)
+    processor = transformers_processor(name, config)
     outer = IsoPruneConfig(
         base={"library": "transformers", "config": config.to_diff_dict() | {"model_type": config.model_type}},
-        image_size=_transformers_image_size(config, processor),
+        image_size=transformers_image_size(config, processor),
         **_labels([config.id2label[index] for index in range(config.num_labels)]),
     )
     if not pretrained:
@@ -277,20 +285,3 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
     if info["missing_keys"]:
         raise RecipeError(f"prune.model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {_TASK}")
     return BaseModel(_wrap(outer, module), processor)
-
-
-def _transformers_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
-    try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):  # a folder with a config only: the defaults of its kind, at the config's size
-        backends = IMAGE_PROCESSOR_MAPPING[type(config)]
-        side = getattr(config, "image_size", 224)
-        size = {"shortest_edge": side} if config.model_type in ("convnext", "resnet") else {"height": side, "width": side}
-        return backends["torchvision"](size=size)
-
-
-def _transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
-    height, width = (side, side) if isinstance(side, int) else side
-    return [getattr(config, "num_channels", 3), height, width]

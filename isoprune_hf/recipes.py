@@ -16,14 +16,16 @@ class PruneRecipe:
     Args:
         model: Base to prune: `timm/NAME`, `torchvision/NAME`, a transformers Hub id, or a folder.
         pretrained: Load the trained weights; false draws seeded random ones, with no network.
-        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size: 64}.
+        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size:
+            64}.
         num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
         criterion: What a channel is worth: taylor (needs data), l1, l2 or random.
         scope: Who competes with whom: isomorphic (equal sub-structures), global (all), local (nobody).
         ratio: Fraction of the channels that leaves, from 0 to 1.
         head_ratio: Fraction of the attention heads that leaves.
         head_dim_ratio: Fraction of the dims inside the heads that leaves; the default is `ratio`.
-        target_macs: Budget instead of ratios: 4.2G, 350M, or 50% of the base. The three ratios then only say how the cut is shared.
+        target_macs: Budget instead of ratios: 4.2G, 350M, or 50% of the base. The three ratios then only say how the
+            cut is shared.
         min_keep: Channels (or dims of a head) that stay in every layer.
         max_ratio: Largest fraction that may leave any single layer.
         round_to: Widths become multiples of this number; hardware likes 8.
@@ -115,10 +117,12 @@ class FinetuneRecipe:
         distillation_weight: Share of the teacher in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
         precision: no (fp32) or bf16.
-        crop_scale: Smallest and largest share of the image area that a random crop keeps; [1, 1] is the evaluation transform.
+        crop_scale: Smallest and largest share of the image area that a random crop keeps; [1, 1] is the evaluation
+            transform.
         hflip: Probability of a horizontal flip.
         auto_augment: Policy string of timm, as rand-m9-mstd0.5-inc1.
         random_erasing: Probability of erasing a box.
+        evaluate_every: Epochs between two evaluations; the last epoch is always evaluated.
         seed: Seed of order, augmentation and dropout.
     """
 
@@ -145,10 +149,11 @@ class FinetuneRecipe:
     hflip: float = 0.5
     auto_augment: str | None = None
     random_erasing: float = 0.0
+    evaluate_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accumulation", "step_epochs"):
+        for name in ("batch_size", "grad_accumulation", "step_epochs", "evaluate_every"):
             _check_range("finetune", name, getattr(self, name), 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
             _check_range("finetune", name, getattr(self, name), 0)
@@ -158,7 +163,9 @@ class FinetuneRecipe:
             raise RecipeError(f"finetune.temperature must be above 0, got {self.temperature}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise RecipeError(f"finetune.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}")
+            raise RecipeError(
+                f"finetune.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}"
+            )
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise RecipeError(f"finetune.clip_grad must be above 0, got {self.clip_grad}")
 

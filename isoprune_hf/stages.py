@@ -1,38 +1,35 @@
 """The stages of the command line: each puts the pieces of the road in their order and writes what they made."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from PIL import Image
 from torch import nn
-from transformers import BaseImageProcessor, pipeline
+from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import DatasetError, IsoPruneError, RecipeError
+from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
-from isoprune_hf.pruning.cost import ModelCost, count_cost
+from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups
+from isoprune_hf.pruning.importance import ImportanceScores, score_groups
 from isoprune_hf.pruning.planning import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.publishing.model_card import build_model_card
-from isoprune_hf.publishing.report import draw_classes, results_table
+from isoprune_hf.publishing.report import draw_classes
 from isoprune_hf.publishing.speed import measure_latency
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
-from isoprune_hf.training.data import ImageData, calibration_batches, calibration_ids, check_labels, load_data
+from isoprune_hf.results import Metrics, summarize, try_out, write_folder
+from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base
+from isoprune_hf.training.data import ImageData, check_labels
 from isoprune_hf.training.evaluation import evaluate_model
-from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.loop import finetune as train
 
 logger = get_logger(__name__)
-
-Metrics = dict[str, dict[str, float | int]]
 
 
 def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool) -> str:
@@ -40,9 +37,9 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     target = Path(output)
     if target.exists() and not overwrite:
         raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
-    images = _open_data(data, accelerator) if data.dataset else None
-    base = _open_base(prune, images, accelerator)
-    batches, sample = _calibration(prune, images, base.processor, accelerator)
+    images = open_data(data, accelerator) if data.dataset else None
+    base = open_base(prune, images, accelerator)
+    batches, sample = open_calibration(prune, images, base.processor, accelerator)
     scores = score_groups(
         base.model,
         trace_groups(base.model),
@@ -65,8 +62,8 @@ def run_prune(
 ) -> str:
     """Cut the base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
-    images = _open_data(data, accelerator) if data.dataset else None
-    base = _open_base(prune, images, accelerator)
+    images = open_data(data, accelerator) if data.dataset else None
+    base = open_base(prune, images, accelerator)
     result = _prune(prune, data, images, base, accelerator, scores)
     metrics = {}
     if images is not None and images.evaluation is not None:
@@ -74,8 +71,8 @@ def run_prune(
             "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
             "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
         }
-    _write(folder, result.model, base.processor, accelerator, plan=result.plan.to_json(), metrics=metrics)
-    return _summary(result.model, metrics, {}, folder)
+    write_folder(folder, result.model, base.processor, accelerator, plan=result.plan.to_json(), metrics=metrics)
+    return summarize(result.model, metrics, {}, folder)
 
 
 def run_finetune(
@@ -85,20 +82,20 @@ def run_finetune(
     folder = check_output(output, overwrite=overwrite)
     if Path(model).resolve() == folder.resolve():
         raise RecipeError("--output must be another folder than --model")
-    images = _open_data(data, accelerator)
+    images = open_data(data, accelerator)
     start = load_base(model)
     check_labels(images.label_names, start.model.config.id2label)
     metrics = dict(read_json(model, "metrics.json") or {})
-    teacher = _open_teacher(start.model, finetune)
+    teacher = open_teacher(start.model, finetune)
     if images.evaluation is not None:
         dense = teacher if teacher is not None and finetune.teacher == "auto" else None
         if "base" not in metrics:
-            dense = dense or _reopen_base(start.model)
+            dense = dense or reopen_base(start.model)
         if "base" not in metrics and dense is not None:
             metrics["base"] = _evaluate(dense.model, images.evaluation, dense.processor, data, accelerator)
     metrics |= _finetune(accelerator, start, images, data, finetune, teacher, folder / "checkpoints", metrics)
     plan = Path(model) / "pruning_plan.json"
-    _write(
+    write_folder(
         folder,
         start.model,
         start.processor,
@@ -106,12 +103,12 @@ def run_finetune(
         plan=plan.read_text() if plan.is_file() else None,
         metrics=metrics,
     )
-    return _summary(start.model, metrics, {}, folder)
+    return summarize(start.model, metrics, {}, folder)
 
 
 def run_evaluate(accelerator: Accelerator, model: str, data: DataRecipe) -> str:
     """Evaluate a model; a local folder of ours also keeps the figures."""
-    images = _open_data(data, accelerator)
+    images = open_data(data, accelerator)
     if images.evaluation is None:
         raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
     base = load_base(model)
@@ -144,15 +141,20 @@ def run_all(
 ) -> str:
     """Take the whole road: base, scores, cut, finetuning, evaluation, folder, card, and a look through `pipeline`."""
     root = check_output(output, overwrite=overwrite)
-    images = _open_data(data, accelerator)
+    images = open_data(data, accelerator)
     if images.evaluation is None:
         raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
-    base = _open_base(prune, images, accelerator)
+    base = open_base(prune, images, accelerator)
     if pretrain.epochs:
         logger.info(f"train the dense base, {pretrain.epochs} epochs")
-        _finetune(accelerator, base, images, data, pretrain, None, root / "base_checkpoints", {})
-        base.model.config.source = {"name": str(root / "base"), "pretrained": True, "seed": prune.seed, "model_args": {}}
-        _write(root / "base", base.model, base.processor, accelerator)
+        _finetune(accelerator, base, images, data, pretrain, None, None, {})
+        base.model.config.source = {
+            "name": str(root / "base"),
+            "pretrained": True,
+            "seed": prune.seed,
+            "model_args": {},
+        }
+        write_folder(root / "base", base.model, base.processor, accelerator)
     result = _prune(prune, data, images, base, accelerator, None)
     metrics: Metrics = {
         "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
@@ -164,13 +166,13 @@ def run_all(
     speed = {"base": base.model, "pruned": result.model}
     student = BaseModel(result.model, base.processor)
     if finetune.epochs:
-        teacher = _open_teacher(result.model, finetune, base)
-        before = load_like(result.model)
+        teacher = open_teacher(result.model, finetune, base)
+        before = _copy(result.model)
         speed = {"base": base.model, "pruned": before, "finetuned": result.model}
         metrics |= _finetune(accelerator, student, images, data, finetune, teacher, root / "checkpoints", metrics)
     latency = measure_latency(speed, base.model.config.image_size)
     folder = root / "model"
-    _write(
+    write_folder(
         folder,
         result.model,
         base.processor,
@@ -179,9 +181,9 @@ def run_all(
         metrics=metrics,
         latency=latency,
     )
-    lines = [_summary(result.model, metrics, latency, folder)]
+    lines = [summarize(result.model, metrics, latency, folder)]
     if accelerator.is_main_process:
-        lines.append(_try_out(folder, images))
+        lines.append(try_out(folder, images))
     accelerator.wait_for_everyone()
     return "\n\n".join(lines)
 
@@ -202,7 +204,9 @@ def run_inspect(model: str, output: str | None) -> str:
         channels = sum(group.channels for group in members)
         kept = channels if decided is None else sum(len(decided.kept.get(g.name, range(g.channels))) for g in members)
         shape = signature if len(signature) < 60 else signature[:57] + "..."
-        lines.append(f"  {number:2}  {len(members):3} groups  {channels:6} channels  {kept / channels:4.0%} kept  {shape}")
+        lines.append(
+            f"  {number:2}  {len(members):3} groups  {channels:6} channels  {kept / channels:4.0%} kept  {shape}"
+        )
     if output is not None:
         title = Path(model).name if decided is None else f"{Path(model).name}: what the plan keeps"
         draw_classes(groups, decided, Path(output), title=title)
@@ -210,56 +214,9 @@ def run_inspect(model: str, output: str | None) -> str:
     return "\n".join(lines)
 
 
-def load_like(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+def _copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
     """Copy a model with its weights."""
     return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
-
-
-def _open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
-    with accelerator.main_process_first():  # one rank fills the cache
-        return load_data(data)
-
-
-def _open_base(prune: PruneRecipe, images: ImageData | None, accelerator: Accelerator) -> BaseModel:
-    if prune.model is None:
-        raise RecipeError("prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config")
-    if prune.criterion == "taylor" and images is None:
-        raise RecipeError("criterion taylor needs data: give --data.dataset, or take --prune.criterion l1")
-    if prune.num_labels == "data" and images is None:
-        raise RecipeError("prune.num_labels data needs data: give --data.dataset")
-    if images is not None and prune.criterion == "taylor" and images.train is None:
-        raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
-    names = images.label_names if images is not None else None
-    num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
-    base = load_base(
-        prune.model,
-        prune.pretrained,
-        model_args=prune.model_args,
-        num_labels=num_labels,
-        label_names=names if names is not None and num_labels == len(names) else None,
-        seed=prune.seed,
-    )
-    if images is not None:
-        check_labels(images.label_names, base.model.config.id2label)
-    base.model.to(accelerator.device)
-    return base
-
-
-def _calibration(
-    prune: PruneRecipe, images: ImageData | None, processor: BaseImageProcessor, accelerator: Accelerator
-) -> tuple[Any, dict[str, str | int]]:
-    if prune.criterion != "taylor":
-        return None, {}
-    options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
-    ids = calibration_ids(len(images.train), **options)
-    sample = {
-        "dataset": images.fingerprint,
-        "images": len(ids),
-        "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-    }
-    logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    return calibration_batches(images.train, processor, **options, **share), sample
 
 
 def _prune(
@@ -270,7 +227,7 @@ def _prune(
     accelerator: Accelerator,
     scores: str | None,
 ) -> PruneResult:
-    batches, sample = (None, {}) if scores else _calibration(prune, images, base.processor, accelerator)
+    batches, sample = (None, {}) if scores else open_calibration(prune, images, base.processor, accelerator)
     known = ImportanceScores.load(scores) if scores else None
     result = prune_model(base.model, prune, batches, accelerator, scores=known, sample=sample)
     if images is not None:
@@ -294,7 +251,7 @@ def _finetune(
     data: DataRecipe,
     recipe: FinetuneRecipe,
     teacher: BaseModel | None,
-    checkpoints: Path,
+    checkpoints: Path | None,
     metrics: Metrics,
 ) -> Metrics:
     """Train the student in place; returns its figures before (where they are not known) and after."""
@@ -312,7 +269,7 @@ def _finetune(
             save_model_folder(checkpoints / name, model, student.processor)
         accelerator.wait_for_everyone()
 
-    history = finetune(
+    history = train(
         student.model,
         images,
         student.processor,
@@ -321,102 +278,10 @@ def _finetune(
         teacher=None if teacher is None else teacher.model,
         eval_batch_size=data.batch_size,
         num_workers=data.num_workers,
-        save=save,
+        save=None if checkpoints is None else save,
     )["history"]
     if images.evaluation is None:
         return {}
     keys = ("top1", "top5", "loss", "images")
     first, last = ({key: history[position][key] for key in keys} for position in (0, -1))
     return {"pruned": metrics.get("pruned", first), "finetuned": last} if not dense else {"base": last}
-
-
-def _open_teacher(
-    student: IsoPruneForImageClassification, recipe: FinetuneRecipe, base: BaseModel | None = None
-) -> BaseModel | None:
-    """Open the teacher; `auto` is the dense base, unless its weights or its head were never trained."""
-    if recipe.distillation == "none" or recipe.teacher == "none":
-        return None
-    if recipe.teacher == "auto":
-        source = student.config.source or {}
-        if not source.get("pretrained") or source.get("num_labels"):
-            logger.info("no teacher: the dense base has untrained weights")
-            return None
-        return base or _reopen_base(student)
-    teacher = load_base(recipe.teacher)
-    names = [student.config.id2label[index] for index in sorted(student.config.id2label)]
-    check_labels(names, teacher.model.config.id2label)
-    return teacher
-
-
-def _reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
-    """Open the dense base that a folder was cut from; None, with a warning, where it cannot be had."""
-    source = dict(model.config.source or {})
-    if not source.get("name"):
-        return None
-    expected = source.pop("fingerprint", None)
-    labels = source.get("num_labels")
-    names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label)) if labels else None
-    try:
-        base = load_base(**source, label_names=names)
-    except IsoPruneError as error:
-        logger.warning(f"the dense base is not evaluated and does not teach: {error}")
-        return None
-    if expected is not None and fingerprint(base.model.model) != expected:
-        logger.warning(f"the dense base {source['name']} has changed since the cut: it is not used")
-        return None
-    return base
-
-
-def _write(
-    folder: Path,
-    model: IsoPruneForImageClassification,
-    processor: BaseImageProcessor,
-    accelerator: Accelerator,
-    *,
-    plan: str | None = None,
-    metrics: Metrics | None = None,
-    latency: dict[str, float] | None = None,
-) -> None:
-    if accelerator.is_main_process:
-        kept = folder / "checkpoints"
-        save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=kept if kept.is_dir() else None)
-        if latency:
-            where = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
-            record = {"milliseconds": latency, "device": where, "threads": torch.get_num_threads(), "batch_size": 1}
-            write_file(folder / "speed.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-        if model.config.stage != "base":
-            write_file(folder / "README.md", str(build_model_card(folder)))
-    accelerator.wait_for_everyone()
-
-
-def _summary(
-    model: IsoPruneForImageClassification, metrics: Metrics, latency: dict[str, float], folder: Path
-) -> str:
-    cost = {name: ModelCost(**values) for name, values in model.config.cost.items()}
-    rows = {
-        name: {
-            **cost["base" if name == "base" else "pruned"].to_dict(),
-            **metrics.get(name, {}),
-            **({"latency_ms": latency[name]} if name in latency else {}),
-        }
-        for name in ("base", "pruned", "finetuned")
-        if name in metrics or name in cost
-    }
-    opening = (
-        f"The pruned model is in {folder}. Open it with:\n\n"
-        "    import isoprune_hf\n"
-        "    from transformers import pipeline\n"
-        f'    classify = pipeline("image-classification", model="{folder}")\n'
-    )
-    return f"{results_table(rows)}\n\n{opening}"
-
-
-def _try_out(folder: Path, images: ImageData) -> str:
-    """Open the folder as a user would and classify one image that was held out."""
-    example = images.evaluation[0]
-    picture: Image.Image = example["image"].convert("RGB")
-    best = pipeline("image-classification", model=str(folder))(picture)[0]
-    truth = images.label_names[example["label"]]
-    return f"pipeline on a held-out image: {best['label']} ({best['score']:.2f}), truth {truth}"
-
-

@@ -114,6 +114,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_count_every_image_once(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -239,10 +239,10 @@ def test_a_small_vit_learns_real_digits():
         size={"height": 16, "width": 16}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     options = {"learning_rate": 3e-3, "batch_size": 16, "crop_scale": (1.0, 1.0), "hflip": 0.0}
-    recipe = FinetuneRecipe(epochs=1, warmup_epochs=0.25, **options)
+    recipe = FinetuneRecipe(epochs=2, warmup_epochs=0.5, **options)
     result = finetune(model, load_data(DataRecipe(dataset="digits")), processor, recipe, accelerator=ACCELERATOR)
-    start, end = result["history"]
-    assert end["top1"] > 0.15 > start["top1"] and end["loss"] < start["loss"] - 0.1
+    start, _, end = result["history"]
+    assert end["top1"] > 0.2 > start["top1"] and end["loss"] < start["loss"] - 0.2
 
 
 SCRIPT = """
@@ -277,6 +277,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_weights_of_one(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

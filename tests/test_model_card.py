@@ -60,11 +60,15 @@ def read_table(text: str, heading: str) -> list[list[str]]:
 
 def test_every_figure_of_the_results_equals_its_source(tmp_path: Path) -> None:
     metrics = {
-        "base": {"top1": 0.79854, "top5": 0.9495, "loss": 0.91231, "images": 50_000, "latency_ms": 12.344},
+        "base": {"top1": 0.79854, "top5": 0.9495, "loss": 0.91231, "images": 50_000},
         "pruned": {"top1": 0.001, "top5": 0.005, "loss": 6.9, "images": 50_000},
-        "finetuned": {"top1": 0.75, "top5": 0.92125, "loss": 1.1, "images": 50_000, "latency_ms": 4.5},
+        "finetuned": {"top1": 0.75, "top5": 0.92125, "loss": 1.1, "images": 50_000},
     }
-    card = build_model_card(make_folder(tmp_path / "deit", metrics), repo="me/deit")
+    folder = make_folder(tmp_path / "deit", metrics)
+    speed = {"milliseconds": {"base": 12.344, "finetuned": 4.5}, "device": "cpu", "threads": 3, "batch_size": 1}
+    (folder / "speed.json").write_text(json.dumps(speed))
+    card = build_model_card(folder, repo="me/deit")
+    assert "forward pass of 1 image in eager PyTorch on cpu with 3 threads" in card.text
     assert read_table(card.text, "## Results") == [
         ["model", "GMACs", "params (M)", "top-1 %", "top-5 %", "loss", "latency (ms)", "images"],
         ["base", "4.61", "22.05", "79.85", "94.95", "0.9123", "12.34", "50,000"],
@@ -196,7 +200,7 @@ def test_hashes_versions_snippets_and_citation_are_there(tmp_path: Path) -> None
     assert f"| pruning_plan.json | `{hashlib.sha256(b'{}').hexdigest()}` |" in text
     assert f"transformers {transformers_version}" in text
     assert 'pipeline("image-classification", model="me/deit", trust_remote_code=True)' in text
-    assert "isoprune evaluate --prune.model me/deit" in text
+    assert "isoprune evaluate --model me/deit" in text
     assert "arXiv:2407.04616" in text
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(snippet, "card", "exec")

@@ -25,7 +25,9 @@ def check_output(folder: str | Path, *, overwrite: bool) -> Path:
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
-        raise RecipeError(f"--output {folder} exists and is not empty; choose another folder, or replace it with --overwrite true")
+        raise RecipeError(
+            f"--output {folder} exists and is not empty; choose another folder, or replace it with --overwrite true"
+        )
     parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not os.access(parent, os.W_OK):
         raise RecipeError(f"--output {folder}: {parent} cannot be written")

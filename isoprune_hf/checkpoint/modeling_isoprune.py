@@ -1,24 +1,25 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
 """A pruned image classifier: a base architecture plus what differs from it.
 
-This file travels with the weights, so it imports nothing of isoprune_hf and holds all that loading needs: the errors, the config,
-the structure, the model and the image processor. It stays one file: config and model in two files become two different config
-classes when transformers loads them from a local folder.
+This file travels with the weights, so it imports nothing of isoprune_hf and holds all that loading needs. It stays one
+file: config and model in two become two different config classes when transformers loads them from a local folder.
 """
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils import can_return_tuple
 
 try:
     import timm
@@ -30,16 +31,8 @@ except ImportError:
     torchvision = None
 
 FORMAT_VERSION = 1
-AUTO_MAP = {
-    "AutoConfig": "modeling_isoprune.IsoPruneConfig",
-    "AutoModelForImageClassification": "modeling_isoprune.IsoPruneForImageClassification",
-}
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "modeling_isoprune.IsoImageProcessor"}
 # Arguments of timm and torchvision builders that would read files or the network, or change the kind of model.
-_FORBIDDEN_ARGS = frozenset(
-    "pretrained weights weights_backbone checkpoint_path cache_dir pretrained_cfg pretrained_cfg_overlay pretrained_strict "
-    "features_only scriptable exportable no_jit num_classes".split()
-)
+_FORBIDDEN = re.compile("pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable|num_classes")
 
 
 class IsoPruneError(Exception):
@@ -51,28 +44,19 @@ class CheckpointError(IsoPruneError, ValueError):
 
 
 class IsoPruneConfig(PreTrainedConfig):
-    """Configuration of a pruned image classifier.
-
-    Args:
-        base: The dense architecture: `library` (`timm`, `torchvision` or `transformers`), then `architecture` and `args`, or, for
-            transformers, its whole `config`.
-        source: Where the dense weights come from: `name`, `pretrained`, `seed`, `num_labels`, `model_args` and a `fingerprint`.
-        structure: What differs from the base: `shapes` of tensors, plain `attributes` of modules, `removed` modules.
-        image_size: Input the model was built for: (channels, height, width).
-        cost: `{"base": {"macs", "params"}, "pruned": {"macs", "params"}}` for one image of `image_size`.
-        recipe: The settings that made the cut.
-        stage: `base`, `pruned` or `finetuned`.
-        format_version: Version of this format; files of a newer version are refused.
-    """
+    """Configuration of a pruned image classifier: its base, and what differs from it."""
 
     model_type = "isoprune"
+    # `library` (timm, torchvision, transformers), then `architecture` and `args`; for transformers its whole `config`.
     base: dict[str, Any] | None = None
+    # Where the dense weights come from: `name`, `pretrained`, `seed`, `model_args`, `num_labels`, `fingerprint`.
     source: dict[str, Any] | None = None
+    # `shapes` of tensors, plain `attributes` of modules and `removed` modules that differ from the base.
     structure: dict[str, Any] | None = None
-    image_size: list[int] | None = None
-    cost: dict[str, Any] | None = None
-    recipe: dict[str, Any] | None = None
-    stage: str = "base"
+    image_size: list[int] | None = None  # (channels, height, width) the model was built for
+    cost: dict[str, Any] | None = None  # `macs` and `params` of `base` and `pruned`, for one image
+    recipe: dict[str, Any] | None = None  # the settings that made this model
+    stage: str = "base"  # base, pruned or finetuned
     format_version: int = FORMAT_VERSION
 
 
@@ -84,7 +68,7 @@ class SkippedBlock(nn.Module):
 
 
 def build_base(config: IsoPruneConfig) -> nn.Module:
-    """Build the dense architecture that `config.base` names, on the current default device, without pretrained weights.
+    """Build the dense architecture of `config.base` on the current default device, without trained weights.
 
     Raises:
         CheckpointError: The entry is not a base that can be built safely.
@@ -98,19 +82,17 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     if not isinstance(name, str) or not isinstance(args, dict):
         raise CheckpointError("config.base: needs a string `architecture` and a mapping `args`")
     for key, value in args.items():
-        if key in _FORBIDDEN_ARGS or not _is_plain(value):
+        if _FORBIDDEN.fullmatch(str(key)) or not _is_plain(value):
             raise CheckpointError(f"config.base.args: {key}={value!r} is not allowed")
     library = timm if base["library"] == "timm" else torchvision
     if library is None:
         raise ImportError(f"this checkpoint's base is {base['library']}/{name}: pip install {base['library']}")
-    known = timm.is_model(name) if library is timm else name in torchvision.models.list_models(torchvision.models)
-    if not known:
-        raise CheckpointError(f"config.base.architecture: {library.__name__} {library.__version__} has no model {name!r}")
+    if not (timm.is_model(name) if library is timm else name in torchvision.models.list_models(torchvision.models)):
+        raise CheckpointError(f"config.base.architecture: {base['library']} {library.__version__} has no {name!r}")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
-    try:
-        if library is timm:
-            return timm.create_model(name, pretrained=False, num_classes=config.num_labels, **args)
-        return torchvision.models.get_model(name, weights=None, num_classes=config.num_labels, **args)
+    build = timm.create_model if library is timm else torchvision.models.get_model
+    try:  # neither loads weights unless told to
+        return build(name, num_classes=config.num_labels, **args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(f"config.base: {name} with {args} cannot be built: {error}") from error
 
@@ -124,15 +106,15 @@ def _is_plain(value: Any) -> bool:
 def _build_transformers(values: Any, num_labels: int) -> nn.Module:
     if not isinstance(values, dict) or values.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError("config.base.config: not a configuration of an installed transformers model")
+    # Names of implementations could fetch kernels, and private entries are not architecture.
+    values = {k: v for k, v in values.items() if not re.match("_|.*implementation|auto_map|quantization", str(k))}
     inner = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     if type(inner) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or inner.model_type == "timm_wrapper":
         raise CheckpointError(f"config.base.config: {inner.model_type} is not a transformers image classifier")
-    if inner.num_labels != num_labels:
-        inner.num_labels = num_labels
+    inner.num_labels = num_labels
     classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(inner)]
-    classes = classes if isinstance(classes, tuple) else (classes,)
-    named = {cls.__name__: cls for cls in classes}
-    return named.get((inner.architectures or [None])[0], classes[0])(inner)
+    named = {cls.__name__: cls for cls in (classes if isinstance(classes, tuple) else (classes,))}
+    return named.get((inner.architectures or [None])[0], next(iter(named.values())))(inner)
 
 
 def check_structure(base: nn.Module, structure: dict[str, Any]) -> None:
@@ -153,10 +135,9 @@ def check_structure(base: nn.Module, structure: dict[str, Any]) -> None:
         if name not in tensors:
             raise CheckpointError(f"{where}: the base has no such tensor")
         full = list(tensors[name].shape)
-        if not isinstance(shape, list) or len(shape) != len(full):
-            raise CheckpointError(f"{where}: {shape} has another rank than the base's {full}")
-        if any(type(size) is not int or not 1 <= size <= limit for size, limit in zip(shape, full, strict=True)):
-            raise CheckpointError(f"{where}: {shape} is not within 1 and the base's {full}")
+        fits = isinstance(shape, list) and len(shape) == len(full)
+        if not fits or any(type(n) is not int or not 1 <= n <= limit for n, limit in zip(shape, full, strict=True)):
+            raise CheckpointError(f"{where}: {shape!r} is no shape within the base's {full}")
     for path, entries in attributes.items():
         if path not in modules or not isinstance(entries, dict):
             raise CheckpointError(f"config.structure.attributes[{path!r}]: the base has no such module")
@@ -178,14 +159,13 @@ def _check_attribute(where: str, owner: dict[str, Any], name: str, value: Any) -
     for number, limit in zip(numbers, olds, strict=True):
         if type(number) is not type(limit) or type(number) not in (int, float):
             raise CheckpointError(f"{where}: only numbers may differ from the base, got {value!r}")
-        if type(number) is int and not 1 <= number <= max(limit, 1):
-            raise CheckpointError(f"{where}: {value!r} is not within 1 and the base's {old!r}")
-        if type(number) is float and not (math.isfinite(number) and number > 0):
-            raise CheckpointError(f"{where}: {value!r} is not a positive finite number")
+        largest = max(limit, 1) if type(number) is int else math.inf
+        if not 0 < number <= largest or number == math.inf:
+            raise CheckpointError(f"{where}: {value!r} is not positive or above the base's {old!r}")
 
 
 def apply_structure(model: nn.Module, structure: dict[str, Any] | None) -> nn.Module:
-    """Change `model` in place to the given structure; tensors keep their leading elements. Works on the meta device too.
+    """Change `model` in place to the structure; tensors keep their leading elements. Works on the meta device too.
 
     Raises:
         CheckpointError: See `check_structure`.
@@ -210,7 +190,7 @@ def apply_structure(model: nn.Module, structure: dict[str, Any] | None) -> nn.Mo
 class IsoPruneForImageClassification(PreTrainedModel):
     """An image classifier whose architecture is `config.base` changed by `config.structure`.
 
-    An empty structure is the dense base itself, so base and pruned model are one class with one forward and one label map.
+    An empty structure is the dense base itself: base and pruned are one class with one forward and one label map.
     """
 
     config_class = IsoPruneConfig
@@ -223,9 +203,8 @@ class IsoPruneForImageClassification(PreTrainedModel):
     def __init__(self, config: IsoPruneConfig):
         super().__init__(config)
         if type(config.format_version) is not int or not 1 <= config.format_version <= FORMAT_VERSION:
-            raise CheckpointError(
-                f"config.format_version: {config.format_version!r}, this code reads 1 to {FORMAT_VERSION}; update isoprune_hf"
-            )
+            known = f"this code reads 1 to {FORMAT_VERSION}; update isoprune_hf"
+            raise CheckpointError(f"config.format_version: {config.format_version!r}, {known}")
         self.model = apply_structure(build_base(config), config.structure)
         if not any(parameter.is_meta for parameter in self.model.parameters()):
             # The base has drawn its own weights; transformers would draw them a second time, otherwise.
@@ -239,12 +218,10 @@ class IsoPruneForImageClassification(PreTrainedModel):
         if hasattr(module, "init_non_persistent_buffers"):  # timm: index tables and masks that are not in the file
             module.init_non_persistent_buffers()
 
-    def get_input_embeddings(self) -> None:
-        return None
-
+    @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
-    ) -> ImageClassifierOutput | tuple[torch.Tensor, ...]:
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
         """Classify images.
 
         Args:
@@ -257,8 +234,6 @@ class IsoPruneForImageClassification(PreTrainedModel):
         output = self.model(pixel_values.to(self.dtype))
         logits = output if isinstance(output, torch.Tensor) else output.logits
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        if return_dict is False:
-            return (logits,) if loss is None else (loss, logits)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     @classmethod
@@ -281,12 +256,14 @@ class IsoPruneForImageClassification(PreTrainedModel):
         """Save config, weights and this file, so that the folder opens with and without isoprune_hf."""
         # Module names are the names in the file: the structure speaks of them, and loading compares them.
         kwargs["save_original_format"] = False
-        self.config.auto_map = {**AUTO_MAP, **({} if self.config.base["library"] == "transformers" else PROCESSOR_AUTO_MAP)}
+        names = {"AutoConfig": "IsoPruneConfig", "AutoModelForImageClassification": type(self).__name__}
+        if self.config.base["library"] != "transformers":  # those keep their own processor
+            names["AutoImageProcessor"] = "IsoImageProcessor"
+        self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in names.items()}
         super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            target = Path(save_directory) / "modeling_isoprune.py"
-            if target.resolve() != Path(__file__).resolve():
-                shutil.copyfile(__file__, target)
+        target = Path(save_directory) / "modeling_isoprune.py"
+        if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, target)
 
 
 def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor] | None, files: list[str]) -> None:
@@ -295,16 +272,13 @@ def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor] | None,
         try:
             with safe_open(file, framework="pt") as opened:
                 found.update({name: opened.get_slice(name).get_shape() for name in opened.keys()})  # noqa: SIM118
-        except Exception as error:  # noqa: BLE001 - safetensors has no public error class but Exception's child
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{Path(file).name}: not a readable safetensors file ({error})") from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-        if name not in expected:
-            raise CheckpointError(f"tensor {name!r} does not belong to this model")
-        if found[name] != expected[name]:
-            raise CheckpointError(f"tensor {name!r} has shape {found[name]}, the config says {expected[name]}")
+        have, want = found.get(name, "no such tensor"), expected.get(name, "no such tensor")
+        if have != want:
+            raise CheckpointError(f"tensor {name!r}: the checkpoint has {have}, the config says {want}")
 
 
 class IsoImageProcessor(PilBackend):
@@ -313,17 +287,10 @@ class IsoImageProcessor(PilBackend):
     Differs from the processors of transformers by the centre crop, which rounds half to even as torchvision does.
     """
 
-    resample = 3
-    size = {"shortest_edge": 256}
-    crop_size = {"height": 224, "width": 224}
-    image_mean = [0.485, 0.456, 0.406]
-    image_std = [0.229, 0.224, 0.225]
-    default_to_square = False
-    do_resize = True
-    do_center_crop = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
+    size, crop_size = {"shortest_edge": 256}, {"height": 224, "width": 224}
+    resample, default_to_square = 3, False
+    image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
 
     def center_crop(self, image, size, **kwargs):
         height, width = image.shape[-2:]

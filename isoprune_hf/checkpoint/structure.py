@@ -1,4 +1,4 @@
-"""Find what differs between a base and a model made from it. Putting the difference back is in `modeling_isoprune`, which ships."""
+"""Find what differs between a base and a model made from it; `modeling_isoprune`, which ships, puts it back."""
 
 import copy
 from typing import Any
@@ -31,7 +31,8 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
         pruned: The same architecture after a cut.
 
     Returns:
-        `shapes`: tensor name -> shape; `attributes`: module -> {attribute: number}; `removed`: modules that are skipped.
+        `shapes`: tensor name -> shape; `attributes`: module -> {attribute: number}; `removed`: modules that are
+            skipped.
     """
     removed = [path for path, module in pruned.named_modules() if isinstance(module, SkippedBlock)]
     dense = base.state_dict()

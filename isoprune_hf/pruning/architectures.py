@@ -1,4 +1,4 @@
-"""The only knowledge of particular architectures: what attention and patch merging look like, by their parts and not by their names."""
+"""The only knowledge of particular architectures: how attention and patch merging are built, by their parts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,12 +73,16 @@ def find_attention(model: nn.Module) -> Iterator[Attention]:
         if spec is not None:
             known.append(path + ".")
             yield spec
-        elif "attention" in type(module).__name__.lower() or type(module).__name__.lower().endswith("attn"):
-            if not path.startswith(tuple(known)) and any(True for _ in module.parameters()):
-                raise UnsupportedArchitectureError(
-                    f"{path} ({type(module).__name__}) is an attention of an unknown build; supported are separate or fused "
-                    "query, key and value projections with equal heads and no norms inside, as in ViT, DeiT and Swin"
-                )
+        elif _is_attention(module) and not path.startswith(tuple(known)):
+            raise UnsupportedArchitectureError(
+                f"{path} ({type(module).__name__}) is an attention of an unknown build; supported are separate or "
+                "fused query, key and value projections with equal heads and no norms inside, as in ViT, DeiT and Swin"
+            )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return ("attention" in name or name.endswith("attn")) and any(True for _ in module.parameters())
 
 
 def _read_attention(path: str, module: nn.Module) -> Attention | None:

@@ -1,4 +1,4 @@
-"""How big a model is: exact multiply-accumulates and parameters, of a model and of a plan that has not been carried out."""
+"""How big a model is, and how big a plan would make it: exact multiply-accumulates and parameters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,8 +19,8 @@ class ModelCost:
     """Size of a model.
 
     Args:
-        macs: Multiply-accumulates for one image, counted by `torch.utils.flop_counter`: all matrix products and convolutions,
-            both products of attention included; additions, norms and activations are not.
+        macs: Multiply-accumulates for one image, counted by `torch.utils.flop_counter`: all matrix products and
+            convolutions, both products of attention included; additions, norms and activations are not.
         params: Parameters.
     """
 
@@ -62,7 +62,8 @@ def _run_counter(model: IsoPruneForImageClassification, image_size: Sequence[int
 class CostModel:
     """Cost of any plan as a function of widths, equal to `count_cost` of the finished model.
 
-    MACs of a layer are (positions it is applied to) x (elements of its weight); those of attention are proportional to its width.
+    MACs of a layer are (positions it is applied to) x (elements of its weight); those of attention are proportional to
+    its width.
 
     Args:
         base: Cost of the dense model.
@@ -111,7 +112,9 @@ def cost_model(model: IsoPruneForImageClassification, groups: Sequence[CoupledGr
     counter = _run_counter(architecture)
     inner = architecture.model
     # Keys are paths below the class name of the module that was called.
-    flops = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items() if "." in path}
+    flops = {
+        path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items() if "." in path
+    }
     shapes = {name: tuple(parameter.shape) for name, parameter in inner.named_parameters()}
     positions: dict[str, int] = {}
     for name, module in inner.named_modules():

@@ -1,6 +1,7 @@
 """Coupled groups: which channels can only leave together, found by torch-pruning's dependency graph.
 
-The graph is translated at once into values that know parameters and indices only, so that nothing else depends on the engine.
+The graph is translated at once into values that know parameters and indices only, so that nothing else depends on the
+engine.
 """
 
 import math
@@ -39,7 +40,8 @@ class CoupledGroup:
 
     Args:
         name: Name of the group: the module that creates its channels.
-        signature: Layer type and side of every member in the order of execution; equal signatures are one isomorphic class.
+        signature: Layer type and side of every member in the order of execution; equal signatures are one isomorphic
+            class.
         channels: Number of channels.
         members: What belongs to each channel.
         num_heads: For attention: channel c is dim c % head_dim of head c // head_dim. Otherwise 0.
@@ -67,7 +69,9 @@ class _AttentionStub(nn.Module):
         self.linear = nn.Linear(inputs, outputs, device="meta")
         self.returns_tuple = returns_tuple
 
-    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
         output = self.linear(hidden)
         return (output, None) if self.returns_tuple else output
 
@@ -140,7 +144,16 @@ def _engine_groups(
         )
         for found in graph.get_all_groups():
             yield _translate(graph, found, names, order, stubs)
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
         if isinstance(error, UnsupportedArchitectureError):
             raise
         raise UnsupportedArchitectureError(
@@ -150,7 +163,7 @@ def _engine_groups(
 
 
 def _loose_parameters(traced: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """Parameters that no layer owns (tokens, position embeddings, LayerScale): channels lie on the last dim that is not 1."""
+    """Parameters that no layer owns (tokens, positions, LayerScale): channels lie on the last dim that is not 1."""
     layers = (
         nn.Linear,
         nn.modules.conv._ConvNd,
@@ -160,7 +173,9 @@ def _loose_parameters(traced: nn.Module) -> list[tuple[nn.Parameter, int]]:
         nn.PReLU,
         nn.Embedding,
     )
-    owned = {id(p) for module in traced.modules() if isinstance(module, layers) for p in module.parameters(recurse=False)}
+    owned = {
+        id(p) for module in traced.modules() if isinstance(module, layers) for p in module.parameters(recurse=False)
+    }
     loose = [p for p in traced.parameters() if id(p) not in owned]
     return [(p, max(d for d, size in enumerate(p.shape) if size > 1)) for p in loose if p.numel() > 1]
 
@@ -188,8 +203,10 @@ def _translate(
             continue
         grouped = isinstance(target, nn.modules.conv._ConvNd) and target.groups > 1
         depthwise = grouped and target.groups == target.in_channels == target.out_channels
-        incoming = graph.is_in_channel_pruning_fn(item.dep.handler) and not graph.is_out_channel_pruning_fn(item.dep.handler)
-        if grouped and not depthwise or isinstance(target, nn.GroupNorm):
+        incoming = graph.is_in_channel_pruning_fn(item.dep.handler) and not graph.is_out_channel_pruning_fn(
+            item.dep.handler
+        )
+        if (grouped and not depthwise) or isinstance(target, nn.GroupNorm):
             ways = math.lcm(ways, target.groups if grouped else target.num_groups)
         if incoming and grouped:
             index = index % (target.in_channels // target.groups)
@@ -201,8 +218,12 @@ def _translate(
         return None  # nothing reads these channels: the outputs of the classifier
     entries.sort(key=lambda entry: entry[0])
     members = tuple(_members([column for _, _, columns in entries for column in columns], channels, ways))
-    writer = next(columns[0][0] for _, label, columns in entries if label.endswith(".out") and columns[0][0].endswith(".weight"))
-    return CoupledGroup(writer.rpartition(".")[0], "|".join(label for _, label, _ in entries), channels // ways, members)
+    writer = next(
+        columns[0][0] for _, label, columns in entries if label.endswith(".out") and columns[0][0].endswith(".weight")
+    )
+    return CoupledGroup(
+        writer.rpartition(".")[0], "|".join(label for _, label, _ in entries), channels // ways, members
+    )
 
 
 def _reads(
@@ -211,7 +232,11 @@ def _reads(
     part = stubs.get(name)
     if isinstance(part, PatchMerging):
         copies = (index[:, :, None] + layer.in_features * np.arange(4)).reshape(len(index), -1)
-        return [(f"{part.norm}.weight", 0, copies), (f"{part.norm}.bias", 0, copies), (f"{part.reduction}.weight", 1, copies)]
+        return [
+            (f"{part.norm}.weight", 0, copies),
+            (f"{part.norm}.bias", 0, copies),
+            (f"{part.reduction}.weight", 1, copies),
+        ]
     readers = (name,) if part is None else part.projections
     dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
     return [(f"{reader}.weight", dim, index) for reader in readers]
@@ -221,12 +246,18 @@ def _writes(
     name: str, layer: nn.Module, index: np.ndarray, stubs: dict[str, Attention | PatchMerging]
 ) -> list[tuple[str, int, np.ndarray]]:
     part = stubs.get(name)
-    tensors = {leaf: tensor for leaf, tensor in [*layer._parameters.items(), *layer._buffers.items()] if tensor is not None}
+    tensors = {
+        leaf: tensor for leaf, tensor in [*layer._parameters.items(), *layer._buffers.items()] if tensor is not None
+    }
     if part is not None:
         name = part.output if isinstance(part, Attention) else part.reduction
         tensors = {leaf: tensors[leaf] for leaf in part.written}
     dim = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-    return [(f"{name}.{leaf}", dim if leaf == "weight" else 0, index) for leaf, tensor in tensors.items() if tensor.ndim > 0]
+    return [
+        (f"{name}.{leaf}", dim if leaf == "weight" else 0, index)
+        for leaf, tensor in tensors.items()
+        if tensor.ndim > 0
+    ]
 
 
 def _by_channel(item: torch_pruning._helpers.GroupItem, channels: int, name: str) -> np.ndarray:
@@ -238,7 +269,7 @@ def _by_channel(item: torch_pruning._helpers.GroupItem, channels: int, name: str
 
 
 def _members(columns: list[tuple[str, int, np.ndarray]], channels: int, ways: int) -> Iterable[Member]:
-    """Merge what one tensor contributes several times; with grouped layers, channel c stands for one channel of every group."""
+    """Merge what a tensor contributes several times; in grouped layers a channel stands for one of every group."""
     merged: dict[tuple[str, int], list[np.ndarray]] = {}
     for parameter, dim, index in columns:
         merged.setdefault((parameter, dim), []).append(index)
@@ -248,7 +279,9 @@ def _members(columns: list[tuple[str, int, np.ndarray]], channels: int, ways: in
             index = index.reshape(ways, channels // ways, -1).transpose(1, 0, 2).reshape(channels // ways, -1)
         rows = [np.unique(row) for row in index]
         if len({len(row) for row in rows}) > 1:
-            raise UnsupportedArchitectureError(f"the channels of {parameter} are coupled unevenly, which is not supported")
+            raise UnsupportedArchitectureError(
+                f"the channels of {parameter} are coupled unevenly, which is not supported"
+            )
         yield Member(parameter, dim, np.stack(rows))
 
 

@@ -82,10 +82,10 @@ def score_groups(
     Args:
         model: The base; its mode, gradients and `requires_grad` are left as they are.
         groups: Groups of `trace_groups`.
-        criterion: taylor: sum of |w dL/dw| over the elements of the channel; l1: sum of |w|; l2: root of the sum of w^2;
-            random: uniform numbers from `seed`.
-        batches: For taylor: this rank's micro-batches, (images (B, C, H, W), labels (B,)). Every rank has its own share; the result is
-            the same for any number of ranks, and none waits for another before the end.
+        criterion: taylor: sum of |w dL/dw| over the elements of the channel; l1: sum of |w|; l2: root of the sum of
+            w^2; random: uniform numbers from `seed`.
+        batches: For taylor: this rank's micro-batches, (images (B, C, H, W), labels (B,)). Every rank has its own
+            share; the result is the same for any number of ranks, and none waits for another before the end.
         accelerator: Ranks that share the work; default is this process alone.
         seed: Seed of the random criterion.
         sample: Record of what the batches hold, kept beside the scores.
@@ -94,10 +94,10 @@ def score_groups(
         RecipeError: taylor without batches, or without a single image.
 
     Source:
-        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, first-order Taylor; the sum over coupled parameters
-        is Fang et al., Isomorphic Pruning, ECCV 2024 (arXiv 2407.04616).
+        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, first-order Taylor; the sum over
+        coupled parameters is Fang et al., Isomorphic Pruning, ECCV 2024 (arXiv 2407.04616).
     """
-    named = {name: p for name, p in [*model.model.named_parameters()]}
+    named = dict(model.model.named_parameters())
     members = {member.parameter for group in groups for member in group.members}
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -136,8 +136,8 @@ def _mean_gradients(
 ) -> dict[str, torch.Tensor]:
     """Mean gradient of the cross-entropy over all images of all ranks, float32.
 
-    Sums are taken in float64, of the loss summed over a micro-batch, and added over ranks once at the end: the float32 result does not
-    depend on how many ranks shared the batches. Absolute values come after that, never before.
+    Sums are taken in float64, of the loss summed over a micro-batch, and added over ranks once at the end: the float32
+    result does not depend on how many ranks shared the batches. Absolute values come after that, never before.
     """
     if batches is None:
         raise RecipeError("criterion taylor needs data: give --data.dataset, or take --prune.criterion l1")

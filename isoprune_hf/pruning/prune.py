@@ -93,7 +93,9 @@ def prune_model(
             ),
         )
     elif scores.fingerprint != fingerprint(model.model):
-        raise RecipeError("the scores were made from other weights than this base's; run `isoprune score` on this base")
+        raise RecipeError(
+            "the scores were made from other weights than this base's; run `isoprune score` on this base"
+        )
     plan = _timed(seconds, "solve", lambda: make_plan(groups, scores, recipe, cost=costs))
     if accelerator is not None and accelerator.num_processes > 1:
         plan = broadcast_object_list([plan])[0]

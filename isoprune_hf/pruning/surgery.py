@@ -1,4 +1,4 @@
-"""The cut: carry a plan out on a model. One `index_select` for each tensor, then the numbers that modules keep about themselves."""
+"""The cut: carry a plan out on a model, first on its tensors, then on the numbers that modules keep about them."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -75,12 +75,16 @@ def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup]) -> None:
         if group is None:
             raise CheckpointError(f"pruning plan: the model has no group {name!r}")
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= group.channels:
-            raise CheckpointError(f"pruning plan: {name} must keep ascending channels from 0 to {group.channels - 1}, at least one")
+            raise CheckpointError(
+                f"pruning plan: {name} must keep ascending channels from 0 to {group.channels - 1}, at least one"
+            )
         if group.num_heads:
             counts = np.bincount(np.asarray(kept) // group.head_dim, minlength=group.num_heads)
             heads = tuple(np.flatnonzero(counts).tolist())
             if heads != tuple(plan.heads.get(name, ())) or len(set(counts[list(heads)].tolist())) != 1:
-                raise CheckpointError(f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}")
+                raise CheckpointError(
+                    f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}"
+                )
 
 
 def _kept_elements(

@@ -33,6 +33,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    speed = _read_json(folder / "speed.json") if (folder / "speed.json").exists() else {}
     stage = config.get("stage", "base")
     if config.get("model_type") != "isoprune" or stage not in _STAGES:
         kind = config.get("model_type")
@@ -50,7 +51,8 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         base=config.get("base") or {},
         recipe={key: recipe.get(key) or {} for key in ("prune", "data", "finetune")},
         saved=_compare(cost),
-        table=_tabulate(cost, metrics, stage),
+        table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage),
+        speed=speed,
         hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
         versions=_list_versions(),
         show=_show,
@@ -115,10 +117,10 @@ def _show(value: Any) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _tabulate(cost: dict[str, Any], metrics: dict[str, Any], stage: str) -> list[list[str]]:
+def _tabulate(cost: dict[str, Any], metrics: dict[str, Any], latency: dict[str, float], stage: str) -> list[list[str]]:
     names = [name for name in _STAGES if metrics.get(name) or _STAGES.index(name) <= _STAGES.index(stage)]
     sizes = {name: cost.get("base" if name == "base" else "pruned") or {} for name in names}
-    rows = {name: {**sizes[name], **(metrics.get(name) or {})} for name in names}
+    rows = {name: {**sizes[name], **(metrics.get(name) or {}), "latency_ms": latency.get(name)} for name in names}
     columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows.values())]
     body = [
         [name, *(format_figure(key, row.get(key), "\N{EN DASH}") for key in columns)] for name, row in rows.items()

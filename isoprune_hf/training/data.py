@@ -1,29 +1,24 @@
-"""Labelled images: where they come from, whether their labels are the model's, and who gets which image when.
+"""Labelled images: where they come from, and whether their labels are the model's.
 
 Images are decoded by `datasets`, which also turns them upright by their EXIF tag, and become RGB where they are used.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 from timm.data import ImageNetInfo
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
-from isoprune_hf.training.augmentation import EvaluationTransform, Transform, TransformedImages, seed_from
 
 _SYNSET = re.compile(r"n\d{8}")
 _KINDS = "give `digits`, a folder of parquet files, a folder with train/CLASS and val/CLASS, or a Hub id"
@@ -235,74 +230,6 @@ def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:
 
 def _normalise(name: str) -> str:
     return name.split(",")[0].replace("_", " ").strip().lower()
-
-
-def _load(images: TransformedImages, batches: list[list[int]], num_workers: int) -> DataLoader:
-    # A generator of its own, since a loader draws from the global one, which dropout uses.
-    generator = torch.Generator().manual_seed(0)
-    pin_memory = torch.cuda.is_available()
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=num_workers, generator=generator, pin_memory=pin_memory
-    )
-
-
-def calibration_ids(n: int, *, batches: int, batch_size: int, seed: int) -> list[int]:
-    """Draw the positions of the calibration sample out of `n`, without repetition; no rank changes them."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: batches * batch_size].tolist()
-
-
-def calibration_batches(
-    split: Dataset,
-    processor: BaseImageProcessor,
-    *,
-    batches: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's micro-batches of the calibration sample: number k goes to rank k % world.
-
-    Yields:
-        Pixel values of shape (B, C, H, W) and labels of shape (B,), on the CPU; the last ones may be fewer.
-    """
-    ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
-    micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-    images = TransformedImages(split, EvaluationTransform(processor))
-    for _, pixel_values, labels in _load(images, micro_batches[rank::world], num_workers=0):
-        yield pixel_values, labels
-
-
-def eval_loader(
-    split: Dataset, processor: BaseImageProcessor, *, batch_size: int, num_workers: int, rank: int, world: int
-) -> DataLoader:
-    """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,)."""
-    shard = list(range(rank, len(split), world))
-    batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
-    return _load(TransformedImages(split, EvaluationTransform(processor)), batches, num_workers)
-
-
-def train_batches(
-    split: Dataset,
-    transform: Transform,
-    *,
-    batch_size: int,
-    micro_batch_size: int,
-    seed: int,
-    epoch: int,
-    num_workers: int,
-    rank: int,
-    world: int,
-) -> DataLoader:
-    """Load this rank's micro-batches of one epoch: positions, pixel values and labels.
-
-    The order is a permutation from (seed, epoch). Each `batch_size` of it make one update, cut into micro-batches that
-    the ranks take in turn; a tail that does not fill an update is dropped.
-    """
-    generator = torch.Generator().manual_seed(seed_from(seed, epoch))
-    order = torch.randperm(len(split), generator=generator)[: len(split) // batch_size * batch_size].tolist()
-    micro_batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-    return _load(TransformedImages(split, transform, (seed, epoch)), micro_batches[rank::world], num_workers)
 
 
 def prediction_features() -> Features:

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.training.data import Dataset, eval_loader, prediction_features
+from isoprune_hf.training.data import Dataset, prediction_features
+from isoprune_hf.training.loading import eval_loader
 
 _TOP = 5
 

@@ -19,9 +19,10 @@ from transformers import BaseImageProcessor
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.augmentation import seed_from, train_transform
-from isoprune_hf.training.data import ImageData, train_batches
+from isoprune_hf.training.data import ImageData
 from isoprune_hf.training.distillation import training_loss
 from isoprune_hf.training.evaluation import evaluate_model
+from isoprune_hf.training.loading import train_batches
 
 logger = get_logger(__name__)
 
@@ -47,7 +48,7 @@ def finetune(
     Args:
         model: Gives `.logits` of shape (B, C) for `pixel_values`; not wrapped.
         data: Trains on its `train` split; its `evaluation` split, if there, is evaluated before the first epoch and
-            after each.
+            every `recipe.evaluate_every`-th and the last.
         processor: Makes the pixel values; the training transform takes size and normalisation from it.
         recipe: How to train.
         accelerator: The ranks; precision and accumulation are the recipe's, not the accelerator's.
@@ -117,14 +118,15 @@ def finetune(
             # Running statistics of BatchNorm are each rank's own until now; what is evaluated is what is saved.
             for buffer in model.buffers():
                 broadcast(buffer)
-            entry |= evaluation()
+            due = epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs
+            entry |= evaluation() if due else {}
             history.append(entry)
             logger.info(_describe(entry))
             if save is not None:
                 save("last", model, entry)
             if data.evaluation is None:
                 best_epoch = epoch
-            elif entry["top1"] > best_top1:
+            elif due and entry["top1"] > best_top1:
                 best_epoch, best_top1 = epoch, entry["top1"]
                 if save is not None:
                     save("best", model, entry)

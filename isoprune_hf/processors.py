@@ -1,0 +1,67 @@
+"""The image processor of each kind of base: it gives the pixels of the base's own evaluation transform."""
+
+import math
+from typing import Any
+
+from torchvision.transforms._presets import ImageClassification
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
+from isoprune_hf.errors import UnsupportedArchitectureError
+
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
+    """Build the processor of a timm data config.
+
+    Raises:
+        UnsupportedArchitectureError: The transform is none that the processor can give exactly.
+    """
+    _, height, width = data["input_size"]
+    if height != width or data["crop_mode"] not in ("center", "squash"):
+        raise UnsupportedArchitectureError(
+            f"evaluation transforms with crop mode {data['crop_mode']!r} and images of {height} x {width} are not "
+            "supported"
+        )
+    scaled = math.floor(height / data["crop_pct"])
+    size = {"shortest_edge": scaled} if data["crop_mode"] == "center" else {"height": scaled, "width": scaled}
+    return _processor(size, height, _RESAMPLE[data["interpolation"]], data["mean"], data["std"])
+
+
+def torchvision_processor(transform: ImageClassification) -> IsoImageProcessor:
+    """Build the processor of a torchvision preset."""
+    size, crop = {"shortest_edge": transform.resize_size[0]}, transform.crop_size[0]
+    return _processor(size, crop, _RESAMPLE[transform.interpolation.value], transform.mean, transform.std)
+
+
+def transformers_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
+    """Open the processor of a transformers model; where only a config lies, the default of its kind and size."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        backends = IMAGE_PROCESSOR_MAPPING[type(config)]
+        side = getattr(config, "image_size", 224)
+        size = (
+            {"shortest_edge": side} if config.model_type in ("convnext", "resnet") else {"height": side, "width": side}
+        )
+        return backends["torchvision"](size=size)
+
+
+def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:
+    """Return (channels, height, width) of the pixels that a transformers model takes."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
+    height, width = (side, side) if isinstance(side, int) else side
+    return [getattr(config, "num_channels", 3), height, width]
+
+
+def _processor(size: dict[str, int], crop: int, resample: int, mean: tuple, std: tuple) -> IsoImageProcessor:
+    return IsoImageProcessor(
+        size=size,
+        crop_size={"height": crop, "width": crop},
+        resample=resample,
+        image_mean=list(mean),
+        image_std=list(std),
+    )

@@ -1,0 +1,105 @@
+"""What a stage starts from: data, base, calibration sample, teacher. Everything is checked here, before any work."""
+
+import hashlib
+import json
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from transformers import BaseImageProcessor
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import DatasetError, IsoPruneError, RecipeError
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.pruning.importance import fingerprint
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.training.data import ImageData, check_labels, load_data
+from isoprune_hf.training.loading import calibration_batches, calibration_ids
+
+logger = get_logger(__name__)
+
+
+def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
+    with accelerator.main_process_first():  # one rank fills the cache
+        return load_data(data)
+
+
+def open_base(prune: PruneRecipe, images: ImageData | None, accelerator: Accelerator) -> BaseModel:
+    if prune.model is None:
+        raise RecipeError(
+            "prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config"
+        )
+    if prune.criterion == "taylor" and images is None:
+        raise RecipeError("criterion taylor needs data: give --data.dataset, or take --prune.criterion l1")
+    if prune.num_labels == "data" and images is None:
+        raise RecipeError("prune.num_labels data needs data: give --data.dataset")
+    if images is not None and prune.criterion == "taylor" and images.train is None:
+        raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
+    names = images.label_names if images is not None else None
+    num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
+    base = load_base(
+        prune.model,
+        prune.pretrained,
+        model_args=prune.model_args,
+        num_labels=num_labels,
+        label_names=names if names is not None and num_labels == len(names) else None,
+        seed=prune.seed,
+    )
+    if images is not None:
+        check_labels(images.label_names, base.model.config.id2label)
+    base.model.to(accelerator.device)
+    return base
+
+
+def open_calibration(
+    prune: PruneRecipe, images: ImageData | None, processor: BaseImageProcessor, accelerator: Accelerator
+) -> tuple[Any, dict[str, str | int]]:
+    if prune.criterion != "taylor":
+        return None, {}
+    options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
+    ids = calibration_ids(len(images.train), **options)
+    sample = {
+        "dataset": images.fingerprint,
+        "images": len(ids),
+        "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+    }
+    logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    return calibration_batches(images.train, processor, **options, **share), sample
+
+
+def open_teacher(
+    student: IsoPruneForImageClassification, recipe: FinetuneRecipe, base: BaseModel | None = None
+) -> BaseModel | None:
+    """Open the teacher; `auto` is the dense base, unless its weights or its head were never trained."""
+    if recipe.distillation == "none" or recipe.teacher == "none":
+        return None
+    if recipe.teacher == "auto":
+        source = student.config.source or {}
+        if not source.get("pretrained") or source.get("num_labels"):
+            logger.info("no teacher: the dense base has untrained weights")
+            return None
+        return base or reopen_base(student)
+    teacher = load_base(recipe.teacher)
+    names = [student.config.id2label[index] for index in sorted(student.config.id2label)]
+    check_labels(names, teacher.model.config.id2label)
+    return teacher
+
+
+def reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
+    """Open the dense base that a folder was cut from; None, with a warning, where it cannot be had."""
+    source = dict(model.config.source or {})
+    if not source.get("name"):
+        return None
+    expected = source.pop("fingerprint", None)
+    labels = source.get("num_labels")
+    names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label)) if labels else None
+    try:
+        base = load_base(**source, label_names=names)
+    except IsoPruneError as error:
+        logger.warning(f"the dense base is not evaluated and does not teach: {error}")
+        return None
+    if expected is not None and fingerprint(base.model.model) != expected:
+        logger.warning(f"the dense base {source['name']} has changed since the cut: it is not used")
+        return None
+    return base

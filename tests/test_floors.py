@@ -1,0 +1,84 @@
+"""The house: who may import whom, and what must not be in the code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "isoprune_hf"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = [
+    ("checkpoint/modeling_isoprune.py", 0),
+    ("version.py", 0),
+    ("errors.py", 1),
+    ("recipes.py", 2),
+    ("checkpoint/", 2),
+    ("processors.py", 3),
+    ("models.py", 4),
+    ("pruning/", 3),
+    ("training/", 3),
+    ("publishing/", 5),
+    ("sources.py", 6),
+    ("results.py", 6),
+    ("stages.py", 7),
+    ("cli.py", 8),
+    ("__init__.py", 9),
+]
+ONLY_IN = {
+    "torch_pruning": {"pruning/graph.py"},
+    "datasets": {"training/data.py"},
+    "evaluate": {"training/evaluation.py"},
+    "huggingface_hub": {"publishing/"},
+}
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def floor_of(name: str) -> int:
+    return next(
+        floor for prefix, floor in FLOORS if name == prefix or (prefix.endswith("/") and name.startswith(prefix))
+    )
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=place)
+def test_imports_point_downwards(path: Path) -> None:
+    for name in imports(path):
+        if name.startswith("isoprune_hf.") and path.name != "__init__.py":
+            inner = name.removeprefix("isoprune_hf.").replace(".", "/")
+            target = f"{inner}.py" if (PACKAGE / f"{inner}.py").exists() else f"{inner}/"
+            assert floor_of(target) <= floor_of(place(path)), f"{place(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=place)
+def test_engines_are_imported_in_their_one_place(path: Path) -> None:
+    for name in imports(path):
+        allowed = ONLY_IN.get(name.partition(".")[0])
+        assert allowed is None or any(place(path).startswith(prefix) for prefix in allowed), name
+
+
+def test_what_ships_with_weights_imports_nothing_of_ours() -> None:
+    assert not any(name.startswith("isoprune_hf") for name in imports(PACKAGE / "checkpoint/modeling_isoprune.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=place)
+def test_modules_are_short_and_neither_pickle_nor_print_nor_execute(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert not re.search(
+        r"\bimport pickle\b|pickle\.load|torch\.load\(|torch\.save\(|(?<![.\w])eval\(|\bexec\(|yaml\.load\(", text
+    )
+    assert path.name == "cli.py" or not re.search(r"^\s*print\(", text, re.MULTILINE)

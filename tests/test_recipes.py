@@ -1,0 +1,52 @@
+import pytest
+
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, parse_budget, recipe_to_dict
+
+
+@pytest.mark.parametrize(
+    ("text", "macs"),
+    [
+        ("4.2G", 4_200_000_000),
+        ("350M", 350_000_000),
+        ("50%", 100),
+        ("12.5 %", 25),
+        ("1e3", 1000),
+        (77, 77),
+        (".5k", 500),
+    ],
+)
+def test_sizes_read_as_people_write_them(text, macs: int) -> None:
+    assert parse_budget(text, 200) == macs
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4.2 GB", "50%%", "nan", "1_000", "fifty"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"must be a size such as 4.2G, 350M or 50%"):
+        PruneRecipe(target_macs=text)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "message"),
+    [
+        (PruneRecipe, {"ratio": 1.5}, "prune.ratio must be between 0 and 1, got 1.5"),
+        (PruneRecipe, {"head_ratio": -0.1}, "prune.head_ratio must be between 0 and 1"),
+        (PruneRecipe, {"ratio": float("nan")}, "prune.ratio must be between 0 and 1, got nan"),
+        (PruneRecipe, {"round_to": 0}, "prune.round_to must be at least 1, got 0"),
+        (PruneRecipe, {"num_labels": 0}, "prune.num_labels must be at least 1"),
+        (DataRecipe, {"batch_size": 0}, "data.batch_size must be at least 1"),
+        (FinetuneRecipe, {"epochs": -1}, "epochs must be at least 0"),
+        (FinetuneRecipe, {"temperature": 0}, "temperature must be above 0"),
+        (FinetuneRecipe, {"crop_scale": (0.9, 0.5)}, "crop_scale must be two numbers"),
+        (FinetuneRecipe, {"clip_grad": 0.0}, "clip_grad must be above 0"),
+        (FinetuneRecipe, {"label_smoothing": 2}, "label_smoothing must be between 0 and 1"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe, values, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(**values)
+
+
+def test_a_recipe_becomes_plain_values() -> None:
+    assert recipe_to_dict(FinetuneRecipe())["crop_scale"] == [0.08, 1.0]
+    assert recipe_to_dict(PruneRecipe(model="m"))["model"] == "m"

@@ -1,0 +1,65 @@
+"""Small bases of every supported family, with seeded random weights that leave no part of the network idle."""
+
+from pathlib import Path
+
+import torch
+from transformers import ConvNextConfig, DeiTConfig, ResNetConfig, SwinConfig, ViTConfig
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models import load_base
+
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+SWIN = {"img_size": 56, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7}
+TIMM = {
+    "vit": ("timm/vit_tiny_patch16_224", {**VIT, "init_values": 1e-1}),
+    "deit": ("timm/deit_tiny_distilled_patch16_224", VIT),
+    "swin": ("timm/swin_tiny_patch4_window7_224", SWIN),
+    "convnext": ("timm/convnext_atto", {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 40], "conv_mlp": False}),
+    "resnet": ("timm/resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 16}),
+    "resnext": ("timm/resnext50_32x4d", {"layers": [1, 1, 1, 1], "cardinality": 4, "base_width": 16}),
+    "mobilenet_v2": ("torchvision/mobilenet_v2", {"width_mult": 0.25}),
+}
+TRANSFORMERS = {
+    "hf-vit": ViTConfig(
+        image_size=16, patch_size=4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    ),
+    "hf-deit": DeiTConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        architectures=["DeiTForImageClassificationWithTeacher"],
+    ),
+    "hf-swin": SwinConfig(image_size=56, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=7),
+    "hf-convnext": ConvNextConfig(image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[16, 24, 32, 40]),
+    "hf-resnet": ResNetConfig(embedding_size=16, hidden_sizes=[32, 48, 64, 80], depths=[1, 1, 1, 1]),
+}
+FAMILIES = [*TIMM, *TRANSFORMERS]
+
+
+def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageClassification:
+    """Build the tiny base of a family; `folder` holds the config of a transformers model."""
+    if family in TIMM:
+        name, args = TIMM[family]
+        model = load_base(name, False, model_args=args, num_labels=labels, seed=0).model
+    else:
+        TRANSFORMERS[family].save_pretrained(folder / family)
+        model = load_base(str(folder / family), False, num_labels=labels, seed=0).model
+    if family in ("convnext", "resnet", "resnext", "mobilenet_v2", "hf-resnet"):
+        model.config.image_size = [3, 64, 64]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in model.model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif tensor.is_floating_point():
+                scale = 1.0 if tensor.ndim == 1 or "token" in name or "pos" in name else tensor[0].numel() ** -0.5
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    return model
+
+
+def make_images(model: IsoPruneForImageClassification, count: int = 2, seed: int = 2) -> torch.Tensor:
+    """Draw normalised images of the model's size."""
+    return torch.randn(count, *model.config.image_size, generator=torch.Generator().manual_seed(seed))
