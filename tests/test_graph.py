@@ -37,7 +37,8 @@ def test_shuffling_the_channels_of_a_group_in_all_members_leaves_the_output_alon
     with torch.no_grad():
         found = shuffled(images).logits
     assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
-    assert not torch.equal(next(shuffled.parameters()), next(model.parameters()))
+    pairs = list(zip(shuffled.parameters(), model.parameters(), strict=True))
+    assert sum(torch.equal(new, old) for new, old in pairs) < len(pairs) / 2
 
 
 def test_a_vit_has_one_stream_and_one_mlp_and_one_attention_for_each_block(tmp_path: Path) -> None:

@@ -200,10 +200,6 @@ def test_images_of_another_dtype_are_cast_to_the_models(pruned) -> None:
     assert torch.equal(logits(sample.model, sample.images.double()), sample.logits)
 
 
-def test_a_model_has_no_input_embeddings(pruned) -> None:
-    assert pruned("vit").model.get_input_embeddings() is None
-
-
 def test_a_list_in_the_arguments_reaches_the_builder_as_a_tuple() -> None:
     args = {"img_size": [16, 24], "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
     model = build_base(IsoPruneConfig(base={**VIT_BASE, "args": args}, num_labels=3))
@@ -403,9 +399,6 @@ def test_a_removed_module_inside_a_removed_module_is_refused(edited) -> None:
         "shapes",
         7,
         True,
-        [],
-        "",
-        0,
     ],
 )
 def test_a_structure_of_another_form_is_refused(structure: Any, edited) -> None:
@@ -416,7 +409,7 @@ def test_a_structure_of_another_form_is_refused(structure: Any, edited) -> None:
 @pytest.mark.parametrize("version", [2, 10**9, "1", 0, -1, None, True, 1.0, [1]])
 def test_another_format_version_is_refused(version: Any, edited) -> None:
     folder = edited(lambda config: config.update(format_version=version))
-    assert refused(folder) == f"config.format_version: {version!r}, this code reads 1 to 1; update isoprune_hf"
+    assert refused(folder).startswith(f"config.format_version: {version!r}, this code reads 1 to 1; ")
 
 
 @pytest.mark.parametrize("library", ["keras", "os", None, 1, ["timm"], {"timm": 1}])
@@ -496,7 +489,7 @@ def test_an_argument_that_the_builder_does_not_take_is_refused(name: str, value:
     assert message.startswith("config.base: vit_tiny_patch16_224 with {") and f"{name!r}: {value!r}" in message
 
 
-@pytest.mark.parametrize("args", [[], "x", [1], 1])
+@pytest.mark.parametrize("args", ["x", [1], 1])
 def test_arguments_that_are_no_mapping_are_refused(args: Any, edited) -> None:
     assert refused(edited(lambda config: config["base"].update(args=args))).startswith("config.base: ")
 
@@ -517,12 +510,19 @@ def test_arguments_that_are_no_mapping_are_refused(args: Any, edited) -> None:
         {"patch_size": 0},
         {"architectures": 5},
         {"architectures": [["ViTForImageClassification"]]},
-        {"attn_implementation": "someone/kernel"},
     ],
 )
 def test_a_transformers_config_that_builds_no_image_classifier_is_refused(changes: dict, edited) -> None:
     folder = edited(lambda config: config["base"]["config"].update(changes), family="hf-vit")
     assert refused(folder).startswith("config.base.config: ")
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_kernel_that_a_config_names_is_not_fetched(name: str, edited, pruned) -> None:
+    folder = edited(lambda config: config["base"]["config"].update({name: "someone/kernel"}), family="hf-vit")
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, pruned("hf-vit").images), pruned("hf-vit").logits)
 
 
 @pytest.mark.parametrize("values", [None, [], "vit", 3])
@@ -543,27 +543,29 @@ def test_a_tensor_that_is_not_in_the_file_is_refused(family: str, edited) -> Non
     names = sorted(load_file(folder / "model.safetensors"))
     for name in (names[0], names[-1]):
         edit_weights(folder, lambda weights, name=name: weights.pop(name))
-        assert refused(folder) == f"tensor {names[0]!r} is missing from the checkpoint"
+        assert refused(folder).startswith(f"tensor {names[0]!r}: ")
 
 
 @pytest.mark.parametrize("name", ["extra", "model.blocks.0.mlp.fc3.weight", "head.weight"])
 def test_a_tensor_too_many_is_refused(name: str, edited) -> None:
     folder = edited()
     edit_weights(folder, lambda weights: weights.update({name: torch.zeros(2)}))
-    assert refused(folder) == f"tensor {name!r} does not belong to this model"
+    assert refused(folder).startswith(f"tensor {name!r}: ")
 
 
 def test_a_tensor_of_another_shape_is_refused(edited) -> None:
     folder = edited()
     edit_weights(folder, lambda weights: weights.update({"model.head.weight": torch.zeros(7, 33)}))
     kept = config_of(folder)["structure"]["shapes"]["head.weight"]
-    assert refused(folder) == f"tensor 'model.head.weight' has shape [7, 33], the config says {kept}"
+    message = refused(folder)
+    assert message.startswith("tensor 'model.head.weight': ") and "[7, 33]" in message and str(kept) in message
 
 
 def test_a_shape_that_the_file_does_not_have_is_refused(edited) -> None:
     folder = edited(lambda config: config["structure"]["shapes"].update({"blocks.0.mlp.fc1.bias": [1]}))
     stored = list(load_file(folder / "model.safetensors")["model.blocks.0.mlp.fc1.bias"].shape)
-    assert refused(folder) == f"tensor 'model.blocks.0.mlp.fc1.bias' has shape {stored}, the config says [1]"
+    message = refused(folder)
+    assert message.startswith("tensor 'model.blocks.0.mlp.fc1.bias': ") and str(stored) in message and "[1]" in message
 
 
 @pytest.mark.parametrize(
@@ -623,7 +625,7 @@ def test_tensors_that_differ_are_refused_even_if_the_caller_would_take_them(edit
     folder = edited()
     edit_weights(folder, lambda weights: weights.update({"model.head.weight": torch.zeros(7, 33)}))
     for options in ({"ignore_mismatched_sizes": True}, {"low_cpu_mem_usage": True}, {"device_map": "cpu"}):
-        with pytest.raises(CheckpointError, match=r"tensor 'model\.head\.weight' has shape"):
+        with pytest.raises(CheckpointError, match=r"^tensor 'model\.head\.weight': "):
             AutoModelForImageClassification.from_pretrained(folder, **options)
 
 
@@ -639,7 +641,7 @@ def test_a_claim_of_terabytes_is_refused_before_anything_is_allocated(edited, mo
 def test_a_structure_can_be_put_on_a_base_of_the_meta_device_only_if_it_fits() -> None:
     with torch.device("meta"):
         base = nn.Sequential(nn.Linear(10**7, 10**7))  # 400 TB
-    with pytest.raises(CheckpointError, match=r"\[10000001\] is not within 1 and the base's \[10000000\]"):
+    with pytest.raises(CheckpointError, match=r"shapes\['0\.bias'\]: \[10000001\] .* \[10000000\]"):
         apply_structure(base, {"shapes": {"0.bias": [10**7 + 1]}})
     apply_structure(base, {"shapes": {"0.bias": [10**7 - 1]}})
     assert base[0].bias.shape == (10**7 - 1,) and base[0].bias.is_meta

@@ -17,6 +17,7 @@ TIMM = {
     "convnext": ("timm/convnext_atto", {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 40], "conv_mlp": False}),
     "resnet": ("timm/resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 16}),
     "resnext": ("timm/resnext50_32x4d", {"layers": [1, 1, 1, 1], "cardinality": 4, "base_width": 16}),
+    "resnet-gn": ("timm/resnet50_gn", {"layers": [1, 1, 1, 1], "channels": [128, 128, 128, 128], "stem_width": 128}),
     "mobilenet_v2": ("torchvision/mobilenet_v2", {"width_mult": 0.25}),
 }
 TRANSFORMERS = {
@@ -47,7 +48,7 @@ def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageCla
     else:
         TRANSFORMERS[family].save_pretrained(folder / family)
         model = load_base(str(folder / family), False, num_labels=labels, seed=0).model
-    if family in ("convnext", "resnet", "resnext", "mobilenet_v2", "hf-resnet"):
+    if family in ("convnext", "resnet", "resnext", "resnet-gn", "mobilenet_v2", "hf-resnet"):
         model.config.image_size = [3, 64, 64]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -18,6 +18,9 @@ from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.architectures import Attention, PatchMerging, find_attention, find_patch_merging
 
+# What torch-pruning raises where it cannot follow a model.
+_ENGINE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -124,6 +127,12 @@ def trace_groups(model: IsoPruneForImageClassification) -> tuple[CoupledGroup, .
     order = {name: position for position, (name, _) in enumerate(base.named_modules())}
     groups = [group for group in _engine_groups(traced, tuple(model.config.image_size), stubs) if group is not None]
     groups += [_attention_group(base, part) for part in attentions]
+    tensors = base.state_dict()
+    for member in (member for group in groups for member in group.members):
+        if member.index.max() >= tensors[member.parameter].shape[member.dim]:
+            raise UnsupportedArchitectureError(
+                f"the channels of {member.parameter} were taken for those of another layer"
+            )
     return tuple(sorted(groups, key=lambda group: order[group.name]))
 
 
@@ -144,16 +153,7 @@ def _engine_groups(
         )
         for found in graph.get_all_groups():
             yield _translate(graph, found, names, order, stubs)
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        ZeroDivisionError,
-    ) as error:
+    except _ENGINE_ERRORS as error:
         if isinstance(error, UnsupportedArchitectureError):
             raise
         raise UnsupportedArchitectureError(
