@@ -47,6 +47,9 @@ def open_base(prune: PruneRecipe, images: ImageData | None, accelerator: Acceler
     )
     if images is not None:
         check_labels(images.label_names, base.model.config.id2label)
+        if all(label == f"LABEL_{index}" for index, label in base.model.config.id2label.items()):
+            base.model.config.id2label = dict(enumerate(names))
+            base.model.config.label2id = {label: index for index, label in enumerate(names)}
     base.model.to(accelerator.device)
     return base
 

@@ -123,7 +123,7 @@ def run_evaluate(accelerator: Accelerator, model: str, data: DataRecipe) -> str:
         write_file(Path(model) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         if recorded is None:
             config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
-            config.save_pretrained(model)
+            write_file(Path(model) / "config.json", config.to_json_string())
         write_file(Path(model) / "README.md", str(build_model_card(model)))
     accelerator.wait_for_everyone()
     size = f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M"

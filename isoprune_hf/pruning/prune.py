@@ -101,6 +101,8 @@ def prune_model(
         plan = broadcast_object_list([plan])[0]
     pruned = _timed(seconds, "cut", lambda: apply_plan(model, plan, groups))
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
+    if not any((model.config.structure or {}).values()):  # else the source names a base before this one
+        pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
     pruned_cost = ModelCost(**pruned.config.cost["pruned"])
     logger.info(
         "pruned %s: %.4g -> %.4g GMACs, %.4g -> %.4g M params (%s)",
