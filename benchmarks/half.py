@@ -2,9 +2,9 @@
 
     python benchmarks/half.py [NAME ...]
 
-Weights are random and scored by L1, so no network and no data are needed; times are seconds of this machine. Each model
-is saved, opened with isoprune_hf and opened once more without it (its import is blocked in a second process); both must
-give the same logits, bit for bit.
+Weights are random and scored by L1, so no network and no data are needed; times are seconds of this machine. Each
+model is saved, opened with isoprune_hf and opened once more without it (its import is blocked in a second process);
+both must give the same logits, bit for bit.
 """
 
 import subprocess

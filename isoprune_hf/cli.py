@@ -9,10 +9,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace, get_loader
 from transformers.utils import logging as transformers_logging
@@ -78,18 +80,19 @@ _EPILOG = """examples:
 """
 
 
+def _like(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class _Parser(ArgumentParser):
     """Says in one line what is wrong, and exits with 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
-        unknown = re.search(
-            r"unrecognized arguments: --([\w.]+)|option '([\w.]+)'|[Kk]ey '?\"?([\w.]+)'?\"? is not", message
-        )
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
         if unknown:
-            name = next(filter(None, unknown.groups()))
-            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
-            message += f"; did you mean {near[0]}?" if near else ""
+            message += _like(unknown[1], [action.dest for action in self._actions])
         _fail(message)
 
 
@@ -122,10 +125,7 @@ def parse(arguments: list[str]) -> Namespace:
     """
     first = arguments[0] if arguments else ""
     if first and not first.startswith("-") and first not in STAGES:
-        near = difflib.get_close_matches(first, STAGES, n=1)
-        raise RecipeError(
-            f"unknown stage {first!r}; stages are {', '.join(STAGES)}{f'; did you mean {near[0]}?' if near else ''}"
-        )
+        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(STAGES)}{_like(first, STAGES)}")
     if first not in {*STAGES, "-h", "--help", "--version"}:
         arguments = ["run", *arguments]
     if arguments[0] == "push" and len(arguments) > 1 and not arguments[1].startswith("-"):
@@ -134,13 +134,22 @@ def parse(arguments: list[str]) -> Namespace:
         re.match(r"--(config|prune\.model|prune)(=|$)|-h$|--help$", argument) for argument in arguments
     ):
         arguments = [arguments[0], "--config", str(EMBEDDED_RECIPE), *arguments[1:]]
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            arguments[position] = f"--config={_read_recipe(arguments[0], argument.partition('=')[2])}"
-        elif argument == "--config" and position + 1 < len(arguments):
-            arguments[position + 1] = _read_recipe(arguments[0], arguments[position + 1])
+    arguments = _recipe_first(arguments)
     parser = build_parser()
     return parser.instantiate_classes(parser.parse_args(arguments))
+
+
+def _recipe_first(arguments: list[str]) -> list[str]:
+    """Put the content of recipe files before all flags, so that a flag wins wherever it stands."""
+    recipes, flags = [], []
+    rest = iter(arguments[1:])
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            file = argument.partition("=")[2] or next(rest, "")
+            recipes += ["--config", _read_recipe(arguments[0], file)]
+        else:
+            flags.append(argument)
+    return [arguments[0], *recipes, *flags]
 
 
 def _read_recipe(stage: str, file: str) -> str:
@@ -149,18 +158,21 @@ def _read_recipe(stage: str, file: str) -> str:
         values = get_loader("yaml")(Path(file).read_text())
     except OSError as error:
         raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"--config: {file} is not YAML: {error}") from error
     sections, flags, _ = STAGES[stage]
     known = {*SECTIONS, *(flag[0] for _, others, _ in STAGES.values() for flag in others)}
     if not isinstance(values, dict):
         raise RecipeError(f"--config: {file} must hold sections, as prune, data and finetune")
-    for name in values:
+    for name, section in values.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise RecipeError(
-                f"--config: {file} has an unknown section {name!r}{f'; did you mean {near[0]}?' if near else ''}"
-            )
+            raise RecipeError(f"--config: {file} has an unknown section {name!r}{_like(str(name), known)}")
+        if name in SECTIONS and not isinstance(section, dict):
+            raise RecipeError(f"--config: section {name} of {file} must hold settings, got {section!r}")
+        keys = {field.name for field in fields(SECTIONS[name])} if name in SECTIONS else set()
+        for key in section if name in SECTIONS else ():
+            if key not in keys:
+                raise RecipeError(f"--config: {file} has an unknown setting {name}.{key}{_like(str(key), keys)}")
     mine = {*sections.split(), *(flag[0] for flag in flags)} if stage == "run" else set(sections.split())
     return json.dumps({name: value for name, value in values.items() if name in mine})
 

@@ -86,15 +86,13 @@ def load_base(
             else _open_transformers(name, pretrained, seed)
         )
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise RecipeError(f"prune.model: there is no folder {name!r}")
+        raise RecipeError(f"model: there is no folder {name!r}")
     elif name.startswith("torchvision/"):
         base = _open_torchvision(name.removeprefix("torchvision/"), pretrained, model_args or {}, seed)
     elif timm.is_model(name.removeprefix("timm/")) or "/" not in name:
         base = _open_timm(name.removeprefix("timm/"), pretrained, model_args or {}, seed)
     elif name.startswith("timm/"):
-        raise RecipeError(
-            f"prune.model: timm {timm.__version__} has no model {name!r}{_like(name[5:], timm.list_models())}"
-        )
+        raise RecipeError(f"model: timm {timm.__version__} has no model {name!r}{_like(name[5:], timm.list_models())}")
     else:
         base = _open_transformers(name, pretrained, seed)
     base.model.config.source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args or {}}
@@ -105,9 +103,9 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise RecipeError(f"prune.model: {folder} holds no readable config.json") from error
+        raise RecipeError(f"model: {folder} holds no readable config.json") from error
     if not isinstance(config, dict):
-        raise RecipeError(f"prune.model: {folder}/config.json is no configuration")
+        raise RecipeError(f"model: {folder}/config.json is no configuration")
     return config
 
 
@@ -118,7 +116,7 @@ def _like(name: str, known: list[str]) -> str:
 
 def _offline(name: str, error: Exception) -> RecipeError:
     return RecipeError(
-        f"prune.model: the weights or config of {name!r} are not on this machine and could not be fetched "
+        f"model: the weights or config of {name!r} are not on this machine and could not be fetched "
         f"({type(error).__name__}); check the name and the network, or draw random weights with "
         "--prune.pretrained false"
     )
@@ -177,9 +175,7 @@ def _labels(names: tuple[str, ...] | list[str]) -> dict[str, Any]:
 
 def _open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> BaseModel:
     if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
-        raise RecipeError(
-            f"prune.model: timm {timm.__version__} has no model {name!r}{_like(name, timm.list_models())}"
-        )
+        raise RecipeError(f"model: timm {timm.__version__} has no model {name!r}{_like(name, timm.list_models())}")
     if pretrained and model_args:
         raise RecipeError("prune.model_args changes the architecture: it needs --prune.pretrained false")
     try:
@@ -195,9 +191,9 @@ def _open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: in
     except OSError as error:
         raise _offline(name, error) from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise RecipeError(f"prune.model: timm cannot build {name!r} with {model_args}: {error}") from error
+        raise RecipeError(f"model: timm cannot build {name!r} with {model_args}: {error}") from error
     if not module.num_classes:
-        raise RecipeError(f"prune.model: {name} is {_TASK}")
+        raise RecipeError(f"model: {name} is {_TASK}")
     data = resolve_model_data_config(module)
     if "img_size" in (model_args or {}):
         side = model_args["img_size"]
@@ -230,13 +226,13 @@ def _open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], s
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         task = f"{_TASK}" if name in torchvision.models.list_models() else "unknown"
-        raise RecipeError(f"prune.model: torchvision/{name} is {task}{_like(name, known)}")
+        raise RecipeError(f"model: torchvision/{name} is {task}{_like(name, known)}")
     if pretrained and model_args:
         raise RecipeError("prune.model_args changes the architecture: it needs --prune.pretrained false")
     choices = torchvision.models.get_model_weights(name)
     if version and version not in choices.__members__:
         raise RecipeError(
-            f"prune.model: torchvision/{name} has no weights {version!r}; it has {', '.join(choices.__members__)}"
+            f"model: torchvision/{name} has no weights {version!r}; it has {', '.join(choices.__members__)}"
         )
     weights = choices[version] if version else choices.DEFAULT
     transform, categories = weights.transforms(), weights.meta["categories"]
@@ -258,16 +254,14 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
-            raise RecipeError(
-                f"prune.model: {name} is no folder of isoprune, transformers or timm: {error}"
-            ) from error
+            raise RecipeError(f"model: {name} is no folder of isoprune, transformers or timm: {error}") from error
         raise _offline(name, error) from error
     if config.model_type == "isoprune":
         return _open_ours(name, None)
     if config.model_type == "timm_wrapper":
         return _open_timm(f"hf-hub:{name}", pretrained, {}, seed)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise RecipeError(f"prune.model: {name} is of type {config.model_type}, {_TASK}")
+        raise RecipeError(f"model: {name} is of type {config.model_type}, {_TASK}")
     processor = transformers_processor(name, config)
     outer = IsoPruneConfig(
         base={"library": "transformers", "config": config.to_diff_dict() | {"model_type": config.model_type}},
@@ -283,5 +277,5 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
     except (OSError, ValueError) as error:
         raise _offline(name, error) from error
     if info["missing_keys"]:
-        raise RecipeError(f"prune.model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {_TASK}")
+        raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {_TASK}")
     return BaseModel(_wrap(outer, module), processor)

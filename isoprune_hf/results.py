@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, pipeline
 
 from isoprune_hf.checkpoint.folder import save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.cost import ModelCost
+from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.publishing.report import results_table
 from isoprune_hf.training.data import ImageData
@@ -27,32 +27,34 @@ def write_folder(
     plan: str | None = None,
     metrics: Metrics | None = None,
     latency: dict[str, float] | None = None,
+    keep: str | None = None,
 ) -> None:
-    if accelerator.is_main_process:
-        kept = folder / "checkpoints"
-        save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=kept if kept.is_dir() else None)
+    """Write the whole folder on the main process: model, figures and card appear together."""
+
+    def finish(temporary: Path) -> None:
         if latency:
             where = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
             record = {"milliseconds": latency, "device": where, "threads": torch.get_num_threads(), "batch_size": 1}
-            write_file(folder / "speed.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+            write_file(temporary / "speed.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
         if model.config.stage != "base":
-            write_file(folder / "README.md", str(build_model_card(folder)))
+            write_file(temporary / "README.md", str(build_model_card(temporary, repo=folder.name)))
+
+    if accelerator.is_main_process:
+        save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=keep, finish=finish)
     accelerator.wait_for_everyone()
 
 
 def summarize(model: IsoPruneForImageClassification, metrics: Metrics, latency: dict[str, float], folder: Path) -> str:
-    cost = {name: ModelCost(**values) for name, values in model.config.cost.items()}
-    rows = {
-        name: {
-            **cost["base" if name == "base" else "pruned"].to_dict(),
-            **metrics.get(name, {}),
-            **({"latency_ms": latency[name]} if name in latency else {}),
-        }
-        for name in ("base", "pruned", "finetuned")
-        if name in metrics or name in cost
-    }
+    """Write the table of base, pruned and finetuned, and how to open the folder."""
+    costs = model.config.cost or {"base": count_cost(model).to_dict()}
+    rows = {}
+    for name in ("base", "pruned", "finetuned"):
+        cost = costs.get("base" if name == "base" else "pruned")
+        if cost and (name in metrics or name in costs):
+            speed = {"latency_ms": latency[name]} if name in latency else {}
+            rows[name] = {**cost, **metrics.get(name, {}), **speed}
     opening = (
-        f"The pruned model is in {folder}. Open it with:\n\n"
+        f"The model is in {folder}. Open it with:\n\n"
         "    import isoprune_hf\n"
         "    from transformers import pipeline\n"
         f'    classify = pipeline("image-classification", model="{folder}")\n'

@@ -24,16 +24,19 @@ def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
         return load_data(data)
 
 
-def open_base(prune: PruneRecipe, images: ImageData | None, accelerator: Accelerator) -> BaseModel:
+def open_base(
+    prune: PruneRecipe, images: ImageData | None, accelerator: Accelerator, *, is_scored: bool = False
+) -> BaseModel:
     if prune.model is None:
         raise RecipeError(
             "prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config"
         )
-    if prune.criterion == "taylor" and images is None:
+    needs_data = prune.criterion == "taylor" and not is_scored
+    if needs_data and images is None:
         raise RecipeError("criterion taylor needs data: give --data.dataset, or take --prune.criterion l1")
     if prune.num_labels == "data" and images is None:
         raise RecipeError("prune.num_labels data needs data: give --data.dataset")
-    if images is not None and prune.criterion == "taylor" and images.train is None:
+    if needs_data and images.train is None:
         raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
     names = images.label_names if images is not None else None
     num_labels = len(names) if prune.num_labels == "data" else prune.num_labels

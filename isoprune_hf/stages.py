@@ -1,7 +1,7 @@
 """The stages of the command line: each puts the pieces of the road in their order and writes what they made."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.folder import check_output, read_json, save_model_folder, write_file
+from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost import count_cost
@@ -34,9 +35,7 @@ logger = get_logger(__name__)
 
 def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool) -> str:
     """Score the base and write `importance.safetensors`."""
-    target = Path(output)
-    if target.exists() and not overwrite:
-        raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
+    target = check_output(output, overwrite=overwrite, is_file=True)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, images, accelerator)
     batches, sample = open_calibration(prune, images, base.processor, accelerator)
@@ -50,10 +49,7 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
         sample=sample,
     )
     if accelerator.is_main_process:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        scores.save(temporary)
-        os.replace(temporary, target)
+        replace_file(target, scores.save)
     return f"scores of {len(scores.scores)} groups are in {output}"
 
 
@@ -63,7 +59,7 @@ def run_prune(
     """Cut the base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
     images = open_data(data, accelerator) if data.dataset else None
-    base = open_base(prune, images, accelerator)
+    base = open_base(prune, images, accelerator, is_scored=scores is not None)
     result = _prune(prune, data, images, base, accelerator, scores)
     metrics = {}
     if images is not None and images.evaluation is not None:
@@ -102,6 +98,7 @@ def run_finetune(
         accelerator,
         plan=plan.read_text() if plan.is_file() else None,
         metrics=metrics,
+        keep="checkpoints",
     )
     return summarize(start.model, metrics, {}, folder)
 
@@ -161,8 +158,7 @@ def run_all(
         "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
     }
     if accelerator.is_main_process:
-        root.mkdir(parents=True, exist_ok=True)
-        result.scores.save(root / "importance.safetensors")
+        replace_file(root / "importance.safetensors", result.scores.save)
     speed = {"base": base.model, "pruned": result.model}
     student = BaseModel(result.model, base.processor)
     if finetune.epochs:
@@ -193,9 +189,8 @@ def run_inspect(model: str, output: str | None) -> str:
     opened = load_base(model, pretrained=Path(model).is_dir()).model
     plan = Path(model) / "pruning_plan.json"
     decided = PruningPlan.load(plan) if plan.is_file() else None
-    if decided is not None:  # the groups of the dense base, of which the plan speaks
-        opened.config.structure = None
-    groups = trace_groups(opened)
+    # The plan speaks of the groups of the dense base.
+    groups = trace_groups(opened if decided is None else meta_copy(opened, dense=True))
     classes: dict[str, list[Any]] = {}
     for group in groups:
         classes.setdefault(group.signature, []).append(group)
@@ -209,7 +204,7 @@ def run_inspect(model: str, output: str | None) -> str:
         )
     if output is not None:
         title = Path(model).name if decided is None else f"{Path(model).name}: what the plan keeps"
-        draw_classes(groups, decided, Path(output), title=title)
+        replace_file(output, lambda temporary: draw_classes(groups, decided, temporary, title=title))
         lines.append(f"picture: {output}")
     return "\n".join(lines)
 
@@ -255,7 +250,9 @@ def _finetune(
     metrics: Metrics,
 ) -> Metrics:
     """Train the student in place; returns its figures before (where they are not known) and after."""
-    dense = not any((student.model.config.structure or {}).values())
+    dense = student.model.config.stage == "base"
+    if checkpoints is not None and accelerator.is_main_process:
+        shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run
     if not dense:
         student.model.config.stage = "finetuned"
         student.model.config.recipe = {

@@ -274,8 +274,8 @@ def test_a_dense_model_can_be_finetuned(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["pruned", "base"])
 def test_inspect_lists_the_isomorphic_classes_and_draws_them(stage: str, pruned: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "classes.png"
-    model = pruned if stage == "pruned" else VIT[1]
+    picture = tmp_path / "new" / "classes.png"
+    model = pruned if stage == "pruned" else "timm/test_vit"
     printed = succeed("inspect", "--model", model, "--output", picture)
     lines = re.findall(r"^ +(\d+) +(\d+) groups +(\d+) channels +(\d+)% kept  \S", printed, re.MULTILINE)
     rows = [tuple(map(int, line)) for line in lines]
@@ -291,7 +291,7 @@ def test_inspect_lists_the_isomorphic_classes_and_draws_them(stage: str, pruned:
         }
         assert {row[1:3]: row[3] for row in rows} == {row: round(100 * share) for row, share in shares.items()}
     else:
-        assert [row[1:] for row in rows] == [(1, 192, 100), (12, 12 * 192, 100), (12, 12 * 768, 100)]
+        assert [row[1:] for row in rows] == [(1, 64, 100), (6, 6 * 64, 100), (6, 6 * 192, 100)]
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
     with Image.open(picture) as opened:
         assert opened.width > 500 and len(opened.convert("RGB").getcolors(2**24)) > 10
@@ -396,12 +396,20 @@ def test_scores_can_be_read_by_whoever_can_read_the_models(tmp_path: Path) -> No
     assert (tmp_path / "scores.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_overwriting_leaves_nothing_of_the_older_result(pruned: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(pruned, tmp_path / "out")
-    (out / "checkpoints" / "best").mkdir(parents=True)
-    (out / "checkpoints" / "best" / "config.json").write_text("of another model")
-    succeed("prune", *L1, "--overwrite", "true", "--output", out)
-    assert {path.name for path in out.iterdir()} == PRUNED_FILES
+@pytest.mark.parametrize("stage", ["prune", "run"])
+def test_overwriting_leaves_nothing_of_the_older_result(stage: str, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("base", "model", "checkpoints/best"):
+        (out / name).mkdir(parents=True)
+        (out / name / "config.json").write_text("of another model")
+    if stage == "prune":
+        succeed("prune", *L1, "--overwrite", "true", "--output", out)
+        assert {path.name for path in out.iterdir()} == PRUNED_FILES
+    else:
+        untrained = ["--finetune.epochs", "0", "--data.dataset", images]
+        succeed("run", *TAYLOR, *untrained, "--overwrite", "true", "--output", out)
+        assert {path.name for path in out.iterdir()} == {"model", "importance.safetensors"}
+        assert read(out / "model", "config.json")["stage"] == "pruned"
 
 
 # Help
@@ -458,6 +466,11 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
         ["no model", "vit_tinyy_patch16_224", "did you mean vit_tiny_patch16_224"],
     ),
     "missing model": (["evaluate", "--model", "@tmp/none", "--data.dataset", "@images"], ["no folder", "none"]),
+    "model that is not here": (
+        ["prune", "--prune.model", "someone/none", "--prune.criterion", "l1", *OUT],
+        ["'someone/none'", "could not be fetched", "--prune.pretrained false"],
+    ),
+    "data that are not here": (["prune", *TAYLOR, "--data.dataset", "someone/none", *OUT], ["'someone/none'"]),
     "argument of a model": (
         ["prune", *L1, "--prune.model_args", '{"depht": 2}', *OUT],
         ["cannot build", "depht"],
@@ -491,8 +504,12 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
         ["scores", "other weights"],
     ),
     "no scores": (["prune", *L1, "--scores", "@pruned/model.safetensors", *OUT], ["no file of importance scores"]),
-    "scores onto a folder": (["score", *L1, "--output", "@pruned", "--overwrite", "true"], ["pruned"]),
-    "picture into no folder": (["inspect", "--model", VIT[1], "--output", "@tmp/none/classes.png"], ["none"]),
+    "scores that exist": (["score", *L1, "--output", "@scores"], ["--output", "exists", "--overwrite true"]),
+    "scores below a file": (["score", *L1, "--output", "@pruned/config.json/scores"], ["config.json"]),
+    "picture below a file": (
+        ["inspect", "--model", "timm/test_vit", "--output", "@pruned/config.json/classes.png"],
+        ["config.json"],
+    ),
     "no repository": (["push", "@pruned", "--repo", "bad"], ["user/name", "'bad'"]),
 }
 
@@ -512,14 +529,14 @@ def test_bad_input_is_one_line_and_changes_nothing(
     places = {"@tmp": tmp_path, "@images": images, "@pruned": pruned, "@scores": scores}
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
-    before = contents(pruned.parent)
+    before = contents(pruned.parent), contents(scores.parent)
     line = refuse(*arguments)
     assert [word for word in words if word not in line] == [], line
     assert contents(tmp_path) == {}
-    assert contents(pruned.parent) == before
+    assert (contents(pruned.parent), contents(scores.parent)) == before
 
 
-@pytest.mark.parametrize("stage", ["prune", "score", "run"])
+@pytest.mark.parametrize("stage", ["prune", "run"])
 def test_an_output_that_is_not_empty_is_left_alone(stage: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -527,6 +544,13 @@ def test_an_output_that_is_not_empty_is_left_alone(stage: str, tmp_path: Path) -
     line = refuse(stage, *L1, "--output", out)
     assert f"--output {out} exists" in line and "--overwrite true" in line
     assert contents(tmp_path) == {"out": None, "out/mine.txt": b"precious"}
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_scores_never_replace_a_folder(overwrite: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert f"--output {tmp_path}/out" in refuse("score", *L1, "--overwrite", overwrite, "--output", tmp_path / "out")
+    assert contents(tmp_path) == {"out": None}
 
 
 BAD_RECIPES: dict[str, tuple[str | None, list[str]]] = {
@@ -590,6 +614,7 @@ def note() -> None:
 class Launched(NamedTuple):
     """How a launched command ended; `ranks` holds the number of ranks that each rank has seen."""
 
+    output: Path
     code: int
     out: str
     err: str
@@ -604,14 +629,14 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
-    """One rank, and two ranks by two launchers. They start together, since most of their time goes into imports."""
+    """One rank, and two ranks by torchrun and by `accelerate launch`; they start together to share two cores."""
     root = tmp_path_factory.mktemp("launched")
     (root / "sitecustomize.py").write_text(NOTE_RANKS)
     shutil.copytree(pruned, root / "evaluated")
     prune = ["prune", *TAYLOR, "--data.dataset", str(images), "--output"]
     evaluate = ["evaluate", "--model", str(root / "evaluated"), "--data.dataset", str(images)]
     torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    accelerate = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     accelerate += ["--main_process_port", free_port()]
     script = str(ROOT / "train_accelerate.py")
@@ -626,15 +651,14 @@ def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactor
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "HF_HOME": str(root / f"{name}_home")}
         environment |= {"RANK_NOTES": str(root / f"{name}_ranks")}
-        running[name] = subprocess.Popen(
-            [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running[name] = subprocess.Popen([sys.executable, *command], **options)
     done = {}
     try:
         for name, process in running.items():
             out, err = process.communicate(timeout=300)
             ranks = {path.name: path.read_text() for path in sorted((root / f"{name}_ranks").iterdir())}
-            done[name] = Launched(process.returncode, out, err, ranks)
+            done[name] = Launched(root / name, process.returncode, out, err, ranks)
     finally:
         for process in running.values():
             process.kill()
@@ -642,16 +666,16 @@ def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_plan_of_one(launched: dict[str, Launched], pruned: Path, tmp_path_factory: Any) -> None:
+def test_two_ranks_make_the_plan_of_one(launched: dict[str, Launched], pruned: Path) -> None:
     one, two = launched["one"], launched["two"]
     assert one.code == 0, one.err
     assert two.code == 0, two.err
     assert one.ranks == {} and two.ranks == {"0": "2", "1": "2"}
-    root = tmp_path_factory.getbasetemp() / "launched0"
-    plans = {(folder / "pruning_plan.json").read_bytes() for folder in (root / "one", root / "two", pruned)}
-    assert len(plans) == 1
+    folders = (one.output, two.output, pruned)
+    assert len({(folder / "pruning_plan.json").read_bytes() for folder in folders}) == 1
+    assert leftovers(one.output.parent) == []
     for name in ("base", "pruned"):
-        first, second = (read(root / folder, "metrics.json")[name] for folder in ("one", "two"))
+        first, second = (read(folder, "metrics.json")[name] for folder in folders[:2])
         assert first == pytest.approx(second, rel=1e-6)
     for finished in (one, two):  # the main process alone speaks
         assert finished.out.count("score on 39 images in micro-batches of 3") == 1

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,33 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 
-def check_output(folder: str | Path, *, overwrite: bool) -> Path:
+def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False) -> Path:
     """Check, before any work, that a result can be written; creates nothing.
 
     Args:
-        folder: Where the result shall lie.
-        overwrite: Whether what lies there may be replaced.
+        output: Where the result shall lie.
+        overwrite: Whether a result that lies there may be replaced.
+        is_file: The result is a file and not a folder.
 
     Raises:
-        RecipeError: The folder holds something, or its parent cannot be written.
+        RecipeError: Something else lies there, or it cannot be written.
     """
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
-        raise RecipeError(
-            f"--output {folder} exists and is not empty; choose another folder, or replace it with --overwrite true"
-        )
-    parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise RecipeError(f"--output {folder}: {parent} cannot be written")
-    return folder
+    path = Path(output)
+    if path.exists() and path.is_dir() == is_file:
+        raise RecipeError(f"--output {output} is a {'folder' if is_file else 'file'}; choose another name")
+    if is_file and path.exists() and not overwrite:
+        raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise RecipeError(
+                f"--output {output} exists and is not empty; choose another, or replace it with --overwrite true"
+            )
+        if not any((path / place / "config.json").is_file() for place in ("", "model", "base", "checkpoints/last")):
+            raise RecipeError(f"--output {output} holds other files than a model of ours; choose another folder")
+    parent = next(place for place in [path, *path.absolute().parents] if place.exists())
+    if not (parent.is_dir() or is_file) or not os.access(parent, os.W_OK):
+        raise RecipeError(f"--output {output}: {parent} cannot be written")
+    return path
 
 
 def save_model_folder(
@@ -41,7 +50,8 @@ def save_model_folder(
     *,
     plan: str | None = None,
     metrics: dict[str, Any] | None = None,
-    keep: Path | None = None,
+    keep: str | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config, weights, processor, plan and metrics; a folder that is there is replaced in one step.
 
@@ -51,7 +61,8 @@ def save_model_folder(
         processor: Its image processor.
         plan: JSON of the pruning plan.
         metrics: `{base, pruned, finetuned}`, each `{top1, top5, loss, images}`.
-        keep: A folder inside the old `folder` that the new one takes over.
+        keep: Name of a folder inside the old one that the new one takes over.
+        finish: Writes further files into the new folder before it takes its place.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -67,10 +78,12 @@ def save_model_folder(
                 (temporary / "pruning_plan.json").write_text(plan)
             if metrics:
                 (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+            if finish is not None:
+                finish(temporary)
             for file in temporary.iterdir():
                 _sync(file)
-            if keep is not None:
-                os.rename(keep, temporary / keep.name)
+            if keep is not None and (folder / keep).is_dir():
+                os.rename(folder / keep, temporary / keep)
             _replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -78,13 +91,33 @@ def save_model_folder(
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
 
+def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Write one file whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes the content to the temporary file that it is given.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
 def write_file(path: str | Path, text: str) -> None:
     """Write one text file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(folder: str | Path, name: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,7 @@ def prune_model(
         raise RecipeError(
             "the scores were made from other weights than this base's; run `isoprune score` on this base"
         )
+    recipe = replace(recipe, criterion=scores.criterion)
     plan = _timed(seconds, "solve", lambda: make_plan(groups, scores, recipe, cost=costs))
     if accelerator is not None and accelerator.num_processes > 1:
         plan = broadcast_object_list([plan])[0]
