@@ -20,11 +20,11 @@ from jsonargparse import ArgumentParser, Namespace, get_loader
 from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.errors import IsoPruneError, RecipeError
-from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PretrainRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
-SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "pretrain": FinetuneRecipe, "finetune": FinetuneRecipe}
+SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 # Stage: sections of a recipe, other flags (name, type, default, text), and what it does.
 _OUTPUT = "Where the result is written; it appears when it is complete."
 _OVERWRITE = ("overwrite", bool, False, "Replace what lies at OUTPUT.")
@@ -172,7 +172,8 @@ def _read_recipe(stage: str, file: str) -> str:
         keys = {field.name for field in fields(SECTIONS[name])} if name in SECTIONS else set()
         for key in section if name in SECTIONS else ():
             if key not in keys:
-                raise RecipeError(f"--config: {file} has an unknown setting {name}.{key}{_like(str(key), keys)}")
+                near = _like(f"{name}.{key}", [f"{name}.{known_key}" for known_key in keys])
+                raise RecipeError(f"--config: {file} has an unknown setting {name}.{key}{near}")
     mine = {*sections.split(), *(flag[0] for flag in flags)} if stage == "run" else set(sections.split())
     return json.dumps({name: value for name, value in values.items() if name in mine})
 
@@ -207,8 +208,6 @@ def _stage_parser(
             parser.add_argument(f"--{name}", type=kind, default=default, help=help_text)
     for section in sections:
         parser.add_class_arguments(SECTIONS[section], section)
-    if "pretrain" in sections:
-        parser.set_defaults({"pretrain.epochs": 0})
     return parser
 
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from isoprune_hf.errors import RecipeError
 
@@ -24,8 +24,8 @@ class PruneRecipe:
         ratio: Fraction of the channels that leaves, from 0 to 1.
         head_ratio: Fraction of the attention heads that leaves.
         head_dim_ratio: Fraction of the dims inside the heads that leaves; the default is `ratio`.
-        target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The three ratios then only
-            say how the cut is shared.
+        target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only say
+            how the cut is shared.
         min_keep: Channels (or dims of a head) that stay in every layer.
         max_ratio: Largest fraction that may leave any single layer.
         round_to: Widths become multiples of this number; hardware likes 8.
@@ -126,6 +126,7 @@ class FinetuneRecipe:
         seed: Seed of order, augmentation and dropout.
     """
 
+    section: ClassVar[str] = "finetune"
     epochs: int = 30
     batch_size: int = 64
     grad_accumulation: int = 1
@@ -154,25 +155,35 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accumulation", "step_epochs", "evaluate_every"):
-            _check_range("", name, getattr(self, name), 1)
+            _check_range(self.section, name, getattr(self, name), 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
-            _check_range("", name, getattr(self, name), 0)
+            _check_range(self.section, name, getattr(self, name), 0)
         for name in ("momentum", "label_smoothing", "distillation_weight", "hflip", "random_erasing", "step_gamma"):
-            _check_range("", name, getattr(self, name), 0, 1)
+            _check_range(self.section, name, getattr(self, name), 0, 1)
         if self.temperature <= 0:
-            raise RecipeError(f"temperature must be above 0, got {self.temperature}")
+            raise RecipeError(f"{self.section}.temperature must be above 0, got {self.temperature}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise RecipeError(f"crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}")
+            raise RecipeError(
+                f"{self.section}.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}"
+            )
         if self.clip_grad is not None and self.clip_grad <= 0:
-            raise RecipeError(f"clip_grad must be above 0, got {self.clip_grad}")
+            raise RecipeError(f"{self.section}.clip_grad must be above 0, got {self.clip_grad}")
+
+
+@dataclass(frozen=True)
+class PretrainRecipe(FinetuneRecipe):
+    """How a base with random weights is trained before the cut; by default it is not. Settings as in `finetune`."""
+
+    section: ClassVar[str] = "pretrain"
+    epochs: int = 0
 
 
 def _check_range(section: str, name: str, value: float | None, low: float, high: float | None = None) -> None:
     if value is None or (value >= low and (high is None or value <= high)):
         return
     allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-    raise RecipeError(f"{section}{'.' if section else ''}{name} must be {allowed}, got {value}")
+    raise RecipeError(f"{section}.{name} must be {allowed}, got {value}")
 
 
 def parse_budget(budget: str | float, base: int, name: str = "target_macs") -> int:

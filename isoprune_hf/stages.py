@@ -142,6 +142,7 @@ def run_all(
     if images.evaluation is None:
         raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
     base = open_base(prune, images, accelerator)
+    _clear(root, {"prune.model": prune.model, "finetune.teacher": finetune.teacher}, accelerator)
     if pretrain.epochs:
         logger.info(f"train the dense base, {pretrain.epochs} epochs")
         _finetune(accelerator, base, images, data, pretrain, None, None, {})
@@ -182,6 +183,19 @@ def run_all(
         lines.append(try_out(folder, images))
     accelerator.wait_for_everyone()
     return "\n\n".join(lines)
+
+
+def _clear(root: Path, used: dict[str, str | None], accelerator: Accelerator) -> None:
+    """Remove what an earlier run left, so that nothing of it is taken for a result of this one."""
+    for name, path in used.items():
+        if path and root.resolve() in Path(path).resolve().parents:
+            raise RecipeError(
+                f"--output {root} holds {name} ({path}), which would be overwritten; choose another folder"
+            )
+    if accelerator.is_main_process:
+        for name in ("base", "checkpoints", "model"):
+            shutil.rmtree(root / name, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def run_inspect(model: str, output: str | None) -> str:
