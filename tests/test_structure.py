@@ -133,6 +133,11 @@ def test_a_refused_structure_has_changed_nothing() -> None:
     assert capture_structure(make_net(), net) == HAND_MADE[0]
 
 
+def test_a_private_number_of_a_module_is_not_touched() -> None:
+    with pytest.raises(CheckpointError, match=r"config\.structure\.attributes\['blocks\.0'\]\['_private'\]"):
+        check_structure(make_net(), {"attributes": {"blocks.0": {"_private": 2}}})
+
+
 def test_an_unsaved_buffer_has_no_shape_to_change() -> None:
     with pytest.raises(CheckpointError, match=r"config\.structure\.shapes\['table'\]"):
         check_structure(make_net(), {"shapes": {"table": [3]}})
