@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import load_model_config_from_hf
 from torch import nn
@@ -24,7 +25,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoPruneForImageClassification,
     build_base,
 )
-from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
+from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.processors import (
     timm_processor,
     torchvision_processor,
@@ -69,22 +70,25 @@ def load_base(
     Raises:
         RecipeError: The name is unknown, of another task, or needs a network that is not there.
     """
+    if "num_classes" in (model_args or {}):
+        raise RecipeError("prune.model_args: num_classes is not among them; give --prune.num_labels")
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if model_args:
+            raise RecipeError(f"prune.model_args is for names of timm and torchvision, and {name} is a folder")
         config = _folder_config(folder)
         if config.get("model_type") == "isoprune":
-            base = _open_ours(str(folder), num_labels)
+            base = _open_ours(str(folder))
+            if not pretrained and any((base.model.config.structure or {}).values()):
+                raise RecipeError(f"model: {name} is pruned already; drawn weights need a dense base")
             if pretrained or num_labels:
                 return _with_head(base, pretrained, num_labels, label_names, seed)
             return _with_head(
                 base, False, base.model.config.num_labels, tuple(base.model.config.id2label.values()), seed
             )
         is_timm = "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper"
-        base = (
-            _open_timm(f"local-dir:{folder}", pretrained, {}, seed)
-            if is_timm
-            else _open_transformers(name, pretrained, seed)
-        )
+        source, opener = (f"local-dir:{folder}", _open_timm_folder) if is_timm else (str(folder), _open_transformers)
+        base = opener(source, pretrained, seed)
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise RecipeError(f"model: there is no folder {name!r}")
     elif name.startswith("torchvision/"):
@@ -95,7 +99,13 @@ def load_base(
         raise RecipeError(f"model: timm {timm.__version__} has no model {name!r}{_like(name[5:], timm.list_models())}")
     else:
         base = _open_transformers(name, pretrained, seed)
-    base.model.config.source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args or {}}
+    if not base.model.config.source:  # a Hub model of ours knows its own
+        base.model.config.source = {
+            "name": name,
+            "pretrained": pretrained,
+            "seed": seed,
+            "model_args": model_args or {},
+        }
     return _with_head(base, True, num_labels, label_names, seed)
 
 
@@ -114,6 +124,10 @@ def _like(name: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _offline(name: str, error: Exception) -> RecipeError:
     return RecipeError(
         f"model: the weights or config of {name!r} are not on this machine and could not be fetched "
@@ -125,7 +139,10 @@ def _offline(name: str, error: Exception) -> RecipeError:
 def _draw(config: IsoPruneConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_base(config)
+        try:
+            return build_base(config)
+        except CheckpointError as error:
+            raise RecipeError(f"prune.model or model_args: {error}") from error
 
 
 def _wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassification:
@@ -141,10 +158,11 @@ def _wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassifi
     return model.eval()
 
 
-def _open_ours(name: str, num_labels: int | None) -> BaseModel:
-    model = IsoPruneForImageClassification.from_pretrained(name)
-    if num_labels not in (None, model.config.num_labels) and any((model.config.structure or {}).values()):
-        raise RecipeError(f"prune.num_labels: {name} is pruned already and keeps its {model.config.num_labels} labels")
+def _open_ours(name: str) -> BaseModel:
+    try:
+        model = IsoPruneForImageClassification.from_pretrained(name)
+    except OSError as error:
+        raise RecipeError(f"model: {name} cannot be opened: {_line(error)}") from error
     return BaseModel(model, AutoImageProcessor.from_pretrained(name))
 
 
@@ -155,9 +173,16 @@ def _with_head(
     model = base.model
     if num_labels is None or (num_labels == model.config.num_labels and pretrained):
         return base
+    if any((model.config.structure or {}).values()):
+        raise RecipeError(
+            f"prune.num_labels: the model is pruned already and keeps its {model.config.num_labels} labels"
+        )
+    if label_names is not None and len(label_names) != num_labels:
+        raise RecipeError(f"prune.num_labels is {num_labels}, but {len(label_names)} names were given")
+    drawn = {"pretrained": False, "seed": seed}
     config = IsoPruneConfig(
         base=model.config.base,
-        source={**(model.config.source or {}), "num_labels": num_labels},
+        source={**(model.config.source or {}), "num_labels": num_labels, **({} if pretrained else drawn)},
         image_size=model.config.image_size,
         **_labels(label_names or tuple(f"LABEL_{index}" for index in range(num_labels))),
     )
@@ -190,19 +215,31 @@ def _open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: in
             module = timm.create_model(name, pretrained=pretrained, **_tuples(model_args or {}))
     except OSError as error:
         raise _offline(name, error) from error
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise RecipeError(f"model: timm cannot build {name!r} with {model_args}: {error}") from error
+    except (
+        RuntimeError,
+        TypeError,
+        AssertionError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:
+        raise RecipeError(f"model: timm cannot build {name!r} with {model_args}: {_line(error)}") from error
     if not module.num_classes:
         raise RecipeError(f"model: {name} is {_TASK}")
     data = resolve_model_data_config(module)
-    if "img_size" in (model_args or {}):
-        side = model_args["img_size"]
-        size = (side, side) if isinstance(side, int) else tuple(side)
+    side = (model_args or {}).get("img_size", data["input_size"][-1])
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    if size != tuple(data["input_size"][1:]):
         # Of an image size that the trained weights never saw, the whole image is used.
         data |= {"input_size": (data["input_size"][0], *size), "crop_pct": 1.0}
     names = module.pretrained_cfg.get("label_names") or _imagenet_names(module)
     config = IsoPruneConfig(
-        base={"library": "timm", "architecture": architecture, "args": model_args or {}},
+        base={
+            "library": "timm",
+            "architecture": architecture,
+            "args": {k: v for k, v in (model_args or {}).items() if k != "num_classes"},
+        },
         image_size=list(data["input_size"]),
         **_labels(names or [f"LABEL_{index}" for index in range(module.num_classes)]),
     )
@@ -219,6 +256,10 @@ def _imagenet_names(module: nn.Module) -> list[str] | None:
         return None
     info = ImageNetInfo(subset)
     return [info.index_to_description(index, detailed=False) for index in range(module.num_classes)]
+
+
+def _open_timm_folder(name: str, pretrained: bool, seed: int) -> BaseModel:
+    return _open_timm(name, pretrained, {}, seed)
 
 
 def _open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> BaseModel:
@@ -254,10 +295,12 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
-            raise RecipeError(f"model: {name} is no folder of isoprune, transformers or timm: {error}") from error
+            raise RecipeError(
+                f"model: {name} is no folder of isoprune, transformers or timm: {_line(error)}"
+            ) from error
         raise _offline(name, error) from error
     if config.model_type == "isoprune":
-        return _open_ours(name, None)
+        return _open_ours(name)
     if config.model_type == "timm_wrapper":
         return _open_timm(f"hf-hub:{name}", pretrained, {}, seed)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
@@ -274,7 +317,7 @@ def _open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         module, info = AutoModelForImageClassification.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _offline(name, error) from error
     if info["missing_keys"]:
         raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {_TASK}")

@@ -10,7 +10,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import UnsupportedArchitectureError
 
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
@@ -46,7 +46,7 @@ def transformers_processor(name: str, config: PreTrainedConfig) -> BaseImageProc
         size = (
             {"shortest_edge": side} if config.model_type in ("convnext", "resnet") else {"height": side, "width": side}
         )
-        return backends["torchvision"](size=size)
+        return backends["torchvision"](size=size, crop_size={"height": side, "width": side})
 
 
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:

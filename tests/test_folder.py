@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from isoprune_hf.checkpoint import folder as folder_module
-from isoprune_hf.checkpoint.folder import check_output, read_json, save_model_folder, write_file
+from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder, write_file
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 MODEL_FILES = {"config.json", "model.safetensors", "modeling_isoprune.py", "preprocessor_config.json"}
@@ -83,9 +83,29 @@ def test_a_folder_to_keep_moves_into_the_new_one(pruned, tmp_path: Path) -> None
     (out / "checkpoints" / "1").mkdir(parents=True)
     (out / "checkpoints" / "1" / "state").write_text("kept")
     (out / "old.txt").write_text("old")
-    save_model_folder(out, sample.model, sample.processor, keep=out / "checkpoints")
+    save_model_folder(out, sample.model, sample.processor, keep="checkpoints")
     assert names(out) == MODEL_FILES | {"checkpoints"}
     assert (out / "checkpoints" / "1" / "state").read_text() == "kept"
+
+
+def test_a_folder_to_keep_that_is_not_there_is_no_error(pruned, tmp_path: Path) -> None:
+    sample = pruned("vit")
+    for _ in range(2):
+        save_model_folder(tmp_path / "out", sample.model, sample.processor, keep="checkpoints")
+        assert names(tmp_path / "out") == MODEL_FILES
+
+
+def test_further_files_are_there_when_the_folder_takes_its_place(pruned, tmp_path: Path) -> None:
+    sample, out = pruned("vit"), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+
+    def finish(folder: Path) -> None:
+        assert names(folder) == MODEL_FILES and (out / "config.json").read_text() == "old"
+        (folder / "README.md").write_text("card")
+
+    save_model_folder(out, sample.model, sample.processor, finish=finish)
+    assert names(out) == MODEL_FILES | {"README.md"}
 
 
 class BrokenProcessor:
@@ -108,7 +128,7 @@ def test_a_failed_write_leaves_what_was_there_and_no_rubbish(before: str, error:
     held = content(tmp_path)
     expected = CheckpointError if isinstance(error, OSError) else ValueError
     with pytest.raises(expected) as caught:
-        save_model_folder(out, pruned("vit").model, BrokenProcessor(error), keep=out / "checkpoints")
+        save_model_folder(out, pruned("vit").model, BrokenProcessor(error), keep="checkpoints")
     if isinstance(error, OSError):
         assert "\n" not in str(caught.value) and str(out) in str(caught.value) and "No space left" in str(caught.value)
     assert content(tmp_path) == held
@@ -133,7 +153,7 @@ def test_a_failed_rename_loses_neither_the_old_folder_nor_the_kept_one(
 
     monkeypatch.setattr(folder_module.os, "rename", rename_once_not)
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_model_folder(out, sample.model, sample.processor, keep=out / "checkpoints")
+        save_model_folder(out, sample.model, sample.processor, keep="checkpoints")
     assert len(calls) > failing
     assert content(tmp_path) == held
 
@@ -148,45 +168,73 @@ def test_a_folder_below_a_file_is_refused(pruned, tmp_path: Path) -> None:
 # --- checked before any work
 
 
-def test_an_output_that_is_not_there_or_empty_is_accepted_and_nothing_is_made(tmp_path: Path) -> None:
-    assert check_output(tmp_path / "a" / "b", overwrite=False) == tmp_path / "a" / "b"
-    assert check_output(str(tmp_path), overwrite=False) == tmp_path
+@pytest.mark.parametrize("is_file", [True, False])
+def test_an_output_that_is_not_there_is_accepted_and_nothing_is_made(is_file: bool, tmp_path: Path) -> None:
+    assert check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file) == tmp_path / "a" / "b"
     assert names(tmp_path) == set()
 
 
-def test_an_output_that_holds_something_needs_overwrite(tmp_path: Path) -> None:
-    (tmp_path / "old.txt").write_text("old")
+def test_an_empty_folder_is_accepted(tmp_path: Path) -> None:
+    assert check_output(str(tmp_path), overwrite=False) == tmp_path
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_result_that_lies_there_needs_overwrite(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    output = tmp_path / "config.json" if is_file else tmp_path
     with pytest.raises(RecipeError) as caught:
-        check_output(tmp_path, overwrite=False)
+        check_output(output, overwrite=False, is_file=is_file)
     message = str(caught.value)
-    assert message.startswith(f"--output {tmp_path} exists and is not empty") and "--overwrite true" in message
-    assert "\n" not in message
+    assert message.startswith(f"--output {output} exists") and "--overwrite true" in message and "\n" not in message
+    assert check_output(output, overwrite=True, is_file=is_file) == output
+    assert names(tmp_path) == {"config.json"}
+
+
+@pytest.mark.parametrize("place", ["", "model", "base", "checkpoints/last"])
+def test_a_folder_of_ours_may_be_replaced_wherever_its_model_lies(place: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "config.json").write_text("{}")
     assert check_output(tmp_path, overwrite=True) == tmp_path
-    assert names(tmp_path) == {"old.txt"}
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_an_output_that_is_a_file_or_lies_below_one_is_refused(overwrite: bool, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path} "):
+        check_output(tmp_path, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_is_no_folder_and_a_folder_is_no_file(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(RecipeError, match=f"^--output {path}"):
-            check_output(path, overwrite=overwrite)
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file is a file"):
+        check_output(tmp_path / "file", overwrite=overwrite)
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path} is a folder"):
+        check_output(tmp_path, overwrite=overwrite, is_file=True)
 
 
-def test_an_output_whose_parent_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_file", [True, False])
+def test_an_output_below_a_file_is_refused(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file/out: {tmp_path}/file cannot be written$"):
+        check_output(tmp_path / "file" / "out", overwrite=False, is_file=is_file)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_an_output_whose_parent_cannot_be_written_is_refused(is_file: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(RecipeError, match=f"^--output {tmp_path}/a/b: {tmp_path} cannot be written$"):
-        check_output(tmp_path / "a" / "b", overwrite=False)
+        check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file)
 
 
 # --- single files
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
+    path = tmp_path / "new" / "metrics.json"
     for text in ("old and long", "new\n"):
         write_file(path, text)
-        assert path.read_text() == text and names(tmp_path) == {"metrics.json"}
+        assert path.read_text() == text and names(path.parent) == {"metrics.json"}
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
@@ -198,9 +246,22 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypat
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be written: .*Input/output error"):
         write_file(path, "new")
     assert path.read_text() == "old" and names(tmp_path) == {"metrics.json"}
+
+
+def test_a_file_whose_writer_fails_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise ValueError("no scores")
+
+    with pytest.raises(ValueError, match="no scores"):
+        replace_file(path, write)
+    assert path.read_text() == "old" and names(tmp_path) == {"scores.safetensors"}
 
 
 def test_a_json_file_is_read_and_a_missing_one_is_none(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from transformers import (
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.errors import IsoPruneError, RecipeError
+from isoprune_hf.errors import IsoPruneError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.processors import torchvision_processor
 
@@ -79,7 +79,6 @@ def output_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         (TINY, "vit_tiny_patch16_224", VIT),
         ("vit_tiny_patch16_224", "vit_tiny_patch16_224", VIT),
         ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit_tiny_patch16_224", VIT),
-        ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit_tiny_patch16_224", VIT),
         ("timm/swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224", SWIN),
         ("timm/resnet10t.c3_in1k", "resnet10t", {}),
     ],
@@ -194,7 +193,7 @@ def test_a_folder_that_timm_itself_saved_opens_with_its_weights_and_names(tmp_pa
     assert_opens_as_timm_does(tmp_path / "timm", tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{}, {"crop_mode": "squash"}, {"crop_pct": 1.0, "interpolation": "bicubic"}])
+@pytest.mark.parametrize("changes", [{}, {"crop_mode": "squash"}, {"crop_pct": 1.0, "interpolation": "box"}])
 def test_a_folder_of_timm_opens_with_its_pixels(changes: dict[str, Any], tmp_path: Path) -> None:
     base = load_base(str(save_timm(tmp_path, **changes)))
     data = {"input_size": (3, 16, 16), "crop_mode": "center", **PIXELS, **changes}
@@ -327,20 +326,6 @@ def test_a_base_saved_in_bfloat16_opens_in_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(output_of(base.model, images), output_of(model.eval(), images.to(torch.bfloat16)))
 
 
-def test_a_folder_of_the_timm_wrapper_of_transformers_opens(tmp_path: Path) -> None:
-    config = transformers.TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224",
-        model_args=VIT,
-        num_labels=4,
-        pretrained_cfg={"input_size": [3, 16, 16], "num_classes": 4, "mean": [0.5] * 3, "std": [0.5] * 3},
-    )
-    wrapper = transformers.TimmWrapperForImageClassification(config).eval()
-    wrapper.save_pretrained(tmp_path)
-    base = load_base(str(tmp_path))
-    images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(output_of(base.model, images), output_of(wrapper, images))
-
-
 def test_a_path_below_the_home_folder_opens(transformers_folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = transformers_folder("hf-vit")
     monkeypatch.setenv("HOME", str(folder.parent))
@@ -465,7 +450,7 @@ def refused(name: str, *args: Any, **options: Any) -> str:
     with pytest.raises(RecipeError) as caught:
         load_base(name, *args, **options)
     message = str(caught.value)
-    assert "\n" not in message and message.startswith("prune.")
+    assert "\n" not in message
     return message
 
 
@@ -717,12 +702,6 @@ def test_an_image_size_that_timm_never_trained_takes_the_whole_image() -> None:
     assert largest_difference(base.processor, transform) == 0.0
 
 
-@pytest.mark.parametrize("changes", [{"crop_mode": "border"}, {"interpolation": "box"}])
-def test_a_transform_that_cannot_be_given_exactly_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
-    folder = save_timm(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"].update(changes)
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(IsoPruneError) as caught:
-        load_base(str(folder))
-    assert "\n" not in str(caught.value)
+def test_a_transform_that_cannot_be_given_exactly_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=r"^evaluation transforms with crop mode 'border' .*$"):
+        load_base(str(save_timm(tmp_path, crop_mode="border")))

@@ -37,8 +37,9 @@ def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False) 
             )
         if not any((path / place / "config.json").is_file() for place in ("", "model", "base", "checkpoints/last")):
             raise RecipeError(f"--output {output} holds other files than a model of ours; choose another folder")
-    parent = next(place for place in [path, *path.absolute().parents] if place.exists())
-    if not (parent.is_dir() or is_file) or not os.access(parent, os.W_OK):
+    places = [*path.absolute().parents] if is_file else [path, *path.absolute().parents]
+    parent = next(place for place in places if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RecipeError(f"--output {output}: {parent} cannot be written")
     return path
 
@@ -82,9 +83,7 @@ def save_model_folder(
                 finish(temporary)
             for file in temporary.iterdir():
                 _sync(file)
-            if keep is not None and (folder / keep).is_dir():
-                os.rename(folder / keep, temporary / keep)
-            _replace(temporary, folder)
+            _replace(temporary, folder, keep)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -144,12 +143,23 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(temporary: Path, folder: Path) -> None:
+def _replace(temporary: Path, folder: Path, keep: str | None) -> None:
     os.chmod(temporary, 0o755)
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-        os.rename(folder, old / folder.name)
+    if not folder.exists():
         os.rename(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+    moves = [(folder, old / folder.name), (temporary, folder)]
+    if keep is not None and (folder / keep).is_dir():
+        moves.insert(0, (folder / keep, temporary / keep))
+    done = []
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            done.append((source, target))
+    except OSError:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)

@@ -11,7 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,6 +36,11 @@ except ImportError:
 FORMAT_VERSION = 1
 # Arguments of timm and torchvision builders that would read files or the network, or change the kind of model.
 _FORBIDDEN = re.compile("pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable|num_classes")
+
+
+# What the builders of the three libraries raise for arguments that they do not take.
+_BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_BUILD_ERRORS += (StrictDataclassError,)
 
 
 class IsoPruneError(Exception):
@@ -93,8 +101,12 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     build = timm.create_model if library is timm else torchvision.models.get_model
     try:  # neither loads weights unless told to
         return build(name, num_classes=config.num_labels, **args)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"config.base: {name} with {args} cannot be built: {error}") from error
+    except _BUILD_ERRORS as error:
+        raise CheckpointError(f"config.base: {name} with {args} cannot be built: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _is_plain(value: Any) -> bool:
@@ -104,17 +116,22 @@ def _is_plain(value: Any) -> bool:
 
 
 def _build_transformers(values: Any, num_labels: int) -> nn.Module:
-    if not isinstance(values, dict) or values.get("model_type") not in CONFIG_MAPPING:
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError("config.base.config: not a configuration of an installed transformers model")
     # Names of implementations could fetch kernels, and private entries are not architecture.
     values = {k: v for k, v in values.items() if not re.match("_|.*implementation|auto_map|quantization", str(k))}
-    inner = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    if type(inner) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or inner.model_type == "timm_wrapper":
-        raise CheckpointError(f"config.base.config: {inner.model_type} is not a transformers image classifier")
-    inner.num_labels = num_labels
-    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(inner)]
+    config_class = CONFIG_MAPPING[kind]
+    if config_class not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind in ("timm_wrapper", "isoprune"):
+        raise CheckpointError(f"config.base.config: {kind} is not a transformers image classifier")
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
     named = {cls.__name__: cls for cls in (classes if isinstance(classes, tuple) else (classes,))}
-    return named.get((inner.architectures or [None])[0], next(iter(named.values())))(inner)
+    try:
+        inner = config_class.from_dict(values)
+        inner.num_labels = num_labels
+        return named.get((inner.architectures or [None])[0], next(iter(named.values())))(inner)
+    except _BUILD_ERRORS as error:
+        raise CheckpointError(f"config.base.config: {kind} cannot be built: {_one_line(error)}") from error
 
 
 def check_structure(base: nn.Module, structure: dict[str, Any]) -> None:
@@ -144,7 +161,8 @@ def check_structure(base: nn.Module, structure: dict[str, Any]) -> None:
         for name, value in entries.items():
             _check_attribute(f"config.structure.attributes[{path!r}][{name!r}]", vars(modules[path]), name, value)
     for path in removed:
-        if not path or path not in modules:
+        inside = isinstance(path, str) and any(path != p and path.startswith(f"{p}.") for p in removed)
+        if not isinstance(path, str) or not path or path not in modules or inside:
             raise CheckpointError(f"config.structure.removed: the base has no module {path!r}")
 
 
@@ -159,7 +177,7 @@ def _check_attribute(where: str, owner: dict[str, Any], name: str, value: Any) -
     for number, limit in zip(numbers, olds, strict=True):
         if type(number) is not type(limit) or type(number) not in (int, float):
             raise CheckpointError(f"{where}: only numbers may differ from the base, got {value!r}")
-        largest = max(limit, 1) if type(number) is int else math.inf
+        largest = limit if type(number) is int else math.inf
         if not 0 < number <= largest or number == math.inf:
             raise CheckpointError(f"{where}: {value!r} is not positive or above the base's {old!r}")
 
@@ -244,7 +262,10 @@ class IsoPruneForImageClassification(PreTrainedModel):
             CheckpointError: An entry of the config or a tensor of the file does not fit.
         """
         kwargs["use_safetensors"] = True
-        return super().from_pretrained(*args, **kwargs)
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"model.safetensors: not a readable safetensors file ({error})") from error
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
@@ -291,6 +312,16 @@ class IsoImageProcessor(PilBackend):
     resample, default_to_square = 3, False
     image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
+
+    def to_dict(self):
+        values = super().to_dict()
+        del values["image_processor_type"]
+        return values
+
+    def convert_to_rgb(self, image, input_data_format=None):
+        if isinstance(image, Image.Image):
+            return np.array(image.convert("RGB"))
+        return super().convert_to_rgb(image, input_data_format)
 
     def center_crop(self, image, size, **kwargs):
         height, width = image.shape[-2:]

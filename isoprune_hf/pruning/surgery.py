@@ -57,10 +57,25 @@ def apply_plan(
     _set_widths(model.model, pruned.model)
     config = pruned.config
     config.structure = capture_structure(meta_copy(model, dense=True).model, pruned.model)
+    _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
     config.stage = "pruned"
     base_cost = config.cost["base"] if config.cost else count_cost(model).to_dict()
     config.cost = {"base": base_cost, "pruned": count_cost(pruned).to_dict()}
     return pruned
+
+
+def _forget_state(
+    attributes: dict[str, dict[str, object]], known: Mapping[str, Mapping[str, object]], before: nn.Module
+) -> None:
+    """Drop, in place, what was not changed by the cut: some modules (Swin) note sizes of the last image they saw."""
+    for path in list(attributes):
+        owner = vars(before.get_submodule(path))
+        for name, value in list(attributes[path].items()):
+            value = tuple(value) if isinstance(value, list) else value
+            if owner.get(name) == value and name not in known.get(path, {}):
+                del attributes[path][name]
+        if not attributes[path]:
+            del attributes[path]
 
 
 def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup]) -> None:
