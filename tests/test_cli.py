@@ -679,7 +679,7 @@ def test_two_ranks_make_the_plan_of_one(launched: dict[str, Launched], pruned: P
         assert first == pytest.approx(second, rel=1e-6)
     for finished in (one, two):  # the main process alone speaks
         assert finished.out.count("score on 39 images in micro-batches of 3") == 1
-        assert finished.out.count("The pruned model is in") == 1
+        assert finished.out.count("The model is in") == 1
     assert one.err == ""
 
 
