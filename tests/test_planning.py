@@ -7,7 +7,8 @@ from tiny_models import make_base
 
 from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
-from isoprune_hf.pruning.graph import CoupledGroup, Member, trace_groups
+from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups
 from isoprune_hf.pruning.planning import PruningPlan, make_plan
 from isoprune_hf.pruning.ranking import keep_counts, round_counts

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.graph import CoupledGroup, Member
+from isoprune_hf.pruning.groups import CoupledGroup, Member
 
 
 @dataclass(frozen=True)

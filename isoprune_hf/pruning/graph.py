@@ -6,7 +6,6 @@ engine.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,51 +16,10 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.architectures import Attention, PatchMerging, find_attention, find_patch_merging
+from isoprune_hf.pruning.groups import CoupledGroup, Member
 
 # What torch-pruning raises where it cannot follow a model.
 _ENGINE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """The elements of one tensor that belong to the channels of a group.
-
-    Args:
-        parameter: Name of a parameter or buffer, relative to the base module.
-        dim: Dim of the tensor that the channels lie on.
-        index: Positions on `dim`: row c holds the k positions of channel c; shape (channels, k).
-    """
-
-    parameter: str
-    dim: int
-    index: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class CoupledGroup:
-    """Channels that can only leave together with what reads and writes them.
-
-    Args:
-        name: Name of the group: the module that creates its channels.
-        signature: Layer type and side of every member in the order of execution; equal signatures are one isomorphic
-            class.
-        channels: Number of channels.
-        members: What belongs to each channel.
-        num_heads: For attention: channel c is dim c % head_dim of head c // head_dim. Otherwise 0.
-        head_members: For attention: what belongs to each whole head; `index` has the shape (num_heads, k).
-    """
-
-    name: str
-    signature: str
-    channels: int
-    members: tuple[Member, ...]
-    num_heads: int = 0
-    head_members: tuple[Member, ...] = ()
-
-    @property
-    def head_dim(self) -> int:
-        """Dims of each head; 0 for a group that is no attention."""
-        return self.channels // self.num_heads if self.num_heads else 0
 
 
 class _AttentionStub(nn.Module):

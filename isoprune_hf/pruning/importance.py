@@ -16,7 +16,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.graph import CoupledGroup
+from isoprune_hf.pruning.groups import CoupledGroup
 
 Criterion = Literal["taylor", "l1", "l2", "random"]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from isoprune_hf.errors import BudgetError, CheckpointError, RecipeError
 from isoprune_hf.pruning.cost import CostModel
-from isoprune_hf.pruning.graph import CoupledGroup
+from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.ranking import Choice, Ranking
 from isoprune_hf.recipes import PruneRecipe, parse_budget

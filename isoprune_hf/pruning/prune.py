@@ -16,7 +16,8 @@ from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost import ModelCost, cost_model
-from isoprune_hf.pruning.graph import CoupledGroup, trace_groups
+from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups
 from isoprune_hf.pruning.planning import PruningPlan, make_plan
 from isoprune_hf.pruning.surgery import apply_plan

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isoprune_hf.pruning.cost import CostModel, ModelCost
-from isoprune_hf.pruning.graph import CoupledGroup
+from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 

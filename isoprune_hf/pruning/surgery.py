@@ -20,7 +20,8 @@ from isoprune_hf.pruning.architectures import (
     find_patch_merging,
 )
 from isoprune_hf.pruning.cost import count_cost
-from isoprune_hf.pruning.graph import CoupledGroup, trace_groups
+from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.planning import PruningPlan
 
 
