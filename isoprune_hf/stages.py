@@ -22,7 +22,7 @@ from isoprune_hf.pruning.planning import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.publishing.report import draw_classes
-from isoprune_hf.publishing.speed import measure_latency
+from isoprune_hf.pruning.speed import measure_latency
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
 from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base

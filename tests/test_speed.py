@@ -1,14 +1,16 @@
 """Latency: who is timed, how often, and in which state the models are left."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_base
 from torch import nn
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.publishing import speed
-from isoprune_hf.publishing.speed import measure_latency
+from isoprune_hf.pruning import speed
+from isoprune_hf.pruning.speed import measure_latency, measure_pair, record_measurement
 
 
 class Recorder(nn.Module):
@@ -60,6 +62,49 @@ def test_the_device_is_waited_for_before_and_after_a_pass_on_cuda(monkeypatch: p
     speed._synchronize(torch.device("cpu"))
     speed._synchronize(torch.device("cuda", 1))
     assert devices == [torch.device("cuda", 1)]
+
+
+def test_bf16_times_a_copy_and_leaves_the_model_in_its_own_precision() -> None:
+    calls: list[tuple] = []
+    model = Recorder("base", calls)
+    model.__deepcopy__ = lambda memo: Recorder("copy", calls)
+    measure_latency({"base": model}, (3, 2, 2), precision="bf16", repeats=1, warmup=0)
+    assert [(call[0], call[2]) for call in calls] == [("copy", torch.bfloat16)]
+    assert model.weight.dtype == torch.float64
+
+
+def test_base_and_pruned_are_measured_in_turns_on_the_image_of_the_base(tmp_path: Path) -> None:
+    base, order = make_base("vit", tmp_path), []
+    pruned = make_base("vit", tmp_path)
+    base.register_forward_hook(lambda module, inputs, output: order.append(("base", tuple(inputs[0].shape))))
+    pruned.register_forward_hook(lambda module, inputs, output: order.append(("pruned", tuple(inputs[0].shape))))
+    times = measure_pair(base, pruned, batch_size=3, repeats=2)
+    assert len(times) == 2 and min(times) > 0
+    assert order == [("base", (3, 3, 16, 16)), ("pruned", (3, 3, 16, 16))] * 5
+
+
+def test_a_record_says_what_was_measured() -> None:
+    settings = {"batch_size": 4, "precision": "bf16", "backend": "compile", "repeats": 7}
+    record = record_measurement(torch.device("cpu"), **settings)
+    expected = {**settings, "device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
+    assert record == expected and type(record["torch"]) is str
+
+
+def test_a_compiler_that_does_not_work_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: nn.Module, **_: bool) -> nn.Module:
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(RecipeError, match=r"torch.compile does not work here \(no compiler found\); .* eager"):
+        measure_latency({"base": nn.Conv2d(3, 4, 1)}, (3, 2, 2), backend="compile")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_timed(tmp_path: Path) -> None:
+    base = make_base("vit", tmp_path)
+    times = measure_latency({"base": base}, (3, 16, 16), backend="compile", repeats=2, warmup=0)
+    assert times["base"] > 0
+    assert type(base).__name__ == "IsoPruneForImageClassification"  # not the compiled wrapper
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,1 +1,1 @@
-"""What a pruned model is shown with: its card, tables and pictures, its speed, and the way to the Hub."""
+"""What a pruned model is shown with: its card, tables and pictures, and the way to the Hub."""
