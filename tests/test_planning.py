@@ -5,13 +5,13 @@ import pytest
 import torch
 from tiny_models import make_base
 
-from isoprune_hf.errors import BudgetError, RecipeError
+from isoprune_hf.errors import BudgetError, CheckpointError, RecipeError
+from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.groups import CoupledGroup, Member
+from isoprune_hf.pruning.groups import CoupledGroup, Member, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups
 from isoprune_hf.pruning.planning import PruningPlan, make_plan
-from isoprune_hf.pruning.ranking import keep_counts, round_counts
 from isoprune_hf.recipes import PruneRecipe
 
 
@@ -20,15 +20,28 @@ def group(name, signature, channels, num_heads=0, ways=1):
     return CoupledGroup(name, signature, channels, (Member(f"{name}.weight", 0, index),), num_heads)
 
 
-def plan_for(scores, groups, **options):
-    recipe = PruneRecipe(**{"round_to": 1, "min_keep": 1, **options})
-    values = {name: torch.tensor(value, dtype=torch.float32) for name, value in scores.items()}
+def cost_of(groups, blocks=()):
+    """Ten MACs and ten parameters for each row of each group's weight."""
     shapes = {f"{g.name}.weight": (g.members[0].index.size, 10) for g in groups}
     ties = {f"{g.name}.weight": ((0, g.name, g.members[0].index.shape[1], False),) for g in groups}
-    positions = dict.fromkeys(shapes, 1)
     total = sum(rows * columns for rows, columns in shapes.values())
-    cost = CostModel(ModelCost(total, total), 0, positions, {}, shapes, ties)
-    return make_plan(groups, ImportanceScores(values, "l1", "print", {}), recipe, cost=cost)
+    positions = dict.fromkeys(shapes, 1)
+    return CostModel(
+        ModelCost(total, total),
+        0,
+        positions,
+        {},
+        shapes,
+        ties,
+        blocks={block.name: block.parameters for block in blocks},
+    )
+
+
+def plan_for(scores, groups, blocks=(), block_scores=None, **options):
+    recipe = PruneRecipe(**{"round_to": 1, "min_keep": 1, **options})
+    values = {name: torch.tensor(value, dtype=torch.float32) for name, value in scores.items()}
+    known = ImportanceScores(values, "l1", "print", {}, blocks=block_scores or {})
+    return make_plan(groups, known, recipe, cost=cost_of(groups, blocks), blocks=blocks)
 
 
 A, B, C = group("a", "mlp", 4), group("b", "mlp", 4), group("c", "stream", 4)
@@ -48,17 +61,6 @@ def test_global_scope_lets_all_compete() -> None:
 
 def test_local_scope_takes_the_same_share_of_every_layer() -> None:
     assert plan_for(SCORES, [A, B, C], ratio=0.5, scope="local").kept == {"a": (2, 3), "b": (2, 3), "c": (2, 3)}
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.3, 0.45, 0.5])
-def test_exactly_the_rounded_share_of_a_class_leaves(ratio: float) -> None:
-    generator = np.random.default_rng(0)
-    units = {name: generator.random(size) for name, size in (("a", 13), ("b", 40), ("c", 7))}
-    counts = keep_counts(units, dict.fromkeys(units, 1), ratio)
-    assert 60 - sum(counts.values()) == round(60 * ratio)
-    # The same by a plain sort: the channels that stay are the best of all.
-    ranked = sorted((-score, name) for name, scores in units.items() for score in scores)[: 60 - round(60 * ratio)]
-    assert counts == {name: max(1, sum(owner == name for _, owner in ranked)) for name in units}
 
 
 def test_equal_scores_leave_in_the_order_of_groups_and_channels() -> None:
@@ -90,13 +92,6 @@ def test_each_head_drops_its_own_weakest_dims_and_all_keep_as_many() -> None:
     attention = [group("x", "attn", 6, num_heads=2)]
     plan = plan_for({"x": [9, 1, 5, 2, 8, 7]}, attention, ratio=0.9, head_dim_ratio=1 / 3)
     assert plan.kept == {"x": (0, 2, 4, 5)} and plan.heads == {"x": (0, 1)}
-
-
-def test_widths_are_rounded_and_the_class_keeps_its_sum() -> None:
-    counts = {"a": 13, "b": 22, "c": 29}
-    allowed = {name: [8, 16, 24, 32] for name in counts}
-    assert round_counts(counts, allowed) == {"a": 16, "b": 24, "c": 24}
-    assert round_counts({"a": 3, "b": 5}, {"a": [4], "b": [8]}) == {"a": 4, "b": 8}
 
 
 def test_a_layer_narrower_than_the_rounding_stays_whole() -> None:
@@ -145,3 +140,169 @@ def test_a_plan_survives_json_and_keeps_lists_on_one_line() -> None:
     assert PruningPlan.from_json(text) == plan
     assert '"b": [1, 2, 3]' in text
     assert json.loads(text)["settings"]["scope"] == "isomorphic"
+
+
+# Patterns, fixed ratios and normalisers
+
+
+def test_excluded_groups_stay_whole_and_count_in_their_class() -> None:
+    # Half of the 8 channels of the class would leave; b may lose 3 and keeps its best.
+    plan = plan_for({"a": [1, 2, 3, 4], "b": [5, 6, 7, 8]}, [A, B], ratio=0.5, exclude=["a"])
+    assert plan.kept == {"b": (3,)}
+
+
+def test_fixed_ratios_hold_while_a_budget_moves_the_others() -> None:
+    plan = plan_for(SCORES, [A, B, C], target_macs=70, ratios={"c": 0.25})
+    assert plan.kept["c"] == (1, 2, 3)
+    assert plan.achieved["pruned"]["macs"] == 70
+    assert len(plan.kept["a"]) + len(plan.kept["b"]) == 4
+
+
+def test_a_scope_of_ones_own_lets_unlike_groups_compete() -> None:
+    plan = plan_for(SCORES, [A, B, C], ratio=0.5, scopes={"a": "mine", "c": "mine"})
+    assert plan.kept == {"a": (1, 2, 3), "b": (2, 3), "c": (3,)}
+
+
+def test_a_normaliser_puts_the_groups_of_a_class_on_one_scale() -> None:
+    scores = {"a": [1, 2, 3, 6], "b": [10, 20, 30, 60]}
+    assert plan_for(scores, [A, B], ratio=0.25).kept == {"a": (2, 3)}
+    assert plan_for(scores, [A, B], ratio=0.25, normalizer="mean").kept == {"a": (1, 2, 3), "b": (1, 2, 3)}
+    # Divided by the largest, a is 1/2, 1/2, 1/2, 1 and b is 1/6, 1/3, 1/2, 1.
+    scores = {"a": [3, 3, 3, 6], "b": [10, 20, 30, 60]}
+    assert plan_for(scores, [A, B], ratio=0.25, normalizer="max").kept == {"b": (2, 3)}
+
+
+def test_shared_head_dims_are_the_same_in_every_head() -> None:
+    attention, scores = [group("x", "attn", 6, num_heads=2)], {"x": [9, 1, 5, 2, 8, 7]}
+    # By the mean of both heads the dims are worth 5.5, 4.5 and 6.
+    plan = plan_for(scores, attention, head_dim_ratio=1 / 3, head_dims="shared")
+    assert plan.kept == {"x": (0, 2, 3, 5)}
+
+
+def test_the_margins_of_a_plan_are_those_of_its_classes() -> None:
+    plan = plan_for(SCORES, [A, B, C], ratio=0.25)
+    assert plan.margins["a"] == {"removed": 2.0, "kept": 3.0}
+    assert plan.margins["c"] == pytest.approx({"removed": 0.1, "kept": 0.2})
+
+
+def test_widths_that_cannot_be_aligned_are_said() -> None:
+    groups = [group("a", "x", 4), group("b", "y", 16), group("c", "z", 20)]
+    scores = {"a": range(4), "b": range(16), "c": range(20)}
+    plan = plan_for({name: list(values) for name, values in scores.items()}, groups, ratio=0.05, round_to=8)
+    assert plan.notes == (
+        "a keeps all of its 4 channels, which is narrower than round_to 8",
+        "c keeps all of its 20 channels, no multiple of round_to 8",
+    )
+
+
+# Blocks
+
+WIDE = [group("s.0.mlp", "mlp", 4), group("s.1.mlp", "mlp", 4), group("s.2.mlp", "mlp", 4), group("stem", "stem", 4)]
+BLOCKS = [ResidualBlock(f"s.{i}", "Block", (f"s.{i}.mlp.weight",)) for i in range(3)]
+WIDE_SCORES = {g.name: [1, 2, 3, 4] for g in WIDE}
+BLOCK_SCORES = {"s.0": 3.0, "s.1": 1.0, "s.2": 2.0}
+
+
+def plan_blocks(**options):
+    return plan_for(WIDE_SCORES, WIDE, BLOCKS, BLOCK_SCORES, **options)
+
+
+def test_a_number_of_blocks_leaves_lowest_score_first_with_their_groups() -> None:
+    plan = plan_blocks(remove_blocks=2, ratio=0.0)
+    assert plan.removed_blocks == ("s.1", "s.2") and plan.kept == {}
+    assert plan.achieved["pruned"] == {"macs": 80, "params": 80}
+
+
+def test_named_blocks_leave() -> None:
+    assert plan_blocks(remove_blocks=["s.0"], ratio=0.0).removed_blocks == ("s.0",)
+    with pytest.raises(RecipeError, match=r"'s\.7' is no residual block that can leave; this model has s\.0, s"):
+        plan_blocks(remove_blocks=["s.7"])
+
+
+def test_one_block_of_a_stage_stays() -> None:
+    with pytest.raises(RecipeError, match="3 blocks cannot leave; of the 3 residual blocks here 2 can"):
+        plan_blocks(remove_blocks=3)
+    assert plan_blocks(remove_blocks="auto", ratio=1.0).removed_blocks == ("s.1", "s.2")
+
+
+def test_blocks_share_the_ratio_of_channels_when_asked() -> None:
+    plan = plan_blocks(remove_blocks="auto", ratio=1 / 3)
+    assert plan.removed_blocks == ("s.1",)
+    # Of the two MLPs that are left, a third of 8 channels leaves.
+    assert sum(len(plan.kept[name]) for name in ("s.0.mlp", "s.2.mlp")) == 8 - round(8 / 3)
+
+
+def test_width_and_depth_share_one_budget() -> None:
+    plan = plan_blocks(remove_blocks=1, target_macs=70)
+    assert plan.removed_blocks == ("s.1",)
+    assert plan.achieved["pruned"]["macs"] == 70
+
+
+# Budgets
+
+
+def test_parameters_are_a_budget_too() -> None:
+    plan = plan_for(SCORES, [A, B, C], target_params="50%")
+    assert plan.achieved["pruned"]["params"] == 60
+
+
+def test_a_budget_that_no_width_meets_closely_says_so() -> None:
+    groups = [group("a", "x", 16)]
+    plan = plan_for({"a": list(range(16))}, groups, target_macs=150, round_to=8)
+    assert plan.achieved["pruned"]["macs"] == 80
+    assert plan.notes == (
+        "prune.target_macs 1.5e-07 G: 8e-08 G is reached, 53.3 % of it; no allowed width comes closer (round_to 8, "
+        "min_keep 1)",
+    )
+
+
+def test_two_groups_change_places_where_that_comes_nearer_to_the_budget() -> None:
+    # Channels cost 10 and 30. By score, b loses a step first; 200 is met only by a at 8 and b at 4.
+    groups = [group("a", "x", 16), group("b", "y", 8, ways=3)]
+    plan = plan_for({"a": list(range(16)), "b": [9] * 8}, groups, target_macs=200, round_to=4, ratio=0.5)
+    assert plan.achieved["pruned"]["macs"] == 200
+
+
+def test_ratios_alone_need_no_cost_and_a_budget_does() -> None:
+    scores = ImportanceScores({"a": torch.arange(4.0)}, "l1", "print", {})
+    assert make_plan([A], scores, PruneRecipe(ratio=0.5, round_to=1)).kept == {"a": (2, 3)}
+    with pytest.raises(RecipeError, match="target_params needs the cost of `cost_model`"):
+        make_plan([A], scores, PruneRecipe(target_params="50%"))
+
+
+def test_an_impossible_budget_is_refused_before_anything_is_scored() -> None:
+    with pytest.raises(BudgetError, match=r"target_macs 2e-08 G cannot be reached: the smallest is 3e-08 G"):
+        check_budget([A, B, C], PruneRecipe(target_macs=20, min_keep=1, round_to=1), cost_of([A, B, C]))
+    check_budget([A, B, C], PruneRecipe(target_macs=30, min_keep=1, round_to=1), cost_of([A, B, C]))
+
+
+def test_two_budgets_contradict_each_other() -> None:
+    with pytest.raises(RecipeError, match=r"prune\.target_macs and prune\.target_params are both set"):
+        PruneRecipe(target_macs="50%", target_params="50%")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.update({"version": True}), "needs version, kept and heads"),
+        (lambda plan: plan.update({"kept": [1]}), "kept must be a mapping"),
+        (lambda plan: plan["kept"].update({"a": ["0"]}), r"kept\['a'\] must be a list of whole numbers"),
+        (lambda plan: plan["kept"].update({"a": [True]}), r"kept\['a'\] must be a list of whole numbers"),
+        (lambda plan: plan.update({"removed_blocks": "s.0"}), "removed_blocks must be a list of texts"),
+        (lambda plan: plan.update({"surprise": 1}), "unknown entry 'surprise'"),
+    ],
+)
+def test_a_plan_that_was_changed_by_hand_is_checked(change, message: str) -> None:
+    values = json.loads(plan_for(SCORES, [A, B, C], ratio=0.5).to_json())
+    change(values)
+    with pytest.raises(CheckpointError, match=message):
+        PruningPlan.from_json(json.dumps(values))
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path) -> None:
+    for name, content in (("text", b"[1"), ("binary", b"\xff\xfe"), ("list", b"[]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="pruning plan: "):
+            PruningPlan.load(tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        PruningPlan.load(tmp_path / "none")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ class ImportanceScores:
     criterion: str
     fingerprint: str
     sample: Mapping[str, str | int]
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the scores as safetensors; the record goes into its metadata."""

@@ -2,154 +2,228 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost import CostModel, ModelCost
-from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.counting import best_units, keep_counts, round_counts, width_step
+from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores
+from isoprune_hf.pruning.scopes import resolve_rules
 from isoprune_hf.recipes import PruneRecipe
 
 
 @dataclass(frozen=True)
+class Ratios:
+    """Fractions that leave: of channels, of whole heads, of the dims inside heads, of residual blocks."""
+
+    ratio: float
+    head_ratio: float
+    head_dim_ratio: float
+    block_ratio: float = 0.0
+
+    @classmethod
+    def of(cls, recipe: PruneRecipe) -> "Ratios":
+        """The ratios of a recipe."""
+        head_dim_ratio = recipe.ratio if recipe.head_dim_ratio is None else recipe.head_dim_ratio
+        return cls(
+            recipe.ratio,
+            recipe.head_ratio,
+            head_dim_ratio,
+            recipe.ratio if recipe.remove_blocks == "auto" else 0.0,
+        )
+
+    def scaled(self, share: float) -> "Ratios":
+        """The same proportions with `share` as the largest ratio."""
+        values = (self.ratio, self.head_ratio, self.head_dim_ratio, self.block_ratio)
+        return Ratios(*(value / max(values) * share for value in values))
+
+
+@dataclass(frozen=True)
 class Choice:
-    """Counts that stay: channels of plain groups, dims of each head of attention groups; and the heads that stay."""
+    """Counts that stay: channels of plain groups, dims of each head of attention groups; the heads that stay; and the
+    blocks that leave."""
 
     widths: Mapping[str, int]
     heads: Mapping[str, tuple[int, ...]]
+    removed_blocks: tuple[str, ...] = ()
+    margins: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Ranking:
-    """The scores in the order in which channels leave, for one recipe; `choose` answers for any ratios."""
+    """The scores in the order in which channels leave, for one recipe; `choose` answers for any ratios.
 
-    def __init__(self, groups: Sequence[CoupledGroup], scores: ImportanceScores, recipe: PruneRecipe):
+    Raises:
+        RecipeError: A pattern of the recipe matches nothing, or a block that shall leave is none.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[CoupledGroup],
+        scores: ImportanceScores | None,
+        recipe: PruneRecipe,
+        blocks: Sequence[ResidualBlock] = (),
+    ):
         self.groups = groups
         self.recipe = recipe
-        self.scores = {group.name: scores.scores[group.name].double().numpy() for group in groups}
+        self.rules = resolve_rules(groups, recipe)
+        self.blocks = {block.name: block for block in blocks}
+        if scores is None:  # what floors and patterns allow does not depend on scores
+            scores = ImportanceScores({group.name: torch.zeros(group.channels) for group in groups}, "", "", {})
+        self.block_scores = {block.name: scores.blocks.get(block.name, 0.0) for block in blocks}
+        self.scores = {g.name: _normalize(scores.scores[g.name].double().numpy(), recipe.normalizer) for g in groups}
+        self._sorted = {name: np.sort(values, kind="stable") for name, values in self.scores.items()}
+        self._inside = {group.name: _block_of(group, blocks) for group in groups}
+        self._fixed_blocks = self._choose_fixed_blocks()
 
-    def choose(self, ratio: float, head_ratio: float, head_dim_ratio: float) -> Choice:
-        """Counts that stay in every group at the given ratios."""
-        heads = self._choose_heads(head_ratio)
+    def choose(self, ratios: Ratios) -> Choice:
+        """Counts that stay in every group at the given ratios.
+
+        In each scope exactly round(ratio x channels) leave, as far as the floors allow, the lowest-scored first and
+        equal scores in the order of groups and channels; widths are rounded afterwards.
+        """
+        removed_blocks = self._fixed_blocks + self._choose_blocks(ratios.block_ratio)
+        alive = [group for group in self.groups if self._inside[group.name] not in removed_blocks]
+        heads = self._choose_heads(alive, ratios.head_ratio)
         pools: dict[tuple[str, float], list[CoupledGroup]] = {}
-        for group in self.groups:
-            pools.setdefault((self._scope(group), head_dim_ratio if group.num_heads else ratio), []).append(group)
+        for group in alive:
+            pools.setdefault((self.rules[group.name].scope, self._ratio(group, ratios)), []).append(group)
         widths: dict[str, int] = {}
+        margins: dict[str, Mapping[str, float]] = {}
         for (_, pool_ratio), pool in pools.items():
-            units = {group.name: np.sort(self.units(group, heads)) for group in pool}
-            floors = {name: self._floor(len(values)) for name, values in units.items()}
-            counts = keep_counts(units, floors, pool_ratio)
-            widths |= round_counts(counts, {g.name: self.allowed(g, len(units[g.name])) for g in pool})
-        return Choice(widths, heads)
+            units = {group.name: self.units(group, heads) for group in pool}
+            floors = {group.name: self.floor(group) for group in pool}
+            weights = {group.name: len(heads.get(group.name, (0,))) for group in pool}
+            counts, margin = keep_counts(units, floors, pool_ratio, weights)
+            allowed = {group.name: self.allowed(group) for group in pool}
+            widths |= round_counts(counts, allowed, units, weights)
+            if margin is not None:
+                margins[pool[0].name] = margin
+        return Choice(widths, heads, removed_blocks, margins)
 
     def keep(self, group: CoupledGroup, choice: Choice) -> tuple[int, ...]:
         """Channels of a group that stay: the best of the group, or of each kept head."""
         width, score = choice.widths[group.name], self.scores[group.name]
         if not group.num_heads:
-            return tuple(sorted(_best(score, width)))
+            return tuple(sorted(best_units(score, width)))
         by_head = score.reshape(group.num_heads, -1)
+        kept_heads = choice.heads[group.name]
+        if self.recipe.head_dims == "shared":
+            by_head = np.broadcast_to(by_head[list(kept_heads)].mean(axis=0), by_head.shape)
         return tuple(
-            head * group.head_dim + dim
-            for head in choice.heads[group.name]
-            for dim in sorted(_best(by_head[head], width))
+            head * group.head_dim + dim for head in kept_heads for dim in sorted(best_units(by_head[head], width))
         )
+
+    def removed(self, choice: Choice) -> tuple[dict[str, int], dict[str, int], tuple[str, ...]]:
+        """What leaves, as a cost model asks for it: channels, whole heads, blocks."""
+        channels, heads = {}, {}
+        for group in self.groups:
+            if group.name in choice.widths:
+                kept = len(choice.heads.get(group.name, ())) or 1
+                channels[group.name] = group.channels - choice.widths[group.name] * kept
+                heads[group.name] = group.num_heads - kept if group.num_heads else 0
+        return channels, heads, choice.removed_blocks
 
     def cost(self, choice: Choice, cost: CostModel) -> ModelCost:
         """Cost of the model that a choice makes."""
-        removed, removed_heads = {}, {}
-        for group in self.groups:
-            heads = len(choice.heads.get(group.name, ())) or 1
-            removed[group.name] = group.channels - choice.widths[group.name] * heads
-            removed_heads[group.name] = group.num_heads - heads if group.num_heads else 0
-        return cost.cost(removed, removed_heads)
+        return cost.cost(*self.removed(choice))
 
-    def allowed(self, group: CoupledGroup, size: int) -> list[int]:
+    def allowed(self, group: CoupledGroup) -> list[int]:
         """Widths that a group may have: multiples of `round_to` from the floor on, and its full size."""
-        # A channel of a grouped layer stands for one channel in each of its groups.
-        ways = 1 if group.num_heads else group.members[0].index.shape[1]
-        step = self.recipe.round_to // math.gcd(self.recipe.round_to, ways)
-        floor = self._floor(size)
+        size = group.head_dim or group.channels
+        step = width_step(group, self.recipe.round_to)
+        floor = self.floor(group)
         return [*range(math.ceil(floor / step) * step, size, step), size]
 
-    def _scope(self, group: CoupledGroup) -> str:
-        return {"isomorphic": group.signature, "global": "", "local": group.name}[self.recipe.scope]
-
-    def _floor(self, size: int) -> int:
+    def floor(self, group: CoupledGroup) -> int:
+        """Channels, or dims of each head, that stay in a group whatever the ratio."""
+        size = group.head_dim or group.channels
+        if not self.rules[group.name].is_free:
+            return size
         return min(size, max(self.recipe.min_keep, size - math.floor(size * self.recipe.max_ratio + 1e-9)))
 
     def units(self, group: CoupledGroup, heads: Mapping[str, tuple[int, ...]]) -> np.ndarray:
-        """What competes: channels; in attention, the weakest dims of all kept heads, then the second weakest."""
-        score = self.scores[group.name]
+        """What competes, ascending: channels; in attention, the weakest dims of all kept heads, then the second."""
         if not group.num_heads:
-            return score
-        return np.sort(score.reshape(group.num_heads, -1)[list(heads[group.name])], axis=1).mean(axis=0)
+            return self._sorted[group.name]
+        by_head = self.scores[group.name].reshape(group.num_heads, -1)[list(heads[group.name])]
+        if self.recipe.head_dims == "shared":
+            return np.sort(by_head.mean(axis=0), kind="stable")
+        return np.sort(by_head, axis=1).mean(axis=0)
 
-    def _choose_heads(self, head_ratio: float) -> dict[str, tuple[int, ...]]:
-        attention = [group for group in self.groups if group.num_heads]
+    def _ratio(self, group: CoupledGroup, ratios: Ratios) -> float:
+        fixed = self.rules[group.name].fixed
+        if fixed is not None:
+            return fixed
+        return ratios.head_dim_ratio if group.num_heads else ratios.ratio
+
+    def _choose_heads(self, groups: Sequence[CoupledGroup], head_ratio: float) -> dict[str, tuple[int, ...]]:
         pools: dict[str, list[CoupledGroup]] = {}
-        for group in attention:
-            pools.setdefault(self._scope(group), []).append(group)
+        for group in groups:
+            if group.num_heads:
+                pools.setdefault(self.rules[group.name].scope, []).append(group)
         heads: dict[str, tuple[int, ...]] = {}
         for pool in pools.values():
             means = {group.name: self.scores[group.name].reshape(group.num_heads, -1).mean(axis=1) for group in pool}
             floors = {
-                g.name: max(1, g.num_heads - math.floor(g.num_heads * self.recipe.max_ratio + 1e-9)) for g in pool
+                g.name: max(1, g.num_heads - math.floor(g.num_heads * self.recipe.max_ratio + 1e-9))
+                if self.rules[g.name].is_free
+                else g.num_heads
+                for g in pool
             }
-            counts = keep_counts(means, floors, head_ratio)
-            heads |= {name: tuple(sorted(_best(means[name], count))) for name, count in counts.items()}
+            units = {name: np.sort(values, kind="stable") for name, values in means.items()}
+            counts, _ = keep_counts(units, floors, head_ratio)
+            heads |= {name: tuple(sorted(best_units(means[name], count))) for name, count in counts.items()}
         return heads
 
+    def _choose_fixed_blocks(self) -> tuple[str, ...]:
+        wanted = self.recipe.remove_blocks
+        if isinstance(wanted, list):
+            unknown = [name for name in wanted if name not in self.blocks]
+            if unknown:
+                raise RecipeError(
+                    f"prune.remove_blocks: {unknown[0]!r} is no residual block that can leave; this model has "
+                    f"{', '.join(self.blocks) or 'none'}"
+                )
+            return tuple(name for name in self.blocks if name in wanted)
+        if not isinstance(wanted, int):
+            return ()
+        free = self._removable()
+        if wanted > len(free):
+            raise RecipeError(
+                f"prune.remove_blocks: {wanted} blocks cannot leave; of the {len(self.blocks)} residual blocks here "
+                f"{len(free)} can, since one of each stage stays"
+            )
+        leaving = set(free[:wanted])
+        return tuple(name for name in self.blocks if name in leaving)
 
-def _best(scores: np.ndarray, count: int) -> list[int]:
-    """Indices of the `count` highest scores; of equal ones, those with the lower index leave first."""
-    return np.argsort(scores, kind="stable")[len(scores) - count :].tolist()
+    def _choose_blocks(self, block_ratio: float) -> tuple[str, ...]:
+        """Of each kind of block the lowest-scored round(ratio x blocks) leave; one of each stage stays."""
+        leaving: set[str] = set()
+        for signature in {block.signature for block in self.blocks.values()} if block_ratio else ():
+            kind = [name for name in self._removable() if self.blocks[name].signature == signature]
+            total = sum(block.signature == signature for block in self.blocks.values())
+            leaving |= set(kind[: round(block_ratio * total)])
+        return tuple(name for name in self.blocks if name in leaving)
+
+    def _removable(self) -> list[str]:
+        """Blocks that may leave, the lowest-scored first: all but the best of each stage."""
+        order = sorted(self.blocks, key=lambda name: self.block_scores[name])
+        best = {name.rpartition(".")[0]: name for name in order}
+        return [name for name in order if name not in best.values()]
 
 
-def keep_counts(units: Mapping[str, np.ndarray], floors: Mapping[str, int], ratio: float) -> dict[str, int]:
-    """Let the lowest-scored units of a pool leave.
-
-    Args:
-        units: Group -> scores of its units.
-        floors: Group -> units that must stay; its best ones are out of the competition.
-        ratio: Fraction of all units that leaves; exactly round(ratio x units), ties by (group order, index), as far as
-            the floors allow.
-
-    Returns:
-        Group -> number of units that stay.
-    """
-    names = list(units)
-    owners, values = [], []
-    for position, name in enumerate(names):
-        free = np.sort(units[name], kind="stable")[: len(units[name]) - floors[name]]
-        owners.append(np.full(len(free), position))
-        values.append(free)
-    total = sum(len(scores) for scores in units.values())
-    leaving = np.concatenate(owners)[np.argsort(np.concatenate(values), kind="stable")][: round(ratio * total)]
-    counts = np.bincount(leaving, minlength=len(names))
-    return {name: len(units[name]) - int(counts[position]) for position, name in enumerate(names)}
+def _normalize(scores: np.ndarray, normalizer: str) -> np.ndarray:
+    alive = scores[scores >= 0]  # those below 0 have left in an earlier step
+    divisor = {"none": 1.0, "mean": alive.mean(), "max": alive.max()}[normalizer]
+    return scores / divisor if divisor else scores
 
 
-def round_counts(counts: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Move every count to an allowed width so that the pool keeps its sum as nearly as the widths permit.
-
-    Args:
-        counts: Group -> units that stay.
-        allowed: Group -> ascending widths to choose from.
-
-    Returns:
-        Group -> an allowed width: the next lower one, or the next higher one for the groups that lost most by rounding
-        down.
-    """
-    widths, rise = {}, []
-    for position, (name, count) in enumerate(counts.items()):
-        lower = max((width for width in allowed[name] if width <= count), default=allowed[name][0])
-        widths[name] = lower
-        upper = next((width for width in allowed[name] if width > lower), None)
-        if upper is not None and count > lower:
-            rise.append(((lower - count) / (upper - lower), position, name, upper))
-    missing = sum(counts.values()) - sum(widths.values())
-    for _, _, name, upper in sorted(rise):
-        if 2 * missing >= upper - widths[name]:
-            missing -= upper - widths[name]
-            widths[name] = upper
-    return widths
+def _block_of(group: CoupledGroup, blocks: Sequence[ResidualBlock]) -> str | None:
+    """The block that holds all parameters of a group."""
+    parameters = {member.parameter for member in group.members}
+    prefixes = ((block.name, f"{block.name}.") for block in blocks)
+    return next((name for name, prefix in prefixes if all(p.startswith(prefix) for p in parameters)), None)

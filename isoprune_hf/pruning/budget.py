@@ -1,0 +1,217 @@
+"""Meeting a budget: ratios are scaled together until the figure fits, and what is left of it goes back."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from isoprune_hf.errors import BudgetError, RecipeError
+from isoprune_hf.pruning.cost import CostModel
+from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.latency import LatencyModel
+from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
+from isoprune_hf.recipes import BUDGETS, PruneRecipe, parse_budget
+
+# A result this far below its budget is searched for a better one, and reported when there is none.
+_TOLERANCE = 0.005
+_MOST_SWAPS = 4000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The one figure that must not be exceeded.
+
+    Args:
+        setting: Its setting: target_macs, target_params or target_latency.
+        target: Its largest value: MACs, parameters, or milliseconds.
+        base: The figure of the base.
+        measure: The figure of a choice.
+    """
+
+    setting: str
+    target: float
+    base: float
+    measure: Callable[[Ranking, Choice], float]
+
+    def show(self, value: float) -> str:
+        """Write a value of this figure for people."""
+        if self.setting == "target_latency":
+            return f"{value:.4g} ms"
+        return f"{value / 1e9:.4g} G" if self.setting == "target_macs" else f"{value / 1e6:.4g} M"
+
+
+def read_budget(recipe: PruneRecipe, cost: CostModel | None, latency: LatencyModel | None) -> Budget | None:
+    """Read the budget of a recipe; None where it has only ratios.
+
+    Raises:
+        RecipeError: The recipe has a budget and the cost or latency model is missing.
+        BudgetError: The budget is more than the base needs.
+    """
+    setting = next((name for name in BUDGETS if getattr(recipe, name) is not None), None)
+    if setting is None:
+        return None
+    if cost is None or (setting == "target_latency" and latency is None):
+        need = "latency of `fit_latency`" if cost is not None else "cost of `cost_model`"
+        raise RecipeError(f"prune.{setting} needs the {need}: give it to make_plan, or call prune_model")
+    if setting == "target_latency":
+        base = latency.predict(cost.layer_macs({}, {}))
+        budget = Budget(
+            setting,
+            parse_budget(recipe.target_latency, base, f"prune.{setting}"),
+            base,
+            lambda ranking, choice: latency.predict(cost.layer_macs(*ranking.removed(choice))),
+        )
+    else:
+        figure = setting.removeprefix("target_")
+        base = getattr(cost.base, figure)
+        budget = Budget(
+            setting,
+            parse_budget(getattr(recipe, setting), base, f"prune.{setting}"),
+            base,
+            lambda ranking, choice: getattr(ranking.cost(choice, cost), figure),
+        )
+    if budget.target > base:
+        raise BudgetError(
+            f"prune.{setting} is {budget.show(budget.target)}, the base has only {budget.show(base)}: nothing to cut"
+        )
+    return budget
+
+
+def check_budget(
+    groups: Sequence[CoupledGroup],
+    recipe: PruneRecipe,
+    cost: CostModel,
+    latency: LatencyModel | None = None,
+    blocks: Sequence[ResidualBlock] = (),
+) -> None:
+    """Refuse, before anything is scored, a budget that no scores could reach.
+
+    Raises:
+        BudgetError: Names the smallest figure that can be reached.
+        RecipeError: A pattern or a block of the recipe does not exist.
+    """
+    budget = read_budget(recipe, cost, latency)
+    ranking = Ranking(groups, None, recipe, blocks)
+    # With fixed fractions the floor depends on who leaves: those budgets are checked after scoring.
+    if budget is None or recipe.ratios or recipe.remove_blocks is not None:
+        return
+    ratios = Ratios.of(recipe)
+    lowest = Ratios(*(float(value > 0) for value in (ratios.ratio, ratios.head_ratio, ratios.head_dim_ratio)))
+    _check_reachable(budget, budget.measure(ranking, ranking.choose(lowest)), recipe)
+
+
+def _check_reachable(budget: Budget, smallest: float, recipe: PruneRecipe) -> None:
+    if smallest > budget.target:
+        raise BudgetError(
+            f"prune.{budget.setting} {budget.show(budget.target)} cannot be reached: the smallest is "
+            f"{budget.show(smallest)} with min_keep {recipe.min_keep}, max_ratio {recipe.max_ratio} and round_to "
+            f"{recipe.round_to}"
+        )
+
+
+def solve(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, Ratios, tuple[str, ...]]:
+    """Scale the ratios together until the figure is at most the target; what is left goes back, best channels first.
+
+    Returns:
+        The choice, the scaled ratios, and a line where the choice stays more than 0.5 % below the target.
+
+    Raises:
+        BudgetError: The floors are above the budget.
+        RecipeError: All ratios are 0.
+    """
+    if max(ratios.ratio, ratios.head_ratio, ratios.head_dim_ratio, ratios.block_ratio) == 0:
+        raise RecipeError(f"prune.{budget.setting} needs at least one ratio above 0 to share the cut")
+
+    def figure(share: float) -> float:
+        return budget.measure(ranking, ranking.choose(ratios.scaled(share)))
+
+    _check_reachable(budget, figure(1.0), ranking.recipe)
+    low, high = 0.0, 1.0
+    if figure(0.0) <= budget.target:
+        high = 0.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if figure(middle) > budget.target:
+            low = middle
+        else:
+            high = middle
+    choice = _fill(ranking, ranking.choose(ratios.scaled(high)), budget)
+    if budget.measure(ranking, choice) < (1 - _TOLERANCE) * budget.target:
+        choice = _swap(ranking, choice, budget)
+    return choice, ratios.scaled(high), _report(ranking, choice, budget)
+
+
+def _report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
+    reached = budget.measure(ranking, choice)
+    if reached >= (1 - _TOLERANCE) * budget.target:
+        return ()
+    return (
+        f"prune.{budget.setting} {budget.show(budget.target)}: {budget.show(reached)} is reached, "
+        f"{100 * reached / budget.target:.1f} % of it; no allowed width comes closer (round_to "
+        f"{ranking.recipe.round_to}, min_keep {ranking.recipe.min_keep})",
+    )
+
+
+def _fill(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
+    """Give channels back while the budget allows, the next allowed width of the best-scored group first.
+
+    Scores of unlike classes have unlike scales, so each is taken relative to the mean of its scope.
+    """
+    movable = [group for group in ranking.groups if group.name in choice.widths and _is_movable(ranking, group)]
+    units = {group.name: ranking.units(group, choice.heads)[::-1] for group in movable}
+    means = _scope_means(ranking, movable, units)
+    allowed = {group.name: ranking.allowed(group) for group in movable}
+    widths, steps = dict(choice.widths), []
+
+    def push(position: int, name: str) -> None:
+        upper = next((width for width in allowed[name] if width > widths[name]), None)
+        if upper is not None:
+            value = units[name][widths[name] : upper].mean() / means[name]
+            heapq.heappush(steps, (-value, position, name, upper))
+
+    for position, group in enumerate(movable):
+        push(position, group.name)
+    while steps:
+        _, position, name, upper = heapq.heappop(steps)
+        if budget.measure(ranking, replace(choice, widths={**widths, name: upper})) <= budget.target:
+            widths[name] = upper
+            push(position, name)
+    return replace(choice, widths=widths)
+
+
+def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
+    """Move one group up and another down where that comes nearer to the budget, the best pair first."""
+    movable = [group for group in ranking.groups if group.name in choice.widths and _is_movable(ranking, group)]
+    allowed = {group.name: ranking.allowed(group) for group in movable}
+    trials, best = 0, budget.measure(ranking, choice)
+    while best < (1 - _TOLERANCE) * budget.target:
+        found = None
+        for up in movable:
+            higher = next((width for width in allowed[up.name] if width > choice.widths[up.name]), None)
+            for down in movable if higher is not None else ():
+                lower = max((width for width in allowed[down.name] if width < choice.widths[down.name]), default=None)
+                if lower is None or up is down or trials >= _MOST_SWAPS:
+                    continue
+                trials += 1
+                trial = replace(choice, widths={**choice.widths, up.name: higher, down.name: lower})
+                value = budget.measure(ranking, trial)
+                if best < value <= budget.target:
+                    found, best = trial, value
+        if found is None:
+            return choice
+        choice = found
+    return choice
+
+
+def _is_movable(ranking: Ranking, group: CoupledGroup) -> bool:
+    rule = ranking.rules[group.name]
+    return rule.is_free and rule.fixed is None
+
+
+def _scope_means(ranking: Ranking, groups: Sequence[CoupledGroup], units: dict[str, np.ndarray]) -> dict[str, float]:
+    scopes: dict[str, list[np.ndarray]] = {}
+    for group in groups:
+        scopes.setdefault(ranking.rules[group.name].scope, []).append(units[group.name])
+    means = {scope: float(np.concatenate(values).mean()) or 1.0 for scope, values in scopes.items()}
+    return {group.name: means[ranking.rules[group.name].scope] for group in groups}
