@@ -14,7 +14,7 @@ from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.data import ImageData, check_labels, load_data
-from isoprune_hf.training.loading import calibration_batches, calibration_ids
+from isoprune_hf.training.loading import CalibrationBatches, calibration_ids
 
 logger = get_logger(__name__)
 
@@ -71,7 +71,7 @@ def open_calibration(
     }
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    return calibration_batches(images.train, processor, **options, **share), sample
+    return CalibrationBatches(images.train, processor, **options, **share), sample
 
 
 def open_teacher(

@@ -13,7 +13,7 @@ from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training import data as data_module
 from isoprune_hf.training.augmentation import EvaluationTransform
 from isoprune_hf.training.data import check_labels, load_data
-from isoprune_hf.training.loading import calibration_batches, calibration_ids, eval_loader, train_batches
+from isoprune_hf.training.loading import CalibrationBatches, calibration_ids, eval_loader, train_batches
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")  # tench, goldfish, great white shark
 PROCESSOR = IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
@@ -228,7 +228,7 @@ def test_the_calibration_sample_is_drawn_once_and_shared_by_the_ranks():
 
     def load(rank: int, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         options = {"batches": 5, "batch_size": 3, "seed": 1, "rank": rank, "world": world}
-        return list(calibration_batches(split, PROCESSOR, **options))
+        return list(CalibrationBatches(split, PROCESSOR, **options))
 
     alone, shards = load(0, 1), [load(rank, 3) for rank in range(3)]
     assert [len(shard) for shard in shards] == [2, 2, 1]
@@ -240,7 +240,7 @@ def test_the_calibration_sample_is_drawn_once_and_shared_by_the_ranks():
 
 def test_a_small_split_gives_a_partial_micro_batch():
     split = make_split([0, 1, 2, 0, 1])
-    sizes = [len(labels) for _, labels in calibration_batches(split, PROCESSOR, batches=9, batch_size=2, seed=0)]
+    sizes = [len(labels) for _, labels in CalibrationBatches(split, PROCESSOR, batches=9, batch_size=2, seed=0)]
     assert sizes == [2, 2, 1]
 
 
@@ -280,3 +280,25 @@ def test_loading_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     list(eval_loader(make_split([0, 1]), PROCESSOR, batch_size=1, num_workers=0, rank=0, world=1))
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_a_damaged_image_is_named_by_its_file_in_one_line(content, workers, tmp_path):
+    root = write_folder(tmp_path / "images", {"train": ("a", "b"), "val": ("a", "b")})
+    damaged = root / "val" / "b" / "test-1.PNG"
+    damaged.write_bytes(damaged.read_bytes()[:40] if content is None else content)
+    split = load_data(DataRecipe(dataset=str(root))).evaluation
+    with pytest.raises(DatasetError) as caught:
+        list(eval_loader(split, PROCESSOR, batch_size=1, num_workers=workers, rank=0, world=1))
+    assert str(caught.value).startswith(f"data: {damaged} cannot be read (")
+    assert str(caught.value).endswith("mend it or take it out") and "\n" not in str(caught.value)
+
+
+def test_a_damaged_image_without_a_file_is_named_by_its_place():
+    split = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"no image", "path": None}], "label": [0]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}),
+    )
+    with pytest.raises(DatasetError, match="data: image 0 of its split cannot be read"):
+        list(eval_loader(split, PROCESSOR, batch_size=1, num_workers=0, rank=0, world=1))

@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.data import read_image
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -114,9 +115,8 @@ class TransformedImages(Dataset):
         return len(self.split)
 
     def __getitem__(self, position: int) -> tuple[int, torch.Tensor, int]:
-        row = self.split[position]
-        image = row["image"].convert("RGB")
+        image, label = read_image(self.split, position)
         if self.seeds is None:
-            return position, self.transform(image), row["label"]
+            return position, self.transform(image), label
         with seeded_generators(*self.seeds, position):
-            return position, self.transform(image), row["label"]
+            return position, self.transform(image), label

@@ -133,6 +133,24 @@ def _load_digits() -> dict[str, Dataset]:
     }
 
 
+def read_image(split: Sequence[dict[str, Any]], position: int) -> tuple[PILImage.Image, int]:
+    """Decode one row of a split; returns the image in RGB and its label.
+
+    Raises:
+        DatasetError: The image is damaged; names its file where it has one.
+    """
+    try:
+        row = split[position]
+        return row["image"].convert("RGB"), row["label"]
+    except (OSError, SyntaxError, ValueError, AttributeError, PILImage.DecompressionBombError) as error:
+        where = f"image {position} of its split"
+        if isinstance(split, Dataset):
+            encoded = split.cast_column("image", Image(decode=False))[position]["image"] or {}
+            where = encoded.get("path") or where
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DatasetError(f"data: {where} cannot be read ({reason}); mend it or take it out") from error
+
+
 def _select_columns(split: Dataset, name: str, recipe: DataRecipe) -> Dataset:
     for setting, column in (("image_column", recipe.image_column), ("label_column", recipe.label_column)):
         if column not in split.features:

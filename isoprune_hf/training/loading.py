@@ -7,17 +7,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
+from isoprune_hf.errors import DatasetError
 from isoprune_hf.training.augmentation import EvaluationTransform, Transform, TransformedImages, seed_from
 from isoprune_hf.training.data import Dataset
+
+
+class _Loader(DataLoader):
+    """Hands on what is wrong with an image in one line; from a loader process it comes with that process's stack."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        try:
+            yield from super().__iter__()
+        except DatasetError as error:
+            raise DatasetError(
+                str(error).strip().splitlines()[-1].partition("DatasetError: ")[2] or str(error)
+            ) from error
 
 
 def _load(images: TransformedImages, batches: list[list[int]], num_workers: int) -> DataLoader:
     # A generator of its own, since a loader draws from the global one, which dropout uses.
     generator = torch.Generator().manual_seed(0)
     pin_memory = torch.cuda.is_available()
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=num_workers, generator=generator, pin_memory=pin_memory
-    )
+    return _Loader(images, batch_sampler=batches, num_workers=num_workers, generator=generator, pin_memory=pin_memory)
 
 
 def calibration_ids(n: int, *, batches: int, batch_size: int, seed: int) -> list[int]:
@@ -25,26 +36,32 @@ def calibration_ids(n: int, *, batches: int, batch_size: int, seed: int) -> list
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: batches * batch_size].tolist()
 
 
-def calibration_batches(
-    split: Dataset,
-    processor: BaseImageProcessor,
-    *,
-    batches: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's micro-batches of the calibration sample: number k goes to rank k % world.
+class CalibrationBatches:
+    """This rank's micro-batches of the calibration sample: number k goes to rank k % world.
 
-    Yields:
-        Pixel values of shape (B, C, H, W) and labels of shape (B,), on the CPU; the last ones may be fewer.
+    Each pass over it gives the same batches, so that every step of a cut can score anew: pixel values of shape (B, C,
+    H, W) and labels of shape (B,), on the CPU; the last ones may be fewer.
     """
-    ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
-    micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-    images = TransformedImages(split, EvaluationTransform(processor))
-    for _, pixel_values, labels in _load(images, micro_batches[rank::world], num_workers=0):
-        yield pixel_values, labels
+
+    def __init__(
+        self,
+        split: Dataset,
+        processor: BaseImageProcessor,
+        *,
+        batches: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
+        micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        images = TransformedImages(split, EvaluationTransform(processor))
+        self._loader = _load(images, micro_batches[rank::world], num_workers=0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _, pixel_values, labels in self._loader:
+            yield pixel_values, labels
 
 
 def eval_loader(
