@@ -1,64 +1,46 @@
-"""Coupled groups: which channels can only leave together, found by torch-pruning's dependency graph.
+"""Coupled groups: which channels can only leave together, found in torch-pruning's dependency graph.
 
-The graph is translated at once into values that know parameters and indices only, so that nothing else depends on the
-engine.
+Only the graph is torch-pruning's. Its groups hold one Python object for each channel of each edge, and every one
+recomputes the index maps of the whole graph; the walk here carries arrays instead and finds the same groups.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch_pruning
 from torch import nn
+from torch_pruning.dependency import Node, index_mapping
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.architectures import Attention, PatchMerging, find_attention, find_patch_merging
-from isoprune_hf.pruning.groups import CoupledGroup, Member
+from isoprune_hf.pruning.architectures import Attention
+from isoprune_hf.pruning.coupling import Coupling, Touched, couple, couple_attention
+from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.tracing import loose_parameters, traced_copy
 
 # What torch-pruning raises where it cannot follow a model.
 _ENGINE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
+_ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
-class _AttentionStub(nn.Module):
-    """Traces as one linear: the channels of attention are known without the engine (see `_attention_group`)."""
-
-    def __init__(self, inputs: int, outputs: int, returns_tuple: bool):
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, device="meta")
-        self.returns_tuple = returns_tuple
-
-    def forward(
-        self, hidden: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor | tuple[torch.Tensor, None]:
-        output = self.linear(hidden)
-        return (output, None) if self.returns_tuple else output
-
-
-class _PatchMergingStub(nn.Module):
-    """Traces as one linear over one copy of the channels; keeps the output's shape."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, device="meta")
-
-    def forward(self, hidden: torch.Tensor, dimensions: tuple[int, int] | None = None) -> torch.Tensor:
-        if dimensions is None:  # timm: (B, H, W, C)
-            batch, height, width, channels = hidden.shape
-            shape = (batch, (height + 1) // 2, (width + 1) // 2, channels)
-            return self.linear(hidden.mean((1, 2), keepdim=True) + hidden.new_zeros(shape))
-        height, width = dimensions  # transformers: (B, H * W, C)
-        shape = (hidden.shape[0], ((height + 1) // 2) * ((width + 1) // 2), hidden.shape[2])
-        return self.linear(hidden.mean(1, keepdim=True) + hidden.new_zeros(shape))
-
-
-def trace_groups(model: IsoPruneForImageClassification) -> tuple[CoupledGroup, ...]:
+def trace_groups(
+    model: IsoPruneForImageClassification, signature: Literal["paper", "strict"] = "paper"
+) -> tuple[CoupledGroup, ...]:
     """Find the coupled groups of a model; reads shapes only and leaves the model untouched.
 
     Args:
         model: A base or a pruned model on any device.
+        signature: When two groups are of one isomorphic class. Both signatures list the members of a group in the
+            order of `named_modules`, which is that of execution in the supported families.
+            paper: Each entry is the type of a layer and the side that the channels are on: `out` (written, or kept
+                as by a norm), `in` (read) or `depthwise`; `Parameter` for a parameter that no layer owns. Sizes of
+                kernels and the way the members are joined make no difference.
+            strict: Each entry of a convolution has its kernel size, stride and groups, too, and behind a `#` stand the
+                edges between the entries: `2>5` where the channels flow from entry 2 to entry 5 (counted from 0)
+                through operations without parameters alone; these (sums, activations, concatenation) are contracted.
 
     Returns:
         Groups in the order of execution. The outputs of the classifier are never among them.
@@ -67,192 +49,227 @@ def trace_groups(model: IsoPruneForImageClassification) -> tuple[CoupledGroup, .
         UnsupportedArchitectureError: The model cannot be traced, or holds a part of an unknown build.
     """
     base = model.model
-    attentions, mergings = list(find_attention(base)), list(find_patch_merging(base))
-    traced = meta_copy(model).model.requires_grad_(True).eval()
-    stubs: dict[str, Attention | PatchMerging] = {}
-    for part in attentions:
-        stub = _AttentionStub(
-            base.get_submodule(part.projections[0]).in_features,
-            base.get_submodule(part.output).out_features,
-            part.returns_tuple,
-        )
-        traced.set_submodule(part.path, stub)
-        stubs[f"{part.path}.linear"] = part
-    for part in mergings:
-        reduction = base.get_submodule(part.reduction)
-        traced.set_submodule(part.path, _PatchMergingStub(reduction.in_features // 4, reduction.out_features))
-        stubs[f"{part.path}.linear"] = part
-    order = {name: position for position, (name, _) in enumerate(base.named_modules())}
-    groups = [group for group in _engine_groups(traced, tuple(model.config.image_size), stubs) if group is not None]
-    groups += [_attention_group(base, part) for part in attentions]
+    traced = traced_copy(base)
+    order = {name: position for position, (name, _) in enumerate(traced.network.named_modules())}
+    couplings = _find_couplings(traced.network, tuple(model.config.image_size), with_flows=signature == "strict")
+    groups = [group for found in couplings if (group := couple(found, order, traced.stubs)) is not None]
+    groups += [couple_attention(base, part) for part in traced.stubs.values() if isinstance(part, Attention)]
     tensors = base.state_dict()
     for member in (member for group in groups for member in group.members):
         if member.index.max() >= tensors[member.parameter].shape[member.dim]:
             raise UnsupportedArchitectureError(
                 f"the channels of {member.parameter} were taken for those of another layer"
             )
+    order = {name: position for position, (name, _) in enumerate(base.named_modules())}
     return tuple(sorted(groups, key=lambda group: order[group.name]))
 
 
-def _engine_groups(
-    traced: nn.Module, image_size: tuple[int, ...], stubs: dict[str, Attention | PatchMerging]
-) -> Iterable[CoupledGroup | None]:
-    names = {owner: name for name, owner in [*traced.named_modules(), *traced.named_parameters()]}
-    order = {name: position for position, (name, _) in enumerate(traced.named_modules())}
-    example = torch.zeros(1, *image_size, device="meta")
+def _find_couplings(network: nn.Module, image_size: tuple[int, ...], *, with_flows: bool) -> list[Coupling]:
     graph = torch_pruning.DependencyGraph()
     try:
         graph.build_dependency(
-            traced,
-            example_inputs=(example,),
+            network,
+            example_inputs=(torch.zeros(1, *image_size, device="meta"),),
             output_transform=lambda output: output if isinstance(output, torch.Tensor) else output.logits,
-            unwrapped_parameters=_loose_parameters(traced),
+            unwrapped_parameters=loose_parameters(network),
             verbose=False,
         )
-        for found in graph.get_all_groups():
-            yield _translate(graph, found, names, order, stubs)
+        return list(_Walk(graph, network).couplings(with_flows=with_flows))
     except _ENGINE_ERRORS as error:
         if isinstance(error, UnsupportedArchitectureError):
             raise
         raise UnsupportedArchitectureError(
-            f"the channels of {type(traced).__name__} cannot be followed ({type(error).__name__}: {error}); "
+            f"the channels of {type(network).__name__} cannot be followed ({type(error).__name__}: {error}); "
             "supported are ViT, DeiT, Swin, ConvNeXt, ResNet, MobileNetV2 and models built alike"
         ) from error
 
 
-def _loose_parameters(traced: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """Parameters that no layer owns (tokens, positions, LayerScale): channels lie on the last dim that is not 1."""
-    layers = (
-        nn.Linear,
-        nn.modules.conv._ConvNd,
-        nn.modules.batchnorm._BatchNorm,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        nn.PReLU,
-        nn.Embedding,
-    )
-    owned = {
-        id(p) for module in traced.modules() if isinstance(module, layers) for p in module.parameters(recurse=False)
-    }
-    loose = [p for p in traced.parameters() if id(p) not in owned]
-    return [(p, max(d for d, size in enumerate(p.shape) if size > 1)) for p in loose if p.numel() > 1]
+@dataclass(frozen=True, eq=False)
+class _Positions:
+    """Channels as they lie in one tensor: their positions there, and which channel of the group each is."""
+
+    idx: np.ndarray
+    root: np.ndarray
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, idx: np.ndarray, root: np.ndarray) -> "_Positions":
+        return cls(idx, root, int(idx.min()), int(idx.max()) + 1) if len(idx) else cls(idx, root, 0, 0)
+
+    def shifted(self, offset: int) -> "_Positions":
+        return _Positions(self.idx + offset, self.root, self.low + offset, self.high + offset) if offset else self
+
+    def within(self, low: int, high: int) -> "_Positions":
+        """Those in [low, high), counted from `low`."""
+        if self.low >= high or self.high <= low:
+            return _NOWHERE
+        if self.low >= low and self.high <= high:
+            return self.shifted(-low)
+        inside = (self.idx >= low) & (self.idx < high)
+        return _Positions.of(self.idx[inside] - low, self.root[inside])
 
 
-def _translate(
-    graph: torch_pruning.DependencyGraph,
-    found: torch_pruning.Group,
-    names: dict[nn.Module | nn.Parameter, str],
-    order: dict[str, int],
-    stubs: dict[str, Attention | PatchMerging],
-) -> CoupledGroup | None:
-    channels = len(found[0].idxs)
-    entries: list[tuple[int, str, list[tuple[str, int, np.ndarray]]]] = []
-    ways = 1
-    is_read = False
-    for position in range(len(found)):
-        item = found[position]
-        target = item.dep.target.module
-        if target not in names:  # an operation without parameters
-            continue
-        name = names[target]
-        index = _by_channel(item, channels, name)
-        if isinstance(target, nn.Parameter):
-            entries.append((order[name.rpartition(".")[0]], "Parameter", [(name, item.dep.target.pruning_dim, index)]))
-            continue
-        grouped = isinstance(target, nn.modules.conv._ConvNd) and target.groups > 1
-        depthwise = grouped and target.groups == target.in_channels == target.out_channels
-        incoming = graph.is_in_channel_pruning_fn(item.dep.handler) and not graph.is_out_channel_pruning_fn(
-            item.dep.handler
+_NOWHERE = _Positions.of(np.arange(0), np.arange(0))
+
+
+def _concat(mapping: index_mapping._ConcatIndexMapping, at: _Positions) -> _Positions:
+    low, high = mapping.offset
+    return at.within(low, high) if mapping.reverse else at.shifted(low)
+
+
+def _split(mapping: index_mapping._SplitIndexMapping, at: _Positions) -> _Positions:
+    low, high = mapping.offset
+    return at.shifted(low) if mapping.reverse else at.within(low, high)
+
+
+def _slice(mapping: index_mapping._SliceIndexMapping, at: _Positions) -> _Positions:
+    if mapping.reverse:
+        return _Positions.of(at.idx * mapping.step + mapping.start, at.root)
+    at = at.within(mapping.start, mapping.end)
+    hit = at.idx % mapping.step == 0
+    return _Positions.of(at.idx[hit] // mapping.step, at.root[hit])
+
+
+def _flatten(mapping: index_mapping._FlattenIndexMapping, at: _Positions) -> _Positions:
+    stride = mapping._stride
+    if mapping.reverse:
+        pairs = np.unique(np.stack([at.idx // stride, at.root]), axis=1)
+        return _Positions.of(pairs[0], pairs[1])
+    return _Positions.of((at.idx[:, None] * stride + np.arange(stride)).ravel(), np.repeat(at.root, stride))
+
+
+_MAPPINGS: dict[type, Callable[..., _Positions]] = {
+    index_mapping._ConcatIndexMapping: _concat,
+    index_mapping._SplitIndexMapping: _split,
+    index_mapping._SliceIndexMapping: _slice,
+    index_mapping._FlattenIndexMapping: _flatten,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Edge:
+    """A dependency: what is taken from `trigger` of its source is taken by `handler` of its target."""
+
+    trigger: int
+    target: Node
+    handler: int
+    mappings: tuple[object, ...]
+
+
+class _Walk:
+    """Follows the channels of every root through the graph; sides (pruning functions) are numbers here."""
+
+    def __init__(self, graph: torch_pruning.DependencyGraph, network: nn.Module):
+        self.graph = graph
+        self.names = {owner: name for name, owner in [*network.named_modules(), *network.named_parameters()]}
+        self.sides: dict[object, int] = {}
+        self.edges = {
+            node: [
+                _Edge(
+                    self._side(dep.trigger),
+                    dep.target,
+                    self._side(dep.handler),
+                    tuple(mapping for mapping in dep.index_mapping if mapping is not None),
+                )
+                for dep in node.dependencies
+            ]
+            for node in graph.module2node.values()
+        }
+        self.written = {side for fn, side in self.sides.items() if graph.is_out_channel_pruning_fn(fn)}
+        self.read = {side for fn, side in self.sides.items() if graph.is_in_channel_pruning_fn(fn)}
+
+    def _side(self, fn: object) -> int:
+        return self.sides.setdefault(fn, len(self.sides))
+
+    def couplings(self, *, with_flows: bool) -> Iterator[Coupling]:
+        """Yield what is coupled, once, starting at each layer that writes channels."""
+        done: set[Node] = set()
+        for module, node in self.graph.module2node.items():
+            if not isinstance(module, _ROOTS) or node in done:
+                continue
+            pruner = self.graph.get_pruner_of_module(module)
+            channels = pruner.get_out_channels(module)
+            found = self._follow(node, self._side(pruner.prune_out_channels), channels)
+            done |= {node for node, side in found if side in self.written}
+            keys = [key for key in found if key[0].module in self.names]
+            touched = [self._touched(node, side, found[node, side], channels) for node, side in keys]
+            yield Coupling(channels, touched, self._flows(keys, found.keys()) if with_flows else None)
+
+    def _follow(self, root: Node, side: int, channels: int) -> dict[tuple[Node, int], list[_Positions]]:
+        """Find all that is reached, in the order and with the positions of torch-pruning's `get_pruning_group`."""
+        start = _Positions.of(np.arange(channels), np.arange(channels))
+        same = {_key(start): start}
+        found = {(root, side): [start]}
+        seen, visited, stack = {(root, side, id(start))}, set(), [(root, side, start)]
+        while stack:
+            node, side, here = stack.pop()
+            visited.add(node)
+            for edge in self.edges[node]:
+                if edge.trigger != side:
+                    continue
+                there = here
+                for mapping in edge.mappings:
+                    there = _apply(mapping, there)
+                if there.low == there.high:
+                    continue
+                if there is not here:
+                    there = same.setdefault(_key(there), there)
+                key = (edge.target, edge.handler, id(there))
+                if key in seen and edge.target in visited:
+                    continue
+                if key not in seen:
+                    found.setdefault(key[:2], []).append(there)
+                    seen.add(key)
+                stack.append((edge.target, edge.handler, there))
+        return found
+
+    def _touched(self, node: Node, side: int, parts: list[_Positions], channels: int) -> Touched:
+        name = self.names[node.module]
+        is_input = side in self.read and side not in self.written
+        return Touched(name, node.module, node.pruning_dim, is_input, _by_channel(parts, channels, name))
+
+    def _flows(self, keys: list[tuple[Node, int]], found: set[tuple[Node, int]]) -> list[tuple[int, int]]:
+        """Pairs of positions in `keys` that are joined without another of them in between."""
+        place = {key: position for position, key in enumerate(keys)}
+        flows = []
+        for key in keys:
+            if key[1] not in self.written:
+                continue
+            stack, visited = [key[0]], {key[0]}
+            while stack:
+                for node in stack.pop().outputs:
+                    reached = (node, self._side(self.graph.get_pruner_of_module(node.module).prune_in_channels))
+                    if reached not in found or node in visited:
+                        continue
+                    visited.add(node)
+                    if reached in place:
+                        flows.append((place[key], place[reached]))
+                    else:
+                        stack.append(node)
+        return flows
+
+
+def _apply(mapping: object, at: _Positions) -> _Positions:
+    known = _MAPPINGS.get(type(mapping))
+    if known is None:
+        raise UnsupportedArchitectureError(
+            f"the channels pass an operation that cannot be followed ({type(mapping).__name__.strip('_')})"
         )
-        if (grouped and not depthwise) or isinstance(target, nn.GroupNorm):
-            ways = math.lcm(ways, target.groups if grouped else target.num_groups)
-        if incoming and grouped:
-            index = index % (target.in_channels // target.groups)
-        side = "in" if incoming else ("depthwise" if depthwise else "out")
-        columns = _reads(name, target, index, stubs) if incoming else _writes(name, target, index, stubs)
-        entries.append((order[name], f"{type(target).__name__}.{side}", columns))
-        is_read = is_read or incoming
-    if not is_read or channels % ways:
-        return None  # nothing reads these channels: the outputs of the classifier
-    entries.sort(key=lambda entry: entry[0])
-    members = tuple(_members([column for _, _, columns in entries for column in columns], channels, ways))
-    writer = next(
-        columns[0][0] for _, label, columns in entries if label.endswith(".out") and columns[0][0].endswith(".weight")
-    )
-    return CoupledGroup(
-        writer.rpartition(".")[0], "|".join(label for _, label, _ in entries), channels // ways, members
-    )
+    return known(mapping, at)
 
 
-def _reads(
-    name: str, layer: nn.Module, index: np.ndarray, stubs: dict[str, Attention | PatchMerging]
-) -> list[tuple[str, int, np.ndarray]]:
-    part = stubs.get(name)
-    if isinstance(part, PatchMerging):
-        copies = (index[:, :, None] + layer.in_features * np.arange(4)).reshape(len(index), -1)
-        return [
-            (f"{part.norm}.weight", 0, copies),
-            (f"{part.norm}.bias", 0, copies),
-            (f"{part.reduction}.weight", 1, copies),
-        ]
-    readers = (name,) if part is None else part.projections
-    dim = 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
-    return [(f"{reader}.weight", dim, index) for reader in readers]
+def _key(at: _Positions) -> tuple[bytes, bytes]:
+    return at.idx.tobytes(), at.root.tobytes()
 
 
-def _writes(
-    name: str, layer: nn.Module, index: np.ndarray, stubs: dict[str, Attention | PatchMerging]
-) -> list[tuple[str, int, np.ndarray]]:
-    part = stubs.get(name)
-    tensors = {
-        leaf: tensor for leaf, tensor in [*layer._parameters.items(), *layer._buffers.items()] if tensor is not None
-    }
-    if part is not None:
-        name = part.output if isinstance(part, Attention) else part.reduction
-        tensors = {leaf: tensors[leaf] for leaf in part.written}
-    dim = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-    return [
-        (f"{name}.{leaf}", dim if leaf == "weight" else 0, index)
-        for leaf, tensor in tensors.items()
-        if tensor.ndim > 0
-    ]
-
-
-def _by_channel(item: torch_pruning._helpers.GroupItem, channels: int, name: str) -> np.ndarray:
-    """Positions of every channel in this layer: (channels, k)."""
-    roots, positions = np.asarray(item.root_idxs), np.asarray(item.idxs)
+def _by_channel(parts: list[_Positions], channels: int, name: str) -> np.ndarray:
+    """Positions of every channel in a layer, (channels, k); a position that is reached twice counts the first time."""
+    positions = np.concatenate([part.idx for part in parts]) if len(parts) > 1 else parts[0].idx
+    roots = np.concatenate([part.root for part in parts]) if len(parts) > 1 else parts[0].root
+    if len(parts) > 1:
+        first = np.sort(np.unique(positions, return_index=True)[1])
+        positions, roots = positions[first], roots[first]
     if len(positions) % channels or not (np.bincount(roots, minlength=channels) == len(positions) // channels).all():
         raise UnsupportedArchitectureError(f"the channels of {name} are coupled unevenly, which is not supported")
     return positions[np.argsort(roots, kind="stable")].reshape(channels, -1)
-
-
-def _members(columns: list[tuple[str, int, np.ndarray]], channels: int, ways: int) -> Iterable[Member]:
-    """Merge what a tensor contributes several times; in grouped layers a channel stands for one of every group."""
-    merged: dict[tuple[str, int], list[np.ndarray]] = {}
-    for parameter, dim, index in columns:
-        merged.setdefault((parameter, dim), []).append(index)
-    for (parameter, dim), parts in merged.items():
-        index = np.concatenate(parts, axis=1)
-        if ways > 1:
-            index = index.reshape(ways, channels // ways, -1).transpose(1, 0, 2).reshape(channels // ways, -1)
-        rows = [np.unique(row) for row in index]
-        if len({len(row) for row in rows}) > 1:
-            raise UnsupportedArchitectureError(
-                f"the channels of {parameter} are coupled unevenly, which is not supported"
-            )
-        yield Member(parameter, dim, np.stack(rows))
-
-
-def _attention_group(base: nn.Module, part: Attention) -> CoupledGroup:
-    width = part.num_heads * part.head_dim
-    one = np.arange(width)[:, None]
-    stacked = one + width * np.arange(part.stacked)
-    members = []
-    for name in part.projections:
-        members.append(Member(f"{name}.weight", 0, stacked))
-        if base.get_submodule(name).bias is not None:
-            members.append(Member(f"{name}.bias", 0, stacked))
-    members.append(Member(f"{part.output}.weight", 1, one))
-    heads = tuple(Member(table, 1, np.arange(part.num_heads)[:, None]) for table in part.tables)
-    labels = ["Linear.out"] * len(part.projections) + ["Linear.in"] + ["Parameter"] * len(part.tables)
-    return CoupledGroup(part.path, "Attention:" + "|".join(labels), width, tuple(members), part.num_heads, heads)
