@@ -3,13 +3,109 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from engine_reference import plain_groups, reference_groups
 from tiny_models import FAMILIES, make_base, make_images
+from torch import nn
+from torch_pruning import _helpers
+from torch_pruning.dependency import index_mapping
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models import load_base
-from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.graph import Positions, apply_mapping, trace_groups
+
+
+def make_timm(architecture: str, image_size: int = 32, **args: object) -> IsoPruneForImageClassification:
+    base = {"library": "timm", "architecture": architecture, "args": args}
+    return IsoPruneForImageClassification(
+        IsoPruneConfig(base=base, num_labels=7, image_size=[3, image_size, image_size])
+    ).eval()
+
+
+@timm.models.register_model
+def joints_net(num_classes: int = 1000, **_: object) -> nn.Module:
+    """Channels that are split, joined in another order and flattened."""
+
+    class Joints(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.middle = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 6, 3, padding=1)
+            self.last, self.fc = nn.Conv2d(14, 4, 3), nn.Linear(16, num_classes)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            stem = self.stem(images).relu()
+            first, second = (part.neg() for part in stem.split([3, 5], dim=1))
+            middle = self.middle(torch.cat([second, first], 1))
+            return self.fc(self.last(torch.cat([middle, stem], 1)).flatten(1))
+
+    return Joints()
+
+
+@timm.models.register_model
+def repeats_net(num_classes: int = 1000, **_: object) -> nn.Module:
+    """Channels that are repeated by an expand, which torch-pruning maps for language models only."""
+
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.keys, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(24, num_classes)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            keys = self.keys(self.stem(images).flatten(2).transpose(1, 2))
+            keys = keys.view(1, -1, 2, 4).transpose(1, 2)[:, :, None].expand(-1, -1, 3, -1, -1)
+            return self.fc(keys.reshape(1, 6, -1, 4).transpose(1, 2).reshape(1, -1, 24)).mean(1)
+
+    return Repeats()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "densenet", "joints"])
+def test_the_groups_are_those_of_torch_prunings_own_search(family: str, tmp_path: Path) -> None:
+    if family == "densenet":
+        model = make_timm("densenet121", block_config=(3, 2), growth_rate=8)
+    else:
+        model = make_timm("joints_net", 16) if family == "joints" else make_base(family, tmp_path)
+    assert plain_groups(trace_groups(model)) == reference_groups(model)
+
+
+def test_split_joined_and_flattened_channels_keep_their_places() -> None:
+    groups = {group.name: group for group in trace_groups(make_timm("joints_net", 16))}
+    stem = {(member.parameter, member.dim): member.index.ravel().tolist() for member in groups["stem"].members}
+    assert stem["middle.weight", 1] == [5, 6, 7, 0, 1, 2, 3, 4]
+    assert stem["last.weight", 1] == [6, 7, 8, 9, 10, 11, 12, 13]
+    last = {(member.parameter, member.dim): member.index for member in groups["last"].members}
+    assert last["fc.weight", 1].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda reverse: index_mapping._ConcatIndexMapping([3, 9], reverse),
+        lambda reverse: index_mapping._SplitIndexMapping([3, 9], reverse),
+        lambda reverse: index_mapping._SliceIndexMapping(1, 2, 3, 11, reverse),
+        lambda reverse: index_mapping._FlattenIndexMapping(4, reverse),
+    ],
+)
+@pytest.mark.parametrize("count", [4, 40])
+def test_index_maps_send_positions_where_torch_pruning_sends_them(build, reverse: bool, count: int) -> None:
+    mapping, generator = build(reverse), np.random.default_rng(count)
+    for _ in range(20):
+        idx, root = generator.permutation(count), generator.integers(0, 9, count)
+        pairs = [_helpers._HybridIndex(*pair) for pair in zip(idx.tolist(), root.tolist(), strict=True)]
+        expected = [(pair.idx, pair.root_idx) for pair in mapping(pairs)]
+        found = apply_mapping(mapping, Positions.of(idx, root))
+        pairs = list(zip(found.idx.tolist(), found.root.tolist(), strict=True))
+        if reverse and type(mapping) is index_mapping._FlattenIndexMapping:
+            expected.sort()  # torch-pruning gives them as a set
+        assert pairs == expected
+        assert not expected or (found.low, found.high - 1) == (found.idx.min(), found.idx.max())
+
+
+def test_an_operation_with_an_unknown_index_map_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=r"that cannot be followed \(GQAIndexMapping\)"):
+        trace_groups(make_timm("repeats_net"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

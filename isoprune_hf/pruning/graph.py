@@ -69,7 +69,8 @@ def _find_couplings(network: nn.Module, image_size: tuple[int, ...], *, with_flo
     try:
         graph.build_dependency(
             network,
-            example_inputs=(torch.zeros(1, *image_size, device="meta"),),
+            example_inputs=torch.zeros(1, *image_size, device="meta"),
+            forward_fn=lambda model, images: model(images),  # without it, a first call that fails is tried another way
             output_transform=lambda output: output if isinstance(output, torch.Tensor) else output.logits,
             unwrapped_parameters=loose_parameters(network),
             verbose=False,
@@ -78,14 +79,15 @@ def _find_couplings(network: nn.Module, image_size: tuple[int, ...], *, with_flo
     except _ENGINE_ERRORS as error:
         if isinstance(error, UnsupportedArchitectureError):
             raise
+        reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(
-            f"the channels of {type(network).__name__} cannot be followed ({type(error).__name__}: {error}); "
+            f"the channels of {type(network).__name__} cannot be followed ({type(error).__name__}: {reason}); "
             "supported are ViT, DeiT, Swin, ConvNeXt, ResNet, MobileNetV2 and models built alike"
         ) from error
 
 
 @dataclass(frozen=True, eq=False)
-class _Positions:
+class Positions:
     """Channels as they lie in one tensor: their positions there, and which channel of the group each is."""
 
     idx: np.ndarray
@@ -94,52 +96,52 @@ class _Positions:
     high: int
 
     @classmethod
-    def of(cls, idx: np.ndarray, root: np.ndarray) -> "_Positions":
+    def of(cls, idx: np.ndarray, root: np.ndarray) -> "Positions":
         return cls(idx, root, int(idx.min()), int(idx.max()) + 1) if len(idx) else cls(idx, root, 0, 0)
 
-    def shifted(self, offset: int) -> "_Positions":
-        return _Positions(self.idx + offset, self.root, self.low + offset, self.high + offset) if offset else self
+    def shifted(self, offset: int) -> "Positions":
+        return Positions(self.idx + offset, self.root, self.low + offset, self.high + offset) if offset else self
 
-    def within(self, low: int, high: int) -> "_Positions":
+    def within(self, low: int, high: int) -> "Positions":
         """Those in [low, high), counted from `low`."""
         if self.low >= high or self.high <= low:
             return _NOWHERE
         if self.low >= low and self.high <= high:
             return self.shifted(-low)
         inside = (self.idx >= low) & (self.idx < high)
-        return _Positions.of(self.idx[inside] - low, self.root[inside])
+        return Positions.of(self.idx[inside] - low, self.root[inside])
 
 
-_NOWHERE = _Positions.of(np.arange(0), np.arange(0))
+_NOWHERE = Positions.of(np.arange(0), np.arange(0))
 
 
-def _concat(mapping: index_mapping._ConcatIndexMapping, at: _Positions) -> _Positions:
+def _concat(mapping: index_mapping._ConcatIndexMapping, at: Positions) -> Positions:
     low, high = mapping.offset
     return at.within(low, high) if mapping.reverse else at.shifted(low)
 
 
-def _split(mapping: index_mapping._SplitIndexMapping, at: _Positions) -> _Positions:
+def _split(mapping: index_mapping._SplitIndexMapping, at: Positions) -> Positions:
     low, high = mapping.offset
     return at.shifted(low) if mapping.reverse else at.within(low, high)
 
 
-def _slice(mapping: index_mapping._SliceIndexMapping, at: _Positions) -> _Positions:
+def _slice(mapping: index_mapping._SliceIndexMapping, at: Positions) -> Positions:
     if mapping.reverse:
-        return _Positions.of(at.idx * mapping.step + mapping.start, at.root)
+        return Positions.of(at.idx * mapping.step + mapping.start, at.root)
     at = at.within(mapping.start, mapping.end)
     hit = at.idx % mapping.step == 0
-    return _Positions.of(at.idx[hit] // mapping.step, at.root[hit])
+    return Positions.of(at.idx[hit] // mapping.step, at.root[hit])
 
 
-def _flatten(mapping: index_mapping._FlattenIndexMapping, at: _Positions) -> _Positions:
+def _flatten(mapping: index_mapping._FlattenIndexMapping, at: Positions) -> Positions:
     stride = mapping._stride
     if mapping.reverse:
         pairs = np.unique(np.stack([at.idx // stride, at.root]), axis=1)
-        return _Positions.of(pairs[0], pairs[1])
-    return _Positions.of((at.idx[:, None] * stride + np.arange(stride)).ravel(), np.repeat(at.root, stride))
+        return Positions.of(pairs[0], pairs[1])
+    return Positions.of((at.idx[:, None] * stride + np.arange(stride)).ravel(), np.repeat(at.root, stride))
 
 
-_MAPPINGS: dict[type, Callable[..., _Positions]] = {
+_MAPPINGS: dict[type, Callable[..., Positions]] = {
     index_mapping._ConcatIndexMapping: _concat,
     index_mapping._SplitIndexMapping: _split,
     index_mapping._SliceIndexMapping: _slice,
@@ -196,9 +198,9 @@ class _Walk:
             touched = [self._touched(node, side, found[node, side], channels) for node, side in keys]
             yield Coupling(channels, touched, self._flows(keys, found.keys()) if with_flows else None)
 
-    def _follow(self, root: Node, side: int, channels: int) -> dict[tuple[Node, int], list[_Positions]]:
+    def _follow(self, root: Node, side: int, channels: int) -> dict[tuple[Node, int], list[Positions]]:
         """Find all that is reached, in the order and with the positions of torch-pruning's `get_pruning_group`."""
-        start = _Positions.of(np.arange(channels), np.arange(channels))
+        start = Positions.of(np.arange(channels), np.arange(channels))
         same = {_key(start): start}
         found = {(root, side): [start]}
         seen, visited, stack = {(root, side, id(start))}, set(), [(root, side, start)]
@@ -210,7 +212,7 @@ class _Walk:
                     continue
                 there = here
                 for mapping in edge.mappings:
-                    there = _apply(mapping, there)
+                    there = apply_mapping(mapping, there)
                 if there.low == there.high:
                     continue
                 if there is not here:
@@ -224,7 +226,7 @@ class _Walk:
                 stack.append((edge.target, edge.handler, there))
         return found
 
-    def _touched(self, node: Node, side: int, parts: list[_Positions], channels: int) -> Touched:
+    def _touched(self, node: Node, side: int, parts: list[Positions], channels: int) -> Touched:
         name = self.names[node.module]
         is_input = side in self.read and side not in self.written
         return Touched(name, node.module, node.pruning_dim, is_input, _by_channel(parts, channels, name))
@@ -250,7 +252,12 @@ class _Walk:
         return flows
 
 
-def _apply(mapping: object, at: _Positions) -> _Positions:
+def apply_mapping(mapping: object, at: Positions) -> Positions:
+    """Send positions through one of torch-pruning's index maps.
+
+    Raises:
+        UnsupportedArchitectureError: The map is of an unknown kind; the message names it.
+    """
     known = _MAPPINGS.get(type(mapping))
     if known is None:
         raise UnsupportedArchitectureError(
@@ -259,11 +266,11 @@ def _apply(mapping: object, at: _Positions) -> _Positions:
     return known(mapping, at)
 
 
-def _key(at: _Positions) -> tuple[bytes, bytes]:
+def _key(at: Positions) -> tuple[bytes, bytes]:
     return at.idx.tobytes(), at.root.tobytes()
 
 
-def _by_channel(parts: list[_Positions], channels: int, name: str) -> np.ndarray:
+def _by_channel(parts: list[Positions], channels: int, name: str) -> np.ndarray:
     """Positions of every channel in a layer, (channels, k); a position that is reached twice counts the first time."""
     positions = np.concatenate([part.idx for part in parts]) if len(parts) > 1 else parts[0].idx
     roots = np.concatenate([part.root for part in parts]) if len(parts) > 1 else parts[0].root

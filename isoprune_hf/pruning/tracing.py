@@ -42,7 +42,7 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
         UnsupportedArchitectureError: An attention or a patch merging of an unknown build.
     """
     attentions, mergings = list(find_attention(base)), list(find_patch_merging(base))
-    network = copy_shapes(base).float().requires_grad_(True).eval()
+    network = copy_shapes(base).float().requires_grad_(True)
     stubs: dict[str, Attention | PatchMerging] = {}
     for part in attentions:
         inputs = base.get_submodule(part.projections[0]).in_features
@@ -56,7 +56,7 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
     for module in network.modules():
         if isinstance(module, _PLAIN):
             module.forward = torch.neg
-    return TracedNetwork(network, stubs)
+    return TracedNetwork(network.eval(), stubs)
 
 
 def loose_parameters(network: nn.Module) -> list[tuple[nn.Parameter, int]]:
