@@ -60,6 +60,25 @@ def repeats_net(num_classes: int = 1000, **_: object) -> nn.Module:
     return Repeats()
 
 
+@timm.models.register_model
+def wirings_net(num_classes: int = 1000, **_: object) -> nn.Module:
+    """Two groups of one convolution, two norms and one convolution: one after the other, and side by side."""
+
+    class Wirings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm1, self.norm2 = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.second, self.norm3, self.norm4 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.third, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, num_classes)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            hidden = self.second(self.norm2(self.norm1(self.first(images)).relu()))
+            hidden = self.third(self.norm3(hidden) + self.norm4(hidden.tanh()))
+            return self.fc(hidden.mean((2, 3)))
+
+    return Wirings()
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "densenet", "joints"])
 def test_the_groups_are_those_of_torch_prunings_own_search(family: str, tmp_path: Path) -> None:
     if family == "densenet":
@@ -202,6 +221,52 @@ def test_the_hidden_layers_of_all_blocks_of_a_mobilenet_are_one_isomorphic_class
     for group in groups:
         classes[group.signature] = classes.get(group.signature, 0) + 1
     assert classes["Conv2d.out|BatchNorm2d.out|Conv2d.depthwise|BatchNorm2d.out|Conv2d.in"] == 17
+
+
+def test_strict_signatures_tell_kernels_apart_and_paper_signatures_do_not(tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    inside = [f"layer{stage}.0.conv{number}" for stage in (1, 2, 3, 4) for number in (1, 2)]
+    paper = {group.name: group.signature for group in trace_groups(model)}
+    assert {paper[name] for name in inside} == {"Conv2d.out|BatchNorm2d.out|Conv2d.in"}
+    strict = {group.name: group.signature for group in trace_groups(model, "strict")}
+    one, three, two = (
+        f"(kernel {kernel}, stride {stride}, groups 1)"
+        for kernel, stride in (("1x1", "1x1"), ("3x3", "1x1"), ("3x3", "2x2"))
+    )
+    expected = {f"layer{stage}.0.conv1": (one, three if stage == 1 else two) for stage in (1, 2, 3, 4)}
+    expected |= {f"layer{stage}.0.conv2": (three if stage == 1 else two, one) for stage in (1, 2, 3, 4)}
+    for name, (written, read) in expected.items():
+        assert strict[name] == f"Conv2d.out{written}|BatchNorm2d.out|Conv2d.in{read}#0>1,1>2", name
+
+
+def test_strict_signatures_tell_wirings_apart_and_paper_signatures_do_not() -> None:
+    model = make_timm("wirings_net")
+    paper = {group.name: group.signature for group in trace_groups(model)}
+    assert paper["first"] == paper["second"] == "Conv2d.out|BatchNorm2d.out|BatchNorm2d.out|Conv2d.in"
+    strict = {group.name: group.signature.partition("#") for group in trace_groups(model, "strict")}
+    assert strict["first"][0] == strict["second"][0]
+    assert strict["first"][2] == "0>1,1>2,2>3"
+    assert strict["second"][2] == "0>1,0>2,1>3,2>3"
+
+
+@pytest.mark.parametrize("signature", ["paper", "strict"])
+@pytest.mark.parametrize(("family", "hidden"), [("vit", "mlp.fc1"), ("hf-vit", "mlp.fc1"), ("swin", "mlp.fc1")])
+def test_the_hidden_layers_of_all_transformer_blocks_are_one_class(
+    signature: str, family: str, hidden: str, tmp_path: Path
+) -> None:
+    groups = trace_groups(make_base(family, tmp_path), signature)
+    classes = [group.signature for group in groups if group.name.endswith(hidden)]
+    assert len(classes) == {"vit": 2, "hf-vit": 2, "swin": 4}[family] and len(set(classes)) == 1
+    assert len({group.signature for group in groups if group.num_heads}) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strict_classes_are_parts_of_paper_classes_and_change_nothing_else(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    paper, strict = trace_groups(model), trace_groups(model, "strict")
+    assert [(g[0], *g[2:]) for g in plain_groups(paper)] == [(g[0], *g[2:]) for g in plain_groups(strict)]
+    pairs = {(fine.signature, coarse.signature) for fine, coarse in zip(strict, paper, strict=True)}
+    assert len(pairs) == len({fine for fine, _ in pairs})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
