@@ -12,7 +12,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.importance import fingerprint
-from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.data import ImageData, check_labels, load_data
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids
 
@@ -31,9 +31,9 @@ def open_base(
         raise RecipeError(
             "prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config"
         )
-    needs_data = prune.criterion == "taylor" and not is_scored
+    needs_data = prune.criterion in DATA_CRITERIA and not is_scored
     if needs_data and images is None:
-        raise RecipeError("criterion taylor needs data: give --data.dataset, or take --prune.criterion l1")
+        raise RecipeError(f"criterion {prune.criterion} needs data: give --data.dataset, or take --prune.criterion l1")
     if prune.num_labels == "data" and images is None:
         raise RecipeError("prune.num_labels data needs data: give --data.dataset")
     if needs_data and images.train is None:
@@ -60,7 +60,7 @@ def open_base(
 def open_calibration(
     prune: PruneRecipe, images: ImageData | None, processor: BaseImageProcessor, accelerator: Accelerator
 ) -> tuple[Any, dict[str, str | int]]:
-    if prune.criterion != "taylor":
+    if prune.criterion not in DATA_CRITERIA:
         return None, {}
     options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
     ids = calibration_ids(len(images.train), **options)

@@ -17,7 +17,7 @@ from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.importance import ImportanceScores, score_groups
+from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
 from isoprune_hf.pruning.planning import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.publishing.model_card import build_model_card
@@ -42,11 +42,10 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     scores = score_groups(
         base.model,
         trace_groups(base.model),
-        criterion=prune.criterion,
         batches=batches,
         accelerator=accelerator,
-        seed=prune.seed,
         sample=sample,
+        **scoring_options(prune),
     )
     if accelerator.is_main_process:
         replace_file(target, scores.save)

@@ -18,8 +18,15 @@ from torch import nn
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
-from isoprune_hf.pruning.importance import ImportanceScores, correlate_ranks, fingerprint, score_groups
-from isoprune_hf.recipes import DATA_CRITERIA
+from isoprune_hf.pruning.importance import (
+    ImportanceScores,
+    correlate_ranks,
+    fingerprint,
+    score_groups,
+    scoring_options,
+)
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.recipes import DATA_CRITERIA, PruneRecipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,6 +149,21 @@ def test_ranks_are_correlated_as_spearman_did() -> None:
     assert correlate_ranks(first, -first) == pytest.approx(-1)
     assert correlate_ranks(first, np.arange(5.0)) == pytest.approx(np.corrcoef([3, 1.5, 4, 1.5, 5], range(5))[0, 1])
     assert np.isnan(correlate_ranks(first, np.ones(5))) and np.isnan(correlate_ranks(np.ones(1), np.ones(1)))
+
+
+def test_a_recipe_says_how_to_score(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    recipe = PruneRecipe(
+        criterion="hessian", reduction="mean", score_batchnorm=False, scoring_precision="bf16", ratio=0.3, round_to=1
+    )
+    result = prune_model(model, recipe, batches_of(model, [2])).scores
+    assert (result.criterion, result.reduction) == ("hessian", "mean")
+    assert (result.score_batchnorm, result.precision) == (False, "bf16")
+    seeded = score_groups(
+        model, trace_groups(model), **scoring_options(PruneRecipe(criterion="random", seed=5))
+    ).scores
+    expected = score_groups(model, trace_groups(model), criterion="random", seed=5).scores
+    assert all(torch.equal(seeded[name], score) for name, score in expected.items())
 
 
 def make_scores(folder: Path) -> ImportanceScores:

@@ -23,7 +23,7 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.criteria import CRITERIA, Reduction, Scoring
 from isoprune_hf.pruning.gradients import Batches, Precision, check_finite, sum_over_ranks
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.recipes import DATA_CRITERIA, Criterion
+from isoprune_hf.recipes import DATA_CRITERIA, Criterion, PruneRecipe
 from isoprune_hf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -222,6 +222,17 @@ def score_groups(
         versions={name: version(name) for name in ("torch", "torch-pruning", "timm", "transformers")}
         | {"isoprune-hf": __version__},
     )
+
+
+def scoring_options(recipe: PruneRecipe) -> dict[str, Any]:
+    """Pick what `score_groups` takes from a recipe, under the names that it has there."""
+    return {
+        "criterion": recipe.criterion,
+        "seed": recipe.seed,
+        "reduction": recipe.reduction,
+        "score_batchnorm": recipe.score_batchnorm,
+        "precision": recipe.scoring_precision,
+    }
 
 
 def _find_weights(

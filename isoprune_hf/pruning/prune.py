@@ -18,7 +18,7 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost import ModelCost, cost_model
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups
+from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups, scoring_options
 from isoprune_hf.pruning.planning import PruningPlan, make_plan
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
@@ -86,11 +86,10 @@ def prune_model(
             lambda: score_groups(
                 model,
                 groups,
-                criterion=recipe.criterion,
                 batches=calibration,
                 accelerator=accelerator,
-                seed=recipe.seed,
                 sample=sample,
+                **scoring_options(recipe),
             ),
         )
     elif scores.fingerprint != fingerprint(model.model):
