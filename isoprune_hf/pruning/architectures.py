@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from isoprune_hf.errors import UnsupportedArchitectureError
 
@@ -14,8 +16,9 @@ class Attention:
 
     Args:
         path: The module that holds `num_heads` and its kin.
-        num_heads: Heads.
+        num_heads: Heads that can leave: those of keys and values.
         head_dim: Dims of a head.
+        queries_per_head: Query heads that share one head of keys and values; 1 unless query heads are grouped.
         projections: The linears that make queries, keys and values, in the order of execution.
         stacked: How many of query, key and value lie one behind the other in each linear: 3 when fused.
         output: The linear that reads the heads.
@@ -27,6 +30,7 @@ class Attention:
     path: str
     num_heads: int
     head_dim: int
+    queries_per_head: int
     projections: tuple[str, ...]
     stacked: int
     output: str
@@ -53,9 +57,11 @@ class PatchMerging:
 
 
 # Attributes of an attention module that follow from heads and head dims, for timm and for transformers.
-HEAD_COUNTS = ("num_heads", "num_attention_heads")
+QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads")
+KEY_HEAD_COUNTS = ("num_kv_heads", "num_key_value_heads")
 HEAD_DIMS = ("head_dim",)
-HEAD_WIDTHS = ("attn_dim",)
+QUERY_WIDTHS = ("attn_dim",)
+KEY_WIDTHS = ("kv_dim",)
 HEAD_SCALES = ("scale", "scaling")
 _PROJECTIONS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
 _OUTPUTS = ("proj", "o_proj")
@@ -68,15 +74,17 @@ def find_attention(model: nn.Module) -> Iterator[Attention]:
         UnsupportedArchitectureError: An attention of an unknown build: a cut could break it, so none is made.
     """
     known: list[str] = []
+    returns_tuple = isinstance(model, PreTrainedModel)  # (output, weights) throughout transformers
     for path, module in model.named_modules():
-        spec = _read_attention(path, module)
+        spec = _read_attention(path, module, returns_tuple=returns_tuple)
         if spec is not None:
             known.append(path + ".")
             yield spec
         elif _is_attention(module) and not path.startswith(tuple(known)):
             raise UnsupportedArchitectureError(
                 f"{path} ({type(module).__name__}) is an attention of an unknown build; supported are separate or "
-                "fused query, key and value projections with equal heads and no norms inside, as in ViT, DeiT and Swin"
+                "fused query, key and value projections, grouped or not, with no norms or rotary positions inside, "
+                "as in ViT, DeiT and Swin"
             )
 
 
@@ -85,19 +93,23 @@ def _is_attention(module: nn.Module) -> bool:
     return ("attention" in name or name.endswith("attn")) and any(True for _ in module.parameters())
 
 
-def _read_attention(path: str, module: nn.Module) -> Attention | None:
-    heads = next((getattr(module, name) for name in HEAD_COUNTS if isinstance(getattr(module, name, None), int)), None)
+def _read_attention(path: str, module: nn.Module, *, returns_tuple: bool) -> Attention | None:
+    queries = _number(module, QUERY_HEAD_COUNTS)
     parts = dict(module.named_children())
     names = next((names for names in _PROJECTIONS if all(isinstance(parts.get(n), nn.Linear) for n in names)), None)
     output = next((name for name in _OUTPUTS if isinstance(parts.get(name), nn.Linear)), None)
-    if heads is None or names is None or output is None:
+    if queries is None or names is None or output is None or _rotates(module):
         return None
-    stacked = 3 // len(names)
+    heads = _number(module, KEY_HEAD_COUNTS) or queries
     width = parts[output].in_features
-    if width % heads or any(parts[name].out_features != stacked * width for name in names):
+    if width % queries or queries % heads:
+        return None
+    head_dim, is_fused = width // queries, len(names) == 1
+    widths = (3 * width,) if is_fused else (width, heads * head_dim, heads * head_dim)
+    if tuple(parts[name].out_features for name in names) != widths or (is_fused and heads != queries):
         return None
     tables = [(n, p) for n, p in module.named_parameters() if n.endswith("relative_position_bias_table")]
-    if any(parameter.ndim != 2 or parameter.shape[1] != heads for _, parameter in tables):
+    if any(parameter.ndim != 2 or parameter.shape[1] != heads or heads != queries for _, parameter in tables):
         return None
     expected = {f"{name}.{leaf}" for name in (*names, output) for leaf in ("weight", "bias")} | {n for n, _ in tables}
     if {name for name, _ in module.named_parameters()} - expected:
@@ -106,14 +118,24 @@ def _read_attention(path: str, module: nn.Module) -> Attention | None:
     return Attention(
         path=path,
         num_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_dim,
+        queries_per_head=queries // heads,
         projections=tuple(prefix + name for name in names),
-        stacked=stacked,
+        stacked=3 if is_fused else 1,
         output=prefix + output,
         tables=tuple(prefix + name for name, _ in tables),
-        returns_tuple=len(names) == 3,
+        returns_tuple=returns_tuple,
         written=_own(parts[output]),
     )
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
+
+
+def _rotates(module: nn.Module) -> bool:
+    """Whether positions rotate pairs of dims, which could then leave in pairs only."""
+    return bool({"rope", "position_embeddings", "rotary_pos_emb"} & set(signature(module.forward).parameters))
 
 
 def _own(layer: nn.Module) -> tuple[str, ...]:

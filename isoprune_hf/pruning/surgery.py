@@ -11,10 +11,12 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.architectures import (
-    HEAD_COUNTS,
     HEAD_DIMS,
     HEAD_SCALES,
-    HEAD_WIDTHS,
+    KEY_HEAD_COUNTS,
+    KEY_WIDTHS,
+    QUERY_HEAD_COUNTS,
+    QUERY_WIDTHS,
     Attention,
     find_attention,
     find_patch_merging,
@@ -158,9 +160,11 @@ def _set_layer_numbers(module: nn.Module) -> None:
 def _set_attention_numbers(model: nn.Module, part: Attention, heads: int, head_dim: int) -> None:
     # The scale follows the new head dim: fused attention takes it from the tensors, eager attention from the module.
     values = [
-        (HEAD_COUNTS, heads),
+        (QUERY_HEAD_COUNTS, heads * part.queries_per_head),
+        (KEY_HEAD_COUNTS, heads),
         (HEAD_DIMS, head_dim),
-        (HEAD_WIDTHS, heads * head_dim),
+        (QUERY_WIDTHS, heads * part.queries_per_head * head_dim),
+        (KEY_WIDTHS, heads * head_dim),
         (HEAD_SCALES, head_dim**-0.5),
     ]
     module = model.get_submodule(part.path)
