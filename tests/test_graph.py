@@ -127,12 +127,8 @@ def test_an_operation_with_an_unknown_index_map_is_refused_by_name() -> None:
         trace_groups(make_timm("repeats_net"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_shuffling_the_channels_of_a_group_in_all_members_leaves_the_output_alone(family: str, tmp_path: Path) -> None:
-    model = make_base(family, tmp_path).double()
-    images = make_images(model).double()
-    with torch.no_grad():
-        expected = model(images).logits
+def shuffle(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+    """Give the channels of every group another order, in all members alike."""
     generator = np.random.default_rng(0)
     shuffled = copy.deepcopy(model)
     tensors = dict(shuffled.model.state_dict())
@@ -149,8 +145,16 @@ def test_shuffling_the_channels_of_a_group_in_all_members_leaves_the_output_alon
             positions = torch.arange(tensor.shape[member.dim])
             positions[torch.from_numpy(member.index)] = torch.from_numpy(member.index[order])
             tensor.copy_(tensor.clone().index_select(member.dim, positions))
+    return shuffled
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shuffling_the_channels_of_a_group_in_all_members_leaves_the_output_alone(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path).double()
+    images = make_images(model).double()
+    shuffled = shuffle(model)
     with torch.no_grad():
-        found = shuffled(images).logits
+        expected, found = model(images).logits, shuffled(images).logits
     assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
     pairs = list(zip(shuffled.parameters(), model.parameters(), strict=True))
     assert sum(torch.equal(new, old) for new, old in pairs) < len(pairs) / 2
@@ -292,6 +296,14 @@ def test_tracing_leaves_mode_gradients_and_weights_alone(tmp_path: Path) -> None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_tracing_works_where_gradients_are_off(tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    expected = plain_groups(trace_groups(model))
+    with torch.no_grad():
+        assert plain_groups(trace_groups(model)) == expected
+        assert not torch.is_grad_enabled()
+
+
 def test_attention_of_an_unknown_build_is_refused(tmp_path: Path) -> None:
     model = load_base(
         "timm/vit_tiny_patch16_224", False, model_args={"img_size": 32, "qk_norm": True, "depth": 1}
@@ -300,6 +312,19 @@ def test_attention_of_an_unknown_build_is_refused(tmp_path: Path) -> None:
         UnsupportedArchitectureError, match=r"blocks\.0\.attn \(Attention\) is an attention of an unknown build"
     ):
         trace_groups(model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("eva02_tiny_patch14_224", {"img_size": 28}),
+        ("vit_base_patch16_rope_reg1_gap_256", {"img_size": 32, "depth": 1}),
+        ("naflexvit_base_patch16_gap", {"qk_norm": True}),
+    ],
+)
+def test_attention_with_rotary_positions_or_norms_is_refused(architecture: str, args: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="is an attention of an unknown build; supported are"):
+        trace_groups(make_timm(architecture, **args))
 
 
 def test_a_model_that_cannot_be_followed_is_refused_in_one_line() -> None:

@@ -176,15 +176,20 @@ def _unique_rows(index: np.ndarray, parameter: str) -> np.ndarray:
 
 def couple_attention(base: nn.Module, part: Attention) -> CoupledGroup:
     """Name the elements of every dim of every head; no engine is needed for that."""
-    width = part.num_heads * part.head_dim
-    one = np.arange(width)[:, None]
-    stacked = one + width * np.arange(part.stacked)
+    channels = np.arange(part.num_heads * part.head_dim)[:, None]
+    # A head of keys and values with all the query heads that share it: those lie one behind the other.
+    heads, dims = np.divmod(channels, part.head_dim)
+    queries = (heads * part.queries_per_head + np.arange(part.queries_per_head)) * part.head_dim + dims
+    stacked = channels + len(channels) * np.arange(part.stacked)
     members = []
-    for name in part.projections:
-        members.append(Member(f"{name}.weight", 0, stacked))
+    for position, name in enumerate(part.projections):
+        index = queries if position == 0 and part.queries_per_head > 1 else stacked
+        members.append(Member(f"{name}.weight", 0, index))
         if base.get_submodule(name).bias is not None:
-            members.append(Member(f"{name}.bias", 0, stacked))
-    members.append(Member(f"{part.output}.weight", 1, one))
-    heads = tuple(Member(table, 1, np.arange(part.num_heads)[:, None]) for table in part.tables)
+            members.append(Member(f"{name}.bias", 0, index))
+    members.append(Member(f"{part.output}.weight", 1, queries))
+    tables = tuple(Member(table, 1, np.arange(part.num_heads)[:, None]) for table in part.tables)
     labels = ["Linear.out"] * len(part.projections) + ["Linear.in"] + ["Parameter"] * len(part.tables)
-    return CoupledGroup(part.path, "Attention:" + "|".join(labels), width, tuple(members), part.num_heads, heads)
+    return CoupledGroup(
+        part.path, "Attention:" + "|".join(labels), len(channels), tuple(members), part.num_heads, tables
+    )

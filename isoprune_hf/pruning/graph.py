@@ -67,14 +67,16 @@ def trace_groups(
 def _find_couplings(network: nn.Module, image_size: tuple[int, ...], *, with_flows: bool) -> list[Coupling]:
     graph = torch_pruning.DependencyGraph()
     try:
-        graph.build_dependency(
-            network,
-            example_inputs=torch.zeros(1, *image_size, device="meta"),
-            forward_fn=lambda model, images: model(images),  # without it, a first call that fails is tried another way
-            output_transform=lambda output: output if isinstance(output, torch.Tensor) else output.logits,
-            unwrapped_parameters=loose_parameters(network),
-            verbose=False,
-        )
+        with torch.enable_grad():
+            graph.build_dependency(
+                network,
+                example_inputs=torch.zeros(1, *image_size, device="meta"),
+                # Without a forward_fn, a call that fails is tried a second way, and that one's error is shown.
+                forward_fn=lambda model, images: model(images),
+                output_transform=lambda output: output if isinstance(output, torch.Tensor) else output.logits,
+                unwrapped_parameters=loose_parameters(network),
+                verbose=False,
+            )
         return list(_Walk(graph, network).couplings(with_flows=with_flows))
     except _ENGINE_ERRORS as error:
         if isinstance(error, UnsupportedArchitectureError):
