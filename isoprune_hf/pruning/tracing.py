@@ -8,8 +8,10 @@ from torch import nn
 
 from isoprune_hf.pruning.architectures import Attention, PatchMerging, find_attention, find_patch_merging
 
-# They keep shape and channels, and the meta device runs them through slow Python code.
-_PLAIN = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.GELU, nn.ReLU)
+# They keep shape and channels, and the meta device runs them through slow Python code. A shortcut may pass a ReLU and
+# none of the others (`blocks`), so that one has another stand-in.
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_STAND_INS = {nn.ReLU: torch.abs, nn.GELU: torch.neg}
 _LAYERS = (
     nn.Linear,
     nn.modules.conv._ConvNd,
@@ -54,8 +56,9 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
         network.set_submodule(part.path, _PatchMergingStub(reduction.in_features // 4, reduction.out_features))
         stubs[f"{part.path}.linear"] = part
     for module in network.modules():
-        if isinstance(module, _PLAIN):
-            module.forward = torch.neg
+        stand_in = torch.neg if isinstance(module, _NORMS) else _STAND_INS.get(type(module))
+        if stand_in is not None:
+            module.forward = stand_in
     return TracedNetwork(network.eval(), stubs)
 
 
