@@ -58,8 +58,8 @@ class PruneRecipe:
         remove_blocks: Residual blocks that leave whole: a number, names, or `auto`: the same share as of channels.
         target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only say
             how the cut is shared.
-        target_params: The same for parameters: 20M, or 50%.
-        target_latency: The same for the time of a forward pass on this machine: 12ms, or 50%.
+        target_params: The same for parameters: 20M, or a share of the base.
+        target_latency: The same for the time of a forward pass on this machine: 12ms, or a share of the base.
         latency_batch_size: Images in the batch that is timed.
         latency_precision: no (fp32) or bf16 weights and images when timed.
         latency_backend: eager or compile (torch.compile).
