@@ -75,12 +75,17 @@ def results_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         if figures.get("params") is not None:
             cells["params"] += " M"
         table.append([name, *cells.values()])
+    return align_columns(table)
+
+
+def align_columns(table: Sequence[Sequence[str]]) -> str:
+    """Write rows under each other, the first column flush left and the others flush right."""
     widths = [max(len(line[index]) for line in table) for index in range(len(table[0]))]
     lines = [
         "  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in table)
     ]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def draw_classes(groups: Sequence[Group], plan: Plan | None, path: Path, *, title: str) -> None:
