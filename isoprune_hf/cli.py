@@ -12,64 +12,18 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace, get_loader
 from transformers.utils import logging as transformers_logging
 
+from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, Stage
 from isoprune_hf.errors import IsoPruneError, RecipeError
-from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PretrainRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
-SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
-# Stage: sections of a recipe, other flags (name, type, default, text), and what it does.
-_OUTPUT = "Where the result is written; it appears when it is complete."
-_OVERWRITE = ("overwrite", bool, False, "Replace what lies at OUTPUT.")
-_MODEL = "A folder, or a name as for prune.model."
-STAGES: dict[str, tuple[str, list[tuple[str, Any, Any, str]], str]] = {
-    "run": (
-        "prune data pretrain finetune",
-        [("output", str, "output/run", _OUTPUT), _OVERWRITE],
-        "Take the whole road (default): score, cut, finetune with a teacher, evaluate, write OUTPUT/model.",
-    ),
-    "score": (
-        "prune data",
-        [("output", str, "output/importance.safetensors", _OUTPUT), _OVERWRITE],
-        "Score the channels of a base and keep the scores, for any number of cuts.",
-    ),
-    "prune": (
-        "prune data",
-        [
-            ("output", str, "output/pruned", _OUTPUT),
-            _OVERWRITE,
-            ("scores", str | None, None, "File of `isoprune score` to cut from, instead of scoring anew."),
-        ],
-        "Cut a base to ratios or to a budget and write the folder OUTPUT.",
-    ),
-    "finetune": (
-        "data finetune",
-        [("model", str, None, _MODEL), ("output", str, "output/finetuned", _OUTPUT), _OVERWRITE],
-        "Train the pruned model in the folder MODEL and write the folder OUTPUT.",
-    ),
-    "evaluate": ("data", [("model", str, None, _MODEL)], "Evaluate MODEL; a folder of ours keeps the figures."),
-    "inspect": (
-        "",
-        [("model", str, None, _MODEL), ("output", str | None, None, "PNG file for a picture of the classes.")],
-        "List the isomorphic classes of MODEL, and what its plan keeps of each.",
-    ),
-    "push": (
-        "",
-        [
-            ("folder", str, None, "Folder of a pruned model."),
-            ("repo", str, None, "Repository, as user/name; it is made when it is not there."),
-            ("private", bool, False, "Make the repository private."),
-        ],
-        "Upload a folder to the Hugging Face Hub in one commit, model card included.",
-    ),
-}
 _EPILOG = """examples:
   isoprune
       the embedded default: real handwritten digits and a small ViT, in two minutes
@@ -103,53 +57,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Instead of those of the process.
 
     Returns:
-        0: done. Bad input exits with 2, Ctrl-C with 130.
+        0: done; 1: done, and what was looked for is not so (`doctor`, `plan diff`). Bad input exits with 2, Ctrl-C
+            with 130.
     """
     try:
-        config = parse(list(sys.argv[1:] if arguments is None else arguments))
-        text = _run(config.stage, config[config.stage])
+        text, code = _run(*parse(list(sys.argv[1:] if arguments is None else arguments)))
     except IsoPruneError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     if text and os.environ.get("RANK", "0") == "0":
         print(text)
-    return 0
+    return code
 
 
-def parse(arguments: list[str]) -> Namespace:
-    """Turn arguments into `stage` and, below its name, recipes and flags.
+def parse(arguments: list[str]) -> tuple[str, Namespace]:
+    """Turn arguments into a stage, and its recipes and flags.
 
     Raises:
         RecipeError: A value is out of its range, or a recipe file cannot be read.
     """
+    stage, flags = _split_stage(arguments)
+    if stage in STAGES:
+        flags = _recipe_first(stage, _name_positionals(stage, flags))
+    parser = build_parser()
+    config = parser.instantiate_classes(parser.parse_args([*stage.split(), *flags]))
+    for word in stage.split():
+        config = config[word]
+    return stage, config
+
+
+def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
+    """Take the stage, of one word or two, from the front; without one it is `run`."""
     first = arguments[0] if arguments else ""
-    if first and not first.startswith("-") and first not in STAGES:
-        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(STAGES)}{_like(first, STAGES)}")
-    if first not in {*STAGES, "-h", "--help", "--version"}:
-        arguments = ["run", *arguments]
-    if arguments[0] == "push" and len(arguments) > 1 and not arguments[1].startswith("-"):
-        arguments = ["push", "--folder", *arguments[1:]]
-    if arguments[0] in ("run", "score", "prune") and not any(
+    if first in ("-h", "--help", "--version"):
+        return "", arguments
+    if first.startswith("-") or not first:
+        return "run", arguments
+    if first in STAGES:
+        return first, arguments[1:]
+    known = [stage for stage in STAGES if " " not in stage] + list(ACTIONS)
+    if first not in ACTIONS:
+        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{_like(first, known)}")
+    second = arguments[1] if len(arguments) > 1 else ""
+    if second in ("-h", "--help") or f"{first} {second}" in STAGES:
+        is_help = second.startswith("-")
+        return (first, arguments[1:]) if is_help else (f"{first} {second}", arguments[2:])
+    actions = [stage.split()[1] for stage in STAGES if stage.startswith(f"{first} ")]
+    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{_like(second, actions)}")
+
+
+def _name_positionals(stage: str, flags: list[str]) -> list[str]:
+    named: list[str] = []
+    for name, value in zip(STAGES[stage].positional, flags, strict=False):
+        if value.startswith("-"):
+            break
+        named += [f"--{name}", value]
+    return [*named, *flags[len(named) // 2 :]]
+
+
+def _recipe_first(stage: str, arguments: list[str]) -> list[str]:
+    """Put the content of recipe files before all flags, so that a flag wins wherever it stands."""
+    if stage in ("run", "score", "prune") and not any(
         re.match(r"--(config|prune\.model|prune)(=|$)|-h$|--help$", argument) for argument in arguments
     ):
-        arguments = [arguments[0], "--config", str(EMBEDDED_RECIPE), *arguments[1:]]
-    arguments = _recipe_first(arguments)
-    parser = build_parser()
-    return parser.instantiate_classes(parser.parse_args(arguments))
-
-
-def _recipe_first(arguments: list[str]) -> list[str]:
-    """Put the content of recipe files before all flags, so that a flag wins wherever it stands."""
+        arguments = ["--config", str(EMBEDDED_RECIPE), *arguments]
     recipes, flags = [], []
-    rest = iter(arguments[1:])
+    rest = iter(arguments)
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             file = argument.partition("=")[2] or next(rest, "")
-            recipes += ["--config", _read_recipe(arguments[0], file)]
+            recipes += ["--config", _read_recipe(stage, file)]
         else:
             flags.append(argument)
-    return [arguments[0], *recipes, *flags]
+    return [*recipes, *flags]
 
 
 def _read_recipe(stage: str, file: str) -> str:
@@ -160,8 +141,8 @@ def _read_recipe(stage: str, file: str) -> str:
         raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror})") from error
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"--config: {file} is not YAML: {error}") from error
-    sections, flags, _ = STAGES[stage]
-    known = {*SECTIONS, *(flag[0] for _, others, _ in STAGES.values() for flag in others)}
+    sections, flags = STAGES[stage][:2]
+    known = {*SECTIONS, *(flag[0] for other in STAGES.values() for flag in other.flags)}
     if not isinstance(values, dict):
         raise RecipeError(f"--config: {file} must hold sections, as prune, data and finetune")
     for name, section in values.items():
@@ -189,46 +170,60 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"isoprune {__version__}")
     stages = parser.add_subcommands(dest="stage", title="stages", description="", metavar="STAGE")
-    for stage, (sections, flags, text) in STAGES.items():
-        stages.add_subcommand(stage, _stage_parser(stage, sections.split(), flags, text), help=text)
+    actions = {}
+    for name, stage in STAGES.items():
+        first, _, action = name.partition(" ")
+        if not action:
+            stages.add_subcommand(first, _stage_parser(name, stage), help=stage.text)
+            continue
+        if first not in actions:
+            above = _Parser(description=ACTIONS[first], usage=f"isoprune {first} ACTION [FLAGS]")
+            stages.add_subcommand(first, above, help=ACTIONS[first])
+            actions[first] = above.add_subcommands(dest="action", title="actions", description="", metavar="ACTION")
+        actions[first].add_subcommand(action, _stage_parser(name, stage), help=stage.text)
     return parser
 
 
-def _stage_parser(
-    stage: str, sections: list[str], flags: list[tuple[str, Any, Any, str]], text: str
-) -> ArgumentParser:
-    usage = f"isoprune {stage}" + (" [--config RECIPE.yaml]" if sections else "") + " [FLAGS]"
-    parser = _Parser(description=text, usage=usage)
-    if sections:
+def _stage_parser(name: str, stage: Stage) -> ArgumentParser:
+    words = [f"isoprune {name}", *map(str.upper, stage.positional)]
+    parser = _Parser(
+        description=stage.text, usage=" ".join([*words, *["[--config RECIPE.yaml]"] * bool(stage.sections), "[FLAGS]"])
+    )
+    if stage.sections:
         parser.add_argument("--config", action="config", help="Recipe file; a flag wins over it.")
-    for name, kind, default, help_text in flags:
+    for flag, kind, default, help_text in stage.flags:
         if default is None and kind is str:
-            parser.add_argument(f"--{name}", type=kind, required=True, help=help_text)
+            parser.add_argument(f"--{flag}", type=kind, required=True, help=help_text)
         else:
-            parser.add_argument(f"--{name}", type=kind, default=default, help=help_text)
-    for section in sections:
+            parser.add_argument(f"--{flag}", type=kind, default=default, help=help_text)
+    for section in stage.sections.split():
         parser.add_class_arguments(SECTIONS[section], section)
     return parser
 
 
-def _run(stage: str, config: Namespace) -> str:
-    values = {name: config[name] for name in (*STAGES[stage][0].split(), *(flag[0] for flag in STAGES[stage][1]))}
+def _run(stage: str, config: Namespace) -> tuple[str, int]:
+    """Run a stage; returns what to print, and the exit code."""
+    names = [*STAGES[stage].sections.split(), *(flag[0] for flag in STAGES[stage].flags)]
+    values = {name: config[name] for name in names}
     _quiet_libraries()
     if stage == "push":
         hub = importlib.import_module("isoprune_hf.publishing.hub")
-        return hub.push_folder(values["folder"], values["repo"], private=values["private"])
-    stages = importlib.import_module("isoprune_hf.stages")
-    if stage == "inspect":
-        return stages.run_inspect(**values)
+        return hub.push_folder(values["folder"], values["repo"], private=values["private"]), 0
+    is_local = stage in ("inspect", "doctor", "plan show", "plan diff")  # one process, no log
+    place = "inspection" if is_local or stage == "plan apply" else "stages"
+    name = "all" if stage == "run" else stage.replace(" ", "_")
+    work = getattr(importlib.import_module(f"isoprune_hf.{place}"), f"run_{name}")
+    if is_local:
+        done = work(**values)
+        return done if isinstance(done, tuple) else (done, 0)
     accelerator = Accelerator()
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Plain("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("isoprune_hf").setLevel(level)
-    work = {"run": stages.run_all}.get(stage) or getattr(stages, f"run_{stage}")
     try:
-        return work(accelerator, **values)
+        return work(accelerator, **values), 0
     finally:
         accelerator.end_training()
 

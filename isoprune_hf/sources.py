@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import DatasetError, IsoPruneError, RecipeError
+from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
@@ -94,18 +94,33 @@ def open_teacher(
 
 def reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
     """Open the dense base that a folder was cut from; None, with a warning, where it cannot be had."""
-    source = dict(model.config.source or {})
-    if not source.get("name"):
+    if not (model.config.source or {}).get("name"):
         return None
-    expected = source.pop("fingerprint", None)
-    labels = source.get("num_labels")
-    names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label)) if labels else None
     try:
-        base = load_base(**source, label_names=names)
+        return open_source(model)
     except IsoPruneError as error:
         logger.warning(f"the dense base is not evaluated and does not teach: {error}")
         return None
-    if expected is not None and fingerprint(base.model.model) != expected:
-        logger.warning(f"the dense base {source['name']} has changed since the cut: it is not used")
-        return None
+
+
+def open_source(model: IsoPruneForImageClassification, name: str | None = None) -> BaseModel:
+    """Open the dense base that a model was cut from.
+
+    Args:
+        model: The pruned model.
+        name: Where the base lies now, if not where the cut has found it.
+
+    Raises:
+        IsoPruneError: It is not known, cannot be opened, or has changed since the cut.
+    """
+    source = model.config.source or {}
+    options = {key: source[key] for key in ("pretrained", "seed", "model_args", "num_labels") if key in source}
+    name = name or source.get("name")
+    if not name:
+        raise RecipeError("config.source names no base that the model was cut from")
+    labels = source.get("num_labels")
+    names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label)) if labels else None
+    base = load_base(name, **options, label_names=names)
+    if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
+        raise CheckpointError(f"the base {name} has other weights than the one that was cut")
     return base

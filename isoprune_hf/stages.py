@@ -12,17 +12,14 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
-from isoprune_hf.pruning.planning import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
-from isoprune_hf.publishing.model_card import build_model_card
-from isoprune_hf.publishing.report import draw_classes
 from isoprune_hf.pruning.speed import measure_latency
+from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
 from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base
@@ -195,31 +192,6 @@ def _clear(root: Path, used: dict[str, str | None], accelerator: Accelerator) ->
         for name in ("base", "checkpoints", "model"):
             shutil.rmtree(root / name, ignore_errors=True)
     accelerator.wait_for_everyone()
-
-
-def run_inspect(model: str, output: str | None) -> str:
-    """List the isomorphic classes of a model; draw them when there is a place for the picture."""
-    opened = load_base(model, pretrained=Path(model).is_dir()).model
-    plan = Path(model) / "pruning_plan.json"
-    decided = PruningPlan.load(plan) if plan.is_file() else None
-    # The plan speaks of the groups of the dense base.
-    groups = trace_groups(opened if decided is None else meta_copy(opened, dense=True))
-    classes: dict[str, list[Any]] = {}
-    for group in groups:
-        classes.setdefault(group.signature, []).append(group)
-    lines = [f"{model}: {len(groups)} coupled groups in {len(classes)} isomorphic classes"]
-    for number, (signature, members) in enumerate(classes.items(), 1):
-        channels = sum(group.channels for group in members)
-        kept = channels if decided is None else sum(len(decided.kept.get(g.name, range(g.channels))) for g in members)
-        shape = signature if len(signature) < 60 else signature[:57] + "..."
-        lines.append(
-            f"  {number:2}  {len(members):3} groups  {channels:6} channels  {kept / channels:4.0%} kept  {shape}"
-        )
-    if output is not None:
-        title = Path(model).name if decided is None else f"{Path(model).name}: what the plan keeps"
-        replace_file(output, lambda temporary: draw_classes(groups, decided, temporary, title=title))
-        lines.append(f"picture: {output}")
-    return "\n".join(lines)
 
 
 def _copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:

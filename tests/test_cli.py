@@ -1,10 +1,6 @@
 """The command line as a user meets it: what a stage writes, prints and refuses, on one rank and on two."""
 
-import contextlib
-import io
-import itertools
 import json
-import logging
 import os
 import re
 import shutil
@@ -21,13 +17,14 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from command_line import Done, contents, isoprune, leftovers, read, refuse, succeed
 from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import isoprune_hf
-from isoprune_hf import stages
-from isoprune_hf.cli import SECTIONS, STAGES, main
+from isoprune_hf import inspection
+from isoprune_hf.commands import SECTIONS, STAGES
 
 ROOT = Path(__file__).parents[1]
 SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
@@ -55,64 +52,6 @@ RECIPE = {
     "pretrain": {"epochs": 1},
     "finetune": {"epochs": 1},
 }
-
-
-class Done(NamedTuple):
-    """How a command ended, and what it said."""
-
-    code: int | str | None
-    out: str
-    err: str
-
-
-def isoprune(*arguments: str | Path) -> Done:
-    """Run the command line in this process; the logging of the tests is put back afterwards."""
-    root, ours = logging.getLogger(), logging.getLogger("isoprune_hf")
-    handlers, levels = root.handlers, (root.level, ours.level)
-    root.handlers = []
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        code = stopped.code
-    finally:
-        root.handlers = handlers
-        root.setLevel(levels[0])
-        ours.setLevel(levels[1])
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-def succeed(*arguments: str | Path) -> str:
-    """Run a command that must succeed, and leave nothing half-written around its output; returns what it printed."""
-    done = isoprune(*arguments)
-    assert (done.code, done.err) == (0, "")
-    for flag, place in itertools.pairwise(arguments):
-        if flag in ("--output", "--model") and Path(place).exists():
-            assert leftovers(Path(place).parent) == []
-    return done.out
-
-
-def refuse(*arguments: str | Path) -> str:
-    """Run a command that must end with one clear line; returns the line."""
-    done = isoprune(*arguments)
-    assert done.code == 2
-    assert re.fullmatch(r"isoprune: error: [^\n]+\n", done.err), done.err
-    assert "Traceback" not in done.out + done.err
-    return done.err
-
-
-def leftovers(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix in (".tmp", ".old")]
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder with its bytes; None for a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
-def read(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
 
 
 def logits_of(folder: Path) -> torch.Tensor:
@@ -417,8 +356,9 @@ def test_overwriting_leaves_nothing_of_the_older_result(stage: str, images: Path
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
-    sections, flags, text = STAGES[stage]
-    printed = succeed(stage, "--help")
+    sections, flags, text, positional = STAGES[stage]
+    printed = succeed(*stage.split(), "--help")
+    assert printed.startswith(f"usage: {' '.join(['isoprune', stage, *map(str.upper, positional)])} ")
     expected = ["--config", "--print_config"] if sections else []
     expected += [f"--{name}" for name, *_ in flags]
     expected += [f"--{name}.{field.name}" for name in sections.split() for field in fields(SECTIONS[name])]
@@ -429,7 +369,7 @@ def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
 def test_the_help_names_each_stage_and_the_version_is_the_packages() -> None:
     for flag in ("--help", "-h"):
         printed = succeed(flag)
-        assert all(re.search(rf"^    {stage} +\S", printed, re.MULTILINE) for stage in STAGES)
+        assert all(re.search(rf"^    {stage.split()[0]} +\S", printed, re.MULTILINE) for stage in STAGES)
     assert succeed("--version") == f"isoprune {isoprune_hf.__version__}\n"
 
 
@@ -592,7 +532,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(**_: Any) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "run_inspect", stop)
+    monkeypatch.setattr(inspection, "run_inspect", stop)
     assert isoprune("inspect", "--model", VIT[1]) == Done(130, "", "")
 
 

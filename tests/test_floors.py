@@ -19,9 +19,11 @@ FLOORS = [
     ("pruning/", 3),
     ("training/", 3),
     ("publishing/", 5),
+    ("commands.py", 3),
     ("sources.py", 6),
     ("results.py", 6),
     ("stages.py", 7),
+    ("inspection.py", 7),
     ("cli.py", 8),
     ("__init__.py", 9),
 ]

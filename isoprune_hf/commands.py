@@ -1,0 +1,106 @@
+"""What can be asked for on the command line: the stages with their sections of a recipe, flags and texts."""
+
+from typing import Any, NamedTuple
+
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PretrainRecipe, PruneRecipe
+
+SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+Flag = tuple[str, Any, Any, str]  # name, type, default, text
+
+
+class Stage(NamedTuple):
+    """A stage of the command line.
+
+    Args:
+        sections: Sections of a recipe that it reads.
+        flags: Its other flags: name, type, default and text; a `str` whose default is None must be given.
+        text: What it does.
+        positional: Flags whose names may be left out in front.
+    """
+
+    sections: str
+    flags: list[Flag]
+    text: str
+    positional: tuple[str, ...] = ()
+
+
+_OUTPUT = "Where the result is written; it appears when it is complete."
+_OVERWRITE = ("overwrite", bool, False, "Replace what lies at OUTPUT.")
+_MODEL = "A folder, or a name as for prune.model."
+_PLAN = "A pruning_plan.json, or the folder of a pruned model."
+# A stage of two words is an action of the first one.
+STAGES = {
+    "run": Stage(
+        "prune data pretrain finetune",
+        [("output", str, "output/run", _OUTPUT), _OVERWRITE],
+        "Take the whole road (default): score, cut, finetune with a teacher, evaluate, write OUTPUT/model.",
+    ),
+    "score": Stage(
+        "prune data",
+        [("output", str, "output/importance.safetensors", _OUTPUT), _OVERWRITE],
+        "Score the channels of a base and keep the scores, for any number of cuts.",
+    ),
+    "prune": Stage(
+        "prune data",
+        [
+            ("output", str, "output/pruned", _OUTPUT),
+            _OVERWRITE,
+            ("scores", str | None, None, "File of `isoprune score` to cut from, instead of scoring anew."),
+        ],
+        "Cut a base to ratios or to a budget and write the folder OUTPUT.",
+    ),
+    "finetune": Stage(
+        "data finetune",
+        [("model", str, None, _MODEL), ("output", str, "output/finetuned", _OUTPUT), _OVERWRITE],
+        "Train the pruned model in the folder MODEL and write the folder OUTPUT.",
+    ),
+    "evaluate": Stage("data", [("model", str, None, _MODEL)], "Evaluate MODEL; a folder of ours keeps the figures."),
+    "inspect": Stage(
+        "",
+        [("model", str, None, _MODEL), ("output", str | None, None, "PNG file for a picture of the classes.")],
+        "List the isomorphic classes of MODEL, and what its plan keeps of each.",
+        ("model",),
+    ),
+    "plan show": Stage(
+        "", [("plan", str, None, _PLAN)], "Show what a plan keeps, and what it was decided by.", ("plan",)
+    ),
+    "plan diff": Stage(
+        "",
+        [("first", str, None, _PLAN), ("second", str, None, _PLAN)],
+        "Show in what two plans differ; exits with 0 where they are equal and with 1 where not.",
+        ("first", "second"),
+    ),
+    "plan apply": Stage(
+        "prune data",
+        [
+            ("plan", str, None, _PLAN),
+            ("model", str | None, None, "The base, instead of prune.model."),
+            ("output", str, "output/pruned", _OUTPUT),
+            _OVERWRITE,
+            ("ignore_fingerprint", bool, False, "Cut other weights than those the plan was made on, too."),
+        ],
+        "Replay a plan on its base and write the folder OUTPUT. The section prune opens the base (model, pretrained, "
+        "model_args, num_labels, seed); the plan has decided the rest of it.",
+        ("plan",),
+    ),
+    "doctor": Stage(
+        "",
+        [
+            ("folder", str, None, "Folder of a pruned model."),
+            ("base", str | None, None, "Where the dense base lies now, if not where the cut has found it."),
+        ],
+        "Check a folder: structure, plan, weights, costs; exits with 1 where a check fails.",
+        ("folder",),
+    ),
+    "push": Stage(
+        "",
+        [
+            ("folder", str, None, "Folder of a pruned model."),
+            ("repo", str, None, "Repository, as user/name; it is made when it is not there."),
+            ("private", bool, False, "Make the repository private."),
+        ],
+        "Upload a folder to the Hugging Face Hub in one commit, model card included.",
+        ("folder",),
+    ),
+}
+ACTIONS = {"plan": "Show a pruning plan, compare two, or replay one on its base."}
