@@ -1,0 +1,47 @@
+"""Open an image classifier of transformers, from a folder or the Hub."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_fetched, one_line, wrap
+from isoprune_hf.processors import transformers_image_size, transformers_processor
+
+
+def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
+    """Open a folder that transformers wrote, or a Hub id.
+
+    Raises:
+        RecipeError: It is of another task, or the weights do not fit or could not be fetched.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise RecipeError(
+                f"model: {name} is no folder of isoprune, transformers or timm: {one_line(error)}"
+            ) from error
+        raise not_fetched(name, error) from error
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise RecipeError(f"model: {name} is of type {config.model_type}, {OTHER_TASK}")
+    processor = transformers_processor(name, config)
+    outer = IsoPruneConfig(
+        base={"library": "transformers", "config": config.to_diff_dict() | {"model_type": config.model_type}},
+        image_size=transformers_image_size(config, processor),
+        **label_fields([config.id2label[index] for index in range(config.num_labels)]),
+    )
+    if not pretrained:
+        return BaseModel(wrap(outer, draw(outer, seed)), processor)
+    try:
+        module, info = AutoModelForImageClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise not_fetched(name, error) from error
+    if info["missing_keys"]:
+        raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}")
+    return BaseModel(wrap(outer, module), processor)

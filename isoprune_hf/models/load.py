@@ -1,0 +1,138 @@
+"""Find out what a name means, open it, and give it the head that is wanted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, PreTrainedConfig
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.base import BaseModel, draw, label_fields, not_fetched, one_line, wrap
+from isoprune_hf.models.from_timm import open_timm
+from isoprune_hf.models.from_torchvision import open_torchvision
+from isoprune_hf.models.from_transformers import open_transformers
+
+
+def load_base(
+    name: str,
+    pretrained: bool = True,
+    *,
+    model_args: dict[str, Any] | None = None,
+    num_labels: int | None = None,
+    label_names: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> BaseModel:
+    """Open a base model.
+
+    Args:
+        name: `timm/NAME` or a bare timm name, `torchvision/NAME`, a transformers or timm Hub id, or a local folder:
+            one of ours, of transformers, or of timm.
+        pretrained: Load trained weights; false draws weights from `seed` and needs no network for timm, torchvision
+            and folders.
+        model_args: Arguments of a timm or torchvision architecture without trained weights, as {"img_size": 64}.
+        num_labels: Size of a new head, drawn from `seed`; None keeps the base's own.
+        label_names: Names for the labels of a new head.
+        seed: Seed of drawn weights; the caller's random state is left alone.
+
+    Returns:
+        The model in eval mode, and its image processor.
+
+    Raises:
+        RecipeError: The name is unknown, of another task, or needs a network that is not there.
+    """
+    model_args = model_args or {}
+    if "num_classes" in model_args:
+        raise RecipeError("prune.model_args: num_classes is not among them; give --prune.num_labels")
+    if _is_registered(name):
+        library, _, short = name.rpartition("/")
+        opener = open_torchvision if library == "torchvision" else open_timm
+        base = opener(short, pretrained, model_args, seed)
+    else:
+        if model_args:
+            raise RecipeError(f"prune.model_args is for names of timm and torchvision, and {name} is saved as it is")
+        base = _open_saved(name, pretrained, seed)
+    if base.model.config.source is None:
+        source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args}
+        base.model.config.source = source
+    return _with_head(base, True, num_labels, label_names, seed)
+
+
+def _is_registered(name: str) -> bool:
+    """Whether a name is of the registries of timm and torchvision: neither a folder nor a Hub id."""
+    if Path(name).expanduser().is_dir():
+        return False
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise RecipeError(f"model: there is no folder {name!r}")
+    return name.startswith(("timm/", "torchvision/")) or "/" not in name
+
+
+def _open_saved(name: str, pretrained: bool, seed: int) -> BaseModel:
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
+    config = _folder_config(folder) if folder.is_dir() else _hub_config(name)
+    kind = config.get("model_type", "timm_wrapper" if "architecture" in config else None)
+    if kind == "isoprune":
+        return _open_ours(place, pretrained, seed)
+    if kind == "timm_wrapper":
+        return open_timm(f"{'local-dir' if folder.is_dir() else 'hf-hub'}:{place}", pretrained, {}, seed)
+    return open_transformers(place, pretrained, seed)
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model: {folder} holds no readable config.json") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"model: {folder}/config.json is no configuration")
+    return config
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    try:
+        return PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError) as error:
+        raise not_fetched(name, error) from error
+
+
+def _open_ours(name: str, pretrained: bool, seed: int) -> BaseModel:
+    try:
+        model = IsoPruneForImageClassification.from_pretrained(name)
+    except OSError as error:
+        raise RecipeError(f"model: {name} cannot be opened: {one_line(error)}") from error
+    model.config.source = model.config.source or {}  # its own: not this folder
+    base = BaseModel(model, AutoImageProcessor.from_pretrained(name))
+    if pretrained:
+        return base
+    if any((model.config.structure or {}).values()):
+        raise RecipeError(f"model: {name} is pruned already; drawn weights need a dense base")
+    return _with_head(base, False, model.config.num_labels, tuple(model.config.id2label.values()), seed)
+
+
+def _with_head(
+    base: BaseModel, pretrained: bool, num_labels: int | None, label_names: tuple[str, ...] | None, seed: int
+) -> BaseModel:
+    """Give the base a new head, and new weights everywhere when not `pretrained`; all that fits is kept."""
+    model = base.model
+    if num_labels is None or (num_labels == model.config.num_labels and pretrained):
+        return base
+    if any((model.config.structure or {}).values()):
+        raise RecipeError(
+            f"prune.num_labels: the model is pruned already and keeps its {model.config.num_labels} labels"
+        )
+    if label_names is not None and len(label_names) != num_labels:
+        raise RecipeError(f"prune.num_labels is {num_labels}, but {len(label_names)} names were given")
+    drawn = {"pretrained": False, "seed": seed}
+    config = IsoPruneConfig(
+        base=model.config.base,
+        source={**(model.config.source or {}), "num_labels": num_labels, **({} if pretrained else drawn)},
+        image_size=model.config.image_size,
+        **label_fields(label_names or tuple(f"LABEL_{index}" for index in range(num_labels))),
+    )
+    module = draw(config, seed)
+    if pretrained:
+        old = model.model.state_dict()
+        fitting = {k: old[k] for k, tensor in module.state_dict().items() if k in old and old[k].shape == tensor.shape}
+        module.load_state_dict(fitting, strict=False)
+    return BaseModel(wrap(config, module), base.processor)
