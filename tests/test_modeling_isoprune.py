@@ -29,7 +29,6 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoImageProcessor,
     IsoPruneConfig,
     IsoPruneForImageClassification,
-    SkippedBlock,
     apply_structure,
     build_base,
 )
@@ -231,41 +230,6 @@ def test_the_config_is_saved_and_read_with_all_its_fields(tmp_path: Path) -> Non
     assert type(config) is IsoPruneConfig
     assert {name: getattr(config, name) for name in fields} == fields
     assert (config.format_version, config.num_labels, config.id2label[2]) == (1, 3, "owl")
-
-
-# --- removed blocks
-
-
-def test_a_removed_block_hands_on_its_first_input() -> None:
-    hidden = torch.randn(2, 3)
-    assert SkippedBlock()(hidden, None, mask=1) is hidden
-
-
-@pytest.mark.parametrize(
-    ("base", "block", "skip"),
-    [
-        (VIT_BASE, "blocks.1", lambda inner: setattr(inner.blocks[1], "forward", lambda hidden, *_, **__: hidden)),
-        (HF_VIT_BASE, "vit.layers.0", lambda inner: setattr(inner.vit.layers[0], "forward", lambda x, *_, **__: x)),
-    ],
-)
-def test_a_model_with_a_removed_block_opens_and_skips_it(
-    base: dict, block: str, skip: Callable, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    config = IsoPruneConfig(base=base, num_labels=3, structure={"shapes": {}, "attributes": {}, "removed": [block]})
-    model = IsoPruneForImageClassification(config).eval()
-    torch.manual_seed(0)
-    dense = build_base(IsoPruneConfig(base=base, num_labels=3)).eval()
-    skip(dense)
-    images = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        expected = dense(images)
-    expected = expected if isinstance(expected, torch.Tensor) else expected.logits
-    assert torch.equal(logits(model, images), expected)
-    model.save_pretrained(tmp_path)
-    assert not any(f".{block}." in name for name in load_file(tmp_path / "model.safetensors"))
-    reopened = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(logits(reopened, images), expected)
 
 
 # --- damaged and hostile folders

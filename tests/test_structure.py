@@ -64,7 +64,8 @@ HAND_MADE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("structure", HAND_MADE)
 def test_what_is_put_on_is_what_is_found(structure: dict[str, Any], device: str) -> None:
     given = copy.deepcopy(structure)
-    changed = apply_structure(make_net().to(device), structure)
+    skippable = {path: SkippedBlock() for path in structure["removed"]}
+    changed = apply_structure(make_net().to(device), structure, skippable)
     assert capture_structure(make_net().to("meta"), changed) == given
     assert structure == given
 
@@ -92,8 +93,10 @@ def test_attributes_keep_the_types_of_the_base() -> None:
 
 
 def test_a_removed_module_becomes_a_skipped_block_with_nothing_of_its_own() -> None:
-    changed = apply_structure(make_net(), {"removed": ["blocks.0"]})
-    assert type(changed.blocks[0]) is SkippedBlock and type(changed.blocks[1]) is Block
+    stand_in = SkippedBlock(2)
+    skippable = {"blocks.0": stand_in, "blocks.1": SkippedBlock()}
+    changed = apply_structure(make_net(), {"removed": ["blocks.0"]}, skippable)
+    assert changed.blocks[0] is stand_in and type(changed.blocks[1]) is Block
     assert not any(name.startswith("blocks.0.") for name in changed.state_dict())
 
 
@@ -131,6 +134,12 @@ def test_a_refused_structure_has_changed_nothing() -> None:
     with pytest.raises(CheckpointError, match="'nosuch'"):
         apply_structure(net, structure)
     assert capture_structure(make_net(), net) == HAND_MADE[0]
+
+
+def test_a_removed_module_must_be_among_those_that_may_be_skipped() -> None:
+    for skippable in ({}, {"blocks.1": SkippedBlock()}):
+        with pytest.raises(CheckpointError, match=r"^config\.structure\.removed: 'blocks\.0' is no residual block"):
+            apply_structure(make_net(), {"removed": ["blocks.0"]}, skippable)
 
 
 def test_a_private_number_of_a_module_is_not_touched() -> None:

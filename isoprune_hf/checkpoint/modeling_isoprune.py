@@ -1,208 +1,61 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
 """A pruned image classifier: a base architecture plus what differs from it.
 
-This file travels with the weights, so it imports nothing of isoprune_hf and holds all that loading needs. It stays one
-file: config and model in two become two different config classes when transformers loads them from a local folder.
+What travels with the weights is one file, the modules of `PARTS` in a row: so these use nothing of ours but one
+another, and hold all that loading needs. It is one file because config and model in two become two different config
+classes when transformers loads them from a local folder.
 """
 
-import math
+import json
 import re
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import can_return_tuple
 
-try:
-    import timm
-except ImportError:
-    timm = None
-try:
-    import torchvision
-except ImportError:
-    torchvision = None
+from isoprune_hf.checkpoint.dense import (
+    FORMAT_VERSION,
+    CheckpointError,
+    IsoPruneConfig,
+    IsoPruneError,
+    build_base,
+    cause,
+    require,
+)
+from isoprune_hf.checkpoint.difference import (
+    SkippedBlock,
+    apply_structure,
+    build_pruned,
+    check_structure,
+    run_once,
+    skippable_blocks,
+)
 
-FORMAT_VERSION = 1
-# Arguments of timm and torchvision builders that would read files or the network, or change the kind of model.
-_FORBIDDEN = re.compile("pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable|num_classes")
+PARTS = ("dense.py", "difference.py", "modeling_isoprune.py")
+_DTYPES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
-
-# What the builders of the three libraries raise for arguments that they do not take.
-_BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_BUILD_ERRORS += (StrictDataclassError,)
-
-
-class IsoPruneError(Exception):
-    """Base of every error that a user of isoprune_hf can mend."""
-
-
-class CheckpointError(IsoPruneError, ValueError):
-    """A saved folder is damaged, hostile, or newer than this code; the message names the entry."""
-
-
-class IsoPruneConfig(PreTrainedConfig):
-    """Configuration of a pruned image classifier: its base, and what differs from it."""
-
-    model_type = "isoprune"
-    # `library` (timm, torchvision, transformers), then `architecture` and `args`; for transformers its whole `config`.
-    base: dict[str, Any] | None = None
-    # Where the dense weights come from: `name`, `pretrained`, `seed`, `model_args`, `num_labels`, `fingerprint`.
-    source: dict[str, Any] | None = None
-    # `shapes` of tensors, plain `attributes` of modules and `removed` modules that differ from the base.
-    structure: dict[str, Any] | None = None
-    image_size: list[int] | None = None  # (channels, height, width) the model was built for
-    cost: dict[str, Any] | None = None  # `macs` and `params` of `base` and `pruned`, for one image
-    recipe: dict[str, Any] | None = None  # the settings that made this model
-    stage: str = "base"  # base, pruned or finetuned
-    format_version: int = FORMAT_VERSION
-
-
-class SkippedBlock(nn.Module):
-    """Stands where a removed residual block stood: hands on its first input."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
-
-
-def build_base(config: IsoPruneConfig) -> nn.Module:
-    """Build the dense architecture of `config.base` on the current default device, without trained weights.
-
-    Raises:
-        CheckpointError: The entry is not a base that can be built safely.
-    """
-    base = config.base
-    if not isinstance(base, dict) or base.get("library") not in ("timm", "torchvision", "transformers"):
-        raise CheckpointError(f"config.base: library must be timm, torchvision or transformers, got {base!r}")
-    if base["library"] == "transformers":
-        return _build_transformers(base.get("config"), config.num_labels)
-    name, args = base.get("architecture"), base.get("args") or {}
-    if not isinstance(name, str) or not isinstance(args, dict):
-        raise CheckpointError("config.base: needs a string `architecture` and a mapping `args`")
-    for key, value in args.items():
-        if _FORBIDDEN.fullmatch(str(key)) or not _is_plain(value):
-            raise CheckpointError(f"config.base.args: {key}={value!r} is not allowed")
-    library = timm if base["library"] == "timm" else torchvision
-    if library is None:
-        raise ImportError(f"this checkpoint's base is {base['library']}/{name}: pip install {base['library']}")
-    if not (timm.is_model(name) if library is timm else name in torchvision.models.list_models(torchvision.models)):
-        raise CheckpointError(f"config.base.architecture: {base['library']} {library.__version__} has no {name!r}")
-    args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
-    build = timm.create_model if library is timm else torchvision.models.get_model
-    try:  # neither loads weights unless told to
-        return build(name, num_classes=config.num_labels, **args)
-    except _BUILD_ERRORS as error:
-        raise CheckpointError(f"config.base: {name} with {args} cannot be built: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _build_transformers(values: Any, num_labels: int) -> nn.Module:
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise CheckpointError("config.base.config: not a configuration of an installed transformers model")
-    # Names of implementations could fetch kernels, and private entries are not architecture.
-    values = {k: v for k, v in values.items() if not re.match("_|.*implementation|auto_map|quantization", str(k))}
-    config_class = CONFIG_MAPPING[kind]
-    if config_class not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind in ("timm_wrapper", "isoprune"):
-        raise CheckpointError(f"config.base.config: {kind} is not a transformers image classifier")
-    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
-    named = {cls.__name__: cls for cls in (classes if isinstance(classes, tuple) else (classes,))}
-    try:
-        inner = config_class.from_dict(values)
-        inner.num_labels = num_labels
-        return named.get((inner.architectures or [None])[0], next(iter(named.values())))(inner)
-    except _BUILD_ERRORS as error:
-        raise CheckpointError(f"config.base.config: {kind} cannot be built: {_one_line(error)}") from error
-
-
-def check_structure(base: nn.Module, structure: dict[str, Any]) -> None:
-    """Check that `structure` can be put on `base`: nothing grows, nothing is invented, no type changes.
-
-    Raises:
-        CheckpointError: Names the first entry that is wrong.
-    """
-    if not isinstance(structure, dict) or set(structure) - {"shapes", "attributes", "removed"}:
-        raise CheckpointError("config.structure: must hold only shapes, attributes and removed")
-    shapes, attributes = structure.get("shapes") or {}, structure.get("attributes") or {}
-    removed = structure.get("removed") or []
-    if not isinstance(shapes, dict) or not isinstance(attributes, dict) or not isinstance(removed, list):
-        raise CheckpointError("config.structure: shapes and attributes are mappings, removed is a list")
-    tensors, modules = base.state_dict(), dict(base.named_modules())
-    for name, shape in shapes.items():
-        where = f"config.structure.shapes[{name!r}]"
-        if name not in tensors:
-            raise CheckpointError(f"{where}: the base has no such tensor")
-        full = list(tensors[name].shape)
-        fits = isinstance(shape, list) and len(shape) == len(full)
-        if not fits or any(type(n) is not int or not 1 <= n <= limit for n, limit in zip(shape, full, strict=True)):
-            raise CheckpointError(f"{where}: {shape!r} is no shape within the base's {full}")
-    for path, entries in attributes.items():
-        if path not in modules or not isinstance(entries, dict):
-            raise CheckpointError(f"config.structure.attributes[{path!r}]: the base has no such module")
-        for name, value in entries.items():
-            _check_attribute(f"config.structure.attributes[{path!r}][{name!r}]", vars(modules[path]), name, value)
-    for path in removed:
-        inside = isinstance(path, str) and any(path != p and path.startswith(f"{p}.") for p in removed)
-        if not isinstance(path, str) or not path or path not in modules or inside:
-            raise CheckpointError(f"config.structure.removed: the base has no module {path!r}")
-
-
-def _check_attribute(where: str, owner: dict[str, Any], name: str, value: Any) -> None:
-    if name.startswith("_") or name not in owner:
-        raise CheckpointError(f"{where}: the base module has no such attribute")
-    old = owner[name]
-    value = tuple(value) if isinstance(value, list) and isinstance(old, tuple) else value
-    numbers, olds = (value, old) if isinstance(old, tuple) else ((value,), (old,))
-    if type(value) is not type(old) or len(numbers) != len(olds):
-        raise CheckpointError(f"{where}: {value!r} is not of the base's type {type(old).__name__}")
-    for number, limit in zip(numbers, olds, strict=True):
-        if type(number) is not type(limit) or type(number) not in (int, float):
-            raise CheckpointError(f"{where}: only numbers may differ from the base, got {value!r}")
-        largest = limit if type(number) is int else math.inf
-        if not 0 < number <= largest or number == math.inf:
-            raise CheckpointError(f"{where}: {value!r} is not positive or above the base's {old!r}")
-
-
-def apply_structure(model: nn.Module, structure: dict[str, Any] | None) -> nn.Module:
-    """Change `model` in place to the structure; tensors keep their leading elements. Works on the meta device too.
-
-    Raises:
-        CheckpointError: See `check_structure`.
-    """
-    structure = structure or {}
-    check_structure(model, structure)
-    for name, shape in (structure.get("shapes") or {}).items():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        tensor = getattr(owner, leaf)
-        kept = tensor.detach()[tuple(slice(size) for size in shape)].clone()
-        setattr(owner, leaf, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
-    for path, entries in (structure.get("attributes") or {}).items():
-        owner = model.get_submodule(path)
-        for name, value in entries.items():
-            setattr(owner, name, tuple(value) if isinstance(value, list) else value)
-    for path in structure.get("removed") or []:
-        model.set_submodule(path, SkippedBlock())
-    return model
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "IsoImageProcessor",
+    "IsoPruneConfig",
+    "IsoPruneError",
+    "IsoPruneForImageClassification",
+    "SkippedBlock",
+    "apply_structure",
+    "build_base",
+    "check_structure",
+    "skippable_blocks",
+]
 
 
 class IsoPruneForImageClassification(PreTrainedModel):
@@ -220,10 +73,7 @@ class IsoPruneForImageClassification(PreTrainedModel):
 
     def __init__(self, config: IsoPruneConfig):
         super().__init__(config)
-        if type(config.format_version) is not int or not 1 <= config.format_version <= FORMAT_VERSION:
-            known = f"this code reads 1 to {FORMAT_VERSION}; update isoprune_hf"
-            raise CheckpointError(f"config.format_version: {config.format_version!r}, {known}")
-        self.model = apply_structure(build_base(config), config.structure)
+        self.model = build_pruned(config)
         if not any(parameter.is_meta for parameter in self.model.parameters()):
             # The base has drawn its own weights; transformers would draw them a second time, otherwise.
             for module in self.modules():
@@ -255,15 +105,18 @@ class IsoPruneForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as any transformers model; safetensors only, and every tensor must match.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        """Load as any transformers model; safetensors only, every tensor must match, and the model must run.
 
         Raises:
             CheckpointError: An entry of the config or a tensor of the file does not fit.
         """
         kwargs["use_safetensors"] = True
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if pretrained_model_name_or_path and folder.is_dir() and not kwargs.get("variant"):
+            _check_files(folder)
         try:
-            return super().from_pretrained(*args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(f"model.safetensors: not a readable safetensors file ({error})") from error
 
@@ -271,6 +124,9 @@ class IsoPruneForImageClassification(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # The last moment at which the model is on meta and nothing has been allocated.
         _check_tensors(model, state_dict, checkpoint_files or [])
+        if any((model.config.structure or {}).values()):  # a base that does not run is the user's own
+            with torch.device("meta"):
+                run_once(build_pruned(model.config).eval(), model.config.image_size)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -284,22 +140,50 @@ class IsoPruneForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
         if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            shutil.copyfile(__file__, target)
+            target.write_text(_code_that_ships())
+
+
+def _code_that_ships() -> str:
+    beside = [path for name in PARTS if (path := Path(__file__).with_name(name)).is_file()]
+    ours = re.compile(rf"^from {re.escape(__package__)}\.\w+ import (\([^)]*\)|.*)\n", re.MULTILINE)
+    return "\n\n".join(ours.sub("", path.read_text()) for path in beside)  # in a shipped file: itself
+
+
+def _check_files(folder: Path) -> None:
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        try:
+            values = json.loads(index.read_text())
+            names = [*values["weight_map"].values()] if isinstance(values["metadata"], dict) else [None]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{index.name}: not a readable index ({cause(error)})") from error
+    for name in names:
+        inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        require(inside and (folder / name).is_file(), f"{name!r}: no such file in {folder}; weights must lie there")
 
 
 def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor] | None, files: list[str]) -> None:
-    found = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
+    found = {name: _describe(tensor.shape, _kind(tensor.dtype)) for name, tensor in (state_dict or {}).items()}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                found.update({name: opened.get_slice(name).get_shape() for name in opened.keys()})  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118
+                    entry = opened.get_slice(name)
+                    found[name] = _describe(entry.get_shape(), _DTYPES.get(entry.get_dtype(), entry.get_dtype()))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{Path(file).name}: not a readable safetensors file ({error})") from error
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: _describe(tensor.shape, _kind(tensor.dtype)) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() | found.keys()):
         have, want = found.get(name, "no such tensor"), expected.get(name, "no such tensor")
-        if have != want:
-            raise CheckpointError(f"tensor {name!r}: the checkpoint has {have}, the config says {want}")
+        require(have == want, f"tensor {name!r}: the checkpoint has {have}, the config says {want}")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "floats" if dtype.is_floating_point else str(dtype)
+
+
+def _describe(shape: Sequence[int], kind: str) -> str:
+    return f"{list(shape)} of {kind}"
 
 
 class IsoImageProcessor(PilBackend):
