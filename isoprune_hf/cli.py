@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import yaml
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace, get_loader
@@ -24,6 +26,7 @@ from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
+_FAILED = "isoprune/failed"
 _EPILOG = """examples:
   isoprune
       the embedded default: real handwritten digits and a small ViT, in two minutes
@@ -66,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError:
+        notes = _notes_of_ranks()
+        if notes is None or not notes.check([_FAILED]):
+            raise
+        sys.exit(2)  # this rank lost the one that failed, which has said why
     if text and os.environ.get("RANK", "0") == "0":
         print(text)
     return code
@@ -216,7 +224,7 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
     if is_local:
         done = work(**values)
         return done if isinstance(done, tuple) else (done, 0)
-    accelerator = Accelerator()
+    accelerator = _open_accelerator()
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Plain("%(message)s"))
@@ -246,7 +254,33 @@ def _quiet_libraries() -> None:
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
+def _open_accelerator() -> Accelerator:
+    # Without `cpu`, processes on a machine without an accelerator would each be rank 0 of 1.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise RecipeError(
+            f"{started} processes were started, but accelerate sees {accelerator.num_processes}; on a machine without "
+            "a GPU start them with torchrun"
+        )
+    return accelerator
+
+
+def _notes_of_ranks() -> torch.distributed.TCPStore | None:
+    """Where the ranks leave notes for each other; None for a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return torch.distributed.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+    except (KeyError, ValueError, RuntimeError):
+        return None
+
+
 def _fail(message: str) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"isoprune: error: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line, on the rank that fails first."""
+    notes = _notes_of_ranks()
+    is_first = os.environ.get("RANK", "0") == "0" if notes is None else notes.add(_FAILED, 1) == 1
+    if is_first:
+        print(f"isoprune: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

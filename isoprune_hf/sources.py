@@ -58,8 +58,12 @@ def open_base(
 
 
 def open_calibration(
-    prune: PruneRecipe, images: ImageData | None, processor: BaseImageProcessor, accelerator: Accelerator
-) -> tuple[Any, dict[str, str | int]]:
+    prune: PruneRecipe,
+    data: DataRecipe,
+    images: ImageData | None,
+    processor: BaseImageProcessor,
+    accelerator: Accelerator,
+) -> tuple[CalibrationBatches | None, dict[str, Any]]:
     if prune.criterion not in DATA_CRITERIA:
         return None, {}
     options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
@@ -68,10 +72,11 @@ def open_calibration(
         "dataset": images.fingerprint,
         "images": len(ids),
         "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "ids": ids,
     }
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    return CalibrationBatches(images.train, processor, **options, **share), sample
+    return CalibrationBatches(images.train, processor, num_workers=data.num_workers, **options, **share), sample
 
 
 def open_teacher(

@@ -14,6 +14,7 @@ from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file,
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.pruning.blocks import find_blocks
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
@@ -35,10 +36,11 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     target = check_output(output, overwrite=overwrite, is_file=True)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, images, accelerator)
-    batches, sample = open_calibration(prune, images, base.processor, accelerator)
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator)
     scores = score_groups(
         base.model,
         trace_groups(base.model),
+        blocks=find_blocks(base.model),
         batches=batches,
         accelerator=accelerator,
         sample=sample,
@@ -207,7 +209,7 @@ def _prune(
     accelerator: Accelerator,
     scores: str | None,
 ) -> PruneResult:
-    batches, sample = (None, {}) if scores else open_calibration(prune, images, base.processor, accelerator)
+    batches, sample = (None, {}) if scores else open_calibration(prune, data, images, base.processor, accelerator)
     known = ImportanceScores.load(scores) if scores else None
     result = prune_model(base.model, prune, batches, accelerator, scores=known, sample=sample)
     if images is not None:

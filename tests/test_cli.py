@@ -588,7 +588,8 @@ def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactor
     running = {}
     for name, command in commands.items():
         (root / f"{name}_ranks").mkdir()
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("ACCELERATE_USE_CPU")  # a user sets no such thing
         environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "HF_HOME": str(root / f"{name}_home")}
         environment |= {"RANK_NOTES": str(root / f"{name}_ranks")}
         options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -40,6 +40,7 @@ from isoprune_hf.checkpoint.difference import (
     skippable_blocks,
 )
 
+_ALIGNMENT = 64  # bytes: where torch itself allocates
 PARTS = ("dense.py", "difference.py", "modeling_isoprune.py")
 _DTYPES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
@@ -127,7 +128,14 @@ class IsoPruneForImageClassification(PreTrainedModel):
         if any((model.config.structure or {}).values()):  # a base that does not run is the user's own
             with torch.device("meta"):
                 run_once(build_pruned(model.config).eval(), model.config.image_size)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        for tensor in (*model.parameters(), *model.buffers()):
+            # A mapped file gives tensors at any address, and kernels round differently where they are not aligned.
+            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+                tensor.data = tensor.data.clone()
+        return loaded
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save config, weights and this file, so that the folder opens with and without isoprune_hf."""

@@ -3,9 +3,10 @@
 import copy
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,12 +16,17 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.cost import ModelCost, cost_model
+from isoprune_hf.pruning.blocks import find_blocks
+from isoprune_hf.pruning.budget import check_budget
+from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups, scoring_options
+from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.planning import PruningPlan, make_plan
+from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.pruning.surgery import apply_plan
+from isoprune_hf.pruning.timing import fit_base, meet_latency
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
 
 logger = logging.getLogger(__name__)
@@ -55,6 +61,16 @@ class PruneResult:
         save_model_folder(folder, self.model, processor, plan=self.plan.to_json())
 
 
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """What is known of a base before anything is scored."""
+
+    groups: tuple[CoupledGroup, ...]
+    blocks: tuple[ResidualBlock, ...]
+    cost: CostModel
+    latency: LatencyModel | None
+
+
 def prune_model(
     model: IsoPruneForImageClassification,
     recipe: PruneRecipe,
@@ -62,14 +78,15 @@ def prune_model(
     accelerator: Accelerator | None = None,
     *,
     scores: ImportanceScores | None = None,
-    sample: dict[str, str | int] | None = None,
+    sample: dict[str, object] | None = None,
 ) -> PruneResult:
     """Score, decide and cut.
 
     Args:
         model: The base, of `load_base`; left untouched.
-        recipe: What to do.
-        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)); only for data-driven criteria.
+        recipe: What to do. With `steps` above 1 the scoring is repeated on what each step has left.
+        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)); only for data-driven criteria. For
+            several steps it must be possible to go through them again.
         accelerator: Ranks that share the scoring. One rank decides, all cut alike.
         scores: Scores of an earlier run instead of a new scoring.
         sample: Record of the calibration sample for the plan.
@@ -77,53 +94,128 @@ def prune_model(
     Raises:
         RecipeError, BudgetError, UnsupportedArchitectureError: See `score_groups`, `make_plan` and `trace_groups`.
     """
-    seconds: dict[str, float] = {}
-    groups, costs = _timed(seconds, "trace", lambda: _trace(model))
-    if scores is None:
-        scores = _timed(
-            seconds,
-            "score",
-            lambda: score_groups(
-                model,
-                groups,
-                batches=calibration,
-                accelerator=accelerator,
-                sample=sample,
-                **scoring_options(recipe),
-            ),
-        )
-    elif scores.fingerprint != fingerprint(model.model):
+    seconds = dict.fromkeys(("trace", "score", "solve", "cut"), 0.0)
+    traced = _timed(seconds, "trace", lambda: _trace(model, recipe, accelerator))
+    _check_steps(recipe, calibration, scores)
+    if scores is not None and scores.fingerprint != fingerprint(model.model):
         raise RecipeError(
             "the scores were made from other weights than this base's; run `isoprune score` on this base"
         )
-    recipe = replace(recipe, criterion=scores.criterion)
-    plan = _timed(seconds, "solve", lambda: make_plan(groups, scores, recipe, cost=costs))
-    if accelerator is not None and accelerator.num_processes > 1:
-        plan = broadcast_object_list([plan])[0]
-    pruned = _timed(seconds, "cut", lambda: apply_plan(model, plan, groups))
+
+    def score(
+        scored: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], blocks: tuple[ResidualBlock, ...]
+    ) -> ImportanceScores:
+        return score_groups(
+            scored,
+            groups,
+            blocks=blocks,
+            batches=calibration,
+            accelerator=accelerator,
+            sample=sample,
+            **scoring_options(recipe),
+        )
+
+    def decide(decided: PruneRecipe) -> PruningPlan:
+        plan = make_plan(
+            traced.groups, scores, decided, cost=traced.cost, latency=traced.latency, blocks=traced.blocks
+        )
+        return _from_main(plan, accelerator)
+
+    if scores is None:
+        scores = _timed(seconds, "score", lambda: score(model, traced.groups, traced.blocks))
+        for step in range(1, recipe.steps):
+            intermediate = recipe_of_step(recipe, step, traced.cost, traced.latency)
+            plan = _timed(seconds, "solve", lambda now=intermediate: decide(now))
+            smaller = _timed(seconds, "cut", lambda now=plan: apply_plan(model, now, traced.groups))
+            groups, blocks = _find(smaller, recipe)
+            fresh = _timed(seconds, "score", lambda now=(smaller, groups, blocks): score(*now))
+            scores = lift_scores(scores, plan, fresh)
+            logger.info(f"step {step} of {recipe.steps}: {plan.achieved['pruned']['macs'] / 1e9:.4g} GMACs")
+    recipe = replace(
+        recipe,
+        criterion=scores.criterion,
+        reduction=scores.reduction,
+        score_batchnorm=scores.score_batchnorm,
+        scoring_precision=scores.precision,
+    )
+    if recipe.target_latency is None:
+        plan = _timed(seconds, "solve", lambda: decide(recipe))
+        pruned = _timed(seconds, "cut", lambda: apply_plan(model, plan, traced.groups))
+    else:
+        plan, pruned = _timed(
+            seconds,
+            "solve",
+            lambda: meet_latency(
+                model,
+                recipe,
+                traced.cost,
+                traced.latency,
+                decide=decide,
+                cut=lambda now: apply_plan(model, now, traced.groups),
+                agree=lambda value: _from_main(value, accelerator),
+            ),
+        )
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
     if not any((model.config.structure or {}).values()):  # else the source names a base before this one
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
     pruned_cost = ModelCost(**pruned.config.cost["pruned"])
+    _report(model, plan, traced.cost.base, pruned_cost, seconds)
+    return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, seconds)
+
+
+def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:
+    groups, blocks = _find(model, recipe)
+    cost = cost_model(model, groups, blocks)
+    latency = None
+    if recipe.target_latency is not None:
+        latency = _from_main(fit_base(model, groups, cost, recipe), accelerator)
+    check_budget(groups, recipe, cost, latency, blocks)
+    return Traced(groups, blocks, cost, latency)
+
+
+def _find(
+    model: IsoPruneForImageClassification, recipe: PruneRecipe
+) -> tuple[tuple[CoupledGroup, ...], tuple[ResidualBlock, ...]]:
+    return trace_groups(model, recipe.signature), () if recipe.remove_blocks is None else find_blocks(model)
+
+
+def _check_steps(recipe: PruneRecipe, calibration: Batches | None, scores: ImportanceScores | None) -> None:
+    if recipe.steps > 1 and scores is not None:
+        raise RecipeError(
+            f"prune.steps {recipe.steps} scores anew before each step: leave --scores out, or set it to 1"
+        )
+    if recipe.steps > 1 and isinstance(calibration, Iterator):
+        raise RecipeError(
+            f"prune.steps {recipe.steps} goes through the calibration batches {recipe.steps} times: give a list or a "
+            "loader, not an iterator"
+        )
+
+
+def _from_main(value: Any, accelerator: Accelerator | None) -> Any:
+    """What the main process has, on every rank."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
+
+
+def _report(
+    model: IsoPruneForImageClassification,
+    plan: PruningPlan,
+    base: ModelCost,
+    pruned: ModelCost,
+    seconds: dict[str, float],
+) -> None:
+    times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items())
     logger.info(
-        "pruned %s: %.4g -> %.4g GMACs, %.4g -> %.4g M params (%s)",
-        type(model.model).__name__,
-        costs.base.macs / 1e9,
-        pruned_cost.macs / 1e9,
-        costs.base.params / 1e6,
-        pruned_cost.params / 1e6,
-        ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items()),
+        f"pruned {type(model.model).__name__}: {base.macs / 1e9:.4g} -> {pruned.macs / 1e9:.4g} GMACs, "
+        f"{base.params / 1e6:.4g} -> {pruned.params / 1e6:.4g} M params ({times})"
     )
-    return PruneResult(pruned, plan, scores, groups, costs.base, pruned_cost, seconds)
+    for note in plan.notes:
+        logger.info(note)
 
 
-def _trace(model: IsoPruneForImageClassification):
-    groups = trace_groups(model)
-    return groups, cost_model(model, groups)
-
-
-def _timed(seconds: dict[str, float], stage: str, work):
+def _timed(seconds: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
     start = time.perf_counter()
     result = work()
-    seconds[stage] = time.perf_counter() - start
+    seconds[stage] += time.perf_counter() - start
     return result

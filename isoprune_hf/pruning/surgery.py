@@ -1,13 +1,13 @@
 """The cut: carry a plan out on a model, first on its tensors, then on the numbers that modules keep about them."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
 from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.architectures import (
@@ -45,9 +45,12 @@ def apply_plan(
         UnsupportedArchitectureError: The cut model does not run.
     """
     groups = trace_groups(model) if groups is None else groups
-    check_plan(plan, groups)
+    stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
+    check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
     pruned = copy.deepcopy(model)
     attentions = {part.path: part for part in find_attention(model.model)}
+    for block in plan.removed_blocks:
+        pruned.model.set_submodule(block, stand_ins[block])
     with torch.no_grad():
         for name, dims in _kept_elements(plan, groups, model.model).items():
             _cut_tensor(pruned.model, name, dims)
@@ -57,7 +60,7 @@ def apply_plan(
         if group.num_heads and group.name in plan.kept:
             heads = len(plan.heads[group.name])
             _set_attention_numbers(pruned.model, attentions[group.name], heads, len(plan.kept[group.name]) // heads)
-    _set_widths(model.model, pruned.model)
+    _set_widths(model.model, pruned.model, plan.removed_blocks)
     config = pruned.config
     config.structure = capture_structure(meta_copy(model, dense=True).model, pruned.model)
     _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
@@ -81,13 +84,19 @@ def _forget_state(
             del attributes[path]
 
 
-def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup]) -> None:
-    """Check that a plan fits the groups of a model.
+def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collection[str] = ()) -> None:
+    """Check that a plan fits the groups and the residual blocks of a model.
 
     Raises:
-        CheckpointError: Names the group that does not fit.
+        CheckpointError: Names the group or block that does not fit.
     """
     known = {group.name: group for group in groups}
+    for name in plan.removed_blocks:
+        if name not in blocks or plan.removed_blocks.count(name) > 1:
+            raise CheckpointError(f"pruning plan: {name!r} is no residual block of this model that can leave")
+    for name in plan.heads:
+        if name not in plan.kept or not known.get(name, CoupledGroup("", "", 0, ())).num_heads:
+            raise CheckpointError(f"pruning plan: heads of {name!r}, which keeps no channels of an attention")
     for name, kept in plan.kept.items():
         group = known.get(name)
         if group is None:
@@ -110,8 +119,11 @@ def _kept_elements(
 ) -> dict[str, dict[int, torch.Tensor]]:
     """Tensor -> dim -> positions that stay."""
     masks: dict[tuple[str, int], np.ndarray] = {}
+    gone = tuple(f"{block}." for block in plan.removed_blocks)
 
     def remove(parameter: str, dim: int, positions: np.ndarray) -> None:
+        if parameter.startswith(gone):
+            return
         size = base.get_submodule(parameter.rpartition(".")[0]).__getattr__(parameter.rpartition(".")[2]).shape[dim]
         masks.setdefault((parameter, dim), np.ones(size, dtype=bool))[positions] = False
 
@@ -174,14 +186,17 @@ def _set_attention_numbers(model: nn.Module, part: Attention, heads: int, head_d
                 setattr(module, name, value)
 
 
-def _set_widths(base: nn.Module, pruned: nn.Module) -> None:
+def _set_widths(base: nn.Module, pruned: nn.Module, removed_blocks: Sequence[str]) -> None:
     """Widths that are kept for information, beside the layer that they speak of."""
     for part in find_patch_merging(base):
         merging, reduction = pruned.get_submodule(part.path), pruned.get_submodule(part.reduction)
         for name, value in (("dim", reduction.in_features // 4), ("out_dim", reduction.out_features)):
             if name in vars(merging):
                 setattr(merging, name, value)
+    gone = tuple(f"{block}." for block in removed_blocks)
     for part in find_attention(base):
+        if part.path.startswith(gone):
+            continue
         module = pruned.get_submodule(part.path)
         if "dim" in vars(module):
             module.dim = pruned.get_submodule(part.projections[0]).in_features

@@ -51,13 +51,14 @@ class CalibrationBatches:
         batches: int,
         batch_size: int,
         seed: int,
+        num_workers: int = 0,
         rank: int = 0,
         world: int = 1,
     ):
         ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
         micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
         images = TransformedImages(split, EvaluationTransform(processor))
-        self._loader = _load(images, micro_batches[rank::world], num_workers=0)
+        self._loader = _load(images, micro_batches[rank::world], num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _, pixel_values, labels in self._loader:

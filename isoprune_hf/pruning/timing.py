@@ -1,0 +1,104 @@
+"""A latency budget: fitted on a few cuts of this base, and met by measuring what was cut."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import BudgetError
+from isoprune_hf.pruning.cost import CostModel
+from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.importance import score_groups
+from isoprune_hf.pruning.latency import LatencyModel, fit_latency
+from isoprune_hf.pruning.planning import PruningPlan, make_plan, removed_by
+from isoprune_hf.pruning.speed import measure_pair
+from isoprune_hf.pruning.surgery import apply_plan
+from isoprune_hf.recipes import PruneRecipe, parse_budget
+
+_FITTED_RATIOS = (0.25, 0.5, 0.75)
+_MOST_CUTS = 6
+# A cut that takes less of its budget than this is tried once more with a larger aim.
+_CLOSE = 0.95
+
+
+def fit_base(
+    model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], cost: CostModel, recipe: PruneRecipe
+) -> LatencyModel:
+    """Measure the base and three cuts of it, and fit what every layer takes; the scores do not matter for that."""
+    scores = score_groups(model, groups, criterion="random")
+    variants = [(model, cost.layer_macs({}, {}))]
+    for ratio in _FITTED_RATIOS:
+        plan = make_plan(groups, scores, PruneRecipe(scope="local", ratio=ratio, round_to=recipe.round_to))
+        variants.append((apply_plan(model, plan, groups), cost.layer_macs(*removed_by(plan, groups))))
+    return fit_latency(
+        model,
+        variants,
+        batch_size=recipe.latency_batch_size,
+        precision=recipe.latency_precision,
+        backend=recipe.latency_backend,
+    )
+
+
+def meet_latency(
+    model: IsoPruneForImageClassification,
+    recipe: PruneRecipe,
+    cost: CostModel,
+    latency: LatencyModel,
+    *,
+    decide: Callable[[PruneRecipe], PruningPlan],
+    cut: Callable[[PruningPlan], IsoPruneForImageClassification],
+    agree: Callable[[Any], Any],
+) -> tuple[PruningPlan, IsoPruneForImageClassification]:
+    """Decide, cut and measure until the measured time meets the budget.
+
+    Args:
+        model: The base.
+        recipe: Holds `target_latency`.
+        cost: Cost of this base.
+        latency: Fitted on this base.
+        decide: Makes the plan of a recipe.
+        cut: Makes the model of a plan.
+        agree: Gives every rank what the main process measured.
+
+    Returns:
+        The slowest plan and model found whose measured time is at most the target.
+
+    Raises:
+        BudgetError: No cut was fast enough when measured.
+    """
+    predicted = latency.predict(cost.layer_macs({}, {}))
+    target = parse_budget(recipe.target_latency, predicted, "prune.target_latency")
+    aim, best, fastest = target, None, float("inf")
+    for _ in range(_MOST_CUTS):
+        plan = decide(replace(recipe, target_latency=aim))
+        pruned = cut(plan)
+        base_ms, pruned_ms = agree(
+            measure_pair(
+                model,
+                pruned,
+                batch_size=recipe.latency_batch_size,
+                precision=recipe.latency_precision,
+                backend=recipe.latency_backend,
+            )
+        )
+        fastest = min(fastest, pruned_ms)
+        if pruned_ms <= target and (best is None or pruned_ms > best[0]):
+            best = (pruned_ms, _record(plan, recipe, latency, base_ms, pruned_ms), pruned)
+        if _CLOSE * target <= pruned_ms <= target:
+            break
+        aim = min(aim * (0.98 * target / pruned_ms), predicted)
+    if best is None:
+        raise BudgetError(
+            f"prune.target_latency {target:.4g} ms was not met when measured: the fastest of {_MOST_CUTS} cuts took "
+            f"{fastest:.4g} ms; give more time, or measure on a machine that does nothing else"
+        )
+    return best[1], best[2]
+
+
+def _record(
+    plan: PruningPlan, recipe: PruneRecipe, latency: LatencyModel, base_ms: float, pruned_ms: float
+) -> PruningPlan:
+    times = {"base": base_ms, "pruned": pruned_ms}
+    achieved = {name: {**figures, "latency_ms": round(times[name], 4)} for name, figures in plan.achieved.items()}
+    settings = {**plan.settings, "target_latency": recipe.target_latency, "latency": dict(latency.record)}
+    return replace(plan, achieved=achieved, settings=settings)
