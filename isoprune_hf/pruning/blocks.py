@@ -1,5 +1,7 @@
 """Residual blocks that can leave whole: what they put out is what they were given plus what they compute."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
@@ -20,16 +22,21 @@ def find_blocks(model: IsoPruneForImageClassification) -> tuple[ResidualBlock, .
     """
     modules = dict(model.model.named_modules())
     gone = set((model.config.structure or {}).get("removed") or ())
+    paths = [path for path in skippable_blocks(model.config) if path not in gone]
     return tuple(
         ResidualBlock(
             path,
             type(modules[path]).__name__,
             tuple(f"{path}.{name}" for name, _ in modules[path].named_parameters()),
+            any(sibling not in paths for sibling in _siblings(path, modules)),
         )
-        for path in skippable_blocks(model.config)
-        if path not in gone and _has_sibling(modules[path], modules[path.rpartition(".")[0]])
+        for path in paths
+        if _siblings(path, modules)
     )
 
 
-def _has_sibling(module: nn.Module, parent: nn.Module) -> bool:
-    return sum(type(child) is type(module) for child in parent.children()) > 1
+def _siblings(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the other modules of the same class in the list that holds a block."""
+    parent = path.rpartition(".")[0]
+    names = (f"{parent}.{name}" if parent else name for name, _ in modules[parent].named_children())
+    return [name for name in names if name != path and type(modules[name]) is type(modules[path])]

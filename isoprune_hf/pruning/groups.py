@@ -59,8 +59,11 @@ class ResidualBlock:
         name: The module.
         signature: Its kind; the blocks of one kind are one isomorphic class.
         parameters: Names of its parameters, relative to the base module.
+        is_optional: Others of its kind stay in its stage whatever leaves (a ResNet's first block, with a projection);
+            otherwise one block of the stage must stay.
     """
 
     name: str
     signature: str
     parameters: tuple[str, ...]
+    is_optional: bool = False

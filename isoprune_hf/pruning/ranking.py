@@ -210,9 +210,9 @@ class Ranking:
         return tuple(name for name in self.blocks if name in leaving)
 
     def _removable(self) -> list[str]:
-        """Blocks that may leave, the lowest-scored first: all but the best of each stage."""
+        """Blocks that may leave, the lowest-scored first: all but the best of a stage that would else be empty."""
         order = sorted(self.blocks, key=lambda name: self.block_scores[name])
-        best = {name.rpartition(".")[0]: name for name in order}
+        best = {name.rpartition(".")[0]: name for name in order if not self.blocks[name].is_optional}
         return [name for name in order if name not in best.values()]
 
 
