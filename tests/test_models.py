@@ -27,6 +27,8 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     ResNetForImageClassification,
     SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     ViTForImageClassification,
     ViTImageProcessor,
 )
@@ -206,6 +208,89 @@ def test_a_folder_of_timm_draws_seeded_weights_when_they_are_not_wanted(tmp_path
     torch.manual_seed(5)
     expected = timm.create_model("vit_tiny_patch16_224", num_classes=4, **VIT)
     assert_same(weights(drawn.model.model), weights(expected))
+
+
+WRAPPED = [
+    ("vit_tiny_patch16_224", VIT),
+    ("swin_tiny_patch4_window7_224", SWIN),  # index tables and masks that are not in the file
+    ("resnet10t", {}),
+]
+
+
+def save_wrapped(folder: Path, name: str, args: dict[str, Any], **entries: Any) -> TimmWrapperForImageClassification:
+    """Write a folder as transformers writes a timm model."""
+    torch.manual_seed(3)
+    labels = {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
+    model = TimmWrapperForImageClassification(
+        TimmWrapperConfig(architecture=name, model_args=args, id2label=labels, num_labels=4, **entries)
+    )
+    model.save_pretrained(folder)
+    return TimmWrapperForImageClassification.from_pretrained(folder)
+
+
+def drop_entries(folder: Path, *names: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+
+
+@pytest.mark.parametrize("dropped", [(), ("model_type",), ("model_type", "architectures")], ids=len)
+@pytest.mark.parametrize(("name", "args"), WRAPPED)
+def test_a_folder_that_transformers_wrote_of_a_timm_model_opens_with_its_logits(
+    name: str, args: dict[str, Any], dropped: tuple[str, ...], tmp_path: Path
+) -> None:
+    expected = save_wrapped(tmp_path / "wrapped", name, args)
+    assert all(key.startswith("timm_model.") for key in load_file(tmp_path / "wrapped" / "model.safetensors"))
+    drop_entries(tmp_path / "wrapped", *dropped)
+    base = load_base(str(tmp_path / "wrapped"))
+    images = seeded_images(base)
+    assert torch.equal(output_of(base.model, images), output_of(expected, images))
+    assert_same(weights(base.model.model), weights(expected.timm_model))
+    assert base.model.config.id2label == {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
+    assert base.model.config.base == {"library": "timm", "architecture": name, "args": args}
+    save_model_folder(tmp_path / "ours", base.model, base.processor)
+    again = load_base(str(tmp_path / "ours"))
+    assert torch.equal(output_of(again.model, images), output_of(expected, images))
+
+
+def test_a_wrapped_folder_with_a_config_of_timm_alone_opens_with_its_logits(tmp_path: Path) -> None:
+    expected = save_wrapped(tmp_path, *WRAPPED[0])
+    kept = {"architecture": "vit_tiny_patch16_224", "num_classes": 4, "model_args": VIT, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    base = load_base(str(tmp_path))
+    assert torch.equal(output_of(base.model, seeded_images(base)), output_of(expected, seeded_images(base)))
+
+
+def test_a_wrapped_folder_keeps_its_pixels_and_its_dtype(tmp_path: Path) -> None:
+    data = {"input_size": [3, 16, 16], "crop_mode": "center", **PIXELS}
+    model = save_wrapped(tmp_path, *WRAPPED[0], pretrained_cfg=data).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    base = load_base(str(tmp_path))
+    assert base.model.dtype == torch.bfloat16
+    images = seeded_images(base).to(torch.bfloat16)
+    assert torch.equal(output_of(base.model, images), output_of(model, images))
+    assert largest_difference(base.processor, timm.data.create_transform(**data, is_training=False)) == 0.0
+
+
+def test_a_wrapped_folder_draws_seeded_weights_when_they_are_not_wanted(tmp_path: Path) -> None:
+    save_wrapped(tmp_path, *WRAPPED[0])
+    drawn = load_base(str(tmp_path), False, seed=5)
+    torch.manual_seed(5)
+    expected = timm.create_model("vit_tiny_patch16_224", num_classes=4, **VIT)
+    assert_same(weights(drawn.model.model), weights(expected))
+
+
+def test_a_wrapped_hub_id_opens_from_the_cache_without_a_network(offline: Path, tmp_path: Path) -> None:
+    expected = save_wrapped(tmp_path / "wrapped", *WRAPPED[0])
+    put_in_cache(offline, "someone/wrapped", tmp_path / "wrapped")
+    assert_same(weights(load_base("someone/wrapped").model.model), weights(expected.timm_model))
+
+
+def test_a_wrapped_folder_with_a_tensor_short_is_refused(tmp_path: Path) -> None:
+    save_wrapped(tmp_path, *WRAPPED[0])
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["timm_model.head.bias"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "has no trained timm_model.head.bias" in refused(str(tmp_path))
 
 
 # --- torchvision

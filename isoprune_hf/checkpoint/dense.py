@@ -65,6 +65,8 @@ class IsoPruneConfig(PreTrainedConfig):
         hidden = {name for name in kwargs if _IGNORED.fullmatch(name) or callable(getattr(type(self), name, None))}
         kwargs = {name: value for name, value in kwargs.items() if name not in hidden}
         _check_entries({**kwargs, **vars(self)})
+        if self.id2label is not None:
+            self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)
 
 
@@ -104,9 +106,7 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     name, args = base.get("architecture"), {} if base.get("args") is None else base["args"]
     holds = isinstance(name, str) and isinstance(args, dict)
     require(holds, "config.base: needs a string `architecture` and a mapping `args`")
-    for key, value in args.items():
-        allowed = not _FORBIDDEN.fullmatch(str(key)) and _is_plain(value)
-        require(allowed, f"config.base.args: {key}={value!r} is not allowed")
+    check_args(args)
     try:
         library = import_module(kind)
     except ImportError as error:
@@ -116,7 +116,9 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     build = library.create_model if kind == "timm" else library.models.get_model
     # Neither loads weights unless told to.
-    return _build(f"config.base: {name} with {args}", lambda: build(name, num_classes=config.num_labels, **args))
+    return build_limited(
+        f"config.base: {name} with {args} cannot be built", lambda: build(name, num_classes=config.num_labels, **args)
+    )
 
 
 def _build_transformers(values: Any, num_labels: int) -> nn.Module:
@@ -137,10 +139,27 @@ def _build_transformers(values: Any, num_labels: int) -> nn.Module:
         inner.num_labels, inner.return_dict = num_labels, True
         return named.get((inner.architectures or [None])[0], next(iter(named.values())))(inner)
 
-    return _build(f"config.base.config: {kind}", build)
+    return build_limited(f"config.base.config: {kind} cannot be built", build)
 
 
-def _build(where: str, build: Callable[[], nn.Module]) -> nn.Module:
+def check_args(args: dict[str, Any]) -> dict[str, Any]:
+    """Check that arguments of a builder are plain, and give them back.
+
+    Raises:
+        CheckpointError: One would read files, change the kind of model, or is no plain value of a usual size.
+    """
+    for key, value in args.items():
+        allowed = isinstance(key, str) and not _FORBIDDEN.fullmatch(key) and _is_plain(value)
+        require(allowed, f"config.base.args: {key}={value!r:.99} is not allowed")
+    return args
+
+
+def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Call a builder of a library, which may make no more modules than any image classifier has.
+
+    Raises:
+        CheckpointError: The complaint, with what the library says.
+    """
     registered = itertools.count(1)
 
     def limit(*_: Any) -> None:
@@ -151,7 +170,7 @@ def _build(where: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except BUILD_ERRORS as error:
-        raise CheckpointError(f"{where} cannot be built: {cause(error)}") from error
+        raise CheckpointError(f"{complaint}: {cause(error)}") from error
     finally:
         hook.remove()
 

@@ -1,6 +1,7 @@
 """What the bases of all libraries share: the wrapped model, drawn weights, labels, and the words of an error."""
 
 import difflib
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +66,16 @@ def suggest(name: str, known: list[str]) -> str:
 
 def one_line(error: Exception) -> str:
     """Give the message of a library's error without its line breaks."""
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:300]
 
 
-def not_fetched(name: str, error: Exception) -> RecipeError:
-    """Give the error for a model that is neither on this machine nor within reach."""
+def not_opened(name: str, error: Exception) -> RecipeError:
+    """Give the error for weights or a config that cannot be read: out of reach on the Hub, or damaged in a folder."""
+    if os.path.isdir(name):
+        return RecipeError(
+            f"model: the weights or config in {name} cannot be opened: {one_line(error)}; "
+            "to draw random weights, give --prune.pretrained false"
+        )
     return RecipeError(
         f"model: the weights or config of {name!r} are not on this machine and could not be fetched "
         f"({type(error).__name__}); check the name and the network, or draw random weights with "

@@ -6,7 +6,7 @@ import torchvision
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_fetched, suggest, wrap
+from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, suggest, wrap
 from isoprune_hf.processors import torchvision_processor
 
 
@@ -38,5 +38,5 @@ def open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], se
             torchvision.models.get_model(name, weights=weights, progress=False) if pretrained else draw(config, seed)
         )
     except OSError as error:
-        raise not_fetched(f"torchvision/{name}", error) from error
+        raise not_opened(f"torchvision/{name}", error) from error
     return BaseModel(wrap(config, module), torchvision_processor(transform))

@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_fetched, one_line, wrap
+from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.processors import transformers_image_size, transformers_processor
 
 
@@ -25,7 +25,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
             raise RecipeError(
                 f"model: {name} is no folder of isoprune, transformers or timm: {one_line(error)}"
             ) from error
-        raise not_fetched(name, error) from error
+        raise not_opened(name, error) from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise RecipeError(f"model: {name} is of type {config.model_type}, {OTHER_TASK}")
     processor = transformers_processor(name, config)
@@ -41,7 +41,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise not_fetched(name, error) from error
+        raise not_opened(name, error) from error
     if info["missing_keys"]:
         raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}")
     return BaseModel(wrap(outer, module), processor)

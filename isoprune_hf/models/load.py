@@ -8,8 +8,8 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.base import BaseModel, draw, label_fields, not_fetched, one_line, wrap
-from isoprune_hf.models.from_timm import open_timm
+from isoprune_hf.models.base import BaseModel, draw, label_fields, not_opened, one_line, wrap
+from isoprune_hf.models.from_timm import open_saved_timm, open_timm
 from isoprune_hf.models.from_torchvision import open_torchvision
 from isoprune_hf.models.from_transformers import open_transformers
 
@@ -75,7 +75,7 @@ def _open_saved(name: str, pretrained: bool, seed: int) -> BaseModel:
     if kind == "isoprune":
         return _open_ours(place, pretrained, seed)
     if kind == "timm_wrapper":
-        return open_timm(f"{'local-dir' if folder.is_dir() else 'hf-hub'}:{place}", pretrained, {}, seed)
+        return open_saved_timm(place, config, pretrained, seed)
     return open_transformers(place, pretrained, seed)
 
 
@@ -93,7 +93,7 @@ def _hub_config(name: str) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as error:
-        raise not_fetched(name, error) from error
+        raise not_opened(name, error) from error
 
 
 def _open_ours(name: str, pretrained: bool, seed: int) -> BaseModel:
