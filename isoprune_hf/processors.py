@@ -1,14 +1,18 @@
 """The image processor of each kind of base: it gives the pixels of the base's own evaluation transform."""
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
+from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.errors import UnsupportedArchitectureError
+from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
@@ -25,6 +29,8 @@ def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
             f"evaluation transforms with crop mode {data['crop_mode']!r} and images of {height} x {width} are not "
             "supported"
         )
+    if data["interpolation"] not in _RESAMPLE:
+        raise UnsupportedArchitectureError(f"interpolation {data['interpolation']!r} is not supported")
     scaled = math.floor(height / data["crop_pct"])
     size = {"shortest_edge": scaled} if data["crop_mode"] == "center" else {"height": scaled, "width": scaled}
     return _processor(size, height, _RESAMPLE[data["interpolation"]], data["mean"], data["std"])
@@ -37,16 +43,53 @@ def torchvision_processor(transform: ImageClassification) -> IsoImageProcessor:
 
 
 def transformers_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
-    """Open the processor of a transformers model; where only a config lies, the default of its kind and size."""
+    """Open the processor of a transformers model; where only a config lies, the default of its kind and size.
+
+    Raises:
+        CheckpointError: There is one, but it cannot be opened.
+    """
+    if not os.path.isdir(name) or (Path(name) / "preprocessor_config.json").exists():
+        try:
+            return saved_processor(name)
+        except CheckpointError:
+            if os.path.isdir(name):
+                raise
+    backends = IMAGE_PROCESSOR_MAPPING[type(config)]
+    side = getattr(config, "image_size", 224)
+    size = {"shortest_edge": side} if config.model_type in ("convnext", "resnet") else {"height": side, "width": side}
+    return backends["torchvision"](size=size, crop_size={"height": side, "width": side})
+
+
+def saved_processor(name: str) -> BaseImageProcessor:
+    """Open the processor of a folder or a Hub id.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
     try:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
-        backends = IMAGE_PROCESSOR_MAPPING[type(config)]
-        side = getattr(config, "image_size", 224)
-        size = (
-            {"shortest_edge": side} if config.model_type in ("convnext", "resnet") else {"height": side, "width": side}
-        )
-        return backends["torchvision"](size=size, crop_size={"height": side, "width": side})
+    except (OSError, *BUILD_ERRORS) as error:
+        raise CheckpointError(f"preprocessor_config.json of {name}: no image processor ({cause(error)})") from error
+
+
+def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
+    """Give (channels, height, width) of the pixels that a processor makes of an image.
+
+    Raises:
+        CheckpointError: It makes none.
+    """
+    sizes = [dict(getattr(processor, part, None) or {}) for part in ("size", "crop_size")]
+    numbers = [number for size in sizes for number in size.values() if number is not None]
+    try:
+        if not all(1 <= number <= 2**14 for number in numbers):
+            raise ValueError(f"sizes of {numbers}")
+        pixels = processor(Image.new("RGB", (9, 7), "white"), return_tensors="pt").pixel_values
+        if not pixels.isfinite().all():
+            raise ValueError("values that are not finite")
+        _, channels, height, width = pixels.shape
+    except BUILD_ERRORS as error:
+        raise CheckpointError(f"preprocessor_config.json of {name}: makes no pixels ({cause(error)})") from error
+    return [channels, height, width]
 
 
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,7 +241,7 @@ def edited(pruned, tmp_path: Path) -> Callable[..., Path]:
     """Give a copy of a pruned folder whose config.json was changed in place by a function."""
 
     def give(edit: Callable[[dict[str, Any]], Any] = lambda config: None, family: str = "vit") -> Path:
-        folder = tmp_path / "edited"
+        folder = give.folder = tmp_path / "edited"
         shutil.copytree(pruned(family).folder, folder)
         config = config_of(folder)
         edit(config)
@@ -563,6 +564,124 @@ def test_a_damaged_file_is_refused(with_dtype: bool, damage: Callable[[bytes], b
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     assert refused(folder).startswith("model.safetensors: not a readable safetensors file (")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn]
+)
+def test_a_weight_that_is_no_float_is_refused(dtype: torch.dtype, edited) -> None:
+    folder = edited()
+    edit_weights(folder, lambda weights: weights.update({"model.head.bias": weights["model.head.bias"].to(dtype)}))
+    assert re.match(
+        r"tensor 'model\.head\.bias': the checkpoint has \[7\] of .*, the config says \[7\] of floats", refused(folder)
+    )
+
+
+def test_a_counter_that_is_no_integer_is_refused(edited) -> None:
+    folder = edited(family="resnet")
+    name = "model.bn1.num_batches_tracked"
+    edit_weights(folder, lambda weights: weights.update({name: weights[name].float()}))
+    assert refused(folder) == f"tensor {name!r}: the checkpoint has [] of floats, the config says [] of torch.int64"
+
+
+def test_weights_of_twice_the_width_open(edited, pruned) -> None:
+    folder = edited()
+    edit_weights(folder, lambda weights: weights.update({name: w.double() for name, w in weights.items()}))
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert torch.equal(logits(model, pruned("vit").images), pruned("vit").logits)
+
+
+def shard(folder: Path, index: Any) -> None:
+    """Put the weights beside the folder, and an index into it."""
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    if not isinstance(index, str):
+        index = json.dumps(index)
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "",
+        [],
+        7,
+        None,
+        {},
+        {"metadata": {}},
+        {"weight_map": {}},
+        {"metadata": 5, "weight_map": {"model.head.bias": "x.safetensors"}},
+        {"metadata": {}, "weight_map": []},
+        {"metadata": {}, "weight_map": {"model.head.bias": 1}},
+        {"metadata": {}, "weight_map": {"model.head.bias": ["x.safetensors"]}},
+        {"metadata": {}, "weight_map": {"model.head.bias": "nosuch.safetensors"}},
+        {"metadata": {}, "weight_map": {"model.head.bias": "../outside.safetensors"}},
+        {"metadata": {}, "weight_map": {"model.head.bias": "x/../../outside.safetensors"}},
+        {"metadata": {}, "weight_map": {"model.head.bias": ""}},
+    ],
+)
+def test_an_index_that_is_damaged_or_points_elsewhere_is_refused(index: Any, edited) -> None:
+    folder = edited()
+    shard(folder, index)
+    assert re.match(r"model\.safetensors\.index\.json: |.*: no such file in ", refused(folder))
+
+
+def test_an_index_that_points_to_a_whole_path_is_refused(edited) -> None:
+    folder = edited()
+    shard(folder, {"metadata": {}, "weight_map": {"model.head.bias": str(folder.parent / "outside.safetensors")}})
+    assert ": no such file in " in refused(folder)
+
+
+def test_a_folder_without_weights_is_refused(edited) -> None:
+    folder = edited()
+    (folder / "model.safetensors").unlink()
+    assert refused(folder).startswith("'model.safetensors': no such file in ")
+    (folder / "model.safetensors").mkdir()
+    assert refused(folder).startswith("'model.safetensors': no such file in ")
+
+
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("vit", lambda config: config["structure"].update(attributes={})),
+        ("vit", lambda config: config["structure"]["attributes"].pop("blocks.0.norm1")),
+        ("swin", lambda config: config["structure"].update(attributes={})),
+        ("hf-vit", lambda config: config["structure"].update(attributes={})),
+        ("vit", lambda config: config.update(image_size=[1, 16, 16])),
+        ("vit", lambda config: config.update(image_size=[3, 32, 32])),
+        ("vit", lambda config: config.pop("image_size")),
+    ],
+)
+def test_a_structure_that_does_not_run_is_refused_before_anything_is_allocated(
+    family: str, edit: Callable, edited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, reached = edited(edit, family=family), []
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", lambda *_: reached.append(1))
+    assert refused(folder).startswith("config.image_size: the model does not run on ")
+    assert reached == []
+
+
+@pytest.mark.parametrize("part", ["shapes", "attributes", "removed"])
+@pytest.mark.parametrize("value", ["", 0, False, "other"])
+def test_a_part_of_a_structure_that_is_empty_but_of_another_form_is_refused(part: str, value: Any, edited) -> None:
+    value = ([] if part != "removed" else {}) if value == "other" else value
+    folder = edited(lambda config: config["structure"].update({part: value}))
+    assert refused(folder).startswith("config.structure: shapes and attributes are mappings")
+
+
+@pytest.mark.parametrize("structure", ["", 0, False, []])
+def test_a_structure_that_is_empty_but_no_mapping_is_refused(structure: Any, edited) -> None:
+    assert refused(edited(lambda config: config.update(structure=structure))).startswith("config.structure: ")
+
+
+@pytest.mark.parametrize(
+    "path", ["bl\u00f6cke.0", "\u202eblocks.0", "blocks.0\n", "blocks\x00", "blocks..0", "blocks.0.", "."]
+)
+def test_odd_paths_are_refused_in_one_line(path: str, edited) -> None:
+    for part, entry in (("shapes", {path: [1]}), ("attributes", {path: {path: 1}}), ("removed", [path])):
+        message = refused(edited(lambda config, p=part, e=entry: config["structure"].update({p: e})))
+        assert message.startswith(f"config.structure.{part}") and repr(path) in message
+        shutil.rmtree(edited.folder)
 
 
 class Planted:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
@@ -20,7 +22,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         if Path(name).is_dir():
             raise RecipeError(
                 f"model: {name} is no folder of isoprune, transformers or timm: {one_line(error)}"
@@ -29,18 +31,24 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise RecipeError(f"model: {name} is of type {config.model_type}, {OTHER_TASK}")
     processor = transformers_processor(name, config)
-    outer = IsoPruneConfig(
-        base={"library": "transformers", "config": config.to_diff_dict() | {"model_type": config.model_type}},
-        image_size=transformers_image_size(config, processor),
-        **label_fields([config.id2label[index] for index in range(config.num_labels)]),
-    )
+    try:
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        image_size = transformers_image_size(config, processor)
+    except BUILD_ERRORS as error:
+        raise RecipeError(
+            f"model: {name}/config.json has no usable labels or image_size: {one_line(error)}"
+        ) from error
+    base = {"library": "transformers", "config": config.to_diff_dict() | {"model_type": config.model_type}}
+    outer = IsoPruneConfig(base=base, image_size=image_size, **label_fields(names))
     if not pretrained:
         return BaseModel(wrap(outer, draw(outer, seed)), processor)
+    with torch.device("meta"):  # refuses what nobody should wait for
+        build_base(outer)
     try:
         module, info = AutoModelForImageClassification.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError, *BUILD_ERRORS) as error:
         raise not_opened(name, error) from error
     if info["missing_keys"]:
         raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}")

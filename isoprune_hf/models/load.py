@@ -1,17 +1,23 @@
 """Find out what a name means, open it, and give it the head that is wanted."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from isoprune_hf.checkpoint.dense import LARGEST_NUMBER
+from isoprune_hf.checkpoint.difference import run_once
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.base import BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.models.from_timm import open_saved_timm, open_timm
 from isoprune_hf.models.from_torchvision import open_torchvision
 from isoprune_hf.models.from_transformers import open_transformers
+from isoprune_hf.processors import saved_processor, try_processor
 
 
 def load_base(
@@ -41,9 +47,9 @@ def load_base(
     Raises:
         RecipeError: The name is unknown, of another task, or needs a network that is not there.
     """
-    model_args = model_args or {}
-    if "num_classes" in model_args:
-        raise RecipeError("prune.model_args: num_classes is not among them; give --prune.num_labels")
+    name = _checked_name(name)
+    model_args = {} if model_args is None else model_args
+    _check_options(model_args, num_labels, label_names, seed)
     if _is_registered(name):
         library, _, short = name.rpartition("/")
         opener = open_torchvision if library == "torchvision" else open_timm
@@ -55,22 +61,48 @@ def load_base(
     if base.model.config.source is None:
         source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args}
         base.model.config.source = source
+    _check_pixels(name, base)
     return _with_head(base, True, num_labels, label_names, seed)
+
+
+def _checked_name(name: str) -> str:
+    text = str(name).strip() if isinstance(name, str | Path) else ""
+    if not text or not text.isprintable():
+        raise RecipeError(f"model: {name!r:.99} is no name; give timm/NAME, torchvision/NAME, a Hub id or a folder")
+    return text
+
+
+def _check_options(model_args: Any, num_labels: Any, label_names: Any, seed: Any) -> None:
+    if not isinstance(model_args, dict) or not all(isinstance(key, str) for key in model_args):
+        raise RecipeError(f'prune.model_args must be a mapping, as {{"img_size": 64}}, got {model_args!r:.99}')
+    if "num_classes" in model_args:
+        raise RecipeError("prune.model_args: num_classes is not among them; give --prune.num_labels")
+    if num_labels is not None and not (type(num_labels) is int and 1 <= num_labels <= LARGEST_NUMBER):
+        raise RecipeError(f"prune.num_labels must be an integer from 1 to {LARGEST_NUMBER}, got {num_labels!r:.99}")
+    if isinstance(label_names, str) or not all(isinstance(label, str) for label in label_names or ()):
+        raise RecipeError(f"label_names must be a sequence of strings, got {label_names!r:.99}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise RecipeError(f"prune.seed must be an integer from 0 to 2^63 - 1, got {seed!r:.99}")
 
 
 def _is_registered(name: str) -> bool:
     """Whether a name is of the registries of timm and torchvision: neither a folder nor a Hub id."""
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(name)):
         return False
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise RecipeError(f"model: there is no folder {name!r}")
-    return name.startswith(("timm/", "torchvision/")) or "/" not in name
+        raise RecipeError(f"model: there is no folder {name!r:.99}")
+    if "/" not in name or name.startswith(("timm/", "torchvision/")):
+        return True
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        raise RecipeError(f"model: {name!r:.99} is no folder, and no Hub id of the form owner/name")
+    return False
 
 
 def _open_saved(name: str, pretrained: bool, seed: int) -> BaseModel:
-    folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
-    config = _folder_config(folder) if folder.is_dir() else _hub_config(name)
+    folder = os.path.expanduser(name)
+    local = os.path.isdir(folder)
+    place = folder if local else name
+    config = _folder_config(Path(folder)) if local else _hub_config(name)
     kind = config.get("model_type", "timm_wrapper" if "architecture" in config else None)
     if kind == "isoprune":
         return _open_ours(place, pretrained, seed)
@@ -82,7 +114,7 @@ def _open_saved(name: str, pretrained: bool, seed: int) -> BaseModel:
 def _folder_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise RecipeError(f"model: {folder} holds no readable config.json") from error
     if not isinstance(config, dict):
         raise RecipeError(f"model: {folder}/config.json is no configuration")
@@ -92,7 +124,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 def _hub_config(name: str) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(name)[0]
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise not_opened(name, error) from error
 
 
@@ -102,12 +134,22 @@ def _open_ours(name: str, pretrained: bool, seed: int) -> BaseModel:
     except OSError as error:
         raise RecipeError(f"model: {name} cannot be opened: {one_line(error)}") from error
     model.config.source = model.config.source or {}  # its own: not this folder
-    base = BaseModel(model, AutoImageProcessor.from_pretrained(name))
+    base = BaseModel(model, saved_processor(name))
     if pretrained:
         return base
     if any((model.config.structure or {}).values()):
         raise RecipeError(f"model: {name} is pruned already; drawn weights need a dense base")
-    return _with_head(base, False, model.config.num_labels, tuple(model.config.id2label.values()), seed)
+    names = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
+    return _with_head(base, False, len(names), names, seed)
+
+
+def _check_pixels(name: str, base: BaseModel) -> None:
+    size = try_processor(name, base.processor)
+    if size != base.model.config.image_size:  # a model of convolutions takes others, too
+        try:
+            run_once(meta_copy(base.model).model, size)
+        except CheckpointError as error:
+            raise RecipeError(f"model: the image processor of {name} does not fit the model: {error}") from error
 
 
 def _with_head(
