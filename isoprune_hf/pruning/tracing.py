@@ -44,7 +44,7 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
         UnsupportedArchitectureError: An attention or a patch merging of an unknown build.
     """
     attentions, mergings = list(find_attention(base)), list(find_patch_merging(base))
-    network = copy_shapes(base).float().requires_grad_(True)
+    network = light_copy(base).requires_grad_(True)
     stubs: dict[str, Attention | PatchMerging] = {}
     for part in attentions:
         inputs = base.get_submodule(part.projections[0]).in_features
@@ -55,11 +55,20 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
         reduction = base.get_submodule(part.reduction)
         network.set_submodule(part.path, _PatchMergingStub(reduction.in_features // 4, reduction.out_features))
         stubs[f"{part.path}.linear"] = part
+    return TracedNetwork(network.eval(), stubs)
+
+
+def light_copy(base: nn.Module) -> nn.Module:
+    """Copy a base to run on the meta device for its shapes and matrix products alone: float32, in eval mode.
+
+    Norms and activations become one operation each that keeps the shape, so no mistake in their widths is seen.
+    """
+    network = copy_shapes(base).float().eval()
     for module in network.modules():
         stand_in = torch.neg if isinstance(module, _NORMS) else _STAND_INS.get(type(module))
         if stand_in is not None:
             module.forward = stand_in
-    return TracedNetwork(network.eval(), stubs)
+    return network
 
 
 def loose_parameters(network: nn.Module) -> list[tuple[nn.Parameter, int]]:
