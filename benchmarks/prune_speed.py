@@ -69,7 +69,7 @@ def prune_with_ours(model: IsoPruneForImageClassification) -> tuple[int, int]:
 
 
 class PatchMergingPruner(torch_pruning.BasePruningFunc):
-    """As in the examples of torch-pruning: Swin has four copies of each channel in a norm and in the linear behind it."""
+    """As in the examples of torch-pruning: a patch merging has four copies of each channel in its norm and linear."""
 
     def prune_out_channels(self, layer: PatchMerging, idxs: list[int]) -> PatchMerging:
         torch_pruning.prune_linear_out_channels(layer.reduction, idxs)
