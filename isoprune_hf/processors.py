@@ -95,7 +95,9 @@ def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:
     """Return (channels, height, width) of the pixels that a transformers model takes."""
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    side = getattr(config, "image_size", None) or size.get("height") or size.get("shortest_edge")
+    side = getattr(config, "image_size", None)
+    if side is None:
+        side = size.get("height") or size.get("shortest_edge")
     height, width = (side, side) if isinstance(side, int) else side
     return [getattr(config, "num_channels", 3), height, width]
 

@@ -684,6 +684,275 @@ def test_a_folder_with_damaged_weights_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["", " ", "\t", "\0", "a/\0", "timm/\x1b[31m", 5, None, True, ["timm/resnet18"], b"resnet18"]
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_what_is_no_name_is_refused_with_the_forms_of_names(name: Any, pretrained: bool) -> None:
+    message = refused(name, pretrained)
+    assert message == f"model: {name!r} is no name; give timm/NAME, torchvision/NAME, a Hub id or a folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm/", "has no model timm/"),
+        ("torchvision/", "torchvision/ is unknown"),
+        ("torchvision/.X", "torchvision/ is unknown"),
+        ("torchvision/resnet50.NOPE", "has no weights 'NOPE'; it has IMAGENET1K_V1, IMAGENET1K_V2"),
+        ("timm/resnet50.nope_tag", "no such weights 'nope_tag'; timm has resnet50.a1_in1k, "),
+        ("timm/resnet50.", "no such weights ''; timm has resnet50.a1_in1k, "),
+        ("timm/timm/resnet18", "there is no folder"),
+        ("https://huggingface.co/timm/resnet18", "there is no folder"),
+        ("hf-hub:timm/resnet18", "no Hub id of the form owner/name"),
+        ("a b/c", "no Hub id of the form owner/name"),
+        ("\u00fc/\u00fc", "no Hub id of the form owner/name"),
+        ("~nosuch_user/x", "there is no folder"),
+        ("x" * 5000, "has no model timm/xxx"),
+        ("a/" + "x" * 5000, "could not be fetched"),
+        ("torchvision/fasterrcnn_resnet50_fpn", "not an image classifier"),
+        ("torchvision/deeplabv3_resnet50", "not an image classifier"),
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_name_that_names_nothing_says_what_is_wrong_with_it(
+    name: str, said: str, pretrained: bool, offline: Path
+) -> None:
+    assert said in refused(name, pretrained)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "samvit_base_patch16", "vit_base_patch16_siglip_224"])
+def test_a_timm_model_without_a_head_is_refused(name: str) -> None:
+    args = {"depth": 1, "embed_dim": 24, "num_heads": 2} | ({"global_attn_indexes": []} if "sam" in name else {})
+    message = refused(f"timm/{name}", False, model_args=args)
+    assert f"timm/{name} is not an image classifier" in message
+
+
+def test_spaces_around_a_name_are_no_part_of_it() -> None:
+    assert tiny(name=f" {TINY}\n").model.config.source["name"] == TINY
+
+
+@pytest.mark.parametrize("args", [[], [1], "x", "", 5, 0, True, False, {5: 1}, {None: 1}])
+@pytest.mark.parametrize("name", [TINY, "torchvision/mobilenet_v2"])
+def test_arguments_that_are_no_mapping_are_refused(name: str, args: Any) -> None:
+    assert refused(name, False, model_args=args).startswith("prune.model_args must be a mapping, as {")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"checkpoint_path": "weights.pth"},
+        {"pretrained": True},
+        {"pretrained_cfg": {"file": "x"}},
+        {"pretrained_cfg_overlay": {"num_classes": 3}},
+        {"features_only": True},
+        {"cache_dir": "x"},
+        {"depth": 10**9},
+        {"drop_rate": float("nan")},
+    ],
+)
+@pytest.mark.parametrize("name", [TINY, "torchvision/mobilenet_v2"])
+def test_an_argument_that_would_read_files_or_never_end_is_refused_before_it_is_given(
+    name: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = []
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: reached.append(1))
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: reached.append(1))
+    message = refused(name, False, model_args=args)
+    assert "is not allowed" in message and next(iter(args)) in message and reached == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        *(({"num_labels": value}, "prune.num_labels") for value in (0, -1, "x", 2.5, True, 10**9)),
+        *(({"seed": value}, "prune.seed") for value in ("x", -1, 1.5, None, True, 2**70)),
+        *(({"num_labels": 2, "label_names": value}, "label_names") for value in ("ab", ("a", 5), ("a", None))),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(options: dict[str, Any], said: str) -> None:
+    message = refused(TINY, False, model_args=VIT, **options)
+    assert message.startswith(f"{said} must be ") and repr(next(reversed(options.values()))) in message
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_masked_autoencoder_is_refused(pretrained: bool, tmp_path: Path) -> None:
+    transformers.ViTMAEConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    message = refused(str(tmp_path), pretrained)
+    assert "is of type vit_mae, not an image classifier; give a model with a classification head" in message
+
+
+@pytest.mark.parametrize("family", ["hf-vit", "timm", "wrapped"])
+def test_a_folder_without_weights_says_how_to_draw_them(family: str, tmp_path: Path) -> None:
+    if family == "hf-vit":
+        TRANSFORMERS[family].save_pretrained(tmp_path)
+    elif family == "timm":
+        tmp_path = save_timm(tmp_path)
+    else:
+        save_wrapped(tmp_path, *WRAPPED[0])
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    message = refused(str(tmp_path))
+    assert str(tmp_path) in message and "model.safetensors" in message and "--prune.pretrained false" in message
+    assert load_base(str(tmp_path), False).model.config.source["pretrained"] is False
+
+
+def test_a_timm_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    folder = save_timm(tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "holds no model.safetensors" in refused(str(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": "x"},
+        {"image_size": [3, 16, 16]},
+        {"image_size": 0},
+        {"image_size": 10**9},
+        {"id2label": {"5": "a"}},
+        {"id2label": [1]},
+        {"hidden_size": "x"},
+        {"num_hidden_layers": 10**9},
+        {"model_type": ["vit"]},
+        {"model_type": None},
+        {"model_type": "nosuch", "auto_map": {"AutoConfig": "evil.Config"}},
+        {"auto_map": 5},
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_damaged_transformers_folder_is_refused_in_one_line(
+    changes: dict[str, Any], pretrained: bool, transformers_folder, tmp_path: Path
+) -> None:
+    folder = copy_of(transformers_folder("hf-vit"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    refused_by_a_child(str(folder), pretrained)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": None},
+        {"architecture": 5},
+        {"architecture": "nosuch"},
+        {"architecture": "hf-hub:someone/model"},
+        {"model_args": [1]},
+        {"model_args": {"checkpoint_path": "x.pth"}},
+        {"model_args": {"depth": 10**9}},
+        {"num_classes": "x"},
+        {"num_classes": 0},
+        {"num_classes": 3},
+        {"label_names": ["a"]},
+        {"pretrained_cfg": []},
+        {"pretrained_cfg": 5},
+        {"pretrained_cfg": {"input_size": "x"}},
+        {"pretrained_cfg": {"input_size": [3, 16, 16], "interpolation": "nosuch"}},
+        {"pretrained_cfg": {"input_size": [3, 16, 16], "mean": "x"}},
+        {"pretrained_cfg": {"input_size": [3, 16, 16], "std": [0, 0, 0]}},
+        {"pretrained_cfg": {"input_size": [3, 16, 16], "crop_pct": -1}},
+        {"pretrained_cfg": {"input_size": [3, 16, 16], "crop_pct": 1e-9}},
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_damaged_timm_folder_is_refused_in_one_line(
+    changes: dict[str, Any], pretrained: bool, tmp_path: Path
+) -> None:
+    folder = save_timm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    refused_by_a_child(str(folder), pretrained)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "5",
+        "null",
+        b"\xff\xfe{",
+        "[" * 10**5,
+        '{"size": "x"}',
+        '{"crop_size": "x"}',
+        '{"size": {"shortest_edge": -5}}',
+        '{"size": {"shortest_edge": 0}}',
+        '{"crop_size": {"height": 1000000000, "width": 1000000000}}',
+        '{"image_mean": "x"}',
+        '{"image_mean": [1, 2]}',
+        '{"image_std": [0, 0, 0]}',
+        '{"resample": "x"}',
+        '{"resample": 99}',
+        '{"image_processor_type": "Evil"}',
+        '{"image_processor_type": 5}',
+        '{"auto_map": 5}',
+        "{}",  # the default makes images of 224 x 224
+    ],
+)
+@pytest.mark.parametrize("family", ["vit", "hf-vit"])
+def test_a_damaged_processor_is_refused_in_one_line(family: str, text: str | bytes | None, pruned, tmp_path) -> None:
+    folder = copy_of(pruned(family).folder, tmp_path)
+    file = folder / "preprocessor_config.json"
+    if text is None:
+        file.unlink()
+    else:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "processor" in refused_by_a_child(str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"image_processor_type": "Evil"}', '{"size": "x"}'])
+def test_a_damaged_processor_of_transformers_is_not_taken_for_none(text: str, transformers_folder, tmp_path) -> None:
+    folder = copy_of(transformers_folder("hf-vit"), tmp_path)
+    (folder / "preprocessor_config.json").write_text(text)
+    assert refused_by_a_child(str(folder)).startswith("preprocessor_config.json of ")
+
+
+def test_code_that_a_processor_names_is_neither_run_nor_asked_for(pruned, tmp_path, monkeypatch) -> None:
+    folder = copy_of(pruned("vit").folder, tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoImageProcessor": "evil.Evil"}}))
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    try:
+        assert type(load_base(str(folder)).processor) is IsoImageProcessor
+    except IsoPruneError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_folder_of_ours_with_the_type_of_another_is_refused(pruned, tmp_path: Path) -> None:
+    folder = copy_of(pruned("vit").folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("vit", "bert", "timm_wrapper", "nosuch"):
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        refused_by_a_child(str(folder))
+
+
+def test_labels_keep_their_order_when_weights_are_drawn_anew(tmp_path: Path) -> None:
+    names = tuple(f"class {chr(97 + index)}" for index in range(12))  # 10 and 11 come before 2 in the JSON
+    base = tiny(num_labels=12, label_names=names)
+    save_model_folder(tmp_path, base.model, base.processor)
+    for pretrained in (True, False):
+        assert load_base(str(tmp_path), pretrained).model.config.id2label == dict(enumerate(names))
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    folder = target / "copied"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def refused_by_a_child(name: str, *args: Any) -> str:
+    with pytest.raises(IsoPruneError) as caught:
+        load_base(name, *args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 # --- the pixels
 
 
