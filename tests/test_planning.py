@@ -306,3 +306,35 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path) -> None:
             PruningPlan.load(tmp_path / name)
     with pytest.raises(CheckpointError, match="cannot be read"):
         PruningPlan.load(tmp_path / "none")
+
+
+# What torch-pruning's own pruner gets wrong (docs/decision.md lists all)
+
+
+def test_heads_of_an_excluded_attention_stay_and_those_of_the_others_leave() -> None:
+    attention = [group("x", "attn", 4, num_heads=2), group("y", "attn", 4, num_heads=2)]
+    scores = {"x": [1, 1, 2, 2], "y": [3, 3, 4, 4]}
+    plan = plan_for(scores, attention, head_ratio=0.5, head_dim_ratio=0.0, exclude=["x"])
+    assert plan.heads == {"y": (1,)} and plan.kept == {"y": (2, 3)}
+
+
+@pytest.mark.parametrize(("head_dim", "round_to", "kept"), [(12, 8, 8), (12, 4, 8), (4, 8, 4), (16, 8, 8)])
+def test_dims_are_rounded_in_each_head(head_dim: int, round_to: int, kept: int) -> None:
+    attention = [group("x", "attn", 4 * head_dim, num_heads=4)]
+    plan = plan_for({"x": list(range(4 * head_dim))}, attention, head_dim_ratio=0.4, round_to=round_to)
+    assert len(plan.kept.get("x", range(4 * head_dim))) == 4 * kept
+
+
+def test_deciding_again_gives_the_same_plan_and_changes_nothing_that_was_given() -> None:
+    scores = {name: list(values) for name, values in SCORES.items()}
+    options = {"target_macs": 90, "ratios": {"c": 0.25}, "exclude": ["a"]}
+    first = plan_for(scores, [A, B, C], **options)
+    plan_for({"a": [4, 3, 2, 1]}, [group("a", "mlp", 4)], ratio=0.5)
+    assert plan_for(scores, [A, B, C], **options) == first
+    assert scores == SCORES and options == {"target_macs": 90, "ratios": {"c": 0.25}, "exclude": ["a"]}
+
+
+def test_the_ratio_of_a_group_is_its_own_in_whatever_scope() -> None:
+    scores = {"a": [1, 2, 3, 4], "b": [1, 2, 3, 4], "c": [1, 2, 3, 4]}
+    plan = plan_for(scores, [A, B, C], ratio=0.5, scope="global", ratios={"b": 0.25})
+    assert plan.kept == {"a": (2, 3), "b": (1, 2, 3), "c": (2, 3)}
