@@ -3,7 +3,7 @@
     python benchmarks/solver.py
 
 Shapes alone are used (meta device), scores are random: the solver sees neither weights nor data. `counted` is the
-exact count of the finished model; it must equal what the solver planned. Times are seconds of this machine, one thread.
+exact count of the finished model; it must equal what the solver planned. Times are seconds of one thread here.
 """
 
 import time
