@@ -2,8 +2,8 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from transformers import BaseImageProcessor, pipeline
@@ -26,16 +26,14 @@ def write_folder(
     *,
     plan: str | None = None,
     metrics: Metrics | None = None,
-    latency: dict[str, float] | None = None,
+    speed: dict[str, Any] | None = None,
     keep: str | None = None,
 ) -> None:
     """Write the whole folder on the main process: model, figures and card appear together."""
 
     def finish(temporary: Path) -> None:
-        if latency:
-            where = "cpu" if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
-            record = {"milliseconds": latency, "device": where, "threads": torch.get_num_threads(), "batch_size": 1}
-            write_file(temporary / "speed.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        if speed:
+            write_file(temporary / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
         if model.config.stage != "base":
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=folder.name)))
 

@@ -19,7 +19,7 @@ from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
 from isoprune_hf.pruning.prune import PruneResult, prune_model
-from isoprune_hf.pruning.speed import measure_latency
+from isoprune_hf.pruning.speed import measure_latency, record_measurement
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
@@ -65,8 +65,12 @@ def run_prune(
             "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
             "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
         }
-    write_folder(folder, result.model, base.processor, accelerator, plan=result.plan.to_json(), metrics=metrics)
-    return summarize(result.model, metrics, {}, folder)
+    achieved = result.plan.achieved
+    latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
+    speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None
+    plan = result.plan.to_json()
+    write_folder(folder, result.model, base.processor, accelerator, plan=plan, metrics=metrics, speed=speed)
+    return summarize(result.model, metrics, latency, folder)
 
 
 def run_finetune(
@@ -96,6 +100,7 @@ def run_finetune(
         accelerator,
         plan=plan.read_text() if plan.is_file() else None,
         metrics=metrics,
+        speed=read_json(model, "speed.json"),
         keep="checkpoints",
     )
     return summarize(start.model, metrics, {}, folder)
@@ -165,7 +170,9 @@ def run_all(
         before = _copy(result.model)
         speed = {"base": base.model, "pruned": before, "finetuned": result.model}
         metrics |= _finetune(accelerator, student, images, data, finetune, teacher, root / "checkpoints", metrics)
-    latency = measure_latency(speed, base.model.config.image_size)
+    measured = {"batch_size": 1, "precision": "no", "backend": "eager", "repeats": 20}
+    latency = measure_latency(speed, base.model.config.image_size, **measured)
+    record = record_measurement(accelerator.device, **measured)
     folder = root / "model"
     write_folder(
         folder,
@@ -174,7 +181,7 @@ def run_all(
         accelerator,
         plan=result.plan.to_json(),
         metrics=metrics,
-        latency=latency,
+        speed={**record, "milliseconds": latency},
     )
     lines = [summarize(result.model, metrics, latency, folder)]
     if accelerator.is_main_process:
