@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from isoprune_hf.pruning.cost import cost_model, count_cost
     from isoprune_hf.pruning.graph import trace_groups
     from isoprune_hf.pruning.importance import ImportanceScores, score_groups
-    from isoprune_hf.pruning.planning import PruningPlan, make_plan
+    from isoprune_hf.pruning.plan import PruningPlan
+    from isoprune_hf.pruning.planning import make_plan
     from isoprune_hf.pruning.prune import prune_model
     from isoprune_hf.pruning.surgery import apply_plan
     from isoprune_hf.publishing.model_card import build_model_card
@@ -39,7 +40,7 @@ _LAZY = {
     "trace_groups": "pruning.graph",
     "ImportanceScores": "pruning.importance",
     "score_groups": "pruning.importance",
-    "PruningPlan": "pruning.planning",
+    "PruningPlan": "pruning.plan",
     "make_plan": "pruning.planning",
     "prune_model": "pruning.prune",
     "apply_plan": "pruning.surgery",

@@ -13,8 +13,8 @@ from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.doctor import Finding, check_model, check_replay
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.planning import PruningPlan
-from isoprune_hf.pruning.replay import PLAN_FILE, read_plan, replay_plan
+from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
+from isoprune_hf.pruning.replay import replay_plan
 from isoprune_hf.publishing.plan_text import diff_plans, show_plan
 from isoprune_hf.publishing.report import draw_classes
 from isoprune_hf.recipes import DataRecipe, PruneRecipe, recipe_to_dict
@@ -25,7 +25,7 @@ from isoprune_hf.sources import open_base, open_data, open_source
 def run_inspect(model: str, output: str | None) -> str:
     """List the isomorphic classes of a model; draw them when there is a place for the picture."""
     opened = load_base(model, pretrained=Path(model).is_dir()).model
-    decided = read_plan(model) if (Path(model) / PLAN_FILE).is_file() else None
+    decided = PruningPlan.load(model) if (Path(model) / PLAN_FILE).is_file() else None
     # The plan speaks of the groups of the dense base.
     groups = trace_groups(opened if decided is None else meta_copy(opened, dense=True))
     classes: dict[str, list[Any]] = {}
@@ -48,13 +48,13 @@ def run_inspect(model: str, output: str | None) -> str:
 
 def run_plan_show(plan: str) -> str:
     """Show what a plan keeps; in the folder of a model, of how many."""
-    decided = read_plan(plan)
+    decided = PruningPlan.load(plan)
     return show_plan(decided, title=plan, sizes=_sizes(Path(plan), decided))
 
 
 def run_plan_diff(first: str, second: str) -> tuple[str, int]:
     """Show in what two plans differ; returns 1 beside the text where they do."""
-    text = diff_plans(read_plan(first), read_plan(second), (first, second))
+    text = diff_plans(PruningPlan.load(first), PruningPlan.load(second), (first, second))
     return (text, 1) if text else ("the plans are equal", 0)
 
 
@@ -70,7 +70,7 @@ def run_plan_apply(
 ) -> str:
     """Replay a plan on its base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
-    decided = read_plan(plan)
+    decided = PruningPlan.load(plan)
     settings = recipe_to_dict(prune)
     if model is not None:
         settings["model"] = model
@@ -107,7 +107,7 @@ def _examine(folder: str, base: str | None) -> list[Finding]:
     findings.append(Finding("load", "ok", f"{len(model.model.state_dict())} tensors, stage {model.config.stage}"))
     if (Path(folder) / PLAN_FILE).is_file():
         try:
-            plan = read_plan(folder)
+            plan = PruningPlan.load(folder)
         except IsoPruneError as error:
             findings.append(Finding("plan", "FAIL", str(error)))
     findings += check_model(model, opened.processor, plan)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.publishing.plan_text import diff_plans, show_plan
 
 PLAN = PruningPlan(

@@ -11,7 +11,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import BudgetError, CheckpointError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.blocks import find_blocks
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.recipes import PruneRecipe

@@ -3,7 +3,7 @@ import torch
 
 from isoprune_hf.pruning.cost import CostModel, ModelCost
 from isoprune_hf.pruning.importance import ImportanceScores
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.recipes import PruneRecipe
 

@@ -12,7 +12,8 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.cost import cost_model, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import score_groups
-from isoprune_hf.pruning.planning import PruningPlan, make_plan
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.planning import make_plan
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.recipes import PruneRecipe
 
@@ -206,8 +207,8 @@ def test_kept_rows_of_fused_queries_keys_and_values_are_the_base_rows(tmp_path: 
     ("change", "message"),
     [
         (lambda plan: plan["kept"].update({"nowhere": [0]}), "no group 'nowhere'"),
-        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": []}), "blocks.0.mlp.fc1 must keep ascending"),
-        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": [3, 1]}), "blocks.0.mlp.fc1 must keep ascending"),
+        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": []}), "of blocks.0.mlp.fc1 must be"),
+        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": [3, 1]}), "of blocks.0.mlp.fc1 must be"),
         (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": [0, 128]}), "from 0 to 127"),
         (lambda plan: plan["kept"].update({"blocks.0.attn": [0, 1, 8]}), "same number of dims"),
         (lambda plan: plan["heads"].update({"blocks.0.attn": [0, 1, 2, 3]}), "same number of dims"),

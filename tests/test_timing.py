@@ -6,7 +6,7 @@ from isoprune_hf.errors import BudgetError
 from isoprune_hf.pruning import timing
 from isoprune_hf.pruning.cost import CostModel, ModelCost
 from isoprune_hf.pruning.latency import LatencyModel
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.timing import meet_latency
 from isoprune_hf.recipes import PruneRecipe
 

@@ -19,7 +19,7 @@ from isoprune_hf.pruning.cost import CostModel, cost_model, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import fingerprint
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.surgery import apply_plan
 
 _IMAGES = 2

@@ -1,122 +1,24 @@
 """The decision: a plan that says what stays, made from scores and ratios or from a budget."""
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
-from isoprune_hf.errors import CheckpointError, RecipeError
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.budget import read_budget, solve
 from isoprune_hf.pruning.cost import CostModel
 from isoprune_hf.pruning.counting import width_step
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.latency import LatencyModel
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
 from isoprune_hf.recipes import BUDGETS, PruneRecipe
 
-PLAN_VERSION = 1
 # Settings that change a decision; the ratios are recorded as the budget has scaled them.
 _SETTINGS = (
     *("score_batchnorm", "reduction", "normalizer", "scope", "scopes", "signature", "ratios", "include", "exclude"),
     *("head_dims", "remove_blocks", *BUDGETS, "min_keep", "max_ratio", "round_to", "steps"),
 )
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """The decision: what stays in each group that is cut. A value that can be kept, compared and replayed.
-
-    Args:
-        kept: Group -> channels that stay, ascending.
-        heads: Attention group -> heads that stay, ascending.
-        removed_blocks: Residual blocks that leave whole, with all their groups.
-        margins: First group of a scope -> the highest score that left it (`removed`) and the lowest that stayed
-            (`kept`), before widths were rounded. A small gap says that other images could decide otherwise.
-        notes: What the user should know: widths that could not be aligned, a budget that is not used up.
-        achieved: `{"base": {"macs", "params"}, "pruned": {...}}`; a latency budget adds `latency_ms`.
-        settings: The settings that decided: criterion, scope, ratios, rounding.
-        fingerprint: Fingerprint of the base weights.
-        version: Version of this format.
-    """
-
-    kept: Mapping[str, tuple[int, ...]]
-    heads: Mapping[str, tuple[int, ...]]
-    removed_blocks: tuple[str, ...] = ()
-    margins: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    achieved: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
-    version: int = PLAN_VERSION
-
-    def to_json(self) -> str:
-        """Write the plan as JSON: sorted, indented, a list of indices on one line."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True)
-        return re.sub(r"\[[\d,\s]*\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "PruningPlan":
-        """Read a plan that `to_json` wrote, perhaps changed by hand.
-
-        Raises:
-            CheckpointError: It is no plan, one of a newer version, or an entry is of the wrong type.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise CheckpointError(f"pruning plan: not readable as JSON ({error})") from error
-        version = values.get("version") if isinstance(values, dict) else None
-        if type(version) is not int or not {"kept", "heads"} <= values.keys():
-            raise CheckpointError("pruning plan: not a plan of isoprune_hf: needs version, kept and heads")
-        if version != PLAN_VERSION:
-            raise CheckpointError(
-                f"pruning plan: version {version}, this code reads {PLAN_VERSION}; update isoprune_hf"
-            )
-        unknown = values.keys() - {entry.name for entry in fields(cls)}
-        if unknown:
-            raise CheckpointError(f"pruning plan: unknown entry {sorted(unknown)[0]!r}")
-        for key in ("kept", "heads"):
-            values[key] = {name: _read_indices(key, name, entry) for name, entry in _read_mapping(values, key)}
-        for key in ("margins", "achieved", "settings"):
-            values[key] = dict(_read_mapping(values, key))
-        for key in ("removed_blocks", "notes"):
-            values[key] = tuple(_read_texts(values, key))
-        return cls(**values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PruningPlan":
-        """Read `pruning_plan.json`.
-
-        Raises:
-            CheckpointError: There is no such file, or it is no plan.
-        """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"pruning plan: {path} cannot be read ({error})") from error
-
-
-def _read_mapping(values: Mapping[str, Any], key: str) -> Iterable[tuple[str, Any]]:
-    entry = values.get(key, {})
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"pruning plan: {key} must be a mapping, got {entry!r}")
-    return entry.items()
-
-
-def _read_indices(key: str, name: str, entry: Any) -> tuple[int, ...]:
-    if not isinstance(entry, list) or any(type(index) is not int for index in entry):
-        raise CheckpointError(f"pruning plan: {key}[{name!r}] must be a list of whole numbers")
-    return tuple(entry)
-
-
-def _read_texts(values: Mapping[str, Any], key: str) -> list[str]:
-    entry = values.get(key, [])
-    if not isinstance(entry, list) or any(type(text) is not str for text in entry):
-        raise CheckpointError(f"pruning plan: {key} must be a list of texts, got {entry!r}")
-    return entry
 
 
 def make_plan(

@@ -23,7 +23,8 @@ from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups, scoring_options
 from isoprune_hf.pruning.latency import LatencyModel
-from isoprune_hf.pruning.planning import PruningPlan, make_plan
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.planning import make_plan
 from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.pruning.timing import fit_base, meet_latency

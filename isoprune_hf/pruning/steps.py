@@ -7,7 +7,7 @@ import torch
 from isoprune_hf.pruning.cost import CostModel
 from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.latency import LatencyModel
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.recipes import PruneRecipe, parse_budget
 
 

@@ -24,7 +24,7 @@ from isoprune_hf.pruning.architectures import (
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 
 
 def apply_plan(

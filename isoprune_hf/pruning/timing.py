@@ -10,7 +10,8 @@ from isoprune_hf.pruning.cost import CostModel
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import score_groups
 from isoprune_hf.pruning.latency import LatencyModel, fit_latency
-from isoprune_hf.pruning.planning import PruningPlan, make_plan, removed_by
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.planning import make_plan, removed_by
 from isoprune_hf.pruning.speed import measure_pair
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.recipes import PruneRecipe, parse_budget

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from isoprune_hf.pruning.planning import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.publishing.report import align_columns, format_figure
 
 _COLUMNS = {"macs": "GMACs", "params": "M params", "latency_ms": "latency ms"}

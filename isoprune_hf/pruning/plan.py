@@ -1,0 +1,130 @@
+"""The decision as a value: what stays, why, and what it costs; kept as JSON, read back with every entry checked."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from isoprune_hf.errors import CheckpointError
+
+PLAN_FILE = "pruning_plan.json"
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The decision: what stays in each group that is cut. A value that can be kept, compared and replayed.
+
+    Args:
+        kept: Group -> channels that stay, ascending.
+        heads: Attention group -> heads that stay, ascending.
+        removed_blocks: Residual blocks that leave whole, with all their groups.
+        margins: First group of a scope -> the highest score that left it (`removed`) and the lowest that stayed
+            (`kept`), before widths were rounded. A small gap says that other images could decide otherwise.
+        notes: What the user should know: widths that could not be aligned, a budget that is not used up.
+        achieved: `{"base": {"macs", "params"}, "pruned": {...}}`; a latency budget adds `latency_ms`.
+        settings: The settings that decided: criterion, scope, ratios, rounding.
+        fingerprint: Fingerprint of the base weights.
+        version: Version of this format.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    heads: Mapping[str, tuple[int, ...]]
+    removed_blocks: tuple[str, ...] = ()
+    margins: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    achieved: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    version: int = PLAN_VERSION
+
+    def to_json(self) -> str:
+        """Write the plan as JSON: sorted, indented, a list of indices on one line."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True)
+        return re.sub(r"\[[\d,\s]*\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """Read a plan that `to_json` wrote, perhaps edited by hand.
+
+        Raises:
+            CheckpointError: It is no plan, one of a newer version, or an entry is not what it should be.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"pruning plan: not a plan of isoprune_hf ({error})") from error
+        version = values.get("version") if isinstance(values, dict) else None
+        if type(version) is not int or not {"kept", "heads"} <= values.keys():
+            raise CheckpointError("pruning plan: not a plan of isoprune_hf: needs version, kept and heads")
+        if version != PLAN_VERSION:
+            raise CheckpointError(
+                f"pruning plan: version {version}, this code reads {PLAN_VERSION}; update isoprune_hf"
+            )
+        unknown = values.keys() - {entry.name for entry in fields(cls)}
+        if unknown:
+            raise CheckpointError(f"pruning plan: unknown entry {sorted(unknown)[0]!r}")
+        for key in ("kept", "heads"):
+            entries = _read_mapping(values, key, "indices")
+            values[key] = {name: _read_indices(f"{key} of {name}", entry) for name, entry in entries.items()}
+        for name in values["heads"]:
+            if name not in values["kept"]:
+                raise CheckpointError(f"pruning plan: heads names {name!r}, and kept does not")
+        for key in ("margins", "achieved"):
+            for name, figures in _read_mapping(values, key, "figures").items():
+                _check_figures(f"{key} of {name}", figures)
+        _read_mapping(values, "settings", "values")
+        for key in ("removed_blocks", "notes"):
+            texts = values.get(key, [])
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise CheckpointError(f"pruning plan: {key} must be a list of texts, got {texts!r}")
+            values[key] = tuple(texts)
+        if not isinstance(values.get("fingerprint", ""), str):
+            raise CheckpointError(f"pruning plan: fingerprint must be a text, got {values['fingerprint']!r}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, place: str | Path) -> "PruningPlan":
+        """Read a plan from its file, or from the folder of a pruned model.
+
+        Raises:
+            CheckpointError: There is no such file, or it is no plan; names the file.
+        """
+        path = Path(place)
+        if path.is_dir():
+            path = path / PLAN_FILE
+            if not path.is_file():
+                raise CheckpointError(
+                    f"plan: {place} holds no {PLAN_FILE}; give a plan, or the folder of a pruned model"
+                )
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"plan: {path} cannot be read ({error.strerror})") from error
+        except ValueError as error:  # CheckpointError among them
+            raise CheckpointError(f"pruning plan {path}: {str(error).removeprefix('pruning plan: ')}") from error
+
+
+def _check_figures(where: str, figures: Any) -> None:
+    if not isinstance(figures, dict):
+        raise CheckpointError(f"pruning plan: {where} must map names to figures, got {figures!r}")
+    for name, value in figures.items():
+        if value is not None and type(value) not in (int, float):
+            raise CheckpointError(f"pruning plan: {where}: {name} must be a number, got {value!r}")
+
+
+def _read_mapping(values: Mapping[str, Any], key: str, content: str) -> dict[str, Any]:
+    entry = values.get(key, {})
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"pruning plan: {key} must map names to {content}, got {entry!r}")
+    return entry
+
+
+def _read_indices(where: str, entry: Any) -> tuple[int, ...]:
+    if not isinstance(entry, list) or not entry or any(type(index) is not int or index < 0 for index in entry):
+        raise CheckpointError(f"pruning plan: {where} must be a list of numbers from 0 on, at least one")
+    if entry != sorted(set(entry)):
+        raise CheckpointError(f"pruning plan: {where} must be ascending, each number once")
+    return tuple(entry)
