@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.tracing import copy_shapes, light_copy
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     Raises:
         UnsupportedArchitectureError: The architecture does not run: a cut has broken it.
     """
-    counter = _run_counter(meta_copy(model), image_size)
+    counter = _run_counter(copy_shapes(model.model).float().eval(), image_size or model.config.image_size)
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _run_counter(model: IsoPruneForImageClassification, image_size: Sequence[int] | None = None) -> FlopCounterMode:
-    example = torch.zeros(1, *(image_size or model.config.image_size), device="meta")
+def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMode:
+    example = torch.zeros(1, *image_size, device="meta")
     counter = FlopCounterMode(display=False)
     # The math backend spells attention out as two products; the fused kernels have no meta implementation to count.
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model.model(example)
+            network(example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UnsupportedArchitectureError(f"{type(model.model).__name__} does not run: {error}") from error
+        raise UnsupportedArchitectureError(f"{type(network).__name__} does not run: {error}") from error
     return counter
 
 
@@ -188,9 +188,8 @@ def cost_model(
     Raises:
         UnsupportedArchitectureError: MACs of a prunable part cannot be attributed to widths.
     """
-    architecture = meta_copy(model)
-    counter = _run_counter(architecture)
-    inner = architecture.model
+    inner = light_copy(model.model)
+    counter = _run_counter(inner, model.config.image_size)
     # Keys are paths below the class name of the module that was called.
     flops = {
         path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items() if "." in path

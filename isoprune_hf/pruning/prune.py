@@ -122,12 +122,15 @@ def prune_model(
         )
         return _from_main(plan, accelerator)
 
+    def cut(plan: PruningPlan) -> IsoPruneForImageClassification:
+        return apply_plan(model, plan, traced.groups, base_cost=traced.cost.base)
+
     if scores is None:
         scores = _timed(seconds, "score", lambda: score(model, traced.groups, traced.blocks))
         for step in range(1, recipe.steps):
             intermediate = recipe_of_step(recipe, step, traced.cost, traced.latency)
             plan = _timed(seconds, "solve", lambda now=intermediate: decide(now))
-            smaller = _timed(seconds, "cut", lambda now=plan: apply_plan(model, now, traced.groups))
+            smaller = _timed(seconds, "cut", lambda now=plan: cut(now))
             groups, blocks = _find(smaller, recipe)
             fresh = _timed(seconds, "score", lambda now=(smaller, groups, blocks): score(*now))
             scores = lift_scores(scores, plan, fresh)
@@ -141,7 +144,7 @@ def prune_model(
     )
     if recipe.target_latency is None:
         plan = _timed(seconds, "solve", lambda: decide(recipe))
-        pruned = _timed(seconds, "cut", lambda: apply_plan(model, plan, traced.groups))
+        pruned = _timed(seconds, "cut", lambda: cut(plan))
     else:
         plan, pruned = _timed(
             seconds,
@@ -152,7 +155,7 @@ def prune_model(
                 traced.cost,
                 traced.latency,
                 decide=decide,
-                cut=lambda now: apply_plan(model, now, traced.groups),
+                cut=cut,
                 agree=lambda value: _from_main(value, accelerator),
             ),
         )

@@ -21,14 +21,18 @@ from isoprune_hf.pruning.architectures import (
     find_attention,
     find_patch_merging,
 )
-from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.pruning.cost import ModelCost, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 
 
 def apply_plan(
-    model: IsoPruneForImageClassification, plan: PruningPlan, groups: Sequence[CoupledGroup] | None = None
+    model: IsoPruneForImageClassification,
+    plan: PruningPlan,
+    groups: Sequence[CoupledGroup] | None = None,
+    *,
+    base_cost: ModelCost | None = None,
 ) -> IsoPruneForImageClassification:
     """Cut a copy of the model to a plan.
 
@@ -36,6 +40,7 @@ def apply_plan(
         model: The base; left untouched.
         plan: What stays.
         groups: Groups of `trace_groups(model)`; traced anew when not given.
+        base_cost: Cost of `model`; counted when not given.
 
     Returns:
         The pruned model, its config holding structure and cost, in the base's mode.
@@ -47,13 +52,8 @@ def apply_plan(
     groups = trace_groups(model) if groups is None else groups
     stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
     check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
-    pruned = copy.deepcopy(model)
+    pruned = _copy_cut(model, _kept_elements(plan, groups, model.model), plan.removed_blocks, stand_ins)
     attentions = {part.path: part for part in find_attention(model.model)}
-    for block in plan.removed_blocks:
-        pruned.model.set_submodule(block, stand_ins[block])
-    with torch.no_grad():
-        for name, dims in _kept_elements(plan, groups, model.model).items():
-            _cut_tensor(pruned.model, name, dims)
     for module in pruned.model.modules():
         _set_layer_numbers(module)
     for group in groups:
@@ -62,10 +62,13 @@ def apply_plan(
             _set_attention_numbers(pruned.model, attentions[group.name], heads, len(plan.kept[group.name]) // heads)
     _set_widths(model.model, pruned.model, plan.removed_blocks)
     config = pruned.config
-    config.structure = capture_structure(meta_copy(model, dense=True).model, pruned.model)
+    is_dense = not any((model.config.structure or {}).values())
+    base = model.model if is_dense else meta_copy(model, dense=True).model
+    config.structure = capture_structure(base, pruned.model)
     _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
     config.stage = "pruned"
-    base_cost = config.cost["base"] if config.cost else count_cost(model).to_dict()
+    base_cost = base_cost.to_dict() if base_cost else count_cost(model).to_dict()
+    base_cost = config.cost["base"] if config.cost else base_cost
     config.cost = {"base": base_cost, "pruned": count_cost(pruned).to_dict()}
     return pruned
 
@@ -142,14 +145,23 @@ def _kept_elements(
     return kept
 
 
-def _cut_tensor(model: nn.Module, name: str, dims: Mapping[int, torch.Tensor]) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    tensor = getattr(owner, leaf)
-    kept = tensor.detach()
-    for dim, positions in dims.items():
-        kept = kept.index_select(dim, positions.to(kept.device))
-    setattr(owner, leaf, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+def _copy_cut(
+    model: IsoPruneForImageClassification,
+    kept: Mapping[str, Mapping[int, torch.Tensor]],
+    removed_blocks: Sequence[str],
+    stand_ins: Mapping[str, nn.Module],
+) -> IsoPruneForImageClassification:
+    """Copy a model with what leaves left out; weights that leave are never copied."""
+    memo: dict[int, object] = {id(model.model.get_submodule(block)): stand_ins[block] for block in removed_blocks}
+    with torch.no_grad():
+        for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]:
+            if name not in kept:
+                continue
+            cut = tensor.detach()
+            for dim, positions in kept[name].items():
+                cut = cut.index_select(dim, positions.to(cut.device))
+            memo[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
+    return copy.deepcopy(model, memo)
 
 
 def _set_layer_numbers(module: nn.Module) -> None:
