@@ -20,6 +20,7 @@ from isoprune_hf.version import __version__
 
 if TYPE_CHECKING:
     from isoprune_hf.models import load_base
+    from isoprune_hf.pruning.blocks import find_blocks
     from isoprune_hf.pruning.cost import cost_model, count_cost
     from isoprune_hf.pruning.graph import trace_groups
     from isoprune_hf.pruning.importance import ImportanceScores, score_groups
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # The heavy half is imported when it is first asked for: opening a pruned model needs none of it.
 _LAZY = {
     "load_base": "models",
+    "find_blocks": "pruning.blocks",
     "cost_model": "pruning.cost",
     "count_cost": "pruning.cost",
     "trace_groups": "pruning.graph",
@@ -72,6 +74,7 @@ __all__ = [
     "cost_model",
     "count_cost",
     "evaluate_model",
+    "find_blocks",
     "finetune",
     "load_base",
     "load_data",
