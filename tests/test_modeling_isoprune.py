@@ -760,3 +760,9 @@ def test_the_crop_rounds_half_to_even() -> None:
     column = torch.arange(11, dtype=torch.uint8)[None, :, None].expand(3, 11, 11)
     # (11 - 4) / 2 = 3.5 -> 4; floor would give 3.
     assert processor(column, return_tensors="pt").pixel_values[0, 0, :, 0].tolist() == [4, 5, 6, 7]
+
+
+def test_opened_tensors_are_aligned_as_torch_allocates_so_that_kernels_round_alike(pruned) -> None:
+    # A file maps them to any address; on full-size models unaligned ones gave other last bits.
+    model = IsoPruneForImageClassification.from_pretrained(pruned("vit").folder)
+    assert {tensor.data_ptr() % 64 for tensor in (*model.parameters(), *model.buffers())} == {0}
