@@ -146,6 +146,15 @@ def test_width_and_depth_meet_one_budget_exactly_as_counted(family: str, tmp_pat
     assert again.model.config.structure["removed"] == list(result.plan.removed_blocks)
 
 
+def test_a_model_whose_classifier_is_a_convolution_is_cut() -> None:
+    args = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 16], "stem_chs": 8}
+    model = load_base("timm/resnetv2_50", False, model_args=args, num_labels=7).model
+    assert isinstance(model.model.head.fc, nn.Conv2d)
+    pruned = prune_model(model, PruneRecipe(criterion="l1", ratio=0.5)).model
+    assert pruned.model.head.fc.weight.shape[:2] == (7, pruned.model.norm.num_features)
+    assert pruned(make_images(model)).logits.shape == (2, 7)
+
+
 def test_a_plan_with_a_block_that_is_none_is_refused(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     for blocks in (("norm",), ("blocks",), ("blocks.0", "blocks.0")):

@@ -213,6 +213,8 @@ def _set_widths(base: nn.Module, pruned: nn.Module, removed_blocks: Sequence[str
         if "dim" in vars(module):
             module.dim = pruned.get_submodule(part.projections[0]).in_features
     heads = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    if not heads:  # the classifier is a convolution
+        return
     old, new = base.get_submodule(heads[-1]).in_features, pruned.get_submodule(heads[-1]).in_features
     for owner in (pruned, getattr(pruned, "head", None)):
         for name in ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size"):
