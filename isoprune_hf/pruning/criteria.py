@@ -29,6 +29,7 @@ from isoprune_hf.pruning.gradients import Batches, Precision, mean_gradients
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.hessian import last_squared_gradient, mean_squared_gradients
 
+_CHUNK = 2**17  # elements that are summed at once
 Reduction = Literal["sum", "mean"]
 Norm = Literal["sum", "member", "channel"]
 Values = Mapping[str, torch.Tensor]
@@ -229,8 +230,16 @@ def _reduce(
 
 
 def _sum_elements(value: torch.Tensor, squared: bool, dims: list[int]) -> torch.Tensor:
-    value = value.double().square() if squared else value.abs().double()
-    return value.sum(dims) if dims else value
+    """Sum |v|, or v^2, over `dims` in float64; a few rows at a time, since a whole copy would leave the cache."""
+
+    def widen(part: torch.Tensor) -> torch.Tensor:
+        return part.double().square() if squared else part.abs().double()
+
+    if not dims:
+        return widen(value)
+    rows = max(1, _CHUNK * len(value) // value.numel())
+    sums = [widen(part).sum(dims) for part in value.split(rows)]
+    return torch.stack(sums).sum(0) if 0 in dims else torch.cat(sums)
 
 
 def _positions(index: np.ndarray) -> torch.Tensor:
