@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import FAMILIES, make_base
+from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.cost import cost_model, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 
@@ -49,3 +51,14 @@ def test_one_hidden_channel_of_an_mlp_costs_its_row_and_its_column(tmp_path: Pat
     after = costs.cost({"blocks.0.mlp.fc1": 1}, {})
     assert costs.base.macs - after.macs == 17 * (32 + 32)
     assert costs.base.params - after.params == 32 + 1 + 32
+
+
+@pytest.mark.parametrize("family", ["resnet", "vit", "hf-convnext", "resnet-gn"])
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_a_norm_of_another_width_than_its_input_is_refused(family: str, leaf: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    norms = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+    norm = next(module for module in model.model.modules() if isinstance(module, norms))
+    setattr(norm, leaf, nn.Parameter(getattr(norm, leaf)[:-1].detach()))
+    with pytest.raises(UnsupportedArchitectureError, match=r"does not run: a .* channels is given"):
+        count_cost(model)

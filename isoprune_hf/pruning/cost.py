@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.tracing import copy_shapes, light_copy
+from isoprune_hf.pruning.tracing import light_copy
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     Raises:
         UnsupportedArchitectureError: The architecture does not run: a cut has broken it.
     """
-    counter = _run_counter(copy_shapes(model.model).float().eval(), image_size or model.config.image_size)
+    counter = _run_counter(light_copy(model.model), image_size or model.config.image_size)
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 

@@ -1,7 +1,9 @@
 """The network as it is traced: without its weights, and with stand-ins for what is too slow or intricate to trace."""
 
 import copy
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -61,14 +63,26 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
 def light_copy(base: nn.Module) -> nn.Module:
     """Copy a base to run on the meta device for its shapes and matrix products alone: float32, in eval mode.
 
-    Norms and activations become one operation each that keeps the shape, so no mistake in their widths is seen.
+    Norms and activations become one operation each that keeps the shape; norms still check that all their tensors are
+    as wide as what they are given.
     """
     network = copy_shapes(base).float().eval()
     for module in network.modules():
-        stand_in = torch.neg if isinstance(module, _NORMS) else _STAND_INS.get(type(module))
+        stand_in = partial(_check_width, module) if isinstance(module, _NORMS) else _STAND_INS.get(type(module))
         if stand_in is not None:
             module.forward = stand_in
     return network
+
+
+def _check_width(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Stand for a norm: refuse what it would refuse."""
+    tensors = [*norm._parameters.values(), *norm._buffers.values()]
+    widths = {tensor.numel() for tensor in tensors if tensor is not None and tensor.ndim}
+    is_layer_norm = isinstance(norm, nn.LayerNorm)
+    last = math.prod(hidden.shape[-len(norm.normalized_shape) :]) if is_layer_norm else hidden.shape[1]
+    if widths - {last} and widths - {hidden.shape[1]}:
+        raise RuntimeError(f"a {type(norm).__name__} of {sorted(widths)} channels is given {list(hidden.shape)}")
+    return torch.neg(hidden)
 
 
 def loose_parameters(network: nn.Module) -> list[tuple[nn.Parameter, int]]:
