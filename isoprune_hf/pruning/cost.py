@@ -113,15 +113,6 @@ class CostModel:
         weights = {name.removesuffix(".weight"): count for name, count in layers if name in self.positions}
         return weights | self._products(removed, removed_blocks)
 
-    def is_inside(self, group: CoupledGroup) -> str | None:
-        """Residual block that holds all of a group; None for a group that reaches beyond one block."""
-        owners = {self._owners.get(member.parameter) for member in group.members if member.parameter in self.shapes}
-        return owners.pop() if len(owners) == 1 else None
-
-    @cached_property
-    def _owners(self) -> dict[str, str]:
-        return {parameter: block for block, parameters in self.blocks.items() for parameter in parameters}
-
     @cached_property
     def _arrays(self) -> "_CostArrays":
         rows = {name: row for row, name in enumerate(self.shapes)}
