@@ -16,7 +16,7 @@ FLOORS = [
     ("checkpoint/modeling_isoprune.py", 0),
     ("version.py", 0),
     ("errors.py", 1),
-    ("recipes.py", 2),
+    ("recipes/", 2),
     ("checkpoint/", 2),
     ("processors.py", 3),
     ("models/", 4),

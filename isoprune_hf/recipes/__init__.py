@@ -1,0 +1,18 @@
+"""What a user may ask for: frozen dataclasses, one for each section of a recipe file, with their range checks."""
+
+from isoprune_hf.recipes.data import DataRecipe
+from isoprune_hf.recipes.finetune import FinetuneRecipe, PretrainRecipe
+from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA, Criterion, PruneRecipe
+from isoprune_hf.recipes.values import parse_budget, recipe_to_dict
+
+__all__ = [
+    "BUDGETS",
+    "DATA_CRITERIA",
+    "Criterion",
+    "DataRecipe",
+    "FinetuneRecipe",
+    "PretrainRecipe",
+    "PruneRecipe",
+    "parse_budget",
+    "recipe_to_dict",
+]

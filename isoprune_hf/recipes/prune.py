@@ -1,0 +1,123 @@
+"""The section `prune`: how a base is opened, scored and cut."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes.values import check_range, parse_budget
+
+BUDGETS = ("target_macs", "target_params", "target_latency")
+# Criteria that read images; the others read the weights alone.
+DATA_CRITERIA = ("taylor", "taylor_l2", "hessian", "hessian_reference", "activation_variance")
+Criterion = Literal[
+    "taylor",
+    "taylor_l2",
+    "hessian",
+    "hessian_reference",
+    "activation_variance",
+    "l1",
+    "l2",
+    "bn_scale",
+    "fpgm",
+    "lamp",
+    "random",
+]
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """How the base is opened, scored and cut.
+
+    Args:
+        model: Base to prune: `timm/NAME`, `torchvision/NAME`, a transformers Hub id, or a folder.
+        pretrained: Load the trained weights; false draws seeded random ones, with no network.
+        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size:
+            64}.
+        num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
+        criterion: What a channel is worth. From data: taylor, taylor_l2 (the paper's norm), hessian,
+            hessian_reference (the defect of old scripts, for parity), activation_variance. From the weights alone: l1,
+            l2, bn_scale, fpgm, lamp, random.
+        score_batchnorm: Let the scales and shifts of BatchNorm count; torch-pruning leaves them out.
+        reduction: How the coupled layers of a channel are put together: sum or mean.
+        normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
+        scoring_precision: no (fp32) or bf16 for the passes that score; bf16 reports how well it ranks as fp32 does.
+        scope: Who competes with whom: isomorphic (equal sub-structures), global (all), local (nobody).
+        scopes: Scopes of your own, as {"blocks.0.*": first}: groups whose names match a pattern compete in the
+            scope that it names; all others by `scope`.
+        signature: When sub-structures are equal: paper (layer types and sides) or strict (kernels, strides, groups
+            and the edges between layers, too).
+        ratio: Fraction of the channels that leaves, from 0 to 1.
+        head_ratio: Fraction of the attention heads that leaves.
+        head_dim_ratio: Fraction of the dims inside the heads that leaves; the default is `ratio`.
+        ratios: Fixed fractions for groups by name, as {"blocks.0.*": 0.2}; a budget moves only the others.
+        include: Patterns of group names; only these groups are cut.
+        exclude: Patterns of group names that are not cut.
+        head_dims: per_head lets each head drop its own weakest dims, shared drops the same dims in all heads.
+        remove_blocks: Residual blocks that leave whole: a number, names, or `auto`: the same share as of channels.
+        target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only say
+            how the cut is shared.
+        target_params: The same for parameters: 20M, or a share of the base.
+        target_latency: The same for the time of a forward pass on this machine: 12ms, or a share of the base.
+        latency_batch_size: Images in the batch that is timed.
+        latency_precision: no (fp32) or bf16 weights and images when timed.
+        latency_backend: eager or compile (torch.compile).
+        min_keep: Channels (or dims of a head) that stay in every layer.
+        max_ratio: Largest fraction that may leave any single layer.
+        round_to: Widths become multiples of this number; hardware likes 8.
+        steps: Cuts on the way to the ratio or budget, with a new scoring before each.
+        calibration_batches: Micro-batches of the training split that score the channels.
+        batch_size: Images in a micro-batch; the same on every rank.
+        seed: Seed of random weights, of the calibration sample and of the random criterion.
+    """
+
+    model: str | None = None
+    pretrained: bool = True
+    model_args: dict[str, Any] = field(default_factory=dict)
+    num_labels: int | Literal["data"] | None = None
+    criterion: Criterion = "taylor"
+    score_batchnorm: bool = True
+    reduction: Literal["sum", "mean"] = "sum"
+    normalizer: Literal["none", "mean", "max"] = "none"
+    scoring_precision: Literal["no", "bf16"] = "no"
+    scope: Literal["isomorphic", "global", "local"] = "isomorphic"
+    scopes: dict[str, str] = field(default_factory=dict)
+    signature: Literal["paper", "strict"] = "paper"
+    ratio: float = 0.5
+    head_ratio: float = 0.0
+    head_dim_ratio: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    head_dims: Literal["per_head", "shared"] = "per_head"
+    remove_blocks: int | Literal["auto"] | list[str] | None = None
+    target_macs: str | int | float | None = None
+    target_params: str | int | float | None = None
+    target_latency: str | int | float | None = None
+    latency_batch_size: int = 1
+    latency_precision: Literal["no", "bf16"] = "no"
+    latency_backend: Literal["eager", "compile"] = "eager"
+    min_keep: int = 2
+    max_ratio: float = 1.0
+    round_to: int = 8
+    steps: int = 1
+    calibration_batches: int = 50
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "head_ratio", "head_dim_ratio", "max_ratio"):
+            check_range("prune", name, getattr(self, name), 0, 1)
+        for name in ("min_keep", "round_to", "steps", "calibration_batches", "batch_size", "latency_batch_size"):
+            check_range("prune", name, getattr(self, name), 1)
+        check_range("prune", "seed", self.seed, 0)
+        for pattern, ratio in self.ratios.items():
+            check_range("prune", f"ratios[{pattern!r}]", ratio, 0, 1)
+        if isinstance(self.num_labels, int):
+            check_range("prune", "num_labels", self.num_labels, 1)
+        if isinstance(self.remove_blocks, int):
+            check_range("prune", "remove_blocks", self.remove_blocks, 0)
+        targets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(targets) > 1:
+            raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; give one budget")
+        for name in targets:
+            parse_budget(getattr(self, name), 1, f"prune.{name}")
