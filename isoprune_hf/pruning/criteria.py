@@ -33,6 +33,7 @@ _CHUNK = 2**17  # elements that are summed at once
 Reduction = Literal["sum", "mean"]
 Norm = Literal["sum", "member", "channel"]
 Values = Mapping[str, torch.Tensor]
+Sums = Mapping[str, Mapping[int, torch.Tensor]]
 Scores = tuple[dict[str, torch.Tensor], dict[str, float]]  # of groups, (channels,) float64, and of blocks
 
 
@@ -134,9 +135,9 @@ def _lamp(scoring: Scoring) -> Scores:
     for channels of a group as in torch-pruning 1.6.1 (`GroupMagnitudeImportance._lamp`), but over all parameters of
     the channel, biases included. Sum or mean over members is the same here: a factor cancels.
     """
-    scores = {}
+    scores, sums = {}, _sum_along(scoring, scoring.weights, "channel")
     for group in scoring.groups:
-        squares = _reduce(scoring, group, scoring.weights, "channel").square()
+        squares = _reduce(scoring, group, sums, "channel").square()
         ordered, order = squares.sort(stable=True)
         rest = ordered.flip(0).cumsum(0).flip(0)
         scores[group.name] = torch.zeros_like(squares)
@@ -201,45 +202,59 @@ def _from_elements(scoring: Scoring, values: Values, norm: Norm, missing: str = 
     Source:
         Fang et al., Isomorphic Pruning, ECCV 2024: its script for ConvNeXt ranks blocks by the mean of |w dL/dw|.
     """
-    scores = {group.name: _reduce(scoring, group, values, norm, missing) for group in scoring.groups}
+    sums = _sum_along(scoring, values, norm)
+    scores = {group.name: _reduce(scoring, group, sums, norm, missing) for group in scoring.groups}
     blocks = {}
     for block in scoring.blocks:
         parts = [values[name] for name in block.parameters if name in values]
         if not parts:
             _refuse(scoring, block.name, missing)
-        total = sum(_sum_elements(part, norm != "sum", list(range(part.ndim))).item() for part in parts)
+        total = sum(_sum_elements(part, norm != "sum", [0])[0].sum().item() for part in parts)
         mean = total / sum(part.numel() for part in parts)
         blocks[block.name] = mean if norm == "sum" else mean**0.5
     return scores, blocks
 
 
 def _reduce(
-    scoring: Scoring, group: CoupledGroup, values: Values, norm: Norm, missing: str = "parameter that counts"
+    scoring: Scoring, group: CoupledGroup, sums: Sums, norm: Norm, missing: str = "parameter that counts"
 ) -> torch.Tensor:
     """Put the values of all elements of each channel together, as the module says: (channels,) in float64."""
     parts = []
     for member in group.members:
-        if member.parameter in values:
-            value = values[member.parameter]
-            others = [dim for dim in range(value.ndim) if dim != member.dim]
-            along = _sum_elements(value, norm != "sum", others).cpu()
-            part = along[_positions(member.index)].sum(1)
+        if member.parameter in sums:
+            part = sums[member.parameter][member.dim][_positions(member.index)].sum(1)
             parts.append(part.sqrt() if norm == "member" else part)
     score = _put_together(parts, scoring, group.name, missing)
     return score.sqrt() if norm == "channel" else score
 
 
-def _sum_elements(value: torch.Tensor, squared: bool, dims: list[int]) -> torch.Tensor:
-    """Sum |v|, or v^2, over `dims` in float64; a few rows at a time, since a whole copy would leave the cache."""
+def _sum_along(scoring: Scoring, values: Values, norm: Norm) -> Sums:
+    """Sum |v|, or v^2, along every dim that channels of a group lie on: parameter -> dim -> sums on the CPU."""
+    dims: dict[str, set[int]] = {}
+    for member in (member for group in scoring.groups for member in group.members):
+        dims.setdefault(member.parameter, set()).add(member.dim)
+    return {
+        name: {dim: along.cpu() for dim, along in _sum_elements(values[name], norm != "sum", sorted(own)).items()}
+        for name, own in dims.items()
+        if name in values
+    }
 
-    def widen(part: torch.Tensor) -> torch.Tensor:
-        return part.double().square() if squared else part.abs().double()
 
-    if not dims:
-        return widen(value)
-    rows = max(1, _CHUNK * len(value) // value.numel())
-    sums = [widen(part).sum(dims) for part in value.split(rows)]
-    return torch.stack(sums).sum(0) if 0 in dims else torch.cat(sums)
+def _sum_elements(value: torch.Tensor, squared: bool, dims: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Sum |v|, or v^2, in float64 over all dims but one, for each of `dims`.
+
+    A few rows at a time, each read once for all dims: a whole copy would leave the cache.
+    """
+    value = value.reshape(-1) if value.ndim == 0 else value
+    parts: dict[int, list[torch.Tensor]] = {dim: [] for dim in dims}
+    for rows in value.split(max(1, _CHUNK * len(value) // value.numel())):
+        wide = rows.double().square() if squared else rows.abs().double()
+        if wide.ndim > 2 and max(dims) < 2:
+            wide = wide.flatten(2).sum(2)
+        for dim in dims:
+            others = [other for other in range(wide.ndim) if other != dim]
+            parts[dim].append(wide.sum(others) if others else wide)
+    return {dim: torch.stack(found).sum(0) if dim else torch.cat(found) for dim, found in parts.items()}
 
 
 def _positions(index: np.ndarray) -> torch.Tensor:

@@ -135,7 +135,8 @@ def check_finite(values: Mapping[str, torch.Tensor], what: str) -> None:
         RecipeError: Names the first parameter or layer with such a value.
     """
     for name, value in values.items():
-        if not torch.isfinite(value).all():
+        # A sum is ten times faster, and infinite for a few finite values only.
+        if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise RecipeError(
                 f"the {what} of {name} hold nan or inf, so nothing can be ranked: check the weights of the base and "
                 "the images, and score with --prune.scoring_precision no"

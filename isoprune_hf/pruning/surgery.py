@@ -1,6 +1,5 @@
 """The cut: carry a plan out on a model, first on its tensors, then on the numbers that modules keep about them."""
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from isoprune_hf.pruning.architectures import (
     find_attention,
     find_patch_merging,
 )
+from isoprune_hf.pruning.copying import copy_modules
 from isoprune_hf.pruning.cost import ModelCost, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
@@ -152,16 +152,18 @@ def _copy_cut(
     stand_ins: Mapping[str, nn.Module],
 ) -> IsoPruneForImageClassification:
     """Copy a model with what leaves left out; weights that leave are never copied."""
-    memo: dict[int, object] = {id(model.model.get_submodule(block)): stand_ins[block] for block in removed_blocks}
-    with torch.no_grad():
-        for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]:
-            if name not in kept:
-                continue
-            cut = tensor.detach()
-            for dim, positions in kept[name].items():
-                cut = cut.index_select(dim, positions.to(cut.device))
-            memo[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
-    return copy.deepcopy(model, memo)
+    names = {id(tensor): name for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]}
+
+    @torch.no_grad()
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        part = tensor.detach()
+        for dim, positions in kept.get(names.get(id(tensor), ""), {}).items():
+            part = part.index_select(dim, positions.to(part.device))
+        part = part if part.shape != tensor.shape else part.clone()
+        return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+
+    replaced = {model.model.get_submodule(block): stand_ins[block] for block in removed_blocks}
+    return copy_modules(model, cut, replaced=replaced)
 
 
 def _set_layer_numbers(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The network as it is traced: without its weights, and with stand-ins for what is too slow or intricate to trace."""
 
-import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from isoprune_hf.pruning.architectures import Attention, PatchMerging, find_attention, find_patch_merging
+from isoprune_hf.pruning.copying import copy_shapes
 
-# They keep shape and channels, and the meta device runs them through slow Python code. A shortcut may pass a ReLU and
-# none of the others (`blocks`), so that one has another stand-in.
+# They keep shape and channels, and the meta device runs them through slow Python code.
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_STAND_INS = {nn.ReLU: torch.abs, nn.GELU: torch.neg}
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _LAYERS = (
     nn.Linear,
     nn.modules.conv._ConvNd,
@@ -23,7 +23,6 @@ _LAYERS = (
     nn.PReLU,
     nn.Embedding,
 )
-_IMMUTABLE = (int, float, bool, str, type(None), type, torch.device, torch.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,8 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
         UnsupportedArchitectureError: An attention or a patch merging of an unknown build.
     """
     attentions, mergings = list(find_attention(base)), list(find_patch_merging(base))
-    network = light_copy(base).requires_grad_(True)
+    # A clone is the cheapest operation that leaves a node of its own in the graph.
+    network = light_copy(base, stand_in=torch.clone).requires_grad_(True)
     stubs: dict[str, Attention | PatchMerging] = {}
     for part in attentions:
         inputs = base.get_submodule(part.projections[0]).in_features
@@ -60,21 +60,32 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
     return TracedNetwork(network.eval(), stubs)
 
 
-def light_copy(base: nn.Module) -> nn.Module:
+def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
     """Copy a base to run on the meta device for its shapes and matrix products alone: float32, in eval mode.
 
-    Norms and activations become one operation each that keeps the shape; norms still check that all their tensors are
-    as wide as what they are given.
+    Norms still check that all their tensors are as wide as what they are given.
+
+    Args:
+        base: The network.
+        stand_in: What norms and activations do, instead of nothing at all.
     """
     network = copy_shapes(base).float().eval()
+    stand_in = stand_in or _pass_on
     for module in network.modules():
-        stand_in = partial(_check_width, module) if isinstance(module, _NORMS) else _STAND_INS.get(type(module))
-        if stand_in is not None:
+        if isinstance(module, _NORMS):
+            module.forward = partial(_check_width, module, stand_in)
+        elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU | nn.MultiheadAttention):
             module.forward = stand_in
     return network
 
 
-def _check_width(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _pass_on(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _check_width(
+    norm: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
     """Stand for a norm: refuse what it would refuse."""
     tensors = [*norm._parameters.values(), *norm._buffers.values()]
     widths = {tensor.numel() for tensor in tensors if tensor is not None and tensor.ndim}
@@ -82,7 +93,7 @@ def _check_width(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     last = math.prod(hidden.shape[-len(norm.normalized_shape) :]) if is_layer_norm else hidden.shape[1]
     if widths - {last} and widths - {hidden.shape[1]}:
         raise RuntimeError(f"a {type(norm).__name__} of {sorted(widths)} channels is given {list(hidden.shape)}")
-    return torch.neg(hidden)
+    return stand_in(hidden)
 
 
 def loose_parameters(network: nn.Module) -> list[tuple[nn.Parameter, int]]:
@@ -96,33 +107,6 @@ def loose_parameters(network: nn.Module) -> list[tuple[nn.Parameter, int]]:
     }
     loose = [p for p in network.parameters() if id(p) not in owned]
     return [(p, max(d for d, size in enumerate(p.shape) if size > 1)) for p in loose if p.numel() > 1]
-
-
-def copy_shapes(module: nn.Module) -> nn.Module:
-    """Copy a module tree without its weights: every tensor becomes an empty one on the meta device; hooks stay behind.
-
-    Unlike a fresh build, this needs no config, draws no initial weights and keeps whatever was cut or set since.
-    """
-    memo: dict[int, object] = {}
-    modules = list(module.modules())
-    for old in modules:
-        memo[id(old)] = old.__new__(type(old))
-        for tensor in [*vars(old).values(), *old._parameters.values(), *old._buffers.values()]:
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-                if isinstance(tensor, nn.Parameter):
-                    empty = nn.Parameter(empty, tensor.requires_grad)
-                memo[id(tensor)] = empty
-    for old in modules:
-        values = {}
-        for name, value in vars(old).items():
-            if name.endswith("_hooks") or "_hooks_" in name:
-                value = type(value)()
-            elif type(value) not in _IMMUTABLE:
-                value = copy.deepcopy(value, memo)
-            values[name] = value
-        memo[id(old)].__dict__.update(values)
-    return memo[id(module)]
 
 
 class _AttentionStub(nn.Module):

@@ -1,0 +1,84 @@
+"""Copies of a module tree: without its weights, or with other tensors in their place.
+
+Like `copy.deepcopy`, which spends most of its time on tables of modules and on tuples of numbers.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+_IMMUTABLE = (int, float, bool, str, type(None), type, torch.device, torch.dtype)
+
+
+def copy_shapes(module: nn.Module) -> nn.Module:
+    """Copy a module tree without its weights: every tensor becomes an empty one on the meta device; hooks stay behind.
+
+    Unlike a fresh build, this needs no config, draws no initial weights and keeps whatever was cut or set since.
+    """
+    return copy_modules(module, _empty, with_hooks=False)
+
+
+def copy_modules(
+    root: nn.Module,
+    copy_tensor: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    replaced: Mapping[nn.Module, nn.Module] | None = None,
+    with_hooks: bool = True,
+) -> nn.Module:
+    """Copy a module tree; what is shared in it is shared in the copy.
+
+    Args:
+        root: The tree.
+        copy_tensor: Makes the copy of a parameter, buffer or other tensor; called once for each.
+        replaced: Modules that are not copied -> what takes their place.
+        with_hooks: Hand on the hooks, too.
+    """
+    memo: dict[int, object] = {id(old): new for old, new in (replaced or {}).items()}
+    modules = _walk(root, set(memo))
+    for old in modules:
+        memo[id(old)] = old.__new__(type(old))
+        for tensor in [*vars(old).values(), *old._parameters.values(), *old._buffers.values()]:
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = copy_tensor(tensor)
+    for old in modules:
+        values = {}
+        for name, value in vars(old).items():
+            if not with_hooks and (name.endswith("_hooks") or "_hooks_" in name):
+                values[name] = type(value)()
+            else:
+                values[name] = _copy_value(value, memo)
+        memo[id(old)].__dict__.update(values)
+    return memo[id(root)]
+
+
+def _walk(module: nn.Module, seen: set[int]) -> list[nn.Module]:
+    """Modules in the order of `named_modules`, without those in `seen` and what only they hold."""
+    found = [module]
+    seen.add(id(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen:
+            found += _walk(child, seen)
+    return found
+
+
+def _copy_value(value: object, memo: dict[int, object]) -> object:
+    if type(value) in _IMMUTABLE:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (dict, OrderedDict):
+        memo[id(value)] = copied = type(value)()
+        copied.update((name, _copy_value(part, memo)) for name, part in value.items())
+        return copied
+    if type(value) is tuple:
+        parts = tuple(_copy_value(part, memo) for part in value)
+        return value if all(new is old for new, old in zip(parts, value, strict=True)) else parts
+    return copy.deepcopy(value, memo)
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
