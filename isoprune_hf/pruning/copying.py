@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-_IMMUTABLE = (int, float, bool, str, type(None), type, torch.device, torch.dtype)
+_IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, torch.dtype))
+_TABLES = frozenset((dict, OrderedDict))
 
 
 def copy_shapes(module: nn.Module) -> nn.Module:
@@ -41,16 +42,17 @@ def copy_modules(
     for old in modules:
         memo[id(old)] = old.__new__(type(old))
         for tensor in [*vars(old).values(), *old._parameters.values(), *old._buffers.values()]:
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+            if type(tensor) not in _IMMUTABLE and isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = copy_tensor(tensor)
     for old in modules:
-        values = {}
+        values = memo[id(old)].__dict__
         for name, value in vars(old).items():
-            if not with_hooks and (name.endswith("_hooks") or "_hooks_" in name):
+            if type(value) in _IMMUTABLE:
+                values[name] = value
+            elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):
                 values[name] = type(value)()
             else:
                 values[name] = _copy_value(value, memo)
-        memo[id(old)].__dict__.update(values)
     return memo[id(root)]
 
 
@@ -69,7 +71,7 @@ def _copy_value(value: object, memo: dict[int, object]) -> object:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if type(value) in (dict, OrderedDict):
+    if type(value) in _TABLES:
         memo[id(value)] = copied = type(value)()
         copied.update((name, _copy_value(part, memo)) for name, part in value.items())
         return copied

@@ -121,24 +121,21 @@ def _kept_elements(
     plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module
 ) -> dict[str, dict[int, torch.Tensor]]:
     """Tensor -> dim -> positions that stay."""
+    shapes = {name: tensor.shape for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
     masks: dict[tuple[str, int], np.ndarray] = {}
     gone = tuple(f"{block}." for block in plan.removed_blocks)
-
-    def remove(parameter: str, dim: int, positions: np.ndarray) -> None:
-        if parameter.startswith(gone):
-            return
-        size = base.get_submodule(parameter.rpartition(".")[0]).__getattr__(parameter.rpartition(".")[2]).shape[dim]
-        masks.setdefault((parameter, dim), np.ones(size, dtype=bool))[positions] = False
-
     for group in groups:
         if group.name not in plan.kept:
             continue
-        leaving = np.setdiff1d(np.arange(group.channels), plan.kept[group.name])
-        for member in group.members:
-            remove(member.parameter, member.dim, member.index[leaving].ravel())
-        leaving_heads = np.setdiff1d(np.arange(group.num_heads), plan.heads.get(group.name, ()))
-        for member in group.head_members:
-            remove(member.parameter, member.dim, member.index[leaving_heads].ravel())
+        leaving = np.delete(np.arange(group.channels), plan.kept[group.name])
+        leaving_heads = np.delete(np.arange(group.num_heads), plan.heads.get(group.name, ()))
+        for members, units in ((group.members, leaving), (group.head_members, leaving_heads)):
+            for member in members:
+                if not member.parameter.startswith(gone):
+                    key = member.parameter, member.dim
+                    if key not in masks:
+                        masks[key] = np.ones(shapes[member.parameter][member.dim], dtype=bool)
+                    masks[key][member.index[units]] = False
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for (parameter, dim), mask in masks.items():
         kept.setdefault(parameter, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
