@@ -226,6 +226,27 @@ def test_one_block_of_a_stage_stays() -> None:
     assert plan_blocks(remove_blocks="auto", ratio=1.0).removed_blocks == ("s.1", "s.2")
 
 
+def test_numbers_of_blocks_by_pattern_leave_where_they_match() -> None:
+    assert plan_blocks(remove_blocks={"s.[02]": 1}, ratio=0.0).removed_blocks == ("s.2",)
+    # s.1 has the lowest score of all and leaves for the first pattern: the second one takes the next.
+    assert plan_blocks(remove_blocks={"s.1": 1, "s.*": 1}, ratio=0.0).removed_blocks == ("s.1", "s.2")
+    assert plan_blocks(remove_blocks={"s.*": 0}, ratio=0.0).removed_blocks == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"s.*": 3}, r"remove_blocks\['s\.\*'\]: 3 blocks cannot leave; of the 3 residual blocks here 2 can"),
+        ({"t.*": 1}, r"remove_blocks\['t\.\*'\]: 1 blocks cannot leave; of the 0 residual blocks here 0 can"),
+        ({"s.1": 1, "s.*": 2}, r"remove_blocks\['s\.\*'\]: 2 blocks cannot leave"),
+        ({"s.*": -1}, r"remove_blocks\['s\.\*'\] must be at least 0, got -1"),
+    ],
+)
+def test_more_blocks_than_a_pattern_has_are_refused(wanted: dict[str, int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_blocks(remove_blocks=wanted)
+
+
 def test_blocks_share_the_ratio_of_channels_when_asked() -> None:
     plan = plan_blocks(remove_blocks="auto", ratio=1 / 3)
     assert plan.removed_blocks == ("s.1",)

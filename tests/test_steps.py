@@ -52,6 +52,8 @@ def test_a_step_goes_its_share_of_the_way() -> None:
     assert (step.ratio, step.head_ratio) == pytest.approx((0.4, 0.2))
     assert step.head_dim_ratio is None and step.ratios == pytest.approx({"x": 0.6})
     assert (step.remove_blocks, step.round_to) == (3, 1)
+    by_pattern = recipe_of_step(PruneRecipe(remove_blocks={"stages.2.*": 18}, steps=3), 1, COST)
+    assert by_pattern.remove_blocks == {"stages.2.*": 6}
 
 
 def test_a_step_to_a_budget_removes_its_share_of_what_must_leave() -> None:

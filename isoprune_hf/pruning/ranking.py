@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -189,15 +190,18 @@ class Ranking:
                     f"{', '.join(self.blocks) or 'none'}"
                 )
             return tuple(name for name in self.blocks if name in wanted)
-        if not isinstance(wanted, int):
-            return ()
-        free = self._removable()
-        if wanted > len(free):
-            raise RecipeError(
-                f"prune.remove_blocks: {wanted} blocks cannot leave; of the {len(self.blocks)} residual blocks here "
-                f"{len(free)} can, since one of each stage stays"
-            )
-        leaving = set(free[:wanted])
+        counts = wanted if isinstance(wanted, dict) else {"*": wanted} if isinstance(wanted, int) else {}
+        leaving: set[str] = set()
+        for pattern, count in counts.items():
+            known = [name for name in self.blocks if fnmatchcase(name, pattern)]
+            free = [name for name in self._removable() if name in known and name not in leaving]
+            if count > len(free):
+                setting = f"remove_blocks[{pattern!r}]" if isinstance(wanted, dict) else "remove_blocks"
+                raise RecipeError(
+                    f"prune.{setting}: {count} blocks cannot leave; of the {len(known)} residual blocks here "
+                    f"{len(free)} can, since one of each stage stays"
+                )
+            leaving |= set(free[:count])
         return tuple(name for name in self.blocks if name in leaving)
 
     def _choose_blocks(self, block_ratio: float) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ def recipe_of_step(
     changes["ratios"] = {pattern: ratio * share for pattern, ratio in recipe.ratios.items()}
     if isinstance(recipe.remove_blocks, int):
         changes["remove_blocks"] = round(recipe.remove_blocks * share)
+    elif isinstance(recipe.remove_blocks, dict):
+        changes["remove_blocks"] = {pattern: round(count * share) for pattern, count in recipe.remove_blocks.items()}
     return replace(recipe, **changes)
 
 

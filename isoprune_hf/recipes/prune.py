@@ -53,7 +53,8 @@ class PruneRecipe:
         include: Patterns of group names; only these groups are cut.
         exclude: Patterns of group names that are not cut.
         head_dims: per_head lets each head drop its own weakest dims, shared drops the same dims in all heads.
-        remove_blocks: Residual blocks that leave whole: a number, names, or `auto`: the same share as of channels.
+        remove_blocks: Residual blocks that leave whole: a number, names, numbers by pattern, as {"stages.2.*": 18}, or
+            `auto`: the same share as of channels.
         target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only say
             how the cut is shared.
         target_params: The same for parameters: 20M, or a share of the base.
@@ -89,7 +90,7 @@ class PruneRecipe:
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     head_dims: Literal["per_head", "shared"] = "per_head"
-    remove_blocks: int | Literal["auto"] | list[str] | None = None
+    remove_blocks: int | Literal["auto"] | list[str] | dict[str, int] | None = None
     target_macs: str | int | float | None = None
     target_params: str | int | float | None = None
     target_latency: str | int | float | None = None
@@ -116,6 +117,8 @@ class PruneRecipe:
             check_range("prune", "num_labels", self.num_labels, 1)
         if isinstance(self.remove_blocks, int):
             check_range("prune", "remove_blocks", self.remove_blocks, 0)
+        for pattern, count in self.remove_blocks.items() if isinstance(self.remove_blocks, dict) else ():
+            check_range("prune", f"remove_blocks[{pattern!r}]", count, 0)
         targets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; give one budget")
