@@ -1,7 +1,6 @@
 """The command line: `isoprune [STAGE] [FLAGS]`, and the same for `accelerate launch train_accelerate.py`."""
 
 import argparse
-import difflib
 import importlib
 import json
 import logging
@@ -9,20 +8,19 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-import yaml
 from accelerate import Accelerator
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import ArgumentParser, Namespace
 from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, Stage
 from isoprune_hf.errors import IsoPruneError, RecipeError
+from isoprune_hf.recipe_files import like, read_recipe, select_stage
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
@@ -37,11 +35,6 @@ _EPILOG = """examples:
 """
 
 
-def _like(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 class _Parser(ArgumentParser):
     """Says in one line what is wrong, and exits with 2."""
 
@@ -49,7 +42,7 @@ class _Parser(ArgumentParser):
         message = " ".join(message.split())
         unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
         if unknown:
-            message += _like(unknown[1], [action.dest for action in self._actions])
+            message += like(unknown[1], [action.dest for action in self._actions])
         _fail(message)
 
 
@@ -106,13 +99,13 @@ def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
         return first, arguments[1:]
     known = [stage for stage in STAGES if " " not in stage] + list(ACTIONS)
     if first not in ACTIONS:
-        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{_like(first, known)}")
+        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{like(first, known)}")
     second = arguments[1] if len(arguments) > 1 else ""
     if second in ("-h", "--help") or f"{first} {second}" in STAGES:
         is_help = second.startswith("-")
         return (first, arguments[1:]) if is_help else (f"{first} {second}", arguments[2:])
     actions = [stage.split()[1] for stage in STAGES if stage.startswith(f"{first} ")]
-    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{_like(second, actions)}")
+    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{like(second, actions)}")
 
 
 def _name_positionals(stage: str, flags: list[str]) -> list[str]:
@@ -135,36 +128,10 @@ def _recipe_first(stage: str, arguments: list[str]) -> list[str]:
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
             file = argument.partition("=")[2] or next(rest, "")
-            recipes += ["--config", _read_recipe(stage, file)]
+            recipes += ["--config", json.dumps(select_stage(read_recipe(file), stage))]
         else:
             flags.append(argument)
     return [*recipes, *flags]
-
-
-def _read_recipe(stage: str, file: str) -> str:
-    """Read a recipe file; sections of other stages are left out, so one file serves all stages."""
-    try:
-        values = get_loader("yaml")(Path(file).read_text())
-    except OSError as error:
-        raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror})") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"--config: {file} is not YAML: {error}") from error
-    sections, flags = STAGES[stage][:2]
-    known = {*SECTIONS, *(flag[0] for other in STAGES.values() for flag in other.flags)}
-    if not isinstance(values, dict):
-        raise RecipeError(f"--config: {file} must hold sections, as prune, data and finetune")
-    for name, section in values.items():
-        if name not in known:
-            raise RecipeError(f"--config: {file} has an unknown section {name!r}{_like(str(name), known)}")
-        if name in SECTIONS and not isinstance(section, dict):
-            raise RecipeError(f"--config: section {name} of {file} must hold settings, got {section!r}")
-        keys = {field.name for field in fields(SECTIONS[name])} if name in SECTIONS else set()
-        for key in section if name in SECTIONS else ():
-            if key not in keys:
-                near = _like(f"{name}.{key}", [f"{name}.{known_key}" for known_key in keys])
-                raise RecipeError(f"--config: {file} has an unknown setting {name}.{key}{near}")
-    mine = {*sections.split(), *(flag[0] for flag in flags)} if stage == "run" else set(sections.split())
-    return json.dumps({name: value for name, value in values.items() if name in mine})
 
 
 def build_parser() -> ArgumentParser:

@@ -24,6 +24,7 @@ FLOORS = [
     ("training/", 3),
     ("publishing/", 5),
     ("commands.py", 3),
+    ("recipe_files.py", 3),
     ("sources.py", 6),
     ("results.py", 6),
     ("stages.py", 7),
