@@ -5,6 +5,7 @@ the values come from, and the published figures; no stage reads them.
 """
 
 import difflib
+import json
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -53,11 +54,12 @@ def _read(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"--config: {' extends '.join(str(path) for path in (*above, file))}, which never ends")
     try:
         values = get_loader("yaml")(file.read_text())
+        json.dumps(values)  # plain values, and none that holds itself
     except OSError as error:
         reason = f"the recipe file {file} cannot be read ({error.strerror})"
         by = f"; {above[-1]} extends it, by a path from its own folder" if above else ""
         raise RecipeError(f"--config: {reason}{by}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"--config: {file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"--config: {file} must hold sections, as prune, data and finetune")

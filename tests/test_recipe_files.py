@@ -208,6 +208,8 @@ BAD = {
     ),
     "missing": ({"top": "extends: gone.yaml"}, ["gone.yaml cannot be read (No such file", "top.yaml extends it"]),
     "a folder": ({"top": "extends: ."}, ["cannot be read (Is a directory)"]),
+    "holds itself": ({"top": "prune: &a {model_args: *a}"}, ["top.yaml is not YAML: Circular reference detected"]),
+    "no plain value": ({"top": "prune: {model_args: {a: !!set {b}}}"}, ["top.yaml is not YAML", "set"]),
     "no path": ({"top": "extends: [a.yaml]"}, ["extends of", "the path of a recipe file, got ['a.yaml']"]),
     "nothing": ({"top": "extends:\nprune: {ratio: 0.1}"}, ["must be the path of a recipe file, got None"]),
     "unknown key below": ({"top": "extends: two.yaml", "two": "prune: {modle: x}"}, ["two.yaml", "prune.model?"]),
