@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.transforms import functional
+from torchvision.transforms import AugMix, AutoAugment, InterpolationMode, RandAugment, TrivialAugmentWide, functional
 from transformers import ViTImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
@@ -119,3 +119,47 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone():
     other = load([0, 1, 2, 3, 4, 5], epoch=2, workers=0)
     assert all(torch.equal(first[position], second[position]) for position in range(6))
     assert not any(torch.equal(first[position], other[position]) for position in range(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("tv-rand-n2-m9", RandAugment(2, 9, interpolation=InterpolationMode.BICUBIC)),
+        ("tv-auto", AutoAugment(interpolation=InterpolationMode.BICUBIC)),
+        ("tv-trivial", TrivialAugmentWide(interpolation=InterpolationMode.BICUBIC)),
+        ("tv-augmix", AugMix(interpolation=InterpolationMode.BICUBIC)),
+    ],
+)
+def test_the_policies_of_torchvision_are_its_own(name, policy):
+    image, processor = make_image(), make_processor(resample=3)
+    with seeded_generators(7):
+        mine = train_transform(processor, no_augmentation(auto_augment=name))(image)
+    with seeded_generators(7):
+        expected = EvaluationTransform(processor)(policy(image))
+    assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", ["tv-rand-n2-m31", "tv-rand-n0-m9", "tv-best", "tv-"])
+def test_an_unknown_policy_of_torchvision_is_a_clear_error(name):
+    with pytest.raises(RecipeError, match=f"torchvision has no policy {name!r}; give tv-rand-nN-mM with M below 31"):
+        train_transform(make_processor(), no_augmentation(auto_augment=name))
+
+
+def test_erased_boxes_are_zero_or_noise():
+    image, processor = make_image(), make_processor()
+    plain = EvaluationTransform(processor)(image)
+    kinds = {}
+    for fill in ("zero", "pixel"):
+        with seeded_generators(1):
+            erased = train_transform(processor, no_augmentation(random_erasing=1.0, random_erasing_fill=fill))(image)
+        kinds[fill] = erased[erased != plain].unique()
+    assert kinds["zero"].tolist() == [0.0] and len(kinds["pixel"]) > 20
+
+
+def test_random_crops_are_scaled_as_the_recipe_says():
+    image, processor = make_image(size=(64, 64)), make_processor(resample=2)
+    crops = {}
+    for interpolation in (None, "bilinear", "bicubic"):
+        with seeded_generators(3):
+            crops[interpolation] = train_transform(processor, FinetuneRecipe(interpolation=interpolation))(image)
+    assert torch.equal(crops[None], crops["bilinear"]) and not torch.equal(crops["bilinear"], crops["bicubic"])

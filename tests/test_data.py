@@ -255,6 +255,13 @@ def test_the_evaluation_shards_are_strided_and_complete(workers):
     assert torch.equal(pixel_values, PROCESSOR([make_image(6)], return_tensors="pt")["pixel_values"])
 
 
+class DrawnTransform:
+    """A random number instead of an image."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.rand(())
+
+
 def test_a_rank_without_images_gets_no_batches():
     loader = eval_loader(make_split([0]), PROCESSOR, batch_size=2, num_workers=0, rank=1, world=2)
     assert list(loader) == []
@@ -264,14 +271,46 @@ def test_ranks_and_accumulation_share_one_order_of_the_epoch():
     split, transform = make_split([index % 3 for index in range(11)]), EvaluationTransform(PROCESSOR)
 
     def load(rank: int, world: int, micro: int, epoch: int = 1) -> list[list[int]]:
-        options = {"batch_size": 4, "micro_batch_size": micro, "seed": 0, "epoch": epoch, "num_workers": 0}
-        return [batch[0].tolist() for batch in train_batches(split, transform, rank=rank, world=world, **options)]
+        options = {"batch_size": 4, "parts": 4 // micro, "seed": 0, "epoch": epoch, "num_workers": 0}
+        batches = train_batches(split, transform, rank=rank, world=world, **options)
+        assert batches.totals == [4, 4] and batches.sizes == [micro] * (8 // micro // world)
+        return [batch[0].tolist() for batch in batches.loader]
 
     alone = load(0, 1, 4)
     assert [len(batch) for batch in alone] == [4, 4] and len({*alone[0], *alone[1]}) == 8
     first, second = load(0, 2, 1), load(1, 2, 1)
     assert [first[0] + second[0] + first[1] + second[1], first[2] + second[2] + first[3] + second[3]] == alone
     assert load(0, 1, 4, epoch=2) != alone
+
+
+def test_copies_of_an_image_are_augmented_differently_and_lie_in_different_parts():
+    def load(rank: int = 0, world: int = 1, **options: int | bool) -> list[tuple[list[int], list[float]]]:
+        split = make_split([0] * 12)
+        transform = DrawnTransform()
+        common = {"batch_size": 8, "seed": 0, "epoch": 1, "num_workers": 0, "rank": rank, "world": world}
+        batches = train_batches(split, transform, **{**common, "parts": 2, **options})
+        return [(batch[0].tolist(), batch[1].tolist()) for batch in batches.loader]
+
+    parts = load(repeats=2, drop_last=False)
+    assert [len(positions) for positions, _ in parts] == [4, 4, 2, 2]
+    assert parts[0][0] == parts[1][0] and len(set(parts[0][0])) == 4  # each image once in each part
+    assert not set(parts[0][1]) & set(parts[1][1])
+    assert len({*parts[0][0], *parts[2][0]}) == 6  # half of the images
+    first = dict(zip(*load(parts=1)[0], strict=True))
+    both = dict(zip(*parts[0], strict=True))
+    shared = set(first) & set(both)
+    assert shared and all(first[position] == both[position] for position in shared)  # the first copy as without copies
+
+
+def test_a_short_last_batch_gives_every_rank_as_many_parts():
+    split, transform = make_split([0] * 9), EvaluationTransform(PROCESSOR)
+    options = {"batch_size": 8, "parts": 4, "seed": 0, "epoch": 1, "num_workers": 0, "world": 2, "drop_last": False}
+    ranks = [train_batches(split, transform, rank=rank, **options) for rank in range(2)]
+    assert [batches.totals for batches in ranks] == [[8, 1]] * 2
+    assert [batches.sizes for batches in ranks] == [[2, 2, 0, 0], [2, 2, 0, 1]]
+    shares = [zip(batches.loader, batches.sizes, strict=True) for batches in ranks]
+    seen = [batch[0].tolist() for share in shares for batch, size in share if size]
+    assert sorted(position for batch in seen for position in batch) == list(range(9))
 
 
 def test_loading_leaves_the_global_generator_alone():

@@ -59,3 +59,19 @@ def test_the_gradient_of_a_student_equal_to_its_teacher_is_zero():
     options = {"label_smoothing": 0.1, "distillation": "soft", "weight": 1.0, "temperature": 3.0}
     training_loss(logits, LABELS, LOGITS, **options).sum().backward()
     torch.testing.assert_close(logits.grad, torch.zeros_like(LOGITS), atol=1e-6, rtol=0)
+
+
+def test_the_teacher_may_speak_to_logits_of_its_own_and_be_smoothed():
+    taught = torch.tensor([[0.0, math.log(9.0)]])  # softmax: 1/10, 9/10
+    options = {"distillation": "hard", "taught_logits": taught}
+    label = -math.log(3 / 4)
+    assert loss_of(**options) == pytest.approx((label - math.log(9 / 10)) / 2)
+    smoothed = -0.9 * math.log(9 / 10) - 0.1 * math.log(1 / 10)
+    assert loss_of(**options, teacher_label_smoothing=0.2) == pytest.approx((label + smoothed) / 2)
+
+
+def test_targets_may_be_shares_of_classes():
+    targets = torch.tensor([[0.3, 0.7]])
+    options = {"label_smoothing": 0.0, "distillation": "none", "weight": 0.5, "temperature": 1.0}
+    expected = -0.3 * math.log(3 / 4) - 0.7 * math.log(1 / 4)
+    assert training_loss(LOGITS, targets, None, **options).item() == pytest.approx(expected)

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from timm.layers import DropPath
+from tiny_models import make_base
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import (
@@ -22,9 +24,15 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoPruneForImageClassification,
 )
 from isoprune_hf.errors import DatasetError, RecipeError
-from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.training.augmentation import seed_from, train_transform
 from isoprune_hf.training.data import ImageData, load_data
-from isoprune_hf.training.loop import build_optimizer, finetune, fit_batch_size, learning_rate_at
+from isoprune_hf.training.evaluation import evaluate_model
+from isoprune_hf.training.loading import train_batches
+from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.mixing import mix
+from isoprune_hf.training.optimisation import build_optimizer
 
 ROOT = Path(__file__).parents[1]
 ACCELERATOR = Accelerator(cpu=True)
@@ -47,17 +55,24 @@ def make_net(seed: int = 0, **changes: Any) -> TinyNet:
     return TinyNet(**changes)
 
 
-def make_processor() -> IsoImageProcessor:
-    return IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
+def make_processor(side: int = 4) -> IsoImageProcessor:
+    return IsoImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
 
 
-def make_data(train: int = 70, evaluation: int = 9) -> ImageData:
+class SimpleTeacher(nn.Module):
+    """Says class 2, whatever it sees."""
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.tensor([[0.0, 0.0, 1.0]]).expand(len(pixel_values), 3))
+
+
+def make_data(train: int = 70, evaluation: int = 9, side: int = 4) -> ImageData:
     rng = np.random.default_rng(0)
     names = ("cat", "dog", "owl")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
 
     def make_split(images: int) -> datasets.Dataset | None:
-        pixels = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(images)]
+        pixels = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(images)]
         columns = {"image": pixels, "label": rng.integers(0, 3, images).tolist()}
         return datasets.Dataset.from_dict(columns, features=features) if images else None
 
@@ -183,51 +198,160 @@ def test_a_loss_that_is_not_finite_is_a_clear_error():
     assert torch.isfinite(net.stem.weight).all()
 
 
-def test_a_batch_that_cannot_be_split_lists_the_nearest_legal_numbers():
-    with pytest.raises(RecipeError, match=r"= 2 x 3, got 32; give 30 or 36"):
-        fit_batch_size(1000, make_recipe(grad_accumulation=3), world=2)
-    with pytest.raises(RecipeError, match=r"= 2 x 32, got 32; give 64$"):
-        fit_batch_size(1000, make_recipe(grad_accumulation=32), world=2)
+def make_normed(seed: int = 0) -> TinyNet:
+    net = make_net(seed, dropout=0.3)
+    net.norm = nn.BatchNorm1d(8)
+    return net
 
 
-def test_a_small_split_shrinks_the_batch_and_says_so(caplog):
-    assert fit_batch_size(32, make_recipe(grad_accumulation=4), world=2) == 32
-    assert fit_batch_size(31, make_recipe(grad_accumulation=4), world=2) == 24
-    assert "32 is more than the 31 training images, using 24" in caplog.text
+def make_replica_recipe() -> FinetuneRecipe:
+    """Two epochs; the last update of each has half as many images as the others."""
+    mixing = {"mixup": 0.5, "cutmix": 1.0, "mixup_pairing": "roll", "repeated_augmentation": 2}
+    return make_recipe(batch_size=16, virtual_replicas=4, drop_last=False, distillation="none", **mixing)
 
 
-def test_too_few_images_and_no_training_split_are_clear_errors():
-    with pytest.raises(DatasetError, match=r"7 training images are fewer than ranks x grad_accumulation = 2 x 4"):
-        fit_batch_size(7, make_recipe(grad_accumulation=4), world=2)
+def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
+    """Four parts in one pass each, with mixup, dropout and BatchNorm, against the same sums made by hand."""
+    data, net, reference = make_data(train=16, evaluation=0), make_normed(), make_normed()
+    options = {"epochs": 1, "batch_size": 16, "clip_grad": None, "momentum": 0.0, "weight_decay": 0.0}
+    recipe = make_recipe(**options, virtual_replicas=4, mixup=0.5, mixup_pairing="roll", distillation="none")
+    train(net, recipe, data=data)
+    batches = train_batches(
+        data.train,
+        train_transform(make_processor(), recipe),
+        batch_size=16,
+        parts=4,
+        seed=0,
+        epoch=1,
+        num_workers=0,
+        rank=0,
+        world=1,
+    )
+    reference.train()
+    start = [reference.norm.running_mean.clone(), reference.norm.running_var.clone()]
+    means = []
+    with torch.random.fork_rng():
+        for part, (_, images, labels) in enumerate(batches.loader):
+            reference.norm.running_mean.copy_(start[0])
+            reference.norm.running_var.copy_(start[1])
+            torch.manual_seed(seed_from(0, 1, 0, part))
+            images, targets = mix(images, labels, recipe, num_classes=3, seeds=(0, 1, 0, part))
+            logits = reference(images).logits
+            loss = nn.functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum") / 16
+            loss.backward()
+            means.append([reference.norm.running_mean.clone(), reference.norm.running_var.clone()])
+    for parameter, trained in zip(reference.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(trained, parameter - 0.1 * parameter.grad, atol=1e-6, rtol=0)
+    for trained, made in zip((net.norm.running_mean, net.norm.running_var), zip(*means, strict=True), strict=True):
+        torch.testing.assert_close(trained, torch.stack(made).mean(0), atol=1e-6, rtol=0)
+    assert net.norm.num_batches_tracked == 1
+
+
+def test_a_short_last_batch_is_trained_with_the_mean_of_its_samples():
+    short = make_net()
+    options = {"epochs": 1, "distillation": "none", "crop_scale": (1.0, 1.0), "hflip": 0.0, "clip_grad": None}
+    # Two samples for four parts: two parts hold nothing that counts.
+    recipe = make_recipe(**options, batch_size=8, virtual_replicas=4, drop_last=False, schedule="step")
+    data = make_data(train=10, evaluation=0)
+    entry = train(short, recipe, data=data)["history"][0]
+    batches = train_batches(
+        data.train,
+        train_transform(make_processor(), recipe),
+        batch_size=8,
+        parts=1,
+        seed=0,
+        epoch=1,
+        num_workers=0,
+        rank=0,
+        world=1,
+        drop_last=False,
+    )
+    reference, losses = make_net(), []
+    for (_, images, labels), size in zip(batches.loader, (8, 2), strict=True):
+        loss = nn.functional.cross_entropy(reference(images).logits, labels, label_smoothing=0.1)
+        reference.zero_grad()
+        loss.backward()
+        losses.append(loss.item() * size)
+        with torch.no_grad():
+            for group in build_optimizer(reference, recipe).param_groups:
+                for parameter in group["params"]:
+                    buffer = parameter.grad + group["weight_decay"] * parameter
+                    momentum = getattr(parameter, "momentum", None)
+                    parameter.momentum = buffer if momentum is None else 0.9 * momentum + buffer
+                    parameter -= 0.1 * parameter.momentum
+    assert entry["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
+    assert_equal_weights(short, reference, atol=1e-6)
+
+
+def test_the_average_of_the_weights_is_evaluated_saved_and_what_remains():
+    net, steps, saved = make_net(), [], {}
+    weights = net.state_dict()["stem.weight"].clone()
+
+    def save(name: str, model: nn.Module, entry: dict) -> None:
+        saved[name] = model.state_dict()["stem.weight"].clone()
+        if name == "last":
+            steps.append(saved[name])
+
+    recipe = make_recipe(epochs=3, batch_size=70, ema_decay=0.5, best="ema", save_every=2)
+    history = train(net, recipe, save=save)["history"]
+    for step in steps:  # one update an epoch
+        weights = 0.5 * weights + 0.5 * step
+    torch.testing.assert_close(net.state_dict()["stem.weight"], weights, atol=1e-6, rtol=0)
+    torch.testing.assert_close(saved["ema"], weights, atol=1e-6, rtol=0)
+    assert set(saved) == {"last", "ema", "best", "epoch-002"}
+    assert {"top1", "loss", "raw_top1", "raw_loss"} <= history[-1].keys()
+    figures = evaluate_model(net, make_data().evaluation, make_processor())
+    assert figures["loss"] == pytest.approx(history[-1]["loss"], abs=1e-12)
+
+
+def test_fp16_scales_the_loss_and_trains_near_fp32():
+    nets = [make_net(), make_net()]
+    for net, precision in zip(nets, ("no", "fp16"), strict=True):
+        train(net, make_recipe(precision=precision))
+    assert nets[1].stem.weight.dtype == torch.float32
+    assert_equal_weights(*nets, atol=5e-3)
+    assert not torch.equal(nets[0].stem.weight, nets[1].stem.weight)
+
+
+@pytest.mark.parametrize("family", ["deit", "hf-deit"])
+def test_the_teacher_speaks_to_the_distillation_token_and_the_labels_to_the_class_token(family, tmp_path):
+    model = make_base(family, tmp_path, labels=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    teacher = SimpleTeacher()
+    recipe = make_recipe(
+        epochs=1, batch_size=8, distillation="hard", distillation_head="token", learning_rate=1e-2, clip_grad=None
+    )
+    data = make_data(train=8, evaluation=0, side=16)
+    finetune(model, data, make_processor(16), recipe, accelerator=ACCELERATOR, teacher=teacher)
+    names = ("head", "head_dist") if family == "deit" else ("cls_classifier", "distillation_classifier")
+    change = {name: tensor - before[name] for name, tensor in model.state_dict().items()}
+    # The teacher's class is always 2, so the bias of the token's head grows there alone; the labels' is spread.
+    assert (change[f"model.{names[1]}.bias"] > 0).tolist() == [False, False, True]
+    assert not torch.equal(change[f"model.{names[0]}.bias"], change[f"model.{names[1]}.bias"])
+
+
+def test_a_head_of_its_own_for_the_teacher_needs_a_token_and_a_teacher():
+    with pytest.raises(RecipeError, match="distillation_head token: TinyNet has no distillation token"):
+        train(make_net(), make_recipe(distillation_head="token"), teacher=make_net(seed=1))
+    with pytest.raises(RecipeError, match="distillation_head token needs a teacher"):
+        train(make_net(), make_recipe(distillation_head="token"))
+
+
+def test_a_pruned_convnext_trains_with_stochastic_depth_and_average_and_opens_as_before(tmp_path):
+    base = make_base("convnext", tmp_path, labels=3)
+    model = prune_model(base, PruneRecipe(criterion="l1", ratio=0.5, round_to=1)).model
+    recipe = make_recipe(epochs=1, batch_size=4, drop_path=0.3, dropout=0.1, ema_decay=0.9, best="ema")
+    finetune(model, make_data(8, 4, side=64), make_processor(64), recipe, accelerator=ACCELERATOR)
+    model.save_pretrained(tmp_path / "model")
+    again = IsoPruneForImageClassification.from_pretrained(tmp_path / "model").eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert not any(isinstance(module, DropPath) for module in model.modules())
+
+
+def test_no_training_split_is_a_clear_error():
     with pytest.raises(DatasetError, match=r"'random' has no training split; set data.train_split"):
         train(make_net(), make_recipe(), data=make_data(train=0))
-
-
-def test_only_parameters_with_two_dims_decay_and_frozen_ones_stay_out():
-    net = make_net()
-    net.stem.requires_grad_(False)
-    optimizer = build_optimizer(net, FinetuneRecipe(weight_decay=0.3))
-    decay, rest = optimizer.param_groups
-    assert isinstance(optimizer, torch.optim.AdamW) and (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    assert [id(parameter) for parameter in decay["params"]] == [id(net.head.weight)]
-    assert [id(parameter) for parameter in rest["params"]] == [
-        id(parameter) for parameter in (net.norm.weight, net.norm.bias, net.head.bias)
-    ]
-
-
-def test_cosine_with_warm_up_follows_its_closed_form():
-    recipe = FinetuneRecipe(epochs=5, learning_rate=1.0, min_learning_rate=0.2, warmup_epochs=1)
-    rates = [learning_rate_at(update, recipe=recipe, updates_per_epoch=4) for update in range(20)]
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[12] == pytest.approx(0.6)  # half way between peak and end
-    assert rates[8] == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)
-    assert rates[4:] == sorted(rates[4:], reverse=True) and 0.2 < rates[-1] < 0.21
-
-
-def test_step_falls_every_few_epochs():
-    recipe = FinetuneRecipe(epochs=9, learning_rate=1.0, schedule="step", step_epochs=2, step_gamma=0.1)
-    rates = [learning_rate_at(update, recipe=recipe, updates_per_epoch=3) for update in (0, 5, 6, 11, 12)]
-    assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
 
 
 def test_a_small_vit_learns_real_digits():
@@ -250,7 +374,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from test_loop import RecipeError, make_net, make_recipe, train
+from test_loop import RecipeError, make_data, make_net, make_normed, make_recipe, make_replica_recipe, train
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -269,9 +393,8 @@ try:
 except RecipeError as error:
     open(f"{sys.argv[1]}/stopped{rank}", "w").write(str(error))
 
-normed = make_net()
-normed.norm = torch.nn.BatchNorm1d(8)
-train(normed, make_recipe(), accelerator)
+normed = make_normed()
+train(normed, make_replica_recipe(), accelerator, data=make_data(train=72))
 save_file(normed.state_dict(), f"{sys.argv[1]}/normed{rank}.safetensors")
 accelerator.end_training()
 """
@@ -292,6 +415,9 @@ def test_two_ranks_train_the_weights_of_one(tmp_path):
         weights = load_file(tmp_path / f"{name}.safetensors")
         torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=0)
     assert all("the loss is nan" in (tmp_path / f"stopped{rank}").read_text() for rank in range(2))
-    # Running statistics too: what a rank evaluates is what the main process saves.
+    # With BatchNorm, dropout, mixup and a short last batch, too; each rank has the same statistics to the last bit.
     first, second = (load_file(tmp_path / f"normed{rank}.safetensors") for rank in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
+    normed = make_normed()
+    train(normed, make_replica_recipe(), data=make_data(train=72))
+    torch.testing.assert_close(first, dict(normed.state_dict()), atol=1e-5, rtol=1e-5)

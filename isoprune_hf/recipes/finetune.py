@@ -15,28 +15,52 @@ class FinetuneRecipe:
         epochs: Passes over the training split; 0 leaves the weights as they are.
         batch_size: Images for one update over all ranks and accumulation steps.
         grad_accumulation: Micro-batches that one rank adds up for an update.
+        virtual_replicas: Parts of the batch that BatchNorm, mixup and dropout see. Any number of ranks that divides it
+            trains the same model; the default is ranks x grad_accumulation.
+        drop_last: Leave out the images that do not fill a last batch; false trains on them, too.
+        repeated_augmentation: Copies of an image in an epoch, each augmented in its own way; the epoch keeps its
+            length, so it has the fewer different images.
         optimizer: adamw or sgd.
         learning_rate: Peak learning rate, for the whole batch.
         momentum: Momentum of sgd.
-        weight_decay: Decay of all parameters with two or more dims; biases, norms and scales have none.
+        weight_decay: Decay of the parameters that `weight_decay_rule` names.
+        weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: these without tokens, positions and
+            what else the network excepts; all: every parameter.
         clip_grad: Largest norm of the gradient.
-        schedule: cosine, or step (times `step_gamma` every `step_epochs`), per update.
+        schedule: cosine, or step (times `step_gamma` every `step_epochs`).
+        schedule_unit: The learning rate changes with each update or with each epoch.
         warmup_epochs: Epochs of linear warm-up.
         min_learning_rate: Where cosine ends.
         step_epochs: Epochs between two steps of the step schedule.
         step_gamma: Factor of a step.
+        ema_decay: Decay per update of a moving average of the weights; without it there is none.
+        best: Whose top-1 chooses the best epoch, and whose weights are the result: raw or ema.
         label_smoothing: Share of the target that goes to all classes.
+        mixup: Alpha of mixup; 0 is off.
+        cutmix: Alpha of cutmix; 0 is off. With both, each part of a batch has one of them.
+        mixup_pairing: An image is mixed with the one at the other end of its part (flip, as timm) or with the one
+            before it (roll, as torchvision).
         distillation: soft (the teacher's distribution), hard (its top class) or none.
+        distillation_head: Whom the teacher speaks to: the logits, or the distillation token alone (DeiT), which then
+            leaves the labels to the class token.
         teacher: auto (the dense base, where it has trained weights), none, or a name or folder as for `prune.model`.
+        teacher_label_smoothing: The same as `label_smoothing` for the teacher's part of hard distillation.
         distillation_weight: Share of the teacher in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
-        precision: no (fp32) or bf16.
+        precision: no (fp32), bf16, or fp16 with a scaled loss.
+        dropout: Rate of dropout before the classifier; the default is the model's own.
+        drop_path: Rate of stochastic depth at the last residual block, growing from 0 at the first; the default is the
+            model's own.
         crop_scale: Smallest and largest share of the image area that a random crop keeps; [1, 1] is the evaluation
             transform.
+        interpolation: Of random crops: bilinear, bicubic or random; the default is the processor's.
         hflip: Probability of a horizontal flip.
-        auto_augment: Policy string of timm, as rand-m9-mstd0.5-inc1.
+        auto_augment: Policy of timm, as rand-m9-mstd0.5-inc1, augmix-m3-w3 or 3a; or of torchvision, which has other
+            strengths: tv-rand-n2-m9, tv-auto, tv-trivial or tv-augmix.
         random_erasing: Probability of erasing a box.
+        random_erasing_fill: zero, or noise in every pixel.
         evaluate_every: Epochs between two evaluations; the last epoch is always evaluated.
+        save_every: Epochs between two checkpoints that are kept beside the last and the best.
         seed: Seed of order, augmentation and dropout.
     """
 
@@ -44,36 +68,57 @@ class FinetuneRecipe:
     epochs: int = 30
     batch_size: int = 64
     grad_accumulation: int = 1
+    virtual_replicas: int | None = None
+    drop_last: bool = True
+    repeated_augmentation: int = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 1e-4
     momentum: float = 0.9
     weight_decay: float = 0.05
+    weight_decay_rule: Literal["all", "no_bias_norm", "timm"] = "no_bias_norm"
     clip_grad: float | None = None
     schedule: Literal["cosine", "step"] = "cosine"
+    schedule_unit: Literal["update", "epoch"] = "update"
     warmup_epochs: float = 0
     min_learning_rate: float = 0.0
     step_epochs: int = 30
     step_gamma: float = 0.1
+    ema_decay: float | None = None
+    best: Literal["raw", "ema"] = "raw"
     label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_pairing: Literal["flip", "roll"] = "flip"
     distillation: Literal["none", "soft", "hard"] = "soft"
+    distillation_head: Literal["logits", "token"] = "logits"
     teacher: str = "auto"
+    teacher_label_smoothing: float = 0.0
     distillation_weight: float = 0.5
     temperature: float = 1.0
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    dropout: float | None = None
+    drop_path: float | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    interpolation: Literal["bilinear", "bicubic", "random"] | None = None
     hflip: float = 0.5
     auto_augment: str | None = None
     random_erasing: float = 0.0
+    random_erasing_fill: Literal["zero", "pixel"] = "zero"
     evaluate_every: int = 1
+    save_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accumulation", "step_epochs", "evaluate_every"):
-            check_range(self.section, name, getattr(self, name), 1)
+        whole = ("batch_size", "grad_accumulation", "virtual_replicas", "repeated_augmentation", "step_epochs")
+        for name in (*whole, "evaluate_every", "save_every"):
+            self._check(name, 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
-            check_range(self.section, name, getattr(self, name), 0)
-        for name in ("momentum", "label_smoothing", "distillation_weight", "hflip", "random_erasing", "step_gamma"):
-            check_range(self.section, name, getattr(self, name), 0, 1)
+            self._check(name, 0)
+        for name in ("mixup", "cutmix"):
+            self._check(name, 0)
+        shares = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip")
+        for name in (*shares, "random_erasing", "step_gamma", "ema_decay", "dropout", "drop_path"):
+            self._check(name, 0, 1)
         if self.temperature <= 0:
             raise RecipeError(f"{self.section}.temperature must be above 0, got {self.temperature}")
         low, high = self.crop_scale
@@ -83,6 +128,21 @@ class FinetuneRecipe:
             )
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise RecipeError(f"{self.section}.clip_grad must be above 0, got {self.clip_grad}")
+        if self.best == "ema" and self.ema_decay is None:
+            raise RecipeError(f"{self.section}.best ema needs {self.section}.ema_decay, as 0.9999")
+        if self.virtual_replicas is not None and self.grad_accumulation > 1:
+            raise RecipeError(
+                f"{self.section}.virtual_replicas {self.virtual_replicas} decides how often gradients are added up: "
+                f"leave {self.section}.grad_accumulation {self.grad_accumulation} out"
+            )
+        if (self.mixup or self.cutmix) and self.mixup_pairing == "flip" and not self.drop_last:
+            raise RecipeError(
+                f"{self.section}.mixup_pairing flip needs an even number of images in each part of a batch, which a "
+                f"short last batch may not have: set {self.section}.drop_last true, or mixup_pairing roll"
+            )
+
+    def _check(self, name: str, low: float, high: float | None = None) -> None:
+        check_range(self.section, name, getattr(self, name), low, high)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Image transforms for training and evaluation, both from the image processor that travels with the weights."""
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +11,22 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, RandomHorizontalFlip
+from torchvision.transforms import (
+    AugMix,
+    AutoAugment,
+    Compose,
+    InterpolationMode,
+    RandAugment,
+    RandomHorizontalFlip,
+    TrivialAugmentWide,
+)
 from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.data import read_image
 
+_BINS = 31  # steps of torchvision's strengths
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
@@ -39,7 +49,7 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
     after it.
 
     Raises:
-        RecipeError: timm does not know the policy of `auto_augment`.
+        RecipeError: timm, or torchvision for `tv-`, does not know the policy of `auto_augment`.
 
     Note:
         It draws from the global generators of Python, NumPy and torch: call it within `seeded_generators`.
@@ -48,6 +58,8 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
     height, width = evaluation(Image.new("RGB", (64, 64))).shape[-2:]
     mean, std = _normalisation(processor)
     resample = Image.Resampling.BILINEAR if processor.resample is None else Image.Resampling(processor.resample)
+    interpolation = recipe.interpolation or resample.name.lower()
+    is_torchvision = (recipe.auto_augment or "").startswith("tv-")
     try:
         crop, augment, normalise = create_transform(
             (height, width),
@@ -56,22 +68,40 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
             scale=recipe.crop_scale,
             hflip=recipe.hflip,
             color_jitter=None,
-            auto_augment=recipe.auto_augment,
-            interpolation=resample.name.lower(),
+            auto_augment=None if is_torchvision else recipe.auto_augment,
+            interpolation=interpolation,
             mean=mean,
             std=std,
             re_prob=recipe.random_erasing,
+            re_mode="pixel" if recipe.random_erasing_fill == "pixel" else "const",
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise RecipeError(
             f"finetune.auto_augment: timm has no policy {recipe.auto_augment!r} ({error}); "
             "give one such as rand-m9-mstd0.5-inc1, original or augmix-m3-w3, or none"
         ) from error
+    if is_torchvision:
+        augment = _torchvision_policy(recipe.auto_augment, interpolation)
     if tuple(recipe.crop_scale) != (1.0, 1.0):
         return Compose([crop, augment, normalise])
     flip = [RandomHorizontalFlip(recipe.hflip)] if recipe.hflip else []
     erasing = normalise.transforms[2:]  # after the conversion to a tensor and the normalisation
     return Compose([*flip, augment, evaluation, *erasing])
+
+
+def _torchvision_policy(name: str, interpolation: str) -> Transform:
+    """Build a policy of torchvision: its strengths are others than those of timm's policies of the same names."""
+    mode = InterpolationMode.BILINEAR if interpolation == "random" else InterpolationMode(interpolation)
+    rand = re.fullmatch(r"tv-rand-n(\d+)-m(\d+)", name)
+    if rand and int(rand[1]) > 0 and int(rand[2]) < _BINS:
+        return RandAugment(int(rand[1]), int(rand[2]), num_magnitude_bins=_BINS, interpolation=mode)
+    kinds = {"tv-auto": AutoAugment, "tv-trivial": TrivialAugmentWide, "tv-augmix": AugMix}
+    if name in kinds:
+        return kinds[name](interpolation=mode)
+    raise RecipeError(
+        f"finetune.auto_augment: torchvision has no policy {name!r}; give tv-rand-nN-mM with M below {_BINS}, as "
+        f"tv-rand-n2-m9, or one of {', '.join(kinds)}"
+    )
 
 
 def _normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -106,7 +136,10 @@ def seeded_generators(*numbers: int) -> Iterator[None]:
 
 
 class TransformedImages(Dataset):
-    """Gives (position, pixel values, label); with seeds, a transform draws from (*seeds, position) alone."""
+    """Gives (position, pixel values, label) at a position, or at (position, number of the copy).
+
+    With seeds, a transform draws from (*seeds, position) alone, and from the number of a copy behind the first.
+    """
 
     def __init__(self, split: Sequence[dict[str, Any]], transform: Transform, seeds: tuple[int, ...] | None = None):
         self.split, self.transform, self.seeds = split, transform, seeds
@@ -114,9 +147,10 @@ class TransformedImages(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, position: int) -> tuple[int, torch.Tensor, int]:
+    def __getitem__(self, at: int | tuple[int, int]) -> tuple[int, torch.Tensor, int]:
+        position, copy = at if isinstance(at, tuple) else (at, 0)
         image, label = read_image(self.split, position)
         if self.seeds is None:
             return position, self.transform(image), label
-        with seeded_generators(*self.seeds, position):
+        with seeded_generators(*self.seeds, position, *[copy] * bool(copy)):
             return position, self.transform(image), label

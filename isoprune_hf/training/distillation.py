@@ -1,10 +1,17 @@
 """The training loss: labels, and what the teacher adds."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from isoprune_hf.errors import RecipeError
+
+# Classifiers of the class token and of the distillation token: timm, transformers.
+_HEADS = (("head", "head_dist"), ("cls_classifier", "distillation_classifier"))
 
 
 def training_loss(
@@ -16,17 +23,21 @@ def training_loss(
     distillation: Literal["none", "soft", "hard"],
     weight: float,
     temperature: float,
+    taught_logits: Tensor | None = None,
+    teacher_label_smoothing: float = 0.0,
 ) -> Tensor:
     """Compute the loss of each sample in fp32.
 
     Args:
         logits: The student's, of shape (B, C).
-        labels: Class indices of shape (B,).
+        labels: Class indices of shape (B,), or targets of shape (B, C).
         teacher_logits: The teacher's, of shape (B, C); without them the loss is the cross-entropy alone.
-        label_smoothing: Share of the label's target that goes to all classes; the teacher's part is never smoothed.
+        label_smoothing: Share of the label's target that goes to all classes.
         distillation: soft compares the two distributions, hard takes the teacher's top class as a second label.
         weight: Share of the teacher, from 0 to 1.
         temperature: Divides both logits of soft distillation; hard has none.
+        taught_logits: Those that the teacher speaks to, of shape (B, C), where they are others than `logits`.
+        teacher_label_smoothing: The same as `label_smoothing` for the teacher's top class.
 
     Returns:
         Losses of shape (B,).
@@ -41,11 +52,42 @@ def training_loss(
     if teacher_logits is None or distillation == "none":
         return loss
     teacher_logits = teacher_logits.float()
+    taught = logits if taught_logits is None else taught_logits.float()
     if distillation == "hard":
-        teacher_loss = functional.cross_entropy(logits, teacher_logits.argmax(dim=1), reduction="none")
+        top = teacher_logits.argmax(dim=1)
+        teacher_loss = functional.cross_entropy(taught, top, label_smoothing=teacher_label_smoothing, reduction="none")
     else:
-        student = torch.log_softmax(logits / temperature, dim=1)
+        student = torch.log_softmax(taught / temperature, dim=1)
         teacher = torch.log_softmax(teacher_logits / temperature, dim=1)
         divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
         teacher_loss = temperature**2 * divergence
     return (1 - weight) * loss + weight * teacher_loss
+
+
+@contextmanager
+def two_heads(model: nn.Module) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    """Inside the block, give what the two heads of a distilled model put out in its last forward pass.
+
+    Yields:
+        A function that returns the logits of the class token and of the distillation token, (B, C) each.
+
+    Raises:
+        RecipeError: The model has no distillation token.
+    """
+    network = getattr(model, "model", model)
+    names = next((pair for pair in _HEADS if all(hasattr(network, name) for name in pair)), None)
+    if names is None:
+        raise RecipeError(
+            f"finetune.distillation_head token: {type(network).__name__} has no distillation token; set it to logits"
+        )
+    last: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: last.update({name: output})
+
+    hooks = [getattr(network, name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield lambda: (last[names[0]], last[names[1]])
+    finally:
+        for hook in hooks:
+            hook.remove()

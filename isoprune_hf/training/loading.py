@@ -1,6 +1,8 @@
 """Who gets which image when: the batches of calibration, evaluation and training for each rank."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class _Loader(DataLoader):
             ) from error
 
 
-def _load(images: TransformedImages, batches: list[list[int]], num_workers: int) -> DataLoader:
+def _load(images: TransformedImages, batches: Sequence[Sequence[object]], num_workers: int) -> DataLoader:
     # A generator of its own, since a loader draws from the global one, which dropout uses.
     generator = torch.Generator().manual_seed(0)
     pin_memory = torch.cuda.is_available()
@@ -74,24 +76,56 @@ def eval_loader(
     return _load(TransformedImages(split, EvaluationTransform(processor)), batches, num_workers)
 
 
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """This rank's share of one epoch.
+
+    Args:
+        loader: Its parts of all updates, one after the other: positions, pixel values and labels.
+        sizes: Samples of each of these parts that count: all of it, or none where a short last batch has too few
+            samples for all parts; that part then holds a sample that does not count.
+        totals: Samples of each update over all ranks.
+    """
+
+    loader: DataLoader
+    sizes: list[int]
+    totals: list[int]
+
+
 def train_batches(
     split: Dataset,
     transform: Transform,
     *,
     batch_size: int,
-    micro_batch_size: int,
+    parts: int,
     seed: int,
     epoch: int,
     num_workers: int,
     rank: int,
     world: int,
-) -> DataLoader:
-    """Load this rank's micro-batches of one epoch: positions, pixel values and labels.
+    repeats: int = 1,
+    drop_last: bool = True,
+) -> TrainBatches:
+    """Load this rank's parts of the batches of one epoch.
 
-    The order is a permutation from (seed, epoch). Each `batch_size` of it make one update, cut into micro-batches that
-    the ranks take in turn; a tail that does not fill an update is dropped.
+    The order is a permutation from (seed, epoch), with each image `repeats` times in a row, as long as the split. Each
+    `batch_size` of it make one update. The copies of an image move to different ends of it; then it is cut into
+    `parts` that the ranks take in turn.
     """
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
-    order = torch.randperm(len(split), generator=generator)[: len(split) // batch_size * batch_size].tolist()
-    micro_batches = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-    return _load(TransformedImages(split, transform, (seed, epoch)), micro_batches[rank::world], num_workers)
+    order = torch.randperm(len(split), generator=generator).tolist()
+    samples = [(position, copy) for position in order for copy in range(repeats)][: len(split)]
+    micro_batches, sizes, totals = [], [], []
+    for start in range(0, len(samples), batch_size):
+        update = samples[start : start + batch_size]
+        if len(update) < batch_size and drop_last:
+            break
+        update.sort(key=lambda sample: sample[1])  # stable: first copies first
+        bounds = [len(update) * part // parts for part in range(parts + 1)]
+        pieces = [update[low:high] for low, high in itertools.pairwise(bounds)]
+        totals.append(len(update))
+        sizes += [len(piece) for piece in pieces[rank::world]]
+        micro_batches += [piece or 2 * update[:1] for piece in pieces[rank::world]]
+    return TrainBatches(
+        _load(TransformedImages(split, transform, (seed, epoch)), micro_batches, num_workers), sizes, totals
+    )

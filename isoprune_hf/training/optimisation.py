@@ -1,0 +1,46 @@
+"""Optimizer and learning rate."""
+
+import math
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from isoprune_hf.recipes import FinetuneRecipe
+
+
+def build_optimizer(model: nn.Module, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
+    """Build the optimizer over the trainable parameters; `weight_decay_rule` says which of them decay."""
+    if recipe.weight_decay_rule == "timm":
+        # The network's own list has names without those of our wrapper.
+        network = getattr(model, "model", model)
+        excepted = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+        groups = param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excepted)
+    else:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        least = 0 if recipe.weight_decay_rule == "all" else 2
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= least], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in trainable if p.ndim < least], "weight_decay": 0.0},
+        ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def learning_rate_at(update: int, *, recipe: FinetuneRecipe, updates_per_epoch: int) -> float:
+    """Return the learning rate of an update, counted from 0 over all epochs.
+
+    Linear warm-up reaches the peak with its last update; cosine then falls to `min_learning_rate` at the end of the
+    last epoch. With `schedule_unit` epoch the same holds for epochs instead of updates.
+    """
+    if recipe.schedule_unit == "epoch":
+        update, updates_per_epoch = update // updates_per_epoch, 1
+    warmup = recipe.warmup_epochs * updates_per_epoch
+    if update < warmup:
+        return recipe.learning_rate * min(1.0, (update + 1) / warmup)
+    if recipe.schedule == "step":
+        return recipe.learning_rate * recipe.step_gamma ** (update // updates_per_epoch // recipe.step_epochs)
+    progress = (update - warmup) / (recipe.epochs * updates_per_epoch - warmup)
+    span = recipe.learning_rate - recipe.min_learning_rate
+    return recipe.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
