@@ -1,10 +1,13 @@
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.replicas import count_parts, fit_batch_size
+
+ACCELERATOR = Accelerator(cpu=True)  # the log of ranks needs one
 
 
 def make_recipe(**changes: Any) -> FinetuneRecipe:
