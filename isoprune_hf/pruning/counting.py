@@ -62,10 +62,9 @@ def round_counts(
         Group -> an allowed width: the next lower one, or the next higher one for the groups that lost most by rounding
         down. Where floors and narrow layers keep more than the pool may, the others give up their lowest-scored units.
     """
-    widths, rise = {}, []
+    widths, rise = round_down(counts, allowed), []
     for position, (name, count) in enumerate(counts.items()):
-        lower = max((width for width in allowed[name] if width <= count), default=allowed[name][0])
-        widths[name] = lower
+        lower = widths[name]
         upper = next((width for width in allowed[name] if width > lower), None)
         if upper is not None and count > lower:
             rise.append(((lower - count) / (upper - lower), position, name, upper))
@@ -90,6 +89,14 @@ def round_counts(
         missing += (widths[name] - lower) * weights[name]
         widths[name] = lower
     return widths
+
+
+def round_down(counts: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Move every count to the next lower allowed width; to the lowest where there is none."""
+    return {
+        name: max((width for width in allowed[name] if width <= count), default=allowed[name][0])
+        for name, count in counts.items()
+    }
 
 
 def width_step(group: CoupledGroup, round_to: int) -> int:

@@ -15,7 +15,7 @@ R is the sum, or the mean over the members that hold values: buffers do not, nor
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from isoprune_hf.pruning.activations import find_readers, input_variances
 from isoprune_hf.pruning.gradients import Batches, Precision, mean_gradients
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.hessian import last_squared_gradient, mean_squared_gradients
+from isoprune_hf.pruning.reference import counted_weights
 
 _CHUNK = 2**17  # elements that are summed at once
 Reduction = Literal["sum", "mean"]
@@ -76,6 +77,11 @@ def _taylor(scoring: Scoring) -> Scores:
 def _taylor_l2(scoring: Scoring) -> Scores:
     """v = w dL/dw, the L2 norm of each slice. Fang et al., Isomorphic Pruning, ECCV 2024."""
     return _from_elements(scoring, _first_order(scoring), "member")
+
+
+def _taylor_reference(scoring: Scoring) -> Scores:
+    """The same over what torch-pruning counts: for parity only (see `counted_weights`)."""
+    return _taylor(replace(scoring, weights=counted_weights(scoring.model.model, scoring.weights)))
 
 
 def _hessian(scoring: Scoring) -> Scores:
@@ -174,6 +180,7 @@ def _random(scoring: Scoring) -> Scores:
 CRITERIA: dict[str, Callable[[Scoring], Scores]] = {
     "taylor": _taylor,
     "taylor_l2": _taylor_l2,
+    "taylor_reference": _taylor_reference,
     "hessian": _hessian,
     "hessian_reference": _hessian_reference,
     "activation_variance": _activation_variance,

@@ -16,8 +16,9 @@ from isoprune_hf.recipes import BUDGETS, PruneRecipe
 
 # Settings that change a decision; the ratios are recorded as the budget has scaled them.
 _SETTINGS = (
-    *("score_batchnorm", "reduction", "normalizer", "scope", "scopes", "signature", "ratios", "include", "exclude"),
-    *("head_dims", "remove_blocks", *BUDGETS, "min_keep", "max_ratio", "round_to", "steps"),
+    *("preset", "score_batchnorm", "reduction", "normalizer", "scope", "scopes", "signature", "ratios", "include"),
+    *("exclude", "head_dims", "remove_blocks", *BUDGETS, "selection", "min_keep", "max_ratio", "round_to", "rounding"),
+    "steps",
 )
 
 
@@ -69,7 +70,7 @@ def make_plan(
         heads={group.name: choice.heads[group.name] for group in cut if group.num_heads},
         removed_blocks=choice.removed_blocks,
         margins=choice.margins,
-        notes=(*notes, *_unaligned(ranking, choice)),
+        notes=(*notes, *_unaligned(ranking, choice), *_spared(choice)),
         achieved={} if cost is None else {"base": cost.base.to_dict(), "pruned": ranking.cost(choice, cost).to_dict()},
         settings=settings,
         fingerprint=scores.fingerprint,
@@ -97,6 +98,12 @@ def _unaligned(ranking: Ranking, choice: Choice) -> Iterable[str]:
                 f"which is narrower than round_to {round_to}" if size < step else f"no multiple of round_to {round_to}"
             )
             yield f"{group.name} keeps all of its {size} {unit}, {why}"
+
+
+def _spared(choice: Choice) -> Iterable[str]:
+    """Lines for the groups that a threshold alone would have emptied."""
+    for name in choice.spared:
+        yield f"{name} is below the threshold whole and keeps its best; torch-pruning 1.6.1 would not cut it at all"
 
 
 def check_scores(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> None:

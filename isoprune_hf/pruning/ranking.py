@@ -10,9 +10,10 @@ import torch
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost import CostModel, ModelCost
-from isoprune_hf.pruning.counting import best_units, keep_counts, round_counts, width_step
+from isoprune_hf.pruning.counting import best_units, keep_counts, round_counts, round_down, width_step
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores
+from isoprune_hf.pruning.reference import threshold_counts
 from isoprune_hf.pruning.scopes import resolve_rules
 from isoprune_hf.recipes import PruneRecipe
 
@@ -45,13 +46,14 @@ class Ratios:
 
 @dataclass(frozen=True)
 class Choice:
-    """Counts that stay: channels of plain groups, dims of each head of attention groups; the heads that stay; and the
-    blocks that leave."""
+    """Counts that stay: channels of plain groups, dims of each head of attention groups; the heads that stay; the
+    blocks that leave; and groups that a threshold and rounding alone would have emptied."""
 
     widths: Mapping[str, int]
     heads: Mapping[str, tuple[int, ...]]
     removed_blocks: tuple[str, ...] = ()
     margins: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    spared: tuple[str, ...] = ()
 
 
 class Ranking:
@@ -84,11 +86,12 @@ class Ranking:
         """Counts that stay in every group at the given ratios.
 
         In each scope exactly round(ratio x channels) leave, as far as the floors allow, the lowest-scored first and
-        equal scores in the order of groups and channels; widths are rounded afterwards.
+        equal scores in the order of groups and channels; or, by `selection`, all up to a threshold. Widths are rounded
+        afterwards.
         """
         removed_blocks = self._fixed_blocks + self._choose_blocks(ratios.block_ratio)
         alive = [group for group in self.groups if self._inside[group.name] not in removed_blocks]
-        heads = self._choose_heads(alive, ratios.head_ratio)
+        heads, spared = self._choose_heads(alive, ratios.head_ratio)
         pools: dict[tuple[str, float], list[CoupledGroup]] = {}
         for group in alive:
             pools.setdefault((self.rules[group.name].scope, self._ratio(group, ratios)), []).append(group)
@@ -98,12 +101,20 @@ class Ranking:
             units = {group.name: self.units(group, heads) for group in pool}
             floors = {group.name: self.floor(group) for group in pool}
             weights = {group.name: len(heads.get(group.name, (0,))) for group in pool}
-            counts, margin = keep_counts(units, floors, pool_ratio, weights)
+            if self.recipe.selection == "threshold":
+                counts, margin = threshold_counts(units, floors, pool_ratio)
+            else:
+                counts, margin = keep_counts(units, floors, pool_ratio, weights)
             allowed = {group.name: self.allowed(group) for group in pool}
-            widths |= round_counts(counts, allowed, units, weights)
+            if self.recipe.rounding == "down":
+                widths |= round_down(counts, allowed)
+            else:
+                widths |= round_counts(counts, allowed, units, weights)
+            if self.recipe.selection == "threshold":
+                spared |= {name for name, count in counts.items() if count < widths[name] < allowed[name][-1]}
             if margin is not None:
                 margins[pool[0].name] = margin
-        return Choice(widths, heads, removed_blocks, margins)
+        return Choice(widths, heads, removed_blocks, margins, tuple(sorted(spared)))
 
     def keep(self, group: CoupledGroup, choice: Choice) -> tuple[int, ...]:
         """Channels of a group that stay: the best of the group, or of each kept head."""
@@ -112,8 +123,8 @@ class Ranking:
             return tuple(sorted(best_units(score, width)))
         by_head = score.reshape(group.num_heads, -1)
         kept_heads = choice.heads[group.name]
-        if self.recipe.head_dims == "shared":
-            by_head = np.broadcast_to(by_head[list(kept_heads)].mean(axis=0), by_head.shape)
+        if self.recipe.head_dims != "per_head":
+            by_head = np.broadcast_to(self._shared(by_head, kept_heads), by_head.shape)
         return tuple(
             head * group.head_dim + dim for head in kept_heads for dim in sorted(best_units(by_head[head], width))
         )
@@ -150,10 +161,15 @@ class Ranking:
         """What competes, ascending: channels; in attention, the weakest dims of all kept heads, then the second."""
         if not group.num_heads:
             return self._sorted[group.name]
-        by_head = self.scores[group.name].reshape(group.num_heads, -1)[list(heads[group.name])]
-        if self.recipe.head_dims == "shared":
-            return np.sort(by_head.mean(axis=0), kind="stable")
-        return np.sort(by_head, axis=1).mean(axis=0)
+        by_head = self.scores[group.name].reshape(group.num_heads, -1)
+        if self.recipe.head_dims != "per_head":
+            return np.sort(self._shared(by_head, heads[group.name]), kind="stable")
+        return np.sort(by_head[list(heads[group.name])], axis=1).mean(axis=0)
+
+    def _shared(self, by_head: np.ndarray, kept_heads: tuple[int, ...]) -> np.ndarray:
+        """What the dims are worth that all heads drop together: from (num_heads, head_dim) to (head_dim,)."""
+        voting = by_head if self.recipe.head_dims == "shared_all" else by_head[list(kept_heads)]
+        return voting.mean(axis=0)
 
     def _ratio(self, group: CoupledGroup, ratios: Ratios) -> float:
         fixed = self.rules[group.name].fixed
@@ -161,12 +177,16 @@ class Ranking:
             return fixed
         return ratios.head_dim_ratio if group.num_heads else ratios.ratio
 
-    def _choose_heads(self, groups: Sequence[CoupledGroup], head_ratio: float) -> dict[str, tuple[int, ...]]:
+    def _choose_heads(
+        self, groups: Sequence[CoupledGroup], head_ratio: float
+    ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """Heads that stay in every attention, and the attentions that keep one because of their floor."""
         pools: dict[str, list[CoupledGroup]] = {}
         for group in groups:
             if group.num_heads:
                 pools.setdefault(self.rules[group.name].scope, []).append(group)
         heads: dict[str, tuple[int, ...]] = {}
+        spared: set[str] = set()
         for pool in pools.values():
             means = {group.name: self.scores[group.name].reshape(group.num_heads, -1).mean(axis=1) for group in pool}
             floors = {
@@ -176,9 +196,14 @@ class Ranking:
                 for g in pool
             }
             units = {name: np.sort(values, kind="stable") for name, values in means.items()}
-            counts, _ = keep_counts(units, floors, head_ratio)
+            if self.recipe.selection == "threshold":
+                counts, _ = threshold_counts(units, floors, head_ratio)
+                spared |= {name for name, count in counts.items() if count < floors[name]}
+                counts = {name: max(count, floors[name]) for name, count in counts.items()}
+            else:
+                counts, _ = keep_counts(units, floors, head_ratio)
             heads |= {name: tuple(sorted(best_units(means[name], count))) for name, count in counts.items()}
-        return heads
+        return heads, spared
 
     def _choose_fixed_blocks(self) -> tuple[str, ...]:
         wanted = self.recipe.remove_blocks

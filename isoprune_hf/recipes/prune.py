@@ -1,6 +1,6 @@
 """The section `prune`: how a base is opened, scored and cut."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
@@ -8,10 +8,11 @@ from isoprune_hf.recipes.values import check_range, parse_budget
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
 # Criteria that read images; the others read the weights alone.
-DATA_CRITERIA = ("taylor", "taylor_l2", "hessian", "hessian_reference", "activation_variance")
+DATA_CRITERIA = ("taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference", "activation_variance")
 Criterion = Literal[
     "taylor",
     "taylor_l2",
+    "taylor_reference",
     "hessian",
     "hessian_reference",
     "activation_variance",
@@ -22,6 +23,25 @@ Criterion = Literal[
     "lamp",
     "random",
 ]
+# Values that a preset gives settings. A setting that is left at its default takes the preset's value; another value
+# contradicts the preset and is refused.
+PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "criterion": "taylor_reference",
+        "score_batchnorm": False,
+        "reduction": "mean",
+        "normalizer": "mean",
+        "scope": "isomorphic",
+        "signature": "paper",
+        "head_dims": "shared_all",
+        "selection": "threshold",
+        "rounding": "down",
+        "min_keep": 1,
+        "max_ratio": 1.0,
+        "steps": 1,
+        **dict.fromkeys(BUDGETS),
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +54,10 @@ class PruneRecipe:
         model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size:
             64}.
         num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
+        preset: Named values of the settings below: reference selects what torch-pruning 1.6.1 does.
         criterion: What a channel is worth. From data: taylor, taylor_l2 (the paper's norm), hessian,
-            hessian_reference (the defect of old scripts, for parity), activation_variance. From the weights alone: l1,
-            l2, bn_scale, fpgm, lamp, random.
+            activation_variance; for parity with old scripts taylor_reference and hessian_reference. From the weights
+            alone: l1, l2, bn_scale, fpgm, lamp, random.
         score_batchnorm: Let the scales and shifts of BatchNorm count; torch-pruning leaves them out.
         reduction: How the coupled layers of a channel are put together: sum or mean.
         normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
@@ -52,7 +73,8 @@ class PruneRecipe:
         ratios: Fixed fractions for groups by name, as {"blocks.0.*": 0.2}; a budget moves only the others.
         include: Patterns of group names; only these groups are cut.
         exclude: Patterns of group names that are not cut.
-        head_dims: per_head lets each head drop its own weakest dims, shared drops the same dims in all heads.
+        head_dims: per_head lets each head drop its own weakest dims, shared drops the same dims in all heads that
+            stay; in shared_all those that leave have a say, too.
         remove_blocks: Residual blocks that leave whole: a number, names, numbers by pattern, as {"stages.2.*": 18}, or
             `auto`: the same share as of channels.
         target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only say
@@ -62,9 +84,12 @@ class PruneRecipe:
         latency_batch_size: Images in the batch that is timed.
         latency_precision: no (fp32) or bf16 weights and images when timed.
         latency_backend: eager or compile (torch.compile).
+        selection: exact removes the share that is asked for, threshold all that score at most a threshold, and counts
+            the dims of an attention once for all heads.
         min_keep: Channels (or dims of a head) that stay in every layer.
         max_ratio: Largest fraction that may leave any single layer.
         round_to: Widths become multiples of this number; hardware likes 8.
+        rounding: balanced makes up for what rounding takes from a class, down only rounds down.
         steps: Cuts on the way to the ratio or budget, with a new scoring before each.
         calibration_batches: Micro-batches of the training split that score the channels.
         batch_size: Images in a micro-batch; the same on every rank.
@@ -75,6 +100,7 @@ class PruneRecipe:
     pretrained: bool = True
     model_args: dict[str, Any] = field(default_factory=dict)
     num_labels: int | Literal["data"] | None = None
+    preset: Literal["reference"] | None = None
     criterion: Criterion = "taylor"
     score_batchnorm: bool = True
     reduction: Literal["sum", "mean"] = "sum"
@@ -89,7 +115,7 @@ class PruneRecipe:
     ratios: dict[str, float] = field(default_factory=dict)
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
-    head_dims: Literal["per_head", "shared"] = "per_head"
+    head_dims: Literal["per_head", "shared", "shared_all"] = "per_head"
     remove_blocks: int | Literal["auto"] | list[str] | dict[str, int] | None = None
     target_macs: str | int | float | None = None
     target_params: str | int | float | None = None
@@ -97,15 +123,18 @@ class PruneRecipe:
     latency_batch_size: int = 1
     latency_precision: Literal["no", "bf16"] = "no"
     latency_backend: Literal["eager", "compile"] = "eager"
+    selection: Literal["exact", "threshold"] = "exact"
     min_keep: int = 2
     max_ratio: float = 1.0
     round_to: int = 8
+    rounding: Literal["balanced", "down"] = "balanced"
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._take_preset()
         for name in ("ratio", "head_ratio", "head_dim_ratio", "max_ratio"):
             check_range("prune", name, getattr(self, name), 0, 1)
         for name in ("min_keep", "round_to", "steps", "calibration_batches", "batch_size", "latency_batch_size"):
@@ -124,3 +153,14 @@ class PruneRecipe:
             raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; give one budget")
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
+
+    def _take_preset(self) -> None:
+        """Give the settings that are left at their defaults the values of the preset."""
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name, value in PRESETS.get(self.preset, {}).items():
+            given = getattr(self, name)
+            if given not in (defaults[name], value):
+                raise RecipeError(
+                    f"prune.preset {self.preset} takes prune.{name} {value}, got {given}: leave out one of the two"
+                )
+            object.__setattr__(self, name, value)
