@@ -185,7 +185,7 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
         hub = importlib.import_module("isoprune_hf.publishing.hub")
         return hub.push_folder(values["folder"], values["repo"], private=values["private"]), 0
     is_local = stage in ("inspect", "doctor", "plan show", "plan diff")  # one process, no log
-    place = "inspection" if is_local or stage == "plan apply" else "stages"
+    place = {"convert": "conversion", "plan apply": "inspection"}.get(stage, "inspection" if is_local else "stages")
     name = "all" if stage == "run" else stage.replace(" ", "_")
     work = getattr(importlib.import_module(f"isoprune_hf.{place}"), f"run_{name}")
     if is_local:

@@ -1,6 +1,6 @@
 """What can be asked for on the command line: the stages with their sections of a recipe, flags and texts."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PretrainRecipe, PruneRecipe
 
@@ -91,6 +91,24 @@ STAGES = {
         ],
         "Check a folder: structure, plan, weights, costs; exits with 1 where a check fails.",
         ("folder",),
+    ),
+    "convert": Stage(
+        "",
+        [
+            ("file", str, None, "File of torch.save that holds a module of timm or torchvision."),
+            ("output", str, "output/converted", _OUTPUT),
+            (
+                "base",
+                str | None,
+                None,
+                "The dense base, as timm/NAME, where the file does not tell.",
+            ),
+            ("model_args", dict[str, Any], {}, 'Arguments of the base\'s architecture, as {"img_size": 64}.'),
+            ("weights", Literal["raw", "ema"], "raw", "Take the weights, or their moving average."),
+            _OVERWRITE,
+        ],
+        "Read a pruned module of the reference implementation, without executing it, and write the folder OUTPUT.",
+        ("file",),
     ),
     "push": Stage(
         "",

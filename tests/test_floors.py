@@ -20,6 +20,7 @@ FLOORS = [
     ("checkpoint/", 2),
     ("processors.py", 3),
     ("models/", 4),
+    ("legacy/", 4),
     ("pruning/", 3),
     ("training/", 3),
     ("publishing/", 5),
@@ -29,6 +30,7 @@ FLOORS = [
     ("results.py", 6),
     ("stages.py", 7),
     ("inspection.py", 7),
+    ("conversion.py", 7),
     ("cli.py", 8),
     ("__init__.py", 9),
 ]

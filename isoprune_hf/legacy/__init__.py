@@ -1,0 +1,1 @@
+"""Checkpoints that torch.save has pickled, read as data: nothing in them is imported, called or executed."""
