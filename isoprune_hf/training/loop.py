@@ -240,9 +240,10 @@ def _train_epoch(training: _Training, batches: TrainBatches, epoch: int) -> dict
         training.scaler.unscale_(training.optimizer)
         if recipe.clip_grad is not None:
             nn.utils.clip_grad_norm_(training.network.parameters(), recipe.clip_grad)
+        scale = training.scaler.get_scale()
         training.scaler.step(training.optimizer)
         training.scaler.update()
-        if training.ema is not None:
+        if training.ema is not None and training.scaler.get_scale() >= scale:  # the scale falls where no step was made
             training.ema.update(training.model)
     seconds, seen = time.perf_counter() - start, sum(batches.totals)
     return {"epoch": epoch, "train_loss": losses / seen, "lr": lr, "images_per_second": seen / seconds}
