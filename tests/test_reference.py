@@ -234,3 +234,19 @@ def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> No
 def test_a_value_that_contradicts_the_preset_is_refused_by_name(values, message: str) -> None:
     with pytest.raises(RecipeError, match=f"prune.preset reference {message}: leave out one of the two"):
         PruneRecipe(preset="reference", **values)
+
+
+def test_a_preset_that_is_not_known_and_scores_of_another_kind_are_refused(tmp_path) -> None:
+    with pytest.raises(RecipeError, match=r"preset must be one of reference, got 'best'"):
+        PruneRecipe(preset="best")
+    model = make_base("resnet", tmp_path)
+    recipe, batches = PruneRecipe(preset="reference", round_to=1), batches_of(model, [4])
+    for options, message in (
+        ({"criterion": "l1"}, r"takes criterion taylor_reference, .* were made with l1"),
+        ({"criterion": "taylor"}, r"takes criterion taylor_reference, .* were made with taylor"),
+    ):
+        scores = score_groups(model, trace_groups(model), batches=batches, **options)
+        with pytest.raises(RecipeError, match=message):
+            prune_model(model, recipe, scores=scores)
+    scores = score_groups(model, trace_groups(model), batches=batches, **scoring_options(recipe))
+    assert prune_model(model, recipe, scores=scores).plan.settings["criterion"] == "taylor_reference"

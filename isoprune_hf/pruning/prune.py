@@ -188,6 +188,14 @@ def _check_steps(recipe: PruneRecipe, calibration: Batches | None, scores: Impor
         raise RecipeError(
             f"prune.steps {recipe.steps} scores anew before each step: leave --scores out, or set it to 1"
         )
+    if recipe.preset is not None and scores is not None:
+        made = {name: getattr(scores, name) for name in ("criterion", "reduction", "score_batchnorm")}
+        wrong = [name for name, value in made.items() if value != getattr(recipe, name)]
+        if wrong:
+            raise RecipeError(
+                f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
+                f"with {made[wrong[0]]}: score anew with the preset"
+            )
     if recipe.steps > 1 and isinstance(calibration, Iterator):
         raise RecipeError(
             f"prune.steps {recipe.steps} goes through the calibration batches {recipe.steps} times: give a list or a "

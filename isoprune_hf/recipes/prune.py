@@ -156,6 +156,8 @@ class PruneRecipe:
 
     def _take_preset(self) -> None:
         """Give the settings that are left at their defaults the values of the preset."""
+        if self.preset is not None and self.preset not in PRESETS:
+            raise RecipeError(f"prune.preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         defaults = {setting.name: setting.default for setting in fields(self)}
         for name, value in PRESETS.get(self.preset, {}).items():
             given = getattr(self, name)
