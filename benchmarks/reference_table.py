@@ -4,8 +4,9 @@
 
 Nothing is downloaded: weights are random, and so are the gradients that the criterion of the recipe scores them by
 (from its seed, all of one scale). The first table cuts by the ratios of the recipe, the second by the published size
-as a budget. `exact` counts all matrix products, `table` counts as the published tables do (`paper_macs`). Deviations
-in the first table are those of `table`; budgets go by `exact`.
+as a budget. Random gradients only come near what trained ones make of a ratio: by the mean of a group they share a
+cut among its layers almost evenly. `exact` counts all matrix products, `table` counts as the published tables do
+(`paper_macs`). Deviations in the first table are those of `table`; budgets go by `exact`.
 """
 
 import sys
