@@ -249,5 +249,6 @@ def _fail(message: str) -> NoReturn:
     notes = _notes_of_ranks()
     is_first = os.environ.get("RANK", "0") == "0" if notes is None else notes.add(_FAILED, 1) == 1
     if is_first:
-        print(f"isoprune: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(message.split()))
+        print(f"isoprune: error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -6,18 +6,22 @@ import functools
 import json
 import os
 import random
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from command_line import read, refuse, succeed
 from reference_files import NAMES, cut, cut_swin, make_module, run, save
-from timm.utils import ModelEmaV2
+from timm.models.vision_transformer import ResPostBlock
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.legacy.convert import Converted, convert_file
@@ -103,6 +107,13 @@ WRAPPED: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
     "module": lambda raw, ema: {"model": raw, "model_ema": ema, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
     "parallel": lambda raw, ema: {"model": nn.DataParallel(raw), "model_ema": nn.DataParallel(ema).state_dict()},
     "timm": lambda raw, ema: {"model": raw, "model_ema": ModelEmaV2(ema)},
+    "timm, newer": lambda raw, ema: {"model": raw, "model_ema": ModelEmaV3(ema)},
+    "averaged whole": lambda raw, ema: {"model": raw, "model_ema": AveragedModel(ema)},
+    "timm's script": lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema, "arch": "resnet50", "metric": 80.1},
+    "synchronised": lambda raw, ema: {
+        "model": nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(raw)),
+        "ema": nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ema)),
+    },
     "torchvision": lambda raw, ema: {
         "model": raw,
         "model_ema": {"n_averaged": torch.tensor(5), **nn.DataParallel(ema).state_dict()},
@@ -127,7 +138,7 @@ def test_what_cannot_be_converted_is_said_in_one_line(resnet: nn.Module, tmp_pat
     with pytest.raises(RecipeError, match=r"convert: .*old.pth holds one module and no average"):
         convert_file(file, weights="ema")
     with pytest.raises(
-        CheckpointError, match=r"'layer1.0.conv3' is a Conv2d in the file and nothing in the base; give"
+        CheckpointError, match=r"'layer1.0' is a Bottleneck in the file and a BasicBlock in the base; give"
     ):
         convert_file(file, base="timm/resnet18")
     with pytest.raises(CheckpointError, match="holds a state_dict and no module"):
@@ -147,6 +158,39 @@ def test_an_activation_or_a_flag_that_differs_from_the_base_is_not_passed_over(t
     module.blocks[0].mlp.act = nn.GELU("tanh")
     with pytest.raises(CheckpointError, match=r"approximate of 'blocks.0.mlp.act' is 'tanh' in the file and 'none'"):
         convert_file(save(module, tmp_path / "b.pth"), model_args=ARGS["deit"])
+
+
+def test_a_module_of_another_class_or_order_is_not_passed_over(tmp_path: Path) -> None:
+    module = make("deit")
+    for block in module.blocks:
+        block.__class__ = ResPostBlock
+    with pytest.raises(CheckpointError, match=r"'blocks.0' is a ResPostBlock in the file and a Block in the base"):
+        convert_file(save(module, tmp_path / "a.pth"), model_args=ARGS["deit"])
+    module = make("convnext")
+    blocks = module.stages[2].blocks._modules
+    blocks["0"] = blocks.pop("0")
+    with pytest.raises(CheckpointError, match=r"'stages.2.blocks' runs its modules in the order 1, 2, 0"):
+        convert_file(save(module, tmp_path / "b.pth"), model_args=ARGS["convnext"])
+
+
+@pytest.mark.parametrize(("name", "value", "was"), [("divisor_override", 1, "None"), ("stride", "2", "2")])
+def test_a_value_of_another_kind_than_the_base_has_is_not_passed_over(
+    name: str, value: Any, was: str, tmp_path: Path
+) -> None:
+    module = timm.create_model("resnet50d", num_classes=10, **ARGS["resnet"])
+    setattr(next(part for part in module.modules() if isinstance(part, nn.AvgPool2d)), name, value)
+    with pytest.raises(CheckpointError, match=rf"{name} of '.*' is {value!r} in the file and {was} in the base"):
+        convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
+
+
+def test_an_average_must_have_all_that_the_module_keeps(tmp_path: Path) -> None:
+    module = make("deit")
+    average = {name: tensor + 0 for name, tensor in module.state_dict().items()}
+    del average["pos_embed"]
+    with pytest.raises(CheckpointError, match="holds an average without the tensor 'pos_embed' of the module"):
+        convert_file(
+            save({"model": module, "model_ema": average}, tmp_path / "old.pth"), model_args=ARGS["deit"], weights="ema"
+        )
 
 
 class Hostile:
@@ -278,6 +322,69 @@ def test_bombs_are_refused_before_they_are_unpacked(resnet: nn.Module, tmp_path:
         module = nn.Sequential(nn.Linear(2, 2))
         module._modules["0"] = module
         convert_file(save(module, tmp_path / "circle.pth"), base="timm/resnet18")
+
+
+def _pack(code: bytes, file: Path) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + code)
+    return file
+
+
+def _text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def test_names_that_grow_in_a_circle_and_keys_that_grow_in_print_are_refused_at_once(tmp_path: Path) -> None:
+    parts = b"}(" + _text("_parameters") + b"}" + _text("_buffers") + b"}" + _text("_modules")
+    module = b"ctorch.nn.modules.container\nSequential\n)\x81q\x00"
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="a name of 1000000 characters"):
+        convert_file(_pack(module + parts + b"}" + _text("n" * 10**6) + b"h\x00sub.", tmp_path / "long.pth"))
+    many = b"".join(_text(f"n{number}") + b"h\x00s" for number in range(3000))
+    with pytest.raises(CheckpointError, match="modules in a circle"):
+        convert_file(_pack(module + parts + b"}" + many + b"ub.", tmp_path / "many.pth"))
+    doubled = b")q\x010" + b"h\x01h\x01\x86q\x010" * 40  # printed: 2^40 brackets
+    key = doubled + b"ctorch.nn.modules.linear\nLinear\nh\x01R"
+    with pytest.raises(
+        CheckpointError, match=r"no module at 'model' \(its entries are a torch.nn.modules.linear.Linear"
+    ):
+        convert_file(_pack(b"}" + key + b"Ns.", tmp_path / "key.pth"))
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("rate", ["x", 2**1500, (1.0, 2.0), float("nan"), -1.0])
+def test_rates_that_are_none_are_no_rates(rate: Any, resnet: nn.Module, tmp_path: Path) -> None:
+    module = copy.deepcopy(resnet)
+    module.drop_rate = rate
+    converted = convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
+    assert converted.model.config.recipe["convert"]["rates"] == {}
+
+
+def test_a_number_of_classes_that_no_layer_has_is_not_believed(resnet: nn.Module, tmp_path: Path) -> None:
+    module = copy.deepcopy(resnet)
+    module.num_classes = 2**20
+    with pytest.raises(CheckpointError, match=r"\['num_classes'\]: 1048576 is not positive or above the base's 10"):
+        convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
+
+
+def test_what_the_file_does_not_prove_is_said(tmp_path: Path) -> None:
+    whole = torchvision.models.mobilenet_v2().half()
+    converted = convert_file(save(whole, tmp_path / "old.pth"))
+    assert converted.model.config.source == {
+        "name": "torchvision/mobilenet_v2",
+        "pretrained": True,
+        "seed": 0,
+        "model_args": {},
+    }
+    assert converted.notes[1].endswith("taken for one cut from the trained weights of that base")
+    assert "raw weights in float16" in converted.notes[1]
+    part = convert_file(save(make("resnet"), tmp_path / "part.pth"), model_args=ARGS["resnet"])
+    assert part.model.config.source == {} and part.notes[1].endswith("stage pruned")
+
+
+def test_what_a_file_says_reaches_the_terminal_without_control_characters(tmp_path: Path) -> None:
+    line = refuse("convert", save({"a\x1b[31m": 1}, tmp_path / "old.pth"), "--output", tmp_path / "new")
+    assert "\x1b" not in line and "its entries are 'a\\x1b[31m'" in line
 
 
 def _read_pickle(file: Path) -> bytes:

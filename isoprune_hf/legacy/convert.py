@@ -14,7 +14,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.legacy.archive import LegacyArchive
-from isoprune_hf.legacy.tree import OldModel, Weights, find_model
+from isoprune_hf.legacy.tree import OldModel, Weights, find_model, is_plain
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost import count_cost
 
@@ -75,10 +75,13 @@ def convert_file(
     rates = config.recipe["convert"]["rates"]
     count = len(config.structure["removed"])
     removed = f"{count or 'no'} block{'s' * (count != 1)} removed"
+    taken = f"{old.weights} weights in {str(model.dtype).removeprefix('torch.')}, stage {config.stage}"
+    if config.source:
+        taken += ", taken for one cut from the trained weights of that base"
     notes = (
         f"{file}: a {old.modules[''].kind}, {len(old.modules)} modules; nothing of it was executed",
         f"base: {config.base['library']}/{config.base['architecture']}; {removed}, "
-        f"{len(config.structure['shapes'])} tensors smaller; {old.weights} weights, stage {config.stage}",
+        f"{len(config.structure['shapes'])} tensors smaller; {taken}",
         f"rates of training, not part of the model: {_show_rates(rates)}",
         "checked: every tensor's name and shape, the class of every layer, every number and flag that it shares with "
         "the base, one run without weights; not checked: the logits, since the old module would have to be executed",
@@ -137,18 +140,23 @@ def _describe(old: OldModel, base: BaseModel) -> IsoPruneForImageClassification:
 
 
 def _check_modules(old: OldModel, present: dict[str, nn.Module]) -> None:
-    """Check that both have the same layers: a layer without weights may compute something, too."""
+    """Check that both have modules of the same classes, in the same order where that is the order they run in."""
     for path in [*present, *(path for path in old.modules if path not in present)]:
         mine, theirs = present.get(path), old.modules.get(path)
         kinds = [type(mine).__name__ if mine is not None else None, theirs.name if theirs else None]
-        is_leaf = (mine is None or not any(mine.children())) and (theirs is None or theirs.is_leaf)
-        if kinds[0] == kinds[1] or (is_leaf and _IDLE.issuperset(kind for kind in kinds if kind)):
-            continue
-        if None in kinds or is_leaf:
+        is_leaf = (mine is None or not any(mine.children())) and (theirs is None or not theirs.children)
+        if kinds[0] != kinds[1] and not (is_leaf and _IDLE.issuperset(kind for kind in kinds if kind)):
             raise CheckpointError(
                 f"does not fit the base: {path or 'the model'!r:.99} is {_article(kinds[1])} in the file and "
                 f"{_article(kinds[0])} in the base; give another --base or --model_args"
             )
+        if isinstance(mine, nn.Sequential):
+            order = [name for name, _ in mine.named_children() if f"{path}.{name}".lstrip(".") in old.modules]
+            if [name for name in theirs.children if name in order] != order:
+                raise CheckpointError(
+                    f"does not fit the base: {path or 'the model'!r:.99} runs its modules in the order "
+                    f"{', '.join(theirs.children):.99}, and the base in the order {', '.join(order):.99}"
+                )
 
 
 def _article(kind: str | None) -> str:
@@ -164,7 +172,7 @@ def _attributes(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
             continue
         if _are_numbers(value) and _are_numbers(now):
             found[name] = list(now) if isinstance(now, tuple) else now
-        elif isinstance(value, bool | str | None) and isinstance(now, bool | str):
+        elif is_plain(value):
             raise CheckpointError(
                 f"does not fit the base: {name} of {path or 'the model'!r:.99} is {now!r:.99} in the file and "
                 f"{value!r:.99} in the base; give another --base or --model_args"
@@ -203,10 +211,11 @@ def _check_tensors(old: OldModel, model: IsoPruneForImageClassification) -> None
 
 
 def _rates(old: OldModel) -> dict[str, dict[str, float]]:
-    """Collect the rates of dropout and the like that are not zero, which only training asks for."""
+    """Collect the rates of dropout and the like, above 0 and at most 1, which only training asks for."""
     found = {}
     for path, module in old.modules.items():
-        rates = {name: value for name, value in module.attributes.items() if name in _RATES and value}
+        noted = {name: value for name, value in module.attributes.items() if name in _RATES}
+        rates = {name: float(value) for name, value in noted.items() if type(value) in (int, float) and 0 < value <= 1}
         if rates:
             found[path] = rates
     return found

@@ -10,10 +10,14 @@ from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.legacy.inert import Inert, StoredTensor
 
 Weights = Literal["raw", "ema"]
+_RAW_KEYS = ("model", "state_dict")  # the second one is that of timm's script
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 # Modules around a model, and where in them it lies.
 _WRAPPERS = dict.fromkeys(("DataParallel", "DistributedDataParallel", "ModelEmaV2", "ModelEmaV3"), "module")
 _WRAPPERS |= dict.fromkeys(("AveragedModel", "ExponentialMovingAverage"), "module")
+# The same layer, as long as a model is not trained.
+_SYNCHRONISED = {"SyncBatchNorm": "BatchNorm2d", "SyncBatchNormAct": "BatchNormAct2d"}
+_LONGEST_NAME = 200
 _RESNETS = {
     ("BasicBlock", (2, 2, 2, 2), 1, 64): "resnet18",
     ("BasicBlock", (3, 4, 6, 3), 1, 64): "resnet34",
@@ -34,17 +38,18 @@ class OldModule:
     Args:
         kind: Full name of its class.
         attributes: Its numbers, strings, flags and tuples of them.
-        is_leaf: Whether it holds no modules.
+        children: Names of the modules in it, in their order.
     """
 
     kind: str
     attributes: dict[str, Any]
-    is_leaf: bool
+    children: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """Name of the class alone: libraries move classes between their modules."""
-        return self.kind.rpartition(".")[2]
+        name = self.kind.rpartition(".")[2]
+        return _SYNCHRONISED.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,22 @@ def find_model(content: Any, weights: Weights) -> OldModel:
         RecipeError: The average is asked for and there is none.
     """
     root, average = _choose(content, weights)
-    modules, tensors = {}, {}
+    modules, tensors, unsaved = {}, {}, set()
     for path, node in _walk(root):
         state = node.state
         hooks = [name for name in ("_forward_hooks", "_forward_pre_hooks") if state.get(name)]
         if hooks:
             raise CheckpointError(f"has {hooks[0]} at {path or 'the model'!r}, which cannot be taken over")
         prefix = f"{path}." if path else ""
-        attributes = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
-        modules[path] = OldModule(node.kind, attributes, not _children(node))
+        attributes = {key: value for key, value in state.items() if isinstance(key, str) and is_plain(value)}
+        modules[path] = OldModule(node.kind, attributes, tuple(_children(node)))
+        unsaved |= {f"{prefix}{name}" for name in _names(state.get("_non_persistent_buffers_set"))}
         for part in ("_parameters", "_buffers"):
             for name, tensor in _mapping(state, part).items():
                 if isinstance(tensor, StoredTensor):
                     tensors[f"{prefix}{name}"] = tensor
     if average is not None:
-        tensors = _average(average, tensors)
+        tensors = _average(average, tensors, unsaved)
     base = _timm_base(root) if root.kind.startswith("timm.") else _torchvision_base(modules)
     return OldModel(modules, tensors, base, _count_labels(modules, tensors), isinstance(content, dict), weights)
 
@@ -109,7 +115,7 @@ def _choose(content: Any, weights: Weights) -> tuple[Inert, dict[str, Any] | Non
         return root, None
     if not isinstance(content, dict):
         raise CheckpointError(f"holds {_describe(content)}, and no module and no mapping with one")
-    raw = content.get("model")
+    raw = next((content[key] for key in _RAW_KEYS if _is_module(content.get(key))), content.get("model"))
     if weights == "ema":
         found = [(key, content[key]) for key in _EMA_KEYS if isinstance(content.get(key), dict | Inert)]
         if not found:
@@ -141,18 +147,17 @@ def _unwrap(node: Inert) -> tuple[Inert, list[str]]:
     return node, kinds
 
 
-def _average(average: dict[Any, Any], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _average(average: dict[Any, Any], tensors: dict[str, StoredTensor], unsaved: set[str]) -> dict[str, StoredTensor]:
     """Take the tensors of a saved average in place of those of the module."""
-    named = {str(key): value for key, value in average.items() if isinstance(value, StoredTensor)}
+    named = {key: value for key, value in average.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
     named.pop("n_averaged", None)
     while named and all(key.startswith("module.") for key in named):
         named = {key.removeprefix("module."): value for key, value in named.items()}
     for name, tensor in named.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise CheckpointError(f"holds an average whose tensor {name!r:.99} is not one of the module")
-    missing = sorted(tensors.keys() - named.keys())
-    # Buffers that are not saved with a state_dict are those of the module.
-    if any(tensors[name].storage.dtype.is_floating_point and name.endswith(("weight", "bias")) for name in missing):
+    missing = sorted(tensors.keys() - named.keys() - unsaved)
+    if missing:
         raise CheckpointError(f"holds an average without the tensor {missing[0]!r:.99} of the module")
     return tensors | named
 
@@ -162,10 +167,10 @@ def _walk(root: Inert) -> Iterator[tuple[str, Inert]]:
     while pending:
         path, node = pending.pop()
         count += 1
-        if count > MOST_MODULES or path.count(".") > 64:
+        children = _children(node).items()
+        if count + len(pending) + len(children) > MOST_MODULES or path.count(".") > 64:
             raise CheckpointError(f"holds more than {MOST_MODULES} modules, or modules in a circle")
         yield path, node
-        children = _children(node).items()
         pending += reversed([(f"{path}.{name}" if path else name, child) for name, child in children])
 
 
@@ -181,14 +186,24 @@ def _mapping(state: dict[str, Any], name: str) -> dict[str, Any]:
     values = state.get(name)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(f"is damaged: {name} of a module is no mapping of names")
+    longest = max(map(len, values), default=0)
+    if longest > _LONGEST_NAME:
+        raise CheckpointError(f"is damaged: {name} of a module has a name of {longest} characters")
     return values
+
+
+def _names(value: Any) -> list[str]:
+    """Give the strings of a set, which is a list here, or a call with one."""
+    items = value.args[0] if isinstance(value, Inert) and value.args else value
+    return [item for item in items if isinstance(item, str)] if isinstance(items, list) else []
 
 
 def _is_module(value: Any) -> bool:
     return isinstance(value, Inert) and isinstance(value.state.get("_modules"), dict)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Say whether a value is a number, text, a flag, None or a tuple of these."""
     values = value if isinstance(value, tuple) else (value,)
     return all(isinstance(item, int | float | str | None) for item in values)
 
@@ -198,7 +213,8 @@ def _describe(value: Any) -> str:
 
 
 def _keys(content: dict[Any, Any]) -> str:
-    return f"its entries are {', '.join(str(key)[:40] for key in list(content)[:12]) or 'none'}"
+    shown = [repr(key[:40]) if isinstance(key, str) else _describe(key) for key in list(content)[:12]]
+    return f"its entries are {', '.join(shown) or 'none'}"
 
 
 def _timm_base(root: Inert) -> str | None:
@@ -229,7 +245,7 @@ def _torchvision_base(modules: dict[str, OldModule]) -> str | None:
 
 def _count_labels(modules: dict[str, OldModule], tensors: dict[str, StoredTensor]) -> int | None:
     noted = modules[""].attributes.get("num_classes")
-    heads = [path for path, module in modules.items() if module.name == "Linear" and f"{path}.weight" in tensors]
-    if type(noted) is int:
+    if type(noted) is int and any(tensor.shape[:1] == (noted,) for tensor in tensors.values()):
         return noted
+    heads = [path for path, module in modules.items() if module.name == "Linear" and f"{path}.weight" in tensors]
     return tensors[f"{heads[-1]}.weight"].shape[0] if heads else None
