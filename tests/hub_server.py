@@ -37,7 +37,7 @@ class Hub:
 def serve_hub() -> Iterator[Hub]:
     """Serve a fresh Hub on a free local port for the length of the block."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubRequest", (_HubRequest,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -53,7 +53,7 @@ def _sha(hub: Hub) -> str:
     return hashlib.sha1(str(len(hub.commits)).encode()).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _HubRequest(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
@@ -187,14 +187,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
-    (("POST",), "/api/repos/create", _Handler.create_repo),
-    (("POST",), "/api/validate-yaml", _Handler.validate_card),
-    (("POST",), f"/api/models/{_REPO}/preupload/main", _Handler.choose_modes),
-    (("POST",), f"/{_REPO}\\.git/info/lfs/objects/batch", _Handler.plan_lfs),
-    (("PUT",), r"/lfs/([0-9a-f]{64})", _Handler.put_blob),
-    (("POST",), "/lfs-verify", _Handler.verify_blob),
-    (("POST",), f"/api/models/{_REPO}/commit/main", _Handler.commit),
-    (("GET",), rf"/api/models/{_REPO}(?:/revision/[\w.-]+)?", _Handler.describe),
-    (("GET",), rf"/api/models/{_REPO}/tree/[\w.-]+", _Handler.list_tree),
-    (("GET", "HEAD"), rf"/{_REPO}/resolve/[\w.-]+/(.+)", _Handler.resolve),
+    (("POST",), "/api/repos/create", _HubRequest.create_repo),
+    (("POST",), "/api/validate-yaml", _HubRequest.validate_card),
+    (("POST",), f"/api/models/{_REPO}/preupload/main", _HubRequest.choose_modes),
+    (("POST",), f"/{_REPO}\\.git/info/lfs/objects/batch", _HubRequest.plan_lfs),
+    (("PUT",), r"/lfs/([0-9a-f]{64})", _HubRequest.put_blob),
+    (("POST",), "/lfs-verify", _HubRequest.verify_blob),
+    (("POST",), f"/api/models/{_REPO}/commit/main", _HubRequest.commit),
+    (("GET",), rf"/api/models/{_REPO}(?:/revision/[\w.-]+)?", _HubRequest.describe),
+    (("GET",), rf"/api/models/{_REPO}/tree/[\w.-]+", _HubRequest.list_tree),
+    (("GET", "HEAD"), rf"/{_REPO}/resolve/[\w.-]+/(.+)", _HubRequest.resolve),
 )

@@ -307,7 +307,7 @@ def test_a_pipeline_says_what_processor_and_model_say_by_hand(family: str, prune
 # --- opened where nothing of ours is installed
 
 OPEN_ELSEWHERE = """
-import importlib, importlib.abc, json, sys, traceback
+import importlib, importlib.abc, json, sys
 
 ABSENT = ("isoprune_hf", "torch_pruning")
 
@@ -332,7 +332,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 def refusal(open_it):
     try:
         open_it()
-    except Exception as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 def difference(folder, tensors):
@@ -357,14 +357,11 @@ for folder in sorted(path for path in (root / "folders").iterdir()):
     answer["wrong buffers"] = wrong
     model.save_pretrained(root / "again" / folder.name)
     _, answer["again"] = difference(root / "again" / folder.name, tensors)
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-        answer["processor"] = type(processor).__name__
-        processor.save_pretrained(root / "again" / folder.name)
-        classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
-        answer["pipeline"] = classify(str(root / "picture.png"), top_k=7)
-    except Exception:
-        answer["error"] = traceback.format_exc(limit=-3)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    answer["processor"] = type(processor).__name__
+    processor.save_pretrained(root / "again" / folder.name)
+    classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
+    answer["pipeline"] = classify(str(root / "picture.png"), top_k=7)
 answers["loaded"] = [name for name in sys.modules if name.partition(".")[0] in ABSENT]
 (root / "answers.json").write_text(json.dumps(answers))
 """
@@ -418,7 +415,6 @@ def test_elsewhere_the_logits_are_bit_equal(family: str, elsewhere) -> None:
 @pytest.mark.parametrize("family", SAVED)
 def test_elsewhere_the_pipeline_says_the_same(family: str, elsewhere, pruned) -> None:
     answers, root = elsewhere
-    assert answers[family].get("error") is None
     assert answers[family]["processor"] == type(pruned(family).processor).__name__
     expected = scores_by_hand(pruned(family), root / "picture.png")
     found = {answer["label"]: answer["score"] for answer in answers[family]["pipeline"]}

@@ -29,7 +29,7 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.augmentation import seed_from, train_transform
 from isoprune_hf.training.data import ImageData, load_data
 from isoprune_hf.training.evaluation import evaluate_model
-from isoprune_hf.training.loading import train_batches
+from isoprune_hf.training.loading import TrainBatches, train_batches
 from isoprune_hf.training.loop import finetune
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import build_optimizer
@@ -204,6 +204,12 @@ def make_normed(seed: int = 0) -> TinyNet:
     return net
 
 
+def first_epoch(data: ImageData, recipe: FinetuneRecipe, *, parts: int) -> TrainBatches:
+    place = {"seed": recipe.seed, "epoch": 1, "num_workers": 0, "rank": 0, "world": 1}
+    shape = {"batch_size": recipe.batch_size, "parts": parts, "drop_last": recipe.drop_last}
+    return train_batches(data.train, train_transform(make_processor(), recipe), **shape, **place)
+
+
 def make_replica_recipe() -> FinetuneRecipe:
     """Two epochs; the last update of each has half as many images as the others."""
     mixing = {"mixup": 0.5, "cutmix": 1.0, "mixup_pairing": "roll", "repeated_augmentation": 2}
@@ -216,17 +222,7 @@ def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
     options = {"epochs": 1, "batch_size": 16, "clip_grad": None, "momentum": 0.0, "weight_decay": 0.0}
     recipe = make_recipe(**options, virtual_replicas=4, mixup=0.5, mixup_pairing="roll", distillation="none")
     train(net, recipe, data=data)
-    batches = train_batches(
-        data.train,
-        train_transform(make_processor(), recipe),
-        batch_size=16,
-        parts=4,
-        seed=0,
-        epoch=1,
-        num_workers=0,
-        rank=0,
-        world=1,
-    )
+    batches = first_epoch(data, recipe, parts=4)
     reference.train()
     start = [reference.norm.running_mean.clone(), reference.norm.running_var.clone()]
     means = []
@@ -234,8 +230,8 @@ def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
         for part, (_, images, labels) in enumerate(batches.loader):
             reference.norm.running_mean.copy_(start[0])
             reference.norm.running_var.copy_(start[1])
-            torch.manual_seed(seed_from(0, 1, 0, part))
-            images, targets = mix(images, labels, recipe, num_classes=3, seeds=(0, 1, 0, part))
+            torch.manual_seed(seed_from(0, 1, 0, part, 1))
+            images, targets = mix(images, labels, recipe, num_classes=3, seeds=(0, 1, 0, part, 2))
             logits = reference(images).logits
             loss = nn.functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum") / 16
             loss.backward()
@@ -254,31 +250,15 @@ def test_a_short_last_batch_is_trained_with_the_mean_of_its_samples():
     recipe = make_recipe(**options, batch_size=8, virtual_replicas=4, drop_last=False, schedule="step")
     data = make_data(train=10, evaluation=0)
     entry = train(short, recipe, data=data)["history"][0]
-    batches = train_batches(
-        data.train,
-        train_transform(make_processor(), recipe),
-        batch_size=8,
-        parts=1,
-        seed=0,
-        epoch=1,
-        num_workers=0,
-        rank=0,
-        world=1,
-        drop_last=False,
-    )
+    batches = first_epoch(data, recipe, parts=1)
     reference, losses = make_net(), []
+    optimizer = build_optimizer(reference, recipe)
     for (_, images, labels), size in zip(batches.loader, (8, 2), strict=True):
         loss = nn.functional.cross_entropy(reference(images).logits, labels, label_smoothing=0.1)
         reference.zero_grad()
         loss.backward()
         losses.append(loss.item() * size)
-        with torch.no_grad():
-            for group in build_optimizer(reference, recipe).param_groups:
-                for parameter in group["params"]:
-                    buffer = parameter.grad + group["weight_decay"] * parameter
-                    momentum = getattr(parameter, "momentum", None)
-                    parameter.momentum = buffer if momentum is None else 0.9 * momentum + buffer
-                    parameter -= 0.1 * parameter.momentum
+        optimizer.step()
     assert entry["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
     assert_equal_weights(short, reference, atol=1e-6)
 

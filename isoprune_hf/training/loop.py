@@ -31,6 +31,8 @@ from isoprune_hf.training.replicas import AveragedStatistics, count_parts, fit_b
 
 logger = get_logger(__name__)
 
+# Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
+_DROPPING, _MIXING = 1, 2
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -252,9 +254,9 @@ def _train_epoch(training: _Training, batches: TrainBatches, epoch: int) -> dict
 def _part_loss(training: _Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:
     """Return the sum of the samples' losses of a part of a batch."""
     recipe, device = training.recipe, training.accelerator.device
-    torch.manual_seed(seed_from(*seeds))
+    torch.manual_seed(seed_from(*seeds, _DROPPING))
     pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=seeds)
+    pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=(*seeds, _MIXING))
     with torch.autocast(device.type, _PRECISIONS.get(recipe.precision), enabled=recipe.precision in _PRECISIONS):
         logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
         if training.heads is not None:
