@@ -30,7 +30,7 @@ def gradients_of_images(model: nn.Module, batches: Batches) -> Iterator[dict[str
 
 
 def channel_scores(group, values: Values, norm: str = "sum", reduction: str = "sum") -> torch.Tensor:
-    """Put elements together channel by channel; `norm` as in `criteria.py`."""
+    """Put elements together channel by channel; `norm` as in `channel_scores.py`."""
     scores = []
     for channel in range(group.channels):
         parts = []

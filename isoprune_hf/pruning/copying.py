@@ -14,12 +14,22 @@ _IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, t
 _TABLES = frozenset((dict, OrderedDict))
 
 
-def copy_shapes(module: nn.Module) -> nn.Module:
+def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Copy a module tree without its weights: every tensor becomes an empty one on the meta device; hooks stay behind.
 
     Unlike a fresh build, this needs no config, draws no initial weights and keeps whatever was cut or set since.
+
+    Args:
+        module: The tree.
+        dtype: What floating tensors become; they keep their own when not given.
     """
-    return copy_modules(module, _empty, with_hooks=False)
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        kind = dtype if tensor.is_floating_point() else None
+        blank = torch.empty_like(tensor, device="meta", dtype=kind, requires_grad=False)
+        return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+
+    return copy_modules(module, empty, with_hooks=False)
 
 
 def copy_modules(
@@ -79,8 +89,3 @@ def _copy_value(value: object, memo: dict[int, object]) -> object:
         parts = tuple(_copy_value(part, memo) for part in value)
         return value if all(new is old for new, old in zip(parts, value, strict=True)) else parts
     return copy.deepcopy(value, memo)
-
-
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -1,6 +1,5 @@
 """How important every channel is: one score for each channel and block, with a record of how it was found."""
 
-import hashlib
 import itertools
 import json
 import logging
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,7 +20,8 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.criteria import CRITERIA, Reduction, Scoring
+from isoprune_hf.pruning.channel_scores import Reduction, Scoring
+from isoprune_hf.pruning.criteria import CRITERIA
 from isoprune_hf.pruning.gradients import Batches, Precision, check_finite, sum_over_ranks
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.recipes import DATA_CRITERIA, Criterion, PruneRecipe
@@ -135,8 +136,12 @@ def _find_fault(record: Any, tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes and bytes of all weights: equal models have equal fingerprints."""
-    digest = hashlib.sha256()
+    """Hash names, shapes and bytes of all weights: equal models have equal fingerprints.
+
+    Note:
+        XXH3, as the fingerprints of `datasets`: it tells models apart, and is no proof against one made to collide.
+    """
+    digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -176,7 +181,7 @@ def score_groups(
         precision: bf16 runs the passes over images under autocast. Then the first micro-batch of rank 0 is scored in
             both precisions, and the mean over groups of the rank correlation is reported and kept.
         blocks: Residual blocks to score: the mean of the same values over all elements of the block, or over the
-            channels inside it (see `criteria.py`).
+            channels inside it (see `channel_scores.py`).
 
     Raises:
         RecipeError: There is no image for a criterion that needs some, weights or gradients are not finite, or a group

@@ -69,7 +69,7 @@ def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]
         base: The network.
         stand_in: What norms and activations do, instead of nothing at all.
     """
-    network = copy_shapes(base).float().eval()
+    network = copy_shapes(base, dtype=torch.float32).eval()
     stand_in = stand_in or _pass_on
     for module in network.modules():
         if isinstance(module, _NORMS):
