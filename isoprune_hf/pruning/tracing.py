@@ -74,9 +74,13 @@ def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]
     for module in network.modules():
         if isinstance(module, _NORMS):
             module.forward = partial(_check_width, module, stand_in)
-        elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU | nn.MultiheadAttention):
+        elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU) and not _has_weights(module):
             module.forward = stand_in
     return network
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _pass_on(hidden: torch.Tensor) -> torch.Tensor:
