@@ -1,0 +1,1 @@
+"""An axis-level dependency graph: which elements of which tensors can only leave together."""

@@ -1,0 +1,213 @@
+"""From the axis graph to coupled groups: which elements of which tensors belong to each free leaf."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from isoprune_hf.pruning.axes.axis import Axis, find
+from isoprune_hf.pruning.axes.graph import AxisGraph
+from isoprune_hf.pruning.groups import CoupledGroup, Member
+
+_CONV, _TRANSPOSED = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd
+_LAYERS = (nn.Linear, _CONV, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Elements of an axis that belong to the same leaves.
+
+    Args:
+        labels: Leaf, by identity -> which of its elements each position belongs to, (n,).
+        positions: Positions on the axis, (n,).
+    """
+
+    labels: Mapping[int, np.ndarray]
+    positions: np.ndarray
+
+
+def cells(axis: Axis, known: dict[int, list[Cell]]) -> list[Cell]:
+    """Sort the elements of an axis by the leaves that they belong to; `known` keeps what was found."""
+    axis = find(axis)
+    if id(axis) in known:
+        return known[id(axis)]
+    everything = np.arange(axis.size)
+    if axis.kind == "leaf":
+        is_free = axis.frozen is None and axis.size > 1
+        found = [Cell({id(axis): everything} if is_free else {}, everything)]
+    elif axis.kind == "sum":
+        found, offset = [], 0
+        for part in axis.parts:
+            found += [Cell(cell.labels, cell.positions + offset) for cell in cells(part, known)]
+            offset += find(part).size
+    else:
+        found = cells(axis.parts[0], known)
+        for part in axis.parts[1:]:
+            found = [_combine(outer, inner, find(part).size) for outer in found for inner in cells(part, known)]
+    known[id(axis)] = found
+    return found
+
+
+def _combine(outer: Cell, inner: Cell, size: int) -> Cell:
+    labels = {leaf: np.repeat(values, len(inner.positions)) for leaf, values in outer.labels.items()}
+    labels |= {leaf: np.tile(values, len(outer.positions)) for leaf, values in inner.labels.items()}
+    return Cell(labels, (outer.positions[:, None] * size + inner.positions).ravel())
+
+
+def group_members(graph: AxisGraph) -> dict[int, dict[tuple[str, int], list[Cell]]]:
+    """Leaf, by identity -> (tensor, dim) -> the elements that belong to it."""
+    known: dict[int, list[Cell]] = {}
+    found: dict[int, dict[tuple[str, int], list[Cell]]] = {}
+    for name, axes in graph.trace.tensors.items():
+        for dim, axis in enumerate(axes):
+            for cell in cells(axis, known):
+                for leaf in cell.labels:
+                    found.setdefault(leaf, {}).setdefault((name, dim), []).append(cell)
+    return found
+
+
+def rows(found: Iterable[Cell], label: Mapping[int, int], count: int) -> np.ndarray:
+    """Positions of each unit: (count, k), ascending. A unit's number is the sum of the labels times their factors."""
+    parts = []
+    for cell in found:
+        numbers = sum(cell.labels[leaf] * factor for leaf, factor in label.items())
+        parts.append(cell.positions[np.argsort(numbers, kind="stable")].reshape(count, -1))
+    return parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts, axis=1), axis=1)
+
+
+def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]) -> tuple[CoupledGroup, ...]:
+    """Name the elements of every channel that can leave, in the order of `named_modules`."""
+    builder = _Builder(graph, base)
+    free, found, done = graph.free(), [], set()
+    for leaf, axis in free.items():
+        if leaf in done or leaf in graph.heads:
+            continue
+        dims = [dim for dim, head in graph.heads.items() if find(head) is axis]
+        link = next((link for link in graph.solution.links if leaf in link), None)
+        if dims:
+            group = builder.attention(axis, free[dims[0]])
+        elif link:
+            group = builder.linked([free[other] for other in free if other in link])
+            done |= link
+        else:
+            group = builder.plain(axis)
+        if group is not None:
+            found.append(group)
+    del signature
+    return builder.ordered(found)
+
+
+class _Builder:
+    def __init__(self, graph: AxisGraph, base: nn.Module):
+        self.members = group_members(graph)
+        self.modules = dict(base.named_modules())
+        self.order = {name: position for position, name in enumerate(self.modules)}
+        self.tensors = {name: position for position, name in enumerate(graph.trace.tensors)}
+
+    def plain(self, leaf: Axis) -> CoupledGroup | None:
+        """A group of one leaf."""
+        return self._group([(leaf, leaf.size)], leaf.size)
+
+    def linked(self, leaves: list[Axis]) -> CoupledGroup | None:
+        """A group of leaves that must leave in the same proportion: each unit holds as large a share of each."""
+        units = int(np.gcd.reduce([leaf.size for leaf in leaves]))
+        return self._group([(leaf, units) for leaf in leaves], units)
+
+    def _group(self, leaves: list[tuple[Axis, int]], units: int) -> CoupledGroup | None:
+        index: dict[tuple[str, int], list[np.ndarray]] = {}
+        for leaf, _ in leaves:
+            for key, found in self.members.get(id(leaf), {}).items():
+                index.setdefault(key, []).append(rows(found, {id(leaf): 1}, leaf.size).reshape(units, -1))
+        members = self._sorted({key: np.concatenate(parts, axis=1) for key, parts in index.items()})
+        labels = self._labels(members)
+        if all(label.endswith(".out") for label in labels):
+            return None  # nothing reads them
+        return CoupledGroup(self._writer(members), "|".join(labels), units, members)
+
+    def attention(self, head: Axis, dim: Axis) -> CoupledGroup:
+        """A group of heads and their dims."""
+        both: dict[tuple[str, int], list[Cell]] = {}
+        alone: dict[int, dict[tuple[str, int], list[Cell]]] = {id(head): {}, id(dim): {}}
+        for leaf, other in ((head, dim), (dim, head)):
+            for key, found in self.members[id(leaf)].items():
+                for cell in found:
+                    if id(other) not in cell.labels:
+                        alone[id(leaf)].setdefault(key, []).append(cell)
+                    elif leaf is head:
+                        both.setdefault(key, []).append(cell)
+        channels = head.size * dim.size
+        labels = {id(head): dim.size, id(dim): 1}
+        members = self._sorted({key: rows(found, labels, channels) for key, found in both.items()})
+        whole, dims = (
+            self._sorted({key: rows(found, {id(leaf): 1}, leaf.size) for key, found in alone[id(leaf)].items()})
+            for leaf in (head, dim)
+        )
+        own = {member.parameter.rpartition(".")[0] for member in (*members, *whole, *dims)}
+        path = _common_path(own)
+        labels = "|".join(self._labels((*members, *whole, *dims)))
+        return CoupledGroup(path, "Attention:" + labels, channels, members, head.size, whole, dims)
+
+    def _sorted(self, index: Mapping[tuple[str, int], np.ndarray]) -> tuple[Member, ...]:
+        def place(key: tuple[str, int]) -> tuple[int, int, int]:
+            return self.order[key[0].rpartition(".")[0]], key[1] if self._is_layer(key[0]) else 0, self._rank(key[0])
+
+        return tuple(Member(name, dim, index[name, dim]) for name, dim in sorted(index, key=place))
+
+    def _rank(self, name: str) -> int:
+        owner = self.modules[name.rpartition(".")[0]]
+        leaf = name.rpartition(".")[2]
+        names = [*owner._parameters, *owner._buffers]
+        return names.index(leaf) if leaf in names else len(names)
+
+    def _is_layer(self, name: str) -> bool:
+        return isinstance(self.modules[name.rpartition(".")[0]], _LAYERS)
+
+    def _labels(self, members: Iterable[Member]) -> list[str]:
+        """One entry for each side of a layer that is touched, and for each loose parameter."""
+        seen: dict[tuple[str, str], str] = {}
+        for member in members:
+            path, _, leaf = member.parameter.rpartition(".")
+            layer = self.modules[path]
+            if not isinstance(layer, _LAYERS):
+                seen.setdefault((member.parameter, ""), "Parameter")
+                continue
+            side = "out"
+            if leaf == "weight" and isinstance(layer, nn.Linear | _CONV):
+                is_depthwise = isinstance(layer, _CONV) and 1 < layer.groups == layer.in_channels == layer.out_channels
+                reads = member.dim == (0 if isinstance(layer, _TRANSPOSED) else 1)
+                side = "depthwise" if is_depthwise else "in" if reads else "out"
+            elif isinstance(layer, _CONV) and (path, "depthwise") in seen:
+                side = "depthwise"
+            seen.setdefault((path, side), f"{type(layer).__name__}.{side}")
+        return list(seen.values())
+
+    def _writer(self, members: Iterable[Member]) -> str:
+        """The first layer that writes the channels; else the first that holds them."""
+        members = list(members)
+        for member in members:
+            path, _, leaf = member.parameter.rpartition(".")
+            layer = self.modules[path]
+            dim = 1 if isinstance(layer, _TRANSPOSED) else 0
+            if isinstance(layer, _LAYERS) and leaf == "weight" and member.dim == dim:
+                return path
+        return members[0].parameter.rpartition(".")[0] or members[0].parameter
+
+    def ordered(self, groups: list[CoupledGroup]) -> tuple[CoupledGroup, ...]:
+        """Sort by module, and tell groups of one module apart by a number."""
+        from dataclasses import replace
+
+        count: dict[str, int] = {}
+        named = []
+        for group in sorted(groups, key=lambda group: self.order.get(group.name, -1)):
+            count[group.name] = count.get(group.name, 0) + 1
+            number = count[group.name]
+            named.append(group if number == 1 else replace(group, name=f"{group.name}:{number}"))
+        return tuple(named)
+
+
+def _common_path(paths: Iterable[str]) -> str:
+    """The innermost module that holds all of these."""
+    return ".".join(commonprefix([path.split(".") for path in paths]))
