@@ -15,6 +15,7 @@ from isoprune_hf.pruning.axes.axis import Axis, Conflict, cut, find, freeze, fro
 from isoprune_hf.pruning.axes.compute import LAYOUT, pointwise
 from isoprune_hf.pruning.axes.integers import Comparison, Expression, expression_of, mark_attributes
 from isoprune_hf.pruning.axes.layout import ONE, Axes
+from isoprune_hf.pruning.axes.shortcuts import run
 from isoprune_hf.pruning.axes.sizes import PLAIN, SIZES, hold, shape_with_axes
 
 
@@ -77,10 +78,10 @@ class Trace:
         if axes is None:
             name = self._names.get(id(x))
             if name is None:
-                return tuple(frozen(size, "a constant") if size > 1 else ONE for size in x.shape)
+                return tuple(frozen(size, "a constant") if size != 1 else ONE for size in x.shape)
             axes = self.tensors.get(name)
             if axes is None:
-                axes = self.tensors[name] = tuple(Axis(size) if size > 1 else ONE for size in x.shape)
+                axes = self.tensors[name] = tuple(Axis(size) if size != 1 else ONE for size in x.shape)
         return tuple(map(find, axes))
 
     def tie(self, axes: Iterable[Axis]) -> Axis:
@@ -113,7 +114,7 @@ class Trace:
 
     def fresh(self, out: Tensor, reason: str) -> Axes:
         """Axes that nothing can leave from."""
-        return tuple(frozen(size, reason) if size > 1 else ONE for size in out.shape)
+        return tuple(frozen(size, reason) if size != 1 else ONE for size in out.shape)
 
     def give_up(self, tensors: Iterable[Tensor], out: Any, reason: str) -> Axes | list[Axes]:
         """Freeze all that an operation touches."""
@@ -177,7 +178,7 @@ class _Operations(TorchDispatchMode):
         self.rules: dict[Any, tuple[str, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = run(func, args, kwargs)
         known = self.rules.get(func)
         if known is None:
             known = self.rules[func] = _find_rule(func)

@@ -1,0 +1,113 @@
+"""Outputs of common operations on the meta device, made directly.
+
+A kernel of the meta device takes as long as a real one of a small model, most of it for checks of types and strides; a
+trace needs the shape alone. Where arguments are not of the plain kind, there is no shortcut.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def _unary(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return torch.empty_like(x) if x.is_floating_point() else None
+
+
+def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _binary(x: Any, y: Any, **kwargs: Any) -> Tensor | None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or kwargs.keys() - {"alpha"}:
+        return None
+    if not isinstance(y, Tensor):
+        return torch.empty_like(x) if isinstance(y, int | float) else None
+    if y.dtype != x.dtype:
+        return None
+    if x.shape == y.shape:
+        return torch.empty_like(x)
+    if x.ndim >= y.ndim and x.shape == torch.broadcast_shapes(x.shape, y.shape):
+        return torch.empty_like(x)
+    return None
+
+
+def _mm(x: Tensor, y: Tensor) -> Tensor | None:
+    return x.new_empty(x.shape[0], y.shape[1]) if x.shape[1] == y.shape[0] else None
+
+
+def _addmm(bias: Tensor, x: Tensor, y: Tensor, **_: Any) -> Tensor | None:
+    if x.shape[1] != y.shape[0] or bias.shape[-1] not in (1, y.shape[1]) or bias.ndim > 1:
+        return None
+    return x.new_empty(x.shape[0], y.shape[1])
+
+
+def _bmm(x: Tensor, y: Tensor) -> Tensor | None:
+    fits = x.shape[0] == y.shape[0] and x.shape[2] == y.shape[1]
+    return x.new_empty(x.shape[0], x.shape[1], y.shape[2]) if fits else None
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    _: Any,
+    groups: int,
+) -> Tensor | None:
+    sides = x.ndim - 2
+    fits = x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
+    if transposed or not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    stride, padding, dilation = (v if len(v) == sides else list(v) * sides for v in (stride, padding, dilation))
+    shape = [
+        (size + 2 * pad - hole * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, hole in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty(x.shape[0], weight.shape[0], *shape) if min(shape) > 0 else None
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...] | None:
+    fits = list(x.shape[-len(shape) :]) == list(shape)
+    fits = fits and all(part is None or list(part.shape) == list(shape) for part in (weight, bias))
+    # A contiguous output, as the real kernel gives, whatever the input is.
+    return (x.new_empty(x.shape), x.new_empty(1), x.new_empty(1)) if fits else None
+
+
+def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
+    fits = all(part.shape == x.shape[1:2] for part in args if isinstance(part, Tensor))
+    is_training = args[4] if len(args) == 7 else False
+    return (torch.empty_like(x), x.new_empty(0), x.new_empty(0)) if fits and not is_training else None
+
+
+SHORTCUTS: dict[Any, Callable[..., Any]] = {
+    **{
+        getattr(_aten, name).default: _unary
+        for name in ("gelu", "relu", "sigmoid", "silu", "tanh", "hardswish", "hardsigmoid", "exp", "hardtanh", "_softmax")
+    },
+    **{getattr(_aten, name).default: _in_place for name in ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")},
+    **{getattr(_aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
+    _aten.mm.default: _mm,
+    _aten.addmm.default: _addmm,
+    _aten.bmm.default: _bmm,
+    _aten.convolution.default: _convolution,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten._native_batch_norm_legit_no_training.default: _batch_norm,
+}
+
+
+def run(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> Any:
+    """Run an operation, on the meta device by a shortcut where there is one."""
+    shortcut = SHORTCUTS.get(func)
+    if shortcut is not None and all(part.is_meta for part in args if isinstance(part, Tensor)):
+        out = shortcut(*args, **(kwargs or {}))
+        if out is not None:
+            return out
+    return func(*args, **(kwargs or {}))
