@@ -35,7 +35,7 @@ FLOORS = [
     ("__init__.py", 9),
 ]
 ONLY_IN = {
-    "torch_pruning": {"pruning/graph.py"},
+    "torch_pruning": {"pruning/depgraph.py"},
     "datasets": {"training/data.py"},
     "evaluate": {"training/evaluation.py"},
     "huggingface_hub": {"publishing/", "checkpoint/dense.py"},

@@ -14,7 +14,8 @@ from torch_pruning.dependency import index_mapping
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models import load_base
-from isoprune_hf.pruning.graph import Positions, apply_mapping, trace_groups
+from isoprune_hf.pruning.depgraph import Positions, apply_mapping
+from isoprune_hf.pruning.graph import trace_groups
 
 
 def make_timm(architecture: str, image_size: int = 32, **args: object) -> IsoPruneForImageClassification:

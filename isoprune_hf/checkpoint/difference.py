@@ -105,7 +105,7 @@ def check_structure(base: nn.Module, structure: dict[str, Any], skippable: Colle
     require(known, "config.structure: must hold only shapes, attributes and removed")
     holds = all(isinstance(structure.get(part), kind | None) for part, kind in kinds.items())
     require(holds, "config.structure: shapes and attributes are mappings, removed is a list")
-    tensors, modules = base.state_dict(), dict(base.named_modules())
+    tensors, modules = {**dict(base.named_buffers()), **base.state_dict()}, dict(base.named_modules())
     for name, shape in (structure.get("shapes") or {}).items():
         where = f"config.structure.shapes[{name!r}]"
         require(name in tensors, f"{where}: the base has no such tensor")

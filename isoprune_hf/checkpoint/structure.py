@@ -35,10 +35,10 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
             skipped.
     """
     removed = [path for path, module in pruned.named_modules() if isinstance(module, SkippedBlock)]
-    dense = base.state_dict()
+    dense = {**dict(base.named_buffers()), **base.state_dict()}
     shapes = {
         name: list(tensor.shape)
-        for name, tensor in pruned.state_dict().items()
+        for name, tensor in {**dict(pruned.named_buffers()), **pruned.state_dict()}.items()
         if list(tensor.shape) != list(dense[name].shape)
     }
     attributes: dict[str, dict[str, Any]] = {}

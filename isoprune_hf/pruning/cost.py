@@ -1,6 +1,5 @@
 """How big a model is, and how big a plan would make it: exact multiply-accumulates and parameters."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
+from isoprune_hf.pruning.axes.units import Tie, Width, leaf_ties, widths_of
+from isoprune_hf.pruning.graph import graph_of
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.tracing import light_copy
 
@@ -62,32 +63,35 @@ def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMo
     return counter
 
 
+class Term(NamedTuple):
+    """A product of sizes: elements of a parameter, or multiply-accumulates of a matrix product.
+
+    Args:
+        module: Path of the module that has it.
+        widths: The factors.
+    """
+
+    module: str
+    widths: tuple[Width, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class CostModel:
     """Cost of any plan as a function of widths, equal to `count_cost` of the finished model.
 
-    MACs of a layer are (positions it is applied to) x (elements of its weight); those of attention are proportional to
-    its width.
-
     Args:
         base: Cost of the dense model.
-        constant: MACs that no plan changes.
-        positions: Weight -> MACs for each of its elements.
-        attention: Group -> MACs for each of its channels, in the two products of attention.
-        shapes: Parameter -> its dense shape.
-        ties: Parameter -> (dim, group, elements on that dim for each channel, whole heads only).
-        channels: Attention group -> channels.
-        blocks: Residual block -> its parameters.
+        products: Matrix products and convolutions.
+        parameters: Parameters.
+        groups: Group -> (channels, heads), heads 0 where it is no attention.
+        blocks: Paths of the residual blocks that may leave.
     """
 
     base: ModelCost
-    constant: int
-    positions: Mapping[str, int]
-    attention: Mapping[str, int]
-    shapes: Mapping[str, tuple[int, ...]]
-    ties: Mapping[str, tuple[tuple[int, str, int, bool], ...]] = field(default_factory=dict)
-    channels: Mapping[str, int] = field(default_factory=dict)
-    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    products: Sequence[Term]
+    parameters: Sequence[Term]
+    groups: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    blocks: Sequence[str] = ()
 
     def cost(
         self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str] = ()
@@ -99,124 +103,107 @@ class CostModel:
             removed_heads: Attention group -> whole heads that leave (their channels are counted in `removed` too).
             removed_blocks: Residual blocks that leave whole.
         """
-        elements = self._elements(removed, removed_heads, removed_blocks)
-        products = self._products(removed, removed_blocks)
-        macs = self.constant + int(elements @ self._arrays.positions) + sum(products.values())
-        return ModelCost(macs, int(elements.sum()))
+        macs, params = self._values(removed, removed_heads, removed_blocks)
+        return ModelCost(int(macs.sum()), int(params.sum()))
 
     def layer_macs(
         self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str] = ()
     ) -> dict[str, int]:
         """MACs of every layer after a cut: module -> MACs; an attention module stands for its two products."""
-        macs = self._elements(removed, removed_heads, removed_blocks) * self._arrays.positions
-        layers = zip(self.shapes, macs.tolist(), strict=True)
-        weights = {name.removesuffix(".weight"): count for name, count in layers if name in self.positions}
-        return weights | self._products(removed, removed_blocks)
+        macs, _ = self._values(removed, removed_heads, removed_blocks)
+        found = dict.fromkeys((term.module for term in self.products), 0)
+        for term, count in zip(self.products, macs.tolist(), strict=True):
+            found[term.module] += count
+        return found
 
     @cached_property
     def _arrays(self) -> "_CostArrays":
-        rows = {name: row for row, name in enumerate(self.shapes)}
-        widest = max((len(shape) for shape in self.shapes.values()), default=0)
-        sizes = np.ones((len(rows), widest), dtype=np.int64)
-        for name, shape in self.shapes.items():
-            sizes[rows[name], : len(shape)] = shape
-        ties = [(rows[name], *tie) for name, tied in self.ties.items() for tie in tied]
-        positions = np.array([self.positions.get(name, 0) for name in self.shapes], dtype=np.int64)
-        dead = {block: [rows[parameter] for parameter in parameters] for block, parameters in self.blocks.items()}
-        return _CostArrays(
-            sizes,
-            positions,
-            np.array([tie[0] for tie in ties], dtype=np.int64),
-            np.array([tie[1] for tie in ties], dtype=np.int64),
-            [tie[2] for tie in ties],
-            np.array([tie[3] for tie in ties], dtype=np.int64),
-            np.array([tie[4] for tie in ties], dtype=bool),
-            dead,
-        )
-
-    def _elements(
-        self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str]
-    ) -> np.ndarray:
-        """Elements of every parameter after a cut: (parameters,)."""
-        arrays = self._arrays
-        sizes = arrays.sizes.copy()
-        channels = np.array([removed.get(group, 0) for group in arrays.groups], dtype=np.int64)
-        heads = np.array([removed_heads.get(group, 0) for group in arrays.groups], dtype=np.int64)
-        np.subtract.at(
-            sizes, (arrays.rows, arrays.dims), arrays.elements * np.where(arrays.whole_heads, heads, channels)
-        )
-        for block in removed_blocks:
-            sizes[arrays.dead[block]] = 0
-        return sizes.prod(axis=1)
-
-    def _products(self, removed: Mapping[str, int], removed_blocks: Iterable[str]) -> dict[str, int]:
-        """MACs in the two products of every attention after a cut."""
-        gone = tuple(f"{block}." for block in removed_blocks)
-        return {
-            group: 0 if f"{group}.".startswith(gone) else per_channel * (self.channels[group] - removed.get(group, 0))
-            for group, per_channel in self.attention.items()
+        order = {name: position for position, name in enumerate(self.groups)}
+        units = {"channel": 0, "head": len(order), "dim": 2 * len(order)}
+        rows: dict[Width, int] = {Width(1): 0}
+        terms = [*self.products, *self.parameters]
+        for term in terms:
+            for width in term.widths:
+                rows.setdefault(width, len(rows))
+        ties = [
+            (row, units[tie.unit] + order[tie.group], tie.elements) for width, row in rows.items() for tie in width.ties
+        ]
+        longest = max((len(term.widths) for term in terms), default=0)
+        factors = np.zeros((len(terms), longest), dtype=np.int64)
+        for at, term in enumerate(terms):
+            factors[at, : len(term.widths)] = [rows[width] for width in term.widths]
+        columns = np.array(ties, dtype=np.int64).reshape(-1, 3).T
+        inside = {
+            block: np.array([f"{term.module}.".startswith(f"{block}.") for term in terms]) for block in self.blocks
         }
+        counts = np.array(list(self.groups.values()), dtype=np.int64).reshape(-1, 2).T
+        return _CostArrays(np.array([width.size for width in rows]), *columns, factors, inside, *counts)
+
+    def _values(
+        self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """MACs of every product and elements of every parameter after a cut."""
+        arrays = self._arrays
+        channels = np.array([removed.get(group, 0) for group in self.groups], dtype=np.int64)
+        heads = np.array([removed_heads.get(group, 0) for group in self.groups], dtype=np.int64)
+        dims = arrays.channels // np.maximum(arrays.heads, 1)
+        dims = dims - (arrays.channels - channels) // np.maximum(arrays.heads - heads, 1)
+        sizes = arrays.sizes.copy()
+        leaving = np.concatenate([channels, heads, dims])
+        np.subtract.at(sizes, arrays.rows, arrays.elements * leaving[arrays.units])
+        values = sizes[arrays.factors].prod(axis=1)
+        for block in removed_blocks:
+            values[arrays.inside[block]] = 0
+        return values[: len(self.products)], values[len(self.products) :]
 
 
 class _CostArrays(NamedTuple):
-    """The tables of a cost model as arrays: one row for each parameter, one entry for each tie."""
+    """The terms of a cost model as arrays: rows are different widths, entries their ties."""
 
     sizes: np.ndarray
-    positions: np.ndarray
     rows: np.ndarray
-    dims: np.ndarray
-    groups: list[str]
+    units: np.ndarray
     elements: np.ndarray
-    whole_heads: np.ndarray
-    dead: dict[str, list[int]]
+    factors: np.ndarray
+    inside: dict[str, np.ndarray]
+    channels: np.ndarray
+    heads: np.ndarray
 
 
 def cost_model(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], blocks: Sequence[ResidualBlock] = ()
 ) -> CostModel:
-    """Measure, by one forward pass on the meta device, what every channel and every block costs.
+    """Write down what every channel and every block costs, from the matrix products of one forward pass.
 
     Raises:
-        UnsupportedArchitectureError: MACs of a prunable part cannot be attributed to widths.
+        UnsupportedArchitectureError: MACs cannot be attributed to widths.
     """
-    inner = light_copy(model.model)
-    counter = _run_counter(inner, model.config.image_size)
-    # Keys are paths below the class name of the module that was called.
-    flops = {
-        path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items() if "." in path
-    }
-    shapes = {name: tuple(parameter.shape) for name, parameter in inner.named_parameters()}
-    positions: dict[str, int] = {}
-    for name, module in inner.named_modules():
-        weight = f"{name}.weight" if name else "weight"
-        if flops.get(name) and isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            positions[weight] = flops[name] // 2 // module.weight.numel()
-    attention = {}
-    for group in groups:
-        if group.num_heads:
-            inside = sum(flops.get(path, 0) for path in _children(inner, group.name))
-            attention[group.name] = (flops.get(group.name, 0) - inside) // 2 // group.channels
-    base = ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
-    layers = sum(count * math.prod(shapes[name]) for name, count in positions.items())
-    channels = {group.name: group.channels for group in groups if group.num_heads}
-    products = sum(attention[name] * count for name, count in channels.items())
-    ties: dict[str, list[tuple[int, str, int, bool]]] = {}
-    for group in groups:
-        for member, whole_heads in [*((m, False) for m in group.members), *((m, True) for m in group.head_members)]:
-            if member.parameter in shapes:
-                tie = (member.dim, group.name, member.index.shape[1], whole_heads)
-                ties.setdefault(member.parameter, []).append(tie)
-    return CostModel(
-        base,
-        base.macs - layers - products,
-        positions,
-        attention,
-        shapes,
-        {name: tuple(tied) for name, tied in ties.items()},
-        channels,
-        {block.name: block.parameters for block in blocks},
-    )
+    graph = graph_of(model, groups)
+    ties = leaf_ties(graph, groups)
+    products = []
+    for product in graph.trace.products:
+        widths = [widths_of(axis, ties) for axis in product.sizes]
+        if None in widths:
+            raise UnsupportedArchitectureError(f"the MACs of {product.module or 'the model'} do not follow from widths")
+        products.append(Term(product.module, tuple(width for factor in widths for width in factor)))
+    parameters = _parameters(model.model, groups)
+    counts = {group.name: (group.channels, group.num_heads) for group in groups}
+    plain = CostModel(ModelCost(0, 0), products, parameters, counts)
+    return CostModel(plain.cost({}, {}), products, parameters, counts, [block.name for block in blocks])
 
 
-def _children(model: nn.Module, path: str) -> list[str]:
-    return [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
+def _parameters(network: nn.Module, groups: Sequence[CoupledGroup]) -> list[Term]:
+    ties: dict[tuple[str, int], list[Tie]] = {}
+    for group in groups:
+        kinds = (("channel", group.members), ("head", group.head_members), ("dim", group.dim_members))
+        for unit, members in kinds:
+            for member in members:
+                tie = Tie(group.name, member.index.shape[1], unit)
+                ties.setdefault((member.parameter, member.dim), []).append(tie)
+    return [
+        Term(
+            name.rpartition(".")[0],
+            tuple(Width(size, tuple(ties.get((name, dim), ()))) for dim, size in enumerate(parameter.shape)),
+        )
+        for name, parameter in network.named_parameters()
+    ]

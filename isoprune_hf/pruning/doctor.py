@@ -1,5 +1,6 @@
 """Whether a pruned model is sound: what it records is true, what it is can be made again, and what a cut can reach."""
 
+import math
 import re
 import tempfile
 from collections import Counter
@@ -160,12 +161,11 @@ def _check_reach(model: IsoPruneForImageClassification) -> Finding:
     dense = meta_copy(model, dense=True)
     groups = trace_groups(dense)
     cost = cost_model(dense, groups)
-    dims = {(member.parameter, member.dim) for group in groups for member in (*group.members, *group.head_members)}
-    covered = {name for name, _ in dims}
-    macs, params = _reached(cost, groups, covered)
+    dims = {(member.parameter, member.dim) for group in groups for member in (*group.members, *group.head_members, *group.dim_members)}
+    macs, params = _reached(cost)
     share = f"{macs / cost.base.macs:.1%} of the MACs and {params / cost.base.params:.1%} of the params"
-    alone = sum(name not in covered for name in cost.shapes)
-    lines = [f"{share} of the base lie in layers that groups reach; {alone} of {len(cost.shapes)} parameters in none"]
+    alone = sum(not any(width.ties for width in term.widths) for term in cost.parameters)
+    lines = [f"{share} of the base lie in layers that groups reach; {alone} of {len(cost.parameters)} parameters in none"]
     for reason, names in _fixed_dims(dense, dims).items():
         shown = [name if count == 1 else f"{name} ({count})" for name, count in names.items()]
         more = len(shown) - _MOST_NAMES
@@ -173,13 +173,17 @@ def _check_reach(model: IsoPruneForImageClassification) -> Finding:
     return Finding("reach", "ok" if groups else "FAIL", "\n".join(lines))
 
 
-def _reached(cost: CostModel, groups: Sequence[CoupledGroup], names: set[str]) -> tuple[int, int]:
-    """MACs and elements of the parameters that groups reach, the products of attention included."""
-    elements = {name: torch.Size(shape).numel() for name, shape in cost.shapes.items() if name in names}
-    products = sum(cost.attention.get(group.name, 0) * group.channels for group in groups)
-    return products + sum(cost.positions.get(name, 0) * count for name, count in elements.items()), sum(
-        elements.values()
+def _reached(cost: CostModel) -> tuple[int, int]:
+    """MACs and elements of the parameters that groups reach."""
+    macs, params = (
+        sum(
+            math.prod(width.size for width in term.widths)
+            for term in terms
+            if any(width.ties for width in term.widths)
+        )
+        for terms in (cost.products, cost.parameters)
     )
+    return macs, params
 
 
 def _fixed_dims(dense: IsoPruneForImageClassification, dims: set[tuple[str, int]]) -> dict[str, Counter[str]]:

@@ -123,7 +123,7 @@ class Ranking:
             return tuple(sorted(best_units(score, width)))
         by_head = score.reshape(group.num_heads, -1)
         kept_heads = choice.heads[group.name]
-        if self.recipe.head_dims != "per_head":
+        if self.shares_dims(group):
             by_head = np.broadcast_to(self._shared(by_head, kept_heads), by_head.shape)
         return tuple(
             head * group.head_dim + dim for head in kept_heads for dim in sorted(best_units(by_head[head], width))
@@ -162,9 +162,13 @@ class Ranking:
         if not group.num_heads:
             return self._sorted[group.name]
         by_head = self.scores[group.name].reshape(group.num_heads, -1)
-        if self.recipe.head_dims != "per_head":
+        if self.shares_dims(group):
             return np.sort(self._shared(by_head, heads[group.name]), kind="stable")
         return np.sort(by_head[list(heads[group.name])], axis=1).mean(axis=0)
+
+    def shares_dims(self, group: CoupledGroup) -> bool:
+        """Whether all heads drop the same dims: as the recipe says, or because something belongs to a dim of all."""
+        return self.recipe.head_dims != "per_head" or bool(group.dim_members)
 
     def _shared(self, by_head: np.ndarray, kept_heads: tuple[int, ...]) -> np.ndarray:
         """What the dims are worth that all heads drop together: from (num_heads, head_dim) to (head_dim,)."""

@@ -8,22 +8,13 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
 from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
-from isoprune_hf.errors import CheckpointError
-from isoprune_hf.pruning.architectures import (
-    HEAD_DIMS,
-    HEAD_SCALES,
-    KEY_HEAD_COUNTS,
-    KEY_WIDTHS,
-    QUERY_HEAD_COUNTS,
-    QUERY_WIDTHS,
-    Attention,
-    find_attention,
-    find_patch_merging,
-)
+from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
+from isoprune_hf.pruning.axes.recheck import check_cut, sizes_after, total_macs
 from isoprune_hf.pruning.copying import copy_modules
-from isoprune_hf.pruning.cost import ModelCost, count_cost
-from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.cost import ModelCost
+from isoprune_hf.pruning.graph import graph_of, trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.numbers import set_numbers
 from isoprune_hf.pruning.plan import PruningPlan
 
 
@@ -50,26 +41,27 @@ def apply_plan(
         UnsupportedArchitectureError: The cut model does not run.
     """
     groups = trace_groups(model) if groups is None else groups
+    graph = graph_of(model, groups)
     stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
     check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
-    pruned = _copy_cut(model, _kept_elements(plan, groups, model.model), plan.removed_blocks, stand_ins)
-    attentions = {part.path: part for part in find_attention(model.model)}
-    for module in pruned.model.modules():
-        _set_layer_numbers(module)
-    for group in groups:
-        if group.num_heads and group.name in plan.kept:
-            heads = len(plan.heads[group.name])
-            _set_attention_numbers(pruned.model, attentions[group.name], heads, len(plan.kept[group.name]) // heads)
-    _set_widths(model.model, pruned.model, plan.removed_blocks)
+    gone = tuple(f"{block}." for block in plan.removed_blocks)
+    masks = _masks(plan, groups, model.model, gone)
+    sizes = sizes_after(graph, masks, gone)
+    pruned = _copy_cut(model, masks, plan.removed_blocks, stand_ins)
+    set_numbers(graph, sizes, model.model, pruned.model, gone)
+    check_cut(graph, pruned.model, model.config.image_size, sizes, gone)
     config = pruned.config
     is_dense = not any((model.config.structure or {}).values())
     base = model.model if is_dense else meta_copy(model, dense=True).model
     config.structure = capture_structure(base, pruned.model)
     _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
     config.stage = "pruned"
-    base_cost = base_cost.to_dict() if base_cost else count_cost(model).to_dict()
-    base_cost = config.cost["base"] if config.cost else base_cost
-    config.cost = {"base": base_cost, "pruned": count_cost(pruned).to_dict()}
+    params = sum(parameter.numel() for parameter in pruned.parameters())
+    if base_cost is None:
+        full = sum(parameter.numel() for parameter in model.parameters())
+        base_cost = ModelCost(total_macs(graph, {}, ()), full)
+    cost = ModelCost(total_macs(graph, sizes, gone), params)
+    config.cost = {"base": config.cost["base"] if config.cost else base_cost.to_dict(), "pruned": cost.to_dict()}
     return pruned
 
 
@@ -115,47 +107,63 @@ def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collec
                 raise CheckpointError(
                     f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}"
                 )
+            if group.dim_members and len({tuple(sorted(c % group.head_dim for c in kept if c // group.head_dim == h))
+                                          for h in heads}) > 1:
+                raise CheckpointError(f"pruning plan: {name} must keep the same dims in all of its heads")
 
 
-def _kept_elements(
-    plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module
-) -> dict[str, dict[int, torch.Tensor]]:
-    """Tensor -> dim -> positions that stay."""
+def _masks(
+    plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module, gone: tuple[str, ...]
+) -> dict[tuple[str, int], np.ndarray]:
+    """(tensor, dim) -> whether each of its elements stays."""
     shapes = {name: tensor.shape for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
     masks: dict[tuple[str, int], np.ndarray] = {}
-    gone = tuple(f"{block}." for block in plan.removed_blocks)
     for group in groups:
         if group.name not in plan.kept:
             continue
         leaving = np.delete(np.arange(group.channels), plan.kept[group.name])
-        leaving_heads = np.delete(np.arange(group.num_heads), plan.heads.get(group.name, ()))
-        for members, units in ((group.members, leaving), (group.head_members, leaving_heads)):
+        heads = np.delete(np.arange(group.num_heads), plan.heads.get(group.name, ()))
+        for members, units in (
+            (group.members, leaving),
+            (group.head_members, heads),
+            (group.dim_members, _leaving_dims(plan, group)),
+        ):
             for member in members:
-                if not member.parameter.startswith(gone):
+                if not gone or not member.parameter.startswith(gone):
                     key = member.parameter, member.dim
                     if key not in masks:
                         masks[key] = np.ones(shapes[member.parameter][member.dim], dtype=bool)
                     masks[key][member.index[units]] = False
-    kept: dict[str, dict[int, torch.Tensor]] = {}
-    for (parameter, dim), mask in masks.items():
-        kept.setdefault(parameter, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
-    return kept
+    return masks
+
+
+def _leaving_dims(plan: PruningPlan, group: CoupledGroup) -> np.ndarray:
+    """Dims that leave every head."""
+    if not group.dim_members:
+        return np.arange(0)
+    return np.setdiff1d(np.arange(group.head_dim), np.unique(np.asarray(plan.kept[group.name]) % group.head_dim))
 
 
 def _copy_cut(
     model: IsoPruneForImageClassification,
-    kept: Mapping[str, Mapping[int, torch.Tensor]],
+    masks: Mapping[tuple[str, int], np.ndarray],
     removed_blocks: Sequence[str],
     stand_ins: Mapping[str, nn.Module],
 ) -> IsoPruneForImageClassification:
     """Copy a model with what leaves left out; weights that leave are never copied."""
     names = {id(tensor): name for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]}
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    for (name, dim), mask in masks.items():
+        kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+    saved = model.model.state_dict().keys()
 
     @torch.no_grad()
     def cut(tensor: torch.Tensor) -> torch.Tensor:
-        part = tensor.detach()
-        for dim, positions in kept.get(names.get(id(tensor), ""), {}).items():
+        part, name = tensor.detach(), names.get(id(tensor), "")
+        for dim, positions in kept.get(name, {}).items():
             part = part.index_select(dim, positions.to(part.device))
+        if part.shape != tensor.shape and name not in saved and not part.is_meta:
+            _check_buffer(name, part, tensor)
         part = part if part.shape != tensor.shape else part.clone()
         return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
 
@@ -163,59 +171,10 @@ def _copy_cut(
     return copy_modules(model, cut, replaced=replaced)
 
 
-def _set_layer_numbers(module: nn.Module) -> None:
-    """Let a layer's numbers agree with its tensors."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-        depthwise = 1 < module.groups == module.in_channels == module.out_channels
-        module.out_channels = module.weight.shape[0]
-        module.groups = module.out_channels if depthwise else module.groups
-        module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
-        module.num_features = module.weight.shape[0]
-    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
-        module.normalized_shape = tuple(module.weight.shape)
-    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
-        module.num_channels = module.weight.shape[0]
-
-
-def _set_attention_numbers(model: nn.Module, part: Attention, heads: int, head_dim: int) -> None:
-    # The scale follows the new head dim: fused attention takes it from the tensors, eager attention from the module.
-    values = [
-        (QUERY_HEAD_COUNTS, heads * part.queries_per_head),
-        (KEY_HEAD_COUNTS, heads),
-        (HEAD_DIMS, head_dim),
-        (QUERY_WIDTHS, heads * part.queries_per_head * head_dim),
-        (KEY_WIDTHS, heads * head_dim),
-        (HEAD_SCALES, head_dim**-0.5),
-    ]
-    module = model.get_submodule(part.path)
-    for names, value in values:
-        for name in names:
-            if name in vars(module):
-                setattr(module, name, value)
-
-
-def _set_widths(base: nn.Module, pruned: nn.Module, removed_blocks: Sequence[str]) -> None:
-    """Widths that are kept for information, beside the layer that they speak of."""
-    for part in find_patch_merging(base):
-        merging, reduction = pruned.get_submodule(part.path), pruned.get_submodule(part.reduction)
-        for name, value in (("dim", reduction.in_features // 4), ("out_dim", reduction.out_features)):
-            if name in vars(merging):
-                setattr(merging, name, value)
-    gone = tuple(f"{block}." for block in removed_blocks)
-    for part in find_attention(base):
-        if part.path.startswith(gone):
-            continue
-        module = pruned.get_submodule(part.path)
-        if "dim" in vars(module):
-            module.dim = pruned.get_submodule(part.projections[0]).in_features
-    heads = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    if not heads:  # the classifier is a convolution
-        return
-    old, new = base.get_submodule(heads[-1]).in_features, pruned.get_submodule(heads[-1]).in_features
-    for owner in (pruned, getattr(pruned, "head", None)):
-        for name in ("num_features", "head_hidden_size", "embed_dim", "in_features", "hidden_size"):
-            if owner is not None and vars(owner).get(name) == old:
-                setattr(owner, name, new)
+def _check_buffer(name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
+    """A buffer that is not saved is built by the base: what stays of it must be what comes first there."""
+    if not torch.equal(part, whole[tuple(slice(size) for size in part.shape)]):
+        raise UnsupportedArchitectureError(
+            f"{name} is a table that no checkpoint holds, and parts of it would leave; exclude its channels with "
+            "prune.exclude"
+        )

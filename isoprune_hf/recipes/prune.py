@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalizer": "mean",
         "scope": "isomorphic",
         "signature": "paper",
+        "engine": "torch-pruning",
         "head_dims": "shared_all",
         "selection": "threshold",
         "rounding": "down",
@@ -67,6 +68,7 @@ class PruneRecipe:
             scope that it names; all others by `scope`.
         signature: When sub-structures are equal: paper (layer types and sides) or strict (kernels, strides, groups
             and the edges between layers, too).
+        engine: What finds the coupled groups: axes (ours: every dim of every tensor), or torch-pruning.
         ratio: Fraction of the channels that leaves, from 0 to 1.
         head_ratio: Fraction of the attention heads that leaves.
         head_dim_ratio: Fraction of the dims inside the heads that leaves; the default is `ratio`.
@@ -109,6 +111,7 @@ class PruneRecipe:
     scope: Literal["isomorphic", "global", "local"] = "isomorphic"
     scopes: dict[str, str] = field(default_factory=dict)
     signature: Literal["paper", "strict"] = "paper"
+    engine: Literal["axes", "torch-pruning"] = "axes"
     ratio: float = 0.5
     head_ratio: float = 0.0
     head_dim_ratio: float | None = None

@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find, freeze, unify
+from isoprune_hf.pruning.axes.cells import Cell, cells
 from isoprune_hf.pruning.axes.equations import Solution, freeze_compared, solve_equations
 from isoprune_hf.pruning.axes.integers import Attribute
 from isoprune_hf.pruning.axes.trace import Trace, trace_network
@@ -26,11 +28,25 @@ class AxisGraph:
         trace: The forward pass that has shown it.
         solution: Numbers of modules that follow from sizes, and linked leaves.
         heads: Dim of the heads of an attention -> its heads: leaves, by identity.
+        on_meta: The network runs on the meta device; otherwise its forward pass reads values.
     """
 
     trace: Trace
     solution: Solution
     heads: dict[int, Axis]
+    on_meta: bool
+
+    @cached_property
+    def members(self) -> dict[int, dict[tuple[str, int], list[Cell]]]:
+        """Free leaf, by identity -> (tensor, dim) -> the elements that belong to it."""
+        known: dict[int, list[Cell]] = {}
+        found: dict[int, dict[tuple[str, int], list[Cell]]] = {}
+        for name, axes in self.trace.tensors.items():
+            for dim, axis in enumerate(axes):
+                for cell in cells(axis, known):
+                    for leaf in cell.labels:
+                        found.setdefault(leaf, {}).setdefault((name, dim), []).append(cell)
+        return found
 
     def free(self) -> dict[int, Axis]:
         """Leaves that lie in parameters or buffers and may lose elements, by identity, in the order of the trace."""
@@ -48,17 +64,19 @@ def follow_axes(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
     Raises:
         UnsupportedArchitectureError: The network does not run on an image of `image_size`.
     """
+    on_meta = True
     try:
         network = copy_shapes(base, dtype=torch.float32).eval()
         trace = trace_network(network, torch.zeros(1, *image_size, device="meta"))
-    except _META_ERRORS as on_meta:
-        network, trace = _trace_real(base, image_size, on_meta)
+    except _META_ERRORS as error:
+        network, trace = _trace_real(base, image_size, error)
+        on_meta = False
     values = _numbers(network)
     while True:
         solution = solve_equations(trace, values)
         heads = _find_heads(trace, solution)
         if heads is not None and not freeze_compared(trace, solution):
-            return AxisGraph(trace, solution, heads)
+            return AxisGraph(trace, solution, heads, on_meta)
 
 
 def _trace_real(base: nn.Module, image_size: Sequence[int], on_meta: Exception) -> tuple[nn.Module, Trace]:
@@ -150,8 +168,3 @@ def _mixed_paths(trace: Trace) -> list[tuple[Axis, ...]]:
                 seen.add(id(axis))
                 found.update((tuple(map(id, path)), path) for path in paths(axis) if len(path) > 1)
     return list(found.values())
-
-
-def sizes_after(graph: AxisGraph, kept: Mapping[int, int]) -> dict[int, int]:
-    """Sizes of all free leaves after a cut; those that are not in `kept` stay."""
-    return {leaf: kept.get(leaf, axis.size) for leaf, axis in {**graph.solution.by_id, **graph.free()}.items()}

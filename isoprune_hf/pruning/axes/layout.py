@@ -273,7 +273,7 @@ def _glu(trace: Any, out: Tensor, x: Tensor, dim: int = -1) -> Axes:
 @rule("new_empty_strided", "scalar_tensor")
 def _create(trace: Any, out: Tensor, *_: Any, **__: Any) -> Axes:
     """Every element is the same, so these may be as wide as what they meet."""
-    return tuple(Axis(size) if size > 1 else ONE for size in out.shape)
+    return tuple(Axis(size) if size != 1 else ONE for size in out.shape)
 
 
 @rule("unfold")

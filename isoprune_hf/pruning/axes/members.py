@@ -1,7 +1,7 @@
 """From the axis graph to coupled groups: which elements of which tensors belong to each free leaf."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from os.path import commonprefix
 from typing import Literal
 
@@ -9,73 +9,12 @@ import numpy as np
 from torch import nn
 
 from isoprune_hf.pruning.axes.axis import Axis, find
+from isoprune_hf.pruning.axes.cells import Cell, rows
 from isoprune_hf.pruning.axes.graph import AxisGraph
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 
 _CONV, _TRANSPOSED = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd
 _LAYERS = (nn.Linear, _CONV, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """Elements of an axis that belong to the same leaves.
-
-    Args:
-        labels: Leaf, by identity -> which of its elements each position belongs to, (n,).
-        positions: Positions on the axis, (n,).
-    """
-
-    labels: Mapping[int, np.ndarray]
-    positions: np.ndarray
-
-
-def cells(axis: Axis, known: dict[int, list[Cell]]) -> list[Cell]:
-    """Sort the elements of an axis by the leaves that they belong to; `known` keeps what was found."""
-    axis = find(axis)
-    if id(axis) in known:
-        return known[id(axis)]
-    everything = np.arange(axis.size)
-    if axis.kind == "leaf":
-        is_free = axis.frozen is None and axis.size > 1
-        found = [Cell({id(axis): everything} if is_free else {}, everything)]
-    elif axis.kind == "sum":
-        found, offset = [], 0
-        for part in axis.parts:
-            found += [Cell(cell.labels, cell.positions + offset) for cell in cells(part, known)]
-            offset += find(part).size
-    else:
-        found = cells(axis.parts[0], known)
-        for part in axis.parts[1:]:
-            found = [_combine(outer, inner, find(part).size) for outer in found for inner in cells(part, known)]
-    known[id(axis)] = found
-    return found
-
-
-def _combine(outer: Cell, inner: Cell, size: int) -> Cell:
-    labels = {leaf: np.repeat(values, len(inner.positions)) for leaf, values in outer.labels.items()}
-    labels |= {leaf: np.tile(values, len(outer.positions)) for leaf, values in inner.labels.items()}
-    return Cell(labels, (outer.positions[:, None] * size + inner.positions).ravel())
-
-
-def group_members(graph: AxisGraph) -> dict[int, dict[tuple[str, int], list[Cell]]]:
-    """Leaf, by identity -> (tensor, dim) -> the elements that belong to it."""
-    known: dict[int, list[Cell]] = {}
-    found: dict[int, dict[tuple[str, int], list[Cell]]] = {}
-    for name, axes in graph.trace.tensors.items():
-        for dim, axis in enumerate(axes):
-            for cell in cells(axis, known):
-                for leaf in cell.labels:
-                    found.setdefault(leaf, {}).setdefault((name, dim), []).append(cell)
-    return found
-
-
-def rows(found: Iterable[Cell], label: Mapping[int, int], count: int) -> np.ndarray:
-    """Positions of each unit: (count, k), ascending. A unit's number is the sum of the labels times their factors."""
-    parts = []
-    for cell in found:
-        numbers = sum(cell.labels[leaf] * factor for leaf, factor in label.items())
-        parts.append(cell.positions[np.argsort(numbers, kind="stable")].reshape(count, -1))
-    return parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts, axis=1), axis=1)
 
 
 def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]) -> tuple[CoupledGroup, ...]:
@@ -102,7 +41,7 @@ def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "
 
 class _Builder:
     def __init__(self, graph: AxisGraph, base: nn.Module):
-        self.members = group_members(graph)
+        self.members = graph.members
         self.modules = dict(base.named_modules())
         self.order = {name: position for position, name in enumerate(self.modules)}
         self.tensors = {name: position for position, name in enumerate(graph.trace.tensors)}
@@ -197,8 +136,6 @@ class _Builder:
 
     def ordered(self, groups: list[CoupledGroup]) -> tuple[CoupledGroup, ...]:
         """Sort by module, and tell groups of one module apart by a number."""
-        from dataclasses import replace
-
         count: dict[str, int] = {}
         named = []
         for group in sorted(groups, key=lambda group: self.order.get(group.name, -1)):

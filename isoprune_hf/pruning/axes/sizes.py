@@ -76,6 +76,13 @@ def _repeat(trace: Any, out: Tensor, x: Tensor, *counts: Any) -> None:
             trace.state(Operation("*", expression_of(count), old), axis)
 
 
+@says("repeat_interleave")
+def _repeat_interleave(trace: Any, out: Tensor, x: Tensor, count: Any, dim: int | None = None, **_: Any) -> None:
+    if dim is not None and isinstance(count, int):
+        old = trace.axes(x)[dim]
+        trace.state(expression_of(count) if old.size == 1 else Operation("*", old, expression_of(count)), trace.axes(out)[dim])
+
+
 @says("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full")
 def _create(trace: Any, out: Tensor, *sizes: Any, **kwargs: Any) -> None:
     sizes = [size for size in sizes if not isinstance(size, Tensor)] or [kwargs.get("size", ())]

@@ -213,6 +213,13 @@ _WEIGHT_VIEWS = frozenset(("t", "transpose", "view", "permute", "expand", "unsqu
 _UNSEEN = _WEIGHT_VIEWS | {"_to_copy", "_reshape_alias", "as_strided", "as_strided_", "contiguous", "unbind", "select"}
 
 
+def is_seen(func: Any) -> str | None:
+    """Name of an operation that computes; None where it only lays out memory."""
+    name = func._schema.name.removeprefix("aten::")
+    name = name if name == "as_strided_" else name.removesuffix("_")
+    return None if name in _UNSEEN else name
+
+
 def _find_rule(func: Any) -> tuple[str, Any]:
     name = func._schema.name.removeprefix("aten::")
     plain = name.removesuffix("_")
@@ -278,7 +285,7 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
         trace._names.setdefault(id(tensor), name)
     trace.comparisons = mark_attributes(network)
     image._axes = tuple(frozen(size, "the image") if size > 1 else ONE for size in image.shape)
-    with _paths(network, trace._modules), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _slow_attention():
+    with _paths(network, trace._modules), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention():
         with _Operations(trace), _Calls(trace):
             output = network(image)
     for tensor in [output] if isinstance(output, Tensor) else [
@@ -308,7 +315,7 @@ def _paths(network: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _slow_attention() -> Iterator[None]:
+def slow_attention() -> Iterator[None]:
     """Let `nn.MultiheadAttention` be made of operations that can be followed."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

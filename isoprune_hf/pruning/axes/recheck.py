@@ -1,0 +1,163 @@
+"""After a cut: what sizes its leaves have, and whether the network still runs as the trace says."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
+from isoprune_hf.pruning.axes.axis import Axis, find
+from isoprune_hf.pruning.axes.graph import AxisGraph
+from isoprune_hf.pruning.axes.shortcuts import run
+from isoprune_hf.pruning.axes.trace import is_seen, slow_attention
+from isoprune_hf.pruning.copying import copy_modules, copy_shapes
+
+
+class Ran(NamedTuple):
+    """An operation and the shapes of its outputs."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def sizes_after(graph: AxisGraph, masks: Mapping[tuple[str, int], np.ndarray], gone: tuple[str, ...]) -> dict[int, int]:
+    """Sizes of all free leaves after a cut, by identity.
+
+    Args:
+        graph: The graph of the network before the cut.
+        masks: (tensor, dim) -> which of its elements stay; those that are not there stay whole.
+        gone: Prefixes of the tensors that leave whole.
+
+    Raises:
+        CheckpointError: An element stays in one tensor and leaves in another that is tied to it.
+    """
+    sizes = {leaf: axis.size for leaf, axis in graph.solution.by_id.items()}
+    for leaf, found in graph.members.items():
+        seen: dict[int, str] = {}
+        for (name, dim), parts in found.items():
+            if name.startswith(gone or ("\0",)):
+                continue
+            size = _size(graph, leaf, masks.get((name, dim)), parts, name)
+            seen.setdefault(size, name)
+        if len(seen) > 1:
+            (first, name), (second, other) = list(seen.items())[:2]
+            raise CheckpointError(f"pruning plan: {name} would keep {first} of what {other} keeps {second} of")
+        sizes[leaf] = next(iter(seen), sizes.get(leaf, 1))
+    return sizes
+
+
+def _size(graph: AxisGraph, leaf: int, mask: np.ndarray | None, parts: Sequence[Any], name: str) -> int:
+    """Elements of a leaf that stay in one tensor."""
+    counts = None
+    for cell in parts:
+        labels = cell.labels[leaf]
+        stays = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
+        partner = _partner(graph, leaf, cell.labels)
+        if partner is not None and leaf in graph.heads:  # dims: as many as stay in each head that stays
+            heads = len(np.unique(cell.labels[partner][stays]))
+            ways = len(labels) // ((labels.max() + 1) * (cell.labels[partner].max() + 1))
+            size = int(stays.sum()) // max(heads * ways, 1)
+        else:
+            size = len(np.unique(labels[stays]))
+            if partner is None and not (np.bincount(labels, minlength=1)[np.unique(labels[stays])].sum() == stays.sum()):
+                raise CheckpointError(f"pruning plan: {name} would keep a part of a channel")
+        counts = size if counts is None else max(counts, size)
+    return counts or 0
+
+
+def _partner(graph: AxisGraph, leaf: int, labels: Mapping[int, np.ndarray]) -> int | None:
+    """The dims of heads, or the heads of dims, in the same elements."""
+    if leaf in graph.heads:
+        head = id(find(graph.heads[leaf]))
+        return head if head in labels else None
+    return next((dim for dim, head in graph.heads.items() if id(find(head)) == leaf and dim in labels), None)
+
+
+def axis_size(axis: Axis, sizes: Mapping[int, int]) -> int:
+    """Size of an axis for sizes of its leaves."""
+    axis = find(axis)
+    if axis.kind == "leaf":
+        return sizes.get(id(axis), axis.size) if axis.frozen is None else axis.size
+    parts = [axis_size(part, sizes) for part in axis.parts]
+    return int(np.prod(parts, dtype=np.int64)) if axis.kind == "product" else sum(parts)
+
+
+def check_cut(
+    graph: AxisGraph, network: nn.Module, image_size: Sequence[int], sizes: Mapping[int, int], gone: tuple[str, ...]
+) -> None:
+    """Run a cut network and compare each operation and each shape with what the graph predicts.
+
+    Raises:
+        UnsupportedArchitectureError: The network does not run, or runs otherwise.
+    """
+    try:
+        ran = record_run(network, image_size, on_meta=graph.on_meta)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedArchitectureError(
+            f"the cut {type(network).__name__} does not run ({reason:.300}); nothing was changed"
+        ) from error
+    known: dict[int, int] = {}
+
+    def size(axis: Axis) -> int:
+        if id(axis) not in known:
+            known[id(axis)] = axis_size(axis, sizes)
+        return known[id(axis)]
+
+    steps = [step for step in graph.trace.steps if not f"{step.module}.".startswith(gone or ("\0",))]
+    for step, now in zip_longest(steps, ran):
+        expected = None if step is None else Ran(step.name, tuple(tuple(map(size, axes)) for axes in step.outputs))
+        if expected != now:
+            where = (step.module if step is not None else "") or "the model"
+            raise UnsupportedArchitectureError(
+                f"{where} does not run as before after this cut: {_text(now)} instead of {_text(expected)}; exclude its "
+                "channels with prune.exclude"
+            )
+
+
+def _text(ran: Ran | None) -> str:
+    return "the end" if ran is None else f"{ran.name} to {' and '.join(str(list(shape)) for shape in ran.shapes[:1])}"
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ran: list[Ran] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = run(func, args, kwargs)
+        name = is_seen(func)
+        if name is not None:
+            outs = [out] if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else []
+            shapes = tuple(tuple(part.shape) for part in outs if isinstance(part, Tensor))
+            if shapes:
+                self.ran.append(Ran(name, shapes))
+        return out
+
+
+def record_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) -> list[Ran]:
+    """Run a copy of a network and note its operations."""
+    if on_meta:
+        copied = copy_shapes(network, dtype=torch.float32)
+    else:
+        copied = copy_modules(network, lambda tensor: tensor, with_hooks=False)
+    image = torch.zeros(1, *image_size, device="meta" if on_meta else "cpu")
+    recorder = _Recorder()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention(), recorder:
+        copied.eval()(image)
+    return recorder.ran
+
+
+def total_macs(graph: AxisGraph, sizes: Mapping[int, int], gone: Iterable[str]) -> int:
+    """Multiply-accumulates of all matrix products and convolutions for sizes of leaves."""
+    gone = tuple(gone) or ("\0",)
+    return sum(
+        int(np.prod([axis_size(axis, sizes) for axis in product.sizes], dtype=np.int64))
+        for product in graph.trace.products
+        if not f"{product.module}.".startswith(gone)
+    )
