@@ -1,6 +1,6 @@
 """Prune the population of image classifiers, one process each, and print Markdown tables of what passes.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/coverage.py [--results FILE] [--only NAME ...] [--list]
+    PYTHONPATH=.:tests OMP_NUM_THREADS=1 python benchmarks/coverage.py [--results FILE] [--only NAME ...] [--list]
 
 Every model is opened through `load_base` with drawn weights that leave nothing idle, saved and reloaded, traced, cut
 to half of its channels (isomorphic, widths of multiples of 8, by the sum of |w|), saved, reloaded with equal bits,
@@ -13,17 +13,19 @@ runs those anew that did not pass. Name: `t:FAMILY` for a model file of timm, `h
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import resource
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coverage_case import run_case
 from coverage_models import NOT_APPLICABLE, population
 
-SECONDS = 600
+SECONDS, MEMORY = 600, 16 * 2**30
 # What torch-pruning 1.6.1 prunes of the same population, and why it fails elsewhere: the root cause of each failure.
 ANCHOR = {"timm": 45, "transformers": 22}
 CAUSES = {
@@ -59,34 +61,33 @@ Row = dict[str, Any]
 
 def measure(name: str) -> Row:
     """Run one model in a process of its own and read its record."""
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent / "tests"), str(here)]),
-        "TIMM_FUSED_ATTN": "0",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, str(here / "coverage_case.py"), name]
     start = time.monotonic()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as child:
-        try:
-            output, errors = child.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            output, errors = child.communicate()
-            errors += f"\nTimeout: not done in {SECONDS} s"
-    row: Row = {"name": name}
-    for line in output.splitlines():
-        if line.startswith("{"):
-            row |= json.loads(line)
+    with tempfile.TemporaryDirectory() as folder:
+        record, errors = Path(folder) / "record", Path(folder) / "errors"
+        # A fork: the imports are done once for all models.
+        child = multiprocessing.get_context("fork").Process(target=_run_alone, args=(name, record, errors))
+        child.start()
+        child.join(SECONDS)
+        timed_out = child.is_alive()
+        child.kill()
+        child.join()
+        row: Row = {"name": name}
+        for line in record.read_text().splitlines():
+            if line.startswith("{"):
+                row |= json.loads(line)
+        said = [line for line in errors.read_text().splitlines() if line.strip() and not line.startswith(" ")]
     row |= {"passed": row.get("step") == "done", "seconds": round(time.monotonic() - start, 1)}
     if not row["passed"]:
-        lines = [line for line in errors.splitlines() if line.strip() and not line.startswith(" ")]
-        row["error"] = lines[-1][:400] if lines else f"ended with code {child.returncode}"
+        ended = f"not done in {SECONDS} s" if timed_out else f"ended with code {child.exitcode}"
+        row["error"] = said[-1][:400] if said and not timed_out else ended
     return row
+
+
+def _run_alone(name: str, record: Path, errors: Path) -> None:
+    for stream, path in ((1, record), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    run_case(name)
 
 
 def read_rows(results: Path) -> dict[str, Row]:

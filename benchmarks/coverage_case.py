@@ -1,15 +1,10 @@
-"""One model of `coverage.py`, in a process of its own: a line of JSON for each step that is done.
+"""The steps of `coverage.py` for one model: a line of JSON on the standard output for each that is done.
 
-    PYTHONPATH=.:tests TIMM_FUSED_ATTN=0 python benchmarks/coverage_case.py NAME
-
-A step that fails ends the process with its traceback: the last line of it and the step that was announced last are
-the record.
+The last step that was announced and the error that ends the process are the record of a model that does not pass.
 """
 
 import copy
 import json
-import resource
-import sys
 import tempfile
 import time
 import warnings
@@ -29,6 +24,7 @@ from oracles import (
     prunable_share,
     randomize,
 )
+from timm.layers import set_fused_attn
 from transformers import PreTrainedModel
 
 from isoprune_hf import (
@@ -44,7 +40,6 @@ from isoprune_hf import (
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.pruning.groups import CoupledGroup
 
-MEMORY = 16 * 2**30
 MOST_KEPT, PERMUTATION_TOLERANCE, MASK_TOLERANCE = 0.65, 1e-9, 1e-6
 
 
@@ -63,14 +58,14 @@ def report(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def main() -> None:
+def run_case(name: str) -> None:
     """Take one model through the whole road."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    case = next(case for case in population() if case.name == sys.argv[1])
+    set_fused_attn(False)
+    case = next(case for case in population() if case.name == name)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         report(step="load")
@@ -174,7 +169,3 @@ def train(model: IsoPruneForImageClassification, images: torch.Tensor) -> None:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     require(bool(gradients), "no gradients")
     require(all(bool(gradient.isfinite().all()) for gradient in gradients), "gradients that are not finite")
-
-
-if __name__ == "__main__":
-    main()

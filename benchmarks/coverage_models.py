@@ -134,6 +134,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "swiftformer": {"depths": [1, 1, 2, 1], "embed_dims": [32, 48, 64, 96]},
     "swin": _SWIN,
     "swinv2": _SWIN,
+    "timm_wrapper": {"architecture": "resnet18"},
     "textnet": {"image_size": [64, 64], "hidden_sizes": [32, 32, 48, 64, 96]},
     "vit": _VIT,
     "vit_msn": _VIT,
