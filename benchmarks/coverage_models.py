@@ -13,6 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.models.from_timm import is_encoder
 
 LABELS = 10
 _VIT = {
@@ -54,11 +55,11 @@ _SHIELD = {
 # Type of transformers -> its small config.
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "beit": {**_VIT, "use_relative_position_bias": True},
-    "bit": {"embedding_size": 32, "hidden_sizes": [64, 96, 128, 160], "depths": [1, 1, 1, 1]},
+    "bit": {"embedding_size": 64, "hidden_sizes": [64, 128, 192, 256], "depths": [1, 1, 1, 1], "num_groups": 8},
     "clip": _TOWERS,
     "convnext": {"image_size": 64, "depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]},
     "convnextv2": {"image_size": 64, "depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]},
-    "cvt": {"embed_dim": [32, 64, 96], "num_heads": [1, 2, 3], "depth": [1, 1, 2]},
+    "cvt": {"embed_dim": [32, 64, 96], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
     "data2vec-vision": {**_VIT, "use_relative_position_bias": True, "out_indices": [0, 1, 1, 1]},
     "deit": _VIT,
     "dinat": {},  # needs natten
@@ -135,7 +136,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "swin": _SWIN,
     "swinv2": _SWIN,
     "timm_wrapper": {"architecture": "resnet18"},
-    "textnet": {"image_size": [64, 64], "hidden_sizes": [32, 32, 48, 64, 96]},
+    "textnet": {"image_size": [64, 64], "stem_out_channels": 32, "hidden_sizes": [32, 32, 48, 64, 96]},
     "vit": _VIT,
     "vit_msn": _VIT,
 }
@@ -276,11 +277,11 @@ class Case:
             IsoPruneError: It cannot be opened.
         """
         if self.source == "timm":
-            args = ARGS.get(self.family)
-            return load_base(f"timm/{self.model}", False, model_args=args, num_labels=LABELS)
-        config = CONFIG_MAPPING[self.family](**TRANSFORMERS[self.family])
-        config.save_pretrained(folder)
-        return load_base(str(folder), False, num_labels=2 if self.family == "shieldgemma2" else LABELS)
+            num_labels = LABELS if is_encoder(self.model) else None  # a head of its own is not drawn twice
+            return load_base(f"timm/{self.model}", False, model_args=ARGS.get(self.family), num_labels=num_labels)
+        num_labels = 2 if self.family == "shieldgemma2" else LABELS
+        CONFIG_MAPPING[self.family](**TRANSFORMERS[self.family], num_labels=num_labels).save_pretrained(folder)
+        return load_base(str(folder), False)
 
 
 def population() -> list[Case]:
