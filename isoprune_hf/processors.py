@@ -108,11 +108,9 @@ def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProces
 def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Return (height, width) of the images that a config names; None where it names none."""
     vision = getattr(config, "vision_config", None)  # of two towers, images go to this one
-    side = getattr(config, "image_size", None) or getattr(vision, "image_size", None)
-    if side is None or isinstance(side, int):
-        return side and (side, side)
-    height, width = side
-    return height, width
+    side = getattr(config, "image_size", getattr(vision, "image_size", None))
+    height, width = (side, side) if side is None or isinstance(side, int) else side
+    return None if side is None else (height, width)
 
 
 def _processor(size: dict[str, int], crop: int, resample: int, mean: tuple, std: tuple) -> IsoImageProcessor:

@@ -139,11 +139,18 @@ def permute_groups(
 def _orders(group: CoupledGroup, random: np.random.Generator) -> dict[str, np.ndarray]:
     """Unit -> which one takes the place of each."""
     if not group.num_heads:
-        return {"channels": random.permutation(group.channels)}
-    heads, dims = random.permutation(group.num_heads), random.permutation(group.head_dim)
+        return {"channels": _cycle(group.channels, random)}
+    heads, dims = _cycle(group.num_heads, random), _cycle(group.head_dim, random)
     is_shared = bool(parts(group)["dims"])
-    channels = [head * group.head_dim + (dims if is_shared else random.permutation(group.head_dim)) for head in heads]
+    channels = [head * group.head_dim + (dims if is_shared else _cycle(group.head_dim, random)) for head in heads]
     return {"channels": np.concatenate(channels), "heads": heads, "dims": dims}
+
+
+def _cycle(count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw a permutation that leaves nothing in its place."""
+    order, moved = random.permutation(count), np.empty(count, dtype=np.int64)
+    moved[order] = np.roll(order, 1)
+    return moved
 
 
 def permutation_error(
@@ -200,15 +207,26 @@ def mask_error(
     images = images.double()
     pruned = copy.deepcopy(pruned).double().eval()
     masked = zero_removed(model, groups, plan).double().eval()
+    return difference(*follow(lambda: pruned(images).logits, lambda: masked(images).logits))
+
+
+def follow(
+    run_cut: Callable[[], torch.Tensor], run_base: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a cut model, then its base with zeros as `mask_error` says; give the output of each.
+
+    Raises:
+        NotComparableError: See `mask_error`.
+    """
     recorder = _Recorder()
     with _in_float64(), recorder:
-        found = pruned(images).logits
+        found = run_cut()
     follower = _Follower(recorder.calls)
     with _in_float64(), follower:
-        expected = masked(images).logits
+        expected = run_base()
     if follower.position != len(recorder.calls):
         raise NotComparableError("the cut model runs more operations than the base")
-    return difference(found, expected)
+    return found, expected
 
 
 @dataclass(frozen=True)
