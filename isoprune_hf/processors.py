@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 from torchvision.transforms._presets import ImageClassification
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, ViTImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
@@ -54,10 +54,13 @@ def transformers_processor(name: str, config: PreTrainedConfig) -> BaseImageProc
         except CheckpointError:
             if os.path.isdir(name):
                 raise
-    backends = IMAGE_PROCESSOR_MAPPING[type(config)]
-    side = getattr(config, "image_size", 224)
-    size = {"shortest_edge": side} if config.model_type in ("convnext", "resnet") else {"height": side, "width": side}
-    return backends["torchvision"](size=size, crop_size={"height": side, "width": side})
+    height, width = _config_size(config) or (224, 224)
+    kind = ViTImageProcessor  # resizes and normalises: for a type that has none of its own
+    if type(config) in IMAGE_PROCESSOR_MAPPING:
+        kind = IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]
+    is_edge = "shortest_edge" in (getattr(kind, "size", None) or {})
+    size = {"shortest_edge": min(height, width)} if is_edge else {"height": height, "width": width}
+    return kind(size=size, crop_size={"height": height, "width": width})
 
 
 def saved_processor(name: str) -> BaseImageProcessor:
@@ -94,12 +97,20 @@ def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
 
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:
     """Return (channels, height, width) of the pixels that a transformers model takes."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    side = getattr(config, "image_size", None)
-    if side is None:
+    named = _config_size(config)
+    if named is None:
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         side = size.get("height") or size.get("shortest_edge")
-    height, width = (side, side) if isinstance(side, int) else side
-    return [getattr(config, "num_channels", 3), height, width]
+        named = (side, size.get("width") or side)
+    return [getattr(config, "num_channels", 3), *named]
+
+
+def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Return (height, width) of the images that a config names; None where it names none."""
+    vision = getattr(config, "vision_config", None)  # of two towers, images go to this one
+    side = getattr(config, "image_size", getattr(vision, "image_size", None))
+    height, width = (side, side) if side is None or isinstance(side, int) else side
+    return None if side is None else (height, width)
 
 
 def _processor(size: dict[str, int], crop: int, resample: int, mean: tuple, std: tuple) -> IsoImageProcessor:

@@ -101,7 +101,8 @@ class IsoPruneForImageClassification(PreTrainedModel):
             `loss` (if there are labels) and `logits` of shape (B, num_labels).
         """
         output = self.model(pixel_values.to(self.dtype))
-        logits = output if isinstance(output, torch.Tensor) else output.logits
+        # The first entry of an output of transformers: not all types call it logits (PP-LCNet does not).
+        logits = output if isinstance(output, torch.Tensor) else output[0]
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 

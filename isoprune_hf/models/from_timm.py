@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo, resolve_data_config, resolve_model_data_config
-from timm.models import get_arch_pretrained_cfgs
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -18,8 +18,17 @@ from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, n
 from isoprune_hf.processors import timm_processor
 
 
-def open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> BaseModel:
+def open_timm(
+    name: str, pretrained: bool, model_args: dict[str, Any], seed: int, labels: tuple[str, ...] | None = None
+) -> BaseModel:
     """Open an architecture, with or without a tag of weights.
+
+    Args:
+        name: The architecture, and perhaps a tag.
+        pretrained: Load trained weights.
+        model_args: Arguments of the architecture.
+        seed: Seed of drawn weights.
+        labels: Names of the labels of a head that an encoder is given: see `is_encoder`.
 
     Raises:
         RecipeError: The name is unknown or of another task, or the weights could not be fetched.
@@ -33,8 +42,14 @@ def open_timm(name: str, pretrained: bool, model_args: dict[str, Any], seed: int
         raise RecipeError(f"model: timm/{name}: no such weights {tag!r}; timm has {', '.join(known) or 'none of it'}")
     if pretrained and model_args:
         raise RecipeError("prune.model_args changes the architecture: it needs --prune.pretrained false")
-    module = _create(name, f"timm/{name}", pretrained, model_args, seed)
-    return _describe(module, resolve_model_data_config(module), name, model_args, _names(module))
+    module = _create(name, f"timm/{name}", pretrained, model_args, seed, labels)
+    return _describe(module, resolve_model_data_config(module), name, model_args, list(labels or _names(module)))
+
+
+def is_encoder(name: str) -> bool:
+    """Whether an architecture has no head unless one is asked for."""
+    known = get_pretrained_cfg(name)
+    return known is not None and not known.num_classes
 
 
 def open_saved_timm(place: str, config: dict[str, Any], pretrained: bool, seed: int) -> BaseModel:
@@ -101,8 +116,17 @@ def _checked(model_args: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"prune.model or model_args: {error}") from error
 
 
-def _create(source: str, name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> nn.Module:
+def _create(
+    source: str,
+    name: str,
+    pretrained: bool,
+    model_args: dict[str, Any],
+    seed: int,
+    labels: tuple[str, ...] | None = None,
+) -> nn.Module:
     args = _tuples(_checked({key: value for key, value in model_args.items() if key != "num_classes"}))
+    if labels is not None:
+        args["num_classes"] = len(labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -115,7 +139,7 @@ def _create(source: str, name: str, pretrained: bool, model_args: dict[str, Any]
         except (OSError, SafetensorError) as error:
             raise not_opened(name, error) from error
     if not module.num_classes:
-        raise RecipeError(f"model: {name} is {OTHER_TASK}")
+        raise RecipeError(f"model: {name} is {OTHER_TASK}, or ask for one with --prune.num_labels")
     return module
 
 

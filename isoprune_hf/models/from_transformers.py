@@ -30,9 +30,10 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         raise not_opened(name, error) from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise RecipeError(f"model: {name} is of type {config.model_type}, {OTHER_TASK}")
-    processor = transformers_processor(name, config)
     try:
-        names = [config.id2label[index] for index in range(config.num_labels)]
+        processor = transformers_processor(name, config)
+        labels = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
+        names = [labels[index] for index in range(config.num_labels)]
         image_size = transformers_image_size(config, processor)
     except BUILD_ERRORS as error:
         raise RecipeError(

@@ -14,7 +14,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.base import BaseModel, draw, label_fields, not_opened, one_line, wrap
-from isoprune_hf.models.from_timm import open_saved_timm, open_timm
+from isoprune_hf.models.from_timm import is_encoder, open_saved_timm, open_timm
 from isoprune_hf.models.from_torchvision import open_torchvision
 from isoprune_hf.models.from_transformers import open_transformers
 from isoprune_hf.processors import saved_processor, try_processor
@@ -50,16 +50,21 @@ def load_base(
     name = _checked_name(name)
     model_args = {} if model_args is None else model_args
     _check_options(model_args, num_labels, label_names, seed)
+    source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args}
     if _is_registered(name):
         library, _, short = name.rpartition("/")
-        opener = open_torchvision if library == "torchvision" else open_timm
-        base = opener(short, pretrained, model_args, seed)
+        if library == "torchvision":
+            base = open_torchvision(short, pretrained, model_args, seed)
+        elif num_labels is not None and is_encoder(short):
+            base = open_timm(short, pretrained, model_args, seed, _labels(num_labels, label_names))
+            source["num_labels"] = num_labels
+        else:
+            base = open_timm(short, pretrained, model_args, seed)
     else:
         if model_args:
             raise RecipeError(f"prune.model_args is for names of timm and torchvision, and {name} is saved as it is")
         base = _open_saved(name, pretrained, seed)
     if base.model.config.source is None:
-        source = {"name": name, "pretrained": pretrained, "seed": seed, "model_args": model_args}
         base.model.config.source = source
     _check_pixels(name, base)
     return _with_head(base, True, num_labels, label_names, seed)
@@ -163,14 +168,13 @@ def _with_head(
         raise RecipeError(
             f"prune.num_labels: the model is pruned already and keeps its {model.config.num_labels} labels"
         )
-    if label_names is not None and len(label_names) != num_labels:
-        raise RecipeError(f"prune.num_labels is {num_labels}, but {len(label_names)} names were given")
+    labels = _labels(num_labels, label_names)
     drawn = {"pretrained": False, "seed": seed}
     config = IsoPruneConfig(
         base=model.config.base,
         source={**(model.config.source or {}), "num_labels": num_labels, **({} if pretrained else drawn)},
         image_size=model.config.image_size,
-        **label_fields(label_names or tuple(f"LABEL_{index}" for index in range(num_labels))),
+        **label_fields(labels),
     )
     module = draw(config, seed)
     if pretrained:
@@ -178,3 +182,9 @@ def _with_head(
         fitting = {k: old[k] for k, tensor in module.state_dict().items() if k in old and old[k].shape == tensor.shape}
         module.load_state_dict(fitting, strict=False)
     return BaseModel(wrap(config, module), base.processor)
+
+
+def _labels(num_labels: int, label_names: tuple[str, ...] | None) -> tuple[str, ...]:
+    if label_names is not None and len(label_names) != num_labels:
+        raise RecipeError(f"prune.num_labels is {num_labels}, but {len(label_names)} names were given")
+    return tuple(label_names or (f"LABEL_{index}" for index in range(num_labels)))
