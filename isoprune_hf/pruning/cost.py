@@ -47,7 +47,8 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     Raises:
         UnsupportedArchitectureError: The architecture does not run: a cut has broken it.
     """
-    counter = _run_counter(light_copy(model.model), image_size or model.config.image_size)
+    network = light_copy(model.model).requires_grad_(False)  # else the counter looks for gradients
+    counter = _run_counter(network, image_size or model.config.image_size)
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 

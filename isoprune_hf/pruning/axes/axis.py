@@ -285,6 +285,6 @@ def _cut_product(axis: Axis, points: Sequence[int]) -> list[Axis]:
     if size < step and step // size < outer[-1].size:
         split_digit(outer[-1], step // size)
         return _cut_product(axis, points)
-    if size < step or not outer:
+    if size < step or not outer or not inner:
         raise Conflict(f"a cut at {list(points[1:-1])} lies inside a digit")
     return [product([part, *inner]) for part in cut(product(outer), [point // size for point in points])]

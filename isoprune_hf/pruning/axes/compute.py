@@ -29,7 +29,9 @@ def pointwise(trace: Any, out: Tensor, *args: Any, **kwargs: Any) -> Axes:
     return broadcast(trace, [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)], out.shape)
 
 
-LAYOUT.update(dict.fromkeys(("copy_", "where", "masked_fill", "masked_fill_", "_prelu_kernel", "dropout"), pointwise))
+LAYOUT.update(
+    dict.fromkeys(("copy_", "where", "masked_fill", "_prelu_kernel", "dropout", "hardswish", "hardsigmoid"), pointwise)
+)
 
 
 @rule("addmm", "baddbmm")

@@ -45,9 +45,10 @@ def solve_equations(trace: Trace, values: Mapping[Attribute, int]) -> Solution:
         values: Attribute -> the number that it is now.
     """
     equations = [*trace.equations, *_from_comparisons(trace.comparisons)]
+    quotients: dict[tuple, Axis] = {}
     for _ in range(1000):
         solution = Solution()
-        solver = _Solver(solution, values)
+        solver = _Solver(solution, values, quotients)
         rest = solver.define(equations)
         if not solver.link(rest):
             return solution
@@ -62,9 +63,11 @@ def _from_comparisons(comparisons: Iterable[Comparison]) -> Iterable[Equation]:
 
 
 class _Solver:
-    def __init__(self, solution: Solution, values: Mapping[Attribute, int]):
+    def __init__(self, solution: Solution, values: Mapping[Attribute, int], quotients: dict[tuple, Axis]):
         self.solution = solution
         self.values = values
+        self.quotients = quotients
+        self.divided: list[tuple[Polynomial, Polynomial, Equation]] = []
         self.known: dict[Attribute, Polynomial] = {}
 
     def define(self, equations: Iterable[Equation]) -> list[tuple[Polynomial, Polynomial, Equation]]:
@@ -95,7 +98,7 @@ class _Solver:
         self.solution.attributes = {
             attribute: polynomial for attribute, polynomial in self.known.items() if set(polynomial) != {_CONSTANT}
         }
-        return rest
+        return [*rest, *self.divided]
 
     def freeze(self, equation: Equation, reason: str) -> None:
         """Let all sizes of an equation stay."""
@@ -139,10 +142,27 @@ class _Solver:
         if isinstance(expression, Attribute):
             return self.known[expression]
         if isinstance(expression, Operation):
-            return _combine(expression.symbol, self.value(expression.left), self.value(expression.right))
+            left, right = self.value(expression.left), self.value(expression.right)
+            try:
+                return _combine(expression.symbol, left, right)
+            except Unsolvable:
+                if expression.symbol != "//":
+                    raise
+                return self.quotient(left, right, expression)
         if isinstance(expression, int):
             return {_CONSTANT: int(expression)}
         return self.size(expression)
+
+    def quotient(self, left: Polynomial, right: Polynomial, expression: Operation) -> Polynomial:
+        """A quotient that is no polynomial as a size of its own: left == quotient x right."""
+        value, rest = divmod(self.evaluate_now(left), self.evaluate_now(right))
+        if rest:
+            raise Unsolvable("a division with a rest")
+        key = tuple(sorted(left.items())), tuple(sorted(right.items()))
+        axis = self.quotients.setdefault(key, Axis(value))
+        size = self.size(axis)
+        self.divided.append((left, _combine("*", size, right), Equation(expression, axis, "")))
+        return size
 
     def size(self, axis: Axis) -> Polynomial:
         """Write the size of an axis as a polynomial."""
@@ -232,16 +252,12 @@ def _divide(left: Polynomial, right: Polynomial) -> Polynomial:
         remaining = list(monomial)
         for leaf in divisor:
             if leaf not in remaining:
-                return _divide_whole(left, right)
+                raise Unsolvable("a division with a rest")
             remaining.remove(leaf)
         if count % factor:
-            return _divide_whole(left, right)
+            raise Unsolvable("a division with a rest")
         quotient[tuple(remaining)] = count // factor
     return quotient
-
-
-def _divide_whole(left: Polynomial, right: Polynomial) -> Polynomial:
-    raise Unsolvable("a division with a rest")
 
 
 def _invert(symbol: str, size: Polynomial, other: Polynomial, *, in_left: bool) -> Polynomial:

@@ -276,6 +276,12 @@ def _create(trace: Any, out: Tensor, *_: Any, **__: Any) -> Axes:
     return tuple(Axis(size) if size != 1 else ONE for size in out.shape)
 
 
+@rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices")
+def _count(trace: Any, out: Tensor, *_: Any, **__: Any) -> Axes:
+    """Every element is another number."""
+    return trace.fresh(out, "its elements are numbered")
+
+
 @rule("unfold")
 def _unfold(trace: Any, out: Tensor, x: Tensor, dim: int, *_: Any) -> Axes:
     axes = list(trace.axes(x))

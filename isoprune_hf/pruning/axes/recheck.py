@@ -47,7 +47,12 @@ def sizes_after(graph: AxisGraph, masks: Mapping[tuple[str, int], np.ndarray], g
         if len(seen) > 1:
             (first, name), (second, other) = list(seen.items())[:2]
             raise CheckpointError(f"pruning plan: {name} would keep {first} of what {other} keeps {second} of")
-        sizes[leaf] = next(iter(seen), sizes.get(leaf, 1))
+        sizes[leaf] = int(next(iter(seen), sizes.get(leaf, 1)))
+    for link in graph.solution.links:  # a quotient lies in no tensor: it keeps the proportion
+        real = next((leaf for leaf in link if leaf in graph.members), None)
+        for leaf in link - graph.members.keys() if real is not None else ():
+            whole = graph.solution.by_id
+            sizes[leaf] = whole[leaf].size * sizes[real] // whole[real].size
     return sizes
 
 

@@ -69,14 +69,14 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     groups: Axis = ONE  # of the last convolution or norm that has groups
-    _names: dict[int, str] = field(default_factory=dict)
+    _names: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # the tensors are held, so that ids stay
     _modules: list[str] = field(default_factory=lambda: [""])
 
     def axes(self, x: Tensor) -> Axes:
         """The axes of a tensor, resolved."""
         axes = getattr(x, "_axes", None)
         if axes is None:
-            name = self._names.get(id(x))
+            name, _ = self._names.get(id(x), (None, None))
             if name is None:
                 return tuple(frozen(size, "a constant") if size != 1 else ONE for size in x.shape)
             axes = self.tensors.get(name)
@@ -282,7 +282,7 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
     """
     trace = Trace()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        trace._names.setdefault(id(tensor), name)
+        trace._names.setdefault(id(tensor), (name, tensor))
     trace.comparisons = mark_attributes(network)
     image._axes = tuple(frozen(size, "the image") if size > 1 else ONE for size in image.shape)
     with _paths(network, trace._modules), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention():
