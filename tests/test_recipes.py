@@ -34,6 +34,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (PruneRecipe, {"ratio": float("nan")}, "prune.ratio must be between 0 and 1, got nan"),
         (PruneRecipe, {"round_to": 0}, "prune.round_to must be at least 1, got 0"),
         (PruneRecipe, {"num_labels": 0}, "prune.num_labels must be at least 1"),
+        (DataRecipe, {"resize": 0}, "data.resize must be between 1 and 16384, got 0"),
         (DataRecipe, {"batch_size": 0}, "data.batch_size must be at least 1"),
         (FinetuneRecipe, {"epochs": -1}, "epochs must be at least 0"),
         (FinetuneRecipe, {"temperature": 0}, "temperature must be above 0"),

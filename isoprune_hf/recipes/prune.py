@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes.values import check_range, parse_budget
+from isoprune_hf.recipes.values import Interpolation, check_range, parse_budget
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
 # Criteria that read images; the others read the weights alone.
@@ -93,6 +93,7 @@ class PruneRecipe:
         steps: Cuts on the way to the ratio or budget, with a new scoring before each.
         calibration_batches: Micro-batches of the training split that score the channels.
         batch_size: Images in a micro-batch; the same on every rank.
+        interpolation: Of the resize of the images that score; the default is that of evaluation.
         seed: Seed of random weights, of the calibration sample and of the random criterion.
     """
 
@@ -131,6 +132,7 @@ class PruneRecipe:
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
+    interpolation: Interpolation | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
