@@ -40,6 +40,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (FinetuneRecipe, {"temperature": 0}, "temperature must be above 0"),
         (FinetuneRecipe, {"crop_scale": (0.9, 0.5)}, "crop_scale must be two numbers"),
         (FinetuneRecipe, {"clip_grad": 0.0}, "clip_grad must be above 0"),
+        (FinetuneRecipe, {"ema_decay": 1}, "finetune.ema_decay must be at least 0 and below 1, got 1$"),
+        (FinetuneRecipe, {"dropout": 1.0}, "finetune.dropout must be at least 0 and below 1, got 1.0$"),
+        (FinetuneRecipe, {"drop_path": 1.5}, "finetune.drop_path must be at least 0 and below 1, got 1.5$"),
+        (FinetuneRecipe, {"dropout": float("nan")}, "finetune.dropout must be at least 0 and below 1, got nan$"),
         (FinetuneRecipe, {"label_smoothing": 2}, "label_smoothing must be between 0 and 1"),
     ],
 )
