@@ -37,6 +37,10 @@ def open_base(
         raise RecipeError(
             "prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config"
         )
+    replaced = prune.replaced_by_preset()
+    if replaced:
+        changes = ", ".join(f"{name} {value} (not {default})" for name, (default, value) in replaced.items())
+        logger.info(f"prune.preset {prune.preset} sets {changes}")
     needs_data = prune.criterion in DATA_CRITERIA and not is_scored
     if needs_data and images is None:
         raise RecipeError(f"criterion {prune.criterion} needs data: give --data.dataset, or take --prune.criterion l1")

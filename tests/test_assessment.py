@@ -154,6 +154,16 @@ def test_scoring_may_have_an_interpolation_of_its_own(images: Path, tmp_path: Pa
     assert saved["other"] == saved["own"] != saved["resize"]
 
 
+def test_a_preset_names_every_value_that_it_replaces_also_one_that_was_given(images: Path, tmp_path: Path) -> None:
+    given = ["--prune.criterion", "taylor", "--prune.preset", "reference", "--prune.calibration_batches", "1"]
+    printed = succeed("prune", *VIT, *given, "--data.dataset", images, "--output", tmp_path / "out")
+    assert printed.startswith(
+        "prune.preset reference sets criterion taylor_reference (not taylor), score_batchnorm False (not True), "
+    )
+    plain = [*VIT, "--prune.criterion", "l1", "--data.dataset", images, "--output", tmp_path / "plain"]
+    assert "preset" not in succeed("prune", *plain)
+
+
 def test_imagenet_works_as_it_lies_with_labels_by_sorted_synset(
     pruned: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,12 @@ class PruneRecipe:
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
 
+    def replaced_by_preset(self) -> dict[str, tuple[Any, Any]]:
+        """Name the settings that the preset has changed: setting -> (its default, the value of the preset)."""
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        taken = PRESETS.get(self.preset, {}).items()
+        return {name: (defaults[name], value) for name, value in taken if defaults[name] != value}
+
     def _take_preset(self) -> None:
         """Give the settings that are left at their defaults the values of the preset."""
         if self.preset is not None and self.preset not in PRESETS:
