@@ -161,7 +161,7 @@ def test_a_preset_names_every_value_that_it_replaces_also_one_that_was_given(ima
         "prune.preset reference sets criterion taylor_reference (not taylor), score_batchnorm False (not True), "
     )
     plain = [*VIT, "--prune.criterion", "l1", "--data.dataset", images, "--output", tmp_path / "plain"]
-    assert "preset" not in succeed("prune", *plain)
+    assert "prune.preset" not in succeed("prune", *plain)
 
 
 def test_imagenet_works_as_it_lies_with_labels_by_sorted_synset(
