@@ -50,7 +50,7 @@ def run_evaluate(
     is_comparable = base is found and (recorded is None or recorded["dataset"] == data.dataset)
     if is_ours and not is_comparable:
         what = "transform" if base is not found else "data set"
-        logger.info(f"the folder does not keep these figures: its own are those of another {what}")
+        logger.info(f"the folder does not keep these figures: they are not those of its own {what}")
     if is_ours and is_comparable and accelerator.is_main_process:
         metrics = {**(read_json(model, "metrics.json") or {}), config.stage: figures}
         write_file(Path(model) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")

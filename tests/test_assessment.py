@@ -105,13 +105,15 @@ def test_another_transform_is_evaluated_and_said_and_leaves_the_folder_alone(pru
     printed = succeed("evaluate", "--model", pruned, "--data.dataset", images, *OTHER)
     assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5)
     assert "on 20 images, transform: resize 22, interpolation bilinear\n" in printed
-    assert "does not keep these figures: its own are those of another transform\n" in printed
+    assert "does not keep these figures: they are not those of its own transform\n" in printed
     assert contents(pruned) == before
 
 
 def test_figures_of_another_data_set_are_not_kept_and_said(pruned: Path, images: Path, tmp_path: Path) -> None:
     other, before = shutil.copytree(images, tmp_path / "other"), contents(pruned)
-    assert "its own are those of another data set\n" in succeed("evaluate", "--model", pruned, "--data.dataset", other)
+    assert "they are not those of its own data set\n" in succeed(
+        "evaluate", "--model", pruned, "--data.dataset", other
+    )
     assert contents(pruned) == before
 
 
