@@ -131,7 +131,7 @@ def _choose(content: Any, weights: Weights) -> tuple[Inert, dict[str, Any] | Non
     if any(isinstance(value, StoredTensor) for value in (raw if isinstance(raw, dict) else content).values()):
         raise CheckpointError(
             "holds a state_dict and no module, and the head counts of a pruned model are not in its tensors; load it "
-            "into the module that it belongs to, and convert the file that torch.save(module, FILE) writes"
+            "into the module that it belongs to, save that module whole with torch.save, and convert that file"
         )
     raise CheckpointError(f"holds no module at 'model' ({_keys(content)})")
 
