@@ -54,7 +54,16 @@ STAGES = {
         [("model", str, None, _MODEL), ("output", str, "output/finetuned", _OUTPUT), _OVERWRITE],
         "Train the pruned model in the folder MODEL and write the folder OUTPUT.",
     ),
-    "evaluate": Stage("data", [("model", str, None, _MODEL)], "Evaluate MODEL; a folder of ours keeps the figures."),
+    "evaluate": Stage(
+        "data",
+        [
+            ("model", str, None, _MODEL),
+            ("pretrained", bool, True, "Load the trained weights; false draws random ones, with no network."),
+            ("model_args", dict[str, Any], {}, 'Arguments of an untrained architecture, as {"img_size": 64}.'),
+            ("num_labels", int | Literal["data"] | None, None, "Size of a new, random head, as prune.num_labels."),
+        ],
+        "Evaluate MODEL: MACs, parameters, accuracy, loss; a folder of ours keeps the figures.",
+    ),
     "inspect": Stage(
         "",
         [("model", str, None, _MODEL), ("output", str | None, None, "PNG file for a picture of the classes.")],

@@ -1,5 +1,6 @@
 """The image processor of each kind of base: it gives the pixels of the base's own evaluation transform."""
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -12,7 +13,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
+from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.recipes import Interpolation
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
@@ -93,6 +95,47 @@ def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
     except BUILD_ERRORS as error:
         raise CheckpointError(f"preprocessor_config.json of {name}: makes no pixels ({cause(error)})") from error
     return [channels, height, width]
+
+
+def set_transform(
+    processor: BaseImageProcessor, *, resize: int | None = None, interpolation: Interpolation | None = None
+) -> BaseImageProcessor:
+    """Give a processor another resize before its centre crop, or another interpolation; its pixels keep their size.
+
+    Args:
+        processor: It is left untouched.
+        resize: Pixels of the shorter side after the resize. With it the transform is that of torchvision on PIL
+            images, also where the processor had another one.
+        interpolation: Of the resize.
+
+    Returns:
+        The same object where nothing changes.
+
+    Raises:
+        RecipeError: The resize is smaller than the crop.
+    """
+    if interpolation is not None and _RESAMPLE[interpolation] != processor.resample:
+        processor = copy.deepcopy(processor)
+        processor.resample = _RESAMPLE[interpolation]
+    if resize is None:
+        return processor
+    _, height, width = try_processor("the model", processor)
+    if resize < max(height, width):
+        raise RecipeError(
+            f"data.resize must be at least the {max(height, width)} pixels that the model takes, got {resize}"
+        )
+    size, crop = {"shortest_edge": resize}, {"height": height, "width": width}
+    if isinstance(processor, IsoImageProcessor) and (_plain(processor.size), _plain(processor.crop_size)) == (
+        size,
+        crop,
+    ):
+        return processor
+    kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    return IsoImageProcessor(size=size, crop_size=crop, **{name: getattr(processor, name) for name in kept})
+
+
+def _plain(size: Any) -> dict[str, int]:
+    return {name: number for name, number in dict(size).items() if number is not None}
 
 
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.processors import set_transform
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.data import ImageData, check_labels, load_data
@@ -25,12 +26,21 @@ def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
 
 
 def open_base(
-    prune: PruneRecipe, images: ImageData | None, accelerator: Accelerator, *, is_scored: bool = False
+    prune: PruneRecipe,
+    data: DataRecipe,
+    images: ImageData | None,
+    accelerator: Accelerator,
+    *,
+    is_scored: bool = False,
 ) -> BaseModel:
     if prune.model is None:
         raise RecipeError(
             "prune.model is not set; give --prune.model, as timm/resnet50.a1_in1k, or a recipe with --config"
         )
+    replaced = prune.replaced_by_preset()
+    if replaced:
+        changes = ", ".join(f"{name} {value} (not {default})" for name, (default, value) in replaced.items())
+        logger.info(f"prune.preset {prune.preset} sets {changes}")
     needs_data = prune.criterion in DATA_CRITERIA and not is_scored
     if needs_data and images is None:
         raise RecipeError(f"criterion {prune.criterion} needs data: give --data.dataset, or take --prune.criterion l1")
@@ -54,7 +64,13 @@ def open_base(
             base.model.config.id2label = dict(enumerate(names))
             base.model.config.label2id = {label: index for index, label in enumerate(names)}
     base.model.to(accelerator.device)
-    return base
+    return see_through(base, data)
+
+
+def see_through(base: BaseModel, data: DataRecipe) -> BaseModel:
+    """Give a model the evaluation transform that the data ask for; the same object where that is its own."""
+    processor = set_transform(base.processor, resize=data.resize, interpolation=data.interpolation)
+    return base if processor is base.processor else BaseModel(base.model, processor)
 
 
 def open_calibration(
@@ -74,6 +90,9 @@ def open_calibration(
         "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "ids": ids,
     }
+    transform = {"resize": data.resize, "interpolation": prune.interpolation or data.interpolation}
+    sample |= {name: value for name, value in transform.items() if value is not None}
+    processor = set_transform(processor, interpolation=prune.interpolation)
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     return CalibrationBatches(images.train, processor, num_workers=data.num_workers, **options, **share), sample

@@ -1,6 +1,5 @@
 """The stages of the command line: each puts the pieces of the road in their order and writes what they made."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,18 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder, write_file
+from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.blocks import find_blocks
-from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.pruning.speed import measure_latency, record_measurement
-from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
-from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base
+from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base, see_through
 from isoprune_hf.training.data import ImageData, check_labels
 from isoprune_hf.training.evaluation import evaluate_model
 from isoprune_hf.training.loop import finetune as train
@@ -35,7 +32,7 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     """Score the base and write `importance.safetensors`."""
     target = check_output(output, overwrite=overwrite, is_file=True)
     images = open_data(data, accelerator) if data.dataset else None
-    base = open_base(prune, images, accelerator)
+    base = open_base(prune, data, images, accelerator)
     batches, sample = open_calibration(prune, data, images, base.processor, accelerator)
     scores = score_groups(
         base.model,
@@ -57,7 +54,7 @@ def run_prune(
     """Cut the base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
     images = open_data(data, accelerator) if data.dataset else None
-    base = open_base(prune, images, accelerator, is_scored=scores is not None)
+    base = open_base(prune, data, images, accelerator, is_scored=scores is not None)
     result = _prune(prune, data, images, base, accelerator, scores)
     metrics = {}
     if images is not None and images.evaluation is not None:
@@ -81,16 +78,18 @@ def run_finetune(
     if Path(model).resolve() == folder.resolve():
         raise RecipeError("--output must be another folder than --model")
     images = open_data(data, accelerator)
-    start = load_base(model)
+    found = load_base(model)
+    start = see_through(found, data)
     check_labels(images.label_names, start.model.config.id2label)
-    metrics = dict(read_json(model, "metrics.json") or {})
+    # Figures of pixels that the new folder does not make would not be comparable.
+    metrics = dict(read_json(model, "metrics.json") or {}) if start is found else {}
     teacher = open_teacher(start.model, finetune)
     if images.evaluation is not None:
         dense = teacher if teacher is not None and finetune.teacher == "auto" else None
         if "base" not in metrics:
             dense = dense or reopen_base(start.model)
         if "base" not in metrics and dense is not None:
-            metrics["base"] = _evaluate(dense.model, images.evaluation, dense.processor, data, accelerator)
+            metrics["base"] = _evaluate(dense.model, images.evaluation, start.processor, data, accelerator)
     metrics |= _finetune(accelerator, start, images, data, finetune, teacher, folder / "checkpoints", metrics)
     plan = Path(model) / "pruning_plan.json"
     write_folder(
@@ -104,30 +103,6 @@ def run_finetune(
         keep="checkpoints",
     )
     return summarize(start.model, metrics, {}, folder)
-
-
-def run_evaluate(accelerator: Accelerator, model: str, data: DataRecipe) -> str:
-    """Evaluate a model; a local folder of ours also keeps the figures."""
-    images = open_data(data, accelerator)
-    if images.evaluation is None:
-        raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
-    base = load_base(model)
-    check_labels(images.label_names, base.model.config.id2label)
-    figures = _evaluate(base.model, images.evaluation, base.processor, data, accelerator)
-    cost = count_cost(base.model)
-    config = base.model.config
-    recorded = (config.recipe or {}).get("data")
-    ours = (Path(model) / "modeling_isoprune.py").is_file()
-    if ours and (recorded is None or recorded["dataset"] == data.dataset) and accelerator.is_main_process:
-        metrics = {**(read_json(model, "metrics.json") or {}), config.stage: figures}
-        write_file(Path(model) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-        if recorded is None:
-            config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
-            write_file(Path(model) / "config.json", config.to_json_string())
-        write_file(Path(model) / "README.md", str(build_model_card(model)))
-    accelerator.wait_for_everyone()
-    size = f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M"
-    return f"{size}\n{json.dumps(figures, sort_keys=True)}"
 
 
 def run_all(
@@ -144,7 +119,7 @@ def run_all(
     images = open_data(data, accelerator)
     if images.evaluation is None:
         raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
-    base = open_base(prune, images, accelerator)
+    base = open_base(prune, data, images, accelerator)
     _clear(root, {"prune.model": prune.model, "finetune.teacher": finetune.teacher}, accelerator)
     if pretrain.epochs:
         logger.info(f"train the dense base, {pretrain.epochs} epochs")

@@ -160,10 +160,13 @@ def test_evaluate_prints_size_and_figures_and_keeps_the_figures(pruned: Path, im
     wrong = {"top1": 1.0, "top5": 1.0, "loss": 0.0, "images": 1}
     (out / "metrics.json").write_text(json.dumps({**metrics, "pruned": wrong}))
     printed = succeed("evaluate", "--model", out, "--data.dataset", images)
-    size, figures = printed.splitlines()
+    size, start, accuracy, figures = printed.splitlines()
     params = read(out, "config.json")["cost"]["pruned"]["params"]
     assert re.fullmatch(rf"MACs: \d+\.\d+ G, Params: {params / 1e6:.4f} M", size)
-    assert json.loads(figures) == pytest.approx(evaluate_by_hand(out, images), rel=1e-5)
+    assert start == f"evaluate {out} on 20 images, transform: the model's own"
+    by_hand = evaluate_by_hand(out, images)
+    assert accuracy == f"Accuracy: {by_hand['top1']:.4f}, Loss: {by_hand['loss']:.4f}"
+    assert json.loads(figures) == pytest.approx(by_hand, rel=1e-5)
     assert read(out, "metrics.json") == {"base": metrics["base"], "pruned": json.loads(figures)}
     assert f"{100 * metrics['pruned']['top5']:.2f}" in (out / "README.md").read_text()
 

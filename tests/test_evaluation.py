@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -93,6 +94,22 @@ def test_the_model_is_left_as_it_was():
     assert net.training and net.dropout.training and not net.norm.training
     assert torch.equal(net.head.weight.grad, torch.ones_like(net.head.weight))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "rank", "is_shown"), [(Terminal, 0, True), (io.StringIO, 0, False), (Terminal, 1, False)]
+)
+def test_a_bar_is_on_the_terminal_of_the_main_process_alone(monkeypatch, stream, rank, is_shown):
+    monkeypatch.setattr(sys, "stderr", stream())
+    accelerator = SimpleNamespace(process_index=rank, num_processes=1, unwrap_model=lambda model: model)
+    evaluate_model(make_net(), make_split(5), make_processor(), accelerator=accelerator, batch_size=2)
+    shown = sys.stderr.getvalue()
+    assert ("evaluate" in shown and "/3" in shown) if is_shown else shown == ""
 
 
 SCRIPT = """

@@ -31,6 +31,7 @@ FLOORS = [
     ("stages.py", 7),
     ("inspection.py", 7),
     ("conversion.py", 7),
+    ("assessment.py", 7),
     ("cli.py", 8),
     ("__init__.py", 9),
 ]

@@ -141,8 +141,11 @@ def test_what_cannot_be_converted_is_said_in_one_line(resnet: nn.Module, tmp_pat
         CheckpointError, match=r"'layer1.0' is a Bottleneck in the file and a BasicBlock in the base; give"
     ):
         convert_file(file, base="timm/resnet18")
-    with pytest.raises(CheckpointError, match="holds a state_dict and no module"):
-        convert_file(save(resnet.state_dict(), tmp_path / "state.pth"))
+    for content in (resnet.state_dict(), {"model": resnet.state_dict(), "epoch": 3}):
+        with pytest.raises(
+            CheckpointError, match=r"holds a state_dict and no module.*save that module whole .* convert that file"
+        ):
+            convert_file(save(content, tmp_path / "state.pth"))
     with pytest.raises(RecipeError, match=r"torchvision.models.vgg.VGG, and does not tell its base; give --base"):
         convert_file(save(torchvision.models.VGG(nn.Sequential(), init_weights=False), tmp_path / "vgg.pth"))
     with pytest.raises(RecipeError, match="is no file"):

@@ -144,6 +144,15 @@ def test_a_family_shares_the_rest(family: str, values: dict[str, Any]) -> None:
         assert {key: tuning[key] for key in values} == values, name
 
 
+def test_a_recipe_evaluates_at_256_to_224_pixels_as_the_script_of_its_name() -> None:
+    for name in CUTS:
+        bilinear = name.startswith(("resnet", "mobilenet"))
+        data = resolve("evaluate", name).data
+        assert (data.resize, data.interpolation) == (256, "bilinear" if bilinear else "bicubic"), name
+        # The script of ResNet-50 alone scores with another interpolation than it is evaluated with.
+        assert resolve("prune", name).prune.interpolation == ("bicubic" if name == "resnet50_2.0g" else None), name
+
+
 def test_the_crops_of_the_two_convnexts_differ() -> None:
     found = {name: resolve("run", name).finetune.interpolation for name in CUTS if name.startswith("convnext")}
     assert found == {"convnext_8.5g": "bicubic", "convnext_4.2g": "random"}

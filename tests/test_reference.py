@@ -219,6 +219,17 @@ def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> No
     assert (recipe.rounding, recipe.min_keep, recipe.ratio, recipe.round_to) == ("down", 1, 0.3, 8)
     assert replace(recipe, round_to=2) == PruneRecipe(preset="reference", ratio=0.3, round_to=2)
     assert PruneRecipe().selection == "exact" and PruneRecipe().rounding == "balanced"
+    assert PruneRecipe().replaced_by_preset() == {}
+    assert recipe.replaced_by_preset() == {
+        "criterion": ("taylor", "taylor_reference"),
+        "score_batchnorm": (True, False),
+        "reduction": ("sum", "mean"),
+        "normalizer": ("none", "mean"),
+        "head_dims": ("per_head", "shared_all"),
+        "selection": ("exact", "threshold"),
+        "rounding": ("balanced", "down"),
+        "min_keep": (2, 1),
+    }
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def _choose(content: Any, weights: Weights) -> tuple[Inert, dict[str, Any] | Non
         return _unwrap(raw)[0], None
     if any(isinstance(value, StoredTensor) for value in (raw if isinstance(raw, dict) else content).values()):
         raise CheckpointError(
-            "holds a state_dict and no module, and the head counts of a pruned model are not in its tensors; save the "
-            "whole module"
+            "holds a state_dict and no module, and the head counts of a pruned model are not in its tensors; load it "
+            "into the module that it belongs to, save that module whole with torch.save, and convert that file"
         )
     raise CheckpointError(f"holds no module at 'model' ({_keys(content)})")
 

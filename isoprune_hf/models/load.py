@@ -94,6 +94,8 @@ def _is_registered(name: str) -> bool:
     """Whether a name is of the registries of timm and torchvision: neither a folder nor a Hub id."""
     if os.path.isdir(os.path.expanduser(name)):
         return False
+    if os.path.isfile(os.path.expanduser(name)):
+        raise RecipeError(f"model: {name} is a file; `isoprune convert {name}` makes a folder of an old checkpoint")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise RecipeError(f"model: there is no folder {name!r:.99}")
     if "/" not in name or name.startswith(("timm/", "torchvision/")):

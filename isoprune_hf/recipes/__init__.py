@@ -3,7 +3,7 @@
 from isoprune_hf.recipes.data import DataRecipe
 from isoprune_hf.recipes.finetune import FinetuneRecipe, PretrainRecipe
 from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA, Criterion, PruneRecipe
-from isoprune_hf.recipes.values import parse_budget, recipe_to_dict
+from isoprune_hf.recipes.values import Interpolation, parse_budget, recipe_to_dict
 
 __all__ = [
     "BUDGETS",
@@ -11,6 +11,7 @@ __all__ = [
     "Criterion",
     "DataRecipe",
     "FinetuneRecipe",
+    "Interpolation",
     "PretrainRecipe",
     "PruneRecipe",
     "parse_budget",

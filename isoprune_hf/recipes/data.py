@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from isoprune_hf.recipes.values import check_range
+from isoprune_hf.recipes.values import Interpolation, check_range
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class DataRecipe:
         label_column: Column that holds the class.
         train_split: Split for calibration and finetuning.
         eval_split: Split for evaluation.
+        resize: Pixels that the shorter side of an image has before its centre is cropped to the model's size, for
+            scoring and evaluation; the default is the model's own. A folder that is written keeps it.
+        interpolation: Of that resize, and of random crops; the default is the model's own.
         batch_size: Images in an evaluation batch on each rank.
         num_workers: Loader processes on each rank.
     """
@@ -27,9 +30,12 @@ class DataRecipe:
     label_column: str = "label"
     train_split: str = "train"
     eval_split: str = "validation"
+    resize: int | None = None
+    interpolation: Interpolation | None = None
     batch_size: int = 64
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        check_range("data", "resize", self.resize, 1, 2**14)
         check_range("data", "batch_size", self.batch_size, 1)
         check_range("data", "num_workers", self.num_workers, 0)

@@ -117,8 +117,10 @@ class FinetuneRecipe:
         for name in ("mixup", "cutmix"):
             self._check(name, 0)
         shares = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip")
-        for name in (*shares, "random_erasing", "step_gamma", "ema_decay", "dropout", "drop_path"):
+        for name in (*shares, "random_erasing", "step_gamma"):
             self._check(name, 0, 1)
+        for name in ("ema_decay", "dropout", "drop_path"):
+            self._check_below_one(name)
         if self.temperature <= 0:
             raise RecipeError(f"{self.section}.temperature must be above 0, got {self.temperature}")
         low, high = self.crop_scale
@@ -140,6 +142,12 @@ class FinetuneRecipe:
                 f"{self.section}.mixup_pairing flip needs an even number of images in each part of a batch, which a "
                 f"short last batch may not have: set {self.section}.drop_last true, or mixup_pairing roll"
             )
+
+    def _check_below_one(self, name: str) -> None:
+        """Refuse 1, which would keep the first weights for ever, or let nothing through."""
+        value = getattr(self, name)
+        if value is not None and not 0 <= value < 1:
+            raise RecipeError(f"{self.section}.{name} must be at least 0 and below 1, got {value}")
 
     def _check(self, name: str, low: float, high: float | None = None) -> None:
         check_range(self.section, name, getattr(self, name), low, high)

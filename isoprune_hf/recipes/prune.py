@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes.values import check_range, parse_budget
+from isoprune_hf.recipes.values import Interpolation, check_range, parse_budget
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
 # Criteria that read images; the others read the weights alone.
@@ -95,6 +95,7 @@ class PruneRecipe:
         steps: Cuts on the way to the ratio or budget, with a new scoring before each.
         calibration_batches: Micro-batches of the training split that score the channels.
         batch_size: Images in a micro-batch; the same on every rank.
+        interpolation: Of the resize of the images that score; the default is that of evaluation.
         seed: Seed of random weights, of the calibration sample and of the random criterion.
     """
 
@@ -134,6 +135,7 @@ class PruneRecipe:
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
+    interpolation: Interpolation | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -156,6 +158,12 @@ class PruneRecipe:
             raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; give one budget")
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
+
+    def replaced_by_preset(self) -> dict[str, tuple[Any, Any]]:
+        """Name the settings that the preset has changed: setting -> (its default, the value of the preset)."""
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        taken = PRESETS.get(self.preset, {}).items()
+        return {name: (defaults[name], value) for name, value in taken if defaults[name] != value}
 
     def _take_preset(self) -> None:
         """Give the settings that are left at their defaults the values of the preset."""

@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
 
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MILLISECONDS = {"": 1.0, "US": 1e-3, "MS": 1.0, "S": 1e3}
 

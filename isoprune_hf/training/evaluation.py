@@ -1,10 +1,14 @@
 """What an accuracy in the card is: every image of the split once, whatever the number of ranks."""
 
+import sys
+from collections.abc import Iterable
+
 import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.training.data import Dataset, prediction_features
@@ -65,6 +69,9 @@ def evaluate_model(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     model = model if accelerator is None else accelerator.unwrap_model(model)
     loader = eval_loader(split, processor, batch_size=batch_size, num_workers=num_workers, rank=rank, world=world)
+    # The terminal of the main process alone shows a bar; a log file shows none.
+    is_shown = rank == 0 and sys.stderr.isatty()
+    loader = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not is_shown)
     vectors = _score_images(model, loader, len(split))
     if world > 1:
         # `reduce` hands back new tensors; every place was written by one rank, so the sum is a union.
@@ -75,7 +82,7 @@ def evaluate_model(
 
 
 @torch.no_grad()
-def _score_images(model: nn.Module, loader: torch.utils.data.DataLoader, images: int) -> list[Tensor]:
+def _score_images(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], images: int) -> list[Tensor]:
     """Return top classes (N, 5) padded with -1, labels (N,) and losses (N,), zero where another rank works."""
     device = next(model.parameters()).device
     top = torch.zeros(images, _TOP, dtype=torch.int64)

@@ -1,0 +1,63 @@
+"""The stage that evaluates: any model, with its size, and what a folder keeps of it."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from isoprune_hf.checkpoint.folder import read_json, write_file
+from isoprune_hf.errors import DatasetError
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.publishing.model_card import build_model_card
+from isoprune_hf.recipes import DataRecipe, recipe_to_dict
+from isoprune_hf.sources import open_data, see_through
+from isoprune_hf.training.data import check_labels
+from isoprune_hf.training.evaluation import evaluate_model
+
+logger = get_logger(__name__)
+
+
+def run_evaluate(
+    accelerator: Accelerator,
+    model: str,
+    data: DataRecipe,
+    pretrained: bool,
+    model_args: dict[str, Any],
+    num_labels: int | Literal["data"] | None,
+) -> str:
+    """Evaluate a model; a local folder of ours also keeps the figures, if they are those of its own pixels."""
+    images = open_data(data, accelerator)
+    if images.evaluation is None:
+        raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
+    names = images.label_names
+    labels = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
+    found = load_base(model, pretrained, model_args=model_args, **labels)
+    check_labels(names, found.model.config.id2label)
+    base = see_through(found, data)
+    cost, config = count_cost(base.model), base.model.config
+    logger.info(f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M")
+    asked = {"resize": data.resize, "interpolation": data.interpolation}
+    transform = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+    transform = transform if base is not found else "the model's own"
+    logger.info(f"evaluate {model} on {len(images.evaluation)} images, transform: {transform}")
+    options = {"batch_size": data.batch_size, "num_workers": data.num_workers, "accelerator": accelerator}
+    figures = evaluate_model(base.model.to(accelerator.device), images.evaluation, base.processor, **options)
+    recorded = (config.recipe or {}).get("data")
+    is_ours = (Path(model) / "modeling_isoprune.py").is_file()
+    is_comparable = base is found and (recorded is None or recorded["dataset"] == data.dataset)
+    if is_ours and not is_comparable:
+        what = "transform" if base is not found else "data set"
+        logger.info(f"the folder does not keep these figures: they are not those of its own {what}")
+    if is_ours and is_comparable and accelerator.is_main_process:
+        metrics = {**(read_json(model, "metrics.json") or {}), config.stage: figures}
+        write_file(Path(model) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        if recorded is None:
+            config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
+            write_file(Path(model) / "config.json", config.to_json_string())
+        write_file(Path(model) / "README.md", str(build_model_card(model)))
+    accelerator.wait_for_everyone()
+    line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}"
+    return f"{line}\n{json.dumps(figures, sort_keys=True)}"
