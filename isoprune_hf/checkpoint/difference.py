@@ -129,7 +129,7 @@ def _check_attribute(where: str, owner: dict[str, Any], name: str, value: Any) -
     require(not name.startswith("_") and name in owner, f"{where}: the base module has no such attribute")
     old = owner[name]
     value = tuple(value) if isinstance(value, list) and isinstance(old, tuple) else value
-    numbers, olds = (value, old) if isinstance(old, tuple) else ((value,), (old,))
+    numbers, olds = (value, old) if isinstance(old, tuple | list) else ((value,), (old,))
     same = type(value) is type(old) and len(numbers) == len(olds)
     require(same, f"{where}: {value!r:.99} is not of the base's type {type(old).__name__}")
     for number, limit in zip(numbers, olds, strict=True):
@@ -163,7 +163,7 @@ def apply_structure(
     for path, entries in (structure.get("attributes") or {}).items():
         owner = model.get_submodule(path)
         for name, value in entries.items():
-            setattr(owner, name, tuple(value) if isinstance(value, list) else value)
+            setattr(owner, name, type(getattr(owner, name))(value) if isinstance(value, list) else value)
     for path in structure.get("removed") or []:
         model.set_submodule(path, skippable[path])
     return model

@@ -55,5 +55,5 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
 
 
 def _is_numbers(value: Any) -> bool:
-    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = value if isinstance(value, tuple | list) else (value,)
     return all(type(number) in (int, float) for number in numbers)

@@ -48,7 +48,7 @@ def _set(module: nn.Module, attribute: Attribute, value: int) -> None:
     else:
         entries = list(module.__dict__[attribute.name])
         entries[attribute.entry] = value
-        module.__dict__[attribute.name] = tuple(entries)
+        module.__dict__[attribute.name] = type(module.__dict__[attribute.name])(entries)
 
 
 def _set_layer_numbers(module: nn.Module) -> None:

@@ -72,7 +72,7 @@ def _forget_state(
     for path in list(attributes):
         owner = vars(before.get_submodule(path))
         for name, value in list(attributes[path].items()):
-            value = tuple(value) if isinstance(value, list) else value
+            value = tuple(value) if isinstance(owner.get(name), tuple) else value
             if owner.get(name) == value and name not in known.get(path, {}):
                 del attributes[path][name]
         if not attributes[path]:

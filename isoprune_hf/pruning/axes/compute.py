@@ -120,8 +120,11 @@ def _convolve_groups(trace: Any, channels: Axis, weight: tuple[Axis, Axis], grou
 @rule("_batch_norm_no_update", "batch_norm")
 def _batch_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axes:
     axes = trace.axes(x)
-    trace.tie((axes[1], *(trace.axes(arg)[0] for arg in args if isinstance(arg, Tensor) and arg.ndim == 1)))
-    return trace.outputs(out, axes)
+    channels = trace.tie((axes[1], *(trace.axes(arg)[0] for arg in args if isinstance(arg, Tensor) and arg.ndim == 1)))
+    if isinstance(out, Tensor):
+        return axes
+    statistics = ((channels,) if list(part.shape) == [channels.size] else trace.fresh(part, "none") for part in out[1:])
+    return [axes, *statistics]
 
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
@@ -153,7 +156,7 @@ def _group_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axe
 
 
 @rule("mean", "sum", "prod", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "any", "all")
-@rule("linalg_vector_norm", "norm", "logsumexp", "nansum", "count_nonzero")
+@rule("logsumexp", "nansum", "count_nonzero")
 def _reduce(trace: Any, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
     if args and isinstance(args[0], Tensor):  # the larger of two tensors
         return broadcast(trace, (x, args[0]), out.shape)
@@ -170,6 +173,13 @@ def _reduce(trace: Any, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes 
     if len(axes) != first.ndim:
         return trace.give_up([x], out, "a reduction over unknown dims")
     return trace.outputs(out, axes)
+
+
+@rule("linalg_vector_norm", "norm")
+def _vector_norm(
+    trace: Any, out: Tensor, x: Tensor, order: Any = 2, dims: Any = None, *_: Any, **__: Any
+) -> Axes | list[Axes]:
+    return _reduce(trace, out, x, list(range(x.ndim)) if dims is None else dims)
 
 
 @rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "mean_pool")

@@ -136,9 +136,9 @@ def mark_attributes(network: nn.Module) -> list[Comparison]:
                 continue
             if type(value) is int:
                 module.__dict__[name] = Integer(value, Attribute(path, name), comparisons)
-            elif type(value) is tuple and value and all(type(entry) is int for entry in value):
+            elif type(value) in (tuple, list) and value and all(type(entry) is int for entry in value):
                 entries = enumerate(value)
-                module.__dict__[name] = tuple(
+                module.__dict__[name] = type(value)(
                     Integer(entry, Attribute(path, name, position), comparisons) for position, entry in entries
                 )
     return comparisons

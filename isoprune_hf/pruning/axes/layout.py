@@ -43,6 +43,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @rule("alias", "clone", "contiguous", "detach", "lift_fresh", "_to_copy", "zeros_like", "ones_like", "empty_like")
 @rule("full_like", "as_strided_", "set_", "fill_", "zero_", "native_dropout", "bernoulli_", "uniform_", "normal_")
+@rule("_softmax", "_log_softmax", "softmax", "_safe_softmax")
 def _same(trace: Any, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
     axes = trace.axes(x)
     if len(axes) != out.ndim or any(axis.size != size for axis, size in zip(axes, out.shape, strict=True)):
@@ -221,14 +222,14 @@ def _select(trace: Any, out: Any, x: Tensor, dim: int | None = 0, *rest: Any) ->
     return [tuple(axes)] * len(out)
 
 
-@rule("roll", "flip", "cumsum", "cumprod", "sort", "_softmax", "_log_softmax", "softmax", "_safe_softmax")
+@rule("roll", "flip", "cumsum", "cumprod", "sort")
 def _mixes(trace: Any, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
-    """Elements of these dims are moved or mixed; the others pass."""
+    """Elements of these dims change places; the others pass."""
     dims = args[-1] if args and isinstance(args[-1], list | tuple) else [a for a in args if type(a) is int][:1]
     dims = kwargs.get("dims", kwargs.get("dim", dims))
     axes = trace.axes(x)
     for dim in [dims] if isinstance(dims, int) else dims or range(len(axes)):
-        freeze(axes[dim], "its elements change places or are normalised together")
+        freeze(axes[dim], "its elements change places")
     return axes if isinstance(out, Tensor) else [axes] * len(out)
 
 
