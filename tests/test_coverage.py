@@ -34,7 +34,7 @@ _TEXT = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attenti
 # Root cause and family -> the model: a name of timm with arguments, or a type of transformers with its config.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "T-rexnet": ("timm/rexnet_100", {"width_mult": 0.5, "depth_mult": 0.5}),
-    "T-focalnet": ("timm/focalnet_tiny_srf", {"depths": [1, 1, 1, 1], "embed_dim": 32}),
+    "T-focalnet": ("timm/focalnet_tiny_srf", {"focal_levels": [1, 1, 1, 1]}),
     "A-pvt_v2": (
         "timm/pvt_v2_b0",
         {"depths": [1, 1, 1, 1], "embed_dims": [32, 64, 96, 128], "num_heads": [1, 2, 3, 4]},
@@ -48,13 +48,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "timm/coat_tiny",
         {
             "img_size": SIDE,
-            "embed_dims": [32, 32, 32, 32],
+            "embed_dims": [128, 128, 128, 128],
             "serial_depths": [1, 1, 1, 1],
             "parallel_depth": 1,
-            "num_heads": 2,
         },
     ),
-    "C-dinov2": ("dinov2", {**_VIT, "num_labels": LABELS}),
+    "C-dinov2": ("dinov2", _VIT),
     "S-dpn": ("timm/dpn48b", {"k_sec": [1, 1, 1, 1]}),
     "S-res2net": ("timm/res2net50_14w_8s", {"layers": [1, 1, 1, 1]}),
     "H-swinv2": (
