@@ -25,7 +25,7 @@ from typing import Any
 from coverage_case import run_case
 from coverage_models import NOT_APPLICABLE, population
 
-SECONDS, MEMORY = 600, 16 * 2**30
+MEMORY = 16 * 2**30
 # What torch-pruning 1.6.1 prunes of the same population, and why it fails elsewhere: the root cause of each failure.
 ANCHOR = {"timm": 45, "transformers": 22}
 CAUSES = {
@@ -59,7 +59,7 @@ _CAUSE = {name: cause for cause, names in _MEMBERS.items() for name in names.spl
 Row = dict[str, Any]
 
 
-def measure(name: str) -> Row:
+def measure(name: str, seconds: float) -> Row:
     """Run one model in a process of its own and read its record."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def measure(name: str) -> Row:
         # A fork: the imports are done once for all models.
         child = multiprocessing.get_context("fork").Process(target=_run_alone, args=(name, record, errors))
         child.start()
-        child.join(SECONDS)
+        child.join(seconds)
         timed_out = child.is_alive()
         child.kill()
         child.join()
@@ -78,7 +78,7 @@ def measure(name: str) -> Row:
         said = [line for line in errors.read_text().splitlines() if line.strip() and not line.startswith(" ")]
     row |= {"passed": row.get("step") == "done", "seconds": round(time.monotonic() - start, 1)}
     if not row["passed"]:
-        ended = f"not done in {SECONDS} s" if timed_out else f"ended with code {child.exitcode}"
+        ended = f"not done in {seconds:g} s" if timed_out else f"ended with code {child.exitcode}"
         row["error"] = said[-1][:400] if said and not timed_out else ended
     return row
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("output/coverage.jsonl"))
     parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=600, help="limit for one model")
     parser.add_argument("--again", action="store_true", help="run anew what did not pass")
     parser.add_argument("--list", action="store_true", help="only list the models and what is known of them")
     parser.add_argument("--table", action="store_true", help="only print the tables of the rows there are")
@@ -161,7 +162,7 @@ def main() -> None:
     for name in () if args.table else args.only or names:
         if name in rows and not args.only and not (args.again and not rows[name]["passed"]):
             continue
-        rows[name] = measure(name)
+        rows[name] = measure(name, args.seconds)
         with args.results.open("a") as file:
             file.write(json.dumps(rows[name]) + "\n")
         row = rows[name]

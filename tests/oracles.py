@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -70,11 +71,20 @@ def randomize(model: IsoPruneForImageClassification, seed: int = 1) -> None:
             tensor.copy_(0.3 * draw(tensor))
         else:
             tensor.copy_(draw(tensor) * tensor[0].numel() ** -0.5)
-    for name, tensor in model.model.named_buffers():
-        if name.endswith("running_var"):
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-        elif name.endswith("running_mean"):
-            tensor.copy_(0.2 * draw(tensor))
+    _calibrate(model, seed)
+
+
+def _calibrate(model: IsoPruneForImageClassification, seed: int) -> None:
+    """Let every BatchNorm see, in place, what it is given: else deep networks of them say the same to every image."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    if norms:
+        model(make_images(model, seed=seed + 100))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+        norm.running_var.clamp_(min=0.05)
 
 
 def make_images(model: IsoPruneForImageClassification, count: int = 2, seed: int = 2) -> torch.Tensor:

@@ -766,3 +766,23 @@ def test_opened_tensors_are_aligned_as_torch_allocates_so_that_kernels_round_ali
     # A file maps them to any address; on full-size models unaligned ones gave other last bits.
     model = IsoPruneForImageClassification.from_pretrained(pruned("vit").folder)
     assert {tensor.data_ptr() % 64 for tensor in (*model.parameters(), *model.buffers())} == {0}
+
+
+def test_tensors_that_a_base_shares_are_saved_once_and_stay_shared(tmp_path: Path) -> None:
+    args = {
+        "img_size": 32,
+        "embed_dims": [32] * 4,
+        "serial_depths": [1] * 4,
+        "parallel_depth": 1,
+        "mlp_ratios": [1] * 4,
+    }
+    base = {"library": "timm", "architecture": "coat_tiny", "args": args}
+    model = IsoPruneForImageClassification(IsoPruneConfig(base=base, num_labels=3, image_size=[3, 32, 32])).eval()
+    model.save_pretrained(tmp_path)
+    names = [*model.state_dict()]
+    saved = [*load_file(tmp_path / "model.safetensors")]
+    assert len(saved) == len({id(parameter) for parameter in model.parameters()}) < len(names)
+    again = IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert [*again.state_dict()] == names and len([*again.parameters()]) == len(saved)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits(again, images), logits(model, images))

@@ -75,6 +75,31 @@ def output_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 # --- timm
 
 
+ENCODER = "timm/vit_small_patch14_dinov2"
+SMALL = {"img_size": 28, "embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def test_an_encoder_of_timm_is_given_the_head_that_is_asked_for(tmp_path: Path) -> None:
+    base = load_base(ENCODER, False, model_args=SMALL, num_labels=3, label_names=("ant", "bee", "cat"))
+    assert base.model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    assert output_of(base.model, seeded_images(base)).shape == (2, 3)
+    source = base.model.config.source
+    assert source["num_labels"] == 3
+    again = load_base(source["name"], source["pretrained"], model_args=SMALL, num_labels=3, seed=source["seed"])
+    assert_same(weights(base.model.model), weights(again.model.model))
+    save_model_folder(tmp_path / "dense", base.model, base.processor)
+    assert_same(weights(load_base(str(tmp_path / "dense")).model), weights(base.model))
+
+
+def test_an_encoder_of_timm_without_a_head_is_refused_with_the_way_out() -> None:
+    with pytest.raises(
+        RecipeError, match=r"give a model with a classification head, or ask for one with --prune\.num"
+    ):
+        load_base(ENCODER, False, model_args=SMALL)
+    with pytest.raises(RecipeError, match=r"prune\.num_labels is 3, but 2 names were given"):
+        load_base(ENCODER, False, model_args=SMALL, num_labels=3, label_names=("ant", "bee"))
+
+
 @pytest.mark.parametrize(
     ("name", "architecture", "args"),
     [
@@ -391,6 +416,55 @@ def test_the_processor_of_a_transformers_base_gives_images_of_the_size_of_the_mo
         pixels = base.processor(image, return_tensors="pt").pixel_values
         assert list(pixels.shape[1:]) == base.model.config.image_size
     assert output_of(base.model, pixels).isfinite().all()
+
+
+TOWER = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+TEXT = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+# What the configs of some types say otherwise than the others.
+OTHER_CONFIGS = {
+    "two towers": ("clip", {"vision_config": TOWER, "text_config": TEXT, "num_labels": 3}, 16),
+    "a pair of sides": (
+        "hiera",
+        {
+            "image_size": [32, 32],
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "num_query_pool": 1,
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, False],
+        },
+        32,
+    ),
+    "no names of labels": ("pvt", {"image_size": 64, "depths": [1, 1, 1, 1], "num_labels": 3}, 64),
+    "no processor": ("dinov2_with_registers", {**TOWER, "num_labels": 3}, 16),
+    "shortest edge": ("convnextv2", {"image_size": 32, "depths": [1] * 4, "hidden_sizes": [8] * 4}, 32),
+    "another name for logits": ("pp_lcnet", {"scale": 0.25, "num_labels": 3}, 224),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_a_config_alone_opens_a_model_and_the_processor_of_its_size(name: str, tmp_path: Path) -> None:
+    kind, options, side = OTHER_CONFIGS[name]
+    config = transformers.CONFIG_MAPPING[kind](**options)
+    config.save_pretrained(tmp_path / "config")
+    base = load_base(str(tmp_path / "config"), False)
+    assert base.model.config.image_size == [3, side, side]
+    assert base.model.config.num_labels == config.num_labels
+    pixels = base.processor(Image.new("RGB", (side + 9, side + 9)), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = base.model(pixels).logits
+    assert logits.shape == (1, config.num_labels)
+    save_model_folder(tmp_path / "saved", base.model, base.processor)
+    with torch.no_grad():
+        assert torch.equal(load_base(str(tmp_path / "saved")).model(pixels).logits, logits)
 
 
 def test_a_transformers_folder_takes_a_new_head_and_keeps_the_rest(transformers_folder) -> None:

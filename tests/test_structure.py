@@ -11,6 +11,7 @@ from tiny_models import make_base, make_images
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from isoprune_hf.checkpoint.difference import keep_cut_buffers
 from isoprune_hf.checkpoint.modeling_isoprune import SkippedBlock, apply_structure, check_structure
 from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
 from isoprune_hf.errors import CheckpointError
@@ -147,9 +148,45 @@ def test_a_private_number_of_a_module_is_not_touched() -> None:
         check_structure(make_net(), {"attributes": {"blocks.0": {"_private": 2}}})
 
 
-def test_an_unsaved_buffer_has_no_shape_to_change() -> None:
-    with pytest.raises(CheckpointError, match=r"config\.structure\.shapes\['table'\]"):
-        check_structure(make_net(), {"shapes": {"table": [3]}})
+def test_a_buffer_that_is_cut_is_saved_from_then_on() -> None:
+    base, pruned = make_net(), make_net()
+    pruned.table = torch.tensor([1.0, 4.0])  # not the leading elements: no module could calculate it anew
+    structure = capture_structure(base, pruned)
+    assert structure["shapes"] == {"table": [2]}
+    rebuilt = apply_structure(make_net(), structure)
+    assert "table" in rebuilt.state_dict() and "table" not in pruned.state_dict()
+    keep_cut_buffers(pruned, structure)
+    rebuilt.load_state_dict(pruned.state_dict())
+    assert rebuilt.table.tolist() == [1.0, 4.0]
+
+
+def test_a_tensor_of_several_names_is_cut_once_and_stays_one() -> None:
+    def make_tied() -> Net:
+        net = make_net()
+        net.blocks[1].norm.weight = net.blocks[0].norm.weight  # one parameter in two modules
+        net.blocks[1].conv = net.blocks[0].conv  # one module in two places
+        return net
+
+    pruned = make_tied()
+    pruned.blocks[0].norm.weight = pruned.blocks[1].norm.weight = nn.Parameter(torch.ones(5))
+    pruned.blocks[0].conv.bias = nn.Parameter(torch.ones(5))
+    rebuilt = apply_structure(make_tied(), capture_structure(make_tied(), pruned))
+    assert rebuilt.blocks[0].norm.weight is rebuilt.blocks[1].norm.weight
+    assert rebuilt.blocks[0].norm.weight.shape == rebuilt.blocks[1].conv.bias.shape == (5,)
+
+
+def test_a_list_of_sizes_stays_a_list() -> None:
+    base, pruned = make_net(), make_net()
+    base.splits, pruned.splits = [4, 4], [3, 2]
+    structure = capture_structure(base, pruned)
+    assert structure["attributes"] == {"": {"splits": [3, 2]}}
+    rebuilt = make_net()
+    rebuilt.splits = [4, 4]
+    assert apply_structure(rebuilt, structure).splits == [3, 2]
+    with pytest.raises(CheckpointError, match="not positive or above the base's"):
+        check_structure(base, {"attributes": {"": {"splits": [5, 2]}}})
+    with pytest.raises(CheckpointError, match="not of the base's type list"):
+        check_structure(base, {"attributes": {"": {"splits": [5]}}})
 
 
 @pytest.mark.parametrize("family", SAVED)

@@ -124,7 +124,8 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
 def _build_transformers(values: Any, num_labels: int) -> nn.Module:
     kind = values.get("model_type") if isinstance(values, dict) else None
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    require(known, "config.base.config: not a configuration of an installed transformers model")
+    message = f"config.base.config: {kind!r:.99} is not a configuration of an installed transformers model"
+    require(known, f"{message}; if it is your own, import the module that registers it before")
     values = {k: v for k, v in values.items() if not _IGNORED.fullmatch(k) and k != "auto_map"}
     for name, value in values.items():
         require(_is_plain(value, nested=True), f"config.base.config: {name}={value!r:.99} is not allowed")

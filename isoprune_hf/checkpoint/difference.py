@@ -105,7 +105,7 @@ def check_structure(base: nn.Module, structure: dict[str, Any], skippable: Colle
     require(known, "config.structure: must hold only shapes, attributes and removed")
     holds = all(isinstance(structure.get(part), kind | None) for part, kind in kinds.items())
     require(holds, "config.structure: shapes and attributes are mappings, removed is a list")
-    tensors, modules = {**dict(base.named_buffers()), **base.state_dict()}, dict(base.named_modules())
+    tensors, modules = named_tensors(base), dict(base.named_modules())
     for name, shape in (structure.get("shapes") or {}).items():
         where = f"config.structure.shapes[{name!r}]"
         require(name in tensors, f"{where}: the base has no such tensor")
@@ -154,19 +154,35 @@ def apply_structure(
     """
     structure, skippable = {} if structure is None else structure, skippable or {}
     check_structure(model, structure, skippable)
+    tensors, made = named_tensors(model), {}
     for name, shape in (structure.get("shapes") or {}).items():
         path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        tensor = getattr(owner, leaf)
-        kept = tensor.detach()[tuple(slice(size) for size in shape)].clone()
-        setattr(owner, leaf, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+        tensor = tensors[name]
+        if id(tensor) not in made:  # what several names share stays shared
+            kept = tensor.detach()[tuple(slice(size) for size in shape)].clone()
+            made[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+        setattr(model.get_submodule(path), leaf, made[id(tensor)])
+    keep_cut_buffers(model, structure)
     for path, entries in (structure.get("attributes") or {}).items():
         owner = model.get_submodule(path)
         for name, value in entries.items():
-            setattr(owner, name, type(getattr(owner, name))(value) if isinstance(value, list) else value)
+            setattr(owner, name, tuple(value) if isinstance(getattr(owner, name), tuple) else value)
     for path in structure.get("removed") or []:
         model.set_submodule(path, skippable[path])
     return model
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Give every parameter and buffer by each of its names, also the buffers that are not in the state dict."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return dict(named)
+
+
+def keep_cut_buffers(model: nn.Module, structure: dict[str, Any] | None) -> None:
+    """Put, in place, every buffer that was cut into the state dict: what stayed of it cannot be calculated anew."""
+    for name in (structure or {}).get("shapes") or {}:
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._non_persistent_buffers_set.discard(leaf)
 
 
 def build_pruned(config: IsoPruneConfig) -> nn.Module:

@@ -36,6 +36,8 @@ from isoprune_hf.checkpoint.difference import (
     apply_structure,
     build_pruned,
     check_structure,
+    keep_cut_buffers,
+    named_tensors,
     run_once,
     skippable_blocks,
 )
@@ -86,6 +88,17 @@ class IsoPruneForImageClassification(PreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):  # timm: index tables and masks that are not in the file
             module.init_non_persistent_buffers()
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Name -> the first name of the same tensor, under which alone it is saved."""
+        first: dict[int, str] = {}
+        named = {f"model.{name}": tensor for name, tensor in named_tensors(self.model).items()}
+        return {name: found for name, t in named.items() if (found := first.setdefault(id(t), name)) != name}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Tell transformers which names to tie when it loads: whatever the base shares."""
+        return self._tied_weights_keys
 
     @can_return_tuple
     def forward(
@@ -146,6 +159,7 @@ class IsoPruneForImageClassification(PreTrainedModel):
         if self.config.base["library"] != "transformers":  # those keep their own processor
             names["AutoImageProcessor"] = "IsoImageProcessor"
         self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in names.items()}
+        keep_cut_buffers(self.model, self.config.structure)
         super().save_pretrained(save_directory, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
         if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
@@ -181,7 +195,12 @@ def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor] | None,
                     found[name] = _describe(entry.get_shape(), _DTYPES.get(entry.get_dtype(), entry.get_dtype()))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{Path(file).name}: not a readable safetensors file ({error})") from error
-    expected = {name: _describe(tensor.shape, _kind(tensor.dtype)) for name, tensor in model.state_dict().items()}
+    tied = model._tied_weights_keys
+    expected = {
+        name: _describe(tensor.shape, _kind(tensor.dtype))
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
     for name in sorted(expected.keys() | found.keys()):
         have, want = found.get(name, "no such tensor"), expected.get(name, "no such tensor")
         require(have == want, f"tensor {name!r}: the checkpoint has {have}, the config says {want}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from isoprune_hf.checkpoint.difference import named_tensors
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, SkippedBlock
 
 
@@ -35,10 +36,10 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
             skipped.
     """
     removed = [path for path, module in pruned.named_modules() if isinstance(module, SkippedBlock)]
-    dense = {**dict(base.named_buffers()), **base.state_dict()}
+    dense = named_tensors(base)
     shapes = {
         name: list(tensor.shape)
-        for name, tensor in {**dict(pruned.named_buffers()), **pruned.state_dict()}.items()
+        for name, tensor in named_tensors(pruned).items()
         if list(tensor.shape) != list(dense[name].shape)
     }
     attributes: dict[str, dict[str, Any]] = {}
@@ -50,7 +51,7 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if not name.startswith("_") and _is_numbers(value) and now.get(name, value) != value:
                 changed = now[name]
-                attributes.setdefault(path, {})[name] = list(changed) if isinstance(changed, tuple) else changed
+                attributes.setdefault(path, {})[name] = list(changed) if isinstance(changed, tuple | list) else changed
     return {"shapes": shapes, "attributes": attributes, "removed": removed}
 
 

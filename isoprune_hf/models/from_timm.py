@@ -138,6 +138,12 @@ def _create(
             raise RecipeError(f"model: {error}") from error
         except (OSError, SafetensorError) as error:
             raise not_opened(name, error) from error
+    missing = [attribute for attribute in ("num_classes", "pretrained_cfg") if not hasattr(module, attribute)]
+    if missing:  # every model of timm has them
+        raise RecipeError(
+            f"model: {name} has no {missing[0]}; a builder of your own sets num_classes, and pretrained_cfg as "
+            "{'input_size': (3, 224, 224), 'num_classes': 1000}"
+        )
     if not module.num_classes:
         raise RecipeError(f"model: {name} is {OTHER_TASK}, or ask for one with --prune.num_labels")
     return module
@@ -151,8 +157,9 @@ def _describe(
     side = model_args.get("img_size") or data["input_size"][-1]
     size = (side, side) if isinstance(side, int) else tuple(side)
     if size != tuple(data["input_size"][1:]):
-        # Of an image size that the trained weights never saw, the whole image is used.
-        data = {**data, "input_size": (data["input_size"][0], *size), "crop_pct": 1.0}
+        # Of an image size that the trained weights never saw, the whole image is used, and no border is drawn.
+        mode = "squash" if data["crop_mode"] == "border" else data["crop_mode"]
+        data = {**data, "input_size": (data["input_size"][0], *size), "crop_pct": 1.0, "crop_mode": mode}
     args = {key: value for key, value in model_args.items() if key != "num_classes"}
     config = IsoPruneConfig(
         base={"library": "timm", "architecture": architecture, "args": args},

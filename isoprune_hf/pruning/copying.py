@@ -4,6 +4,7 @@ Like `copy.deepcopy`, which spends most of its time on tables of modules and on 
 """
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
@@ -12,6 +13,7 @@ from torch import nn
 
 _IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, torch.dtype))
 _TABLES = frozenset((dict, OrderedDict))
+_CACHED = functools._lru_cache_wrapper
 
 
 def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -57,6 +59,8 @@ def copy_modules(
     for old in modules:
         values = memo[id(old)].__dict__
         for name, value in vars(old).items():
+            if isinstance(value, _CACHED):  # bound to the old module, and full of its tensors
+                continue
             if type(value) in _IMMUTABLE:
                 values[name] = value
             elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):

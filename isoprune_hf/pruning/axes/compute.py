@@ -72,8 +72,16 @@ def _convolution(
 ) -> Axes:
     batch, channels, *window = trace.axes(x)
     first, second, *kernel = trace.axes(weight)
-    for axis in (*window, *kernel):
+    for axis in kernel:
         freeze(axis, _PIXELS)
+    sides = len(window)
+    stride, padding = (v if len(v) == sides else list(v) * sides for v in (stride, padding))
+    spatial = []
+    for axis, size, reach, step, pad in zip(window, out.shape[2:], kernel, stride, padding, strict=True):
+        if (reach.size, step, pad) != (1, 1, 0):  # a window that is one element passes its axis on
+            freeze(axis, _PIXELS)
+            axis = frozen(size, _PIXELS)
+        spatial.append(axis)
     trace.groups = ONE
     if groups == 1:
         read, made = (first, second) if transposed else (second, first)
@@ -82,7 +90,6 @@ def _convolution(
         made = _convolve_groups(trace, channels, (first, second), groups, transposed=transposed)
     if bias is not None:
         made = trace.tie((made, *trace.axes(bias)))
-    spatial = tuple(frozen(size, _PIXELS) for size in out.shape[2:])
     # Each element of the weight is used once for every position of the output; transposed, of the input.
     trace.count((x, weight), (batch, first, second, *kernel, *(window if transposed else spatial)))
     return batch, made, *spatial
@@ -134,7 +141,10 @@ def _layer_norm(trace: Any, out: Any, x: Tensor, shape: Sequence[int], *args: An
         if isinstance(arg, Tensor):
             for axis, other in zip(axes[-len(shape) :], trace.axes(arg), strict=True):
                 trace.tie((axis, other))
-    return trace.outputs(out, axes)
+    if isinstance(out, Tensor):
+        return axes
+    statistics = (*axes[: -len(shape)], *[ONE] * len(shape))
+    return [axes, *(statistics if part.ndim == len(axes) else trace.fresh(part, "none") for part in out[1:])]
 
 
 @rule("native_group_norm", "group_norm")

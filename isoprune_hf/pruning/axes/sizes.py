@@ -186,10 +186,11 @@ def _multi_head(
 ) -> None:
     """Its own calls are out of sight: heads x dims lie in the projection, and the dims are width // heads."""
     weight = kwargs.get("q_proj_weight") if weight is None else weight
-    *_, head, dim = digits(trace.axes(weight)[0])
-    trace.state(expression_of(heads), head)
+    own = digits(trace.cut(trace.axes(weight)[0], [int(width)])[0])
     trace.state(expression_of(width), trace.axes(query)[-1])
-    trace.state(Operation("//", expression_of(width), expression_of(heads)), dim)
+    if int(heads) > 1 and len(own) > 1:
+        trace.state(expression_of(heads), own[-2])
+    trace.state(Operation("//", expression_of(width), expression_of(heads)), own[-1])
 
 
 def hold(trace: Any, args: Any) -> None:
