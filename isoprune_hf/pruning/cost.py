@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.units import Tie, Width, leaf_ties, widths_of
+from isoprune_hf.pruning.copying import copy_modules
 from isoprune_hf.pruning.graph import graph_of
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.tracing import light_copy
@@ -47,13 +48,19 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     Raises:
         UnsupportedArchitectureError: The architecture does not run: a cut has broken it.
     """
-    network = light_copy(model.model).requires_grad_(False)  # else the counter looks for gradients
-    counter = _run_counter(network, image_size or model.config.image_size)
+    image_size = image_size or model.config.image_size
+    try:
+        counter = _run_counter(light_copy(model.model), image_size, "meta")
+    except UnsupportedArchitectureError:  # a forward pass that reads values
+        if model.device.type == "meta":
+            raise
+        counter = _run_counter(copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size, model.device)
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMode:
-    example = torch.zeros(1, *image_size, device="meta")
+def _run_counter(network: nn.Module, image_size: Sequence[int], device: torch.device | str) -> FlopCounterMode:
+    example = torch.zeros(1, *image_size, device=device)
+    network = network.eval().requires_grad_(False)  # else the counter looks for gradients
     counter = FlopCounterMode(display=False)
     # The math backend spells attention out as two products; the fused kernels have no meta implementation to count.
     try:

@@ -8,7 +8,7 @@ from torch import nn
 
 from isoprune_hf.pruning.axes.equations import evaluate
 from isoprune_hf.pruning.axes.graph import AxisGraph
-from isoprune_hf.pruning.axes.integers import Attribute
+from isoprune_hf.pruning.axes.integers import ARITHMETIC, COMPARE, Attribute, Expression, Operation, atoms
 from isoprune_hf.pruning.axes.recheck import axis_size
 
 # Widths that are kept for information alone, so that no operation has shown what they are.
@@ -40,6 +40,35 @@ def set_numbers(
     for path, module in before.named_modules():
         if path in modules:
             _set_widths(path, module, modules[path], known)
+    _keep_comparisons(graph, sizes, dict(before.named_modules()), modules, known)
+
+
+def _keep_comparisons(
+    graph: AxisGraph,
+    sizes: Mapping[int, int],
+    before: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
+    known: Collection[tuple[str, str]],
+) -> None:
+    """Give a width that is there for information its old value back where a comparison would come out otherwise."""
+
+    def value(expression: Expression) -> int:
+        if isinstance(expression, Attribute):
+            number = vars(modules[expression.module])[expression.name]
+            return number if expression.entry is None else number[expression.entry]
+        if isinstance(expression, Operation):
+            return ARITHMETIC[expression.symbol](value(expression.left), value(expression.right))
+        return expression if isinstance(expression, int) else axis_size(expression, sizes)
+
+    for comparison in graph.trace.comparisons:
+        names = {atom for side in (comparison.left, comparison.right) for atom in atoms(side)}
+        names = {atom for atom in names if isinstance(atom, Attribute)}
+        if not names or any(name.module not in modules for name in names):
+            continue
+        if COMPARE[comparison.symbol](value(comparison.left), value(comparison.right)) != comparison.outcome:
+            for name in names:
+                if (name.module, name.name) not in known:
+                    vars(modules[name.module])[name.name] = vars(before[name.module])[name.name]
 
 
 def _set(module: nn.Module, attribute: Attribute, value: int) -> None:

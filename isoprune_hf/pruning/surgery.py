@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from isoprune_hf.checkpoint.difference import keep_cut_buffers
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
 from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
-from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
+from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.axes.recheck import check_cut, sizes_after, total_macs
 from isoprune_hf.pruning.copying import copy_modules
 from isoprune_hf.pruning.cost import ModelCost
@@ -55,6 +56,7 @@ def apply_plan(
     base = model.model if is_dense else meta_copy(model, dense=True).model
     config.structure = capture_structure(base, pruned.model)
     _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
+    keep_cut_buffers(pruned.model, config.structure)
     config.stage = "pruned"
     params = sum(parameter.numel() for parameter in pruned.parameters())
     if base_cost is None:
@@ -155,26 +157,14 @@ def _copy_cut(
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for (name, dim), mask in masks.items():
         kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
-    saved = model.model.state_dict().keys()
 
     @torch.no_grad()
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         part, name = tensor.detach(), names.get(id(tensor), "")
         for dim, positions in kept.get(name, {}).items():
             part = part.index_select(dim, positions.to(part.device))
-        if part.shape != tensor.shape and name not in saved and not part.is_meta:
-            _check_buffer(name, part, tensor)
         part = part if part.shape != tensor.shape else part.clone()
         return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
 
     replaced = {model.model.get_submodule(block): stand_ins[block] for block in removed_blocks}
     return copy_modules(model, cut, replaced=replaced)
-
-
-def _check_buffer(name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
-    """A buffer that is not saved is built by the base: what stays of it must be what comes first there."""
-    if not torch.equal(part, whole[tuple(slice(size) for size in part.shape)]):
-        raise UnsupportedArchitectureError(
-            f"{name} is a table that no checkpoint holds, and parts of it would leave; exclude its channels with "
-            "prune.exclude"
-        )

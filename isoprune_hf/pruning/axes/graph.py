@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.axes.axis import Axis, find, freeze, is_frozen, unify
+from isoprune_hf.pruning.axes.axis import Axis, find, freeze, unify
 from isoprune_hf.pruning.axes.cells import Cell, cells
 from isoprune_hf.pruning.axes.equations import Solution, freeze_compared, solve_equations
 from isoprune_hf.pruning.axes.integers import Attribute
@@ -72,7 +72,6 @@ def follow_axes(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
         network, trace = _trace_real(base, image_size, error)
         on_meta = False
     values = _numbers(network)
-    _freeze_tables(trace, base)
     while True:
         solution = solve_equations(trace, values)
         heads = _find_heads(trace, solution)
@@ -93,19 +92,6 @@ def _trace_real(base: nn.Module, image_size: Sequence[int], on_meta: Exception) 
 def _does_not_run(base: nn.Module, error: Exception) -> UnsupportedArchitectureError:
     reason = " ".join(str(error).split())
     return UnsupportedArchitectureError(f"{type(base).__name__} does not run ({type(error).__name__}: {reason:.300})")
-
-
-def _freeze_tables(trace: Trace, base: nn.Module) -> None:
-    """Keep buffers whole that no checkpoint holds, in place, unless all their elements along an axis are the same.
-
-    Kernels that blur and biases of zero are; tables of positions are not. On the meta device nobody knows.
-    """
-    saved = base.state_dict(keep_vars=True).keys()
-    for name, buffer in base.named_buffers():
-        if name not in saved and not buffer.is_meta:
-            for dim, axis in enumerate(trace.tensors.get(name, ())):
-                if not is_frozen(axis) and not torch.equal(buffer, buffer.narrow(dim, 0, 1).expand_as(buffer)):
-                    freeze(axis, "a table that no checkpoint holds")
 
 
 def _numbers(network: nn.Module) -> dict[Attribute, int]:

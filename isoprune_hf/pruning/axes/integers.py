@@ -93,15 +93,16 @@ def _comparing(symbol: str, compare: Callable[[int, int], bool]) -> Callable[...
     return apply
 
 
-for _symbol, _name, _compute in (
-    ("+", "add", operator.add),
-    ("-", "sub", operator.sub),
-    ("*", "mul", operator.mul),
-    ("//", "floordiv", operator.floordiv),
-    ("%", "mod", operator.mod),
-):
-    setattr(Integer, f"__{_name}__", _arithmetic(_symbol, _compute, is_reflected=False))
-    setattr(Integer, f"__r{_name}__", _arithmetic(_symbol, _compute, is_reflected=True))
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
+    setattr(Integer, f"__{_name}__", _arithmetic(_symbol, ARITHMETIC[_symbol], is_reflected=False))
+    setattr(Integer, f"__r{_name}__", _arithmetic(_symbol, ARITHMETIC[_symbol], is_reflected=True))
 COMPARE: dict[str, Callable[[int, int], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,

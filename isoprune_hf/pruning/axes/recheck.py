@@ -14,7 +14,7 @@ from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find
 from isoprune_hf.pruning.axes.graph import AxisGraph
 from isoprune_hf.pruning.axes.shortcuts import run
-from isoprune_hf.pruning.axes.trace import is_seen, slow_attention
+from isoprune_hf.pruning.axes.trace import is_seen, slow_attention, tensors_in
 from isoprune_hf.pruning.copying import copy_modules, copy_shapes
 
 
@@ -130,17 +130,23 @@ def _text(ran: Ran | None) -> str:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self):
+    """Notes operations on what comes from the image or the network; the rest may be kept from pass to pass."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
         super().__init__()
         self.ran: list[Ran] = []
+        self.live = {id(tensor): tensor for tensor in tensors}  # held, so that ids stay
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = run(func, args, kwargs)
-        name = is_seen(func)
-        if name is not None:
-            outs = [out] if isinstance(out, Tensor) else out if isinstance(out, list | tuple) else []
-            shapes = tuple(tuple(part.shape) for part in outs if isinstance(part, Tensor))
-            if shapes:
+        outs = [part for part in tensors_in([out]) if id(part) not in self.live]
+        given = tensors_in((*args, *(kwargs or {}).values()))
+        if any(id(part) in self.live or getattr(part, "_is_live", False) for part in given):
+            for part in outs:
+                part._is_live = True
+            name = is_seen(func)
+            shapes = tuple(tuple(part.shape) for part in tensors_in([out]))
+            if name is not None and shapes:
                 self.ran.append(Ran(name, shapes))
         return out
 
@@ -152,7 +158,7 @@ def record_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) 
     else:
         copied = copy_modules(network, lambda tensor: tensor, with_hooks=False)
     image = torch.zeros(1, *image_size, device="meta" if on_meta else "cpu")
-    recorder = _Recorder()
+    recorder = _Recorder([image, *copied.parameters(), *copied.buffers()])
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention(), recorder:
         copied.eval()(image)
     return recorder.ran

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.pruning.axes.axis import Axis, Conflict, cut, find, freeze, frozen, is_frozen, unify
 from isoprune_hf.pruning.axes.compute import LAYOUT, pointwise
-from isoprune_hf.pruning.axes.integers import Comparison, Expression, expression_of, mark_attributes
+from isoprune_hf.pruning.axes.integers import Comparison, Expression, Integer, mark_attributes
 from isoprune_hf.pruning.axes.layout import ONE, Axes
 from isoprune_hf.pruning.axes.shortcuts import run
 from isoprune_hf.pruning.axes.sizes import PLAIN, SIZES, hold, shape_with_axes
+
+
+_UNKNOWN = (None, ())
 
 
 class Equation(NamedTuple):
@@ -74,8 +77,8 @@ class Trace:
 
     def axes(self, x: Tensor) -> Axes:
         """The axes of a tensor, resolved."""
-        axes = getattr(x, "_axes", None)
-        if axes is None:
+        owner, axes = getattr(x, "_axes", _UNKNOWN)
+        if owner is not self:  # none, or those of another trace in a tensor that somebody keeps
             name, _ = self._names.get(id(x), (None, None))
             if name is None:
                 return tuple(frozen(size, "a constant") if size != 1 else ONE for size in x.shape)
@@ -156,6 +159,10 @@ class Trace:
         has_weight = any(self.is_weight(side) for side in sides)
         self.products.append(Product(self._modules[-1], sizes, has_weight))
 
+    def is_live(self, x: Tensor) -> bool:
+        """Whether a tensor comes from the image or the network; others may be kept from pass to pass."""
+        return id(x) in self._names or getattr(x, "_is_live", False)
+
     def is_weight(self, x: Tensor) -> bool:
         """Whether a tensor is a parameter, or a view of one."""
         return getattr(x, "_is_weight", False) or isinstance(x, nn.Parameter)
@@ -190,19 +197,21 @@ class _Operations(TorchDispatchMode):
         trace = self.trace
         if rule is None:
             trace.unknown[name] = trace.unknown.get(name, 0) + 1
-            tensors = _tensors((*args, *(kwargs or {}).values()))
+            tensors = tensors_in((*args, *(kwargs or {}).values()))
             found = trace.give_up(tensors, out, f"the operation {name} is not known")
         else:
             found = rule(trace, out, *args, **(kwargs or {}))
         found = [found] if isinstance(found, tuple) else found
+        is_live = any(trace.is_live(arg) for arg in tensors_in((*args, *(kwargs or {}).values())))
         views_weight = bool(args) and isinstance(args[0], Tensor) and name in _WEIGHT_VIEWS and trace.is_weight(args[0])
         for part, axes in zip(outs, found, strict=True):
             if len(axes) != part.ndim or any(a.size != s for a, s in zip(axes, part.shape, strict=True)):
-                axes = trace.give_up(_tensors(args), part, f"the operation {name} is not as expected")
+                axes = trace.give_up(tensors_in(args), part, f"the operation {name} is not as expected")
             if id(part) not in trace._names:
-                part._axes = axes
+                part._axes = trace, axes
             part._is_weight = views_weight
-        if name not in _UNSEEN:
+            part._is_live = is_live
+        if name not in _UNSEEN and is_live:
             trace.steps.append(Step(name, trace._modules[-1], tuple(found)))
         return out
 
@@ -235,12 +244,12 @@ def _is_pointwise(name: str) -> bool:
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 class _Calls(TorchFunctionMode):
@@ -252,8 +261,11 @@ class _Calls(TorchFunctionMode):
         self.shape = Tensor.shape.__get__
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":  # Python code that checks its numbers, out of sight
+            out = func(*map(_plain, args), **{key: _plain(value) for key, value in (kwargs or {}).items()})
+        else:
+            out = func(*args, **(kwargs or {}))
         if func == self.shape or name == "size":
             if isinstance(out, torch.Size):
                 return shape_with_axes(self.trace, args[0], out)
@@ -270,6 +282,10 @@ class _Calls(TorchFunctionMode):
         return out
 
 
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, Integer) else value
+
+
 def trace_network(network: nn.Module, image: Tensor) -> Trace:
     """Run a network once and follow the axes of every tensor; marks the integers that its modules keep, in place.
 
@@ -284,7 +300,8 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         trace._names.setdefault(id(tensor), (name, tensor))
     trace.comparisons = mark_attributes(network)
-    image._axes = tuple(frozen(size, "the image") if size > 1 else ONE for size in image.shape)
+    image._is_live = True
+    image._axes = trace, tuple(frozen(size, "the image") if size > 1 else ONE for size in image.shape)
     with _paths(network, trace._modules), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention():
         with _Operations(trace), _Calls(trace):
             output = network(image)
@@ -323,6 +340,3 @@ def slow_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-__all__ = ["Equation", "Product", "Step", "Trace", "expression_of", "trace_network"]
