@@ -89,6 +89,8 @@ def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
         if not all(1 <= number <= 2**14 for number in numbers):
             raise ValueError(f"sizes of {numbers}")
         pixels = processor(Image.new("RGB", (9, 7), "white"), return_tensors="pt").pixel_values
+        if pixels.ndim != 4:
+            raise ValueError(f"patches of shape {list(pixels.shape)}, not images of (1, channels, height, width)")
         if not pixels.isfinite().all():
             raise ValueError("values that are not finite")
         _, channels, height, width = pixels.shape

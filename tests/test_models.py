@@ -35,7 +35,7 @@ from transformers import (
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.errors import IsoPruneError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.processors import torchvision_processor
 
@@ -89,6 +89,12 @@ def test_an_encoder_of_timm_is_given_the_head_that_is_asked_for(tmp_path: Path) 
     assert_same(weights(base.model.model), weights(again.model.model))
     save_model_folder(tmp_path / "dense", base.model, base.processor)
     assert_same(weights(load_base(str(tmp_path / "dense")).model), weights(base.model))
+
+
+def test_an_image_size_that_was_never_trained_needs_no_border() -> None:
+    base = load_base("timm/deepseek_vit_412m", False, model_args={"img_size": 28, "depth": 1}, num_labels=3)
+    pixels = base.processor(Image.new("RGB", (50, 37)), return_tensors="pt").pixel_values
+    assert list(pixels.shape[1:]) == base.model.config.image_size == [3, 28, 28]
 
 
 def test_an_encoder_of_timm_without_a_head_is_refused_with_the_way_out() -> None:
@@ -465,6 +471,26 @@ def test_a_config_alone_opens_a_model_and_the_processor_of_its_size(name: str, t
     save_model_folder(tmp_path / "saved", base.model, base.processor)
     with torch.no_grad():
         assert torch.equal(load_base(str(tmp_path / "saved")).model(pixels).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        ("imagegpt", {"n_embd": 8, "n_layer": 1, "n_head": 1}, UnsupportedArchitectureError, "reads tokens"),
+        (
+            "siglip2",
+            {"vision_config": {**TOWER, "num_patches": 16}, "text_config": TEXT},
+            CheckpointError,
+            "patches of",
+        ),
+    ],
+)
+def test_a_type_that_does_not_take_images_is_refused(
+    kind: str, options: dict[str, Any], error: type[IsoPruneError], message: str, tmp_path: Path
+) -> None:
+    transformers.CONFIG_MAPPING[kind](**options).save_pretrained(tmp_path)
+    with pytest.raises(error, match=message):
+        load_base(str(tmp_path), False)
 
 
 def test_a_transformers_folder_takes_a_new_head_and_keeps_the_rest(transformers_folder) -> None:

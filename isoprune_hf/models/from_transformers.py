@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.processors import transformers_image_size, transformers_processor
 
@@ -30,6 +30,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         raise not_opened(name, error) from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise RecipeError(f"model: {name} is of type {config.model_type}, {OTHER_TASK}")
+    _require_pixels(config)
     try:
         processor = transformers_processor(name, config)
         labels = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
@@ -54,3 +55,13 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
     if info["missing_keys"]:
         raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}")
     return BaseModel(wrap(outer, module), processor)
+
+
+def _require_pixels(config: PreTrainedConfig) -> None:
+    """Refuse what reads tokens: such a class names them as its main input."""
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    first = classes[0] if isinstance(classes, tuple) else classes
+    if first.main_input_name == "input_ids":
+        raise UnsupportedArchitectureError(
+            f"{first.__name__} reads tokens (input_ids); supported are classifiers that take images alone"
+        )
