@@ -115,7 +115,7 @@ def _in_float64() -> Iterator[None]:
 
 def exact_logits(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
     """Run a fresh float64 copy of a model: (B, num_labels)."""
-    model = copy.deepcopy(model).double().eval()
+    model = fresh_copy(model).double().eval()
     with _in_float64():
         return model(images.double()).logits
 
@@ -133,7 +133,7 @@ def permute_groups(
     In attention heads change places, and dims inside the heads: the same in all heads where something belongs to a
     dim of every head, each head its own way otherwise.
     """
-    random, permuted = np.random.default_rng(seed), copy.deepcopy(model)
+    random, permuted = np.random.default_rng(seed), fresh_copy(model)
     tensors = dict([*permuted.model.named_parameters(), *permuted.model.named_buffers()])
     for group in groups:
         orders = _orders(group, random)
@@ -175,7 +175,7 @@ def zero_removed(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], plan: PruningPlan
 ) -> IsoPruneForImageClassification:
     """Copy a base with every element that a plan removes at zero."""
-    masked = copy.deepcopy(model)
+    masked = fresh_copy(model)
     tensors = dict([*masked.model.named_parameters(), *masked.model.named_buffers()])
     for group in groups:
         if group.name not in plan.kept:
@@ -215,7 +215,7 @@ def mask_error(
             removed elements are not zero: there is no reference then.
     """
     images = images.double()
-    pruned = copy.deepcopy(pruned).double().eval()
+    pruned = fresh_copy(pruned).double().eval()
     masked = zero_removed(model, groups, plan).double().eval()
     return difference(*follow(lambda: pruned(images).logits, lambda: masked(images).logits))
 
@@ -435,3 +435,14 @@ def _read_call(func: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
     places: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
     numbers = {place: value for place, value in places.items() if type(value) in (int, float)}
     return _Call(str(operation), 0, numbers) if numbers else None
+
+
+def fresh_copy(model: nn.Module) -> nn.Module:
+    """Copy a model without the tables of tensors that its modules keep from one pass to the next."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, dict) and value:
+                if all(isinstance(entry, torch.Tensor) for entry in value.values()):
+                    vars(module)[name] = {}
+    return copied

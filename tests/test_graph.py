@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.depgraph import Positions, apply_mapping
 from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.groups import CoupledGroup
 
 
 def make_timm(architecture: str, image_size: int = 32, **args: object) -> IsoPruneForImageClassification:
@@ -86,11 +88,40 @@ def test_the_groups_are_those_of_torch_prunings_own_search(family: str, tmp_path
         model = make_timm("densenet121", block_config=(3, 2), growth_rate=8)
     else:
         model = make_timm("joints_net", 16) if family == "joints" else make_base(family, tmp_path)
-    assert plain_groups(trace_groups(model)) == reference_groups(model)
+    assert plain_groups(trace_groups(model, engine="torch-pruning")) == reference_groups(model)
+
+
+def elements(groups: Iterable[CoupledGroup]) -> dict[frozenset[tuple[str, int, int, int]], tuple[str, int, int]]:
+    """What belongs to each channel and to each whole head, whatever the order -> name, channels, heads."""
+    return {
+        frozenset(
+            (member.parameter, member.dim, unit, int(position))
+            for member in (*group.members, *group.head_members)
+            for unit, row in enumerate(member.index)
+            for position in row
+        ): (group.name, group.channels, group.num_heads)
+        for group in groups
+    }
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "densenet", "resnext"])
+def test_both_engines_find_the_same_groups(family: str, tmp_path: Path) -> None:
+    if family == "densenet":
+        model = make_timm("densenet121", block_config=(3, 2), growth_rate=8)
+    else:
+        model = make_timm("resnext50_32x4d") if family == "resnext" else make_base(family, tmp_path)
+    ours, theirs = trace_groups(model), trace_groups(model, engine="torch-pruning")
+    assert elements(ours) == elements(theirs)
+
+
+def test_channels_that_the_code_splits_by_literal_sizes_stay() -> None:
+    groups = {group.name for group in trace_groups(make_timm("joints_net", 16))}
+    assert groups == {"middle", "last"}
 
 
 def test_split_joined_and_flattened_channels_keep_their_places() -> None:
-    groups = {group.name: group for group in trace_groups(make_timm("joints_net", 16))}
+    model = make_timm("joints_net", 16)
+    groups = {group.name: group for group in trace_groups(model, engine="torch-pruning")}
     stem = {(member.parameter, member.dim): member.index.ravel().tolist() for member in groups["stem"].members}
     assert stem["middle.weight", 1] == [5, 6, 7, 0, 1, 2, 3, 4]
     assert stem["last.weight", 1] == [6, 7, 8, 9, 10, 11, 12, 13]
@@ -125,7 +156,7 @@ def test_index_maps_send_positions_where_torch_pruning_sends_them(build, reverse
 
 def test_an_operation_with_an_unknown_index_map_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"that cannot be followed \(GQAIndexMapping\)"):
-        trace_groups(make_timm("repeats_net"))
+        trace_groups(make_timm("repeats_net"), engine="torch-pruning")
 
 
 def shuffle(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
@@ -312,7 +343,7 @@ def test_attention_of_an_unknown_build_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedArchitectureError, match=r"blocks\.0\.attn \(Attention\) is an attention of an unknown build"
     ):
-        trace_groups(model)
+        trace_groups(model, engine="torch-pruning")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +356,7 @@ def test_attention_of_an_unknown_build_is_refused(tmp_path: Path) -> None:
 )
 def test_attention_with_rotary_positions_or_norms_is_refused(architecture: str, args: dict[str, object]) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="is an attention of an unknown build; supported are"):
-        trace_groups(make_timm(architecture, **args))
+        trace_groups(make_timm(architecture, args.get("img_size", 32), **args), engine="torch-pruning")
 
 
 def test_a_model_that_cannot_be_followed_is_refused_in_one_line() -> None:
@@ -335,5 +366,5 @@ def test_a_model_that_cannot_be_followed_is_refused_in_one_line() -> None:
     with torch.device("meta"):
         model = IsoPruneForImageClassification(config)
     with pytest.raises(UnsupportedArchitectureError) as caught:
-        trace_groups(model)
+        trace_groups(model, engine="torch-pruning")
     assert "\n" not in str(caught.value)

@@ -7,7 +7,8 @@ from tiny_models import make_base
 
 from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.pruning.budget import check_budget
-from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
+from isoprune_hf.pruning.axes.units import Tie, Width
+from isoprune_hf.pruning.cost import CostModel, ModelCost, Term, cost_model
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, Member, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups
@@ -23,19 +24,11 @@ def group(name, signature, channels, num_heads=0, ways=1):
 
 def cost_of(groups, blocks=()):
     """Ten MACs and ten parameters for each row of each group's weight."""
-    shapes = {f"{g.name}.weight": (g.members[0].index.size, 10) for g in groups}
-    ties = {f"{g.name}.weight": ((0, g.name, g.members[0].index.shape[1], False),) for g in groups}
-    total = sum(rows * columns for rows, columns in shapes.values())
-    positions = dict.fromkeys(shapes, 1)
-    return CostModel(
-        ModelCost(total, total),
-        0,
-        positions,
-        {},
-        shapes,
-        ties,
-        blocks={block.name: block.parameters for block in blocks},
-    )
+    rows = [Width(g.members[0].index.size, (Tie(g.name, g.members[0].index.shape[1], "channel"),)) for g in groups]
+    terms = [Term(g.name, (row, Width(10))) for g, row in zip(groups, rows, strict=True)]
+    total = 10 * sum(row.size for row in rows)
+    counts = {g.name: (g.channels, g.num_heads) for g in groups}
+    return CostModel(ModelCost(total, total), terms, terms, counts, [block.name for block in blocks])
 
 
 def plan_for(scores, groups, blocks=(), block_scores=None, **options):

@@ -4,14 +4,15 @@ import pytest
 
 from isoprune_hf.errors import BudgetError
 from isoprune_hf.pruning import timing
-from isoprune_hf.pruning.cost import CostModel, ModelCost
+from isoprune_hf.pruning.axes.units import Width
+from isoprune_hf.pruning.cost import CostModel, ModelCost, Term
 from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.timing import meet_latency
 from isoprune_hf.recipes import PruneRecipe
 
 # A base that is predicted to take 100 ms.
-COST = CostModel(ModelCost(100, 10), 0, {"a.weight": 1}, {}, {"a.weight": (100, 1)})
+COST = CostModel(ModelCost(100, 10), [Term("a", (Width(100),))], [Term("a", (Width(10),))])
 LATENCY = LatencyModel(0.0, {"a": (0.0, 1.0)}, {"device": "cpu"})
 ACHIEVED = {"base": {"macs": 100, "params": 10}, "pruned": {"macs": 1, "params": 1}}
 

@@ -17,7 +17,7 @@ from isoprune_hf.pruning.axes.trace import Trace, trace_network
 from isoprune_hf.pruning.copying import copy_modules, copy_shapes
 
 # What a network may raise where its forward pass reads values, which the meta device does not have.
-_META_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError, AttributeError, KeyError)
+RUN_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def follow_axes(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
     try:
         network = copy_shapes(base, dtype=torch.float32).eval()
         trace = trace_network(network, torch.zeros(1, *image_size, device="meta"))
-    except _META_ERRORS as error:
+    except RUN_ERRORS as error:
         network, trace = _trace_real(base, image_size, error)
         on_meta = False
     values = _numbers(network)
@@ -85,7 +85,7 @@ def _trace_real(base: nn.Module, image_size: Sequence[int], on_meta: Exception) 
     try:
         network = copy_modules(base, torch.clone, with_hooks=False).eval()
         return network, trace_network(network, torch.zeros(1, *image_size))
-    except _META_ERRORS as error:
+    except RUN_ERRORS as error:
         raise _does_not_run(base, error) from error
 
 

@@ -11,15 +11,13 @@ from torch import nn
 from isoprune_hf.pruning.axes.axis import Axis, find
 from isoprune_hf.pruning.axes.cells import Cell, rows
 from isoprune_hf.pruning.axes.graph import AxisGraph
+from isoprune_hf.pruning.axes.signatures import LAYERS, TRANSPOSED, Entry, edges, list_entries
 from isoprune_hf.pruning.groups import CoupledGroup, Member
-
-_CONV, _TRANSPOSED = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd
-_LAYERS = (nn.Linear, _CONV, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 
 
 def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]) -> tuple[CoupledGroup, ...]:
     """Name the elements of every channel that can leave, in the order of `named_modules`."""
-    builder = _Builder(graph, base)
+    builder = _Builder(graph, base, signature)
     free, found, done = graph.free(), [], set()
     for leaf, axis in free.items():
         if leaf in done or leaf in graph.heads:
@@ -35,12 +33,13 @@ def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "
             group = builder.plain(axis)
         if group is not None:
             found.append(group)
-    del signature
     return builder.ordered(found)
 
 
 class _Builder:
-    def __init__(self, graph: AxisGraph, base: nn.Module):
+    def __init__(self, graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]):
+        self.graph = graph
+        self.signature = signature
         self.members = graph.members
         self.modules = dict(base.named_modules())
         self.order = {name: position for position, name in enumerate(self.modules)}
@@ -61,10 +60,16 @@ class _Builder:
             for key, found in self.members.get(id(leaf), {}).items():
                 index.setdefault(key, []).append(rows(found, {id(leaf): 1}, leaf.size).reshape(units, -1))
         members = self._sorted({key: np.concatenate(parts, axis=1) for key, parts in index.items()})
-        labels = self._labels(members)
-        if all(label.endswith(".out") for label in labels):
+        entries = list_entries(members, self.modules)
+        if all(entry.side == "out" for entry in entries):
             return None  # nothing reads them
-        return CoupledGroup(self._writer(members), "|".join(labels), units, members)
+        signature = self._sign(entries, [leaf for leaf, _ in leaves])
+        return CoupledGroup(self._writer(members), signature, units, members)
+
+    def _sign(self, entries: list[Entry], leaves: list[Axis]) -> str:
+        if self.signature == "paper":
+            return "|".join(entry.label for entry in entries)
+        return "|".join(entry.strict for entry in entries) + "#" + edges(self.graph, entries, leaves)
 
     def attention(self, head: Axis, dim: Axis) -> CoupledGroup:
         """A group of heads and their dims."""
@@ -86,8 +91,9 @@ class _Builder:
         )
         own = {member.parameter.rpartition(".")[0] for member in (*members, *whole, *dims)}
         path = _common_path(own)
-        labels = "|".join(self._labels((*members, *whole, *dims)))
-        return CoupledGroup(path, "Attention:" + labels, channels, members, head.size, whole, dims)
+        entries = list_entries((*members, *whole, *dims), self.modules)
+        label = "|".join(entry.label for entry in entries)
+        return CoupledGroup(path, f"Attention:{label}", channels, members, head.size, whole, dims)
 
     def _sorted(self, index: Mapping[tuple[str, int], np.ndarray]) -> tuple[Member, ...]:
         def place(key: tuple[str, int]) -> tuple[int, int, int]:
@@ -102,26 +108,7 @@ class _Builder:
         return names.index(leaf) if leaf in names else len(names)
 
     def _is_layer(self, name: str) -> bool:
-        return isinstance(self.modules[name.rpartition(".")[0]], _LAYERS)
-
-    def _labels(self, members: Iterable[Member]) -> list[str]:
-        """One entry for each side of a layer that is touched, and for each loose parameter."""
-        seen: dict[tuple[str, str], str] = {}
-        for member in members:
-            path, _, leaf = member.parameter.rpartition(".")
-            layer = self.modules[path]
-            if not isinstance(layer, _LAYERS):
-                seen.setdefault((member.parameter, ""), "Parameter")
-                continue
-            side = "out"
-            if leaf == "weight" and isinstance(layer, nn.Linear | _CONV):
-                is_depthwise = isinstance(layer, _CONV) and 1 < layer.groups == layer.in_channels == layer.out_channels
-                reads = member.dim == (0 if isinstance(layer, _TRANSPOSED) else 1)
-                side = "depthwise" if is_depthwise else "in" if reads else "out"
-            elif isinstance(layer, _CONV) and (path, "depthwise") in seen:
-                side = "depthwise"
-            seen.setdefault((path, side), f"{type(layer).__name__}.{side}")
-        return list(seen.values())
+        return isinstance(self.modules[name.rpartition(".")[0]], LAYERS)
 
     def _writer(self, members: Iterable[Member]) -> str:
         """The first layer that writes the channels; else the first that holds them."""
@@ -129,8 +116,8 @@ class _Builder:
         for member in members:
             path, _, leaf = member.parameter.rpartition(".")
             layer = self.modules[path]
-            dim = 1 if isinstance(layer, _TRANSPOSED) else 0
-            if isinstance(layer, _LAYERS) and leaf == "weight" and member.dim == dim:
+            dim = 1 if isinstance(layer, TRANSPOSED) else 0
+            if isinstance(layer, LAYERS) and leaf == "weight" and member.dim == dim:
                 return path
         return members[0].parameter.rpartition(".")[0] or members[0].parameter
 

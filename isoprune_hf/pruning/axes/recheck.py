@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find
-from isoprune_hf.pruning.axes.graph import AxisGraph
+from isoprune_hf.pruning.axes.graph import RUN_ERRORS, AxisGraph
 from isoprune_hf.pruning.axes.shortcuts import run
 from isoprune_hf.pruning.axes.trace import is_seen, slow_attention, tensors_in
 from isoprune_hf.pruning.copying import copy_modules, copy_shapes
@@ -102,7 +102,7 @@ def check_cut(
     """
     try:
         ran = record_run(network, image_size, on_meta=graph.on_meta)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except RUN_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(
             f"the cut {type(network).__name__} does not run ({reason:.300}); nothing was changed"

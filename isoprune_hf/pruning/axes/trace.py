@@ -20,6 +20,7 @@ from isoprune_hf.pruning.axes.sizes import PLAIN, SIZES, hold, shape_with_axes
 
 
 _UNKNOWN = (None, ())
+_NOWHERE = (None, None)
 
 
 class Equation(NamedTuple):
@@ -44,12 +45,23 @@ class Product(NamedTuple):
     has_weight: bool
 
 
+class Source(NamedTuple):
+    """Where the values of a tensor come from: numbers of the steps that made it, and tensors of the network.
+
+    The image is step -1. What has neither does not come from the image or the network.
+    """
+
+    steps: frozenset[int] = frozenset()
+    tensors: frozenset[str] = frozenset()
+
+
 class Step(NamedTuple):
-    """An operation as it was run: its name, its module, and the axes of its outputs."""
+    """An operation as it was run: its name, its module, the axes of its outputs, and what it was given."""
 
     name: str
     module: str
     outputs: tuple[Axes, ...]
+    source: Source
 
 
 @dataclass(eq=False)
@@ -159,13 +171,17 @@ class Trace:
         has_weight = any(self.is_weight(side) for side in sides)
         self.products.append(Product(self._modules[-1], sizes, has_weight))
 
-    def is_live(self, x: Tensor) -> bool:
-        """Whether a tensor comes from the image or the network; others may be kept from pass to pass."""
-        return id(x) in self._names or getattr(x, "_is_live", False)
+    def source(self, x: Tensor) -> Source:
+        """Where the values of a tensor come from."""
+        if id(x) in self._names:
+            return Source(tensors=frozenset((self._names[id(x)][0],)))
+        owner, source = getattr(x, "_source", _NOWHERE)
+        return source if owner is self else Source()
 
     def is_weight(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter, or a view of one."""
-        return getattr(x, "_is_weight", False) or isinstance(x, nn.Parameter)
+        """Whether a tensor is one of the network, or a view of one."""
+        source = self.source(x)
+        return bool(source.tensors) and not source.steps
 
 
 def reason_of(axis: Axis) -> str:
@@ -183,6 +199,13 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.rules: dict[Any, tuple[str, Any]] = {}
+
+    def _source(self, tensors: Iterable[Tensor]) -> Source:
+        sources = [self.trace.source(tensor) for tensor in tensors]
+        return Source(
+            frozenset().union(*(source.steps for source in sources)),
+            frozenset().union(*(source.tensors for source in sources)),
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = run(func, args, kwargs)
@@ -202,17 +225,17 @@ class _Operations(TorchDispatchMode):
         else:
             found = rule(trace, out, *args, **(kwargs or {}))
         found = [found] if isinstance(found, tuple) else found
-        is_live = any(trace.is_live(arg) for arg in tensors_in((*args, *(kwargs or {}).values())))
-        views_weight = bool(args) and isinstance(args[0], Tensor) and name in _WEIGHT_VIEWS and trace.is_weight(args[0])
+        source = self._source(tensors_in((*args, *(kwargs or {}).values())))
+        is_live = bool(source.steps or source.tensors)
+        if name not in _UNSEEN and is_live:
+            trace.steps.append(Step(name, trace._modules[-1], tuple(found), source))
+            source = Source(frozenset((len(trace.steps) - 1,)))
         for part, axes in zip(outs, found, strict=True):
             if len(axes) != part.ndim or any(a.size != s for a, s in zip(axes, part.shape, strict=True)):
                 axes = trace.give_up(tensors_in(args), part, f"the operation {name} is not as expected")
             if id(part) not in trace._names:
                 part._axes = trace, axes
-            part._is_weight = views_weight
-            part._is_live = is_live
-        if name not in _UNSEEN and is_live:
-            trace.steps.append(Step(name, trace._modules[-1], tuple(found)))
+                part._source = trace, source
         return out
 
 
@@ -300,7 +323,7 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         trace._names.setdefault(id(tensor), (name, tensor))
     trace.comparisons = mark_attributes(network)
-    image._is_live = True
+    image._source = trace, Source(frozenset((-1,)))
     image._axes = trace, tuple(frozen(size, "the image") if size > 1 else ONE for size in image.shape)
     with _paths(network, trace._modules), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention():
         with _Operations(trace), _Calls(trace):
