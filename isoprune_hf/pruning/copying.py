@@ -59,7 +59,9 @@ def copy_modules(
     for old in modules:
         values = memo[id(old)].__dict__
         for name, value in vars(old).items():
-            if isinstance(getattr(value, "__func__", None), _CACHED):  # bound to the old module, and full of its tensors
+            if isinstance(
+                getattr(value, "__func__", None), _CACHED
+            ):  # bound to the old module, and full of its tensors
                 continue
             if type(value) in _IMMUTABLE:
                 values[name] = value

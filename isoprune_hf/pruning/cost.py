@@ -54,7 +54,9 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     except UnsupportedArchitectureError:  # a forward pass that reads values
         if model.device.type == "meta":
             raise
-        counter = _run_counter(copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size, model.device)
+        counter = _run_counter(
+            copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size, model.device
+        )
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
@@ -134,7 +136,9 @@ class CostModel:
             for width in term.widths:
                 rows.setdefault(width, len(rows))
         ties = [
-            (row, units[tie.unit] + order[tie.group], tie.elements) for width, row in rows.items() for tie in width.ties
+            (row, units[tie.unit] + order[tie.group], tie.elements)
+            for width, row in rows.items()
+            for tie in width.ties
         ]
         longest = max((len(term.widths) for term in terms), default=0)
         factors = np.zeros((len(terms), longest), dtype=np.int64)
@@ -192,7 +196,9 @@ def cost_model(
     for product in graph.trace.products:
         widths = [widths_of(axis, ties) for axis in product.sizes]
         if None in widths:
-            raise UnsupportedArchitectureError(f"the MACs of {product.module or 'the model'} do not follow from widths")
+            raise UnsupportedArchitectureError(
+                f"the MACs of {product.module or 'the model'} do not follow from widths"
+            )
         products.append(Term(product.module, tuple(width for factor in widths for width in factor)))
     parameters = _parameters(model.model, groups)
     counts = {group.name: (group.channels, group.num_heads) for group in groups}

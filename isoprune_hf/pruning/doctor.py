@@ -161,11 +161,17 @@ def _check_reach(model: IsoPruneForImageClassification) -> Finding:
     dense = meta_copy(model, dense=True)
     groups = trace_groups(dense)
     cost = cost_model(dense, groups)
-    dims = {(member.parameter, member.dim) for group in groups for member in (*group.members, *group.head_members, *group.dim_members)}
+    dims = {
+        (member.parameter, member.dim)
+        for group in groups
+        for member in (*group.members, *group.head_members, *group.dim_members)
+    }
     macs, params = _reached(cost)
     share = f"{macs / cost.base.macs:.1%} of the MACs and {params / cost.base.params:.1%} of the params"
     alone = sum(not any(width.ties for width in term.widths) for term in cost.parameters)
-    lines = [f"{share} of the base lie in layers that groups reach; {alone} of {len(cost.parameters)} parameters in none"]
+    lines = [
+        f"{share} of the base lie in layers that groups reach; {alone} of {len(cost.parameters)} parameters in none"
+    ]
     for reason, names in _fixed_dims(dense, dims).items():
         shown = [name if count == 1 else f"{name} ({count})" for name, count in names.items()]
         more = len(shown) - _MOST_NAMES

@@ -112,7 +112,12 @@ def _set_scales(graph: AxisGraph, sizes: Mapping[int, int], modules: Mapping[str
 def _set_widths(path: str, before: nn.Module, after: nn.Module, known: Collection[tuple[str, str]]) -> None:
     """A width is what all dims of its old size in the tensors of the module and its children have become."""
     for name, value in vars(before).items():
-        if type(value) is not int or not _WIDTHS.fullmatch(name) or (path, name) in known or vars(after)[name] != value:
+        if (
+            type(value) is not int
+            or not _WIDTHS.fullmatch(name)
+            or (path, name) in known
+            or vars(after)[name] != value
+        ):
             continue
         found = {
             new

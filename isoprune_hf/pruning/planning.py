@@ -16,7 +16,18 @@ from isoprune_hf.recipes import BUDGETS, PruneRecipe
 
 # Settings that change a decision; the ratios are recorded as the budget has scaled them.
 _SETTINGS = (
-    *("preset", "score_batchnorm", "reduction", "normalizer", "scope", "scopes", "signature", "engine", "ratios", "include"),
+    *(
+        "preset",
+        "score_batchnorm",
+        "reduction",
+        "normalizer",
+        "scope",
+        "scopes",
+        "signature",
+        "engine",
+        "ratios",
+        "include",
+    ),
     *("exclude", "head_dims", "remove_blocks", *BUDGETS, "selection", "min_keep", "max_ratio", "round_to", "rounding"),
     "steps",
 )

@@ -180,7 +180,9 @@ def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerat
 def _find(
     model: IsoPruneForImageClassification, recipe: PruneRecipe
 ) -> tuple[tuple[CoupledGroup, ...], tuple[ResidualBlock, ...]]:
-    return trace_groups(model, recipe.signature, recipe.engine), () if recipe.remove_blocks is None else find_blocks(model)
+    return trace_groups(model, recipe.signature, recipe.engine), () if recipe.remove_blocks is None else find_blocks(
+        model
+    )
 
 
 def _check_steps(recipe: PruneRecipe, calibration: Batches | None, scores: ImportanceScores | None) -> None:

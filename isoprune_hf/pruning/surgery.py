@@ -109,8 +109,11 @@ def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collec
                 raise CheckpointError(
                     f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}"
                 )
-            if group.dim_members and len({tuple(sorted(c % group.head_dim for c in kept if c // group.head_dim == h))
-                                          for h in heads}) > 1:
+            if (
+                group.dim_members
+                and len({tuple(sorted(c % group.head_dim for c in kept if c // group.head_dim == h)) for h in heads})
+                > 1
+            ):
                 raise CheckpointError(f"pruning plan: {name} must keep the same dims in all of its heads")
 
 

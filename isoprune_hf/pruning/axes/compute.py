@@ -130,7 +130,9 @@ def _batch_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axe
     channels = trace.tie((axes[1], *(trace.axes(arg)[0] for arg in args if isinstance(arg, Tensor) and arg.ndim == 1)))
     if isinstance(out, Tensor):
         return axes
-    statistics = ((channels,) if list(part.shape) == [channels.size] else trace.fresh(part, "none") for part in out[1:])
+    statistics = (
+        (channels,) if list(part.shape) == [channels.size] else trace.fresh(part, "none") for part in out[1:]
+    )
     return [axes, *statistics]
 
 
@@ -194,7 +196,13 @@ def _vector_norm(
 
 @rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "mean_pool")
 @rule("_adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "_adaptive_avg_pool3d", "max_pool2d")
-@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d")
+@rule(
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_nearest_exact2d",
+)
 @rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d")
 @rule("replication_pad2d", "grid_sampler_2d")
 def _window(trace: Any, out: Any, x: Tensor, *_: Any, **__: Any) -> Axes | list[Axes]:

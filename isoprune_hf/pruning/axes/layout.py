@@ -74,8 +74,14 @@ def _regroup_run(run: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
     if len(sizes) == 1 and len(run) == 1:
         return [run[0]]
     if all(is_frozen(axis) for axis in run):
-        return [frozen(size, next(digits(axis)[0].frozen for axis in run if axis.size > 1)) if size > 1 else ONE
-                for size in sizes] if any(axis.size > 1 for axis in run) else [ONE] * len(sizes)
+        return (
+            [
+                frozen(size, next(digits(axis)[0].frozen for axis in run if axis.size > 1)) if size > 1 else ONE
+                for size in sizes
+            ]
+            if any(axis.size > 1 for axis in run)
+            else [ONE] * len(sizes)
+        )
     stack, result = [digit for axis in run for digit in digits(axis)], []
     try:
         for size in sizes:
@@ -175,8 +181,11 @@ def _pad(trace: Any, out: Tensor, x: Tensor, pad: Sequence[int], *_: Any) -> Axe
             freeze(axes[at], "padding")
             axes[at] = frozen(out.shape[at], "padding")
         elif low or high:
-            axes[at] = join([frozen(size, "padding") for size in [low] if size] + [axes[at]]
-                            + [frozen(size, "padding") for size in [high] if size])
+            axes[at] = join(
+                [frozen(size, "padding") for size in [low] if size]
+                + [axes[at]]
+                + [frozen(size, "padding") for size in [high] if size]
+            )
     return tuple(axes)
 
 

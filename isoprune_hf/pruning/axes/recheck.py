@@ -25,7 +25,9 @@ class Ran(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def sizes_after(graph: AxisGraph, masks: Mapping[tuple[str, int], np.ndarray], gone: tuple[str, ...]) -> dict[int, int]:
+def sizes_after(
+    graph: AxisGraph, masks: Mapping[tuple[str, int], np.ndarray], gone: tuple[str, ...]
+) -> dict[int, int]:
     """Sizes of all free leaves after a cut, by identity.
 
     Args:
@@ -69,7 +71,9 @@ def _size(graph: AxisGraph, leaf: int, mask: np.ndarray | None, parts: Sequence[
             size = int(stays.sum()) // max(heads * ways, 1)
         else:
             size = len(np.unique(labels[stays]))
-            if partner is None and not (np.bincount(labels, minlength=1)[np.unique(labels[stays])].sum() == stays.sum()):
+            if partner is None and not (
+                np.bincount(labels, minlength=1)[np.unique(labels[stays])].sum() == stays.sum()
+            ):
                 raise CheckpointError(f"pruning plan: {name} would keep a part of a channel")
         counts = size if counts is None else max(counts, size)
     return counts or 0

@@ -89,9 +89,23 @@ def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
 SHORTCUTS: dict[Any, Callable[..., Any]] = {
     **{
         getattr(_aten, name).default: _unary
-        for name in ("gelu", "relu", "sigmoid", "silu", "tanh", "hardswish", "hardsigmoid", "exp", "hardtanh", "_softmax")
+        for name in (
+            "gelu",
+            "relu",
+            "sigmoid",
+            "silu",
+            "tanh",
+            "hardswish",
+            "hardsigmoid",
+            "exp",
+            "hardtanh",
+            "_softmax",
+        )
     },
-    **{getattr(_aten, name).default: _in_place for name in ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")},
+    **{
+        getattr(_aten, name).default: _in_place
+        for name in ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")
+    },
     **{getattr(_aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,

@@ -19,8 +19,33 @@ SIZES: dict[str, Callable[..., None]] = {}
 PLAIN = frozenset(
     ("add", "sub", "mul", "div", "pow", "rsub", "true_divide", "floor_divide", "remainder", "multiply", "__add__")
     + ("__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__")
-    + ("__floordiv__", "__mod__", "add_", "sub_", "mul_", "div_", "clamp", "softmax", "sum", "mean", "__eq__", "__ne__")
-    + ("__lt__", "__le__", "__gt__", "__ge__", "masked_fill", "__setitem__", "__get__", "size", "dim", "stride", "numel")
+    + (
+        "__floordiv__",
+        "__mod__",
+        "add_",
+        "sub_",
+        "mul_",
+        "div_",
+        "clamp",
+        "softmax",
+        "sum",
+        "mean",
+        "__eq__",
+        "__ne__",
+    )
+    + (
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "masked_fill",
+        "__setitem__",
+        "__get__",
+        "size",
+        "dim",
+        "stride",
+        "numel",
+    )
     + ("tensor", "as_tensor", "transpose", "permute", "flatten", "squeeze", "unsqueeze", "unbind", "select", "movedim")
     + ("normalize", "max_pool2d", "avg_pool2d", "to", "dropout", "batch_norm", "log_softmax", "cat", "stack")
 )
@@ -80,7 +105,9 @@ def _repeat(trace: Any, out: Tensor, x: Tensor, *counts: Any) -> None:
 def _repeat_interleave(trace: Any, out: Tensor, x: Tensor, count: Any, dim: int | None = None, **_: Any) -> None:
     if dim is not None and isinstance(count, int):
         old = trace.axes(x)[dim]
-        trace.state(expression_of(count) if old.size == 1 else Operation("*", old, expression_of(count)), trace.axes(out)[dim])
+        trace.state(
+            expression_of(count) if old.size == 1 else Operation("*", old, expression_of(count)), trace.axes(out)[dim]
+        )
 
 
 @says("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full")
@@ -139,8 +166,10 @@ def _slice(trace: Any, axis: Axis, start: int | None, stop: int | None) -> None:
     before = [part for part, end in zip(parts, ends[1:], strict=True) if end <= first]
     inside = [part for part, end in zip(parts, ends, strict=False) if first <= end < last]
     behind = [part for part, end in zip(parts, ends, strict=False) if end >= last]
-    for bound, group in ((start, before if (start or 0) >= 0 else [*inside, *behind]),
-                         (stop, [*before, *inside] if (stop or 0) >= 0 else behind)):
+    for bound, group in (
+        (start, before if (start or 0) >= 0 else [*inside, *behind]),
+        (stop, [*before, *inside] if (stop or 0) >= 0 else behind),
+    ):
         if bound and group:
             total: Expression = group[0]
             for part in group[1:]:
@@ -181,7 +210,15 @@ def _layer_norm(trace: Any, out: Tensor, x: Tensor, shape: Sequence[int], *_: An
 
 @says("multi_head_attention_forward")
 def _multi_head(
-    trace: Any, out: Any, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, weight: Tensor, *_: Any,
+    trace: Any,
+    out: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    heads: int,
+    weight: Tensor,
+    *_: Any,
     **kwargs: Any,
 ) -> None:
     """Its own calls are out of sight: heads x dims lie in the projection, and the dims are width // heads."""

@@ -213,8 +213,13 @@ class _Operations(TorchDispatchMode):
         if known is None:
             known = self.rules[func] = _find_rule(func)
         name, rule = known
-        outs = [out] if isinstance(out, Tensor) else [part for part in out or () if isinstance(part, Tensor)] \
-            if isinstance(out, list | tuple) else []
+        outs = (
+            [out]
+            if isinstance(out, Tensor)
+            else [part for part in out or () if isinstance(part, Tensor)]
+            if isinstance(out, list | tuple)
+            else []
+        )
         if not outs:
             return out
         trace = self.trace
@@ -239,8 +244,24 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-_WEIGHT_VIEWS = frozenset(("t", "transpose", "view", "permute", "expand", "unsqueeze", "_unsafe_view", "clone", "slice",
-                           "split", "split_with_sizes", "alias", "detach", "squeeze"))
+_WEIGHT_VIEWS = frozenset(
+    (
+        "t",
+        "transpose",
+        "view",
+        "permute",
+        "expand",
+        "unsqueeze",
+        "_unsafe_view",
+        "clone",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "alias",
+        "detach",
+        "squeeze",
+    )
+)
 # Which of these are run depends on how the memory lies.
 _UNSEEN = _WEIGHT_VIEWS | {"_to_copy", "_reshape_alias", "as_strided", "as_strided_", "contiguous", "unbind", "select"}
 
@@ -328,9 +349,11 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
     with _paths(network, trace._modules), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention():
         with _Operations(trace), _Calls(trace):
             output = network(image)
-    for tensor in [output] if isinstance(output, Tensor) else [
-        value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)
-    ]:
+    for tensor in (
+        [output]
+        if isinstance(output, Tensor)
+        else [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
+    ):
         for axis in trace.axes(tensor):
             freeze(axis, "outputs of the classifier")
     return trace
