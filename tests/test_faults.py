@@ -29,7 +29,6 @@ MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num
 SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "best": "ema", "state_every": 2}
 SETTINGS |= {"mixup": 0.5, "drop_path": 0.2, "virtual_replicas": 2, "label_smoothing": 0.0, "evaluate_every": 2}
 SETTINGS |= {"log_every": 1}
-UPDATES = 6
 
 
 class Case(NamedTuple):
@@ -183,8 +182,8 @@ def check_kill_in_writing(case: Case, output: Path, call: int) -> bool:
     return True
 
 
-# Within run.json, the first snapshot, the removal of the third, a checkpoint, and the result's files.
-@pytest.mark.parametrize("call", [2, 6, 23, 38, -4])
+# Within run.json, a snapshot, and the result's files; the full list is that of `make test-faults`.
+@pytest.mark.parametrize("call", [2, 23, -4])
 def test_a_kill_within_writing_loses_nothing(call: int, case: Case, tmp_path: Path) -> None:
     if call < 0:  # from the end: count the calls of a whole run
         counted = tmp_path / "calls"
@@ -276,9 +275,6 @@ def copy(output: Path, target: Path) -> Path:
 
 CHANGED = {
     "learning rate": (["--finetune.learning_rate", "0.1"], "finetune.learning_rate was 0.003, got 0.1"),
-    "epochs": (["--finetune.epochs", "4"], "finetune.epochs was 3, got 4"),
-    "seed": (["--finetune.seed", "1"], "finetune.seed was 0, got 1"),
-    "batch": (["--finetune.batch_size", "16"], "finetune.batch_size was 8, got 16"),
     "split": (["--data.train_split", "validation"], "data.train_split was train, got validation"),
     "model": (["--model", "@root/alone"], "the model was "),
     "data set": (["--data.dataset", "@root/more"], "the data set was "),
