@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-faults lint clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,10 @@ demo: $(STAMP)
 # Two workers, a file each: one thread for each of them.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Trainings killed at every stage of their writing and at sixty random moments: about a quarter of an hour.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,12 +19,12 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, Stage
-from isoprune_hf.errors import IsoPruneError, RecipeError
+from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, RecipeError, TrainingFault
 from isoprune_hf.recipe_files import like, read_recipe, select_stage
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
-_FAILED = "isoprune/failed"
+_FAILED, _CODE = "isoprune/failed", "isoprune/code"
 _EPILOG = """examples:
   isoprune
       the embedded default: real handwritten digits and a small ViT, in two minutes
@@ -53,20 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Instead of those of the process.
 
     Returns:
-        0: done; 1: done, and what was looked for is not so (`doctor`, `plan diff`). Bad input exits with 2, Ctrl-C
-            with 130.
+        0: done; 1: done, and what was looked for is not so (`doctor`, `plan diff`). Bad input exits with 2, a training
+            that cannot go on with the code of its `TrainingFault`, Ctrl-C with 130.
     """
     try:
         text, code = _run(*parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except TrainingFault as error:
+        _fail(str(error), error.exit_code)
     except IsoPruneError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError:
         notes = _notes_of_ranks()
-        if notes is None or not notes.check([_FAILED]):
+        if notes is None or not notes.check([_CODE]):
             raise
-        sys.exit(2)  # this rank lost the one that failed, which has said why
+        sys.exit(int(notes.get(_CODE)))  # this rank lost the one that failed, which has said why
     if text and os.environ.get("RANK", "0") == "0":
         print(text)
     return code
@@ -245,11 +247,22 @@ def _notes_of_ranks() -> torch.distributed.TCPStore | None:
         return None
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     """Print one line, on the rank that fails first."""
-    notes = _notes_of_ranks()
-    is_first = os.environ.get("RANK", "0") == "0" if notes is None else notes.add(_FAILED, 1) == 1
-    if is_first:
+    if _is_first_to_fail(code):
         line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(message.split()))
-        print(f"isoprune: error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        kind = "" if code in (Interrupted.exit_code, Cancelled.exit_code) else "error: "
+        print(f"isoprune: {kind}{line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _is_first_to_fail(code: int) -> bool:
+    """Say whether no rank has failed before this one, and leave the code for those that follow it."""
+    notes = _notes_of_ranks()
+    try:
+        if notes is not None:
+            notes.set(_CODE, str(code))
+            return notes.add(_FAILED, 1) == 1
+    except RuntimeError:  # the rank that kept the notes is gone
+        pass
+    return os.environ.get("RANK", "0") == "0"

@@ -4,12 +4,20 @@ from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, IsoPruneEr
 
 __all__ = [
     "BudgetError",
+    "Cancelled",
     "CheckpointError",
+    "DamagedStateError",
     "DatasetError",
+    "DivergedError",
     "HubError",
+    "Interrupted",
     "IsoPruneError",
+    "LoaderError",
+    "OccupiedError",
     "RecipeError",
+    "TrainingFault",
     "UnsupportedArchitectureError",
+    "WriteError",
 ]
 
 
@@ -31,3 +39,51 @@ class DatasetError(IsoPruneError, ValueError):
 
 class HubError(IsoPruneError, RuntimeError):
     """The Hub refused or could not be reached."""
+
+
+class TrainingFault(IsoPruneError):
+    """What ends a training without loss: its states stay, and the process ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class DamagedStateError(TrainingFault, ValueError):
+    """No training state is intact."""
+
+    exit_code = 65
+
+
+class DivergedError(TrainingFault, RecipeError):
+    """The loss or the gradient is not finite."""
+
+    exit_code = 70
+
+
+class OccupiedError(TrainingFault, RuntimeError):
+    """Another run trains in the same folder, or the folder cannot be written."""
+
+    exit_code = 73
+
+
+class WriteError(TrainingFault, CheckpointError):
+    """What must be written at the end of a run cannot be."""
+
+    exit_code = 74
+
+
+class LoaderError(TrainingFault, RuntimeError):
+    """A loader process was lost."""
+
+    exit_code = 74
+
+
+class Interrupted(TrainingFault, RuntimeError):
+    """A signal has ended a training; the same command continues it."""
+
+    exit_code = 75
+
+
+class Cancelled(Interrupted):
+    """The same by Ctrl-C."""
+
+    exit_code = 130

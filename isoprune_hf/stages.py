@@ -9,9 +9,10 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder
+from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import DatasetError, RecipeError
+from isoprune_hf.errors import CheckpointError, DatasetError, RecipeError, WriteError
+from isoprune_hf.finetuning import CHECKPOINTS, open_run, train_student
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.blocks import find_blocks
 from isoprune_hf.pruning.graph import trace_groups
@@ -23,7 +24,7 @@ from isoprune_hf.results import Metrics, summarize, try_out, write_folder
 from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base, see_through
 from isoprune_hf.training.data import ImageData, check_labels
 from isoprune_hf.training.evaluation import evaluate_model
-from isoprune_hf.training.loop import finetune as train
+from isoprune_hf.training.run import is_begun, read_run
 
 logger = get_logger(__name__)
 
@@ -73,8 +74,11 @@ def run_prune(
 def run_finetune(
     accelerator: Accelerator, model: str, data: DataRecipe, finetune: FinetuneRecipe, output: str, overwrite: bool
 ) -> str:
-    """Train a pruned model and write its folder anew, under another name."""
-    folder = check_output(output, overwrite=overwrite)
+    """Train a pruned model and write its folder anew, under another name; an unfinished run of it goes on."""
+    known = read_run(Path(output) / CHECKPOINTS)
+    was_finished = known is not None and known["finished"]
+    has_run = is_begun(Path(output) / CHECKPOINTS)
+    folder = check_output(output, overwrite=overwrite, is_begun=has_run)
     if Path(model).resolve() == folder.resolve():
         raise RecipeError("--output must be another folder than --model")
     images = open_data(data, accelerator)
@@ -84,24 +88,36 @@ def run_finetune(
     # Figures of pixels that the new folder does not make would not be comparable.
     metrics = dict(read_json(model, "metrics.json") or {}) if start is found else {}
     teacher = open_teacher(start.model, finetune)
+    run = open_run(folder, start, images, data, finetune, teacher, accelerator, overwrite=overwrite)
+    if run.is_finished and not overwrite and (folder / "config.json").is_file():
+        logger.info(f"--output {output} holds the result of this very run; train it again with --overwrite true")
+        return summarize(load_base(output).model, read_json(output, "metrics.json") or {}, {}, folder)
+    check_output(output, overwrite=overwrite, is_begun=has_run and not was_finished)
     if images.evaluation is not None:
         dense = teacher if teacher is not None and finetune.teacher == "auto" else None
         if "base" not in metrics:
             dense = dense or reopen_base(start.model)
         if "base" not in metrics and dense is not None:
             metrics["base"] = _evaluate(dense.model, images.evaluation, start.processor, data, accelerator)
-    metrics |= _finetune(accelerator, start, images, data, finetune, teacher, folder / "checkpoints", metrics)
-    plan = Path(model) / "pruning_plan.json"
-    write_folder(
-        folder,
-        start.model,
-        start.processor,
-        accelerator,
-        plan=plan.read_text() if plan.is_file() else None,
-        metrics=metrics,
-        speed=read_json(model, "speed.json"),
-        keep="checkpoints",
-    )
+    with run:
+        metrics |= train_student(
+            accelerator, start, images, data, finetune, teacher, folder / CHECKPOINTS, metrics, run=run
+        )
+        plan = Path(model) / "pruning_plan.json"
+        try:
+            write_folder(
+                folder,
+                start.model,
+                start.processor,
+                accelerator,
+                plan=plan.read_text() if plan.is_file() else None,
+                metrics=metrics,
+                speed=read_json(model, "speed.json"),
+                keep=CHECKPOINTS,
+            )
+        except CheckpointError as error:
+            raise WriteError(f"{error}; the training is saved, and the same command writes its result") from error
+        run.finish()
     return summarize(start.model, metrics, {}, folder)
 
 
@@ -123,7 +139,7 @@ def run_all(
     _clear(root, {"prune.model": prune.model, "finetune.teacher": finetune.teacher}, accelerator)
     if pretrain.epochs:
         logger.info(f"train the dense base, {pretrain.epochs} epochs")
-        _finetune(accelerator, base, images, data, pretrain, None, None, {})
+        train_student(accelerator, base, images, data, pretrain, None, None, {})
         base.model.config.source = {
             "name": str(root / "base"),
             "pretrained": True,
@@ -144,7 +160,7 @@ def run_all(
         teacher = open_teacher(result.model, finetune, base)
         before = _copy(result.model)
         speed = {"base": base.model, "pruned": before, "finetuned": result.model}
-        metrics |= _finetune(accelerator, student, images, data, finetune, teacher, root / "checkpoints", metrics)
+        metrics |= train_student(accelerator, student, images, data, finetune, teacher, root / CHECKPOINTS, metrics)
     measured = {"batch_size": 1, "precision": "no", "backend": "eager", "repeats": 20}
     latency = measure_latency(speed, base.model.config.image_size, **measured)
     record = record_measurement(accelerator.device, **measured)
@@ -173,7 +189,7 @@ def _clear(root: Path, used: dict[str, str | None], accelerator: Accelerator) ->
                 f"--output {root} holds {name} ({path}), which would be overwritten; choose another folder"
             )
     if accelerator.is_main_process:
-        for name in ("base", "checkpoints", "model"):
+        for name in ("base", CHECKPOINTS, "model"):
             shutil.rmtree(root / name, ignore_errors=True)
     accelerator.wait_for_everyone()
 
@@ -206,48 +222,3 @@ def _evaluate(
     return evaluate_model(
         model, split, processor, accelerator=accelerator, batch_size=data.batch_size, num_workers=data.num_workers
     )
-
-
-def _finetune(
-    accelerator: Accelerator,
-    student: BaseModel,
-    images: ImageData,
-    data: DataRecipe,
-    recipe: FinetuneRecipe,
-    teacher: BaseModel | None,
-    checkpoints: Path | None,
-    metrics: Metrics,
-) -> Metrics:
-    """Train the student in place; returns its figures before (where they are not known) and after."""
-    dense = student.model.config.stage == "base"
-    if checkpoints is not None and accelerator.is_main_process:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # those of an earlier run
-    if not dense:
-        student.model.config.stage = "finetuned"
-        student.model.config.recipe = {
-            **(student.model.config.recipe or {}),
-            "data": recipe_to_dict(data),
-            "finetune": recipe_to_dict(recipe),
-        }
-
-    def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
-        if accelerator.is_main_process:
-            save_model_folder(checkpoints / name, model, student.processor)
-        accelerator.wait_for_everyone()
-
-    history = train(
-        student.model,
-        images,
-        student.processor,
-        recipe,
-        accelerator=accelerator,
-        teacher=None if teacher is None else teacher.model,
-        eval_batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        save=None if checkpoints is None else save,
-    )["history"]
-    if images.evaluation is None:
-        return {}
-    keys = ("top1", "top5", "loss", "images")
-    first, last = ({key: history[position][key] for key in keys} for position in (0, -1))
-    return {"pruned": metrics.get("pruned", first), "finetuned": last} if not dense else {"base": last}

@@ -442,7 +442,7 @@ def fresh_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     for module in copied.modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") and isinstance(value, dict) and value:
-                if all(isinstance(entry, torch.Tensor) for entry in value.values()):
-                    vars(module)[name] = {}
+            is_table = not name.startswith("_") and isinstance(value, dict) and value
+            if is_table and all(isinstance(entry, torch.Tensor) for entry in value.values()):
+                vars(module)[name] = {}
     return copied

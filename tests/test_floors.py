@@ -28,6 +28,7 @@ FLOORS = [
     ("recipe_files.py", 3),
     ("sources.py", 6),
     ("results.py", 6),
+    ("finetuning.py", 6),
     ("stages.py", 7),
     ("inspection.py", 7),
     ("conversion.py", 7),

@@ -6,8 +6,8 @@ import torch
 from tiny_models import make_base
 
 from isoprune_hf.errors import BudgetError, RecipeError
-from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.axes.units import Tie, Width
+from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.cost import CostModel, ModelCost, Term, cost_model
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, Member, ResidualBlock

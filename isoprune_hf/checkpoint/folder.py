@@ -8,19 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 
-def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False) -> Path:
+def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False, is_begun: bool = False) -> Path:
     """Check, before any work, that a result can be written; creates nothing.
 
     Args:
         output: Where the result shall lie.
         overwrite: Whether a result that lies there may be replaced.
         is_file: The result is a file and not a folder.
+        is_begun: The folder holds a run of ours, which decides whether it goes on there.
 
     Raises:
         RecipeError: Something else lies there, or it cannot be written.
@@ -30,7 +32,7 @@ def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False) 
         raise RecipeError(f"--output {output} is a {'folder' if is_file else 'file'}; choose another name")
     if is_file and path.exists() and not overwrite:
         raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not is_begun:
         if not overwrite:
             raise RecipeError(
                 f"--output {output} exists and is not empty; choose another, or replace it with --overwrite true"
@@ -62,7 +64,8 @@ def save_model_folder(
         processor: Its image processor.
         plan: JSON of the pruning plan.
         metrics: `{base, pruned, finetuned}`, each `{top1, top5, loss, images}`.
-        keep: Name of a folder inside the old one that the new one takes over.
+        keep: Name of a folder inside the old one that stays where it is. The files around it are then replaced one by
+            one: config.json leaves first and comes last, so what is half-written opens nowhere.
         finish: Writes further files into the new folder before it takes its place.
 
     Raises:
@@ -86,7 +89,7 @@ def save_model_folder(
             _replace(temporary, folder, keep)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
 
@@ -151,7 +154,9 @@ def _replace(temporary: Path, folder: Path, keep: str | None) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
     moves = [(folder, old / folder.name), (temporary, folder)]
     if keep is not None and (folder / keep).is_dir():
-        moves.insert(0, (folder / keep, temporary / keep))
+        leaving = sorted((path for path in folder.iterdir() if path.name != keep), key=_is_not_config)
+        coming = sorted(temporary.iterdir(), key=_is_not_config, reverse=True)
+        moves = [(path, old / path.name) for path in leaving] + [(path, folder / path.name) for path in coming]
     done = []
     try:
         for source, target in moves:
@@ -163,3 +168,7 @@ def _replace(temporary: Path, folder: Path, keep: str | None) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old)
+
+
+def _is_not_config(path: Path) -> bool:
+    return path.name != "config.json"

@@ -4,7 +4,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,6 @@ from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError
 from isoprune_hf.pruning.cost import CostModel, cost_model, count_cost
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.surgery import apply_plan

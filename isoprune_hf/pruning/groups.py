@@ -36,8 +36,8 @@ class CoupledGroup:
             a key and value head (grouped-query attention), they are one head here: they can only leave together.
             Otherwise 0.
         head_members: For attention: what belongs to each whole head; `index` has the shape (num_heads, k).
-        dim_members: For attention: what belongs to a dim of all heads (norms on queries and keys); `index` has the shape
-            (head_dim, k). Where there are any, the same dims leave every head.
+        dim_members: For attention: what belongs to a dim of all heads (norms on queries and keys); `index` has the
+            shape (head_dim, k). Where there are any, the same dims leave every head.
     """
 
     name: str

@@ -136,6 +136,6 @@ def _set_widths(path: str, before: nn.Module, after: nn.Module, known: Collectio
 def _forget_tensors(module: nn.Module) -> None:
     """Tables of tensors that a module keeps from one pass to the next are of the old sizes."""
     for name, value in vars(module).items():
-        if not name.startswith("_") and isinstance(value, dict) and value:
-            if all(isinstance(entry, torch.Tensor) for entry in value.values()):
-                vars(module)[name] = type(value)()
+        is_table = not name.startswith("_") and isinstance(value, dict) and value
+        if is_table and all(isinstance(entry, torch.Tensor) for entry in value.values()):
+            vars(module)[name] = type(value)()

@@ -61,6 +61,11 @@ class FinetuneRecipe:
         random_erasing_fill: zero, or noise in every pixel.
         evaluate_every: Epochs between two evaluations; the last epoch is always evaluated.
         save_every: Epochs between two checkpoints that are kept beside the last and the best.
+        state_every: Updates between two training states, from which the same command continues; the end of each epoch
+            has one anyway.
+        state_minutes: Longest time between two training states.
+        log_every: Updates between two that are logged; each epoch is.
+        tracker: Service that gets the log, too, where its package is installed: tensorboard, trackio or wandb.
         seed: Seed of order, augmentation and dropout.
     """
 
@@ -106,15 +111,19 @@ class FinetuneRecipe:
     random_erasing_fill: Literal["zero", "pixel"] = "zero"
     evaluate_every: int = 1
     save_every: int | None = None
+    state_every: int | None = None
+    state_minutes: float = 30.0
+    log_every: int = 50
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         whole = ("batch_size", "grad_accumulation", "virtual_replicas", "repeated_augmentation", "step_epochs")
-        for name in (*whole, "evaluate_every", "save_every"):
+        for name in (*whole, "evaluate_every", "save_every", "state_every", "log_every"):
             self._check(name, 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
             self._check(name, 0)
-        for name in ("mixup", "cutmix"):
+        for name in ("mixup", "cutmix", "state_minutes"):
             self._check(name, 0)
         shares = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip")
         for name in (*shares, "random_erasing", "step_gamma"):

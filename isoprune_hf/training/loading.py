@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from isoprune_hf.errors import DatasetError
+from isoprune_hf.errors import DatasetError, LoaderError
 from isoprune_hf.training.augmentation import EvaluationTransform, Transform, TransformedImages, seed_from
 from isoprune_hf.training.data import Dataset
+from isoprune_hf.training.interruption import outlive_signals
 
 
 class _Loader(DataLoader):
@@ -24,13 +25,26 @@ class _Loader(DataLoader):
             raise DatasetError(
                 str(error).strip().splitlines()[-1].partition("DatasetError: ")[2] or str(error)
             ) from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise LoaderError(
+                f"data: a loader process was lost ({' '.join(str(error).split())}); where memory was short, lower "
+                f"data.num_workers (now {self.num_workers}) or finetune.batch_size"
+            ) from error
 
 
 def _load(images: TransformedImages, batches: Sequence[Sequence[object]], num_workers: int) -> DataLoader:
     # A generator of its own, since a loader draws from the global one, which dropout uses.
     generator = torch.Generator().manual_seed(0)
-    pin_memory = torch.cuda.is_available()
-    return _Loader(images, batch_sampler=batches, num_workers=num_workers, generator=generator, pin_memory=pin_memory)
+    return _Loader(
+        images,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        generator=generator,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_signals,
+    )
 
 
 def calibration_ids(n: int, *, batches: int, batch_size: int, seed: int) -> list[int]:
@@ -81,10 +95,10 @@ class TrainBatches:
     """This rank's share of one epoch.
 
     Args:
-        loader: Its parts of all updates, one after the other: positions, pixel values and labels.
-        sizes: Samples of each of these parts that count: all of it, or none where a short last batch has too few
+        loader: Its parts of the updates from `start` on, one after the other: positions, pixel values and labels.
+        sizes: Samples of each part of the epoch that count: all of it, or none where a short last batch has too few
             samples for all parts; that part then holds a sample that does not count.
-        totals: Samples of each update over all ranks.
+        totals: Samples of each update of the epoch over all ranks.
     """
 
     loader: DataLoader
@@ -103,6 +117,7 @@ def train_batches(
     num_workers: int,
     rank: int,
     world: int,
+    start: int = 0,
     repeats: int = 1,
     drop_last: bool = True,
 ) -> TrainBatches:
@@ -110,14 +125,14 @@ def train_batches(
 
     The order is a permutation from (seed, epoch), with each image `repeats` times in a row, as long as the split. Each
     `batch_size` of it make one update. The copies of an image move to different ends of it; then it is cut into
-    `parts` that the ranks take in turn.
+    `parts` that the ranks take in turn. Images of the updates before `start` are not read.
     """
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     order = torch.randperm(len(split), generator=generator).tolist()
     samples = [(position, copy) for position in order for copy in range(repeats)][: len(split)]
     micro_batches, sizes, totals = [], [], []
-    for start in range(0, len(samples), batch_size):
-        update = samples[start : start + batch_size]
+    for first in range(0, len(samples), batch_size):
+        update = samples[first : first + batch_size]
         if len(update) < batch_size and drop_last:
             break
         update.sort(key=lambda sample: sample[1])  # stable: first copies first
@@ -126,6 +141,5 @@ def train_batches(
         totals.append(len(update))
         sizes += [len(piece) for piece in pieces[rank::world]]
         micro_batches += [piece or 2 * update[:1] for piece in pieces[rank::world]]
-    return TrainBatches(
-        _load(TransformedImages(split, transform, (seed, epoch)), micro_batches, num_workers), sizes, totals
-    )
+    images = TransformedImages(split, transform, (seed, epoch))
+    return TrainBatches(_load(images, micro_batches[start * parts // world :], num_workers), sizes, totals)

@@ -1,11 +1,8 @@
-"""Training: the same updates for any split of the batch into ranks and accumulation steps."""
+"""Training: epochs, their evaluation, and what is saved of them."""
 
-import math
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +11,24 @@ from accelerate.logging import get_logger
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.augmentation import seed_from, train_transform
+from isoprune_hf.training.augmentation import train_transform
 from isoprune_hf.training.data import ImageData
-from isoprune_hf.training.distillation import training_loss, two_heads
+from isoprune_hf.training.distillation import two_heads
+from isoprune_hf.training.epoch import Progress, Training, Update, train_epoch
 from isoprune_hf.training.evaluation import evaluate_model
 from isoprune_hf.training.loading import TrainBatches, train_batches
-from isoprune_hf.training.mixing import mix
-from isoprune_hf.training.optimisation import build_optimizer, learning_rate_at
+from isoprune_hf.training.log import Clock
+from isoprune_hf.training.optimisation import build_optimizer
 from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics, count_parts, fit_batch_size
+from isoprune_hf.training.run import TrainingRun
+from isoprune_hf.training.state import capture, restore
 
 logger = get_logger(__name__)
-
-# Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
-_DROPPING, _MIXING = 1, 2
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def finetune(
@@ -47,6 +42,7 @@ def finetune(
     eval_batch_size: int = 64,
     num_workers: int = 0,
     save: Callable[[str, nn.Module, dict[str, Any]], None] | None = None,
+    run: TrainingRun | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, on the accelerator's device; it ends in eval mode and without gradients.
 
@@ -67,6 +63,7 @@ def finetune(
         save: Called on all ranks with a name, the model and the epoch's entry of the history: "last" after each epoch
             (and "ema", with the averaged weights), "best" when top-1 is the best of the trained epochs, "epoch-010"
             and so on for `save_every`. The best, and what `model` ends as, are of the kind that `recipe.best` says.
+        run: An open folder for snapshots and the log: what was begun in it goes on where it stands.
 
     Returns:
         `history`: for each epoch `epoch`, `train_loss`, `lr` (of the last update), `images_per_second` and what
@@ -74,12 +71,14 @@ def finetune(
         with the best top-1, or the last one without an evaluation split.
 
     Raises:
-        RecipeError: The batch cannot be split equally, or the loss is not finite.
+        RecipeError: The batch cannot be split equally.
+        DivergedError: The loss or the gradient is not finite.
+        Interrupted: A signal has ended it; `run` holds a snapshot of the last update.
         DatasetError: There are fewer images than micro-batches in an update.
     """
     if data.train is None:
         raise DatasetError(f"finetune: {data.name!r} has no training split; set data.train_split")
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device, world = accelerator.device, accelerator.num_processes
     batch_size = fit_batch_size(len(data.train), recipe, world=world)
     transform = train_transform(processor, recipe)
     model.to(device)
@@ -87,8 +86,6 @@ def finetune(
         teacher.to(device).eval().requires_grad_(False)
     ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
     result = ema.module if recipe.best == "ema" else model
-    history: list[dict[str, Any]] = []
-    best_epoch, best_top1 = 0, -1.0
 
     def evaluation() -> dict[str, Any]:
         if data.evaluation is None:
@@ -101,12 +98,9 @@ def finetune(
             figures |= {f"{kind}_{name}": others[name] for name in ("top1", "loss")}
         return figures
 
-    if data.evaluation is not None:
-        history.append({"epoch": 0, **evaluation()})
-        logger.info(_describe(history[-1]))
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, regularised(model, recipe), _heads(model, teacher, recipe) as heads:
-        training = _Training(
+        training = Training(
             model=model,
             # Not `prepare`: it would leave a patched, autocasting forward on the caller's model. Buffers are averaged
             # over the parts of a batch, not taken from the first rank.
@@ -124,37 +118,103 @@ def finetune(
             scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
             ema=ema,
             statistics=AveragedStatistics(model, accelerator),
+            interrupted_by=lambda: None if run is None else run.interruption.signal,
         )
-        for epoch in range(1, recipe.epochs + 1):
+        split = {"batch_size": batch_size, "parts": count_parts(recipe, world=world)}
+        progress = Progress() if run is None else _resume(training, run, split)
+        if data.evaluation is not None and not progress.history:
+            _note(progress, {"epoch": 0, **evaluation()}, run, accelerator, updates=0)
+        for epoch in range(progress.epoch, recipe.epochs + 1):
             batches = train_batches(
                 data.train,
                 transform,
-                batch_size=batch_size,
-                parts=count_parts(recipe, world=world),
+                **split,
                 seed=recipe.seed,
                 epoch=epoch,
+                start=progress.update,
                 num_workers=num_workers,
-                rank=rank,
+                rank=accelerator.process_index,
                 world=world,
                 repeats=recipe.repeated_augmentation,
                 drop_last=recipe.drop_last,
             )
-            entry = _train_epoch(training, batches, epoch)
+            if run is None:
+                entry = train_epoch(training, batches, progress, lambda update: True)
+            else:
+                entry = _train_in_run(training, batches, progress, run, split)
             due = epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs
             entry |= evaluation() if due else {}
-            history.append(entry)
-            logger.info(_describe(entry))
-            is_best = data.evaluation is None or (due and entry["top1"] > best_top1)
+            _note(progress, entry, run, accelerator, updates=epoch * len(batches.totals))
+            is_best = data.evaluation is None or (due and entry["top1"] > progress.best_top1)
             if is_best:
-                best_epoch, best_top1 = epoch, entry.get("top1", -1.0)
+                progress.best_epoch, progress.best_top1 = epoch, entry.get("top1", -1.0)
             for name, kept in _checkpoints(model, ema, result, recipe, epoch, is_best and data.evaluation is not None):
                 if save is not None:
                     save(name, kept, entry)
+            progress.epoch, progress.update, progress.losses, progress.seconds = epoch + 1, 0, 0.0, 0.0
     training.optimizer.zero_grad()
     if result is not model:
         model.load_state_dict(result.state_dict())
     model.eval()
-    return {"history": history, "best_epoch": best_epoch}
+    return {"history": progress.history, "best_epoch": progress.best_epoch}
+
+
+def _resume(training: Training, run: TrainingRun, split: dict[str, int]) -> Progress:
+    """Go on where the run stands, in place of `training`; at its beginning there is nothing to do."""
+    snapshot, accelerator = run.read(), training.accelerator
+    if accelerator.is_main_process:
+        run.log.open(*((0, 0) if snapshot is None else (snapshot.epoch, snapshot.update)))
+    if snapshot is None:
+        return Progress()
+    then, now = snapshot.values["split"], {**split, "ranks": accelerator.num_processes}
+    if then["batch_size"] != now["batch_size"]:
+        raise RecipeError(
+            f"the run was begun with updates of {then['batch_size']} images, on {now['ranks']} ranks they have "
+            f"{now['batch_size']}; start {then['ranks']} ranks"
+        )
+    progress = restore(training, snapshot)
+    logger.info(f"continuing behind update {progress.update} of epoch {progress.epoch}")
+    if then["ranks"] != now["ranks"]:
+        parts = "" if then["parts"] == now["parts"] else ", and batches in other parts: set finetune.virtual_replicas"
+        logger.warning(
+            f"{now['ranks']} ranks continue what {then['ranks']} have begun: the same images in the same order, and "
+            f"sums in another order{parts}"
+        )
+    return progress
+
+
+def _train_in_run(
+    training: Training, batches: TrainBatches, progress: Progress, run: TrainingRun, split: dict[str, int]
+) -> dict[str, Any]:
+    """Train an epoch to its end, with snapshots; a signal raises when the last of them is written."""
+    accelerator, updates, clock = training.accelerator, len(batches.totals), Clock()
+    is_main, done = accelerator.is_main_process, (progress.epoch - 1) * updates
+    left = training.recipe.epochs * updates - done
+    notes = {"split": {**split, "ranks": accelerator.num_processes}}
+
+    def after(update: Update) -> bool:
+        clock.count()
+        if is_main and progress.update % run.log_every == 0:
+            entry = {"epoch": progress.epoch, "update": progress.update, **update.figures}
+            run.log.write(entry, step=done + progress.update)
+            if not sys.stderr.isatty():  # which has a bar instead
+                logger.info(clock.describe(entry, left=left - progress.update))
+        if update.signal is not None:
+            run.interruption.signal = run.interruption.signal or update.signal
+        elif is_main and progress.update < updates and run.is_due(progress.update):
+            run.write(capture(training, progress, **notes))
+        return update.signal is None
+
+    with run.interruption.deferred():
+        entry = train_epoch(training, batches, progress, after)
+        run.interruption.where = (
+            f"update {progress.update} of {updates} of epoch {progress.epoch} is saved; the same command continues"
+        )
+        if is_main:
+            run.write(capture(training, progress, **notes), is_last=entry is None)
+        if entry is None:
+            accelerator.wait_for_everyone()  # the first rank to leave ends the others
+    return entry
 
 
 def _checkpoints(
@@ -179,103 +239,15 @@ def _heads(
     return two_heads(model)
 
 
-@dataclass(frozen=True, eq=False)
-class _Training:
-    """What stays the same over all epochs.
-
-    Args:
-        network: `model`, wrapped where there are several ranks.
-        num_classes: Of the classifier.
-        heads: Gives the logits of both heads of the last forward pass, where the teacher speaks to one of them.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    num_classes: int
-    recipe: FinetuneRecipe
-    accelerator: Accelerator
-    teacher: nn.Module | None
-    heads: Callable[[], tuple[Tensor, Tensor]] | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    statistics: AveragedStatistics
-
-
-def _train_epoch(training: _Training, batches: TrainBatches, epoch: int) -> dict[str, Any]:
-    """Train for one epoch, in place; return its entry of the history."""
-    recipe, accelerator = training.recipe, training.accelerator
-    rank, world = accelerator.process_index, accelerator.num_processes
-    training.network.train()
-    updates = len(batches.totals)
-    parts = len(batches.sizes) // updates
-    stream, losses, start = iter(batches.loader), 0.0, time.perf_counter()
-    hidden = not (sys.stderr.isatty() and accelerator.is_main_process)
-    for update in tqdm(range(updates), desc=f"epoch {epoch}", unit="update", leave=False, disable=hidden):
-        lr = learning_rate_at((epoch - 1) * updates + update, recipe=recipe, updates_per_epoch=updates)
-        for group in training.optimizer.param_groups:
-            group["lr"] = lr
-        training.optimizer.zero_grad()
-        training.statistics.begin()
-        samples = batches.totals[update]
-        total = torch.zeros((), device=accelerator.device)
-        for step in range(parts):
-            _, pixel_values, labels = next(stream)
-            size = batches.sizes[update * parts + step]
-            with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
-                seeds = (recipe.seed, epoch, update, rank + step * world)
-                loss = _part_loss(training, pixel_values, labels, seeds) * bool(size)
-                # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
-                training.scaler.scale(loss * (world / samples)).backward()
-            training.statistics.add(counts=bool(size))
-            total += loss.detach()
-        training.statistics.end()
-        # Over all ranks, so that all raise, and before the step, so that the weights stay finite.
-        mean = accelerator.reduce(total, reduction="sum").item() / samples
-        if not math.isfinite(mean):
-            raise RecipeError(
-                f"finetune: the loss is {mean} at update {update} of epoch {epoch}; lower finetune.learning_rate (now "
-                f"{recipe.learning_rate}), set finetune.clip_grad (now {recipe.clip_grad}) or "
-                f"finetune.precision: no (now {recipe.precision})"
-            )
-        losses += mean * samples
-        training.scaler.unscale_(training.optimizer)
-        if recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(training.network.parameters(), recipe.clip_grad)
-        scale = training.scaler.get_scale()
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        if training.ema is not None and training.scaler.get_scale() >= scale:  # the scale falls where no step was made
-            training.ema.update(training.model)
-    seconds, seen = time.perf_counter() - start, sum(batches.totals)
-    return {"epoch": epoch, "train_loss": losses / seen, "lr": lr, "images_per_second": seen / seconds}
-
-
-def _part_loss(training: _Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:
-    """Return the sum of the samples' losses of a part of a batch."""
-    recipe, device = training.recipe, training.accelerator.device
-    torch.manual_seed(seed_from(*seeds, _DROPPING))
-    pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=(*seeds, _MIXING))
-    with torch.autocast(device.type, _PRECISIONS.get(recipe.precision), enabled=recipe.precision in _PRECISIONS):
-        logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
-        if training.heads is not None:
-            logits, taught_logits = training.heads()
-        teacher_logits = None
-        if training.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = training.teacher(pixel_values=pixel_values).logits
-    return training_loss(
-        logits,
-        labels,
-        teacher_logits,
-        label_smoothing=recipe.label_smoothing,
-        distillation=recipe.distillation,
-        weight=recipe.distillation_weight,
-        temperature=recipe.temperature,
-        taught_logits=taught_logits,
-        teacher_label_smoothing=recipe.teacher_label_smoothing,
-    ).sum()
+def _note(
+    progress: Progress, entry: dict[str, Any], run: TrainingRun | None, accelerator: Accelerator, *, updates: int
+) -> None:
+    """Add the entry of an epoch to the history and to the log."""
+    progress.history.append(entry)
+    logger.info(_describe(entry))
+    if run is not None and accelerator.is_main_process:
+        run.log.write(entry, step=updates)
+        run.log.write_table()
 
 
 def _describe(entry: dict[str, Any]) -> str:

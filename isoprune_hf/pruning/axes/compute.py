@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from isoprune_hf.pruning.axes.axis import Axis, Conflict, freeze, frozen, is_frozen, mark_batch, product, split_digit
-from isoprune_hf.pruning.axes.layout import LAYOUT, ONE, Axes, rule
+from isoprune_hf.pruning.axes.layout import RULES, rule
+from isoprune_hf.pruning.axes.trace import ONE, Axes, Trace
 
 _PIXELS = "positions in the image"
 
 
-def broadcast(trace: Any, tensors: Iterable[Tensor], shape: Sequence[int]) -> Axes:
+def broadcast(trace: Trace, tensors: Iterable[Tensor], shape: Sequence[int]) -> Axes:
     """Tie dims that meet; the output takes what has more than one element."""
     rows = [trace.axes(tensor)[::-1] for tensor in tensors]
     result = []
@@ -24,18 +25,18 @@ def broadcast(trace: Any, tensors: Iterable[Tensor], shape: Sequence[int]) -> Ax
     return tuple(result[::-1])
 
 
-def pointwise(trace: Any, out: Tensor, *args: Any, **kwargs: Any) -> Axes:
+def pointwise(trace: Trace, out: Tensor, *args: Any, **kwargs: Any) -> Axes:
     """Each element of the output comes from the same element of each input."""
     return broadcast(trace, [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)], out.shape)
 
 
-LAYOUT.update(
+RULES.update(
     dict.fromkeys(("copy_", "where", "masked_fill", "_prelu_kernel", "dropout", "hardswish", "hardsigmoid"), pointwise)
 )
 
 
 @rule("addmm", "baddbmm")
-def _addmm(trace: Any, out: Tensor, bias: Tensor, left: Tensor, right: Tensor, **_: Any) -> Axes:
+def _addmm(trace: Trace, out: Tensor, bias: Tensor, left: Tensor, right: Tensor, **_: Any) -> Axes:
     axes = _matmul(trace, out, left, right)
     rows = trace.axes(bias)
     for axis, other in zip(reversed(axes), reversed(rows), strict=False):
@@ -45,7 +46,7 @@ def _addmm(trace: Any, out: Tensor, bias: Tensor, left: Tensor, right: Tensor, *
 
 
 @rule("mm", "bmm")
-def _matmul(trace: Any, out: Tensor, left: Tensor, right: Tensor) -> Axes:
+def _matmul(trace: Trace, out: Tensor, left: Tensor, right: Tensor) -> Axes:
     *batch, rows, inner = trace.axes(left)
     *others, inner_too, columns = trace.axes(right)
     inner = trace.tie((inner, inner_too))
@@ -58,7 +59,7 @@ def _matmul(trace: Any, out: Tensor, left: Tensor, right: Tensor) -> Axes:
 
 @rule("convolution")
 def _convolution(
-    trace: Any,
+    trace: Trace,
     out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -95,8 +96,10 @@ def _convolution(
     return batch, made, *spatial
 
 
-def _convolve_groups(trace: Any, channels: Axis, weight: tuple[Axis, Axis], groups: int, *, transposed: bool) -> Axis:
-    """Channels = groups x channels of a group, on both sides; the groups stay, unless each is one channel (depthwise)."""
+def _convolve_groups(
+    trace: Trace, channels: Axis, weight: tuple[Axis, Axis], groups: int, *, transposed: bool
+) -> Axis:
+    """Channels = groups x channels of a group, on both sides; the groups stay, unless each is one channel."""
     outer, inner = weight  # (out, in of a group), transposed: (in, out of a group)
     try:
         if channels.size == groups:
@@ -125,7 +128,7 @@ def _convolve_groups(trace: Any, channels: Axis, weight: tuple[Axis, Axis], grou
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm")
 @rule("_batch_norm_no_update", "batch_norm")
-def _batch_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axes:
+def _batch_norm(trace: Trace, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axes:
     axes = trace.axes(x)
     channels = trace.tie((axes[1], *(trace.axes(arg)[0] for arg in args if isinstance(arg, Tensor) and arg.ndim == 1)))
     if isinstance(out, Tensor):
@@ -137,7 +140,7 @@ def _batch_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axe
 
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
-def _layer_norm(trace: Any, out: Any, x: Tensor, shape: Sequence[int], *args: Any) -> list[Axes] | Axes:
+def _layer_norm(trace: Trace, out: Any, x: Tensor, shape: Sequence[int], *args: Any) -> list[Axes] | Axes:
     axes = trace.axes(x)
     for arg in args:
         if isinstance(arg, Tensor):
@@ -150,7 +153,7 @@ def _layer_norm(trace: Any, out: Any, x: Tensor, shape: Sequence[int], *args: An
 
 
 @rule("native_group_norm", "group_norm")
-def _group_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axes:
+def _group_norm(trace: Trace, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axes:
     axes, tensors = trace.axes(x), [arg for arg in args if isinstance(arg, Tensor)]
     numbers = [arg for arg in args if type(arg) is int]
     groups = numbers[-1] if numbers else 1
@@ -169,7 +172,7 @@ def _group_norm(trace: Any, out: Any, x: Tensor, *args: Any) -> list[Axes] | Axe
 
 @rule("mean", "sum", "prod", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "any", "all")
 @rule("logsumexp", "nansum", "count_nonzero")
-def _reduce(trace: Any, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
+def _reduce(trace: Trace, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
     if args and isinstance(args[0], Tensor):  # the larger of two tensors
         return broadcast(trace, (x, args[0]), out.shape)
     axes = trace.axes(x)
@@ -189,7 +192,7 @@ def _reduce(trace: Any, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes 
 
 @rule("linalg_vector_norm", "norm")
 def _vector_norm(
-    trace: Any, out: Tensor, x: Tensor, order: Any = 2, dims: Any = None, *_: Any, **__: Any
+    trace: Trace, out: Tensor, x: Tensor, order: Any = 2, dims: Any = None, *_: Any, **__: Any
 ) -> Axes | list[Axes]:
     return _reduce(trace, out, x, list(range(x.ndim)) if dims is None else dims)
 
@@ -205,7 +208,7 @@ def _vector_norm(
 )
 @rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d")
 @rule("replication_pad2d", "grid_sampler_2d")
-def _window(trace: Any, out: Any, x: Tensor, *_: Any, **__: Any) -> Axes | list[Axes]:
+def _window(trace: Trace, out: Any, x: Tensor, *_: Any, **__: Any) -> Axes | list[Axes]:
     """All but the last dims pass: of (B, C, H, W) the image's sides change."""
     first = out if isinstance(out, Tensor) else out[0]
     axes = list(trace.axes(x))
@@ -220,7 +223,7 @@ def _window(trace: Any, out: Any, x: Tensor, *_: Any, **__: Any) -> Axes | list[
 @rule("_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu")
 @rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention")
 @rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_cudnn_attention")
-def _attention(trace: Any, out: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[Axes]:
+def _attention(trace: Trace, out: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[Axes]:
     *batch, rows, inner = trace.axes(query)
     *others, tokens, inner_too = trace.axes(key)
     *more, tokens_too, width = trace.axes(value)

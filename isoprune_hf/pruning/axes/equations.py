@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from isoprune_hf.pruning.axes.axis import Axis, find, freeze, leaves
-from isoprune_hf.pruning.axes.integers import COMPARE, Attribute, Comparison, Expression, Operation, atoms
+from isoprune_hf.pruning.axes.axis import Axis, find, freeze
+from isoprune_hf.pruning.axes.integers import Attribute, Comparison, Expression, Operation, atoms
 from isoprune_hf.pruning.axes.trace import Equation, Trace
 
 # Monomials (leaves by identity, sorted) -> coefficients; the constant has the empty monomial.
@@ -296,6 +296,3 @@ def freeze_compared(trace: Trace, solution: Solution) -> bool:
                     freeze(solution.by_id[leaf], f"the code compares it with {numbers[0]}")
                     found = True
     return found
-
-
-__all__ = ["COMPARE", "Polynomial", "Solution", "evaluate", "freeze_compared", "leaves", "size_polynomial"]

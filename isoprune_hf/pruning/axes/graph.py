@@ -1,7 +1,7 @@
 """The axis graph of a network: which leaves are free, which of them are heads and dims of heads, which are linked."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,8 +12,9 @@ from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find, freeze, unify
 from isoprune_hf.pruning.axes.cells import Cell, cells
 from isoprune_hf.pruning.axes.equations import Solution, freeze_compared, solve_equations
+from isoprune_hf.pruning.axes.follow import trace_network
 from isoprune_hf.pruning.axes.integers import Attribute
-from isoprune_hf.pruning.axes.trace import Trace, trace_network
+from isoprune_hf.pruning.axes.trace import Trace
 from isoprune_hf.pruning.copying import copy_modules, copy_shapes
 
 # What a network may raise where its forward pass reads values, which the meta device does not have.

@@ -1,7 +1,7 @@
 """Rules of operations that lay elements out anew: what becomes of axes in views, cuts, concatenations and indexing.
 
-A rule takes the trace, the arguments of an aten operation and its output, ties or freezes axes, and returns the axes of
-the output: a tuple, or a list of tuples where there are several outputs.
+A rule takes the trace, the output of an aten operation and its arguments, ties or freezes axes, and returns the axes
+of the output: a tuple, or a list of tuples where there are several outputs.
 """
 
 import itertools
@@ -15,7 +15,6 @@ from torch import Tensor
 from isoprune_hf.pruning.axes.axis import (
     Axis,
     Conflict,
-    cut,
     digits,
     freeze,
     frozen,
@@ -24,18 +23,17 @@ from isoprune_hf.pruning.axes.axis import (
     product,
     split_digit,
 )
+from isoprune_hf.pruning.axes.trace import ONE, Axes, Trace
 
-Axes = tuple[Axis, ...]
 Rule = Callable[..., Axes | list[Axes]]
-LAYOUT: dict[str, Rule] = {}
-ONE = frozen(1, "one element")
+RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for operations of these names."""
 
     def register(function: Rule) -> Rule:
-        LAYOUT.update(dict.fromkeys(names, function))
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -44,7 +42,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 @rule("alias", "clone", "contiguous", "detach", "lift_fresh", "_to_copy", "zeros_like", "ones_like", "empty_like")
 @rule("full_like", "as_strided_", "set_", "fill_", "zero_", "native_dropout", "bernoulli_", "uniform_", "normal_")
 @rule("_softmax", "_log_softmax", "softmax", "_safe_softmax")
-def _same(trace: Any, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
+def _same(trace: Trace, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
     axes = trace.axes(x)
     if len(axes) != out.ndim or any(axis.size != size for axis, size in zip(axes, out.shape, strict=True)):
         return trace.give_up([x], out, "a new layout of the memory")
@@ -52,7 +50,7 @@ def _same(trace: Any, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
 
 
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape")
-def regroup(trace: Any, out: Tensor, x: Tensor, *_: Any) -> Axes:
+def regroup(trace: Trace, out: Tensor, x: Tensor, *_: Any) -> Axes:
     """Match runs of dims of equal product; take the output's dims from the tail of each run, splitting digits."""
     given, wanted = list(trace.axes(x)), list(out.shape)
     result: list[Axis] = []
@@ -105,32 +103,32 @@ def _regroup_run(run: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
 
 
 @rule("t")
-def _t(trace: Any, out: Tensor, x: Tensor) -> Axes:
+def _t(trace: Trace, out: Tensor, x: Tensor) -> Axes:
     return trace.axes(x)[::-1]
 
 
 @rule("transpose", "swapaxes", "transpose_")
-def _transpose(trace: Any, out: Tensor, x: Tensor, first: int, second: int) -> Axes:
+def _transpose(trace: Trace, out: Tensor, x: Tensor, first: int, second: int) -> Axes:
     axes = list(trace.axes(x))
     axes[first], axes[second] = axes[second], axes[first]
     return tuple(axes)
 
 
 @rule("permute")
-def _permute(trace: Any, out: Tensor, x: Tensor, dims: Sequence[int]) -> Axes:
+def _permute(trace: Trace, out: Tensor, x: Tensor, dims: Sequence[int]) -> Axes:
     axes = trace.axes(x)
     return tuple(axes[dim] for dim in dims)
 
 
 @rule("unsqueeze", "unsqueeze_")
-def _unsqueeze(trace: Any, out: Tensor, x: Tensor, dim: int) -> Axes:
+def _unsqueeze(trace: Trace, out: Tensor, x: Tensor, dim: int) -> Axes:
     axes = list(trace.axes(x))
     axes.insert(dim % out.ndim, ONE)
     return tuple(axes)
 
 
 @rule("squeeze", "squeeze_")
-def _squeeze(trace: Any, out: Tensor, x: Tensor, dims: int | Sequence[int] | None = None) -> Axes:
+def _squeeze(trace: Trace, out: Tensor, x: Tensor, dims: int | Sequence[int] | None = None) -> Axes:
     axes = trace.axes(x)
     dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {dim % len(axes) for dim in dims}
@@ -138,7 +136,7 @@ def _squeeze(trace: Any, out: Tensor, x: Tensor, dims: int | Sequence[int] | Non
 
 
 @rule("expand", "broadcast_to")
-def _expand(trace: Any, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
+def _expand(trace: Trace, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
     axes = (ONE,) * (out.ndim - x.ndim) + tuple(trace.axes(x))
     return tuple(
         axis if axis.size == size else Axis(size, is_copy=True) for axis, size in zip(axes, out.shape, strict=True)
@@ -146,7 +144,7 @@ def _expand(trace: Any, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Axes:
 
 
 @rule("repeat")
-def _repeat(trace: Any, out: Tensor, x: Tensor, repeats: Sequence[int]) -> Axes:
+def _repeat(trace: Trace, out: Tensor, x: Tensor, repeats: Sequence[int]) -> Axes:
     axes = (ONE,) * (out.ndim - x.ndim) + tuple(trace.axes(x))
     return tuple(
         product([Axis(count, is_copy=True), axis]) if count > 1 else axis
@@ -155,7 +153,7 @@ def _repeat(trace: Any, out: Tensor, x: Tensor, repeats: Sequence[int]) -> Axes:
 
 
 @rule("cat")
-def _cat(trace: Any, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Axes:
+def _cat(trace: Trace, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Axes:
     tensors = [tensor for tensor in tensors if tensor.ndim == out.ndim]
     rows, dim = [trace.axes(tensor) for tensor in tensors], dim % out.ndim
     return tuple(
@@ -165,7 +163,7 @@ def _cat(trace: Any, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Ax
 
 
 @rule("stack")
-def _stack(trace: Any, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Axes:
+def _stack(trace: Trace, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Axes:
     rows = [trace.axes(tensor) for tensor in tensors]
     axes = [trace.tie(row[at] for row in rows) for at in range(len(rows[0]))]
     axes.insert(dim % out.ndim, frozen(len(rows), "stacked tensors"))
@@ -173,7 +171,7 @@ def _stack(trace: Any, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> 
 
 
 @rule("constant_pad_nd")
-def _pad(trace: Any, out: Tensor, x: Tensor, pad: Sequence[int], *_: Any) -> Axes:
+def _pad(trace: Trace, out: Tensor, x: Tensor, pad: Sequence[int], *_: Any) -> Axes:
     axes = list(trace.axes(x))
     for number, (low, high) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         at = len(axes) - 1 - number
@@ -190,7 +188,7 @@ def _pad(trace: Any, out: Tensor, x: Tensor, pad: Sequence[int], *_: Any) -> Axe
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "tensor_split")
-def _split(trace: Any, out: Sequence[Tensor], x: Tensor, _: Any, dim: int = 0) -> list[Axes]:
+def _split(trace: Trace, out: Sequence[Tensor], x: Tensor, _: Any, dim: int = 0) -> list[Axes]:
     axes, dim = list(trace.axes(x)), dim % x.ndim
     ends = list(itertools.accumulate(part.shape[dim] for part in out))
     parts = trace.cut(axes[dim], ends)
@@ -199,7 +197,7 @@ def _split(trace: Any, out: Sequence[Tensor], x: Tensor, _: Any, dim: int = 0) -
 
 @rule("slice")
 def _slice(
-    trace: Any, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    trace: Trace, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Axes:
     axes, dim = list(trace.axes(x)), dim % x.ndim
     axis, size = axes[dim], x.shape[dim]
@@ -217,102 +215,3 @@ def _slice(
         freeze(axis, "single elements are taken")
         axes[dim] = frozen(out.shape[dim], "single elements are taken")
     return tuple(axes)
-
-
-@rule("select", "unbind", "argmax", "argmin")
-def _select(trace: Any, out: Any, x: Tensor, dim: int | None = 0, *rest: Any) -> Axes | list[Axes]:
-    axes = list(trace.axes(x))
-    for axis in axes if dim is None else [axes[dim]]:
-        freeze(axis, "single elements are taken")
-    if dim is not None:
-        del axes[dim]
-    if isinstance(out, Tensor):
-        return tuple(axes) if len(axes) == out.ndim else trace.fresh(out, "single elements are taken")
-    return [tuple(axes)] * len(out)
-
-
-@rule("roll", "flip", "cumsum", "cumprod", "sort")
-def _mixes(trace: Any, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
-    """Elements of these dims change places; the others pass."""
-    dims = args[-1] if args and isinstance(args[-1], list | tuple) else [a for a in args if type(a) is int][:1]
-    dims = kwargs.get("dims", kwargs.get("dim", dims))
-    axes = trace.axes(x)
-    for dim in [dims] if isinstance(dims, int) else dims or range(len(axes)):
-        freeze(axes[dim], "its elements change places")
-    return axes if isinstance(out, Tensor) else [axes] * len(out)
-
-
-@rule("index")
-def _index(trace: Any, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Axes:
-    axes = trace.axes(x)
-    used = [dim for dim, index in enumerate(indices) if index is not None]
-    for dim in used:
-        freeze(axes[dim], "single elements are taken")
-        for axis in trace.axes(indices[dim]):
-            freeze(axis, "positions are computed")
-    kept = [axis for dim, axis in enumerate(axes) if dim not in used]
-    fresh = out.ndim - len(kept)
-    at = used[0] if used[-1] - used[0] == len(used) - 1 else 0
-    taken = [frozen(size, "single elements are taken") for size in out.shape[at : at + fresh]]
-    return (*kept[:at], *taken, *kept[at:])
-
-
-@rule("index_select")
-def _index_select(trace: Any, out: Tensor, x: Tensor, dim: int, _: Tensor) -> Axes:
-    axes = list(trace.axes(x))
-    freeze(axes[dim], "single elements are taken")
-    axes[dim] = frozen(out.shape[dim], "single elements are taken")
-    return tuple(axes)
-
-
-@rule("embedding")
-def _embedding(trace: Any, out: Tensor, weight: Tensor, indices: Tensor, *_: Any) -> Axes:
-    rows, width = trace.axes(weight)
-    freeze(rows, "single elements are taken")
-    return (*trace.axes(indices), width)
-
-
-@rule("glu")
-def _glu(trace: Any, out: Tensor, x: Tensor, dim: int = -1) -> Axes:
-    axes = list(trace.axes(x))
-    axes[dim] = trace.tie(trace.cut(axes[dim], [x.shape[dim] // 2]))
-    return tuple(axes)
-
-
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided")
-@rule("new_empty_strided", "scalar_tensor")
-def _create(trace: Any, out: Tensor, *_: Any, **__: Any) -> Axes:
-    """Every element is the same, so these may be as wide as what they meet."""
-    return tuple(Axis(size) if size != 1 else ONE for size in out.shape)
-
-
-@rule("arange", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices")
-def _count(trace: Any, out: Tensor, *_: Any, **__: Any) -> Axes:
-    """Every element is another number."""
-    return trace.fresh(out, "its elements are numbered")
-
-
-@rule("unfold")
-def _unfold(trace: Any, out: Tensor, x: Tensor, dim: int, *_: Any) -> Axes:
-    axes = list(trace.axes(x))
-    freeze(axes[dim], "windows over it")
-    axes[dim] = frozen(out.shape[dim], "windows over it")
-    return (*axes, frozen(out.shape[-1], "windows over it"))
-
-
-@rule("im2col")
-def _im2col(trace: Any, out: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> Axes:
-    batch, channels = trace.axes(x)[:2]
-    window = frozen(math.prod(kernel), "a window of pixels")
-    return batch, product([channels, window]), frozen(out.shape[2], "positions in the image")
-
-
-@rule("col2im")
-def _col2im(trace: Any, out: Tensor, x: Tensor, size: Sequence[int], kernel: Sequence[int], *_: Any) -> Axes:
-    batch, mixed = trace.axes(x)[:2]
-    try:
-        channels, window = split_digit(mixed, math.prod(kernel)) if math.prod(kernel) > 1 else (mixed, ONE)
-    except Conflict as conflict:
-        return trace.give_up([x], out, str(conflict))
-    freeze(window, "a window of pixels")
-    return batch, channels, *(frozen(side, "positions in the image") for side in out.shape[2:])

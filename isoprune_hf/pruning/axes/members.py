@@ -1,8 +1,8 @@
 """From the axis graph to coupled groups: which elements of which tensors belong to each free leaf."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from os.path import commonprefix
 from typing import Literal
 
 import numpy as np
@@ -134,4 +134,7 @@ class _Builder:
 
 def _common_path(paths: Iterable[str]) -> str:
     """The innermost module that holds all of these."""
-    return ".".join(commonprefix([path.split(".") for path in paths]))
+    shared = itertools.takewhile(
+        lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False)
+    )
+    return ".".join(names[0] for names in shared)

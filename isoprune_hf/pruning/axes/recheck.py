@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find
+from isoprune_hf.pruning.axes.follow import is_seen, slow_attention, tensors_in
 from isoprune_hf.pruning.axes.graph import RUN_ERRORS, AxisGraph
 from isoprune_hf.pruning.axes.shortcuts import run
-from isoprune_hf.pruning.axes.trace import is_seen, slow_attention, tensors_in
 from isoprune_hf.pruning.copying import copy_modules, copy_shapes
 
 
@@ -124,8 +124,8 @@ def check_cut(
         if expected != now:
             where = (step.module if step is not None else "") or "the model"
             raise UnsupportedArchitectureError(
-                f"{where} does not run as before after this cut: {_text(now)} instead of {_text(expected)}; exclude its "
-                "channels with prune.exclude"
+                f"{where} does not run as before after this cut: {_text(now)} instead of {_text(expected)}; exclude "
+                "its channels with prune.exclude"
             )
 
 

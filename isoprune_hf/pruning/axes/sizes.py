@@ -11,43 +11,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoprune_hf.pruning.axes.axis import Axis, Conflict, cut, digits, frozen, is_frozen
+from isoprune_hf.pruning.axes.axis import Axis, Conflict, cut, digits, is_frozen
 from isoprune_hf.pruning.axes.integers import Expression, Integer, Operation, expression_of
+from isoprune_hf.pruning.axes.trace import Trace
 
 SIZES: dict[str, Callable[..., None]] = {}
 # Calls that compute with a number, so that it says nothing about a size, or whose numbers are dims.
 PLAIN = frozenset(
-    ("add", "sub", "mul", "div", "pow", "rsub", "true_divide", "floor_divide", "remainder", "multiply", "__add__")
-    + ("__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__")
-    + (
-        "__floordiv__",
-        "__mod__",
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "pow",
+        "rsub",
+        "true_divide",
+        "floor_divide",
+        "remainder",
+        "multiply",
         "add_",
         "sub_",
         "mul_",
         "div_",
         "clamp",
-        "softmax",
-        "sum",
-        "mean",
+        "masked_fill",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__truediv__",
+        "__rtruediv__",
+        "__pow__",
+        "__rpow__",
+        "__floordiv__",
+        "__mod__",
         "__eq__",
         "__ne__",
-    )
-    + (
         "__lt__",
         "__le__",
         "__gt__",
         "__ge__",
-        "masked_fill",
         "__setitem__",
         "__get__",
         "size",
         "dim",
         "stride",
         "numel",
-    )
-    + ("tensor", "as_tensor", "transpose", "permute", "flatten", "squeeze", "unsqueeze", "unbind", "select", "movedim")
-    + ("normalize", "max_pool2d", "avg_pool2d", "to", "dropout", "batch_norm", "log_softmax", "cat", "stack")
+        "tensor",
+        "as_tensor",
+        "to",
+        "dropout",
+        "softmax",
+        "log_softmax",
+        "sum",
+        "mean",
+        "normalize",
+        "transpose",
+        "permute",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "unbind",
+        "select",
+        "movedim",
+        "cat",
+        "stack",
+        "max_pool2d",
+        "avg_pool2d",
+        "batch_norm",
+    ]
 )
 
 
@@ -66,32 +100,32 @@ def _flat(values: Sequence[Any]) -> Sequence[Any]:
     return values[0] if len(values) == 1 and isinstance(values[0], list | tuple) else values
 
 
-def _each(trace: Any, sizes: Iterable[Any], axes: Iterable[Axis]) -> None:
+def _each(trace: Trace, sizes: Iterable[Any], axes: Iterable[Axis]) -> None:
     for size, axis in zip(sizes, axes, strict=False):
         if isinstance(size, int) and size != -1:
             trace.state(expression_of(size), axis)
 
 
 @says("view", "reshape", "expand", "broadcast_to")
-def _view(trace: Any, out: Tensor, x: Tensor, *sizes: Any, **kwargs: Any) -> None:
+def _view(trace: Trace, out: Tensor, x: Tensor, *sizes: Any, **kwargs: Any) -> None:
     sizes = _flat(sizes or (kwargs.get("shape", kwargs.get("size", ())),))
     if all(isinstance(size, int) for size in sizes):
         _each(trace, sizes, trace.axes(out)[out.ndim - len(sizes) :])
 
 
 @says("unflatten")
-def _unflatten(trace: Any, out: Tensor, x: Tensor, dim: int, sizes: Sequence[int]) -> None:
+def _unflatten(trace: Trace, out: Tensor, x: Tensor, dim: int, sizes: Sequence[int]) -> None:
     _each(trace, sizes, trace.axes(out)[dim % x.ndim :])
 
 
 @says("view_as", "reshape_as", "expand_as")
-def _view_as(trace: Any, out: Tensor, x: Tensor, other: Tensor) -> None:
+def _view_as(trace: Trace, out: Tensor, x: Tensor, other: Tensor) -> None:
     for axis, wanted in zip(trace.axes(out), trace.axes(other), strict=True):
         trace.state(wanted, axis)
 
 
 @says("repeat")
-def _repeat(trace: Any, out: Tensor, x: Tensor, *counts: Any) -> None:
+def _repeat(trace: Trace, out: Tensor, x: Tensor, *counts: Any) -> None:
     counts, axes = _flat(counts), trace.axes(out)
     given = [None] * (len(counts) - x.ndim) + list(trace.axes(x))
     for count, axis, old in zip(counts, axes, given, strict=True):
@@ -102,7 +136,7 @@ def _repeat(trace: Any, out: Tensor, x: Tensor, *counts: Any) -> None:
 
 
 @says("repeat_interleave")
-def _repeat_interleave(trace: Any, out: Tensor, x: Tensor, count: Any, dim: int | None = None, **_: Any) -> None:
+def _repeat_interleave(trace: Trace, out: Tensor, x: Tensor, count: Any, dim: int | None = None, **_: Any) -> None:
     if dim is not None and isinstance(count, int):
         old = trace.axes(x)[dim]
         trace.state(
@@ -111,14 +145,14 @@ def _repeat_interleave(trace: Any, out: Tensor, x: Tensor, count: Any, dim: int 
 
 
 @says("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full")
-def _create(trace: Any, out: Tensor, *sizes: Any, **kwargs: Any) -> None:
+def _create(trace: Trace, out: Tensor, *sizes: Any, **kwargs: Any) -> None:
     sizes = [size for size in sizes if not isinstance(size, Tensor)] or [kwargs.get("size", ())]
     sizes = sizes[0] if isinstance(sizes[0], list | tuple) else sizes
     _each(trace, sizes, trace.axes(out))
 
 
 @says("split", "split_with_sizes", "unsafe_split", "chunk", "tensor_split")
-def _split(trace: Any, out: Sequence[Tensor], x: Tensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> None:
+def _split(trace: Trace, out: Sequence[Tensor], x: Tensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> None:
     dim = kwargs.get("dim", kwargs.get("axis", dim))
     sizes = kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("split_sizes", sizes)))
     parts = [trace.axes(part)[dim] for part in out]
@@ -133,13 +167,13 @@ def _split(trace: Any, out: Sequence[Tensor], x: Tensor, sizes: Any = None, dim:
 
 
 @says("narrow")
-def _narrow(trace: Any, out: Tensor, x: Tensor, dim: int, start: int, length: int) -> None:
+def _narrow(trace: Trace, out: Tensor, x: Tensor, dim: int, start: int, length: int) -> None:
     trace.state(expression_of(length), trace.axes(out)[dim])
     _start(trace, trace.axes(x)[dim], start)
 
 
 @says("__getitem__")
-def _getitem(trace: Any, out: Tensor, x: Tensor, index: Any) -> None:
+def _getitem(trace: Trace, out: Tensor, x: Tensor, index: Any) -> None:
     index = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, Tensor | list) for part in index):
         return
@@ -154,7 +188,7 @@ def _getitem(trace: Any, out: Tensor, x: Tensor, index: Any) -> None:
             dim += 1
 
 
-def _slice(trace: Any, axis: Axis, start: int | None, stop: int | None) -> None:
+def _slice(trace: Trace, axis: Axis, start: int | None, stop: int | None) -> None:
     if is_frozen(axis):
         return
     first, last, _ = slice(start, stop).indices(axis.size)
@@ -178,39 +212,39 @@ def _slice(trace: Any, axis: Axis, start: int | None, stop: int | None) -> None:
             trace.equate(size if bound > 0 else Operation("-", 0, size), total)
 
 
-def _start(trace: Any, axis: Axis, start: int) -> None:
+def _start(trace: Trace, axis: Axis, start: int) -> None:
     if start > 0 and not is_frozen(axis):
         trace.state(expression_of(start), cut(axis, [int(start)])[0])
 
 
 @says("conv1d", "conv2d", "conv3d", "convolution")
-def _conv(trace: Any, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
+def _conv(trace: Trace, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
     groups = kwargs.get("groups", args[4] if len(args) > 4 else 1)
     if int(groups) > 1:
         trace.state(expression_of(groups), trace.groups)
 
 
 @says("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _conv_transpose(trace: Any, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
+def _conv_transpose(trace: Trace, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
     groups = kwargs.get("groups", args[4] if len(args) > 4 else 1)
     if int(groups) > 1:
         trace.state(expression_of(groups), trace.groups)
 
 
 @says("group_norm")
-def _group_norm(trace: Any, out: Tensor, x: Tensor, num_groups: int, *_: Any, **__: Any) -> None:
+def _group_norm(trace: Trace, out: Tensor, x: Tensor, num_groups: int, *_: Any, **__: Any) -> None:
     if int(num_groups) > 1:
         trace.state(expression_of(num_groups), trace.groups)
 
 
 @says("layer_norm", "rms_norm")
-def _layer_norm(trace: Any, out: Tensor, x: Tensor, shape: Sequence[int], *_: Any, **__: Any) -> None:
+def _layer_norm(trace: Trace, out: Tensor, x: Tensor, shape: Sequence[int], *_: Any, **__: Any) -> None:
     _each(trace, shape, trace.axes(x)[-len(shape) :])
 
 
 @says("multi_head_attention_forward")
 def _multi_head(
-    trace: Any,
+    trace: Trace,
     out: Any,
     query: Tensor,
     key: Tensor,
@@ -230,7 +264,7 @@ def _multi_head(
     trace.state(Operation("//", expression_of(width), expression_of(heads)), own[-1])
 
 
-def hold(trace: Any, args: Any) -> None:
+def hold(trace: Trace, args: Any) -> None:
     """Numbers in a call of unknown meaning stay what they are."""
     for arg in args:
         if isinstance(arg, list | tuple):
@@ -239,7 +273,7 @@ def hold(trace: Any, args: Any) -> None:
             trace.equate(arg.expression, int(arg))
 
 
-def shape_with_axes(trace: Any, x: Tensor, shape: torch.Size) -> torch.Size:
+def shape_with_axes(trace: Trace, x: Tensor, shape: torch.Size) -> torch.Size:
     """A shape whose entries remember their axes, where something could leave from these."""
     return torch.Size(
         [
@@ -247,6 +281,3 @@ def shape_with_axes(trace: Any, x: Tensor, shape: torch.Size) -> torch.Size:
             for size, axis in zip(shape, trace.axes(x), strict=True)
         ]
     )
-
-
-__all__ = ["PLAIN", "SIZES", "frozen", "hold", "says", "shape_with_axes"]

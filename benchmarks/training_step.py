@@ -1,0 +1,84 @@
+"""What our training step costs beside a bare PyTorch loop: the same model, batch and optimizer, in turns, in one run.
+
+    python benchmarks/training_step.py [MODEL] [BATCH_SIZE] [ROUNDS]
+
+Both have their images in memory already, so the loader is not part of it. Ours makes the finiteness checks, the norm
+of the gradient, the keyed seeds, the statistics of BatchNorm and the log's figures on top of the same forward and
+backward pass. Rounds of two updates alternate, so that other work on the machine meets both; CPU time leaves it out.
+"""
+
+import statistics
+import sys
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from isoprune_hf import FinetuneRecipe, load_base
+from isoprune_hf.training.epoch import Progress, Training, train_epoch
+from isoprune_hf.training.loading import TrainBatches
+from isoprune_hf.training.optimisation import build_optimizer
+from isoprune_hf.training.replicas import AveragedStatistics
+
+UPDATES = 2
+
+
+def main(name: str = "timm/deit_tiny_patch16_224", batch_size: str = "16", rounds: str = "8") -> None:
+    recipe = FinetuneRecipe(epochs=1000, batch_size=int(batch_size), distillation="none")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    device = accelerator.device
+    models = [load_base(name, False, num_labels=100).model.to(device) for _ in range(2)]
+    shape = models[0].config.image_size
+    images = torch.randn(recipe.batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(recipe.batch_size) % 100
+    optimizers = [build_optimizer(model, recipe) for model in models]
+    training = Training(
+        model=models[1],
+        network=models[1],
+        num_classes=100,
+        recipe=recipe,
+        accelerator=accelerator,
+        teacher=None,
+        heads=None,
+        optimizer=optimizers[1],
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        ema=None,
+        statistics=AveragedStatistics(models[1], accelerator),
+        interrupted_by=lambda: None,
+    )
+    sizes = [recipe.batch_size] * UPDATES
+
+    def train_bare() -> None:
+        models[0].train()
+        for _ in range(UPDATES):
+            optimizers[0].zero_grad()
+            logits = models[0](pixel_values=images.to(device)).logits
+            loss = nn.functional.cross_entropy(logits, labels.to(device), label_smoothing=recipe.label_smoothing)
+            loss.backward()
+            optimizers[0].step()
+            loss.item()
+
+    def train_ours() -> None:
+        batches = TrainBatches([(labels, images, labels)] * UPDATES, sizes, sizes)
+        train_epoch(training, batches, Progress(), lambda update: True)
+
+    train_bare(), train_ours()  # warm up
+    times = {train: ([], []) for train in (train_bare, train_ours)}
+    for _ in range(int(rounds)):
+        for train, (walls, works) in times.items():
+            wall, work = time.perf_counter(), time.process_time()
+            train()
+            walls.append((time.perf_counter() - wall) / UPDATES)
+            works.append((time.process_time() - work) / UPDATES)
+    print(f"{name}, {recipe.batch_size} images, {device.type}, {torch.get_num_threads()} threads, {rounds} rounds")
+    for kind, place in (("wall time", 0), ("CPU time", 1)):
+        bare, ours = times[train_bare][place], times[train_ours][place]
+        shares = [mine / other - 1 for mine, other in zip(ours, bare, strict=True)]
+        bare_ms, ours_ms = 1e3 * statistics.median(bare), 1e3 * statistics.median(ours)
+        overhead = f"{statistics.median(shares):.1%} (median over rounds), {min(ours) / min(bare) - 1:.1%} (best)"
+        print(f"{kind:9}  bare {bare_ms:8.1f} ms an update, ours {ours_ms:8.1f} ms, overhead {overhead}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,218 @@
+"""One epoch: updates that are the same for any split of the batch into ranks and accumulation steps."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from isoprune_hf.errors import DivergedError
+from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.augmentation import seed_from
+from isoprune_hf.training.distillation import training_loss
+from isoprune_hf.training.loading import TrainBatches
+from isoprune_hf.training.mixing import mix
+from isoprune_hf.training.optimisation import learning_rate_at
+from isoprune_hf.training.replicas import AveragedStatistics
+
+# Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
+_DROPPING, _MIXING = 1, 2
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What stays the same over all epochs.
+
+    Args:
+        network: `model`, wrapped where there are several ranks.
+        num_classes: Of the classifier.
+        heads: Gives the logits of both heads of the last forward pass, where the teacher speaks to one of them.
+        interrupted_by: The signal that this rank was sent, if any.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    num_classes: int
+    recipe: FinetuneRecipe
+    accelerator: Accelerator
+    teacher: nn.Module | None
+    heads: Callable[[], tuple[Tensor, Tensor]] | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    statistics: AveragedStatistics
+    interrupted_by: Callable[[], signal.Signals | None]
+
+
+@dataclass
+class Progress:
+    """Where a training stands; moves on with it.
+
+    Args:
+        epoch: Counted from 1.
+        update: Updates of the epoch that are done.
+        losses: Sum of the losses of its samples.
+        seconds: How long it took.
+        history: Entries of the epochs before it.
+        best_epoch: The one with the best top-1 so far.
+        best_top1: Its top-1.
+    """
+
+    epoch: int = 1
+    update: int = 0
+    losses: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_top1: float = -1.0
+
+
+class Update(NamedTuple):
+    """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for."""
+
+    loss: float
+    figures: dict[str, float]
+    signal: signal.Signals | None
+
+
+def train_epoch(
+    training: Training, batches: TrainBatches, progress: Progress, after: Callable[[Update], bool]
+) -> dict[str, Any] | None:
+    """Train from where `progress` stands to the end of the epoch, in place.
+
+    Args:
+        training: The models and what moves them.
+        batches: Of this epoch, from the next update on.
+        progress: Is moved on with each update.
+        after: Called after each update; ends the epoch early by returning false.
+
+    Returns:
+        The epoch's entry of the history; None where it was ended early.
+
+    Raises:
+        DivergedError: The loss or the gradient is not finite, on all ranks alike.
+    """
+    training.network.train()
+    updates = len(batches.totals)
+    stream = iter(batches.loader)
+    hidden = not (sys.stderr.isatty() and training.accelerator.is_main_process)
+    bar = {"desc": f"epoch {progress.epoch}", "unit": "update", "leave": False, "disable": hidden}
+    for update in tqdm(range(progress.update, updates), initial=progress.update, total=updates, **bar):
+        start = time.perf_counter()
+        done = _update(training, batches, stream, progress.epoch, update)
+        progress.update = update + 1
+        progress.losses += done.loss * batches.totals[update]
+        progress.seconds += time.perf_counter() - start
+        if not after(done):
+            return None
+    seen = sum(batches.totals)
+    lr = learning_rate_at(progress.epoch * updates - 1, recipe=training.recipe, updates_per_epoch=updates)
+    speed = seen / max(progress.seconds, 1e-9)
+    return {"epoch": progress.epoch, "train_loss": progress.losses / seen, "lr": lr, "images_per_second": speed}
+
+
+def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], epoch: int, update: int) -> Update:
+    recipe, accelerator, updates = training.recipe, training.accelerator, len(batches.totals)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    lr = learning_rate_at((epoch - 1) * updates + update, recipe=recipe, updates_per_epoch=updates)
+    for group in training.optimizer.param_groups:
+        group["lr"] = lr
+    training.optimizer.zero_grad()
+    training.statistics.begin()
+    start, waited = time.perf_counter(), 0.0
+    samples, parts = batches.totals[update], len(batches.sizes) // updates
+    total = torch.zeros((), device=accelerator.device)
+    for step in range(parts):
+        asked = time.perf_counter()
+        _, pixel_values, labels = next(stream)
+        waited += time.perf_counter() - asked
+        size = batches.sizes[update * parts + step]
+        with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
+            seeds = (recipe.seed, epoch, update, rank + step * world)
+            loss = _part_loss(training, pixel_values, labels, seeds) * bool(size)
+            # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
+            training.scaler.scale(loss * (world / samples)).backward()
+        training.statistics.add(counts=bool(size))
+        total += loss.detach()
+    training.statistics.end()
+    sent = training.interrupted_by()
+    # Over all ranks, so that all stop after the same update, and before the step, so that the weights stay finite.
+    flags = [sent is not None and sent != signal.SIGINT, sent == signal.SIGINT]
+    sums = torch.cat([total[None].double(), torch.tensor(flags, dtype=torch.float64, device=total.device)])
+    loss_sum, ended, cancelled = accelerator.reduce(sums, reduction="sum").tolist()
+    mean = loss_sum / samples
+    _check_finite("loss", mean, recipe, epoch, update)
+    training.scaler.unscale_(training.optimizer)
+    norm = _clip(training, recipe)
+    if not training.scaler.is_enabled():  # which leaves such an update out
+        _check_finite("norm of the gradient", norm, recipe, epoch, update)
+    scale = training.scaler.get_scale()
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    if training.ema is not None and training.scaler.get_scale() >= scale:  # the scale falls where no step was made
+        training.ema.update(training.model)
+    seconds = time.perf_counter() - start
+    figures = {
+        "loss": mean,
+        "lr": lr,
+        "grad_norm": norm,
+        "images_per_second": samples / seconds,
+        "data_wait": waited / seconds,
+    }
+    agreed = signal.SIGINT if cancelled else signal.SIGTERM if ended else None
+    return Update(mean, figures, agreed)
+
+
+def _clip(training: Training, recipe: FinetuneRecipe) -> float:
+    """Clip the gradient where the recipe says so; returns its norm before."""
+    parameters = [parameter for parameter in training.network.parameters() if parameter.grad is not None]
+    if recipe.clip_grad is not None:
+        return nn.utils.clip_grad_norm_(parameters, recipe.clip_grad).item()
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters]).item()
+
+
+def _check_finite(what: str, value: float, recipe: FinetuneRecipe, epoch: int, update: int) -> None:
+    if math.isfinite(value):
+        return
+    raise DivergedError(
+        f"finetune: the {what} is {value} at update {update} of epoch {epoch}; lower finetune.learning_rate (now "
+        f"{recipe.learning_rate}), set finetune.clip_grad (now {recipe.clip_grad}) or "
+        f"finetune.precision: no (now {recipe.precision})"
+    )
+
+
+def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:
+    """Return the sum of the samples' losses of a part of a batch."""
+    recipe, device = training.recipe, training.accelerator.device
+    torch.manual_seed(seed_from(*seeds, _DROPPING))
+    pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=(*seeds, _MIXING))
+    with torch.autocast(device.type, _PRECISIONS.get(recipe.precision), enabled=recipe.precision in _PRECISIONS):
+        logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
+        if training.heads is not None:
+            logits, taught_logits = training.heads()
+        teacher_logits = None
+        if training.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = training.teacher(pixel_values=pixel_values).logits
+    return training_loss(
+        logits,
+        labels,
+        teacher_logits,
+        label_smoothing=recipe.label_smoothing,
+        distillation=recipe.distillation,
+        weight=recipe.distillation_weight,
+        temperature=recipe.temperature,
+        taught_logits=taught_logits,
+        teacher_label_smoothing=recipe.teacher_label_smoothing,
+    ).sum()

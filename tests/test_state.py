@@ -1,0 +1,77 @@
+"""A training that is restored from a snapshot goes on as the one it was taken of."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_loop import make_data, make_normed, make_processor, make_recipe
+
+from isoprune_hf.training.augmentation import train_transform
+from isoprune_hf.training.loading import train_batches
+from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.run import TrainingRun
+
+ACCELERATOR = Accelerator(cpu=True)
+KINDS: dict[str, dict[str, Any]] = {
+    "sgd with BatchNorm and mixup": {"mixup": 0.5, "virtual_replicas": 2},
+    "adamw with an average": {"optimizer": "adamw", "learning_rate": 1e-2, "ema_decay": 0.5, "best": "ema"},
+    "fp16": {"precision": "fp16"},
+    "bf16 with copies": {"precision": "bf16", "repeated_augmentation": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_going_on_behind_any_update_gives_the_same_bits(kind: str, tmp_path) -> None:
+    data, recipe = make_data(train=24), make_recipe(batch_size=8, state_every=1, **KINDS[kind])
+
+    def train(net: torch.nn.Module, folder: str, stop_after: int | None = None) -> list[dict[str, Any]]:
+        run = TrainingRun(tmp_path / folder, {"kind": kind}, ACCELERATOR, every=1)
+        written = []
+
+        def write(snapshot, **options: Any) -> None:
+            TrainingRun.write(run, snapshot, **options)
+            written.append(snapshot.name)
+            if len(written) == stop_after:
+                raise KeyboardInterrupt
+
+        run.write = write
+        with run:
+            try:
+                return finetune(net, data, make_processor(), recipe, accelerator=ACCELERATOR, run=run)["history"]
+            except KeyboardInterrupt:
+                return []
+
+    whole = make_normed()
+    expected = train(whole, "whole")
+    for stop_after in (1, 2, 3, 5):  # within an epoch, and at its end
+        train(make_normed(), f"stopped{stop_after}", stop_after)
+        net = make_normed(seed=5)  # its weights do not matter
+        history = train(net, f"stopped{stop_after}")
+        assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in net.state_dict().items())
+        for entry, other in zip(history, expected, strict=True):
+            speed = {"images_per_second"}
+            assert {k: v for k, v in entry.items() if k not in speed} == {
+                k: v for k, v in other.items() if k not in speed
+            }
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_updates_before_the_start_are_not_read(start: int) -> None:
+    data, recipe, read = make_data(train=30), make_recipe(batch_size=8), []
+
+    class Watched:
+        def __len__(self) -> int:
+            return 30
+
+        def __getitem__(self, position: int) -> dict[str, Any]:
+            read.append(position)
+            return data.train[position]
+
+    transform = train_transform(make_processor(), recipe)
+    place = {"batch_size": 8, "parts": 2, "seed": 0, "epoch": 1, "num_workers": 0, "rank": 0, "world": 1}
+    whole = [batch[0].tolist() for batch in train_batches(data.train, transform, **place).loader]
+    rest = train_batches(Watched(), transform, start=start, **place)
+    assert [batch[0].tolist() for batch in rest.loader] == whole[2 * start :]
+    assert read == [position for part in whole[2 * start :] for position in part]
+    assert rest.totals == [8, 8, 8] and len(rest.sizes) == 6
