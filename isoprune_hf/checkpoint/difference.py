@@ -181,10 +181,15 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def keep_cut_buffers(model: nn.Module, structure: dict[str, Any] | None) -> None:
-    """Put, in place, every buffer that was cut into the state dict: what stayed of it cannot be calculated anew."""
+    """Put, in place, every buffer that was cut into the state dict, with the others of its module.
+
+    What stayed of a table cannot be calculated anew, and a module calculates all of its tables or none.
+    """
     for name in (structure or {}).get("shapes") or {}:
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._non_persistent_buffers_set.discard(leaf)
+        owner = model.get_submodule(path)
+        if leaf in owner._non_persistent_buffers_set:
+            owner._non_persistent_buffers_set.clear()
 
 
 def build_pruned(config: IsoPruneConfig) -> nn.Module:

@@ -86,7 +86,8 @@ class IsoPruneForImageClassification(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "init_non_persistent_buffers"):  # timm: index tables and masks that are not in the file
+        # timm: index tables and masks that are not in the file; where one was cut, all are in it.
+        if hasattr(module, "init_non_persistent_buffers") and module._non_persistent_buffers_set:
             module.init_non_persistent_buffers()
 
     @property

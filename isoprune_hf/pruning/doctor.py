@@ -16,8 +16,11 @@ from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError
+from isoprune_hf.pruning.axes.axis import is_frozen
+from isoprune_hf.pruning.axes.graph import AxisGraph
+from isoprune_hf.pruning.axes.trace import reason_of
 from isoprune_hf.pruning.cost import CostModel, cost_model, count_cost
-from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.graph import graph_of, trace_groups
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.surgery import apply_plan
@@ -171,7 +174,7 @@ def _check_reach(model: IsoPruneForImageClassification) -> Finding:
     lines = [
         f"{share} of the base lie in layers that groups reach; {alone} of {len(cost.parameters)} parameters in none"
     ]
-    for reason, names in _fixed_dims(dense, dims).items():
+    for reason, names in _fixed_dims(dense, dims, graph_of(dense, groups)).items():
         shown = [name if count == 1 else f"{name} ({count})" for name, count in names.items()]
         more = len(shown) - _MOST_NAMES
         lines.append(f"fixed: {reason}: {', '.join(shown[:_MOST_NAMES])}{f' and {more} more' if more > 0 else ''}")
@@ -191,7 +194,9 @@ def _reached(cost: CostModel) -> tuple[int, int]:
     return macs, params
 
 
-def _fixed_dims(dense: IsoPruneForImageClassification, dims: set[tuple[str, int]]) -> dict[str, Counter[str]]:
+def _fixed_dims(
+    dense: IsoPruneForImageClassification, dims: set[tuple[str, int]], graph: AxisGraph
+) -> dict[str, Counter[str]]:
     """Dims of parameters that lie in no group: reason -> name with its numbers left out -> how many."""
     found: dict[str, Counter[str]] = {}
     covered = {name for name, _ in dims}
@@ -201,12 +206,12 @@ def _fixed_dims(dense: IsoPruneForImageClassification, dims: set[tuple[str, int]
         channel_dims = min(parameter.ndim, 2) if isinstance(owner, nn.modules.conv._ConvNd) else parameter.ndim
         fixed = [dim for dim in range(channel_dims) if parameter.shape[dim] > 1 and (name, dim) not in dims]
         for dim in fixed:
-            reason = _reason(dense, name, owner, dim, is_covered=name in covered)
+            reason = _reason(dense, name, owner, dim) or _traced_reason(graph, name, dim, is_covered=name in covered)
             found.setdefault(reason, Counter())[re.sub(r"\d+", "*", name)] += 1
     return found
 
 
-def _reason(dense: IsoPruneForImageClassification, name: str, owner: nn.Module, dim: int, *, is_covered: bool) -> str:
+def _reason(dense: IsoPruneForImageClassification, name: str, owner: nn.Module, dim: int) -> str | None:
     if dim == 0 and getattr(owner, "out_features", getattr(owner, "out_channels", 0)) == dense.config.num_labels:
         return "outputs of the classifier"
     if isinstance(owner, nn.modules.conv._ConvNd) and dim == 1:
@@ -219,6 +224,16 @@ def _reason(dense: IsoPruneForImageClassification, name: str, owner: nn.Module, 
         return "relative positions in a window"
     if "pos" in leaf:
         return "positions of tokens"
+    return None
+
+
+def _traced_reason(graph: AxisGraph, name: str, dim: int, *, is_covered: bool) -> str:
+    """Why the trace has frozen a dim."""
+    axes = graph.trace.tensors.get(name)
+    if axes is None:
+        return "nothing reads it"
+    if is_frozen(axes[dim]):
+        return reason_of(axes[dim])
     return "another dim of a layer that a group reaches" if is_covered else "no group was found for it"
 
 
