@@ -54,9 +54,11 @@ class Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """Follow an axis to what it has become."""
-    while axis.ref is not None:
-        axis = axis.ref
+    """Follow an axis to what it has become; the way there is shortened for the next time."""
+    while (other := axis.ref) is not None:
+        if other.ref is not None:
+            axis.ref = other.ref
+        axis = other
     return axis
 
 
