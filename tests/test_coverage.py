@@ -140,8 +140,19 @@ def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path
     assert torch.equal(run(again, images), run(base.model, images))
 
 
-@pytest.mark.xfail(raises=UnsupportedArchitectureError, strict=False)
-@pytest.mark.parametrize("case", CASES)
+# What the engine of torch-pruning makes of them: most are refused.
+REFUSED = pytest.mark.xfail(raises=UnsupportedArchitectureError)
+TODAY = {
+    **dict.fromkeys(CASES, REFUSED),
+    "T-focalnet": pytest.mark.skip(reason="the search for groups does not end"),
+    "C-dinov2": pytest.mark.xfail(raises=AssertionError, reason="only half of what the classifier reads is tied"),
+    "S-dpn": pytest.mark.xfail(raises=AssertionError, reason="too little can leave"),
+    "O-nfnet": (),
+    "G-fastvit": pytest.mark.xfail(raises=AssertionError, reason="too little can leave"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=TODAY[case]) for case in CASES])
 def test_an_architecture_goes_the_whole_road(case: str, tmp_path: Path) -> None:
     model, processor = open_case(case, tmp_path / "config")
     randomize(model)

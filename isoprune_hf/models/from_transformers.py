@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
-from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
+from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.processors import transformers_image_size, transformers_processor
 
@@ -36,6 +36,8 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         labels = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
         names = [labels[index] for index in range(config.num_labels)]
         image_size = transformers_image_size(config, processor)
+    except CheckpointError:
+        raise  # of the processor
     except BUILD_ERRORS as error:
         raise RecipeError(
             f"model: {name}/config.json has no usable labels or image_size: {one_line(error)}"
