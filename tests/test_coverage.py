@@ -12,7 +12,6 @@ from transformers import CONFIG_MAPPING
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.graph import trace_groups
@@ -140,19 +139,7 @@ def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path
     assert torch.equal(run(again, images), run(base.model, images))
 
 
-# What the engine of torch-pruning makes of them: most are refused.
-REFUSED = pytest.mark.xfail(raises=UnsupportedArchitectureError)
-TODAY = {
-    **dict.fromkeys(CASES, REFUSED),
-    "T-focalnet": pytest.mark.skip(reason="the search for groups does not end"),
-    "C-dinov2": pytest.mark.xfail(raises=AssertionError, reason="only half of what the classifier reads is tied"),
-    "S-dpn": pytest.mark.xfail(raises=AssertionError, reason="too little can leave"),
-    "O-nfnet": (),
-    "G-fastvit": pytest.mark.xfail(raises=AssertionError, reason="too little can leave"),
-}
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=TODAY[case]) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_an_architecture_goes_the_whole_road(case: str, tmp_path: Path) -> None:
     model, processor = open_case(case, tmp_path / "config")
     randomize(model)
