@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from oracles import axis_counts, make_images, mask_error, permutation_error, randomize
-from test_custom_models import Attention
 from torch import Tensor, nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
@@ -43,6 +42,21 @@ class Norm(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.out(self.norm(tokens))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (
+            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        weights = (query @ key.transpose(-2, -1)).softmax(-1)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))
 
 
 class Slices(nn.Module):
@@ -95,7 +109,7 @@ class Pixels(nn.Module):
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "residual": (Residual, [8, 12]),
     "norm": (Norm, [6, 8]),
-    "attention": (lambda: Attention(WIDTH, 2, "einops"), [8, 8, 8]),
+    "attention": (Attention, [8, 8, 8]),
     "slices": (Slices, [4, 4, 5, 7]),
     "depthwise": (lambda: Pixels(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)), [6, 8]),
     "grouped": (lambda: Pixels(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=2)), [4, 4, 6]),
@@ -176,7 +190,10 @@ def replace_rule(*names: str) -> Callable[[Callable[..., Any]], Callable[[pytest
 def no_broadcast_tie(patch: pytest.MonkeyPatch) -> None:
     def wrong(trace: Any, tensors: Any, shape: Any) -> tuple[Axis, ...]:
         rows = [trace.axes(tensor)[::-1] for tensor in tensors]
-        at = [[row[dim] for row in rows if dim < len(row) and row[dim].size == size] for dim, size in enumerate(shape[::-1])]
+        at = [
+            [row[dim] for row in rows if dim < len(row) and row[dim].size == size]
+            for dim, size in enumerate(shape[::-1])
+        ]
         return tuple(met[0] if met else ONE for met in at)[::-1]
 
     patch.setattr(compute, "broadcast", wrong)
@@ -261,7 +278,7 @@ FAULTS = {
     "no-contraction-tie": Fault(no_contraction_tie, "residual", "permutation"),
     "view-order-swapped": Fault(swapped_view, "attention", "permutation"),
     "norm-affine-untied": Fault(untied_norm, "norm", "permutation"),
-    "no-batch-tie": Fault(no_batch_tie, "attention", "permutation"),
+    "no-batch-tie": Fault(no_batch_tie, "attention", "counts"),
     "slice-offset": Fault(shifted_slice, "slices", "permutation"),
     "cat-order": Fault(reversed_cat, "slices", "permutation"),
     "depthwise-untied": Fault(untied_groups(is_depthwise=True), "depthwise", "permutation"),
