@@ -149,7 +149,7 @@ def unify(first: Axis, second: Axis) -> Axis:
         Conflict: Their parts do not fit; what was unified before that stays.
     """
     first, second = find(first), find(second)
-    if first is second:
+    if first is second or first.size == second.size == 1:  # one element is nothing that could leave
         return first
     if first.size != second.size:
         raise Conflict(f"{first.size} elements meet {second.size}")

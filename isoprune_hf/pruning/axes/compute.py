@@ -4,6 +4,7 @@ See `layout` for what a rule is.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -197,27 +198,30 @@ def _vector_norm(
     return _reduce(trace, out, x, list(range(x.ndim)) if dims is None else dims)
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "mean_pool")
-@rule("_adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "_adaptive_avg_pool3d", "max_pool2d")
-@rule(
-    "upsample_nearest1d",
-    "upsample_nearest2d",
-    "upsample_bilinear2d",
-    "upsample_bicubic2d",
-    "_upsample_nearest_exact2d",
-)
-@rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d")
-@rule("replication_pad2d", "grid_sampler_2d")
-def _window(trace: Trace, out: Any, x: Tensor, *_: Any, **__: Any) -> Axes | list[Axes]:
-    """All but the last dims pass: of (B, C, H, W) the image's sides change."""
+def _window(sides: int, trace: Trace, out: Any, x: Tensor, *args: Any, **__: Any) -> Axes | list[Axes]:
+    """All but the last dims pass: of (B, C, H, W) the two sides of the image change."""
     first = out if isinstance(out, Tensor) else out[0]
     axes = list(trace.axes(x))
-    sides = {3: 1, 4: 2, 5: 3}.get(x.ndim, x.ndim)
+    for other in args:
+        if isinstance(other, Tensor):  # where to sample
+            for axis in trace.axes(other):
+                freeze(axis, _PIXELS)
     for dim in range(x.ndim - sides, x.ndim):
         if not is_frozen(axes[dim]):
             freeze(axes[dim], "a window moves over it")
         axes[dim] = frozen(first.shape[dim], _PIXELS)
     return trace.outputs(out, tuple(axes))
+
+
+_WINDOWS = {
+    1: "avg_pool1d adaptive_avg_pool1d upsample_nearest1d reflection_pad1d replication_pad1d",
+    2: "max_pool2d max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
+    "upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "reflection_pad2d replication_pad2d grid_sampler_2d",
+    3: "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d",
+}
+for _sides, _names in _WINDOWS.items():
+    RULES.update(dict.fromkeys(_names.split(), partial(_window, _sides)))
 
 
 @rule("_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu")

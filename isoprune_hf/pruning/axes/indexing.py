@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from isoprune_hf.pruning.axes.axis import Axis, Conflict, freeze, frozen, product, split_digit
@@ -23,7 +24,12 @@ def _select(trace: Trace, out: Any, x: Tensor, dim: int | None = 0, *rest: Any) 
     return [tuple(axes)] * len(out)
 
 
-@rule("roll", "flip", "cumsum", "cumprod", "sort")
+@rule("roll")
+def _roll(trace: Trace, out: Tensor, x: Tensor, shifts: Any, dims: Sequence[int] = ()) -> Axes:
+    return _mixes(trace, out, x, list(dims))
+
+
+@rule("flip", "cumsum", "cumprod", "sort")
 def _mixes(trace: Trace, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
     """Elements of these dims change places; the others pass."""
     dims = args[-1] if args and isinstance(args[-1], list | tuple) else [a for a in args if type(a) is int][:1]
@@ -38,6 +44,8 @@ def _mixes(trace: Trace, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes
 def _index(trace: Trace, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Axes:
     axes = trace.axes(x)
     used = [dim for dim, index in enumerate(indices) if index is not None]
+    if any(indices[dim].dtype in (torch.bool, torch.uint8) and indices[dim].ndim > 1 for dim in used):
+        return trace.give_up([x], out, "single elements are taken")  # one mask over several dims
     for dim in used:
         freeze(axes[dim], "single elements are taken")
         for axis in trace.axes(indices[dim]):
@@ -94,14 +102,18 @@ def _unfold(trace: Trace, out: Tensor, x: Tensor, dim: int, *_: Any) -> Axes:
 
 @rule("im2col")
 def _im2col(trace: Trace, out: Tensor, x: Tensor, kernel: Sequence[int], *_: Any) -> Axes:
-    batch, channels = trace.axes(x)[:2]
+    batch, channels, *sides = trace.axes(x)
+    for axis in sides:
+        freeze(axis, "windows over it")
     window = frozen(math.prod(kernel), "a window of pixels")
     return batch, product([channels, window]), frozen(out.shape[2], "positions in the image")
 
 
 @rule("col2im")
 def _col2im(trace: Trace, out: Tensor, x: Tensor, size: Sequence[int], kernel: Sequence[int], *_: Any) -> Axes:
-    batch, mixed = trace.axes(x)[:2]
+    batch, mixed, *positions = trace.axes(x)
+    for axis in positions:
+        freeze(axis, "positions in the image")
     try:
         channels, window = split_digit(mixed, math.prod(kernel)) if math.prod(kernel) > 1 else (mixed, ONE)
     except Conflict as conflict:

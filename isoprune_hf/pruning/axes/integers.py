@@ -5,6 +5,7 @@ and splits. An `Integer` is an int like any other, so the code runs as it is; wh
 or which axis, the number was.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -84,6 +85,8 @@ def _arithmetic(symbol: str, compute: Callable[[int, int], int], *, is_reflected
 
 def _comparing(symbol: str, compare: Callable[[int, int], bool]) -> Callable[..., Any]:
     def apply(own: Integer, other: Any) -> Any:
+        if isinstance(other, float) and math.isfinite(other) and symbol not in ("==", "!="):
+            other = math.ceil(other) if symbol in ("<", ">=") else math.floor(other)  # the same for whole numbers
         if not isinstance(other, int):
             return compare(int(own), other)
         outcome = compare(int(own), int(other))

@@ -11,77 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoprune_hf.pruning.axes.axis import Axis, Conflict, cut, digits, is_frozen
+from isoprune_hf.pruning.axes.axis import Axis, Conflict, cut, digits, freeze, is_frozen
 from isoprune_hf.pruning.axes.integers import Expression, Integer, Operation, expression_of
 from isoprune_hf.pruning.axes.trace import Trace
 
 SIZES: dict[str, Callable[..., None]] = {}
 # Calls that compute with a number, so that it says nothing about a size, or whose numbers are dims.
 PLAIN = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "pow",
-        "rsub",
-        "true_divide",
-        "floor_divide",
-        "remainder",
-        "multiply",
-        "add_",
-        "sub_",
-        "mul_",
-        "div_",
-        "clamp",
-        "masked_fill",
-        "__add__",
-        "__radd__",
-        "__sub__",
-        "__rsub__",
-        "__mul__",
-        "__rmul__",
-        "__truediv__",
-        "__rtruediv__",
-        "__pow__",
-        "__rpow__",
-        "__floordiv__",
-        "__mod__",
-        "__eq__",
-        "__ne__",
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-        "__setitem__",
-        "__get__",
-        "size",
-        "dim",
-        "stride",
-        "numel",
-        "tensor",
-        "as_tensor",
-        "to",
-        "dropout",
-        "softmax",
-        "log_softmax",
-        "sum",
-        "mean",
-        "normalize",
-        "transpose",
-        "permute",
-        "flatten",
-        "squeeze",
-        "unsqueeze",
-        "unbind",
-        "select",
-        "movedim",
-        "cat",
-        "stack",
-        "max_pool2d",
-        "avg_pool2d",
+    (
+        *("add", "sub", "mul", "div", "pow", "rsub", "true_divide", "floor_divide", "remainder", "multiply", "add_"),
+        *("sub_", "mul_", "div_", "clamp", "masked_fill", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__"),
+        *("__rmul__", "__truediv__", "__rtruediv__", "__pow__", "__rpow__", "__floordiv__", "__mod__", "__eq__"),
+        *("__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__get__", "size", "dim", "stride", "numel", "tensor"),
+        *("as_tensor", "to", "dropout", "softmax", "log_softmax", "sum", "mean", "normalize", "transpose", "permute"),
+        *("flatten", "squeeze", "unsqueeze", "unbind", "movedim", "cat", "stack", "max_pool2d", "avg_pool2d"),
         "batch_norm",
-    ]
+    )
 )
 
 
@@ -151,41 +96,55 @@ def _create(trace: Trace, out: Tensor, *sizes: Any, **kwargs: Any) -> None:
     _each(trace, sizes, trace.axes(out))
 
 
-@says("split", "split_with_sizes", "unsafe_split", "chunk", "tensor_split")
+@says("split", "split_with_sizes", "unsafe_split")
 def _split(trace: Trace, out: Sequence[Tensor], x: Tensor, sizes: Any = None, dim: int = 0, **kwargs: Any) -> None:
-    dim = kwargs.get("dim", kwargs.get("axis", dim))
     sizes = kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("split_sizes", sizes)))
     parts = [trace.axes(part)[dim] for part in out]
     if isinstance(sizes, list | tuple):
         return _each(trace, sizes, parts)
-    # A size is that of each part; a number of parts is none, but makes them equal.
-    is_size = int(sizes) == out[0].shape[dim] and len(out) != int(sizes)
-    for part in parts:
+    for part in parts:  # a last one may be smaller
         if part.size == parts[0].size:
-            trace.state(expression_of(sizes) if is_size else parts[0], part)
+            trace.state(expression_of(sizes), part)
     return None
+
+
+@says("chunk", "tensor_split")
+def _chunk(trace: Trace, out: Sequence[Tensor], x: Tensor, parts: Any = None, dim: int = 0, **kwargs: Any) -> None:
+    """A number of parts makes them equal; positions say where each begins."""
+    parts = kwargs.get("chunks", kwargs.get("sections", kwargs.get("indices", parts)))
+    if isinstance(parts, list | tuple):
+        for position in parts:
+            _slice(trace, trace.axes(x)[dim], None, position)
+        return
+    for part in out:
+        if part.shape[dim] == out[0].shape[dim]:
+            trace.state(trace.axes(out[0])[dim], trace.axes(part)[dim])
+        else:
+            freeze(trace.axes(x)[dim], "its parts are uneven")
 
 
 @says("narrow")
 def _narrow(trace: Trace, out: Tensor, x: Tensor, dim: int, start: int, length: int) -> None:
     trace.state(expression_of(length), trace.axes(out)[dim])
-    _start(trace, trace.axes(x)[dim], start)
+    _slice(trace, trace.axes(x)[dim], start, None)
 
 
-@says("__getitem__")
-def _getitem(trace: Trace, out: Tensor, x: Tensor, index: Any) -> None:
+@says("__getitem__", "__setitem__")
+def _getitem(trace: Trace, out: Any, x: Tensor, index: Any, *_: Any) -> None:
     index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, Tensor | list) for part in index):
-        return
-    named = sum(part is not None and part is not Ellipsis for part in index)
-    dim = 0
+    named, dim = sum(map(_dims_of, index)), 0
     for part in index:
-        if part is Ellipsis:
-            dim += x.ndim - named
-        elif part is not None:
-            if isinstance(part, slice) and part.step in (None, 1):
-                _slice(trace, trace.axes(x)[dim], part.start, part.stop)
-            dim += 1
+        if isinstance(part, slice) and part.step in (None, 1):
+            _slice(trace, trace.axes(x)[dim], part.start, part.stop)
+        hold(trace, [part])
+        dim += x.ndim - named if part is Ellipsis else _dims_of(part)
+
+
+def _dims_of(index: Any) -> int:
+    """How many dims one part of an index is about."""
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+        return index.ndim
+    return 0 if index is None or index is Ellipsis or isinstance(index, bool) else 1
 
 
 def _slice(trace: Trace, axis: Axis, start: int | None, stop: int | None) -> None:
@@ -210,11 +169,6 @@ def _slice(trace: Trace, axis: Axis, start: int | None, stop: int | None) -> Non
                 total = Operation("+", total, part)
             size = expression_of(bound)
             trace.equate(size if bound > 0 else Operation("-", 0, size), total)
-
-
-def _start(trace: Trace, axis: Axis, start: int) -> None:
-    if start > 0 and not is_frozen(axis):
-        trace.state(expression_of(start), cut(axis, [int(start)])[0])
 
 
 @says("conv1d", "conv2d", "conv3d", "convolution")
