@@ -1,6 +1,5 @@
 """Thirteen faults put into the rules, one at a time: each must be seen by an oracle on some small network."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +101,7 @@ class Pixels(nn.Module):
         self.layer, self.out = layer, nn.Linear(WIDTH, 6)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        _, count, _ = tokens.shape
+        count = tokens.shape[1]
         pixels = tokens.transpose(1, 2).unflatten(2, (int(count**0.5), -1))
         return self.out(self.layer(pixels).relu().flatten(2).transpose(1, 2))
 
@@ -149,7 +148,7 @@ def judge(body: str) -> Iterator[str]:
     """Yield what sees a fault: counts, permutation, cut."""
     model = open_network(body)
     groups, images = trace_groups(model), make_images(model)
-    if sorted(itertools.chain.from_iterable(axis_counts(groups).values())) != NETWORKS[body][1]:
+    if sorted(count for counts in axis_counts(groups).values() for count in counts) != NETWORKS[body][1]:
         yield "counts"
     if permutation_error(model, groups, images) > 1e-9:
         yield "permutation"

@@ -188,7 +188,7 @@ class _Solver:
             elif _CONSTANT in difference:
                 for leaf in members:
                     freeze(self.solution.by_id[leaf], f"{where} that no other width fulfils")
-                has_frozen = True
+                has_frozen = has_frozen or bool(members)
             else:
                 touching = [link for link in links if link & members]
                 links[:] = [link for link in links if not link & members]
