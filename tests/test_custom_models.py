@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import score_groups
@@ -153,7 +153,6 @@ def test_a_network_of_ones_own_is_saved_and_opened_bit_for_bit(library: str, how
         assert torch.equal(again(images).logits, model(images).logits)
 
 
-@pytest.mark.xfail(raises=UnsupportedArchitectureError, strict=False)
 @pytest.mark.parametrize("how", HOW)
 def test_a_network_of_ones_own_goes_the_whole_road(library: str, how: str, tmp_path: Path) -> None:
     model, processor = open_own(library, how, tmp_path / "own")

@@ -21,6 +21,7 @@ from tiny_models import make_base
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.importance import score_groups
@@ -98,7 +99,10 @@ def test_both_oracles_see_an_index_that_is_shifted(family: str, base) -> None:
         shifted = replace(member, index=np.roll(member.index, 1, axis=0))
         faulty = change(groups, group.name, (*group.members[:-1], shifted))
         assert permutation_error(model, faulty, images) > 1e-9, group.name
-        plan, pruned = cut(model, faulty)
+        try:
+            plan, pruned = cut(model, faulty)
+        except CheckpointError:  # a channel would stay in one tensor and leave in another
+            continue
         assert mask_error(model, pruned, faulty, plan, images) > 1e-6, group.name
 
 

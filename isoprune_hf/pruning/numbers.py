@@ -11,6 +11,7 @@ from isoprune_hf.pruning.axes.graph import AxisGraph
 from isoprune_hf.pruning.axes.integers import ARITHMETIC, COMPARE, Attribute, Expression, Operation, atoms
 from isoprune_hf.pruning.axes.recheck import axis_size
 
+_SCALES = re.compile(".*(scal|factor|norm|temperature).*")
 # Widths that are kept for information alone, so that no operation has shown what they are.
 _WIDTHS = re.compile(r"(.*_)?(dim|dims|dim_out|out_dim|features|channels|chs|planes|width|hidden_size|head_size)")
 
@@ -105,7 +106,7 @@ def _set_scales(graph: AxisGraph, sizes: Mapping[int, int], modules: Mapping[str
         inner = product.sizes[-2]
         size = axis_size(inner, sizes)
         for name, value in vars(modules[product.module]).items() if size != inner.size else ():
-            if type(value) is float and abs(value * inner.size**0.5 - 1) < 1e-9:
+            if type(value) is float and _SCALES.fullmatch(name) and abs(value * inner.size**0.5 - 1) < 1e-9:
                 vars(modules[product.module])[name] = size**-0.5
 
 

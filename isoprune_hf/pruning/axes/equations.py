@@ -15,7 +15,7 @@ from isoprune_hf.pruning.axes.trace import Equation, Trace
 
 # Monomials (leaves by identity, sorted) -> coefficients; the constant has the empty monomial.
 Polynomial = dict[tuple[int, ...], int]
-_CONSTANT: tuple[int, ...] = ()
+_CONSTANT = ()
 
 
 class Unsolvable(Exception):
@@ -46,13 +46,12 @@ def solve_equations(trace: Trace, values: Mapping[Attribute, int]) -> Solution:
     """
     equations = [*trace.equations, *_from_comparisons(trace.comparisons)]
     quotients: dict[tuple, Axis] = {}
-    for _ in range(1000):
+    while True:  # each round freezes something, or is the last
         solution = Solution()
         solver = _Solver(solution, values, quotients)
         rest = solver.define(equations)
         if not solver.link(rest):
             return solution
-    raise RuntimeError("the equations of a trace did not settle")
 
 
 def _from_comparisons(comparisons: Iterable[Comparison]) -> Iterable[Equation]:
@@ -108,9 +107,8 @@ class _Solver:
                 if isinstance(atom, Axis):
                     freeze(atom, f"{where} computes a size that cannot be followed ({reason})")
                 else:
-                    for monomial in self.known.get(atom, {}):
-                        for leaf in monomial:
-                            freeze(self.solution.by_id[leaf], f"{where} needs {atom.name} as it is ({reason})")
+                    for leaf in {leaf for monomial in self.known.get(atom, {}) for leaf in monomial}:
+                        freeze(self.solution.by_id[leaf], f"{where} needs {atom.name} as it is ({reason})")
 
     def _solve(self, equation: Equation, attribute: Attribute) -> None:
         """Learn the one unknown attribute of an equation."""
@@ -125,7 +123,12 @@ class _Solver:
             if in_left and any(atom == attribute for atom in atoms(left.right)):
                 raise Unsolvable("it occurs twice")
             other = self.value(left.right if in_left else left.left)
-            size = _invert(left.symbol, size, other, in_left=in_left)
+            try:
+                size = _invert(left.symbol, size, other, in_left=in_left)
+            except Unsolvable:
+                if left.symbol != "*":
+                    raise
+                size = self.quotient(size, other, left)
             left = left.left if in_left else left.right
         now = self.evaluate_now(size)
         if now != self.values[attribute]:  # a quotient that was rounded
@@ -134,8 +137,7 @@ class _Solver:
 
     def evaluate_now(self, polynomial: Polynomial) -> int:
         """The number that a polynomial is before any cut."""
-        by_id = self.solution.by_id
-        return sum(c * math.prod(by_id[leaf].size for leaf in monomial) for monomial, c in polynomial.items())
+        return evaluate(polynomial, {leaf: axis.size for leaf, axis in self.solution.by_id.items()})
 
     def value(self, expression: Expression) -> Polynomial:
         """Write an expression as a polynomial."""
@@ -178,8 +180,7 @@ class _Solver:
                 continue
             where = f"{equation.module or 'the model'} computes sizes"
             members = {leaf for monomial in difference for leaf in monomial}
-            mixed = [monomial for monomial in difference if len(monomial) > 1]
-            if mixed:
+            if mixed := [monomial for monomial in difference if len(monomial) > 1]:
                 # C = heads x dims: the heads stay, and C follows the dims.
                 for monomial in mixed:
                     for leaf in _held(monomial, self.solution.by_id):
@@ -194,10 +195,11 @@ class _Solver:
                 links[:] = [link for link in links if not link & members]
                 links.append(members.union(*touching))
         for link in links:
-            if math.gcd(*(self.solution.by_id[leaf].size for leaf in link)) < 2:
-                for leaf in link:
-                    freeze(self.solution.by_id[leaf], "widths that are linked have no common divisor")
+            own = [self.solution.by_id[leaf] for leaf in link]
+            if math.gcd(*(leaf.size for leaf in own)) < 2:
                 has_frozen = True
+                for leaf in own:
+                    freeze(leaf, "widths that are linked have no common divisor")
         return has_frozen
 
 

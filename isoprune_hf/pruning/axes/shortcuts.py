@@ -62,7 +62,9 @@ def _convolution(
     groups: int,
 ) -> Tensor | None:
     sides = x.ndim - 2
-    fits = x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
+    if not transposed and weight.shape[0] % groups:  # the kernel of the meta device does not mind
+        raise RuntimeError(f"{weight.shape[0]} outputs of a convolution do not divide into {groups} groups")
+    fits = x.shape[1] == weight.shape[1] * groups
     if transposed or not fits or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     stride, padding, dilation = (v if len(v) == sides else list(v) * sides for v in (stride, padding, dilation))

@@ -154,7 +154,7 @@ class Trace:
         if isinstance(size, int):
             if size == axis.size:
                 freeze(axis, f"the code of {self.modules[-1] or 'the model'} says {size}")
-        elif not is_frozen(axis) or not isinstance(size, Axis):
+        elif not is_frozen(axis) or not isinstance(size, Axis) or not is_frozen(size):
             self.equations.append(Equation(size, axis, self.modules[-1]))
 
     def equate(self, left: Expression, right: Expression) -> None:
