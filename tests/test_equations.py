@@ -145,7 +145,7 @@ def test_what_is_not_solved_freezes_its_axes(expression: Operation) -> None:
 def test_of_two_attributes_that_nothing_names_alone_one_stays() -> None:
     axis = Axis(8)
     solution = solve_equations(make_trace((Operation("*", HEADS, DIMS), axis)), {HEADS: 2, DIMS: 4})
-    assert axis.frozen is None and list(solution.attributes) == [DIMS]
+    assert axis.frozen is None and list(solution.attributes) == [HEADS]
 
 
 def test_what_was_compared_and_equal_stays_equal() -> None:
