@@ -225,6 +225,7 @@ def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> No
         "score_batchnorm": (True, False),
         "reduction": ("sum", "mean"),
         "normalizer": ("none", "mean"),
+        "engine": ("axes", "torch-pruning"),
         "head_dims": ("per_head", "shared_all"),
         "selection": ("exact", "threshold"),
         "rounding": ("balanced", "down"),

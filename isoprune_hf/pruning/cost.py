@@ -51,9 +51,9 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     image_size = image_size or model.config.image_size
     try:
         counter = _run_counter(light_copy(model.model), image_size, "meta")
-    except UnsupportedArchitectureError:  # a forward pass that reads values
-        if model.device.type == "meta":
-            raise
+    except UnsupportedArchitectureError as error:
+        if model.device.type == "meta" or "meta" not in str(error).lower():
+            raise  # else it is a forward pass that reads values
         counter = _run_counter(
             copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size, model.device
         )

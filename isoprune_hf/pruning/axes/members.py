@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from isoprune_hf.pruning.axes.axis import Axis, find
+from isoprune_hf.pruning.axes.axis import Axis, find, leaves
 from isoprune_hf.pruning.axes.cells import Cell, rows
 from isoprune_hf.pruning.axes.graph import AxisGraph
 from isoprune_hf.pruning.axes.signatures import LAYERS, TRANSPOSED, Entry, edges, list_entries
@@ -43,7 +43,15 @@ class _Builder:
         self.members = graph.members
         self.modules = dict(base.named_modules())
         self.order = {name: position for position, name in enumerate(self.modules)}
-        self.tensors = {name: position for position, name in enumerate(graph.trace.tensors)}
+        # Leaf -> the module that multiplies two activations along it: the dims of an attention.
+        self.attended = {
+            id(leaf): product.module
+            for product in graph.trace.products
+            if not product.has_weight
+            for axis in product.sizes[-2:]
+            for leaf in leaves(axis)
+            if leaf.frozen is None
+        }
 
     def plain(self, leaf: Axis) -> CoupledGroup | None:
         """A group of one leaf."""
@@ -54,17 +62,24 @@ class _Builder:
         units = int(np.gcd.reduce([leaf.size for leaf in leaves]))
         return self._group([(leaf, units) for leaf in leaves], units)
 
-    def _group(self, leaves: list[tuple[Axis, int]], units: int) -> CoupledGroup | None:
+    def _group(self, parts: list[tuple[Axis, int]], units: int) -> CoupledGroup | None:
         index: dict[tuple[str, int], list[np.ndarray]] = {}
-        for leaf, _ in leaves:
+        for leaf, _ in parts:
             for key, found in self.members.get(id(leaf), {}).items():
                 index.setdefault(key, []).append(rows(found, {id(leaf): 1}, leaf.size).reshape(units, -1))
         members = self._sorted({key: np.concatenate(parts, axis=1) for key, parts in index.items()})
         entries = list_entries(members, self.modules)
         if all(entry.side == "out" for entry in entries):
             return None  # nothing reads them
-        signature = self._sign(entries, [leaf for leaf, _ in leaves])
-        return CoupledGroup(self._writer(members), signature, units, members)
+        own = [leaf for leaf, _ in parts]
+        inside = f"{self.attended.get(id(own[0]), '-')}."
+        if len(own) == 1 and all(member.parameter.startswith(inside) for member in members):
+            # One head, or heads that stay: still dims of an attention, which compete with their kind.
+            heads = int(min(member.index.shape[1] for member in members) == 1)
+            label = "|".join(entry.label for entry in entries)
+            path = _common_path(member.parameter.rpartition(".")[0] for member in members)
+            return CoupledGroup(path, f"Attention:{label}", units, members, heads)
+        return CoupledGroup(self._writer(members), self._sign(entries, own), units, members)
 
     def _sign(self, entries: list[Entry], leaves: list[Axis]) -> str:
         if self.signature == "paper":
