@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, make_base, make_images
 from torch import nn
 
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost import cost_model, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import score_groups
@@ -223,3 +224,14 @@ def test_a_plan_that_does_not_fit_is_refused_by_name(change, message: str, tmp_p
     change(values)
     with pytest.raises(CheckpointError, match=message):
         apply_plan(model, PruningPlan.from_json(json.dumps(values)))
+
+
+def test_a_cut_to_one_head_is_followed_through_another_layout_of_memory() -> None:
+    sizes = {"img_size": 112, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2)}
+    model = load_base("timm/swin_tiny_patch4_window7_224", pretrained=False, model_args=sizes).model
+    groups = trace_groups(model)
+    scores = score_groups(model, groups, criterion="random")
+    plan = make_plan(groups, scores, PruneRecipe(ratio=0.5, head_ratio=0.5, head_dim_ratio=0.0))
+    assert {len(heads) for heads in plan.heads.values()} == {1}
+    pruned = apply_plan(model, plan, groups)
+    assert pruned.config.cost["pruned"] == count_cost(pruned).to_dict()

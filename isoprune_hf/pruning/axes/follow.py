@@ -1,6 +1,6 @@
 """A forward pass that follows the axes of every tensor: the rules are applied to each operation that runs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,8 +54,10 @@ class _Operations(TorchDispatchMode):
         found = [found] if isinstance(found, tuple) else found
         source = self._source(tensors_in((*args, *(kwargs or {}).values())))
         is_live = bool(source.steps or source.tensors)
-        if name not in _UNSEEN and is_live:
-            trace.steps.append(Step(name, trace.modules[-1], tuple(found), source))
+        if is_bias(name, args, trace.names):
+            source = Source(source.steps)
+        elif name not in _UNSEEN and is_live:
+            trace.steps.append(Step(_SAME.get(name, name), trace.modules[-1], tuple(found), source))
             source = Source(frozenset((len(trace.steps) - 1,)))
         for part, axes in zip(outs, found, strict=True):
             if len(axes) != part.ndim or any(a.size != s for a, s in zip(axes, part.shape, strict=True)):
@@ -84,6 +86,7 @@ _WEIGHT_VIEWS = frozenset(
         "squeeze",
     )
 )
+_SAME = {"addmm": "mm"}
 # Which of these are run depends on how the memory lies.
 _UNSEEN = _WEIGHT_VIEWS | {"_to_copy", "_reshape_alias", "as_strided", "as_strided_", "contiguous", "unbind", "select"}
 
@@ -92,7 +95,12 @@ def is_seen(func: Any) -> str | None:
     """Name of an operation that computes; None where it only lays out memory."""
     name = func._schema.name.removeprefix("aten::")
     name = name if name == "as_strided_" else name.removesuffix("_")
-    return None if name in _UNSEEN else name
+    return None if name in _UNSEEN else _SAME.get(name, name)
+
+
+def is_bias(name: str, args: tuple, known: Container[int]) -> bool:
+    """Whether an operation adds a bias: a linear does it with its product or after it, as its input lies in memory."""
+    return name == "add" and any(isinstance(arg, Tensor) and arg.ndim == 1 and id(arg) in known for arg in args)
 
 
 def _find_rule(func: Any) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find
-from isoprune_hf.pruning.axes.follow import is_seen, slow_attention, tensors_in
+from isoprune_hf.pruning.axes.follow import is_bias, is_seen, slow_attention, tensors_in
 from isoprune_hf.pruning.axes.graph import RUN_ERRORS, AxisGraph
 from isoprune_hf.pruning.axes.shortcuts import run
 from isoprune_hf.pruning.copying import copy_modules, copy_shapes
@@ -150,7 +150,7 @@ class _Recorder(TorchDispatchMode):
                 part._is_live = True
             name = is_seen(func)
             shapes = tuple(tuple(part.shape) for part in tensors_in([out]))
-            if name is not None and shapes:
+            if name is not None and shapes and not is_bias(name, args, self.live):
                 self.ran.append(Ran(name, shapes))
         return out
 
