@@ -119,9 +119,9 @@ def _run(arguments: list[str]) -> None:
         code = main(arguments)
     except SystemExit as stopped:
         code = stopped.code
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent reads it
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:  # it never rises past os._exit: the parent reads it
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

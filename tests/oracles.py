@@ -336,7 +336,7 @@ def _group_norm(args: tuple, kwargs: dict[str, Any], count: int) -> tuple[torch.
     if weight is None:
         output = output * ~_dead(tensor.reshape(batch, channels, pixels), [1])
     else:
-        output = output if weight is None else output * weight[:, None]
+        output = output * weight[:, None]
     output = output if bias is None else output + bias[:, None]
     return output.reshape(tensor.shape), mean, (variance + eps).rsqrt()
 

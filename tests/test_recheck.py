@@ -114,6 +114,13 @@ def test_a_plan_that_keeps_what_a_tied_tensor_drops_is_refused() -> None:
         sizes_after(groups.graph, fewer, ())
 
 
+def test_a_plan_that_keeps_others_in_a_tied_tensor_is_refused() -> None:
+    groups = trace_groups(open_network(""))
+    others = {**masks_of(groups, "stem", 5), ("mid.weight", 1): np.arange(8) >= 3}
+    with pytest.raises(CheckpointError, match="would keep other elements than"):
+        sizes_after(groups.graph, others, ())
+
+
 def test_groups_that_forget_a_member_are_refused() -> None:
     model = open_network("")
     groups = trace_groups(model)

@@ -226,12 +226,12 @@ def test_a_plan_that_does_not_fit_is_refused_by_name(change, message: str, tmp_p
         apply_plan(model, PruningPlan.from_json(json.dumps(values)))
 
 
-def test_a_cut_to_one_head_is_followed_through_another_layout_of_memory() -> None:
+def test_one_dim_in_each_head_is_followed_where_a_linear_then_adds_its_bias_apart() -> None:
     sizes = {"img_size": 112, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2)}
     model = load_base("timm/swin_tiny_patch4_window7_224", pretrained=False, model_args=sizes).model
     groups = trace_groups(model)
-    scores = score_groups(model, groups, criterion="random")
-    plan = make_plan(groups, scores, PruneRecipe(ratio=0.5, head_ratio=0.5, head_dim_ratio=0.0))
-    assert {len(heads) for heads in plan.heads.values()} == {1}
+    recipe = PruneRecipe(head_ratio=0.0, head_dim_ratio=1.0, min_keep=1, round_to=1)
+    plan = make_plan(groups, score_groups(model, groups, criterion="random"), recipe)
+    assert [len(plan.kept[name]) for name in plan.heads] == [2, 2]
     pruned = apply_plan(model, plan, groups)
     assert pruned.config.cost["pruned"] == count_cost(pruned).to_dict()

@@ -56,13 +56,9 @@ class PatchMerging:
     written: tuple[str, ...]
 
 
-# Attributes of an attention module that follow from heads and head dims, for timm and for transformers.
-QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads")
-KEY_HEAD_COUNTS = ("num_kv_heads", "num_key_value_heads")
-HEAD_DIMS = ("head_dim",)
-QUERY_WIDTHS = ("attn_dim",)
-KEY_WIDTHS = ("kv_dim",)
-HEAD_SCALES = ("scale", "scaling")
+# Where an attention module keeps its numbers of heads, in timm and in transformers.
+_QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads")
+_KEY_HEAD_COUNTS = ("num_kv_heads", "num_key_value_heads")
 _PROJECTIONS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
 _OUTPUTS = ("proj", "o_proj")
 
@@ -94,13 +90,13 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _read_attention(path: str, module: nn.Module, *, returns_tuple: bool) -> Attention | None:
-    queries = _number(module, QUERY_HEAD_COUNTS)
+    queries = _number(module, _QUERY_HEAD_COUNTS)
     parts = dict(module.named_children())
     names = next((names for names in _PROJECTIONS if all(isinstance(parts.get(n), nn.Linear) for n in names)), None)
     output = next((name for name in _OUTPUTS if isinstance(parts.get(name), nn.Linear)), None)
     if queries is None or names is None or output is None or _rotates(module):
         return None
-    heads = _number(module, KEY_HEAD_COUNTS) or queries
+    heads = _number(module, _KEY_HEAD_COUNTS) or queries
     width = parts[output].in_features
     if width % queries or queries % heads:
         return None

@@ -6,7 +6,7 @@ Like `copy.deepcopy`, which spends most of its time on tables of modules and on 
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -32,6 +32,12 @@ def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
     return copy_modules(module, empty, with_hooks=False)
+
+
+def blank_image(network: nn.Module, image_size: Sequence[int]) -> torch.Tensor:
+    """Make an image for a network, on its device and in its dtype: (1, C, H, W)."""
+    weight = next(network.parameters())
+    return torch.zeros(1, *image_size, device=weight.device, dtype=weight.dtype)
 
 
 def copy_modules(

@@ -1,7 +1,7 @@
 """How big a model is, and how big a plan would make it: exact multiply-accumulates and parameters."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.units import Tie, Width, leaf_ties, widths_of
-from isoprune_hf.pruning.copying import copy_modules
+from isoprune_hf.pruning.copying import blank_image, copy_modules
 from isoprune_hf.pruning.graph import graph_of
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.tracing import light_copy
@@ -50,18 +50,16 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     """
     image_size = image_size or model.config.image_size
     try:
-        counter = _run_counter(light_copy(model.model), image_size, "meta")
+        counter = _run_counter(light_copy(model.model), image_size)
     except UnsupportedArchitectureError as error:
         if model.device.type == "meta" or "meta" not in str(error).lower():
             raise  # else it is a forward pass that reads values
-        counter = _run_counter(
-            copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size, model.device
-        )
+        counter = _run_counter(copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size)
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _run_counter(network: nn.Module, image_size: Sequence[int], device: torch.device | str) -> FlopCounterMode:
-    example = torch.zeros(1, *image_size, device=device)
+def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMode:
+    example = blank_image(network, image_size)
     network = network.eval().requires_grad_(False)  # else the counter looks for gradients
     counter = FlopCounterMode(display=False)
     # The math backend spells attention out as two products; the fused kernels have no meta implementation to count.
@@ -202,8 +200,8 @@ def cost_model(
         products.append(Term(product.module, tuple(width for factor in widths for width in factor)))
     parameters = _parameters(model.model, groups)
     counts = {group.name: (group.channels, group.num_heads) for group in groups}
-    plain = CostModel(ModelCost(0, 0), products, parameters, counts)
-    return CostModel(plain.cost({}, {}), products, parameters, counts, [block.name for block in blocks])
+    unknown = CostModel(ModelCost(0, 0), products, parameters, counts, [block.name for block in blocks])
+    return replace(unknown, base=unknown.cost({}, {}))
 
 
 def _parameters(network: nn.Module, groups: Sequence[CoupledGroup]) -> list[Term]:

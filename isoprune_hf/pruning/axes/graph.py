@@ -15,7 +15,7 @@ from isoprune_hf.pruning.axes.equations import Solution, freeze_compared, solve_
 from isoprune_hf.pruning.axes.follow import trace_network
 from isoprune_hf.pruning.axes.integers import Attribute
 from isoprune_hf.pruning.axes.trace import Trace
-from isoprune_hf.pruning.copying import copy_modules, copy_shapes
+from isoprune_hf.pruning.copying import blank_image, copy_modules, copy_shapes
 
 # What a network may raise where its forward pass reads values, which the meta device does not have.
 RUN_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -68,7 +68,7 @@ def follow_axes(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
     on_meta = True
     try:
         network = copy_shapes(base, dtype=torch.float32).eval()
-        trace = trace_network(network, torch.zeros(1, *image_size, device="meta"))
+        trace = trace_network(network, blank_image(network, image_size))
     except RUN_ERRORS as error:
         network, trace = _trace_real(base, image_size, error)
         on_meta = False
@@ -85,7 +85,7 @@ def _trace_real(base: nn.Module, image_size: Sequence[int], on_meta: Exception) 
         raise _does_not_run(base, on_meta) from on_meta
     try:
         network = copy_modules(base, torch.clone, with_hooks=False).eval()
-        return network, trace_network(network, torch.zeros(1, *image_size))
+        return network, trace_network(network, blank_image(network, image_size))
     except RUN_ERRORS as error:
         raise _does_not_run(base, error) from error
 
@@ -125,18 +125,14 @@ def _find_heads(trace: Trace, solution: Solution) -> dict[int, Axis] | None:
     partners: dict[int, dict[int, Axis]] = {}
     owners: dict[int, dict[int, Axis]] = {}
     by_id: dict[int, Axis] = {}
-    before = _mixed_paths(trace)
-    for path in before:
-        if len(path) > 2 or not path[0].is_batch or path[0] is path[-1]:
-            keep = path[-1]
-            for leaf in path[:-1]:
-                if leaf is not keep and (len(path) == 2 or not leaf.is_batch or leaf.is_copy):
-                    freeze(leaf, "it is a part of channels that leave by another part")
-                    return None
-            for leaf in path[:-1]:
-                freeze(leaf, "it is a part of channels that leave by another part")
+    for *outer, dim in _mixed_paths(trace):
+        held = [leaf for leaf in outer if not leaf.is_batch or leaf is dim]
+        if len(outer) > 1:  # of several, copies stay before heads do
+            held = held or [leaf for leaf in outer if leaf.is_copy] or outer
+        if held:
+            freeze(held[0], "it is a part of channels that leave by another part")
             return None
-        head, dim = path
+        (head,) = outer
         by_id[id(head)], by_id[id(dim)] = head, dim
         partners.setdefault(id(head), {})[id(dim)] = dim
         owners.setdefault(id(dim), {})[id(head)] = head

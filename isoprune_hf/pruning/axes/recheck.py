@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.axes.axis import Axis, find
+from isoprune_hf.pruning.axes.cells import Cell
 from isoprune_hf.pruning.axes.follow import is_bias, is_seen, slow_attention, tensors_in
 from isoprune_hf.pruning.axes.graph import RUN_ERRORS, AxisGraph
 from isoprune_hf.pruning.axes.shortcuts import run
-from isoprune_hf.pruning.copying import copy_modules, copy_shapes
+from isoprune_hf.pruning.copying import blank_image, copy_modules, copy_shapes
 
 
 class Ran(NamedTuple):
@@ -40,16 +41,21 @@ def sizes_after(
     """
     sizes = {leaf: axis.size for leaf, axis in graph.solution.by_id.items()}
     for leaf, found in graph.members.items():
-        seen: dict[int, str] = {}
+        counts: dict[int, str] = {}
+        kept: dict[bytes, str] = {}
         for (name, dim), parts in found.items():
-            if name.startswith(gone or ("\0",)):
-                continue
-            size = _size(graph, leaf, masks.get((name, dim)), parts, name)
-            seen.setdefault(size, name)
-        if len(seen) > 1:
-            (first, name), (second, other) = list(seen.items())[:2]
+            for cell in () if name.startswith(gone or ("\0",)) else parts:
+                count, elements = _staying(graph, leaf, masks.get((name, dim)), cell, name)
+                counts.setdefault(count, name)
+                if elements is not None:
+                    kept.setdefault(elements, name)
+        if len(counts) > 1:
+            (first, name), (second, other) = list(counts.items())[:2]
             raise CheckpointError(f"pruning plan: {name} would keep {first} of what {other} keeps {second} of")
-        sizes[leaf] = int(next(iter(seen), sizes.get(leaf, 1)))
+        if len(kept) > 1:
+            name, other = list(kept.values())[:2]
+            raise CheckpointError(f"pruning plan: {name} would keep other elements than {other}, which is tied to it")
+        sizes[leaf] = next(iter(counts), sizes.get(leaf, 1))
     for link in graph.solution.links:  # a quotient lies in no tensor: it keeps the proportion
         real = next((leaf for leaf in link if leaf in graph.members), None)
         for leaf in link - graph.members.keys() if real is not None else ():
@@ -58,25 +64,20 @@ def sizes_after(
     return sizes
 
 
-def _size(graph: AxisGraph, leaf: int, mask: np.ndarray | None, parts: Sequence[Any], name: str) -> int:
-    """Elements of a leaf that stay in one tensor."""
-    counts = None
-    for cell in parts:
-        labels = cell.labels[leaf]
-        stays = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
-        partner = _partner(graph, leaf, cell.labels)
-        if partner is not None and leaf in graph.heads:  # dims: as many as stay in each head that stays
-            heads = len(np.unique(cell.labels[partner][stays]))
-            ways = len(labels) // ((labels.max() + 1) * (cell.labels[partner].max() + 1))
-            size = int(stays.sum()) // max(heads * ways, 1)
-        else:
-            size = len(np.unique(labels[stays]))
-            if partner is None and not (
-                np.bincount(labels, minlength=1)[np.unique(labels[stays])].sum() == stays.sum()
-            ):
-                raise CheckpointError(f"pruning plan: {name} would keep a part of a channel")
-        counts = size if counts is None else max(counts, size)
-    return counts or 0
+def _staying(graph: AxisGraph, leaf: int, mask: np.ndarray | None, cell: Cell, name: str) -> tuple[int, bytes | None]:
+    """How many elements of a leaf stay in a tensor, and which; None for dims in heads: each head may keep others."""
+    labels, partner = cell.labels[leaf], _partner(graph, leaf, cell.labels)
+    stays = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
+    kept = np.unique(labels[stays])
+    ways = len(labels) // (int(labels.max()) + 1)  # elements of the tensor for each of the leaf
+    if partner is None:
+        if len(kept) * ways != stays.sum():
+            raise CheckpointError(f"pruning plan: {name} would keep a part of a channel")
+    elif leaf in graph.heads:
+        heads = cell.labels[partner]
+        ways //= int(heads.max()) + 1
+        return int(stays.sum()) // max(len(np.unique(heads[stays])) * ways, 1), None
+    return len(kept), kept.tobytes()
 
 
 def _partner(graph: AxisGraph, leaf: int, labels: Mapping[int, np.ndarray]) -> int | None:
@@ -161,7 +162,7 @@ def record_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) 
         copied = copy_shapes(network, dtype=torch.float32)
     else:
         copied = copy_modules(network, lambda tensor: tensor, with_hooks=False)
-    image = torch.zeros(1, *image_size, device="meta" if on_meta else "cpu")
+    image = blank_image(copied, image_size)
     recorder = _Recorder([image, *copied.parameters(), *copied.buffers()])
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention(), recorder:
         copied.eval()(image)

@@ -171,15 +171,8 @@ def _slice(trace: Trace, axis: Axis, start: int | None, stop: int | None) -> Non
             trace.equate(size if bound > 0 else Operation("-", 0, size), total)
 
 
-@says("conv1d", "conv2d", "conv3d", "convolution")
+@says("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _conv(trace: Trace, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
-    groups = kwargs.get("groups", args[4] if len(args) > 4 else 1)
-    if int(groups) > 1:
-        trace.state(expression_of(groups), trace.groups)
-
-
-@says("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _conv_transpose(trace: Trace, out: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
     groups = kwargs.get("groups", args[4] if len(args) > 4 else 1)
     if int(groups) > 1:
         trace.state(expression_of(groups), trace.groups)
