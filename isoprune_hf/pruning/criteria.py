@@ -24,6 +24,7 @@ from isoprune_hf.pruning.channel_scores import (
     score_elements,
     sum_along,
 )
+from isoprune_hf.pruning.gates import gate_fisher
 from isoprune_hf.pruning.gradients import mean_gradients
 from isoprune_hf.pruning.hessian import last_squared_gradient, mean_squared_gradients
 from isoprune_hf.pruning.reference import counted_weights
@@ -52,6 +53,12 @@ def _hessian(scoring: Scoring) -> Scores:
 def _hessian_reference(scoring: Scoring) -> Scores:
     """v = w^2 g^2 of the last image alone: a defect, for parity only (see `last_squared_gradient`)."""
     return score_elements(scoring, _second_order(scoring, last_squared_gradient), "sum")
+
+
+def _gate_fisher(scoring: Scoring) -> Scores:
+    """E[g_n^2] / 2, with g_n the derivative of image n's loss by a gate on the channel (see `gates.py`)."""
+    scores = gate_fisher(scoring.model, scoring.groups, scoring.batches, scoring.accelerator, scoring.precision)
+    return scores, score_blocks(scoring, scores)
 
 
 def _l1(scoring: Scoring) -> Scores:
@@ -143,6 +150,7 @@ CRITERIA: dict[str, Callable[[Scoring], Scores]] = {
     "taylor_reference": _taylor_reference,
     "hessian": _hessian,
     "hessian_reference": _hessian_reference,
+    "gate_fisher": _gate_fisher,
     "activation_variance": _activation_variance,
     "l1": _l1,
     "l2": _l2,
