@@ -13,6 +13,8 @@ from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
 from isoprune_hf.recipes import BUDGETS, PruneRecipe, parse_budget
 
+# What a group is worth that goes from one width to a larger one.
+Worth = Callable[[Choice, CoupledGroup, int, int], float]
 # A result this far below its budget is searched for a better one, and reported when there is none.
 _TOLERANCE = 0.005
 _MOST_SWAPS = 4000
@@ -98,10 +100,10 @@ def check_budget(
         return
     ratios = Ratios.of(recipe)
     lowest = Ratios(*(float(value > 0) for value in (ratios.ratio, ratios.head_ratio, ratios.head_dim_ratio)))
-    _check_reachable(budget, budget.measure(ranking, ranking.choose(lowest)), recipe)
+    check_reachable(budget, budget.measure(ranking, ranking.choose(lowest)), recipe)
 
 
-def _check_reachable(budget: Budget, smallest: float, recipe: PruneRecipe) -> None:
+def check_reachable(budget: Budget, smallest: float, recipe: PruneRecipe) -> None:
     if smallest > budget.target:
         raise BudgetError(
             f"prune.{budget.setting} {budget.show(budget.target)} cannot be reached: the smallest is "
@@ -126,7 +128,7 @@ def solve(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, Rat
     def figure(share: float) -> float:
         return budget.measure(ranking, ranking.choose(ratios.scaled(share)))
 
-    _check_reachable(budget, figure(1.0), ranking.recipe)
+    check_reachable(budget, figure(1.0), ranking.recipe)
     low, high = 0.0, 1.0
     if figure(0.0) <= budget.target:
         high = 0.0
@@ -136,13 +138,12 @@ def solve(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, Rat
             low = middle
         else:
             high = middle
-    choice = _fill(ranking, ranking.choose(ratios.scaled(high)), budget)
-    if budget.measure(ranking, choice) < (1 - _TOLERANCE) * budget.target:
-        choice = _swap(ranking, choice, budget)
-    return choice, ratios.scaled(high), _report(ranking, choice, budget)
+    choice = ranking.choose(ratios.scaled(high))
+    choice = swap(ranking, fill(ranking, choice, budget, _relative_worth(ranking, choice)), budget)
+    return choice, ratios.scaled(high), report(ranking, choice, budget)
 
 
-def _report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
+def report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
     reached = budget.measure(ranking, choice)
     if reached >= (1 - _TOLERANCE) * budget.target:
         return ()
@@ -153,36 +154,33 @@ def _report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]
     )
 
 
-def _fill(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
-    """Give channels back while the budget allows, the next allowed width of the best-scored group first.
-
-    Scores of unlike classes have unlike scales, so each is taken relative to the mean of its scope.
-    """
-    movable = [group for group in ranking.groups if group.name in choice.widths and _is_movable(ranking, group)]
-    units = {group.name: ranking.units(group, choice.heads)[::-1] for group in movable}
-    means = _scope_means(ranking, movable, units)
+def fill(ranking: Ranking, choice: Choice, budget: Budget, worth: Worth) -> Choice:
+    """Give channels back while the budget allows, the next allowed width of highest worth first."""
+    movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
     allowed = {group.name: ranking.allowed(group) for group in movable}
-    widths, steps = dict(choice.widths), []
+    steps: list[tuple[float, int, int]] = []
 
-    def push(position: int, name: str) -> None:
-        upper = next((width for width in allowed[name] if width > widths[name]), None)
+    def push(position: int) -> None:
+        group = movable[position]
+        width = choice.widths[group.name]
+        upper = next((wider for wider in allowed[group.name] if wider > width), None)
         if upper is not None:
-            value = units[name][widths[name] : upper].mean() / means[name]
-            heapq.heappush(steps, (-value, position, name, upper))
+            heapq.heappush(steps, (-worth(choice, group, width, upper), position, upper))
 
-    for position, group in enumerate(movable):
-        push(position, group.name)
+    for position in range(len(movable)):
+        push(position)
     while steps:
-        _, position, name, upper = heapq.heappop(steps)
-        if budget.measure(ranking, replace(choice, widths={**widths, name: upper})) <= budget.target:
-            widths[name] = upper
-            push(position, name)
-    return replace(choice, widths=widths)
+        _, position, upper = heapq.heappop(steps)
+        wider = replace(choice, widths={**choice.widths, movable[position].name: upper})
+        if budget.measure(ranking, wider) <= budget.target:
+            choice = wider
+            push(position)
+    return choice
 
 
-def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
-    """Move one group up and another down where that comes nearer to the budget, the best pair first."""
-    movable = [group for group in ranking.groups if group.name in choice.widths and _is_movable(ranking, group)]
+def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
+    """Move one group up and another down while a choice is far below the budget, the pair that comes nearest first."""
+    movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
     allowed = {group.name: ranking.allowed(group) for group in movable}
     trials, best = 0, budget.measure(ranking, choice)
     while best < (1 - _TOLERANCE) * budget.target:
@@ -204,14 +202,19 @@ def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
     return choice
 
 
-def _is_movable(ranking: Ranking, group: CoupledGroup) -> bool:
+def is_movable(ranking: Ranking, group: CoupledGroup) -> bool:
     rule = ranking.rules[group.name]
     return rule.is_free and rule.fixed is None
 
 
-def _scope_means(ranking: Ranking, groups: Sequence[CoupledGroup], units: dict[str, np.ndarray]) -> dict[str, float]:
+def _relative_worth(ranking: Ranking, choice: Choice) -> Worth:
+    """Mean score of the units that come back; scores of unlike classes have unlike scales, so by that of the scope."""
+    movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
+    units = {group.name: ranking.units(group, choice.heads)[::-1] for group in movable}
     scopes: dict[str, list[np.ndarray]] = {}
-    for group in groups:
+    for group in movable:
         scopes.setdefault(ranking.rules[group.name].scope, []).append(units[group.name])
     means = {scope: float(np.concatenate(values).mean()) or 1.0 for scope, values in scopes.items()}
-    return {group.name: means[ranking.rules[group.name].scope] for group in groups}
+    return lambda _, group, width, upper: (
+        units[group.name][width:upper].mean() / means[ranking.rules[group.name].scope]
+    )

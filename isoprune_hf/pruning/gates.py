@@ -207,9 +207,7 @@ def _weight_gates(
     parameters = dict(model.model.named_parameters())
     rows = []
     for image, label in zip(images.split(1), labels.split(1), strict=True):
-        gates = [
-            torch.ones(end.member.index.shape, device=images.device, requires_grad=True) for end in ends
-        ]
+        gates = [torch.ones(end.member.index.shape, device=images.device, requires_grad=True) for end in ends]
         replaced: dict[str, torch.Tensor] = {}
         for end, gate in zip(ends, gates, strict=True):
             for name, dim in ((end.member.parameter, end.member.dim), (end.bias, 0)):

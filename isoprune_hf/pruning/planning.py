@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.budget import read_budget, solve
+from isoprune_hf.pruning.budget import Budget, read_budget, solve
 from isoprune_hf.pruning.cost import CostModel
 from isoprune_hf.pruning.counting import width_step
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores
+from isoprune_hf.pruning.knapsack import solve_knapsack
 from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
@@ -21,6 +22,7 @@ _SETTINGS = (
         "score_batchnorm",
         "reduction",
         "normalizer",
+        "allocation",
         "scope",
         "scopes",
         "signature",
@@ -44,9 +46,10 @@ def make_plan(
 ) -> PruningPlan:
     """Decide what leaves; touches no weights and needs no data.
 
-    Every class gives up the same fraction of its channels, its lowest-scored ones. With a budget the ratios are scaled
-    together by bisection until the figure meets it from below; what is left of it goes back to the best of the removed
-    channels.
+    By `allocation`: class lets every class give up the same fraction of its channels, its lowest-scored ones. With a
+    budget the ratios are scaled together by bisection until the figure meets it from below; what is left of it goes
+    back to the best of the removed channels. knapsack lets all classes compete by loss per saved figure; the ratios
+    then say which kinds may be cut, and without a budget how many MACs stay.
 
     Args:
         groups: Groups of `trace_groups`.
@@ -64,7 +67,9 @@ def make_plan(
     ranking = Ranking(groups, scores, recipe, blocks)
     ratios, notes = Ratios.of(recipe), ()
     budget = read_budget(recipe, cost, latency)
-    if budget is None:
+    if recipe.allocation == "knapsack":
+        choice, notes = solve_knapsack(ranking, ratios, budget or _same_macs(ranking, ratios, cost))
+    elif budget is None:
         choice = ranking.choose(ratios)
     else:
         choice, ratios, notes = solve(ranking, ratios, budget)
@@ -86,6 +91,14 @@ def make_plan(
         settings=settings,
         fingerprint=scores.fingerprint,
     )
+
+
+def _same_macs(ranking: Ranking, ratios: Ratios, cost: CostModel | None) -> Budget:
+    """The MACs that the ratios would leave if every class gave up the same fraction."""
+    if cost is None:
+        raise RecipeError("prune.allocation knapsack needs the cost of `cost_model`: give it to make_plan")
+    target = ranking.cost(ranking.choose(ratios), cost).macs
+    return Budget("ratio", target, cost.base.macs, lambda chosen, choice: chosen.cost(choice, cost).macs)
 
 
 def removed_by(

@@ -157,6 +157,12 @@ class Ranking:
             return size
         return min(size, max(self.recipe.min_keep, size - math.floor(size * self.recipe.max_ratio + 1e-9)))
 
+    def head_floor(self, group: CoupledGroup) -> int:
+        """Heads that stay in an attention whatever the ratio."""
+        if not self.rules[group.name].is_free:
+            return group.num_heads
+        return max(1, group.num_heads - math.floor(group.num_heads * self.recipe.max_ratio + 1e-9))
+
     def units(self, group: CoupledGroup, heads: Mapping[str, tuple[int, ...]]) -> np.ndarray:
         """What competes, ascending: channels; in attention, the weakest dims of all kept heads, then the second."""
         if not group.num_heads:
@@ -193,12 +199,7 @@ class Ranking:
         spared: set[str] = set()
         for pool in pools.values():
             means = {group.name: self.scores[group.name].reshape(group.num_heads, -1).mean(axis=1) for group in pool}
-            floors = {
-                g.name: max(1, g.num_heads - math.floor(g.num_heads * self.recipe.max_ratio + 1e-9))
-                if self.rules[g.name].is_free
-                else g.num_heads
-                for g in pool
-            }
+            floors = {group.name: self.head_floor(group) for group in pool}
             units = {name: np.sort(values, kind="stable") for name, values in means.items()}
             if self.recipe.selection == "threshold":
                 counts, _ = threshold_counts(units, floors, head_ratio)

@@ -67,6 +67,8 @@ class PruneRecipe:
         reduction: How the coupled layers of a channel are put together: sum or mean.
         normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
         scoring_precision: no (fp32) or bf16 for the passes that score; bf16 reports how well it ranks as fp32 does.
+        allocation: class shares the cut by the ratios, one for each kind; knapsack lets the channels of all classes
+            compete by loss per saved MAC (or parameter, or millisecond), whatever their scope: take gate_fisher.
         scope: Who competes with whom: isomorphic (equal sub-structures), global (all), local (nobody).
         scopes: Scopes of your own, as {"blocks.0.*": first}: groups whose names match a pattern compete in the
             scope that it names; all others by `scope`.
@@ -113,6 +115,7 @@ class PruneRecipe:
     reduction: Literal["sum", "mean"] = "sum"
     normalizer: Literal["none", "mean", "max"] = "none"
     scoring_precision: Literal["no", "bf16"] = "no"
+    allocation: Literal["class", "knapsack"] = "class"
     scope: Literal["isomorphic", "global", "local"] = "isomorphic"
     scopes: dict[str, str] = field(default_factory=dict)
     signature: Literal["paper", "strict"] = "paper"
@@ -160,6 +163,13 @@ class PruneRecipe:
         targets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; give one budget")
+        if self.allocation == "knapsack":
+            for name, needed in (("selection", "exact"), ("normalizer", "none")):
+                if getattr(self, name) != needed:
+                    raise RecipeError(
+                        f"prune.allocation knapsack compares losses as they are: set prune.{name} {needed}, "
+                        f"got {getattr(self, name)}"
+                    )
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
 
