@@ -75,7 +75,7 @@ def run_plan_apply(
     if model is not None:
         settings["model"] = model
     images = open_data(data, accelerator) if data.dataset else None
-    base = open_base(PruneRecipe(**settings), data, images, accelerator, is_scored=True)
+    base = open_base(PruneRecipe(**settings), data, images, accelerator, is_scored=True, is_replayed=True)
     pruned, replayed = replay_plan(base.model, decided, ignore_fingerprint=ignore_fingerprint)
     known = {field.name for field in fields(PruneRecipe)} - {"model", "pretrained", "model_args", "num_labels", "seed"}
     settings |= {key: value for key, value in decided.settings.items() if key in known}

@@ -32,6 +32,7 @@ def open_base(
     accelerator: Accelerator,
     *,
     is_scored: bool = False,
+    is_replayed: bool = False,
 ) -> BaseModel:
     if prune.model is None:
         raise RecipeError(
@@ -41,9 +42,12 @@ def open_base(
     if replaced:
         changes = ", ".join(f"{name} {value} (not {default})" for name, (default, value) in replaced.items())
         logger.info(f"prune.preset {prune.preset} sets {changes}")
-    needs_data = prune.criterion in DATA_CRITERIA and not is_scored
-    if needs_data and images is None:
+    reads_scores = prune.criterion in DATA_CRITERIA and not is_scored
+    needs_data = reads_scores or (prune.data_step is not None and not is_replayed)
+    if reads_scores and images is None:
         raise RecipeError(f"criterion {prune.criterion} needs data: give --data.dataset, or take --prune.criterion l1")
+    if needs_data and images is None:
+        raise RecipeError(f"prune.{prune.data_step} needs data: give --data.dataset, or leave it out")
     if prune.num_labels == "data" and images is None:
         raise RecipeError("prune.num_labels data needs data: give --data.dataset")
     if needs_data and images.train is None:
@@ -79,8 +83,10 @@ def open_calibration(
     images: ImageData | None,
     processor: BaseImageProcessor,
     accelerator: Accelerator,
+    *,
+    is_scored: bool = False,
 ) -> tuple[CalibrationBatches | None, dict[str, Any]]:
-    if prune.criterion not in DATA_CRITERIA:
+    if prune.data_step is None and (is_scored or prune.criterion not in DATA_CRITERIA):
         return None, {}
     options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
     ids = calibration_ids(len(images.train), **options)

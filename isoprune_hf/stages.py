@@ -14,10 +14,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import CheckpointError, DatasetError, RecipeError, WriteError
 from isoprune_hf.finetuning import CHECKPOINTS, open_run, train_student
 from isoprune_hf.models import BaseModel, load_base
-from isoprune_hf.pruning.blocks import find_blocks
-from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
-from isoprune_hf.pruning.prune import PruneResult, prune_model
+from isoprune_hf.pruning.importance import ImportanceScores
+from isoprune_hf.pruning.prune import PruneResult, prune_model, score_model
 from isoprune_hf.pruning.speed import measure_latency, record_measurement
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
@@ -35,15 +33,7 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, data, images, accelerator)
     batches, sample = open_calibration(prune, data, images, base.processor, accelerator)
-    scores = score_groups(
-        base.model,
-        trace_groups(base.model),
-        blocks=find_blocks(base.model),
-        batches=batches,
-        accelerator=accelerator,
-        sample=sample,
-        **scoring_options(prune),
-    )
+    scores = score_model(base.model, prune, batches, accelerator, sample=sample)
     if accelerator.is_main_process:
         replace_file(target, scores.save)
     return f"scores of {len(scores.scores)} groups are in {output}"
@@ -207,7 +197,7 @@ def _prune(
     accelerator: Accelerator,
     scores: str | None,
 ) -> PruneResult:
-    batches, sample = (None, {}) if scores else open_calibration(prune, data, images, base.processor, accelerator)
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=scores is not None)
     known = ImportanceScores.load(scores) if scores else None
     result = prune_model(base.model, prune, batches, accelerator, scores=known, sample=sample)
     if images is not None:

@@ -40,6 +40,7 @@ _RECORD = {
     "score_batchnorm": bool,
     "precision": str,
     "correlation": float | int | None,
+    "rotated": bool,
     "versions": dict,
 }
 
@@ -58,6 +59,7 @@ class ImportanceScores:
         score_batchnorm: BatchNorm counted.
         precision: Of the passes over images.
         correlation: For bf16: how well it ranks as fp32 does (see `score_groups`).
+        rotated: The heads were turned before (`rotate_heads`); `fingerprint` is of the weights before that.
         versions: Library -> version that scored.
     """
 
@@ -70,6 +72,7 @@ class ImportanceScores:
     score_batchnorm: bool = True
     precision: str = "no"
     correlation: float | None = None
+    rotated: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:

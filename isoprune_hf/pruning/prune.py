@@ -25,6 +25,8 @@ from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_
 from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.planning import make_plan
+from isoprune_hf.pruning.repair import repair
+from isoprune_hf.pruning.rotate import Rotated, keep_scale, rotate_heads
 from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.pruning.timing import fit_base, meet_latency
@@ -46,7 +48,7 @@ class PruneResult:
         groups: The coupled groups of the base.
         base_cost: Cost of the base.
         pruned_cost: Cost of `model`.
-        seconds: Wall seconds of trace, score, solve and cut.
+        seconds: Wall seconds of trace, rotate, score, solve, cut and repair.
     """
 
     model: IsoPruneForImageClassification
@@ -93,28 +95,20 @@ def prune_model(
         sample: Record of the calibration sample for the plan.
 
     Raises:
-        RecipeError, BudgetError, UnsupportedArchitectureError: See `score_groups`, `make_plan` and `trace_groups`.
+        RecipeError, BudgetError, UnsupportedArchitectureError: See `score_groups`, `make_plan`, `trace_groups`,
+            `rotate_heads` and `repair`.
     """
-    seconds = dict.fromkeys(("trace", "score", "solve", "cut"), 0.0)
+    seconds = dict.fromkeys(("trace", "rotate", "score", "solve", "cut", "repair"), 0.0)
     traced = _timed(seconds, "trace", lambda: _trace(model, recipe, accelerator))
-    _check_steps(recipe, calibration, scores)
-    if scores is not None and scores.fingerprint != fingerprint(model.model):
-        raise RecipeError(
-            "the scores were made from other weights than this base's; run `isoprune score` on this base"
-        )
+    _check_calibration(recipe, calibration, scores)
+    if scores is not None:
+        _check_origin(model, recipe, scores)
+    rotated = _timed(seconds, "rotate", lambda: _rotate(model, recipe, traced.groups, calibration, accelerator))
 
     def score(
         scored: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], blocks: tuple[ResidualBlock, ...]
     ) -> ImportanceScores:
-        return score_groups(
-            scored,
-            groups,
-            blocks=blocks,
-            batches=calibration,
-            accelerator=accelerator,
-            sample=sample,
-            **scoring_options(recipe),
-        )
+        return _score(scored, recipe, groups, blocks, calibration, accelerator, sample)
 
     def decide(decided: PruneRecipe) -> PruningPlan:
         plan = make_plan(
@@ -123,14 +117,16 @@ def prune_model(
         return _from_main(plan, accelerator)
 
     def cut(plan: PruningPlan) -> IsoPruneForImageClassification:
-        return apply_plan(model, plan, traced.groups, base_cost=traced.cost.base)
+        return apply_plan(rotated.model, plan, traced.groups, base_cost=traced.cost.base)
 
     if scores is None:
-        scores = _timed(seconds, "score", lambda: score(model, traced.groups, traced.blocks))
+        first = _timed(seconds, "score", lambda: score(rotated.model, traced.groups, traced.blocks))
+        scores = _of_base(first, model, recipe)
         for step in range(1, recipe.steps):
             intermediate = recipe_of_step(recipe, step, traced.cost, traced.latency)
             plan = _timed(seconds, "solve", lambda now=intermediate: decide(now))
             smaller = _timed(seconds, "cut", lambda now=plan: cut(now))
+            keep_scale(rotated, smaller, plan, traced.groups)
             groups, blocks = _find(smaller, recipe)
             fresh = _timed(seconds, "score", lambda now=(smaller, groups, blocks): score(*now))
             scores = lift_scores(scores, plan, fresh)
@@ -159,6 +155,12 @@ def prune_model(
                 agree=lambda value: _from_main(value, accelerator),
             ),
         )
+    notes = _timed(
+        seconds,
+        "repair",
+        lambda: repair(rotated, pruned, plan, traced.groups, recipe, calibration, accelerator),
+    )
+    plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
     if not any((model.config.structure or {}).values()):  # else the source names a base before this one
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
@@ -185,7 +187,72 @@ def _find(
     )
 
 
-def _check_steps(recipe: PruneRecipe, calibration: Batches | None, scores: ImportanceScores | None) -> None:
+def score_model(
+    model: IsoPruneForImageClassification,
+    recipe: PruneRecipe,
+    calibration: Batches | None = None,
+    accelerator: Accelerator | None = None,
+    *,
+    sample: dict[str, object] | None = None,
+) -> ImportanceScores:
+    """Score a base as `prune_model` does before its first cut; the arguments are the same.
+
+    Raises:
+        RecipeError, UnsupportedArchitectureError: See `score_groups`, `trace_groups` and `rotate_heads`.
+    """
+    _check_calibration(recipe, calibration, None)
+    groups = trace_groups(model, recipe.signature, recipe.engine)
+    rotated = _rotate(model, recipe, groups, calibration, accelerator)
+    scores = _score(rotated.model, recipe, groups, find_blocks(model), calibration, accelerator, sample)
+    return _of_base(scores, model, recipe)
+
+
+def _rotate(
+    model: IsoPruneForImageClassification,
+    recipe: PruneRecipe,
+    groups: tuple[CoupledGroup, ...],
+    calibration: Batches | None,
+    accelerator: Accelerator | None,
+) -> Rotated:
+    return rotate_heads(model, groups, calibration, accelerator) if recipe.rotate else Rotated(model, (), ())
+
+
+def _score(
+    model: IsoPruneForImageClassification,
+    recipe: PruneRecipe,
+    groups: tuple[CoupledGroup, ...],
+    blocks: tuple[ResidualBlock, ...],
+    calibration: Batches | None,
+    accelerator: Accelerator | None,
+    sample: dict[str, object] | None,
+) -> ImportanceScores:
+    return score_groups(
+        model,
+        groups,
+        blocks=blocks,
+        batches=calibration,
+        accelerator=accelerator,
+        sample=sample,
+        **scoring_options(recipe),
+    )
+
+
+def _of_base(scores: ImportanceScores, model: IsoPruneForImageClassification, recipe: PruneRecipe) -> ImportanceScores:
+    """The scores of a rotated model belong to the base that it was made from."""
+    return replace(scores, fingerprint=fingerprint(model.model), rotated=True) if recipe.rotate else scores
+
+
+def _check_origin(model: IsoPruneForImageClassification, recipe: PruneRecipe, scores: ImportanceScores) -> None:
+    if scores.fingerprint != fingerprint(model.model):
+        raise RecipeError(
+            "the scores were made from other weights than this base's; run `isoprune score` on this base"
+        )
+    if scores.rotated != recipe.rotate:
+        made = "with" if scores.rotated else "without"
+        raise RecipeError(f"the scores were made {made} prune.rotate: set it to {str(scores.rotated).lower()}")
+
+
+def _check_calibration(recipe: PruneRecipe, calibration: Batches | None, scores: ImportanceScores | None) -> None:
     if recipe.steps > 1 and scores is not None:
         raise RecipeError(
             f"prune.steps {recipe.steps} scores anew before each step: leave --scores out, or set it to 1"
@@ -198,10 +265,12 @@ def _check_steps(recipe: PruneRecipe, calibration: Batches | None, scores: Impor
                 f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
                 f"with {made[wrong[0]]}: score anew with the preset"
             )
-    if recipe.steps > 1 and isinstance(calibration, Iterator):
+    if recipe.data_step is not None and calibration is None:
+        raise RecipeError(f"prune.{recipe.data_step} needs data: give --data.dataset, or leave it out")
+    if (recipe.steps > 1 or recipe.data_step is not None) and isinstance(calibration, Iterator):
         raise RecipeError(
-            f"prune.steps {recipe.steps} goes through the calibration batches {recipe.steps} times: give a list or a "
-            "loader, not an iterator"
+            f"prune.{'steps' if recipe.steps > 1 else recipe.data_step} goes through the calibration batches several "
+            "times: give a list or a loader, not an iterator"
         )
 
 
@@ -219,7 +288,7 @@ def _report(
     pruned: ModelCost,
     seconds: dict[str, float],
 ) -> None:
-    times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items())
+    times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items() if duration)
     logger.info(
         f"pruned {type(model.model).__name__}: {base.macs / 1e9:.4g} -> {pruned.macs / 1e9:.4g} GMACs, "
         f"{base.params / 1e6:.4g} -> {pruned.params / 1e6:.4g} M params ({times})"

@@ -46,7 +46,7 @@ def apply_plan(
     stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
     check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
     gone = tuple(f"{block}." for block in plan.removed_blocks)
-    masks = _masks(plan, groups, model.model, gone)
+    masks = keep_masks(plan, groups, model.model)
     sizes = sizes_after(graph, masks, gone)
     pruned = _copy_cut(model, masks, plan.removed_blocks, stand_ins)
     set_numbers(graph, sizes, model.model, pruned.model, gone)
@@ -117,10 +117,11 @@ def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collec
                 raise CheckpointError(f"pruning plan: {name} must keep the same dims in all of its heads")
 
 
-def _masks(
-    plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module, gone: tuple[str, ...]
+def keep_masks(
+    plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module
 ) -> dict[tuple[str, int], np.ndarray]:
-    """(tensor, dim) -> whether each of its elements stays."""
+    """Give (tensor, dim) -> whether each of its elements stays, for the tensors that a plan cuts."""
+    gone = tuple(f"{block}." for block in plan.removed_blocks)
     shapes = {name: tensor.shape for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
     masks: dict[tuple[str, int], np.ndarray] = {}
     for group in groups:

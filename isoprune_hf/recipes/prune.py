@@ -61,8 +61,8 @@ class PruneRecipe:
         num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
         preset: Named values of the settings below: reference selects what torch-pruning 1.6.1 does.
         criterion: What a channel is worth. From data: gate_fisher (the loss that its removal costs), taylor,
-            taylor_l2 (the paper's norm), hessian, activation_variance; for parity with old scripts taylor_reference and hessian_reference. From the weights
-            alone: l1, l2, bn_scale, fpgm, lamp, random.
+            taylor_l2 (the paper's norm), hessian, activation_variance; for parity with old scripts taylor_reference
+            and hessian_reference. From the weights alone: l1, l2, bn_scale, fpgm, lamp, random.
         score_batchnorm: Let the scales and shifts of BatchNorm count; torch-pruning leaves them out.
         reduction: How the coupled layers of a channel are put together: sum or mean.
         normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
@@ -98,6 +98,9 @@ class PruneRecipe:
         max_ratio: Largest fraction that may leave any single layer.
         round_to: Widths become multiples of this number; hardware likes 8.
         rounding: balanced makes up for what rounding takes from a class, down only rounds down.
+        rotate: Turn heads, before they are scored, into the basis in which few dims carry most; needs data.
+        reconstruct: What repairs the cut model without training: none, bn (new statistics of BatchNorm), bias (mean
+            outputs of each layer), least_squares (outputs of each layer); needs data.
         steps: Cuts on the way to the ratio or budget, with a new scoring before each.
         calibration_batches: Micro-batches of the training split that score the channels.
         batch_size: Images in a micro-batch; the same on every rank.
@@ -139,6 +142,8 @@ class PruneRecipe:
     max_ratio: float = 1.0
     round_to: int = 8
     rounding: Literal["balanced", "down"] = "balanced"
+    rotate: bool = False
+    reconstruct: Literal["none", "bn", "bias", "least_squares"] = "none"
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
@@ -172,6 +177,11 @@ class PruneRecipe:
                     )
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
+
+    @property
+    def data_step(self) -> str | None:
+        """The setting besides the criterion that reads images of the training split; None where none does."""
+        return "rotate" if self.rotate else "reconstruct" if self.reconstruct != "none" else None
 
     def replaced_by_preset(self) -> dict[str, tuple[Any, Any]]:
         """Name the settings that the preset has changed: setting -> (its default, the value of the preset)."""

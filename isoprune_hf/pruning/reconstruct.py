@@ -1,0 +1,266 @@
+"""Repairing a cut network without training: layer by layer it is fitted to what the dense one computes.
+
+In the order of execution each linear, convolution and cut LayerNorm gets the weights that bring its outputs nearest to
+the dense layer's, given what the layers before it (fitted already) now feed it. With x the inputs of all images and
+positions, y the dense outputs of the channels that stay, and W the weights after the cut:
+
+    W' = W + (sum (y - W x) x^T) (sum x x^T + D)^-1,    D = ridge x diag(sum x x^T) + a floor
+
+The ridge holds W' near W and not near 0, so what the sample does not determine stays as it was cut. Labels are not
+used. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.gradients import Batches, scoring_mode, sum_over_ranks
+
+_RIDGE = 1e-2
+_FLOOR = 1e-8  # of a feature's mean square: a dead channel leaves nothing to divide by
+_ELEMENTS = 2**26  # of unfolded inputs at once
+_SAME = 1e-10  # of the energy of the outputs: a layer that already gives them is left as it is
+
+
+class Layer(NamedTuple):
+    """A layer to fit.
+
+    Args:
+        name: Its path, the same in both networks.
+        calls: How often a forward pass calls it.
+        kept: Its outputs that stay, of the dense layer; all where None.
+        factor: What the dense outputs are multiplied with: one number for each that stays.
+        norm: The BatchNorm behind a layer without a bias.
+    """
+
+    name: str
+    calls: int
+    kept: torch.Tensor | None
+    factor: torch.Tensor | None
+    norm: nn.Module | None
+
+
+class _Reached(Exception):
+    """The forward pass has come to the layer, and need not go on."""
+
+
+def fit_layers(
+    dense: IsoPruneForImageClassification,
+    pruned: IsoPruneForImageClassification,
+    masks: Mapping[tuple[str, int], np.ndarray],
+    batches: Batches,
+    accelerator: Accelerator | None = None,
+    *,
+    factors: Mapping[str, torch.Tensor] | None = None,
+    is_bias_only: bool = False,
+) -> tuple[str, ...]:
+    """Fit the layers of a cut network, in place, to those of the dense one.
+
+    Args:
+        dense: The network before the cut; left untouched.
+        pruned: The cut network.
+        masks: (parameter, dim) -> which of its elements stay.
+        batches: This rank's micro-batches: images (B, C, H, W), labels (B,); gone through once for every layer.
+        accelerator: Ranks that share the images; float64 sums are added over them once for every layer.
+        factors: Weight -> what the dense outputs are multiplied with, one number for each that stays.
+        is_bias_only: Fit what is added to the outputs, and no weights: their means become those of the dense layer.
+
+    Returns:
+        A line for the layers that could not be fitted.
+
+    Raises:
+        RecipeError: There is no image.
+    """
+    with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
+        layers, left = _order(pruned, masks, factors or {})
+        for layer in layers:
+            _fit(dense, pruned, layer, batches, accelerator, is_bias_only)
+    return (
+        (f"prune.reconstruct leaves {', '.join(left)} as cut: their layers compute in a way of their own",)
+        if left
+        else ()
+    )
+
+
+def _order(
+    pruned: IsoPruneForImageClassification,
+    masks: Mapping[tuple[str, int], np.ndarray],
+    factors: Mapping[str, torch.Tensor],
+) -> tuple[list[Layer], list[str]]:
+    """Layers in the order of execution, and those among them that are of no kind that can be fitted."""
+    calls: dict[str, int] = {}
+    written: dict[int, tuple[torch.Tensor, str]] = {}  # outputs are held, so that their identities stay
+    norms: dict[str, nn.Module] = {}
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        written[id(output)] = output, name
+
+    def before(module: nn.Module, args: Any) -> None:
+        if args and id(args[0]) in written:
+            norms[written[id(args[0])][1]] = module
+
+    handles = []
+    for name, module in pruned.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_pre_hook(before))
+        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm)):
+            handles.append(module.register_forward_hook(partial(after, name)))
+    try:
+        pruned(pixel_values=torch.zeros(1, *pruned.config.image_size, device=pruned.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers, left = [], []
+    for name, count in calls.items():
+        module, weight = pruned.model.get_submodule(name), f"{name}.weight"
+        mask = masks.get((weight, 0))
+        if isinstance(module, nn.LayerNorm) and (mask is None or not module.elementwise_affine):
+            continue  # its channels all stay
+        if isinstance(module, nn.LayerNorm) or type(module).forward in (nn.Linear.forward, nn.Conv2d.forward):
+            kept = None if mask is None else torch.from_numpy(np.flatnonzero(mask)).to(pruned.device)
+            bias = getattr(module, "bias", None)
+            layers.append(Layer(name, count, kept, factors.get(weight), norms.get(name) if bias is None else None))
+        else:
+            left.append(name)
+    return layers, left
+
+
+def _fit(
+    dense: IsoPruneForImageClassification,
+    pruned: IsoPruneForImageClassification,
+    layer: Layer,
+    batches: Batches,
+    accelerator: Accelerator | None,
+    is_bias_only: bool,
+) -> None:
+    module = pruned.model.get_submodule(layer.name)
+    sums = _zeros(module, pruned.device)
+    for images, _ in batches:
+        images = images.to(pruned.device)
+        wanted = _run(dense, layer, images)
+        for (_, target), (given, output) in zip(wanted, _run(pruned, layer, images), strict=True):
+            for part in _parts(module, given):
+                for key, value in _add_up(module, layer, given[part], output[part], target[part]).items():
+                    sums[key] += value
+    sums = sum_over_ranks(sums, accelerator)
+    if not sums["count"]:
+        raise RecipeError("the calibration sample holds no image: prune.reconstruct needs at least one")
+    if sums["residual"] <= _SAME * sums["energy"]:
+        return
+    inputs, missing = sums["inputs"], sums["missing"]
+    if is_bias_only:  # the last feature is the number 1
+        inputs, missing = inputs[:, -1:, -1:], missing[:, -1:]
+    energy = inputs.diagonal(dim1=1, dim2=2)
+    damping = _RIDGE * energy + _FLOOR * sums["count"]
+    change = torch.linalg.solve(inputs + torch.diag_embed(damping), missing)
+    _change(module, layer, change)
+
+
+def _zeros(module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Sums of no image, for G groups of F features and O outputs."""
+    if isinstance(module, nn.LayerNorm):
+        groups, features, outputs = len(module.weight), 1, 1
+    else:
+        groups = getattr(module, "groups", 1)
+        features, outputs = module.weight[0].numel(), len(module.weight) // groups
+    shapes = {"inputs": (groups, features + 1, features + 1), "missing": (groups, features + 1, outputs)}
+    scalars = dict.fromkeys(("energy", "residual", "count"), ())
+    return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in (shapes | scalars).items()}
+
+
+def _run(
+    model: IsoPruneForImageClassification, layer: Layer, images: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and outputs of all calls of a layer; nothing behind the last one is computed."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        found.append((args[0], output))
+        if len(found) == layer.calls:
+            raise _Reached
+
+    handle = model.model.get_submodule(layer.name).register_forward_hook(hook)
+    try:
+        model(pixel_values=images)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
+def _parts(module: nn.Module, x: torch.Tensor) -> Iterator[slice]:
+    """Pieces of a batch whose unfolded inputs are not too large."""
+    window = module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1
+    step = max(1, _ELEMENTS // max(1, x[0].numel() * window))
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _add_up(
+    module: nn.Module, layer: Layer, x: torch.Tensor, output: torch.Tensor, target: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The sums that a fit needs, over rows of features (G, N, F) and of outputs (G, N, O)."""
+    dim = _channel_dim(module, output)
+    if layer.kept is not None:
+        target = target.index_select(dim, layer.kept)
+    if layer.factor is not None:
+        target = target * layer.factor.view([-1 if at == dim % output.ndim else 1 for at in range(output.ndim)])
+    groups = getattr(module, "groups", 1) if not isinstance(module, nn.LayerNorm) else output.shape[dim]
+    wanted, missing = (
+        value.movedim(dim, -1).reshape(-1, groups, value.shape[dim] // groups).transpose(0, 1)
+        for value in (target, target - output)
+    )
+    features = _features(module, x, output, dim)
+    features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
+    return {
+        "inputs": torch.bmm(features.mT, features).double(),
+        "missing": torch.bmm(features.mT, missing).double(),
+        "energy": wanted.square().sum().double(),
+        "residual": missing.square().sum().double(),
+        "count": torch.tensor(features.shape[1], dtype=torch.float64, device=x.device),
+    }
+
+
+def _channel_dim(module: nn.Module, output: torch.Tensor) -> int:
+    if isinstance(module, nn.Conv2d):
+        return 1
+    is_second = isinstance(module, nn.LayerNorm) and output.shape[-1] != len(module.weight)
+    return 1 if is_second else output.ndim - 1
+
+
+def _features(module: nn.Module, x: torch.Tensor, output: torch.Tensor, dim: int) -> torch.Tensor:
+    """What each group of outputs is made of: (G, N, F)."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    if isinstance(module, nn.LayerNorm):  # a scale and a shift of each channel
+        return output.movedim(dim, -1).reshape(-1, output.shape[dim], 1).transpose(0, 1)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    patches = functional.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
+    return patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _change(module: nn.Module, layer: Layer, change: torch.Tensor) -> None:
+    """Add to weights and biases what was solved for: (G, F + 1, O), or the last row of it."""
+    shift = change[:, -1].flatten()
+    if isinstance(module, nn.LayerNorm):
+        if change.shape[1] > 1:
+            scale = 1 + change[:, 0, 0]
+            module.weight.copy_(module.weight * scale)
+            if module.bias is not None:
+                module.bias.copy_(module.bias * scale)
+    elif change.shape[1] > 1:
+        module.weight += change[:, :-1].mT.reshape(module.weight.shape).to(module.weight.dtype)
+    if module.bias is not None:
+        module.bias += shift.to(module.bias.dtype)
+    elif layer.norm is not None:
+        layer.norm.running_mean -= shift.to(layer.norm.running_mean.dtype)
