@@ -15,7 +15,8 @@ from isoprune_hf.errors import CheckpointError, DatasetError, RecipeError, Write
 from isoprune_hf.finetuning import CHECKPOINTS, open_run, train_student
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.importance import ImportanceScores
-from isoprune_hf.pruning.prune import PruneResult, prune_model, score_model
+from isoprune_hf.pruning.prune import PruneResult, prune_model
+from isoprune_hf.pruning.scoring import score_model
 from isoprune_hf.pruning.speed import measure_latency, record_measurement
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder

@@ -78,6 +78,9 @@ def check_replay(
         base: The dense base with its weights.
         plan: What stays.
     """
+    changed = changed_after_cut(plan)
+    if changed is not None:
+        return Finding("tensors", "skip", changed)
     if fingerprint(base.model) != plan.fingerprint:
         return Finding("tensors", "skip", "the plan was made on other weights than those of the base")
     try:
@@ -88,6 +91,13 @@ def check_replay(
     if different:
         return Finding("tensors", "FAIL", f"{different} is not that of the base where the plan keeps it")
     return Finding("tensors", "ok", f"{len(expected)} tensors are those of the base, bit for bit")
+
+
+def changed_after_cut(plan: PruningPlan) -> str | None:
+    """Say why the weights of a model are not those of the base where the plan keeps them."""
+    steps = {"rotate": plan.settings.get("rotate"), "reconstruct": plan.settings.get("reconstruct", "none") != "none"}
+    made = " and ".join(f"prune.{name}" for name, is_made in steps.items() if is_made)
+    return f"{made} changed the weights that the plan keeps, as it records" if made else None
 
 
 def _check_cost(model: IsoPruneForImageClassification) -> Finding:

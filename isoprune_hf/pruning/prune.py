@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.blocks import find_blocks
 from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups, scoring_options
+from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.planning import make_plan
 from isoprune_hf.pruning.repair import repair
-from isoprune_hf.pruning.rotate import Rotated, keep_scale, rotate_heads
+from isoprune_hf.pruning.rotate import keep_scale
+from isoprune_hf.pruning.scoring import check_calibration, check_scores_of, of_base, rotate_base, score_as
 from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.pruning.timing import fit_base, meet_latency
@@ -100,15 +100,15 @@ def prune_model(
     """
     seconds = dict.fromkeys(("trace", "rotate", "score", "solve", "cut", "repair"), 0.0)
     traced = _timed(seconds, "trace", lambda: _trace(model, recipe, accelerator))
-    _check_calibration(recipe, calibration, scores)
+    check_calibration(recipe, calibration, scores)
     if scores is not None:
-        _check_origin(model, recipe, scores)
-    rotated = _timed(seconds, "rotate", lambda: _rotate(model, recipe, traced.groups, calibration, accelerator))
+        check_scores_of(model, recipe, scores)
+    rotated = _timed(seconds, "rotate", lambda: rotate_base(model, recipe, traced.groups, calibration, accelerator))
 
     def score(
         scored: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], blocks: tuple[ResidualBlock, ...]
     ) -> ImportanceScores:
-        return _score(scored, recipe, groups, blocks, calibration, accelerator, sample)
+        return score_as(recipe, scored, groups, blocks, calibration, accelerator, sample)
 
     def decide(decided: PruneRecipe) -> PruningPlan:
         plan = make_plan(
@@ -121,7 +121,7 @@ def prune_model(
 
     if scores is None:
         first = _timed(seconds, "score", lambda: score(rotated.model, traced.groups, traced.blocks))
-        scores = _of_base(first, model, recipe)
+        scores = of_base(first, model, recipe)
         for step in range(1, recipe.steps):
             intermediate = recipe_of_step(recipe, step, traced.cost, traced.latency)
             plan = _timed(seconds, "solve", lambda now=intermediate: decide(now))
@@ -185,93 +185,6 @@ def _find(
     return trace_groups(model, recipe.signature, recipe.engine), () if recipe.remove_blocks is None else find_blocks(
         model
     )
-
-
-def score_model(
-    model: IsoPruneForImageClassification,
-    recipe: PruneRecipe,
-    calibration: Batches | None = None,
-    accelerator: Accelerator | None = None,
-    *,
-    sample: dict[str, object] | None = None,
-) -> ImportanceScores:
-    """Score a base as `prune_model` does before its first cut; the arguments are the same.
-
-    Raises:
-        RecipeError, UnsupportedArchitectureError: See `score_groups`, `trace_groups` and `rotate_heads`.
-    """
-    _check_calibration(recipe, calibration, None)
-    groups = trace_groups(model, recipe.signature, recipe.engine)
-    rotated = _rotate(model, recipe, groups, calibration, accelerator)
-    scores = _score(rotated.model, recipe, groups, find_blocks(model), calibration, accelerator, sample)
-    return _of_base(scores, model, recipe)
-
-
-def _rotate(
-    model: IsoPruneForImageClassification,
-    recipe: PruneRecipe,
-    groups: tuple[CoupledGroup, ...],
-    calibration: Batches | None,
-    accelerator: Accelerator | None,
-) -> Rotated:
-    return rotate_heads(model, groups, calibration, accelerator) if recipe.rotate else Rotated(model, (), ())
-
-
-def _score(
-    model: IsoPruneForImageClassification,
-    recipe: PruneRecipe,
-    groups: tuple[CoupledGroup, ...],
-    blocks: tuple[ResidualBlock, ...],
-    calibration: Batches | None,
-    accelerator: Accelerator | None,
-    sample: dict[str, object] | None,
-) -> ImportanceScores:
-    return score_groups(
-        model,
-        groups,
-        blocks=blocks,
-        batches=calibration,
-        accelerator=accelerator,
-        sample=sample,
-        **scoring_options(recipe),
-    )
-
-
-def _of_base(scores: ImportanceScores, model: IsoPruneForImageClassification, recipe: PruneRecipe) -> ImportanceScores:
-    """The scores of a rotated model belong to the base that it was made from."""
-    return replace(scores, fingerprint=fingerprint(model.model), rotated=True) if recipe.rotate else scores
-
-
-def _check_origin(model: IsoPruneForImageClassification, recipe: PruneRecipe, scores: ImportanceScores) -> None:
-    if scores.fingerprint != fingerprint(model.model):
-        raise RecipeError(
-            "the scores were made from other weights than this base's; run `isoprune score` on this base"
-        )
-    if scores.rotated != recipe.rotate:
-        made = "with" if scores.rotated else "without"
-        raise RecipeError(f"the scores were made {made} prune.rotate: set it to {str(scores.rotated).lower()}")
-
-
-def _check_calibration(recipe: PruneRecipe, calibration: Batches | None, scores: ImportanceScores | None) -> None:
-    if recipe.steps > 1 and scores is not None:
-        raise RecipeError(
-            f"prune.steps {recipe.steps} scores anew before each step: leave --scores out, or set it to 1"
-        )
-    if recipe.preset is not None and scores is not None:
-        made = {name: getattr(scores, name) for name in ("criterion", "reduction", "score_batchnorm")}
-        wrong = [name for name, value in made.items() if value != getattr(recipe, name)]
-        if wrong:
-            raise RecipeError(
-                f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
-                f"with {made[wrong[0]]}: score anew with the preset"
-            )
-    if recipe.data_step is not None and calibration is None:
-        raise RecipeError(f"prune.{recipe.data_step} needs data: give --data.dataset, or leave it out")
-    if (recipe.steps > 1 or recipe.data_step is not None) and isinstance(calibration, Iterator):
-        raise RecipeError(
-            f"prune.{'steps' if recipe.steps > 1 else recipe.data_step} goes through the calibration batches several "
-            "times: give a list or a loader, not an iterator"
-        )
 
 
 def _from_main(value: Any, accelerator: Accelerator | None) -> Any:

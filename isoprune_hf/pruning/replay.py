@@ -1,5 +1,6 @@
 """The replay of a plan on a base."""
 
+import logging
 from dataclasses import replace
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -8,6 +9,8 @@ from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.surgery import apply_plan
+
+logger = logging.getLogger(__name__)
 
 
 def replay_plan(
@@ -25,8 +28,18 @@ def replay_plan(
         a plan that nobody edited comes back as it is, and the tensors are the same bit for bit.
 
     Raises:
-        CheckpointError: The plan is of other weights, or does not fit the model.
+        CheckpointError: The plan is of other weights or of turned heads, or does not fit the model.
     """
+    if plan.settings.get("rotate"):
+        raise CheckpointError(
+            "pruning plan: it was decided on rotated heads, whose dims are not those of the base; cut anew with the "
+            "recipe that made it (prune.rotate needs its calibration images)"
+        )
+    if plan.settings.get("reconstruct", "none") != "none":
+        logger.warning(
+            f"the plan's model was repaired after the cut (prune.reconstruct {plan.settings['reconstruct']}), which "
+            "needs images: this is the cut alone"
+        )
     found = fingerprint(model.model)
     if plan.fingerprint != found and not ignore_fingerprint:
         raise CheckpointError(

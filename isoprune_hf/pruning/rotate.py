@@ -60,7 +60,7 @@ def rotate_heads(
         left = [group.name for group in groups if group.num_heads and (group.name, kind) not in turned]
         if left:
             notes.append(
-                f"{kind} of {len(left)} attentions are not rotated ({left[0]} is the first): norms, positions or other "
+                f"{kind} of {len(left)} attentions, {left[0]} the first, are not rotated: norms, positions or other "
                 "operations lie between"
             )
     notes = tuple(notes)
