@@ -11,6 +11,7 @@ used. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICC
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.nn import functional
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.gradients import Batches, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.streams import Stream
 
 _RIDGE = 1e-2
 _FLOOR = 1e-8  # of a feature's mean square: a dead channel leaves nothing to divide by
@@ -39,6 +41,7 @@ class Layer(NamedTuple):
         kept: Its outputs that stay, of the dense layer; all where None.
         factor: What the dense outputs are multiplied with: one number for each that stays.
         norm: The BatchNorm behind a layer without a bias.
+        is_added: Its output goes into a sum, as a residual branch's does.
     """
 
     name: str
@@ -46,6 +49,15 @@ class Layer(NamedTuple):
     kept: torch.Tensor | None
     factor: torch.Tensor | None
     norm: nn.Module | None
+    is_added: bool
+
+
+class Call(NamedTuple):
+    """What one call of a layer was given and gave, and what that was added to, in its own terms."""
+
+    inputs: torch.Tensor
+    output: torch.Tensor
+    stream: torch.Tensor | None = None
 
 
 class _Reached(Exception):
@@ -114,8 +126,9 @@ def _order(
             handles.append(module.register_forward_pre_hook(before))
         elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm)):
             handles.append(module.register_forward_hook(partial(after, name)))
+    blank = torch.zeros(1, *pruned.config.image_size, device=pruned.device)
     try:
-        pruned(pixel_values=torch.zeros(1, *pruned.config.image_size, device=pruned.device))
+        pruned(pixel_values=blank)
     finally:
         for handle in handles:
             handle.remove()
@@ -128,7 +141,11 @@ def _order(
         if isinstance(module, nn.LayerNorm) or type(module).forward in (nn.Linear.forward, nn.Conv2d.forward):
             kept = None if mask is None else torch.from_numpy(np.flatnonzero(mask)).to(pruned.device)
             bias = getattr(module, "bias", None)
-            layers.append(Layer(name, count, kept, factors.get(weight), norms.get(name) if bias is None else None))
+            norm = norms.get(name) if bias is None else None
+            layer = Layer(name, count, kept, factors.get(weight), norm, count == 1)
+            if layer.is_added and _run(pruned, layer, blank)[0].stream is None:
+                layer = layer._replace(is_added=False)
+            layers.append(layer)
         else:
             left.append(name)
     return layers, left
@@ -146,10 +163,10 @@ def _fit(
     sums = _zeros(module, pruned.device)
     for images, _ in batches:
         images = images.to(pruned.device)
-        wanted = _run(dense, layer, images)
-        for (_, target), (given, output) in zip(wanted, _run(pruned, layer, images), strict=True):
-            for part in _parts(module, given):
-                for key, value in _add_up(module, layer, given[part], output[part], target[part]).items():
+        for wanted, found in zip(_run(dense, layer, images), _run(pruned, layer, images), strict=True):
+            missing = _missing(module, layer, wanted, found)
+            for part in _parts(module, found.inputs):
+                for key, value in _add_up(module, found.inputs[part], found.output[part], missing[part]).items():
                     sums[key] += value
     sums = sum_over_ranks(sums, accelerator)
     if not sums["count"]:
@@ -177,25 +194,45 @@ def _zeros(module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in (shapes | scalars).items()}
 
 
-def _run(
-    model: IsoPruneForImageClassification, layer: Layer, images: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and outputs of all calls of a layer; nothing behind the last one is computed."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+def _run(model: IsoPruneForImageClassification, layer: Layer, images: torch.Tensor) -> list[Call]:
+    """All calls of a layer; what comes after them, and after the sum, is not computed."""
+    calls: list[Call] = []
 
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        found.append((args[0], output))
-        if len(found) == layer.calls:
+    def on_call(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        calls.append(Call(args[0], output.clone() if layer.is_added else output))
+        if layer.is_added:
+            stream.follow(output)
+        elif len(calls) == layer.calls:
             raise _Reached
 
-    handle = model.model.get_submodule(layer.name).register_forward_hook(hook)
+    def on_sum(other: torch.Tensor) -> None:
+        calls[0] = calls[0]._replace(stream=other)
+        raise _Reached
+
+    stream = Stream(on_sum)
+    handle = model.model.get_submodule(layer.name).register_forward_hook(on_call)
     try:
-        model(pixel_values=images)
+        with stream if layer.is_added else nullcontext():
+            model(pixel_values=images)
     except _Reached:
         pass
     finally:
         handle.remove()
-    return found
+    return calls
+
+
+def _missing(module: nn.Module, layer: Layer, wanted: Call, found: Call) -> torch.Tensor:
+    """What the outputs lack to those of the dense layer; of a layer that writes into a stream, what the sum lacks."""
+    dim = _channel_dim(module, found.output)
+    target = _kept(wanted.output, layer, dim)
+    if layer.factor is not None:
+        target = target * layer.factor.view([-1 if at == dim else 1 for at in range(target.ndim)])
+    missing = target - found.output
+    return missing if found.stream is None else missing + (_kept(wanted.stream, layer, dim) - found.stream)
+
+
+def _kept(values: torch.Tensor, layer: Layer, dim: int) -> torch.Tensor:
+    return values if layer.kept is None else values.index_select(dim, layer.kept)
 
 
 def _parts(module: nn.Module, x: torch.Tensor) -> Iterator[slice]:
@@ -206,25 +243,21 @@ def _parts(module: nn.Module, x: torch.Tensor) -> Iterator[slice]:
 
 
 def _add_up(
-    module: nn.Module, layer: Layer, x: torch.Tensor, output: torch.Tensor, target: torch.Tensor
+    module: nn.Module, x: torch.Tensor, output: torch.Tensor, missing: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The sums that a fit needs, over rows of features (G, N, F) and of outputs (G, N, O)."""
     dim = _channel_dim(module, output)
-    if layer.kept is not None:
-        target = target.index_select(dim, layer.kept)
-    if layer.factor is not None:
-        target = target * layer.factor.view([-1 if at == dim % output.ndim else 1 for at in range(output.ndim)])
     groups = getattr(module, "groups", 1) if not isinstance(module, nn.LayerNorm) else output.shape[dim]
-    wanted, missing = (
+    rows, missing = (
         value.movedim(dim, -1).reshape(-1, groups, value.shape[dim] // groups).transpose(0, 1)
-        for value in (target, target - output)
+        for value in (output, missing)
     )
     features = _features(module, x, output, dim)
     features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
     return {
         "inputs": torch.bmm(features.mT, features).double(),
         "missing": torch.bmm(features.mT, missing).double(),
-        "energy": wanted.square().sum().double(),
+        "energy": rows.square().sum().double(),
         "residual": missing.square().sum().double(),
         "count": torch.tensor(features.shape[1], dtype=torch.float64, device=x.device),
     }

@@ -77,7 +77,7 @@ def keep_scale(
     plan: PruningPlan,
     groups: Sequence[CoupledGroup],
 ) -> dict[str, torch.Tensor]:
-    """Make up, in place, for an attention scale that follows the number of dims: queries grow by (d / n)^1/2.
+    """Make up, in place, for an attention scale that follows the number of dims: queries shrink by (n / d)^1/2.
 
     After a rotation the dims that stay hold the product of all; dividing it by the root of their number n, and no
     longer by that of the d dims before, would sharpen the attention. Done only where cut and scaled heads compute what
@@ -102,7 +102,7 @@ def keep_scale(
 
 
 def _factors(rotated: Rotated, plan: PruningPlan, groups: Sequence[CoupledGroup]) -> dict[str, torch.Tensor]:
-    """Weight of queries -> (d / n)^1/2 for each of its rows that stay and are queries, 1 for the others."""
+    """Weight of queries -> (n / d)^1/2 for each of its rows that stay and are queries, 1 for the others."""
     masks = keep_masks(plan, groups, rotated.model.model)
     factors: dict[str, torch.Tensor] = {}
     for pair in rotated.pairs:
@@ -112,7 +112,7 @@ def _factors(rotated: Rotated, plan: PruningPlan, groups: Sequence[CoupledGroup]
             for slot in pair.left if dims < pair.group.head_dim else ():
                 key = slot.end.member.parameter, slot.end.member.dim
                 factor = factors.setdefault(key[0], torch.ones(len(masks[key])))
-                factor[slot.places] = (pair.group.head_dim / dims) ** 0.5
+                factor[slot.places] = (dims / pair.group.head_dim) ** 0.5
     cut = {slot.end.member.parameter: slot.end.member.dim for pair in rotated.pairs for slot in pair.left}
     return {name: factor[masks[name, cut[name]]].to(rotated.model.device) for name, factor in factors.items()}
 
