@@ -61,6 +61,14 @@ def _gate_fisher(scoring: Scoring) -> Scores:
     return scores, score_blocks(scoring, scores)
 
 
+def _gate_fisher_joint(scoring: Scoring) -> Scores:
+    """1_S^T E[g_n g_n^T] 1_S / 2 for the set S of a channel and all cheaper ones, less that without it."""
+    scores = gate_fisher(
+        scoring.model, scoring.groups, scoring.batches, scoring.accelerator, scoring.precision, is_joint=True
+    )
+    return scores, score_blocks(scoring, scores)
+
+
 def _l1(scoring: Scoring) -> Scores:
     """v = w, summed. Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017."""
     return score_elements(scoring, scoring.weights, "sum")
@@ -151,6 +159,7 @@ CRITERIA: dict[str, Callable[[Scoring], Scores]] = {
     "hessian": _hessian,
     "hessian_reference": _hessian_reference,
     "gate_fisher": _gate_fisher,
+    "gate_fisher_joint": _gate_fisher_joint,
     "activation_variance": _activation_variance,
     "l1": _l1,
     "l2": _l2,

@@ -53,6 +53,7 @@ def find_ends(model: nn.Module, groups: Sequence[CoupledGroup]) -> tuple[list[En
     ends, factors = [], {}
     for group in groups:
         found = [reader for member in group.members if (reader := _reader(model, group, member)) is not None]
+        found = [reader for reader in found if reader.member.dim] or found  # depthwise layers only hand channels on
         factors[group.name] = 1.0
         if not found or group.num_heads or group.signature.startswith("Attention:"):
             found += [writer for member in group.members if (writer := _writer(model, group, member)) is not None]
@@ -72,6 +73,8 @@ def gate_fisher(
     batches: Batches,
     accelerator: Accelerator | None = None,
     precision: Precision = "no",
+    *,
+    is_joint: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Take the loss that the removal of each channel costs: E[g_n^2] / 2.
 
@@ -81,6 +84,8 @@ def gate_fisher(
         batches: This rank's micro-batches: images (B, C, H, W), labels (B,).
         accelerator: Ranks that share the images; float64 sums are added over them once, at the end.
         precision: bf16 runs forward and backward under autocast.
+        is_joint: Take what it costs after all channels of its group that cost less (see `remove_in_turn`). Needs
+            channels^2 float64 numbers for each group.
 
     Returns:
         Group name -> (channels,) in float64, in nats.
@@ -89,19 +94,45 @@ def gate_fisher(
         RecipeError: There is no image, or no layer uses the channels of a group.
     """
     ends, factors = find_ends(model, groups)
-    sums = {g.name: torch.zeros(g.channels, dtype=torch.float64, device=model.device) for g in groups}
+    shapes = {g.name: (g.channels, g.channels) if is_joint else (g.channels,) for g in groups}
+    sums = {name: torch.zeros(shape, dtype=torch.float64, device=model.device) for name, shape in shapes.items()}
     images = 0
     for gradients, labels in gate_gradients(model, ends, batches, precision):
         total: dict[str, torch.Tensor] = {}
         for end, gradient in zip(ends, gradients, strict=True):
-            total[end.group] = total.get(end.group, 0) + gradient.double().sum(2)
+            total[end.group] = total.get(end.group, 0) + factors[end.group] * gradient.double().sum(2)
         for name, gradient in total.items():
-            sums[name] += (factors[name] * gradient).square().sum(0)
+            sums[name] += gradient.T @ gradient if is_joint else gradient.square().sum(0)
         images += len(labels)
     sums, count = sum_over_ranks((sums, torch.tensor(images, device=model.device)), accelerator)
     if not count:
         raise RecipeError("the calibration sample holds no image: scoring needs at least one in the training split")
-    return {name: (total / (2 * count)).cpu() for name, total in sums.items()}
+    losses = {name: (total / (2 * count)).cpu() for name, total in sums.items()}
+    return {name: remove_in_turn(loss) for name, loss in losses.items()} if is_joint else losses
+
+
+def remove_in_turn(losses: torch.Tensor) -> torch.Tensor:
+    """Remove channels one after the other, always the one that costs least now; say what each has cost.
+
+    The removal of a set S costs 1_S^T F 1_S, so channel c costs F_cc + 2 sum of F_cs over the channels s that have
+    left; what a set of the first ones costs is the sum of its scores. A channel that costs less than one before it has
+    the score of that one: the order stays the same.
+
+    Args:
+        losses: F = E[g_n g_n^T] / 2 of shape (channels, channels), in float64.
+
+    Returns:
+        (channels,) in float64.
+    """
+    matrix = losses.numpy()
+    costs, scores, highest = matrix.diagonal().copy(), np.zeros(len(matrix)), 0.0
+    for _ in range(len(matrix)):
+        cheapest = int(costs.argmin())
+        highest = max(highest, costs[cheapest])
+        scores[cheapest] = highest
+        costs += 2 * matrix[:, cheapest]
+        costs[cheapest] = np.inf
+    return torch.from_numpy(scores)
 
 
 def gate_gradients(

@@ -164,9 +164,11 @@ def _fit(
     for images, _ in batches:
         images = images.to(pruned.device)
         for wanted, found in zip(_run(dense, layer, images), _run(pruned, layer, images), strict=True):
-            missing = _missing(module, layer, wanted, found)
+            dim = _channel_dim(module, wanted.output, found.output)
+            missing = _missing(layer, wanted, found, dim)
             for part in _parts(module, found.inputs):
-                for key, value in _add_up(module, found.inputs[part], found.output[part], missing[part]).items():
+                added = _add_up(module, found.inputs[part], found.output[part], missing[part], dim)
+                for key, value in added.items():
                     sums[key] += value
     sums = sum_over_ranks(sums, accelerator)
     if not sums["count"]:
@@ -221,9 +223,8 @@ def _run(model: IsoPruneForImageClassification, layer: Layer, images: torch.Tens
     return calls
 
 
-def _missing(module: nn.Module, layer: Layer, wanted: Call, found: Call) -> torch.Tensor:
+def _missing(layer: Layer, wanted: Call, found: Call, dim: int) -> torch.Tensor:
     """What the outputs lack to those of the dense layer; of a layer that writes into a stream, what the sum lacks."""
-    dim = _channel_dim(module, found.output)
     target = _kept(wanted.output, layer, dim)
     if layer.factor is not None:
         target = target * layer.factor.view([-1 if at == dim else 1 for at in range(target.ndim)])
@@ -243,10 +244,9 @@ def _parts(module: nn.Module, x: torch.Tensor) -> Iterator[slice]:
 
 
 def _add_up(
-    module: nn.Module, x: torch.Tensor, output: torch.Tensor, missing: torch.Tensor
+    module: nn.Module, x: torch.Tensor, output: torch.Tensor, missing: torch.Tensor, dim: int
 ) -> dict[str, torch.Tensor]:
     """The sums that a fit needs, over rows of features (G, N, F) and of outputs (G, N, O)."""
-    dim = _channel_dim(module, output)
     groups = getattr(module, "groups", 1) if not isinstance(module, nn.LayerNorm) else output.shape[dim]
     rows, missing = (
         value.movedim(dim, -1).reshape(-1, groups, value.shape[dim] // groups).transpose(0, 1)
@@ -263,11 +263,11 @@ def _add_up(
     }
 
 
-def _channel_dim(module: nn.Module, output: torch.Tensor) -> int:
-    if isinstance(module, nn.Conv2d):
-        return 1
-    is_second = isinstance(module, nn.LayerNorm) and output.shape[-1] != len(module.weight)
-    return 1 if is_second else output.ndim - 1
+def _channel_dim(module: nn.Module, dense: torch.Tensor, output: torch.Tensor) -> int:
+    """Where the channels lie; a norm is fitted only where it has lost some, so there the sizes differ."""
+    if isinstance(module, nn.LayerNorm):
+        return next(dim for dim in range(output.ndim) if dense.shape[dim] != output.shape[dim])
+    return 1 if isinstance(module, nn.Conv2d) else output.ndim - 1
 
 
 def _features(module: nn.Module, x: torch.Tensor, output: torch.Tensor, dim: int) -> torch.Tensor:

@@ -9,11 +9,12 @@ from isoprune_hf.recipes.values import Interpolation, check_range, parse_budget
 BUDGETS = ("target_macs", "target_params", "target_latency")
 # Criteria that read images; the others read the weights alone.
 DATA_CRITERIA = (
-    *("gate_fisher", "taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference"),
+    *("gate_fisher", "gate_fisher_joint", "taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference"),
     "activation_variance",
 )
 Criterion = Literal[
     "gate_fisher",
+    "gate_fisher_joint",
     "taylor",
     "taylor_l2",
     "taylor_reference",
@@ -60,9 +61,10 @@ class PruneRecipe:
             64}.
         num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
         preset: Named values of the settings below: reference selects what torch-pruning 1.6.1 does.
-        criterion: What a channel is worth. From data: gate_fisher (the loss that its removal costs), taylor,
-            taylor_l2 (the paper's norm), hessian, activation_variance; for parity with old scripts taylor_reference
-            and hessian_reference. From the weights alone: l1, l2, bn_scale, fpgm, lamp, random.
+        criterion: What a channel is worth. From data: gate_fisher (the loss that its removal costs),
+            gate_fisher_joint (the same after the removal of all that cost less in its group), taylor, taylor_l2 (the
+            paper's norm), hessian, activation_variance; for parity with old scripts taylor_reference and
+            hessian_reference. From the weights alone: l1, l2, bn_scale, fpgm, lamp, random.
         score_batchnorm: Let the scales and shifts of BatchNorm count; torch-pruning leaves them out.
         reduction: How the coupled layers of a channel are put together: sum or mean.
         normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
