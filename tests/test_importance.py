@@ -222,6 +222,7 @@ RECORD = {
     "score_batchnorm": True,
     "precision": "no",
     "correlation": None,
+    "rotated": False,
     "versions": {"torch": "2"},
 }
 DAMAGES = {
@@ -233,6 +234,7 @@ DAMAGES = {
     "fingerprint": ({"a": torch.ones(2)}, {**RECORD, "fingerprint": None}, "fingerprint is 'None'"),
     "flag": ({"a": torch.ones(2)}, {**RECORD, "score_batchnorm": 1}, "score_batchnorm is '1'"),
     "number": ({"a": torch.ones(2)}, {**RECORD, "correlation": True}, "correlation is 'True'"),
+    "rotated": ({"a": torch.ones(2)}, {**RECORD, "rotated": 0}, "rotated is '0'"),
     "nan": ({"a": torch.ones(2)}, {**RECORD, "correlation": float("nan")}, "correlation is nan"),
     "sample": ({"a": torch.ones(2)}, {**RECORD, "sample": {"images": {}}}, "sample holds other values"),
     "versions": ({"a": torch.ones(2)}, {**RECORD, "versions": {"torch": 2}}, "versions holds other values"),
