@@ -118,7 +118,7 @@ def test_nan_is_refused_by_the_name_of_what_holds_it(criterion: str, tmp_path: P
         what = r"the weights of blocks\.1\.mlp\.fc2\.bias"
     else:
         batches[0][0][1, 0, 3, 3] = torch.nan
-        what = r"the (gradients|activations) of [a-z_.0-9]+"
+        what = r"the (gradients|activations|scores) of [a-z_.0-9]+"
     with pytest.raises(RecipeError, match=f"^{what} hold nan or inf.*--prune.scoring_precision no$"):
         score_groups(model, trace_groups(model), criterion=criterion, batches=batches)
 
