@@ -1,4 +1,4 @@
-"""The command line in processes of its own, forked from this one: all is imported, so they start at once."""
+"""The command line, or a function, in processes forked from this one: all is imported, so they start at once."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from isoprune_hf.cli import main
@@ -88,6 +89,23 @@ def start_ranks(
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     return [Process(arguments, log / str(rank), before, rank=rank, world=world, port=port) for rank in range(world)]
+
+
+def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int = 2) -> list[Ended]:
+    """Call a function on ranks of its own; it leaves what it has found in files."""
+
+    def call() -> None:
+        code = 1
+        try:
+            work(Accelerator(cpu=True))
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+
+    return [rank.wait() for rank in start_ranks([], log, world, call)]
 
 
 def _pause() -> None:

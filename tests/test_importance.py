@@ -118,7 +118,7 @@ def test_nan_is_refused_by_the_name_of_what_holds_it(criterion: str, tmp_path: P
         what = r"the weights of blocks\.1\.mlp\.fc2\.bias"
     else:
         batches[0][0][1, 0, 3, 3] = torch.nan
-        what = r"the (gradients|activations) of [a-z_.0-9]+"
+        what = r"the (gradients|activations|scores) of [a-z_.0-9]+"
     with pytest.raises(RecipeError, match=f"^{what} hold nan or inf.*--prune.scoring_precision no$"):
         score_groups(model, trace_groups(model), criterion=criterion, batches=batches)
 
@@ -222,6 +222,7 @@ RECORD = {
     "score_batchnorm": True,
     "precision": "no",
     "correlation": None,
+    "rotated": False,
     "versions": {"torch": "2"},
 }
 DAMAGES = {
@@ -233,6 +234,7 @@ DAMAGES = {
     "fingerprint": ({"a": torch.ones(2)}, {**RECORD, "fingerprint": None}, "fingerprint is 'None'"),
     "flag": ({"a": torch.ones(2)}, {**RECORD, "score_batchnorm": 1}, "score_batchnorm is '1'"),
     "number": ({"a": torch.ones(2)}, {**RECORD, "correlation": True}, "correlation is 'True'"),
+    "rotated": ({"a": torch.ones(2)}, {**RECORD, "rotated": 0}, "rotated is '0'"),
     "nan": ({"a": torch.ones(2)}, {**RECORD, "correlation": float("nan")}, "correlation is nan"),
     "sample": ({"a": torch.ones(2)}, {**RECORD, "sample": {"images": {}}}, "sample holds other values"),
     "versions": ({"a": torch.ones(2)}, {**RECORD, "versions": {"torch": 2}}, "versions holds other values"),

@@ -1,6 +1,7 @@
 """Meeting a budget: ratios are scaled together until the figure fits, and what is left of it goes back."""
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -179,7 +180,10 @@ def fill(ranking: Ranking, choice: Choice, budget: Budget, worth: Worth) -> Choi
 
 
 def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
-    """Move one group up and another down while a choice is far below the budget, the pair that comes nearest first."""
+    """Move one group a step up and another as far down as that takes, while a choice is far below the budget.
+
+    Of all pairs the one that comes nearest goes first.
+    """
     movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
     allowed = {group.name: ranking.allowed(group) for group in movable}
     trials, best = 0, budget.measure(ranking, choice)
@@ -188,18 +192,37 @@ def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
         for up in movable:
             higher = next((width for width in allowed[up.name] if width > choice.widths[up.name]), None)
             for down in movable if higher is not None else ():
-                lower = max((width for width in allowed[down.name] if width < choice.widths[down.name]), default=None)
-                if lower is None or up is down or trials >= _MOST_SWAPS:
+                if up is down or trials >= _MOST_SWAPS:
                     continue
                 trials += 1
-                trial = replace(choice, widths={**choice.widths, up.name: higher, down.name: lower})
-                value = budget.measure(ranking, trial)
+                wider = replace(choice, widths={**choice.widths, up.name: higher})
+                trial, value = _fit_down(ranking, wider, budget, down, allowed[down.name])
                 if best < value <= budget.target:
                     found, best = trial, value
         if found is None:
             return choice
         choice = found
     return choice
+
+
+def _fit_down(
+    ranking: Ranking, choice: Choice, budget: Budget, group: CoupledGroup, allowed: Sequence[int]
+) -> tuple[Choice, float]:
+    """Give a group the largest lower width that meets the budget, or its lowest; with the figure of the choice."""
+
+    def narrowed(width: int) -> Choice:
+        return replace(choice, widths={**choice.widths, group.name: width})
+
+    def figure(width: int) -> float:
+        return budget.measure(ranking, narrowed(width))
+
+    lower = [width for width in allowed if width < choice.widths[group.name]]
+    if not lower:
+        return choice, budget.measure(ranking, choice)
+    if figure(lower[-1]) <= budget.target:  # most often one step is enough
+        return narrowed(lower[-1]), figure(lower[-1])
+    width = lower[max(0, bisect_right(lower, budget.target, key=figure) - 1)]
+    return narrowed(width), figure(width)
 
 
 def is_movable(ranking: Ranking, group: CoupledGroup) -> bool:

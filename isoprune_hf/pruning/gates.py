@@ -4,9 +4,10 @@ A gate is 1, and 0 once the channel has left. With g_n its derivative for image 
 removal costs, to second order with the Fisher information in the place of the Hessian (Theis et al., Faster gaze
 prediction with dense networks and Fisher pruning, 2018): in units of loss, so channels of any layer compare.
 
-Where a gate acts: on what the layers after the group read of the channel. The dims of an attention meet others in two
-products, and no layer reads queries and keys: there it acts on what is written and on what is read, and counts half,
-because either end of a product that is linear in both sees all of it.
+Where a gate acts: on what the layers after the group read of the channel, and of two that follow each other, as a
+depthwise convolution and the layer behind it, on the last: both would see the whole channel. The dims of an attention
+meet others in two products, and no layer reads queries and keys: there it acts on what is written and on what is read,
+and counts half, because either end of a product that is linear in both sees all of it.
 """
 
 import itertools
@@ -52,8 +53,8 @@ def find_ends(model: nn.Module, groups: Sequence[CoupledGroup]) -> tuple[list[En
     """Find where the gates of groups act, and what their derivatives are to be multiplied with, by group."""
     ends, factors = [], {}
     for group in groups:
-        found = [reader for member in group.members if (reader := _reader(model, group, member)) is not None]
-        found = [reader for reader in found if reader.member.dim] or found  # depthwise layers only hand channels on
+        readers = (_reader(model, group, member) for member in group.members)
+        found = _last(model, [reader for reader in readers if reader is not None])
         factors[group.name] = 1.0
         if not found or group.num_heads or group.signature.startswith("Attention:"):
             found += [writer for member in group.members if (writer := _writer(model, group, member)) is not None]
@@ -152,9 +153,25 @@ def gate_gradients(
             yield measure(model, ends, images.to(model.device), labels.to(model.device), precision), labels
 
 
+def _last(model: nn.Module, readers: list[End]) -> list[End]:
+    """Leave out depthwise layers: what they read comes to the next reader of the same channel, and counts there."""
+    return [end for end in readers if not _is_depthwise(model, end)] or readers
+
+
+def _is_depthwise(model: nn.Module, end: End) -> bool:
+    layer = model.model.get_submodule(end.layer)
+    return isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
 def _reader(model: nn.Module, group: CoupledGroup, member: Member) -> End | None:
     reader = find_reader(model, member)
-    return None if reader is None else End(group.name, member, None, reader[0], False, reader[1])
+    if reader is not None:
+        return End(group.name, member, None, reader[0], False, reader[1])
+    name, _, leaf = member.parameter.rpartition(".")
+    is_attention = isinstance(model.model.get_submodule(name), nn.MultiheadAttention)
+    if is_attention and leaf.endswith("proj_weight") and member.dim == 1:  # it reads, and is not called
+        return End(group.name, member, None, "", False, member.index)
+    return None
 
 
 def _writer(model: nn.Module, group: CoupledGroup, member: Member) -> End | None:

@@ -170,9 +170,8 @@ def score_groups(
     Args:
         model: The base; its mode, gradients, `requires_grad` and buffers are left as they are.
         groups: Groups of `trace_groups`.
-        criterion: What a channel is worth; `criteria.py` has the formulas. From images: taylor, taylor_l2, hessian,
-            hessian_reference, activation_variance. From the weights: l1, l2, bn_scale (needs BatchNorm in every
-            group), fpgm, lamp. And random: uniform numbers from `seed`.
+        criterion: What a channel is worth; `criteria.py` has the formulas, and the recipe says which of them read
+            images. bn_scale needs BatchNorm in every group; random draws uniform numbers from `seed`.
         batches: For criteria from images: this rank's micro-batches, (images (B, C, H, W), labels (B,)). Every rank
             has its own share, number k on rank k % world; the result is the same for any number of ranks, and none
             waits for another before the end.
@@ -187,8 +186,8 @@ def score_groups(
             channels inside it (see `channel_scores.py`).
 
     Raises:
-        RecipeError: There is no image for a criterion that needs some, weights or gradients are not finite, or a group
-            or block holds nothing that the criterion looks at.
+        RecipeError: There is no image for a criterion that needs some, values are not finite, or a group or block holds
+            nothing that the criterion looks at.
     """
     if criterion == "bn_scale" and not score_batchnorm:
         raise RecipeError("criterion bn_scale scores BatchNorm alone: set --prune.score_batchnorm true")

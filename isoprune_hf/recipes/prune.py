@@ -177,6 +177,11 @@ class PruneRecipe:
                         f"prune.allocation knapsack compares losses as they are: set prune.{name} {needed}, "
                         f"got {getattr(self, name)}"
                     )
+            if self.remove_blocks == "auto":
+                raise RecipeError(
+                    "prune.allocation knapsack removes channels and heads: give prune.remove_blocks a number or "
+                    "names, got auto"
+                )
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
 
