@@ -186,8 +186,8 @@ def score_groups(
             channels inside it (see `channel_scores.py`).
 
     Raises:
-        RecipeError: There is no image for a criterion that needs some, values are not finite, or a group or block holds
-            nothing that the criterion looks at.
+        RecipeError: There is no image for a criterion that needs some, values are not finite, or a group or block
+            holds nothing that the criterion looks at.
     """
     if criterion == "bn_scale" and not score_batchnorm:
         raise RecipeError("criterion bn_scale scores BatchNorm alone: set --prune.score_batchnorm true")
