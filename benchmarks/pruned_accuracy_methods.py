@@ -24,7 +24,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.cost import count_cost
 
 MICRO_BATCH = 64
-TRIALS, CLOSE_ENOUGH = 16, 0.002  # of the bisection: cuts, and distance to the share of MACs
+# Of the search for the ratio: the first step, how often it is halved, and what is near enough to the share of MACs.
+STEP, HALVINGS, CLOSE_ENOUGH = 0.05, 7, 0.002
 PRUNING_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
@@ -66,7 +67,7 @@ def with_torch_pruning(
     embedding: bool = True,
     recalibrate: bool = False,
 ) -> Pruned:
-    """Prune by torch-pruning's BasePruner and GroupTaylorImportance, its one ratio bisected to the share of MACs.
+    """Prune by torch-pruning's BasePruner and GroupTaylorImportance, its one ratio searched for the share of MACs.
 
     Args:
         case: What to prune.
@@ -86,28 +87,45 @@ def with_torch_pruning(
     gradients = mean_gradients(case)
     seconds["score"] = time.perf_counter() - start
     start, dense = time.perf_counter(), count_cost(case.model).macs
-    low, high, best, failure = 0.0, 1.0, None, None
-    for _ in range(TRIALS):
-        ratio = (low + high) / 2
-        try:
-            trial = cut(case.model, gradients, ratio, isomorphic, normalizer, embedding)
-            share = count_cost(trial).macs / dense
-        except PRUNING_ERRORS as error:  # a layer without channels: too much
-            failure, high = error, ratio
-            continue
-        if best is None or abs(share - case.budget) < abs(best[0] - case.budget):
-            best = (share, trial)
-        if abs(share - case.budget) <= CLOSE_ENOUGH:
-            break
-        low, high = (ratio, high) if share > case.budget else (low, ratio)
-    if best is None:
-        raise MethodError(f"torch-pruning: {type(failure).__name__}: {' '.join(str(failure).split())[:120]}")
+    trials: list[tuple[float, IsoPruneForImageClassification]] = []
+
+    def try_ratio(ratio: float) -> float:
+        trial = cut(case.model, gradients, ratio, isomorphic, normalizer, embedding)
+        trials.append((count_cost(trial).macs / dense, trial))
+        trials.sort(key=lambda found: abs(found[0] - case.budget))
+        del trials[1:]
+        return count_cost(trial).macs / dense
+
+    try:
+        reach_budget(try_ratio, case.budget)
+    except PRUNING_ERRORS as error:
+        if not trials:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            raise MethodError(f"torch-pruning fails: {cause[:150]}") from error
+    _, pruned = trials[0]
     seconds["cut"] = time.perf_counter() - start
     if recalibrate:
         start = time.perf_counter()
-        recalibrate_batchnorm(best[1], case)
+        recalibrate_batchnorm(pruned, case)
         seconds["recalibrate"] = time.perf_counter() - start
-    return best[1], seconds
+    return pruned, seconds
+
+
+def reach_budget(try_ratio: Callable[[float], float], budget: float) -> None:
+    """Find the smallest ratio that keeps the budget: go up in steps, then halve the step that went below it.
+
+    Over all ratios there is no order: torch-pruning leaves a layer whole that would lose all its channels.
+    """
+    ratio, share = 0.0, 1.0
+    while share > budget + CLOSE_ENOUGH and ratio < 1 - STEP:
+        ratio += STEP
+        share = try_ratio(ratio)
+    low, high = ratio - STEP, ratio
+    for _ in range(HALVINGS):
+        if abs(share - budget) <= CLOSE_ENOUGH:
+            return
+        share = try_ratio((low + high) / 2)
+        low, high = ((low + high) / 2, high) if share > budget else (low, (low + high) / 2)
 
 
 def mean_gradients(case: Case) -> dict[str, torch.Tensor]:

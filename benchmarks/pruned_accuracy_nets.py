@@ -23,7 +23,7 @@ from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.pruning.cost import count_cost
 
-BATCH = 128
+BATCH = 64
 WEIGHT_DECAY = 0.05
 
 
@@ -40,7 +40,7 @@ class Net(NamedTuple):
 
     base: dict[str, Any]
     rate: float
-    steps: int = 1000
+    steps: int = 2000
     finetuning: tuple[float, float] = (5e-4, 1e-4)
     data: str = "glyphs"
 
@@ -53,9 +53,9 @@ def _vit(**args: int) -> dict[str, Any]:
     return _timm("vit_tiny_patch16_224", img_size=SIDE, patch_size=4, num_heads=4, **args)
 
 
-CNN: dict[str, Any] = {"rate": 4e-3, "steps": 700, "finetuning": (1e-3, 2e-4)}
+CNN: dict[str, Any] = {"rate": 3e-3, "steps": 1000, "finetuning": (1e-3, 2e-4)}
 NETS = {
-    "vit": Net(_vit(embed_dim=96, depth=6), 2e-3),
+    "vit": Net(_vit(embed_dim=96, depth=6), 1.5e-3),
     "resnet": Net(_timm("glyph_resnet"), **CNN),
     "convnext": Net(
         _timm("convnext_atto", patch_size=1, depths=[1, 2, 4, 1], dims=[24, 32, 64, 96], conv_mlp=False),
@@ -77,7 +77,7 @@ NETS = {
                 "attention_probs_dropout_prob": 0.0,
             },
         },
-        2e-3,
+        1.5e-3,
     ),
     "mobilenet": Net(_timm("glyph_mobilenet"), **CNN),
     "swin": Net(
@@ -90,10 +90,10 @@ NETS = {
             depths=[2, 4],
             num_heads=[2, 4],
         ),
-        2e-3,
+        1.5e-3,
     ),
-    "vit_deep": Net(_vit(embed_dim=64, depth=12), 2e-3),
-    "vit_digits": Net(_vit(embed_dim=96, depth=6), 1e-3, data="digits"),
+    "vit_deep": Net(_vit(embed_dim=64, depth=12), 1.5e-3),
+    "vit_digits": Net(_vit(embed_dim=96, depth=6), 1e-3, steps=1000, data="digits"),
 }
 
 
@@ -148,6 +148,7 @@ def train(
     rate: float,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     steps: int,
+    report_every: int | None = None,
 ) -> None:
     """Train in place by AdamW with a one-cycle schedule and plain cross-entropy; the model ends in eval mode.
 
@@ -156,6 +157,7 @@ def train(
         rate: Highest learning rate.
         batches: Images (B, 1, SIDE, SIDE) and labels (B,).
         steps: How many batches there are.
+        report_every: Print the loss after every so many steps.
     """
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -166,12 +168,15 @@ def train(
         optimizer, max_lr=rate, total_steps=steps, pct_start=0.15, cycle_momentum=False
     )
     model.train()
-    for images, labels in batches:
+    for step, (images, labels) in enumerate(batches, 1):
         optimizer.zero_grad()
-        model(images, labels).loss.backward()
+        loss = model(images, labels).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if report_every is not None and step % report_every == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
     model.eval()
 
 
@@ -191,12 +196,8 @@ def train_dense(names: list[str], workdir: Path) -> None:
             print(f"{name}: is there", flush=True)
             continue
         start, model = time.perf_counter(), build(name)
-        train(
-            model,
-            net.rate,
-            (draw(net.data, BATCH, stream_seed("train", step)) for step in range(net.steps)),
-            net.steps,
-        )
+        batches = (draw(net.data, BATCH, stream_seed("train", step)) for step in range(net.steps))
+        train(model, net.rate, batches, net.steps, report_every=100)
         found = {split: accuracy(model, net.data, split) for split in ("selection", "report")}
         found |= {"macs": count_cost(model).macs, "seconds": round(time.perf_counter() - start, 1)}
         model.save_pretrained(folder)
