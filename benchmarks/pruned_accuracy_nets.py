@@ -40,7 +40,7 @@ class Net(NamedTuple):
 
     base: dict[str, Any]
     rate: float
-    steps: int = 2000
+    steps: int = 3000
     finetuning: tuple[float, float] = (5e-4, 1e-4)
     data: str = "glyphs"
 
@@ -55,7 +55,7 @@ def _vit(**args: int) -> dict[str, Any]:
 
 CNN: dict[str, Any] = {"rate": 3e-3, "steps": 1000, "finetuning": (1e-3, 2e-4)}
 NETS = {
-    "vit": Net(_vit(embed_dim=96, depth=6), 1.5e-3),
+    "vit": Net(_vit(embed_dim=96, depth=6), 2e-3),
     "resnet": Net(_timm("glyph_resnet"), **CNN),
     "convnext": Net(
         _timm("convnext_atto", patch_size=1, depths=[1, 2, 4, 1], dims=[24, 32, 64, 96], conv_mlp=False),
@@ -77,7 +77,7 @@ NETS = {
                 "attention_probs_dropout_prob": 0.0,
             },
         },
-        1.5e-3,
+        2e-3,
     ),
     "mobilenet": Net(_timm("glyph_mobilenet"), **CNN),
     "swin": Net(
@@ -90,10 +90,11 @@ NETS = {
             depths=[2, 4],
             num_heads=[2, 4],
         ),
-        1.5e-3,
+        2e-3,
+        steps=2000,
     ),
-    "vit_deep": Net(_vit(embed_dim=64, depth=12), 1.5e-3),
-    "vit_digits": Net(_vit(embed_dim=96, depth=6), 1e-3, steps=1000, data="digits"),
+    "vit_deep": Net(_vit(embed_dim=64, depth=12), 2e-3),
+    "vit_digits": Net(_vit(embed_dim=96, depth=6), 2e-3, steps=1500, data="digits"),
 }
 
 
