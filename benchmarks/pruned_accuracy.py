@@ -1,0 +1,185 @@
+"""Which accuracy is left after pruning at equal MACs: ours against torch-pruning, on small nets trained here.
+
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/pruned_accuracy.py train --workdir DIR
+    ... measure --workdir DIR --results FILE.jsonl --finetune
+    ... table --workdir DIR --results FILE.jsonl
+
+`train` makes the dense nets (`pruned_accuracy_nets.py`) from images that are drawn from seeds
+(`pruned_accuracy_data.py`). `measure` prunes them by every method (`pruned_accuracy_methods.py`) from 512 calibration
+images, the same for all methods of a seed, and appends one line of JSON for each cell of net, budget, seed and method;
+cells that are there are skipped, so it can be stopped and started again. All cuts are physical, and the MACs are
+counted by `count_cost`. Finetuning sees two epochs of 1,500 fresh images at two learning rates; the rate is chosen on
+the selection split, and the accuracy of the table is that of the report split. These are toy nets: they say which
+choice does better here, not by how much elsewhere.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pruned_accuracy_data import draw, stream_seed
+from pruned_accuracy_methods import METHODS, Case, MethodError
+from pruned_accuracy_nets import NETS, Net, accuracy, load_dense, train, train_dense
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import IsoPruneError
+from isoprune_hf.pruning.cost import count_cost
+
+CALIBRATION_IMAGES = 512
+EPOCHS, EPOCH_IMAGES, FINETUNING_BATCH = 2, 1500, 50
+SPLITS = ("selection", "report")
+Record = dict[str, Any]
+
+
+def measure_cell(
+    model: IsoPruneForImageClassification, name: str, method: str, budget: float, seed: int, *, finetune: bool
+) -> Record:
+    """Prune the dense model by a method, which leaves it as it is, and measure what is left.
+
+    Args:
+        model: The dense model, or any other that has its images.
+        name: Its name in `NETS`.
+        method: Name in `METHODS`.
+        budget: Share of the MACs to keep.
+        seed: Seed of the calibration and finetuning images.
+        finetune: Finetune, too.
+
+    Returns:
+        The record: with `skipped` and the reason where the method cannot prune this net, else with `share` of the
+        MACs, `before` (split -> top-1 in per cent), `seconds` and, with finetuning, `after` and `rates`.
+    """
+    net = NETS[name]
+    record: Record = {"net": name, "method": method, "budget": budget, "seed": seed}
+    images, labels = draw(net.data, CALIBRATION_IMAGES, stream_seed("calibrate", seed))
+    start = time.perf_counter()
+    try:
+        pruned, seconds = METHODS[method](Case(model, images, labels, budget, seed))
+    except (MethodError, IsoPruneError) as error:
+        return {**record, "skipped": str(error)}
+    record["share"] = count_cost(pruned).macs / count_cost(model).macs
+    record["seconds"] = {**seconds, "all": time.perf_counter() - start}
+    record["before"] = {split: accuracy(pruned, net.data, split) for split in SPLITS}
+    if finetune:
+        start = time.perf_counter()
+        record["rates"] = {str(rate): finetuned(pruned, net, rate, seed) for rate in net.finetuning}
+        record["after"] = max(record["rates"].values(), key=lambda found: found["selection"])
+        record["seconds"]["finetune"] = (time.perf_counter() - start) / len(net.finetuning)
+    return record
+
+
+def finetuned(pruned: IsoPruneForImageClassification, net: Net, rate: float, seed: int) -> dict[str, float]:
+    """Finetune a copy; give its top-1 on both splits."""
+    model = copy.deepcopy(pruned)
+    images, labels = draw(net.data, EPOCHS * EPOCH_IMAGES, stream_seed("finetune", seed))
+    torch.manual_seed(seed)
+    batches = list(zip(images.split(FINETUNING_BATCH), labels.split(FINETUNING_BATCH), strict=True))
+    train(model, rate, batches, len(batches))
+    return {split: accuracy(model, net.data, split) for split in SPLITS}
+
+
+def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
+    """Read cells by (net, method, budget, seed); a later line replaces an earlier one."""
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
+    found = {}
+    for record in map(json.loads, lines):
+        found[tuple(record[key] for key in ("net", "method", "budget", "seed"))] = record
+    return found
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure the cells that the file of results lacks."""
+    done = read_results([args.results])
+    nets = {name: load_dense(name, args.workdir)[0] for name in args.nets}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    for budget in args.budgets:
+        for seed in args.seeds:
+            for name, model in nets.items():
+                for method in args.methods:
+                    there = done.get((name, method, budget, seed))
+                    if there and "skipped" not in there and ("after" in there or not args.finetune):
+                        continue
+                    record = measure_cell(model, name, method, budget, seed, finetune=args.finetune)
+                    what = f"{name} {method} {budget:.0%} seed {seed}"
+                    if "skipped" in record:
+                        print(f"{what}: skipped: {record['skipped']}", flush=True)
+                        continue
+                    with args.results.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                    after = f" -> {record['after']['report']:.2f}" if args.finetune else ""
+                    seconds = record["seconds"]
+                    print(
+                        f"{what}: MACs {record['share']:.1%}, top-1 {record['before']['report']:.2f}{after}, "
+                        f"{seconds['all']:.1f} s + {seconds.get('finetune', 0):.1f} s",
+                        flush=True,
+                    )
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Write mean and standard error; the latter from two values on."""
+    if not values:
+        return "-"
+    error = f"+-{statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{error}"
+
+
+def write_table(results: dict[tuple[Any, ...], Record], workdir: Path) -> str:
+    """Write a Markdown table for each net: top-1 on the report split, mean and standard error over the seeds."""
+    rows: dict[str, dict[tuple[float, str], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for (name, method, budget, _), record in sorted(results.items(), key=lambda item: item[0][3]):
+        rows[name][budget, method].append(record)
+    parts = []
+    for name in (name for name in NETS if name in rows):
+        _, dense = load_dense(name, workdir)
+        parts += [
+            f"\n**{name}**: {dense['macs'] / 1e6:.2f} MMACs, dense {dense['report']:.1f}\n",
+            "MACs asked | method | MACs kept | before | after finetuning | seeds | seconds of pruning",
+            "---|---|---|---|---|---|---",
+        ]
+        order = list(METHODS)
+        for (budget, method), records in sorted(
+            rows[name].items(), key=lambda item: (-item[0][0], order.index(item[0][1]))
+        ):
+            before = mean_and_error([record["before"]["report"] for record in records])
+            after = mean_and_error([record["after"]["report"] for record in records if "after" in record])
+            share = statistics.mean(record["share"] for record in records)
+            seconds = statistics.mean(record["seconds"]["all"] for record in records)
+            parts.append(
+                f"{budget:.0%} | {method} | {share:.1%} | {before} | {after} | {len(records)} | {seconds:.1f}"
+            )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("train", "measure", "table"):
+        options = commands.add_parser(command)
+        options.add_argument("--workdir", type=Path, required=True, help="folder of the dense nets")
+        if command != "table":
+            options.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+        if command == "measure":
+            options.add_argument("--results", type=Path, required=True)
+            options.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.3, 0.2])
+            options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+            options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+            options.add_argument("--finetune", action="store_true")
+        if command == "table":
+            options.add_argument("--results", nargs="+", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.command == "train":
+        train_dense(args.nets, args.workdir)
+    elif args.command == "measure":
+        measure(args)
+    else:
+        print(write_table(read_results(args.results), args.workdir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The images of `pruned_accuracy.py`: 61 glyphs drawn from the fonts that matplotlib ships, and scikit-learn's digits.
+
+Every image comes from a seed. A split is a seed of its own: `SELECTION` and `REPORT` are fixed images, `stream_seed`
+gives training images that neither holds.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_digits
+from torch.nn import functional
+
+CLASSES = "ABCDEFGHIJKLMNPQRSTUVWXYZ" + "0123456789" + "&@#%$?+=<>" + "ΔΘΛΞΠΣΦΨΩβγδλμπω"
+FACES = (
+    *("DejaVuSans" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *("DejaVuSansMono" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *("DejaVuSerif" + style for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+)
+SIDE = 16
+FINE = 2 * SIDE  # masks are warped at twice the size and averaged
+SELECTION, REPORT = 1, 2  # seeds of the splits; those of the streams start above
+TEST_IMAGES = 2000
+NOISE, TURN, CHANGE, LEAST_CONTRAST = 0.15, math.radians(10), 0.1, 0.7
+DIGIT_SPLITS = (1097, 300)  # training, selection; the other 400 report
+
+
+def stream_seed(purpose: str, seed: int) -> int:
+    """Give the seed of a stream of training images."""
+    return 10_000 * (1 + ("train", "calibrate", "finetune").index(purpose)) + seed
+
+
+@cache
+def glyph_masks() -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw every class in every face: masks (classes * faces, FINE, FINE) from 0 to 1, and their labels."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    drawn, big = [], 4 * FINE
+    for face in FACES:
+        font = ImageFont.truetype(folder / f"{face}.ttf", round(0.95 * big))
+        for character in CLASSES:
+            image = Image.new("L", (big, big))
+            left, top, right, bottom = font.getbbox(character)
+            corner = ((big - left - right) / 2, (big - top - bottom) / 2)
+            ImageDraw.Draw(image).text(corner, character, fill=255, font=font)
+            drawn.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, big, big))
+    masks = functional.avg_pool2d(torch.stack(drawn).float() / 255, 4)
+    return masks[:, 0], torch.arange(len(CLASSES)).repeat(len(FACES))
+
+
+@cache
+def digit_masks(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the digits of a split, 8x8 scaled up to (N, FINE, FINE), from 0 to 1, and their labels."""
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
+    train, selection = DIGIT_SPLITS
+    chosen = {
+        "train": order[:train],
+        "selection": order[train : train + selection],
+        "report": order[train + selection :],
+    }
+    images = torch.from_numpy(found.images).float()[chosen[split], None] / 16
+    images = functional.interpolate(images, (FINE, FINE), mode="bilinear", align_corners=False)
+    return images[:, 0], torch.from_numpy(found.target)[chosen[split]].long()
+
+
+def warp(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn, scale, shear, shift and fade (N, FINE, FINE) at random and add noise: images (N, 1, SIDE, SIDE)."""
+    count = len(masks)
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator)
+
+    angle, shear = uniform(-TURN, TURN), uniform(-CHANGE, CHANGE)
+    wide, high = uniform(1 - CHANGE, 1 + CHANGE), uniform(1 - CHANGE, 1 + CHANGE)
+    shifts = [2 * uniform(-CHANGE, CHANGE) for _ in range(2)]  # the grid goes from -1 to 1
+    cos, sin = angle.cos(), angle.sin()
+    rows = [cos * wide, (shear * cos - sin) * high, shifts[0], sin * wide, (shear * sin + cos) * high, shifts[1]]
+    matrices = torch.stack(rows, 1).view(count, 2, 3)
+    grid = functional.affine_grid(matrices, [count, 1, FINE, FINE], align_corners=False)
+    images = functional.grid_sample(masks[:, None], grid, align_corners=False)
+    images = functional.avg_pool2d(images, FINE // SIDE) * uniform(LEAST_CONTRAST, 1).view(-1, 1, 1, 1)
+    return normalised(images + NOISE * torch.randn(images.shape, generator=generator))
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """Shift and scale images from 0 to 1 to about mean 0 and deviation 1."""
+    return (images - 0.2) / 0.3
+
+
+def draw(data: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw training images (count, 1, SIDE, SIDE) and labels (count,) of `glyphs` or `digits` from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    masks, labels = glyph_masks() if data == "glyphs" else digit_masks("train")
+    chosen = torch.randint(len(labels), (count,), generator=generator)
+    return warp(masks[chosen], generator), labels[chosen]
+
+
+@cache
+def test_split(data: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the fixed images and labels of the `selection` or `report` split; digits are neither warped nor noisy."""
+    if data == "glyphs":
+        return draw(data, TEST_IMAGES, {"selection": SELECTION, "report": REPORT}[split])
+    masks, labels = digit_masks(split)
+    return normalised(functional.avg_pool2d(masks[:, None], FINE // SIDE)), labels

@@ -1,0 +1,219 @@
+"""The dense nets of `pruned_accuracy.py`: small architectures of timm and transformers, trained from scratch.
+
+Two have no builder for 16x16 images in timm and are registered there by this module: `glyph_resnet` (stem of 3x3
+without stride and pool) and `glyph_mobilenet` (stem without stride, three resolutions). Their folders open only where
+this module was imported.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pruned_accuracy_data import CLASSES, SIDE, draw, stream_seed, test_split
+from timm.models import register_model
+from timm.models._efficientnet_builder import decode_arch_def, round_channels
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import Bottleneck, ResNet
+from torch import nn
+
+from isoprune_hf.checkpoint.folder import write_file
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.pruning.cost import count_cost
+
+BATCH = 64
+WEIGHT_DECAY = 0.05
+
+
+class Net(NamedTuple):
+    """A dense net and its training.
+
+    Args:
+        base: As in `IsoPruneConfig`.
+        rate: Highest learning rate of the one-cycle schedule.
+        steps: Steps of `BATCH` fresh images each.
+        finetuning: Learning rates to choose from after pruning.
+        data: Which images.
+    """
+
+    base: dict[str, Any]
+    rate: float
+    steps: int = 3000
+    finetuning: tuple[float, float] = (5e-4, 1e-4)
+    data: str = "glyphs"
+
+
+def _timm(architecture: str, **args: Any) -> dict[str, Any]:
+    return {"library": "timm", "architecture": architecture, "args": {"in_chans": 1, **args}}
+
+
+def _vit(**args: int) -> dict[str, Any]:
+    return _timm("vit_tiny_patch16_224", img_size=SIDE, patch_size=4, num_heads=4, **args)
+
+
+CNN: dict[str, Any] = {"rate": 3e-3, "steps": 1000, "finetuning": (1e-3, 2e-4)}
+NETS = {
+    "vit": Net(_vit(embed_dim=96, depth=6), 2e-3),
+    "resnet": Net(_timm("glyph_resnet"), **CNN),
+    "convnext": Net(
+        _timm("convnext_atto", patch_size=1, depths=[1, 2, 4, 1], dims=[24, 32, 64, 96], conv_mlp=False),
+        **CNN,
+    ),
+    "hf_vit": Net(
+        {
+            "library": "transformers",
+            "config": {
+                "model_type": "vit",
+                "image_size": SIDE,
+                "patch_size": 4,
+                "num_channels": 1,
+                "hidden_size": 96,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "intermediate_size": 384,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        },
+        2e-3,
+    ),
+    "mobilenet": Net(_timm("glyph_mobilenet"), **CNN),
+    "swin": Net(
+        _timm(
+            "swin_tiny_patch4_window7_224",
+            img_size=SIDE,
+            patch_size=2,
+            window_size=4,
+            embed_dim=48,
+            depths=[2, 4],
+            num_heads=[2, 4],
+        ),
+        2e-3,
+        steps=2000,
+    ),
+    "vit_deep": Net(_vit(embed_dim=64, depth=12), 2e-3),
+    "vit_digits": Net(_vit(embed_dim=96, depth=6), 2e-3, steps=1500, data="digits"),
+}
+
+
+@register_model
+def glyph_resnet(num_classes: int = 1000, in_chans: int = 3, **_: Any) -> ResNet:
+    """Bottleneck ResNet with [2, 2, 2, 2] blocks of width 16, 24, 32 and 48 (times 4), at 16, 8, 4 and 2 pixels."""
+    model = ResNet(
+        Bottleneck,
+        layers=(2, 2, 2, 2),
+        channels=(16, 24, 32, 48),
+        num_classes=num_classes,
+        in_chans=in_chans,
+    )
+    model.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return _described(model)
+
+
+@register_model
+def glyph_mobilenet(num_classes: int = 1000, in_chans: int = 3, **_: Any) -> EfficientNet:
+    """MobileNetV2 with nine inverted residuals, at 16, 8 and 4 pixels."""
+    stages = [["ds_r1_k3_s1_c16"], ["ir_r2_k3_s2_e4_c24"], ["ir_r3_k3_s2_e4_c40"], ["ir_r3_k3_s1_e4_c64"]]
+    model = EfficientNet(
+        decode_arch_def(stages),
+        num_features=192,
+        stem_size=16,
+        round_chs_fn=round_channels,
+        norm_layer=nn.BatchNorm2d,
+        act_layer=nn.ReLU6,
+        num_classes=num_classes,
+        in_chans=in_chans,
+    )
+    model.conv_stem.stride = (1, 1)
+    return _described(model)
+
+
+def _described(model: nn.Module) -> nn.Module:
+    model.pretrained_cfg = {"input_size": (1, SIDE, SIDE), "num_classes": model.num_classes}
+    return model
+
+
+def build(name: str, seed: int = 0) -> IsoPruneForImageClassification:
+    """Build a net with random weights."""
+    labels = len(CLASSES) if NETS[name].data == "glyphs" else 10
+    torch.manual_seed(seed)
+    config = IsoPruneConfig(base=NETS[name].base, num_labels=labels, image_size=[1, SIDE, SIDE])
+    return IsoPruneForImageClassification(config)
+
+
+def train(
+    model: IsoPruneForImageClassification,
+    rate: float,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    report_every: int | None = None,
+) -> None:
+    """Train in place by AdamW with a one-cycle schedule and plain cross-entropy; the model ends in eval mode.
+
+    Args:
+        model: The model.
+        rate: Highest learning rate.
+        batches: Images (B, 1, SIDE, SIDE) and labels (B,).
+        steps: How many batches there are.
+        report_every: Print the loss after every so many steps.
+    """
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=rate, weight_decay=WEIGHT_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=rate, total_steps=steps, pct_start=0.15, cycle_momentum=False
+    )
+    model.train()
+    for step, (images, labels) in enumerate(batches, 1):
+        optimizer.zero_grad()
+        loss = model(images, labels).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if report_every is not None and step % report_every == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: IsoPruneForImageClassification, data: str, split: str) -> float:
+    """Give the top-1 accuracy on a split in per cent; the model is in eval mode."""
+    images, labels = test_split(data, split)
+    hits = [(model(x).logits.argmax(1) == y).sum() for x, y in zip(images.split(250), labels.split(250), strict=True)]
+    return 100 * float(sum(hits)) / len(labels)
+
+
+def train_dense(names: list[str], workdir: Path) -> None:
+    """Train the nets that `workdir` lacks; each becomes a folder with its accuracy in `dense.json`."""
+    for name in names:
+        folder, net = workdir / name, NETS[name]
+        if (folder / "dense.json").is_file():
+            print(f"{name}: is there", flush=True)
+            continue
+        start, model = time.perf_counter(), build(name)
+        batches = (draw(net.data, BATCH, stream_seed("train", step)) for step in range(net.steps))
+        train(model, net.rate, batches, net.steps, report_every=100)
+        found = {split: accuracy(model, net.data, split) for split in ("selection", "report")}
+        found |= {"macs": count_cost(model).macs, "seconds": round(time.perf_counter() - start, 1)}
+        model.save_pretrained(folder)
+        write_file(folder / "dense.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
+        print(f"{name}: {found}", flush=True)
+
+
+def load_dense(name: str, workdir: Path) -> tuple[IsoPruneForImageClassification, dict[str, float]]:
+    """Open a trained net and its record.
+
+    Raises:
+        SystemExit: It has not been trained.
+    """
+    record = workdir / name / "dense.json"
+    if not record.is_file():
+        raise SystemExit(f"{name} is not in {workdir}: run `pruned_accuracy.py train --nets {name}` first")
+    model = IsoPruneForImageClassification.from_pretrained(workdir / name).eval()
+    return model, json.loads(record.read_text())
