@@ -97,6 +97,9 @@ def _copy_value(value: object, memo: dict[int, object]) -> object:
         memo[id(value)] = copied = type(value)()
         copied.update((name, _copy_value(part, memo)) for name, part in value.items())
         return copied
+    if type(value) is set:
+        memo[id(value)] = copied = {_copy_value(part, memo) for part in value}
+        return copied
     if type(value) is tuple:
         parts = tuple(_copy_value(part, memo) for part in value)
         return value if all(new is old for new, old in zip(parts, value, strict=True)) else parts

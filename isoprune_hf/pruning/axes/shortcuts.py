@@ -13,8 +13,13 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
+def _like(x: Tensor) -> Tensor:
+    """An output that lies in memory as its input; `empty_like` runs Python code on the meta device."""
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
+
+
 def _unary(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
-    return torch.empty_like(x) if x.is_floating_point() else None
+    return _like(x) if x.is_floating_point() else None
 
 
 def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -25,13 +30,13 @@ def _binary(x: Any, y: Any, **kwargs: Any) -> Tensor | None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or kwargs.keys() - {"alpha"}:
         return None
     if not isinstance(y, Tensor):
-        return torch.empty_like(x) if isinstance(y, int | float) else None
+        return _like(x) if isinstance(y, int | float) else None
     if y.dtype != x.dtype:
         return None
     if x.shape == y.shape:
-        return torch.empty_like(x)
+        return _like(x)
     if x.ndim >= y.ndim and x.shape == torch.broadcast_shapes(x.shape, y.shape):
-        return torch.empty_like(x)
+        return _like(x)
     return None
 
 
@@ -85,7 +90,7 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
 def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
     fits = all(part.shape == x.shape[1:2] for part in args if isinstance(part, Tensor))
     is_training = args[4] if len(args) == 7 else False
-    return (torch.empty_like(x), x.new_empty(0), x.new_empty(0)) if fits and not is_training else None
+    return (_like(x), x.new_empty(0), x.new_empty(0)) if fits and not is_training else None
 
 
 SHORTCUTS: dict[Any, Callable[..., Any]] = {
