@@ -65,15 +65,11 @@ def copy_modules(
     for old in modules:
         values = memo[id(old)].__dict__
         for name, value in vars(old).items():
-            if isinstance(
-                getattr(value, "__func__", None), _CACHED
-            ):  # bound to the old module, and full of its tensors
-                continue
             if type(value) in _IMMUTABLE:
                 values[name] = value
             elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):
                 values[name] = type(value)()
-            else:
+            elif not isinstance(getattr(value, "__func__", None), _CACHED):  # these are full of the old tensors
                 values[name] = _copy_value(value, memo)
     return memo[id(root)]
 

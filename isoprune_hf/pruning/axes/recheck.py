@@ -72,9 +72,7 @@ def sizes_after(
     return sizes
 
 
-def _staying(
-    graph: AxisGraph, leaf: int, stays: np.ndarray, cell: Cell, name: str
-) -> tuple[int, np.ndarray | None]:
+def _staying(graph: AxisGraph, leaf: int, stays: np.ndarray, cell: Cell, name: str) -> tuple[int, np.ndarray | None]:
     """How many elements of a leaf stay in a tensor, and which; None for dims in heads: each head may keep others."""
     labels, partner = cell.labels[leaf], _partner(graph, leaf, cell.labels)
     kept = np.unique(labels[stays])
