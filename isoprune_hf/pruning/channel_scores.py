@@ -23,7 +23,7 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.gradients import Batches, Precision
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 
-_CHUNK = 2**18  # elements that are summed at once
+_CHUNK = 2**17  # elements that are summed at once: a mebibyte in float64, which stays in the cache
 Reduction = Literal["sum", "mean"]
 Norm = Literal["sum", "member", "channel"]
 Values = Mapping[str, torch.Tensor]
@@ -114,11 +114,12 @@ def _sum_elements(value: torch.Tensor, squared: bool, dims: Sequence[int]) -> di
     value = value.reshape(-1) if value.ndim == 0 else value
     rows, columns = [], 0.0
     for part in value.split(max(1, _CHUNK * len(value) // value.numel())):
-        wide = part.double().square() if squared else part.abs().double()
-        rows.append(wide.reshape(len(wide), -1).sum(1))
-        columns = columns + wide.sum(0)
+        wide = part.to(torch.float64, copy=True)
+        wide = wide.square_() if squared else wide.abs_()
+        rows.append(wide.flatten(1).sum(1) if wide.ndim > 1 else wide)
+        columns = columns + wide.sum(0) if max(dims) else columns
     sums = {0: torch.cat(rows)}
-    for dim in range(1, value.ndim):
+    for dim in set(dims) - {0}:
         others = [other for other in range(value.ndim - 1) if other != dim - 1]
         sums[dim] = columns.sum(others) if others else columns
     return {dim: sums[dim] for dim in dims}

@@ -65,15 +65,11 @@ def copy_modules(
     for old in modules:
         values = memo[id(old)].__dict__
         for name, value in vars(old).items():
-            if isinstance(
-                getattr(value, "__func__", None), _CACHED
-            ):  # bound to the old module, and full of its tensors
-                continue
             if type(value) in _IMMUTABLE:
                 values[name] = value
             elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):
                 values[name] = type(value)()
-            else:
+            elif not isinstance(getattr(value, "__func__", None), _CACHED):  # these are full of the old tensors
                 values[name] = _copy_value(value, memo)
     return memo[id(root)]
 
@@ -96,6 +92,9 @@ def _copy_value(value: object, memo: dict[int, object]) -> object:
     if type(value) in _TABLES:
         memo[id(value)] = copied = type(value)()
         copied.update((name, _copy_value(part, memo)) for name, part in value.items())
+        return copied
+    if type(value) is set:
+        memo[id(value)] = copied = {_copy_value(part, memo) for part in value}
         return copied
     if type(value) is tuple:
         parts = tuple(_copy_value(part, memo) for part in value)

@@ -165,7 +165,7 @@ def _copy_cut(
     @torch.no_grad()
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         part, name = tensor.detach(), names.get(id(tensor), "")
-        for dim, positions in kept.get(name, {}).items():
+        for dim, positions in sorted(kept.get(name, {}).items()):  # whole rows first: those are quick to copy
             part = part.index_select(dim, positions.to(part.device))
         part = part if part.shape != tensor.shape else part.clone()
         return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

@@ -30,6 +30,8 @@ class _Operations(TorchDispatchMode):
 
     def _source(self, tensors: Iterable[Tensor]) -> Source:
         sources = [self.trace.source(tensor) for tensor in tensors]
+        if len(sources) == 1:
+            return sources[0]
         return Source(
             frozenset().union(*(source.steps for source in sources)),
             frozenset().union(*(source.tensors for source in sources)),
@@ -44,15 +46,14 @@ class _Operations(TorchDispatchMode):
         outs = list(tensors_in([out]))
         if not outs:
             return out
-        trace = self.trace
+        trace, given = self.trace, list(tensors_in((*args, *(kwargs or {}).values())))
         if rule is None:
             trace.unknown[name] = trace.unknown.get(name, 0) + 1
-            tensors = tensors_in((*args, *(kwargs or {}).values()))
-            found = trace.give_up(tensors, out, f"the operation {name} is not known")
+            found = trace.give_up(given, out, f"the operation {name} is not known")
         else:
             found = rule(trace, out, *args, **(kwargs or {}))
         found = [found] if isinstance(found, tuple) else found
-        source = self._source(tensors_in((*args, *(kwargs or {}).values())))
+        source = self._source(given)
         is_live = bool(source.steps or source.tensors)
         if is_bias(name, args, trace.names):
             source = Source(source.steps)
@@ -87,6 +88,7 @@ _WEIGHT_VIEWS = frozenset(
     )
 )
 _SAME = {"addmm": "mm"}
+_LISTS = list, tuple
 # Which of these are run depends on how the memory lies.
 _UNSEEN = _WEIGHT_VIEWS | {"_to_copy", "_reshape_alias", "as_strided", "as_strided_", "contiguous", "unbind", "select"}
 
@@ -122,7 +124,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, _LISTS):
             yield from tensors_in(value)
 
 

@@ -19,6 +19,7 @@ from isoprune_hf.pruning.copying import blank_image, copy_modules, copy_shapes
 
 # What a network may raise where its forward pass reads values, which the meta device does not have.
 RUN_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+_SEQUENCES = tuple, list
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def _numbers(network: nn.Module) -> dict[Attribute, int]:
         for name, value in vars(module).items():
             if isinstance(value, int):
                 numbers[Attribute(path, name)] = int(value)
-            elif isinstance(value, tuple | list) and all(isinstance(entry, int) for entry in value):
+            elif isinstance(value, _SEQUENCES) and all(isinstance(entry, int) for entry in value):
                 numbers.update((Attribute(path, name, at), int(entry)) for at, entry in enumerate(value))
     return numbers
 

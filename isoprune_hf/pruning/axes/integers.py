@@ -127,6 +127,9 @@ def atoms(expression: Expression) -> Iterator[Attribute | Axis]:
         yield expression
 
 
+_NUMBERS = frozenset((int, tuple, list))
+
+
 def mark_attributes(network: nn.Module) -> list[Comparison]:
     """Let all integers that modules keep remember their place, in place.
 
@@ -136,13 +139,14 @@ def mark_attributes(network: nn.Module) -> list[Comparison]:
     comparisons: list[Comparison] = []
     for path, module in network.named_modules():
         for name, value in vars(module).items():
-            if name.startswith("_"):
+            kind = type(value)
+            if kind not in _NUMBERS or name.startswith("_"):
                 continue
-            if type(value) is int:
+            if kind is int:
                 module.__dict__[name] = Integer(value, Attribute(path, name), comparisons)
-            elif type(value) in (tuple, list) and value and all(type(entry) is int for entry in value):
-                entries = enumerate(value)
-                module.__dict__[name] = type(value)(
-                    Integer(entry, Attribute(path, name, position), comparisons) for position, entry in entries
+            elif value and all(type(entry) is int for entry in value):
+                module.__dict__[name] = kind(
+                    Integer(entry, Attribute(path, name, position), comparisons)
+                    for position, entry in enumerate(value)
                 )
     return comparisons

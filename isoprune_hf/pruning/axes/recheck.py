@@ -43,12 +43,20 @@ def sizes_after(
     for leaf, found in graph.members.items():
         counts: dict[int, str] = {}
         kept: dict[bytes, str] = {}
+        usual: np.ndarray | None = None  # whether each element stays, as the first tensor has it
         for (name, dim), parts in found.items():
+            mask = masks.get((name, dim))
             for cell in () if name.startswith(gone or ("\0",)) else parts:
-                count, elements = _staying(graph, leaf, masks.get((name, dim)), cell, name)
+                labels = cell.labels[leaf]
+                stays = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
+                if usual is not None and (usual[labels] == stays).all():
+                    continue
+                count, elements = _staying(graph, leaf, stays, cell, name)
                 counts.setdefault(count, name)
                 if elements is not None:
-                    kept.setdefault(elements, name)
+                    kept.setdefault(elements.tobytes(), name)
+                    usual = np.zeros(labels.max() + 1, dtype=bool)
+                    usual[elements] = True
         if len(counts) > 1:
             (first, name), (second, other) = list(counts.items())[:2]
             raise CheckpointError(f"pruning plan: {name} would keep {first} of what {other} keeps {second} of")
@@ -64,10 +72,9 @@ def sizes_after(
     return sizes
 
 
-def _staying(graph: AxisGraph, leaf: int, mask: np.ndarray | None, cell: Cell, name: str) -> tuple[int, bytes | None]:
+def _staying(graph: AxisGraph, leaf: int, stays: np.ndarray, cell: Cell, name: str) -> tuple[int, np.ndarray | None]:
     """How many elements of a leaf stay in a tensor, and which; None for dims in heads: each head may keep others."""
     labels, partner = cell.labels[leaf], _partner(graph, leaf, cell.labels)
-    stays = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
     kept = np.unique(labels[stays])
     ways = len(labels) // (int(labels.max()) + 1)  # elements of the tensor for each of the leaf
     if partner is None:
@@ -77,7 +84,7 @@ def _staying(graph: AxisGraph, leaf: int, mask: np.ndarray | None, cell: Cell, n
         heads = cell.labels[partner]
         ways //= int(heads.max()) + 1
         return int(stays.sum()) // max(len(np.unique(heads[stays])) * ways, 1), None
-    return len(kept), kept.tobytes()
+    return len(kept), kept
 
 
 def _partner(graph: AxisGraph, leaf: int, labels: Mapping[int, np.ndarray]) -> int | None:

@@ -13,41 +13,70 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    """A contiguous output; `new_empty` and `empty_like` run Python code on the meta device."""
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _like(x: Tensor) -> Tensor:
+    """An output that lies in memory as its input."""
+    return _empty(x, *x.shape) if x.is_contiguous() else torch.empty_like(x)
+
+
 def _unary(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
-    return torch.empty_like(x) if x.is_floating_point() else None
+    return _like(x) if x.is_floating_point() else None
 
 
 def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-def _binary(x: Any, y: Any, **kwargs: Any) -> Tensor | None:
+def _meets(x: Any, y: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the output is as x, whatever y is."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or kwargs.keys() - {"alpha"}:
-        return None
+        return False
     if not isinstance(y, Tensor):
-        return torch.empty_like(x) if isinstance(y, int | float) else None
-    if y.dtype != x.dtype:
-        return None
-    if x.shape == y.shape:
-        return torch.empty_like(x)
-    if x.ndim >= y.ndim and x.shape == torch.broadcast_shapes(x.shape, y.shape):
-        return torch.empty_like(x)
-    return None
+        return isinstance(y, int | float)
+    fits = x.dtype == y.dtype and x.ndim >= y.ndim
+    return fits and all(own in (1, size) for own, size in zip(reversed(y.shape), reversed(x.shape), strict=False))
+
+
+def _binary(x: Any, y: Any, **kwargs: Any) -> Tensor | None:
+    return _like(x) if _meets(x, y, kwargs) else None
+
+
+def _binary_in_place(x: Tensor, y: Any, **kwargs: Any) -> Tensor | None:
+    return x if _meets(x, y, kwargs) else None
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    dim %= max(first.ndim, 1)
+    rest = first.shape[:dim], first.shape[dim + 1 :]
+    for part in tensors:
+        fits = part.is_meta and part.dtype == first.dtype and part.is_contiguous() and part.ndim == first.ndim > 0
+        if not fits or (part.shape[:dim], part.shape[dim + 1 :]) != rest:
+            return None
+    return _empty(first, *rest[0], sum(part.shape[dim] for part in tensors), *rest[1])
+
+
+def _roll(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _empty(x, *x.shape)
 
 
 def _mm(x: Tensor, y: Tensor) -> Tensor | None:
-    return x.new_empty(x.shape[0], y.shape[1]) if x.shape[1] == y.shape[0] else None
+    return _empty(x, x.shape[0], y.shape[1]) if x.shape[1] == y.shape[0] else None
 
 
 def _addmm(bias: Tensor, x: Tensor, y: Tensor, **_: Any) -> Tensor | None:
     if x.shape[1] != y.shape[0] or bias.shape[-1] not in (1, y.shape[1]) or bias.ndim > 1:
         return None
-    return x.new_empty(x.shape[0], y.shape[1])
+    return _empty(x, x.shape[0], y.shape[1])
 
 
 def _bmm(x: Tensor, y: Tensor) -> Tensor | None:
     fits = x.shape[0] == y.shape[0] and x.shape[2] == y.shape[1]
-    return x.new_empty(x.shape[0], x.shape[1], y.shape[2]) if fits else None
+    return _empty(x, x.shape[0], x.shape[1], y.shape[2]) if fits else None
 
 
 def _convolution(
@@ -72,20 +101,20 @@ def _convolution(
         (size + 2 * pad - hole * (kernel - 1) - 1) // step + 1
         for size, kernel, step, pad, hole in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    return x.new_empty(x.shape[0], weight.shape[0], *shape) if min(shape) > 0 else None
+    return _empty(x, x.shape[0], weight.shape[0], *shape) if min(shape) > 0 else None
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...] | None:
     fits = list(x.shape[-len(shape) :]) == list(shape)
     fits = fits and all(part is None or list(part.shape) == list(shape) for part in (weight, bias))
     # A contiguous output, as the real kernel gives, whatever the input is.
-    return (x.new_empty(x.shape), x.new_empty(1), x.new_empty(1)) if fits else None
+    return (_empty(x, *x.shape), _empty(x, 1), _empty(x, 1)) if fits else None
 
 
 def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
     fits = all(part.shape == x.shape[1:2] for part in args if isinstance(part, Tensor))
     is_training = args[4] if len(args) == 7 else False
-    return (torch.empty_like(x), x.new_empty(0), x.new_empty(0)) if fits and not is_training else None
+    return (_like(x), _empty(x, 0), _empty(x, 0)) if fits and not is_training else None
 
 
 SHORTCUTS: dict[Any, Callable[..., Any]] = {
@@ -109,6 +138,9 @@ SHORTCUTS: dict[Any, Callable[..., Any]] = {
         for name in ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")
     },
     **{getattr(_aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
+    **{getattr(_aten, name).Tensor: _binary_in_place for name in ("add_", "sub_", "mul_", "div_")},
+    _aten.cat.default: _cat,
+    _aten.roll.default: _roll,
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.bmm.default: _bmm,
