@@ -78,6 +78,19 @@ STAGES = {
         "global and isomorphic competition would each cut at the same MACs (prune.target_macs; 50%).",
         ("model",),
     ),
+    "frontier": Stage(
+        "prune data",
+        [
+            ("model", str | None, None, "The base, instead of prune.model."),
+            ("sizes", str, "0.8,0.6,0.5,0.4,0.3", "Shares of the base's MACs, separated by commas."),
+            ("scores", str | None, None, _SCORES),
+            ("output", str, "output/frontier", _OUTPUT),
+            _OVERWRITE,
+        ],
+        "Cut MODEL to several sizes from one scoring and write a table, a plot and the scores into OUTPUT: MACs, "
+        "parameters, latency on this machine, and, with a data set, accuracy before finetuning.",
+        ("model",),
+    ),
     "plan show": Stage(
         "", [("plan", str, None, _PLAN)], "Show what a plan keeps, and what it was decided by.", ("plan",)
     ),
