@@ -27,6 +27,7 @@ class Stage(NamedTuple):
 _OUTPUT = "Where the result is written; it appears when it is complete."
 _OVERWRITE = ("overwrite", bool, False, "Replace what lies at OUTPUT.")
 _MODEL = "A folder, or a name as for prune.model."
+_SCORES = "File of `isoprune score` to cut from, instead of scoring anew."
 _PLAN = "A pruning_plan.json, or the folder of a pruned model."
 # A stage of two words is an action of the first one.
 STAGES = {
@@ -45,7 +46,7 @@ STAGES = {
         [
             ("output", str, "output/pruned", _OUTPUT),
             _OVERWRITE,
-            ("scores", str | None, None, "File of `isoprune score` to cut from, instead of scoring anew."),
+            ("scores", str | None, None, _SCORES),
         ],
         "Cut a base to ratios or to a budget and write the folder OUTPUT.",
     ),
@@ -65,9 +66,29 @@ STAGES = {
         "Evaluate MODEL: MACs, parameters, accuracy, loss; a folder of ours keeps the figures.",
     ),
     "inspect": Stage(
-        "",
-        [("model", str, None, _MODEL), ("output", str | None, None, "PNG file for a picture of the classes.")],
-        "List the isomorphic classes of MODEL, and what its plan keeps of each.",
+        "prune data",
+        [
+            ("model", str | None, None, f"{_MODEL[:-1]}; instead of it."),
+            ("scores", str | None, None, _SCORES),
+            ("output", str | None, None, "PNG file for a picture of the classes."),
+            ("html", str | None, None, "HTML file for a page with all tables and plots."),
+            ("overwrite", bool, False, "Replace what lies at OUTPUT and HTML."),
+        ],
+        "List the isomorphic classes of MODEL, what its plan keeps of each, and, where scores can be had, what local, "
+        "global and isomorphic competition would each cut at the same MACs (prune.target_macs; 50%).",
+        ("model",),
+    ),
+    "frontier": Stage(
+        "prune data",
+        [
+            ("model", str | None, None, "The base, instead of prune.model."),
+            ("sizes", str, "0.8,0.6,0.5,0.4,0.3", "Shares of the base's MACs, separated by commas."),
+            ("scores", str | None, None, _SCORES),
+            ("output", str, "output/frontier", _OUTPUT),
+            _OVERWRITE,
+        ],
+        "Cut MODEL to several sizes from one scoring and write a table, a plot and the scores into OUTPUT: MACs, "
+        "parameters, latency on this machine, and, with a data set, accuracy before finetuning.",
         ("model",),
     ),
     "plan show": Stage(

@@ -1,49 +1,125 @@
-"""The stages that look at models and plans, and the replay of a plan: nothing here scores, decides or trains."""
+"""The stages that look at models and plans, and the replay of a plan: nothing here cuts anew or trains."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
-from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file
+from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning.alternatives import DEFAULT_BUDGET, check_comparable, make_alternatives, recipe_of_budget
+from isoprune_hf.pruning.blocks import find_blocks
+from isoprune_hf.pruning.budget import check_budget
+from isoprune_hf.pruning.cost import cost_model
 from isoprune_hf.pruning.doctor import Finding, check_model, check_replay
 from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups, scoring_options
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.pruning.replay import replay_plan
+from isoprune_hf.publishing.inspection_page import Inspected, build_page, show_inspected
+from isoprune_hf.publishing.pictures import check_plotting, draw_classes
 from isoprune_hf.publishing.plan_text import diff_plans, show_plan
-from isoprune_hf.publishing.report import draw_classes
-from isoprune_hf.recipes import DataRecipe, PruneRecipe, recipe_to_dict
+from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, PruneRecipe, parse_budget, recipe_to_dict
 from isoprune_hf.results import summarize, write_folder
-from isoprune_hf.sources import open_base, open_data, open_source
+from isoprune_hf.sources import open_base, open_calibration, open_data, open_source
+
+OWN = "plan"  # what the plan in a folder is called among the alternatives
 
 
-def run_inspect(model: str, output: str | None) -> str:
-    """List the isomorphic classes of a model; draw them when there is a place for the picture."""
-    opened = load_base(model, pretrained=Path(model).is_dir()).model
-    decided = PruningPlan.load(model) if (Path(model) / PLAN_FILE).is_file() else None
-    # The plan speaks of the groups of the dense base.
-    groups = trace_groups(opened if decided is None else meta_copy(opened, dense=True))
-    classes: dict[str, list[Any]] = {}
-    for group in groups:
-        classes.setdefault(group.signature, []).append(group)
-    lines = [f"{model}: {len(groups)} coupled groups in {len(classes)} isomorphic classes"]
-    for number, (signature, members) in enumerate(classes.items(), 1):
-        channels = sum(group.channels for group in members)
-        kept = channels if decided is None else sum(len(decided.kept.get(g.name, range(g.channels))) for g in members)
-        shape = signature if len(signature) < 60 else signature[:57] + "..."
+def run_inspect(
+    accelerator: Accelerator,
+    prune: PruneRecipe,
+    data: DataRecipe,
+    model: str | None,
+    scores: str | None,
+    output: str | None,
+    html: str | None,
+    overwrite: bool,
+) -> str:
+    """List the isomorphic classes of a model; where scores can be had, with what the alternatives would cut."""
+    for flag, file in (("--output", output), ("--html", html)):
+        if file is not None:
+            check_output(file, overwrite=overwrite, is_file=True, flag=flag)
+            check_plotting()
+    check_comparable(prune)
+    prune = replace(prune, model=model or prune.model)
+    if prune.model is None:
+        raise RecipeError("inspect needs a model: give its name or folder, or a recipe that has prune.model")
+    is_scored = scores is not None or prune.criterion not in DATA_CRITERIA or data.dataset is not None
+    inspected = _compare(accelerator, prune, data, scores) if is_scored else _list(prune)
+    lines = [show_inspected(inspected)]
+    if not is_scored:
         lines.append(
-            f"  {number:2}  {len(members):3} groups  {channels:6} channels  {kept / channels:4.0%} kept  {shape}"
+            f"no scores, so nothing is compared: criterion {prune.criterion} needs --data.dataset; or take scores "
+            "from the weights with --prune.criterion l1, or from a file with --scores"
         )
-    if output is not None:
-        title = Path(model).name if decided is None else f"{Path(model).name}: what the plan keeps"
-        replace_file(output, lambda temporary: draw_classes(groups, decided, temporary, title=title))
-        lines.append(f"picture: {output}")
-    return "\n".join(lines)
+    if accelerator.is_main_process:
+        if output is not None:
+            plan = inspected.plans.get(OWN)
+            title = Path(prune.model).name if plan is None else f"{Path(prune.model).name}: what the plan keeps"
+            replace_file(output, lambda temporary: draw_classes(inspected.groups, plan, temporary, title=title))
+            lines.append(f"picture: {output}")
+        if html is not None:
+            write_file(html, build_page(inspected))
+            lines.append(f"page: {html}")
+    return "\n\n".join(lines)
+
+
+def _list(prune: PruneRecipe) -> Inspected:
+    """Inspect what can be known without weights."""
+    is_folder = Path(prune.model).is_dir()
+    opened = load_base(prune.model, pretrained=is_folder, model_args=prune.model_args).model
+    decided = _find_plan(prune.model)
+    # The plan speaks of the groups of the dense base.
+    traced = opened if decided is None else meta_copy(opened, dense=True)
+    plans = {} if decided is None else {OWN: decided}
+    return Inspected(prune.model, trace_groups(traced, prune.signature, prune.engine), plans)
+
+
+def _compare(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, scores: str | None) -> Inspected:
+    """Trace and score once, and decide by every alternative at the same MACs."""
+    images = open_data(data, accelerator) if data.dataset else None
+    decided = _find_plan(prune.model)
+    opening = prune if decided is None else _recipe_of_source(prune)
+    base = open_base(opening, data, images, accelerator, is_scored=scores is not None)
+    weights = fingerprint(base.model.model)
+    if decided is not None and decided.fingerprint != weights:
+        raise CheckpointError(f"the plan in {prune.model} was made on other weights than those of {opening.model}")
+    groups = trace_groups(base.model, prune.signature, prune.engine)
+    blocks = find_blocks(base.model) if prune.remove_blocks is not None else ()
+    cost = cost_model(base.model, groups, blocks)
+    own = {} if decided is None else decided.achieved.get("pruned", {})
+    recipe = recipe_of_budget(prune, prune.target_macs or own.get("macs") or DEFAULT_BUDGET)
+    check_budget(groups, recipe, cost, None, blocks)
+    if scores is not None:
+        scored = ImportanceScores.load(scores)
+        if scored.fingerprint != weights:
+            raise RecipeError(f"the scores in {scores} were made from other weights than those of {opening.model}")
+    else:
+        batches, sample = open_calibration(prune, data, images, base.processor, accelerator)
+        options = {"batches": batches, "sample": sample, "accelerator": accelerator, **scoring_options(prune)}
+        scored = score_groups(base.model, groups, blocks=blocks, **options)
+    plans = {} if decided is None else {OWN: decided}
+    plans |= make_alternatives(groups, scored, recipe, cost=cost, blocks=blocks)
+    target = parse_budget(recipe.target_macs, cost.base.macs)
+    budget = f"At {target / 1e9:.4g} GMACs, {target / cost.base.macs:.1%} of the base"
+    return Inspected(prune.model, groups, plans, scored, cost.base, budget)
+
+
+def _find_plan(model: str) -> PruningPlan | None:
+    return PruningPlan.load(model) if (Path(model) / PLAN_FILE).is_file() else None
+
+
+def _recipe_of_source(prune: PruneRecipe) -> PruneRecipe:
+    """Open the dense base that a folder was cut from, and not the folder."""
+    source = load_base(prune.model).model.config.source or {}
+    if not source.get("name"):
+        raise RecipeError(f"{prune.model} has a plan, and names no base that it was cut from: nothing can be scored")
+    options = ("pretrained", "seed", "model_args", "num_labels")
+    return replace(prune, model=source["name"], **{key: source[key] for key in options if key in source})
 
 
 def run_plan_show(plan: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,14 @@ from command_line import contents, isoprune, leftovers, read, refuse, succeed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning.cost import cost_model
+from isoprune_hf.pruning.graph import TracedGroups, trace_groups
+from isoprune_hf.pruning.importance import score_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.planning import make_plan
+from isoprune_hf.recipes import PruneRecipe
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
 NAME = "timm/vit_tiny_patch16_224"
@@ -35,6 +42,62 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     succeed("prune", *CUT, "--prune.target_macs", "60%", "--output", root / "large")
     succeed("prune", *CUT, "--prune.seed", "7", "--output", root / "other")
     return root
+
+
+# What several ways to decide would cut
+
+
+def open_dense() -> tuple[IsoPruneForImageClassification, TracedGroups]:
+    model = load_base(NAME, False, model_args=MODEL_ARGS, num_labels=10).model
+    return model, trace_groups(model)
+
+
+def widths_of(printed: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Cells of the table of groups, from its columns."""
+    found = {line.split()[0]: re.split(r"  +", line)[2:] for line in printed.splitlines() if line.split()[:1]}
+    return {name: found[name] for name in names}
+
+
+@pytest.mark.parametrize("given", ["name", "folder", "scores"])
+def test_inspect_compares_plans_that_are_made_directly(given: str, folders: Path, tmp_path: Path) -> None:
+    model, groups = open_dense()
+    scores, cost = score_groups(model, groups, criterion="l1"), cost_model(model, groups)
+    page = tmp_path / "page.html"
+    arguments = ["inspect", folders / "large" if given == "folder" else NAME, "--html", page, "--prune.round_to", "4"]
+    arguments += ["--prune.head_ratio", "0.25"]
+    if given == "scores":
+        scores.save(tmp_path / "scores.safetensors")
+        arguments += [*OPEN, "--scores", tmp_path / "scores.safetensors"]
+    elif given == "name":
+        arguments += [*OPEN, "--prune.criterion", "l1"]
+    else:
+        arguments += ["--prune.criterion", "l1"]
+    printed = succeed(*arguments)
+    # A folder is compared at the MACs of its own plan, which is the first column.
+    own = PruningPlan.load(folders / "large") if given == "folder" else None
+    target = "50%" if own is None else own.achieved["pruned"]["macs"]
+    plans = [] if own is None else [own]
+    for scope in ("local", "global", "isomorphic"):
+        recipe = PruneRecipe(criterion="l1", scope=scope, target_macs=target, round_to=4, head_ratio=0.25)
+        plans.append(make_plan(groups, scores, recipe, cost=cost))
+    cells = widths_of(printed, [group.name for group in groups])
+    for group in groups:
+        expected = []
+        for plan in plans:
+            kept, heads = (
+                len(plan.kept.get(group.name, range(group.channels))),
+                len(plan.heads.get(group.name, "4444")),
+            )
+            expected.append(f"{heads} x {kept // heads}" if group.num_heads else str(kept))
+        assert cells[group.name][-len(plans) :] == expected
+        assert group.name in page.read_text()
+    assert printed.endswith(f"page: {page}\n") and "no scores" not in printed
+
+
+def test_inspect_scores_from_images(tmp_path: Path) -> None:
+    data = ["--data.dataset", "digits", "--prune.calibration_batches", "1", "--prune.batch_size", "4"]
+    printed = succeed("inspect", NAME, *OPEN, *data, "--prune.target_macs", "80%", "--prune.round_to", "1")
+    assert "scores by taylor\n" in printed and ", 80.0% of the base\n" in printed
 
 
 # Plans
@@ -123,6 +186,21 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
         ["plan", "apply", "@small", "--model", NAME, *OPEN, "--output", "@small"],
         ["--output", "exists"],
     ),
+    "no model": (["inspect"], ["inspect needs a model"]),
+    "page that exists": (["inspect", NAME, "--html", "@small/README.md"], ["--html", "README.md exists"]),
+    "picture that exists": (["inspect", NAME, "--output", "@small/README.md"], ["--output", "README.md exists"]),
+    "budget that is not MACs": (
+        ["inspect", NAME, *OPEN, "--prune.target_params", "50%"],
+        ["give prune.target_macs, not prune.target_params"],
+    ),
+    "budget out of reach": (
+        ["inspect", NAME, *OPEN, "--prune.criterion", "l1", "--prune.target_macs", "1%"],
+        ["target_macs", "cannot be reached"],
+    ),
+    "plan of other weights": (
+        ["inspect", "@mixed", "--prune.criterion", "l1"],
+        ["was made on other weights than those of timm/vit_tiny"],
+    ),
     "no folder": (["doctor"], ["required", "folder"]),
     "missing folder": (["doctor", "@tmp/none"], ["--folder", "none", "no folder of a pruned model"]),
     "folder of nothing": (["doctor", "@root"], ["--folder", "no folder of a pruned model"]),
@@ -136,10 +214,14 @@ def test_bad_input_is_one_line_and_changes_nothing(kind: str, folders: Path, tmp
     arguments, words = BAD_INPUT[kind]
     for name, place in {"@tmp": tmp_path, "@root": folders, "@small": folders / "small"}.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
-    before = contents(folders)
+    if "@mixed" in arguments:
+        mixed = shutil.copytree(folders / "small", tmp_path / "mixed")
+        shutil.copy(folders / "other" / "pruning_plan.json", mixed)
+        arguments = [argument.replace("@mixed", str(mixed)) for argument in arguments]
+    before, ours = contents(folders), contents(tmp_path)
     line = refuse(*arguments)
     assert [word for word in words if not re.search(word, line)] == [], line
-    assert contents(tmp_path) == {} and contents(folders) == before
+    assert contents(tmp_path) == ours and contents(folders) == before
 
 
 EDITS = {

@@ -202,7 +202,8 @@ def test_a_stage_is_given_its_own_sections_alone() -> None:
     recipe = {"prune": {}, "data": {}, "finetune": {}, "output": "o", "source": "s", "expect": {}}
     assert select_stage(recipe, "run").keys() == {"prune", "data", "finetune", "output"}
     assert select_stage(recipe, "finetune").keys() == {"data", "finetune"}
-    assert select_stage(recipe, "inspect") == {}
+    assert select_stage(recipe, "inspect").keys() == {"prune", "data"}
+    assert select_stage(recipe, "doctor") == {}
 
 
 def test_the_embedded_recipe_is_one_of_these_files() -> None:

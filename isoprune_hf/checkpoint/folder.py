@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,19 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import CheckpointError, RecipeError
 
+# A folder that holds none of these is not replaced: it is no model of ours, nor one of a whole run.
+MODEL_MARKS = ("config.json", "model/config.json", "base/config.json", "checkpoints/last/config.json")
 
-def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False, is_begun: bool = False) -> Path:
+
+def check_output(
+    output: str | Path,
+    *,
+    overwrite: bool,
+    is_file: bool = False,
+    is_begun: bool = False,
+    marks: Sequence[str] = MODEL_MARKS,
+    flag: str = "--output",
+) -> Path:
     """Check, before any work, that a result can be written; creates nothing.
 
     Args:
@@ -23,26 +34,30 @@ def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False, 
         overwrite: Whether a result that lies there may be replaced.
         is_file: The result is a file and not a folder.
         is_begun: The folder holds a run of ours, which decides whether it goes on there.
+        marks: Files of which a folder must hold one to be replaced.
+        flag: Flag that is named in errors.
 
     Raises:
         RecipeError: Something else lies there, or it cannot be written.
     """
     path = Path(output)
     if path.exists() and path.is_dir() == is_file:
-        raise RecipeError(f"--output {output} is a {'folder' if is_file else 'file'}; choose another name")
+        raise RecipeError(f"{flag} {output} is a {'folder' if is_file else 'file'}; choose another name")
     if is_file and path.exists() and not overwrite:
-        raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
+        raise RecipeError(f"{flag} {output} exists; choose another file, or replace it with --overwrite true")
     if path.is_dir() and any(path.iterdir()) and not is_begun:
         if not overwrite:
             raise RecipeError(
-                f"--output {output} exists and is not empty; choose another, or replace it with --overwrite true"
+                f"{flag} {output} exists and is not empty; choose another, or replace it with --overwrite true"
             )
-        if not any((path / place / "config.json").is_file() for place in ("", "model", "base", "checkpoints/last")):
-            raise RecipeError(f"--output {output} holds other files than a model of ours; choose another folder")
+        if not any((path / mark).is_file() for mark in marks):
+            raise RecipeError(
+                f"{flag} {output} holds other files than a result of this command; choose another folder"
+            )
     places = [*path.absolute().parents] if is_file else [path, *path.absolute().parents]
     parent = next(place for place in places if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RecipeError(f"--output {output}: {parent} cannot be written")
+        raise RecipeError(f"{flag} {output}: {parent} cannot be written")
     return path
 
 
@@ -71,19 +86,37 @@ def save_model_folder(
     Raises:
         CheckpointError: The folder cannot be written.
     """
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        if plan is not None:
+            (temporary / "pruning_plan.json").write_text(plan)
+        if metrics:
+            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        if finish is not None:
+            finish(temporary)
+
+    replace_folder(folder, write, keep=keep)
+
+
+def replace_folder(folder: str | Path, write: Callable[[Path], None], *, keep: str | None = None) -> None:
+    """Write a folder of files whole or not at all; one that is there is replaced in one step.
+
+    Args:
+        folder: The folder; those above it are made.
+        write: Writes the files into the temporary folder that it is given.
+        keep: As in `save_model_folder`.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
     folder = Path(folder).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-            if plan is not None:
-                (temporary / "pruning_plan.json").write_text(plan)
-            if metrics:
-                (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-            if finish is not None:
-                finish(temporary)
+            write(temporary)
             for file in temporary.iterdir():
                 _sync(file)
             _replace(temporary, folder, keep)
