@@ -44,6 +44,7 @@ def run_evaluate(
     transform = transform if base is not found else "the model's own"
     logger.info(f"evaluate {model} on {len(images.evaluation)} images, transform: {transform}")
     options = {"batch_size": data.batch_size, "num_workers": data.num_workers, "accelerator": accelerator}
+    options["decoding"] = images.decoding
     figures = evaluate_model(base.model.to(accelerator.device), images.evaluation, base.processor, **options)
     recorded = (config.recipe or {}).get("data")
     is_ours = (Path(model) / "modeling_isoprune.py").is_file()

@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 CHECKPOINTS = "checkpoints"  # inside an output
 # Settings that change nothing in the weights; what the data are is told by their fingerprint.
 _FREE = {"save_every", "state_every", "state_minutes", "log_every", "tracker"}
-_FREE |= {"dataset", "revision", "batch_size", "num_workers"}
+_FREE |= {"dataset", "revision", "batch_size", "num_workers", "max_broken"}
 
 
 def open_run(
@@ -108,6 +108,6 @@ def train_student(
     )["history"]
     if images.evaluation is None:
         return {}
-    keys = ("top1", "top5", "loss", "images")
-    first, last = ({key: history[position][key] for key in keys} for position in (0, -1))
+    keys = ("top1", "top5", "loss", "images", "broken")
+    first, last = ({key: history[at][key] for key in keys if key in history[at]} for at in (0, -1))
     return {"pruned": metrics.get("pruned", first), "finetuned": last} if not dense else {"base": last}

@@ -131,15 +131,20 @@ accelerator.end_training()
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_count_every_image_once(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+def run_ranks(script: str, folder: Path, ranks: int = 2) -> None:
+    """Run a script on several ranks, with the folder as its argument."""
+    (folder / "script.py").write_text(script)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launch, str(folder / "script.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_count_every_image_once(tmp_path):
+    run_ranks(SCRIPT, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for images in range(1, 14):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,11 +20,14 @@ from tqdm import tqdm
 from isoprune_hf.errors import DivergedError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.augmentation import seed_from
+from isoprune_hf.training.decoding import check_broken
 from isoprune_hf.training.distillation import training_loss
-from isoprune_hf.training.loading import TrainBatches
+from isoprune_hf.training.loading import TrainBatches, broken_positions
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import learning_rate_at
 from isoprune_hf.training.replicas import AveragedStatistics
+
+logger = get_logger(__name__)
 
 # Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
 _DROPPING, _MIXING = 1, 2
@@ -64,6 +69,7 @@ class Progress:
         losses: Sum of the losses of its samples.
         seconds: How long it took.
         history: Entries of the epochs before it.
+        broken: Images of the epoch that could not be read.
         best_epoch: The one with the best top-1 so far.
         best_top1: Its top-1.
     """
@@ -75,14 +81,19 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     best_top1: float = -1.0
+    broken: int = 0
 
 
 class Update(NamedTuple):
-    """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for."""
+    """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for.
+
+    `broken` has the positions of the images of all ranks that could not be read.
+    """
 
     loss: float
     figures: dict[str, float]
     signal: signal.Signals | None
+    broken: list[int]
 
 
 def train_epoch(
@@ -101,6 +112,7 @@ def train_epoch(
 
     Raises:
         DivergedError: The loss or the gradient is not finite, on all ranks alike.
+        DatasetError: More images could not be read than the policy allows, on all ranks alike.
     """
     training.network.train()
     updates = len(batches.totals)
@@ -113,6 +125,11 @@ def train_epoch(
         progress.update = update + 1
         progress.losses += done.loss * batches.totals[update]
         progress.seconds += time.perf_counter() - start
+        if done.broken:
+            progress.broken += len(done.broken)
+            for position in done.broken:
+                logger.warning(f"epoch {progress.epoch}: {batches.loader.dataset.describe(position)}")
+            check_broken(progress.broken, batches.loader.dataset.decoding, f"epoch {progress.epoch}")
         if not after(done):
             return None
     seen = sum(batches.totals)
@@ -131,11 +148,12 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
     training.statistics.begin()
     start, waited = time.perf_counter(), 0.0
     samples, parts = batches.totals[update], len(batches.sizes) // updates
-    total = torch.zeros((), device=accelerator.device)
+    total, broken = torch.zeros((), device=accelerator.device), []
     for step in range(parts):
         asked = time.perf_counter()
-        _, pixel_values, labels = next(stream)
+        positions, pixel_values, labels = next(stream)
         waited += time.perf_counter() - asked
+        broken += broken_positions(positions)
         size = batches.sizes[update * parts + step]
         with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
             seeds = (recipe.seed, epoch, update, rank + step * world)
@@ -147,9 +165,9 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
     training.statistics.end()
     sent = training.interrupted_by()
     # Over all ranks, so that all stop after the same update, and before the step, so that the weights stay finite.
-    flags = [sent is not None and sent != signal.SIGINT, sent == signal.SIGINT]
+    flags = [sent is not None and sent != signal.SIGINT, sent == signal.SIGINT, len(broken)]
     sums = torch.cat([total[None].double(), torch.tensor(flags, dtype=torch.float64, device=total.device)])
-    loss_sum, ended, cancelled = accelerator.reduce(sums, reduction="sum").tolist()
+    loss_sum, ended, cancelled, are_broken = accelerator.reduce(sums, reduction="sum").tolist()
     mean = loss_sum / samples
     _check_finite("loss", mean, recipe, epoch, update)
     training.scaler.unscale_(training.optimizer)
@@ -170,7 +188,7 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
         "data_wait": waited / seconds,
     }
     agreed = signal.SIGINT if cancelled else signal.SIGTERM if ended else None
-    return Update(mean, figures, agreed)
+    return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [])
 
 
 def _clip(training: Training, recipe: FinetuneRecipe) -> float:

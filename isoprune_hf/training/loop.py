@@ -91,6 +91,7 @@ def finetune(
         if data.evaluation is None:
             return {}
         options = {"accelerator": accelerator, "batch_size": eval_batch_size, "num_workers": num_workers}
+        options["decoding"] = data.decoding
         figures = evaluate_model(result, data.evaluation, processor, **options)
         if ema is not None:
             kind, other = ("raw", model) if recipe.best == "ema" else ("ema", ema.module)
@@ -137,6 +138,7 @@ def finetune(
                 world=world,
                 repeats=recipe.repeated_augmentation,
                 drop_last=recipe.drop_last,
+                decoding=data.decoding,
             )
             if run is None:
                 entry = train_epoch(training, batches, progress, lambda update: True)
@@ -152,6 +154,7 @@ def finetune(
                 if save is not None:
                     save(name, kept, entry)
             progress.epoch, progress.update, progress.losses, progress.seconds = epoch + 1, 0, 0.0, 0.0
+            progress.broken = 0
     training.optimizer.zero_grad()
     if result is not model:
         model.load_state_dict(result.state_dict())
@@ -199,6 +202,10 @@ def _train_in_run(
             run.log.write(entry, step=done + progress.update)
             if not sys.stderr.isatty():  # which has a bar instead
                 logger.info(clock.describe(entry, left=left - progress.update))
+        if is_main and update.broken:
+            place = {"epoch": progress.epoch, "update": progress.update}
+            names = [batches.loader.dataset.describe(position) for position in update.broken]
+            run.log.write({**place, "broken": names}, step=done + progress.update)
         if update.signal is not None:
             run.interruption.signal = run.interruption.signal or update.signal
         elif is_main and progress.update < updates and run.is_due(progress.update):
