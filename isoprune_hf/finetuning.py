@@ -108,6 +108,6 @@ def train_student(
     )["history"]
     if images.evaluation is None:
         return {}
-    keys = ("top1", "top5", "loss", "images", "broken")
+    keys = ("top1", "top5", "loss", "ece", "images", "broken")
     first, last = ({key: history[at][key] for key in keys if key in history[at]} for at in (0, -1))
     return {"pruned": metrics.get("pruned", first), "finetuned": last} if not dense else {"base": last}

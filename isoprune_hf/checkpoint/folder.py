@@ -15,7 +15,9 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 
-def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False, is_begun: bool = False) -> Path:
+def check_output(
+    output: str | Path, *, overwrite: bool, is_file: bool = False, is_begun: bool = False, flag: str = "--output"
+) -> Path:
     """Check, before any work, that a result can be written; creates nothing.
 
     Args:
@@ -23,26 +25,27 @@ def check_output(output: str | Path, *, overwrite: bool, is_file: bool = False, 
         overwrite: Whether a result that lies there may be replaced.
         is_file: The result is a file and not a folder.
         is_begun: The folder holds a run of ours, which decides whether it goes on there.
+        flag: What the user calls it.
 
     Raises:
         RecipeError: Something else lies there, or it cannot be written.
     """
     path = Path(output)
     if path.exists() and path.is_dir() == is_file:
-        raise RecipeError(f"--output {output} is a {'folder' if is_file else 'file'}; choose another name")
+        raise RecipeError(f"{flag} {output} is a {'folder' if is_file else 'file'}; choose another name")
     if is_file and path.exists() and not overwrite:
-        raise RecipeError(f"--output {output} exists; choose another file, or replace it with --overwrite true")
+        raise RecipeError(f"{flag} {output} exists; choose another file, or replace it with --overwrite true")
     if path.is_dir() and any(path.iterdir()) and not is_begun:
         if not overwrite:
             raise RecipeError(
-                f"--output {output} exists and is not empty; choose another, or replace it with --overwrite true"
+                f"{flag} {output} exists and is not empty; choose another, or replace it with --overwrite true"
             )
         if not any((path / place / "config.json").is_file() for place in ("", "model", "base", "checkpoints/last")):
-            raise RecipeError(f"--output {output} holds other files than a model of ours; choose another folder")
+            raise RecipeError(f"{flag} {output} holds other files than a model of ours; choose another folder")
     places = [*path.absolute().parents] if is_file else [path, *path.absolute().parents]
     parent = next(place for place in places if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RecipeError(f"--output {output}: {parent} cannot be written")
+        raise RecipeError(f"{flag} {output}: {parent} cannot be written")
     return path
 
 

@@ -242,5 +242,12 @@ def _normalise(name: str) -> str:
 
 
 def prediction_features() -> Features:
-    """Return the columns of a top-k metric, for `evaluate`."""
-    return Features({"predictions": List(Value("int64")), "references": Value("int64"), "losses": Value("float64")})
+    """Return the columns of a metric of predictions, for `evaluate`."""
+    return Features(
+        {
+            "predictions": List(Value("int64")),
+            "references": Value("int64"),
+            "losses": Value("float64"),
+            "confidences": Value("float64"),
+        }
+    )

@@ -2,10 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -14,36 +13,12 @@ from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.training.data import Dataset, prediction_features
+from isoprune_hf.training.data import Dataset
 from isoprune_hf.training.decoding import Decoding, check_broken
 from isoprune_hf.training.loading import eval_loader
+from isoprune_hf.training.metrics import TOP, ImageClassificationMetric, PerClassMetric, per_class_table
 
 logger = logging.getLogger(__name__)  # also where there is no accelerator
-
-_TOP = 5
-
-
-class ImageClassificationMetric(evaluate.Metric):
-    """Top-1 and top-5 accuracy (fractions), mean loss and number of images."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Top-1 and top-5 accuracy and mean loss of an image classifier.",
-            citation="",
-            inputs_description="predictions: top class ids, best first; references: labels; losses: one an image.",
-            features=prediction_features(),
-        )
-
-    def _compute(
-        self, predictions: list[list[int]], references: list[int], losses: list[float]
-    ) -> dict[str, float | int]:
-        hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        return {
-            "top1": float(hits[:, 0].mean()),
-            "top5": float(hits[:, :_TOP].any(axis=1).mean()),
-            "loss": float(np.mean(losses)),
-            "images": len(references),
-        }
 
 
 class Scores(NamedTuple):
@@ -53,13 +28,20 @@ class Scores(NamedTuple):
         predictions: Ids of the top classes, best first, of shape (N, 5); -1 where there are fewer classes.
         references: Labels of shape (N,).
         losses: Cross-entropies of shape (N,) in fp64.
+        confidences: Probabilities of the top class, of shape (N,) in fp64.
         broken: Images that could not be read; they are left out, or grey.
     """
 
     predictions: np.ndarray
     references: np.ndarray
     losses: np.ndarray
+    confidences: np.ndarray
     broken: int
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What the metrics take."""
+        return {name: column for name, column in self._asdict().items() if name != "broken"}
 
 
 def evaluate_model(
@@ -75,8 +57,8 @@ def evaluate_model(
     """Evaluate an image classifier, on the device where it is; see `score_split` for the arguments.
 
     Returns:
-        `top1` and `top5` as fractions, `loss` (mean cross-entropy in fp64) and `images`; the same on every rank.
-        Where images could not be read, `broken` says how many.
+        `top1` and `top5` as fractions, `loss` (mean cross-entropy in fp64), `ece` (expected calibration error over 15
+        bins, a fraction) and `images`; the same on every rank. Where images could not be read, `broken` says how many.
     """
     options = {"accelerator": accelerator, "batch_size": batch_size, "num_workers": num_workers}
     return compute_figures(score_split(model, split, processor, **options, decoding=decoding))
@@ -84,9 +66,14 @@ def evaluate_model(
 
 def compute_figures(scores: Scores) -> dict[str, float | int]:
     """Compute the figures of `evaluate_model`."""
-    columns = {"predictions": scores.predictions, "references": scores.references, "losses": scores.losses}
-    figures = ImageClassificationMetric(keep_in_memory=True).compute(**columns)
+    figures = ImageClassificationMetric(keep_in_memory=True).compute(**scores.columns)
     return figures | ({"broken": scores.broken} if scores.broken else {})
+
+
+def tabulate_classes(scores: Scores, label_names: Sequence[str]) -> str:
+    """Write the figures of each class as CSV: images, top1, top5, loss, mean confidence, and how often predicted."""
+    figures = PerClassMetric(keep_in_memory=True).compute(**scores.columns, num_classes=len(label_names))
+    return per_class_table(figures, label_names)
 
 
 def score_split(
@@ -147,9 +134,10 @@ def score_split(
 def _score_images(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], images: int) -> list[Tensor]:
     """Return the vectors of `Scores`, zero where another rank works, and a 1 for each broken image (N,)."""
     device = next(model.parameters()).device
-    top = torch.zeros(images, _TOP, dtype=torch.int64)
+    top = torch.zeros(images, TOP, dtype=torch.int64)
     references = torch.zeros(images, dtype=torch.int64)
     losses = torch.zeros(images, dtype=torch.float64)
+    confidences = torch.zeros(images, dtype=torch.float64)
     broken = torch.zeros(images, dtype=torch.int64)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -157,12 +145,13 @@ def _score_images(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], images
         for noted, pixel_values, labels in loader:
             positions = torch.where(noted < 0, ~noted, noted)
             logits = model(pixel_values=pixel_values.to(device, non_blocking=True)).logits.cpu().double()
-            best = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
-            top[positions] = nn.functional.pad(best, (0, _TOP - best.shape[1]), value=-1)
+            best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+            top[positions] = nn.functional.pad(best, (0, TOP - best.shape[1]), value=-1)
             references[positions] = labels
             losses[positions] = nn.functional.cross_entropy(logits, labels, reduction="none")
+            confidences[positions] = logits.softmax(dim=1).amax(dim=1)
             broken[positions] = (noted < 0).long()
     finally:
         for module, training in modes:
             module.training = training
-    return [top, references, losses, broken]
+    return [top, references, losses, confidences, broken]

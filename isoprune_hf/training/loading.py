@@ -86,7 +86,8 @@ class CalibrationBatches:
         for positions, pixel_values, labels in self._loader:
             for position in broken_positions(positions):
                 broken += 1
-                logger.warning(f"calibration: {self._images.describe(position)}")
+                # No warning, since those of the other ranks are not shown.
+                logger.error(f"calibration: {self._images.describe(position)}")
             check_broken(broken, self._images.decoding, "the calibration sample")
             yield pixel_values, labels
 

@@ -96,7 +96,7 @@ def finetune(
         if ema is not None:
             kind, other = ("raw", model) if recipe.best == "ema" else ("ema", ema.module)
             others = evaluate_model(other, data.evaluation, processor, **options)
-            figures |= {f"{kind}_{name}": others[name] for name in ("top1", "loss")}
+            figures |= {f"{kind}_{name}": others[name] for name in ("top1", "top5", "loss", "ece")}
         return figures
 
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
