@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"  # inside an output
 # Settings that change nothing in the weights; what the data are is told by their fingerprint.
-_FREE = {"save_every", "state_every", "state_minutes", "log_every", "tracker"}
+_FREE = {"save_every", "state_every", "state_minutes", "log_every", "tracker", "rank_minutes"}
 _FREE |= {"dataset", "revision", "batch_size", "num_workers", "max_broken"}
 
 

@@ -26,7 +26,13 @@ class FinetuneRecipe:
         weight_decay: Decay of the parameters that `weight_decay_rule` names.
         weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: these without tokens, positions and
             what else the network excepts; all: every parameter.
-        clip_grad: Largest norm of the gradient.
+        clip_grad: Largest norm of the gradient, or what `clip_mode` makes of it.
+        clip_mode: norm; value: the largest entry of the gradient; agc: the largest ratio of the norms of gradient and
+            weights in each unit, the last layer left out.
+        layer_decay: Factor of the learning rate from each layer to the one below it; the last layer has the whole.
+        max_bad_steps: Updates in a row that are left out because loss or gradient is not finite; one more ends the
+            training.
+        rank_minutes: Longest time that a rank waits for another one, before the run ends.
         schedule: cosine, or step (times `step_gamma` every `step_epochs`).
         schedule_unit: The learning rate changes with each update or with each epoch.
         warmup_epochs: Epochs of linear warm-up.
@@ -82,6 +88,10 @@ class FinetuneRecipe:
     weight_decay: float = 0.05
     weight_decay_rule: Literal["all", "no_bias_norm", "timm"] = "no_bias_norm"
     clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    layer_decay: float | None = None
+    max_bad_steps: int = 0
+    rank_minutes: float = 30.0
     schedule: Literal["cosine", "step"] = "cosine"
     schedule_unit: Literal["update", "epoch"] = "update"
     warmup_epochs: float = 0
@@ -123,22 +133,22 @@ class FinetuneRecipe:
             self._check(name, 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
             self._check(name, 0)
-        for name in ("mixup", "cutmix", "state_minutes"):
+        for name in ("mixup", "cutmix", "state_minutes", "max_bad_steps"):
             self._check(name, 0)
         shares = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip")
         for name in (*shares, "random_erasing", "step_gamma"):
             self._check(name, 0, 1)
         for name in ("ema_decay", "dropout", "drop_path"):
             self._check_below_one(name)
-        if self.temperature <= 0:
-            raise RecipeError(f"{self.section}.temperature must be above 0, got {self.temperature}")
+        for name in ("temperature", "rank_minutes", "layer_decay", "clip_grad"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
+        self._check("layer_decay", 0, 1)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise RecipeError(
                 f"{self.section}.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}"
             )
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise RecipeError(f"{self.section}.clip_grad must be above 0, got {self.clip_grad}")
         if self.best == "ema" and self.ema_decay is None:
             raise RecipeError(f"{self.section}.best ema needs {self.section}.ema_decay, as 0.9999")
         if self.virtual_replicas is not None and self.grad_accumulation > 1:

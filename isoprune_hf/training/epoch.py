@@ -1,6 +1,5 @@
 """One epoch: updates that are the same for any split of the batch into ranks and accumulation steps."""
 
-import math
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from isoprune_hf.errors import DivergedError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.augmentation import seed_from
 from isoprune_hf.training.decoding import check_broken
@@ -26,6 +24,7 @@ from isoprune_hf.training.loading import TrainBatches, broken_positions
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import learning_rate_at
 from isoprune_hf.training.replicas import AveragedStatistics
+from isoprune_hf.training.step import check_faults, take_step
 
 logger = get_logger(__name__)
 
@@ -70,6 +69,8 @@ class Progress:
         seconds: How long it took.
         history: Entries of the epochs before it.
         broken: Images of the epoch that could not be read.
+        left_out: Samples of the updates of the epoch that were left out, since they were not finite.
+        faults: Such updates in a row.
         best_epoch: The one with the best top-1 so far.
         best_top1: Its top-1.
     """
@@ -82,18 +83,22 @@ class Progress:
     best_epoch: int = 0
     best_top1: float = -1.0
     broken: int = 0
+    left_out: int = 0
+    faults: int = 0
 
 
 class Update(NamedTuple):
     """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for.
 
-    `broken` has the positions of the images of all ranks that could not be read.
+    `broken` has the positions of the images of all ranks that could not be read; `fault` says why the update was left
+    out, if it was.
     """
 
     loss: float
     figures: dict[str, float]
     signal: signal.Signals | None
     broken: list[int]
+    fault: str | None = None
 
 
 def train_epoch(
@@ -123,8 +128,15 @@ def train_epoch(
         start = time.perf_counter()
         done = _update(training, batches, stream, progress.epoch, update)
         progress.update = update + 1
-        progress.losses += done.loss * batches.totals[update]
         progress.seconds += time.perf_counter() - start
+        if done.fault is None:
+            progress.losses += done.loss * batches.totals[update]
+            progress.faults = 0
+        else:
+            progress.left_out += batches.totals[update]
+            progress.faults += 1
+            place = f"update {update} of epoch {progress.epoch}"
+            check_faults(done.fault, progress.faults, training.recipe, loss=done.loss, place=place)
         if done.broken:
             progress.broken += len(done.broken)
             for position in done.broken:
@@ -135,7 +147,9 @@ def train_epoch(
     seen = sum(batches.totals)
     lr = learning_rate_at(progress.epoch * updates - 1, recipe=training.recipe, updates_per_epoch=updates)
     speed = seen / max(progress.seconds, 1e-9)
-    return {"epoch": progress.epoch, "train_loss": progress.losses / seen, "lr": lr, "images_per_second": speed}
+    loss = progress.losses / max(1, seen - progress.left_out)
+    entry = {"epoch": progress.epoch, "train_loss": loss, "lr": lr, "images_per_second": speed}
+    return entry | ({"left_out": progress.left_out} if progress.left_out else {})
 
 
 def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], epoch: int, update: int) -> Update:
@@ -143,7 +157,7 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
     rank, world = accelerator.process_index, accelerator.num_processes
     lr = learning_rate_at((epoch - 1) * updates + update, recipe=recipe, updates_per_epoch=updates)
     for group in training.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     training.optimizer.zero_grad()
     training.statistics.begin()
     start, waited = time.perf_counter(), 0.0
@@ -169,44 +183,26 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
     sums = torch.cat([total[None].double(), torch.tensor(flags, dtype=torch.float64, device=total.device)])
     loss_sum, ended, cancelled, are_broken = accelerator.reduce(sums, reduction="sum").tolist()
     mean = loss_sum / samples
-    _check_finite("loss", mean, recipe, epoch, update)
-    training.scaler.unscale_(training.optimizer)
-    norm = _clip(training, recipe)
-    if not training.scaler.is_enabled():  # which leaves such an update out
-        _check_finite("norm of the gradient", norm, recipe, epoch, update)
-    scale = training.scaler.get_scale()
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    if training.ema is not None and training.scaler.get_scale() >= scale:  # the scale falls where no step was made
-        training.ema.update(training.model)
+    step = take_step(
+        training.network,
+        training.optimizer,
+        training.scaler,
+        recipe,
+        loss=mean,
+        ema=training.ema,
+        model=training.model,
+    )
+    if step.fault is not None:
+        training.statistics.undo()
     seconds = time.perf_counter() - start
     figures = {
-        "loss": mean,
+        **({"loss": mean, "grad_norm": step.norm} if step.fault is None else {"fault": step.fault}),
         "lr": lr,
-        "grad_norm": norm,
         "images_per_second": samples / seconds,
         "data_wait": waited / seconds,
     }
     agreed = signal.SIGINT if cancelled else signal.SIGTERM if ended else None
-    return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [])
-
-
-def _clip(training: Training, recipe: FinetuneRecipe) -> float:
-    """Clip the gradient where the recipe says so; returns its norm before."""
-    parameters = [parameter for parameter in training.network.parameters() if parameter.grad is not None]
-    if recipe.clip_grad is not None:
-        return nn.utils.clip_grad_norm_(parameters, recipe.clip_grad).item()
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters]).item()
-
-
-def _check_finite(what: str, value: float, recipe: FinetuneRecipe, epoch: int, update: int) -> None:
-    if math.isfinite(value):
-        return
-    raise DivergedError(
-        f"finetune: the {what} is {value} at update {update} of epoch {epoch}; lower finetune.learning_rate (now "
-        f"{recipe.learning_rate}), set finetune.clip_grad (now {recipe.clip_grad}) or "
-        f"finetune.precision: no (now {recipe.precision})"
-    )
+    return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [], step.fault)
 
 
 def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:

@@ -154,7 +154,7 @@ def finetune(
                 if save is not None:
                     save(name, kept, entry)
             progress.epoch, progress.update, progress.losses, progress.seconds = epoch + 1, 0, 0.0, 0.0
-            progress.broken = 0
+            progress.broken, progress.left_out = 0, 0
     training.optimizer.zero_grad()
     if result is not model:
         model.load_state_dict(result.state_dict())
@@ -197,10 +197,10 @@ def _train_in_run(
 
     def after(update: Update) -> bool:
         clock.count()
-        if is_main and progress.update % run.log_every == 0:
+        if is_main and (progress.update % run.log_every == 0 or update.fault is not None):
             entry = {"epoch": progress.epoch, "update": progress.update, **update.figures}
             run.log.write(entry, step=done + progress.update)
-            if not sys.stderr.isatty():  # which has a bar instead
+            if update.fault is None and not sys.stderr.isatty():  # which has a bar instead
                 logger.info(clock.describe(entry, left=left - progress.update))
         if is_main and update.broken:
             place = {"epoch": progress.epoch, "update": progress.update}

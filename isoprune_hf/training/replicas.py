@@ -96,3 +96,10 @@ class AveragedStatistics:
             buffer.copy_(total / values[-1])
         for counter, start in zip(self._counters, self._counts, strict=True):
             counter.copy_(start + 1)
+
+    def undo(self) -> None:
+        """Put back what was there when the update started."""
+        for buffer, start in zip(self._means, self._start, strict=True):
+            buffer.copy_(start)
+        for counter, start in zip(self._counters, self._counts, strict=True):
+            counter.copy_(start)
