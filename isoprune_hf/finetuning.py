@@ -101,6 +101,7 @@ def train_student(
         recipe,
         accelerator=accelerator,
         teacher=None if teacher is None else teacher.model,
+        teacher_processor=None if teacher is None else teacher.processor,
         eval_batch_size=data.batch_size,
         num_workers=data.num_workers,
         save=None if checkpoints is None else save,

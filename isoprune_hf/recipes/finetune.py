@@ -54,6 +54,10 @@ class FinetuneRecipe:
         distillation_weight: Share of the teacher in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
         precision: no (fp32), bf16, or fp16 with a scaled loss.
+        teacher_precision: Of the teacher's weights and passes; the default is the student's, with weights in fp32.
+        channels_last: Memory format of images, student and teacher.
+        torch_compile: Compile student and teacher.
+        grad_checkpointing: Recompute the activations of each block in the backward pass, instead of keeping them.
         dropout: Rate of dropout before the classifier; the default is the model's own.
         drop_path: Rate of stochastic depth at the last residual block, growing from 0 at the first; the default is the
             model's own.
@@ -111,6 +115,10 @@ class FinetuneRecipe:
     distillation_weight: float = 0.5
     temperature: float = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    teacher_precision: Literal["no", "bf16", "fp16"] | None = None
+    channels_last: bool = False
+    torch_compile: bool = False
+    grad_checkpointing: bool = False
     dropout: float | None = None
     drop_path: float | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)

@@ -57,7 +57,7 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
     """
     evaluation = EvaluationTransform(processor)
     height, width = evaluation(Image.new("RGB", (64, 64))).shape[-2:]
-    mean, std = _normalisation(processor)
+    mean, std = normalisation(processor)
     resample = Image.Resampling.BILINEAR if processor.resample is None else Image.Resampling(processor.resample)
     interpolation = recipe.interpolation or resample.name.lower()
     is_torchvision = (recipe.auto_augment or "").startswith("tv-")
@@ -105,7 +105,7 @@ def _torchvision_policy(name: str, interpolation: str) -> Transform:
     )
 
 
-def _normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation for pixels from 0 to 1, which is what timm normalises."""
     factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.acceleration import PRECISIONS, Teacher, arrange
 from isoprune_hf.training.augmentation import seed_from
 from isoprune_hf.training.decoding import check_broken
 from isoprune_hf.training.distillation import training_loss
@@ -30,7 +31,6 @@ logger = get_logger(__name__)
 
 # Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
 _DROPPING, _MIXING = 1, 2
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Training:
     """What stays the same over all epochs.
 
     Args:
-        network: `model`, wrapped where there are several ranks.
+        network: `model`, compiled where the recipe says so, and wrapped where there are several ranks.
         num_classes: Of the classifier.
         heads: Gives the logits of both heads of the last forward pass, where the teacher speaks to one of them.
         interrupted_by: The signal that this rank was sent, if any.
@@ -49,7 +49,7 @@ class Training:
     num_classes: int
     recipe: FinetuneRecipe
     accelerator: Accelerator
-    teacher: nn.Module | None
+    teacher: Teacher | None
     heads: Callable[[], tuple[Tensor, Tensor]] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -173,8 +173,9 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
             seeds = (recipe.seed, epoch, update, rank + step * world)
             loss = _part_loss(training, pixel_values, labels, seeds) * bool(size)
             # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
+            training.statistics.add(counts=bool(size))
             training.scaler.scale(loss * (world / samples)).backward()
-        training.statistics.add(counts=bool(size))
+        training.statistics.undo()
         total += loss.detach()
     training.statistics.end()
     sent = training.interrupted_by()
@@ -211,14 +212,12 @@ def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: 
     torch.manual_seed(seed_from(*seeds, _DROPPING))
     pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=(*seeds, _MIXING))
-    with torch.autocast(device.type, _PRECISIONS.get(recipe.precision), enabled=recipe.precision in _PRECISIONS):
+    pixel_values = arrange(pixel_values, recipe)
+    with torch.autocast(device.type, PRECISIONS.get(recipe.precision), enabled=recipe.precision in PRECISIONS):
         logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
         if training.heads is not None:
             logits, taught_logits = training.heads()
-        teacher_logits = None
-        if training.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = training.teacher(pixel_values=pixel_values).logits
+        teacher_logits = None if training.teacher is None else training.teacher(pixel_values)
     return training_loss(
         logits,
         labels,
