@@ -76,11 +76,9 @@ def weights_of(output: Path) -> bytes:
 
 def logged(output: Path) -> list[dict[str, Any]]:
     """The log without what is never twice the same."""
+    changing = ("images_per_second", "data_wait", "tflops", "mfu")
     lines = (output / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if name not in ("images_per_second", "data_wait")}
-        for line in lines
-    ]
+    return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
 
 
 def states(output: Path) -> list[str]:
@@ -295,6 +293,24 @@ def test_another_training_is_refused_by_name(kind: str, case: Case, stopped: Pat
     line = refuse(*case.command, *[flag.replace("@root", str(case.root)) for flag in flags], "--output", out)
     assert words in line and "unfinished run with other settings" in line and "--overwrite true" in line
     assert {name: content for name, content in contents(out).items() if not name.endswith("lock")} == before
+
+
+def test_the_log_counts_the_operations_of_training(case: Case, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*case.command, "--finetune.peak_tflops", "0.5", "--output", tmp_path / "out"]
+    ended = run([*command, "--finetune.log_every", "3"], tmp_path / "log")
+    assert ended.code == 0 and "% of the peak, " in ended.out
+    lines = (out / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "update" in entry]
+    # By hand from the shapes of the pruned weights: 16 patches, 17 tokens, both products of the attention.
+    macs = 0
+    for name, weight in load(weights_of(out)).items():
+        if name.endswith("weight") and weight.ndim > 1:
+            macs += (16 if "patch_embed" in name else 17 if "blocks" in name else 1) * weight.numel()
+        if name.endswith("qkv.weight"):
+            macs += 2 * 17 * 17 * (len(weight) // 3)
+    for entry in entries:
+        assert entry["tflops"] == pytest.approx(entry["images_per_second"] * 6 * macs / 1e12, rel=1e-6)
+        assert entry["mfu"] == pytest.approx(entry["tflops"] / 0.5)
 
 
 def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ class FinetuneRecipe:
             has one anyway.
         state_minutes: Longest time between two training states.
         log_every: Updates between two that are logged; each epoch is.
+        peak_tflops: What one device can do by its data sheet at this precision, in 10^12 operations a second; the log
+            then has the share of it that the training uses.
         tracker: Service that gets the log, too, where its package is installed: tensorboard, trackio or wandb.
         seed: Seed of order, augmentation and dropout.
     """
@@ -132,6 +134,7 @@ class FinetuneRecipe:
     state_every: int | None = None
     state_minutes: float = 30.0
     log_every: int = 50
+    peak_tflops: float | None = None
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0
 
@@ -148,7 +151,7 @@ class FinetuneRecipe:
             self._check(name, 0, 1)
         for name in ("ema_decay", "dropout", "drop_path"):
             self._check_below_one(name)
-        for name in ("temperature", "rank_minutes", "layer_decay", "clip_grad"):
+        for name in ("temperature", "rank_minutes", "layer_decay", "clip_grad", "peak_tflops"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
         self._check("layer_decay", 0, 1)

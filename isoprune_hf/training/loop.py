@@ -208,6 +208,7 @@ def _train_in_run(
         clock.count()
         if is_main and (progress.update % run.log_every == 0 or update.fault is not None):
             entry = {"epoch": progress.epoch, "update": progress.update, **update.figures}
+            entry |= run.measure_compute(update.figures["images_per_second"])
             run.log.write(entry, step=done + progress.update)
             if update.fault is None and not sys.stderr.isatty():  # which has a bar instead
                 logger.info(clock.describe(entry, left=left - progress.update))
