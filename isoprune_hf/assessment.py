@@ -7,7 +7,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from isoprune_hf.checkpoint.folder import read_json, write_file
+from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost import count_cost
@@ -15,7 +15,7 @@ from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
 from isoprune_hf.sources import open_data, see_through
 from isoprune_hf.training.data import check_labels
-from isoprune_hf.training.evaluation import evaluate_model
+from isoprune_hf.training.evaluation import compute_figures, score_split, tabulate_classes
 
 logger = get_logger(__name__)
 
@@ -27,8 +27,14 @@ def run_evaluate(
     pretrained: bool,
     model_args: dict[str, Any],
     num_labels: int | Literal["data"] | None,
+    per_class: str | None,
 ) -> str:
-    """Evaluate a model; a local folder of ours also keeps the figures, if they are those of its own pixels."""
+    """Evaluate a model; a local folder of ours also keeps the figures, if they are those of its own pixels.
+
+    `per_class` names a file for the figures of each class.
+    """
+    if per_class is not None:
+        check_output(per_class, overwrite=True, is_file=True, flag="--per_class")
     images = open_data(data, accelerator)
     if images.evaluation is None:
         raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
@@ -44,7 +50,11 @@ def run_evaluate(
     transform = transform if base is not found else "the model's own"
     logger.info(f"evaluate {model} on {len(images.evaluation)} images, transform: {transform}")
     options = {"batch_size": data.batch_size, "num_workers": data.num_workers, "accelerator": accelerator}
-    figures = evaluate_model(base.model.to(accelerator.device), images.evaluation, base.processor, **options)
+    options["decoding"] = images.decoding
+    scores = score_split(base.model.to(accelerator.device), images.evaluation, base.processor, **options)
+    figures = compute_figures(scores)
+    if per_class is not None and accelerator.is_main_process:
+        write_file(Path(per_class), tabulate_classes(scores, names))
     recorded = (config.recipe or {}).get("data")
     is_ours = (Path(model) / "modeling_isoprune.py").is_file()
     is_comparable = base is found and (recorded is None or recorded["dataset"] == data.dataset)

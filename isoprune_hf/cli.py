@@ -15,12 +15,14 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from jsonargparse import ArgumentParser, Namespace
 from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, Stage
-from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, RecipeError, TrainingFault
+from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, LostRankError, RecipeError, TrainingFault
 from isoprune_hf.recipe_files import like, read_recipe, select_stage
+from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
@@ -64,11 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError:
+    except RuntimeError as error:
         notes = _notes_of_ranks()
-        if notes is None or not notes.check([_CODE]):
+        if notes is not None and notes.check([_CODE]):
+            sys.exit(int(notes.get(_CODE)))  # this rank lost the one that failed, which has said why
+        if not _is_of_a_lost_rank(error):
             raise
-        sys.exit(int(notes.get(_CODE)))  # this rank lost the one that failed, which has said why
+        lost = LostRankError(
+            "another rank was lost, or has not answered for finetune.rank_minutes; the states that were saved stay, "
+            f"and the same command continues ({(str(error).splitlines() or [''])[0][:200]})"
+        )
+        _fail(str(lost), lost.exit_code)
     if text and os.environ.get("RANK", "0") == "0":
         print(text)
     return code
@@ -195,7 +203,7 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
     if is_local:
         done = work(**values)
         return done if isinstance(done, tuple) else (done, 0)
-    accelerator = _open_accelerator()
+    accelerator = _open_accelerator(values.get("finetune"))
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Plain("%(message)s"))
@@ -225,9 +233,10 @@ def _quiet_libraries() -> None:
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
-def _open_accelerator() -> Accelerator:
+def _open_accelerator(finetune: FinetuneRecipe | None) -> Accelerator:
+    patience = [] if finetune is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=finetune.rank_minutes))]
     # Without `cpu`, processes on a machine without an accelerator would each be rank 0 of 1.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise RecipeError(
@@ -235,6 +244,14 @@ def _open_accelerator() -> Accelerator:
             "a GPU start them with torchrun"
         )
     return accelerator
+
+
+def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Say whether an error tells of another rank: NCCL's has a type, that of gloo has words alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    words = "timed out|connection (closed|reset)|socket|broken pipe"
+    return isinstance(error, torch.distributed.DistError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 def _notes_of_ranks() -> torch.distributed.TCPStore | None:

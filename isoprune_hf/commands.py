@@ -62,8 +62,9 @@ STAGES = {
             ("pretrained", bool, True, "Load the trained weights; false draws random ones, with no network."),
             ("model_args", dict[str, Any], {}, 'Arguments of an untrained architecture, as {"img_size": 64}.'),
             ("num_labels", int | Literal["data"] | None, None, "Size of a new, random head, as prune.num_labels."),
+            ("per_class", str | None, None, "CSV file for the figures of each class; one that is there is replaced."),
         ],
-        "Evaluate MODEL: MACs, parameters, accuracy, loss; a folder of ours keeps the figures.",
+        "Evaluate MODEL: MACs, parameters, accuracy, loss, calibration error; a folder of ours keeps the figures.",
     ),
     "inspect": Stage(
         "prune data",

@@ -13,6 +13,7 @@ __all__ = [
     "Interrupted",
     "IsoPruneError",
     "LoaderError",
+    "LostRankError",
     "OccupiedError",
     "RecipeError",
     "TrainingFault",
@@ -73,6 +74,12 @@ class WriteError(TrainingFault, CheckpointError):
 
 class LoaderError(TrainingFault, RuntimeError):
     """A loader process was lost."""
+
+    exit_code = 74
+
+
+class LostRankError(TrainingFault, RuntimeError):
+    """Another rank was lost, or hangs."""
 
     exit_code = 74
 

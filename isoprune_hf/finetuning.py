@@ -10,8 +10,10 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from isoprune_hf.checkpoint.folder import save_model_folder
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.models import BaseModel
+from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics
@@ -23,8 +25,8 @@ logger = get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"  # inside an output
 # Settings that change nothing in the weights; what the data are is told by their fingerprint.
-_FREE = {"save_every", "state_every", "state_minutes", "log_every", "tracker"}
-_FREE |= {"dataset", "revision", "batch_size", "num_workers"}
+_FREE = {"save_every", "state_every", "state_minutes", "log_every", "tracker", "rank_minutes", "peak_tflops"}
+_FREE |= {"dataset", "revision", "batch_size", "num_workers", "max_broken"}
 
 
 def open_run(
@@ -58,7 +60,19 @@ def open_run(
         minutes=recipe.state_minutes,
         log_every=recipe.log_every,
         tracker=recipe.tracker,
+        flops=count_training_flops(student.model, None if teacher is None else teacher.model),
+        peak_tflops=recipe.peak_tflops,
     )
+
+
+def count_training_flops(
+    student: IsoPruneForImageClassification, teacher: IsoPruneForImageClassification | None
+) -> float:
+    """Count the floating-point operations that training on one image takes.
+
+    Two for each multiply-add: the student's forward pass, twice as much for its backward pass, the teacher's forward.
+    """
+    return 2.0 * (3 * count_cost(student).macs + (0 if teacher is None else count_cost(teacher).macs))
 
 
 def train_student(
@@ -101,6 +115,7 @@ def train_student(
         recipe,
         accelerator=accelerator,
         teacher=None if teacher is None else teacher.model,
+        teacher_processor=None if teacher is None else teacher.processor,
         eval_batch_size=data.batch_size,
         num_workers=data.num_workers,
         save=None if checkpoints is None else save,
@@ -108,6 +123,6 @@ def train_student(
     )["history"]
     if images.evaluation is None:
         return {}
-    keys = ("top1", "top5", "loss", "images")
-    first, last = ({key: history[position][key] for key in keys} for position in (0, -1))
+    keys = ("top1", "top5", "loss", "ece", "images", "broken")
+    first, last = ({key: history[at][key] for key in keys if key in history[at]} for at in (0, -1))
     return {"pruned": metrics.get("pruned", first), "finetuned": last} if not dense else {"base": last}

@@ -101,7 +101,8 @@ def open_calibration(
     processor = set_transform(processor, interpolation=prune.interpolation)
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    return CalibrationBatches(images.train, processor, num_workers=data.num_workers, **options, **share), sample
+    options |= {"num_workers": data.num_workers, "decoding": images.decoding}
+    return CalibrationBatches(images.train, processor, **options, **share), sample
 
 
 def open_teacher(

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -51,8 +50,8 @@ def run_prune(
     metrics = {}
     if images is not None and images.evaluation is not None:
         metrics = {
-            "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
-            "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
+            "base": _evaluate(base.model, images, base.processor, data, accelerator),
+            "pruned": _evaluate(result.model, images, base.processor, data, accelerator),
         }
     achieved = result.plan.achieved
     latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
@@ -89,7 +88,7 @@ def run_finetune(
         if "base" not in metrics:
             dense = dense or reopen_base(start.model)
         if "base" not in metrics and dense is not None:
-            metrics["base"] = _evaluate(dense.model, images.evaluation, start.processor, data, accelerator)
+            metrics["base"] = _evaluate(dense.model, images, start.processor, data, accelerator)
     with run:
         metrics |= train_student(
             accelerator, start, images, data, finetune, teacher, folder / CHECKPOINTS, metrics, run=run
@@ -140,8 +139,8 @@ def run_all(
         write_folder(root / "base", base.model, base.processor, accelerator)
     result = _prune(prune, data, images, base, accelerator, None)
     metrics: Metrics = {
-        "base": _evaluate(base.model, images.evaluation, base.processor, data, accelerator),
-        "pruned": _evaluate(result.model, images.evaluation, base.processor, data, accelerator),
+        "base": _evaluate(base.model, images, base.processor, data, accelerator),
+        "pruned": _evaluate(result.model, images, base.processor, data, accelerator),
     }
     if accelerator.is_main_process:
         replace_file(root / "importance.safetensors", result.scores.save)
@@ -207,9 +206,8 @@ def _prune(
 
 
 def _evaluate(
-    model: nn.Module, split: Any, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
+    model: nn.Module, images: ImageData, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
 ) -> dict[str, float | int]:
     model.to(accelerator.device)
-    return evaluate_model(
-        model, split, processor, accelerator=accelerator, batch_size=data.batch_size, num_workers=data.num_workers
-    )
+    options = {"batch_size": data.batch_size, "num_workers": data.num_workers, "decoding": images.decoding}
+    return evaluate_model(model, images.evaluation, processor, accelerator=accelerator, **options)

@@ -1,5 +1,6 @@
 """Evaluate on the command line: any model, with its own transform or another, and what a folder keeps of it."""
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from command_line import contents, read, refuse, succeed
 from PIL import Image
 from reference_files import make_module, save
+from test_evaluation import calibration_error_by_hand
 from tiny_models import TRANSFORMERS
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -69,14 +71,16 @@ def by_hand(model: nn.Module, images: Path, resize: int, interpolation: str) -> 
     """Classify the files of val/ one by one, through the transform of torchvision; labels by sorted synset."""
     normal = Normalize((0.5,) * 3, (0.5,) * 3)
     transform = Compose([Resize(resize, InterpolationMode(interpolation)), CenterCrop(16), ToTensor(), normal])
-    ranks, losses = [], []
+    ranks, losses, confidences = [], [], []
     for label, name in enumerate(SYNSETS):
         for file in sorted((images / "val" / name).iterdir()):
             with torch.no_grad():
                 logits = model.eval()(transform(Image.open(file))[None]).logits[0]
+            confidences.append(float(logits.softmax(dim=0).max()))
             ranks.append(int((logits > logits[label]).sum()))
             losses.append(float(nn.functional.cross_entropy(logits, torch.tensor(label))))
     share = {f"top{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5)}
+    share["ece"] = calibration_error_by_hand(confidences, [rank == 0 for rank in ranks])
     return {**share, "loss": sum(losses) / len(losses), "images": 20}
 
 
@@ -98,6 +102,18 @@ def test_the_models_own_transform_is_the_default(pruned: Path, images: Path) -> 
         *("--data.resize", "16", "--data.interpolation", "bicubic"),
     )
     assert same == printed
+
+
+def test_the_figures_of_each_class_are_a_file(pruned: Path, images: Path, tmp_path: Path) -> None:
+    command = ("evaluate", "--model", pruned, "--data.dataset", images, "--per_class", tmp_path / "a" / "classes.csv")
+    figures = figures_of(succeed(*command))
+    rows = list(csv.DictReader((tmp_path / "a" / "classes.csv").open()))
+    assert [row["name"] for row in rows] == list(SYNSETS)
+    weights = [int(row["images"]) for row in rows]
+    for name in ("top1", "loss"):
+        values = [float(row[name]) for row in rows]
+        assert np.average(values, weights=weights) == pytest.approx(figures[name])
+    assert f"--per_class {tmp_path} is a folder" in refuse(*command[:-1], tmp_path)
 
 
 def test_another_transform_is_evaluated_and_said_and_leaves_the_folder_alone(pruned: Path, images: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from command_line import Done, contents, isoprune, leftovers, read, refuse, succeed
 from PIL import Image
+from test_evaluation import calibration_error_by_hand
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -38,7 +39,7 @@ TAYLOR = [*VIT, "--prune.criterion", "taylor", "--prune.num_labels", "data"]
 TAYLOR += ["--prune.calibration_batches", "13", "--prune.batch_size", "3"]
 PRUNED_FILES = {"README.md", "config.json", "model.safetensors", "modeling_isoprune.py"}
 PRUNED_FILES |= {"preprocessor_config.json", "pruning_plan.json"}
-FIGURES = {"top1", "top5", "loss", "images"}
+FIGURES = {"top1", "top5", "loss", "ece", "images"}
 RECIPE = {
     "prune": {
         "model": "timm/vit_tiny_patch16_224",
@@ -65,14 +66,16 @@ def evaluate_by_hand(folder: Path, images: Path) -> dict[str, float]:
     """Open a folder as a user would and classify the files of val/ one by one."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    ranks, losses = [], []
+    ranks, losses, confidences = [], [], []
     for file in sorted((images / "val").glob("*/*.JPEG")):
         label = SYNSETS.index(file.parent.name)
         with torch.no_grad():
             logits = model(**processor(Image.open(file), return_tensors="pt")).logits
+        confidences.append(float(logits[0].softmax(dim=0).max()))
         ranks.append(int((logits[0] > logits[0, label]).sum()))
         losses.append(float(nn.functional.cross_entropy(logits, torch.tensor([label]))))
     share = {f"top{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5)}
+    share["ece"] = calibration_error_by_hand(confidences, [rank == 0 for rank in ranks])
     return {**share, "loss": sum(losses) / len(losses), "images": len(ranks)}
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.training.evaluation import ImageClassificationMetric, evaluate_model
+from isoprune_hf.training.evaluation import evaluate_model, score_split, tabulate_classes
+from isoprune_hf.training.metrics import ImageClassificationMetric, calibration_error
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,7 @@ def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, floa
     """Count image by image in NumPy."""
     net.eval()
     top1 = top5 = loss = 0.0
+    confidences, hits = [], []
     for row in split:
         pixel_values = make_processor()(row["image"], return_tensors="pt")["pixel_values"]
         logits = net(pixel_values).logits[0].detach().double().numpy()
@@ -58,7 +60,23 @@ def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, floa
         top1 += order[0] == row["label"]
         top5 += row["label"] in order[:5]
         loss += np.log(np.exp(logits).sum()) - logits[row["label"]]
-    return {"top1": top1 / len(split), "top5": top5 / len(split), "loss": loss / len(split), "images": len(split)}
+        confidences.append(float(np.exp(logits).max() / np.exp(logits).sum()))
+        hits.append(order[0] == row["label"])
+    means = {"top1": top1 / len(split), "top5": top5 / len(split), "loss": loss / len(split)}
+    return {**means, "ece": calibration_error_by_hand(confidences, hits), "images": len(split)}
+
+
+def calibration_error_by_hand(confidences: list[float], hits: list[bool]) -> float:
+    """Sort the images into 15 bins one by one, and compare the two means of each."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, hit in zip(confidences, hits, strict=True):
+        number = next(m for m in range(1, 16) if confidence <= m / 15 or m == 15)
+        bins.setdefault(number, []).append((confidence, hit))
+    gaps = [
+        len(items) * abs(sum(hit for _, hit in items) / len(items) - sum(c for c, _ in items) / len(items))
+        for items in bins.values()
+    ]
+    return sum(gaps) / len(hits)
 
 
 def test_the_metric_counts_by_hand():
@@ -66,8 +84,35 @@ def test_the_metric_counts_by_hand():
         predictions=[[1, 0, 2, 3, 4], [1, 0, 2, 3, 4], [5, 4, 3, 2, 1], [0, 1, 2, 3, 4]],
         references=[1, 4, 0, 0],
         losses=[1.0, 2.0, 3.0, 6.0],
+        confidences=[0.95, 0.97, 0.35, 0.375],
     )
-    assert metrics == {"top1": 0.5, "top5": 0.75, "loss": 3.0, "images": 4}
+    # Two bins of two images: confidence 0.96 and accuracy 0.5; confidence 0.3625 and accuracy 0.5.
+    ece = pytest.approx((2 * 0.46 + 2 * 0.1375) / 4)
+    assert metrics == {"top1": 0.5, "top5": 0.75, "loss": 3.0, "ece": ece, "images": 4}
+
+
+def test_a_bin_of_confidences_includes_its_upper_end():
+    confidences, hits = np.asarray([3 / 15, 3.1 / 15]), np.asarray([True, False])
+    # Apart: gaps of 0.8 and 3.1 / 15; in one bin they would nearly cancel out.
+    assert calibration_error(confidences, hits) == pytest.approx((0.8 + 3.1 / 15) / 2)
+    assert calibration_error(np.asarray([1.0, 1.0]), np.asarray([True, False])) == 0.5
+
+
+def test_the_figures_of_a_class_are_those_of_its_images():
+    net, split = make_net(), make_split(13)
+    lines = tabulate_classes(score_split(net, split, make_processor()), [f"class {n}" for n in range(8)]).splitlines()
+    assert lines[0] == "class,name,images,top1,top5,loss,confidence,predicted"
+    rows = [line.split(",") for line in lines[1:]]
+    assert sum(int(row[2]) for row in rows) == sum(int(row[7]) for row in rows) == 13
+    for number, row in enumerate(rows[:7]):
+        mine = [at for at, label in enumerate(split["label"]) if label == number]
+        assert row[:3] == [str(number), f"class {number}", str(len(mine))]
+        if mine:
+            want = evaluate_one_by_one(net, split.select(mine))
+            assert [float(value) for value in row[3:6]] == pytest.approx([want["top1"], want["top5"], want["loss"]])
+        else:
+            assert row[3:7] == [""] * 4
+    assert rows[7][:7] == ["7", "class 7", "0", "", "", "", ""]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
@@ -131,15 +176,20 @@ accelerator.end_training()
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_count_every_image_once(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+def run_ranks(script: str, folder: Path, ranks: int = 2) -> None:
+    """Run a script on several ranks, with the folder as its argument."""
+    (folder / "script.py").write_text(script)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launch, str(folder / "script.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_count_every_image_once(tmp_path):
+    run_ranks(SCRIPT, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for images in range(1, 14):

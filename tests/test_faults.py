@@ -21,6 +21,7 @@ from forked import Ended, Process, run, start_ranks
 from PIL import Image
 from safetensors.torch import load, load_file
 
+from isoprune_hf.training import epoch as epoch_module
 from isoprune_hf.training.augmentation import TransformedImages
 
 pytestmark = pytest.mark.slow
@@ -75,11 +76,9 @@ def weights_of(output: Path) -> bytes:
 
 def logged(output: Path) -> list[dict[str, Any]]:
     """The log without what is never twice the same."""
+    changing = ("images_per_second", "data_wait", "tflops", "mfu")
     lines = (output / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if name not in ("images_per_second", "data_wait")}
-        for line in lines
-    ]
+    return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
 
 
 def states(output: Path) -> list[str]:
@@ -296,6 +295,24 @@ def test_another_training_is_refused_by_name(kind: str, case: Case, stopped: Pat
     assert {name: content for name, content in contents(out).items() if not name.endswith("lock")} == before
 
 
+def test_the_log_counts_the_operations_of_training(case: Case, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*case.command, "--finetune.peak_tflops", "0.5", "--output", tmp_path / "out"]
+    ended = run([*command, "--finetune.log_every", "3"], tmp_path / "log")
+    assert ended.code == 0 and "% of the peak, " in ended.out
+    lines = (out / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "update" in entry]
+    # By hand from the shapes of the pruned weights: 16 patches, 17 tokens, both products of the attention.
+    macs = 0
+    for name, weight in load(weights_of(out)).items():
+        if name.endswith("weight") and weight.ndim > 1:
+            macs += (16 if "patch_embed" in name else 17 if "blocks" in name else 1) * weight.numel()
+        if name.endswith("qkv.weight"):
+            macs += 2 * 17 * 17 * (len(weight) // 3)
+    for entry in entries:
+        assert entry["tflops"] == pytest.approx(entry["images_per_second"] * 6 * macs / 1e12, rel=1e-6)
+        assert entry["mfu"] == pytest.approx(entry["tflops"] / 0.5)
+
+
 def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     free = ["--finetune.state_every", "5", "--finetune.save_every", "1", "--data.num_workers", "1"]
@@ -429,3 +446,63 @@ def test_a_training_that_diverges_ends_with_70_and_leaves_no_broken_state(case: 
     assert ended.code == 70 and re.fullmatch(r"isoprune: error: finetune: the .* is (nan|inf) at .*\n", ended.err)
     for path in out.glob("checkpoints/training/[0-9]*/tensors.safetensors"):
         assert all(tensor.isfinite().all() for name, tensor in load_file(path).items() if name.startswith("model."))
+
+
+def poison(rank: int, updates: set[int]) -> Callable[[], None]:
+    """Make the loss of one rank NaN in some updates of the second epoch."""
+
+    def prepare() -> None:
+        part_loss = epoch_module._part_loss
+
+        def poisoned(training: Any, pixel_values: Any, labels: Any, seeds: tuple[int, ...]) -> torch.Tensor:
+            loss = part_loss(training, pixel_values, labels, seeds)
+            is_meant = training.accelerator.process_index == rank and seeds[1] == 2 and seeds[2] in updates
+            return loss * float("nan") if is_meant else loss
+
+        epoch_module._part_loss = poisoned
+
+    return prepare
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_with_70_and_the_states_stay(case: Case, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
+    ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log", before=poison(1, {3}))]
+    assert [end.code for end in ended] == [70, 70]
+    assert "".join(end.err for end in ended).count("finetune: the loss is nan at update 3 of epoch 2; lower") == 1
+    assert states(out)[-1] == "0002-00000002"
+    ranks = start_ranks(command, tmp_path / "log")
+    assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired
+
+
+def test_bad_steps_are_left_out_on_all_ranks_up_to_a_number(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*case.command, "--finetune.max_bad_steps", "2"]
+    ranks = start_ranks([*command, "--output", out], tmp_path / "log", before=poison(1, {1, 2, 4}))
+    ended = [rank.wait() for rank in ranks]
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    assert "the loss is nan at update 2 of epoch 2: it is left out (2 of 2 in a row)\n" in ended[0].out
+    log = logged(out)
+    faults = [(entry["epoch"], entry["update"]) for entry in log if "fault" in entry]
+    assert faults == [(2, 2), (2, 3), (2, 5)]
+    assert [entry["left_out"] for entry in log if "left_out" in entry] == [24]
+    assert all(tensor.isfinite().all() for tensor in load(weights_of(out)).values())
+    other = tmp_path / "other"
+    ranks = start_ranks([*command, "--output", other], tmp_path / "log", before=poison(0, {1, 2, 3}))
+    ended = [rank.wait() for rank in ranks]
+    assert [end.code for end in ended] == [70, 70]
+    assert "the loss is nan at update 3 of epoch 2, 3 times in a row" in "".join(end.err for end in ended)
+
+
+def test_a_rank_that_hangs_ends_the_others_with_one_line(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*case.command, "--finetune.rank_minutes", "0.05", "--output", out]
+    ranks = start_ranks(command, tmp_path / "log")
+    assert ranks[0].wait_for(lambda: len(states(out)) >= 1)
+    ranks[1].send(signal.SIGSTOP)
+    ended = ranks[0].wait(60)
+    ranks[1].send(signal.SIGKILL)
+    ranks[1].wait()
+    assert ended.code == 74
+    assert re.fullmatch(r"isoprune: error: another rank was lost, or has not answered .*\n", ended.err), ended.err
+    ranks = start_ranks(command, tmp_path / "log")
+    assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired

@@ -40,7 +40,7 @@ FLOORS = [
 ONLY_IN = {
     "torch_pruning": {"pruning/depgraph.py"},
     "datasets": {"training/data.py"},
-    "evaluate": {"training/evaluation.py"},
+    "evaluate": {"training/metrics.py"},
     "huggingface_hub": {"publishing/", "checkpoint/dense.py"},
 }
 

@@ -158,7 +158,7 @@ def test_each_epoch_is_saved_and_the_best_when_top1_rises():
     result = train(net, make_recipe(epochs=4), save=save)
     top1 = [entry["top1"] for entry in result["history"]]
     assert [entry["epoch"] for entry in result["history"]] == [0, 1, 2, 3, 4]
-    assert set(result["history"][0]) == {"epoch", "top1", "top5", "loss", "images"}
+    assert set(result["history"][0]) == {"epoch", "top1", "top5", "loss", "ece", "images"}
     assert set(result["history"][1]) == {*result["history"][0], "train_loss", "lr", "images_per_second"}
     assert [epoch for name, epoch in saved if name == "last"] == [1, 2, 3, 4]
     rises = [epoch for epoch in range(1, 5) if top1[epoch] > max([-1.0, *top1[1:epoch]])]
@@ -279,7 +279,7 @@ def test_the_average_of_the_weights_is_evaluated_saved_and_what_remains():
     torch.testing.assert_close(net.state_dict()["stem.weight"], weights, atol=1e-6, rtol=0)
     torch.testing.assert_close(saved["ema"], weights, atol=1e-6, rtol=0)
     assert set(saved) == {"last", "ema", "best", "epoch-002"}
-    assert {"top1", "loss", "raw_top1", "raw_loss"} <= history[-1].keys()
+    assert {"top1", "ece", "raw_top1", "raw_top5", "raw_loss", "raw_ece"} <= history[-1].keys()
     figures = evaluate_model(net, make_data().evaluation, make_processor())
     assert figures["loss"] == pytest.approx(history[-1]["loss"], abs=1e-12)
 

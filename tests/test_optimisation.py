@@ -6,6 +6,7 @@ import torch
 from tiny_models import make_base
 from torch import nn
 
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.optimisation import build_optimizer, learning_rate_at
 
@@ -70,3 +71,21 @@ def test_the_learning_rate_of_epochs_is_that_of_torch():
         assert len(rates) == 1 and rates.pop() == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         cosine.step()
+
+
+def test_the_learning_rate_falls_from_layer_to_layer(tmp_path: Path):
+    model = make_base("deit", tmp_path)
+    recipe = FinetuneRecipe(learning_rate=1.0, layer_decay=0.5, weight_decay=0.3, weight_decay_rule="timm")
+    groups = build_optimizer(model, recipe).param_groups
+    names = {id(parameter): name for name, parameter in model.model.named_parameters()}
+    scales = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert scales.keys() == set(names.values())
+    # Two blocks: the head has the whole rate, the last block and the norm behind it the half, the first a quarter.
+    assert scales["head.weight"] == (1.0, 0.3) and scales["norm.weight"] == (0.5, 0.0)
+    assert scales["blocks.1.mlp.fc1.weight"] == (0.5, 0.3) and scales["blocks.0.mlp.fc1.bias"] == (0.25, 0.0)
+    assert scales["patch_embed.proj.weight"] == (0.125, 0.3) and scales["pos_embed"] == (0.125, 0.0)
+
+
+def test_layer_decay_needs_a_network_that_names_its_layers(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"finetune.layer_decay: ViTForImageClassification does not name its layers"):
+        build_optimizer(make_base("hf-vit", tmp_path), FinetuneRecipe(layer_decay=0.5))

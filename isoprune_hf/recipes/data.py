@@ -1,6 +1,7 @@
 """The section `data`: where the labelled images come from."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from isoprune_hf.recipes.values import Interpolation, check_range
 
@@ -20,6 +21,10 @@ class DataRecipe:
         resize: Pixels that the shorter side of an image has before its centre is cropped to the model's size, for
             scoring and evaluation; the default is the model's own. A folder that is written keeps it.
         interpolation: Of that resize, and of random crops; the default is the model's own.
+        broken: What is done about an image that cannot be read: error; skip trains on the next one of the split in its
+            place, and leaves it out of an evaluation; grey takes a grey image in its place. A warning names each.
+        max_broken: More of them in an epoch or an evaluation are an error.
+        exif: Turn images upright by their EXIF tag; false takes them as they are stored, as torchvision does.
         batch_size: Images in an evaluation batch on each rank.
         num_workers: Loader processes on each rank.
     """
@@ -32,10 +37,14 @@ class DataRecipe:
     eval_split: str = "validation"
     resize: int | None = None
     interpolation: Interpolation | None = None
+    broken: Literal["error", "skip", "grey"] = "error"
+    max_broken: int = 100
+    exif: bool = True
     batch_size: int = 64
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         check_range("data", "resize", self.resize, 1, 2**14)
+        check_range("data", "max_broken", self.max_broken, 0)
         check_range("data", "batch_size", self.batch_size, 1)
         check_range("data", "num_workers", self.num_workers, 0)

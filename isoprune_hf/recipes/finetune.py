@@ -26,7 +26,13 @@ class FinetuneRecipe:
         weight_decay: Decay of the parameters that `weight_decay_rule` names.
         weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: these without tokens, positions and
             what else the network excepts; all: every parameter.
-        clip_grad: Largest norm of the gradient.
+        clip_grad: Largest norm of the gradient, or what `clip_mode` makes of it.
+        clip_mode: norm; value: the largest entry of the gradient; agc: the largest ratio of the norms of gradient and
+            weights in each unit, the last layer left out.
+        layer_decay: Factor of the learning rate from each layer to the one below it; the last layer has the whole.
+        max_bad_steps: Updates in a row that are left out because loss or gradient is not finite; one more ends the
+            training.
+        rank_minutes: Longest time that a rank waits for another one, before the run ends.
         schedule: cosine, or step (times `step_gamma` every `step_epochs`).
         schedule_unit: The learning rate changes with each update or with each epoch.
         warmup_epochs: Epochs of linear warm-up.
@@ -48,6 +54,10 @@ class FinetuneRecipe:
         distillation_weight: Share of the teacher in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
         precision: no (fp32), bf16, or fp16 with a scaled loss.
+        teacher_precision: Of the teacher's weights and passes; the default is the student's, with weights in fp32.
+        channels_last: Memory format of images, student and teacher.
+        torch_compile: Compile student and teacher.
+        grad_checkpointing: Recompute the activations of each block in the backward pass, instead of keeping them.
         dropout: Rate of dropout before the classifier; the default is the model's own.
         drop_path: Rate of stochastic depth at the last residual block, growing from 0 at the first; the default is the
             model's own.
@@ -65,6 +75,8 @@ class FinetuneRecipe:
             has one anyway.
         state_minutes: Longest time between two training states.
         log_every: Updates between two that are logged; each epoch is.
+        peak_tflops: What one device can do by its data sheet at this precision, in 10^12 operations a second; the log
+            then has the share of it that the training uses.
         tracker: Service that gets the log, too, where its package is installed: tensorboard, trackio or wandb.
         seed: Seed of order, augmentation and dropout.
     """
@@ -82,6 +94,10 @@ class FinetuneRecipe:
     weight_decay: float = 0.05
     weight_decay_rule: Literal["all", "no_bias_norm", "timm"] = "no_bias_norm"
     clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    layer_decay: float | None = None
+    max_bad_steps: int = 0
+    rank_minutes: float = 30.0
     schedule: Literal["cosine", "step"] = "cosine"
     schedule_unit: Literal["update", "epoch"] = "update"
     warmup_epochs: float = 0
@@ -101,6 +117,10 @@ class FinetuneRecipe:
     distillation_weight: float = 0.5
     temperature: float = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    teacher_precision: Literal["no", "bf16", "fp16"] | None = None
+    channels_last: bool = False
+    torch_compile: bool = False
+    grad_checkpointing: bool = False
     dropout: float | None = None
     drop_path: float | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -114,6 +134,7 @@ class FinetuneRecipe:
     state_every: int | None = None
     state_minutes: float = 30.0
     log_every: int = 50
+    peak_tflops: float | None = None
     tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
     seed: int = 0
 
@@ -123,22 +144,22 @@ class FinetuneRecipe:
             self._check(name, 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
             self._check(name, 0)
-        for name in ("mixup", "cutmix", "state_minutes"):
+        for name in ("mixup", "cutmix", "state_minutes", "max_bad_steps"):
             self._check(name, 0)
         shares = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip")
         for name in (*shares, "random_erasing", "step_gamma"):
             self._check(name, 0, 1)
         for name in ("ema_decay", "dropout", "drop_path"):
             self._check_below_one(name)
-        if self.temperature <= 0:
-            raise RecipeError(f"{self.section}.temperature must be above 0, got {self.temperature}")
+        for name in ("temperature", "rank_minutes", "layer_decay", "clip_grad", "peak_tflops"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
+        self._check("layer_decay", 0, 1)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise RecipeError(
                 f"{self.section}.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}"
             )
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise RecipeError(f"{self.section}.clip_grad must be above 0, got {self.clip_grad}")
         if self.best == "ema" and self.ema_decay is None:
             raise RecipeError(f"{self.section}.best ema needs {self.section}.ema_decay, as 0.9999")
         if self.virtual_replicas is not None and self.grad_accumulation > 1:

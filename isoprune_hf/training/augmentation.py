@@ -24,7 +24,8 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.data import read_image
+from isoprune_hf.training.data import leave_encoded
+from isoprune_hf.training.decoding import Decoding, describe_broken, read_or_replace
 
 _BINS = 31  # steps of torchvision's strengths
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -56,7 +57,7 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
     """
     evaluation = EvaluationTransform(processor)
     height, width = evaluation(Image.new("RGB", (64, 64))).shape[-2:]
-    mean, std = _normalisation(processor)
+    mean, std = normalisation(processor)
     resample = Image.Resampling.BILINEAR if processor.resample is None else Image.Resampling(processor.resample)
     interpolation = recipe.interpolation or resample.name.lower()
     is_torchvision = (recipe.auto_augment or "").startswith("tv-")
@@ -104,7 +105,7 @@ def _torchvision_policy(name: str, interpolation: str) -> Transform:
     )
 
 
-def _normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation for pixels from 0 to 1, which is what timm normalises."""
     factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
@@ -138,19 +139,34 @@ def seeded_generators(*numbers: int) -> Iterator[None]:
 class TransformedImages(Dataset):
     """Gives (position, pixel values, label) at a position, or at (position, number of the copy).
 
-    With seeds, a transform draws from (*seeds, position) alone, and from the number of a copy behind the first.
+    With seeds, a transform draws from (*seeds, position) alone, and from the number of a copy behind the first. Where
+    the image could not be read and another one is in its place, the position comes as its complement, `~position`.
     """
 
-    def __init__(self, split: Sequence[dict[str, Any]], transform: Transform, seeds: tuple[int, ...] | None = None):
-        self.split, self.transform, self.seeds = split, transform, seeds
+    def __init__(
+        self,
+        split: Sequence[dict[str, Any]],
+        transform: Transform,
+        seeds: tuple[int, ...] | None = None,
+        *,
+        decoding: Decoding | None = None,
+        is_counted: bool = False,
+    ):
+        self.split, self.transform, self.seeds = leave_encoded(split), transform, seeds
+        self.decoding, self._is_counted = decoding or Decoding(), is_counted
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, at: int | tuple[int, int]) -> tuple[int, torch.Tensor, int]:
         position, copy = at if isinstance(at, tuple) else (at, 0)
-        image, label = read_image(self.split, position)
+        image, label, is_itself = read_or_replace(self.split, position, self.decoding, is_counted=self._is_counted)
+        noted = position if is_itself else ~position
         if self.seeds is None:
-            return position, self.transform(image), label
+            return noted, self.transform(image), label
         with seeded_generators(*self.seeds, position, *[copy] * bool(copy)):
-            return position, self.transform(image), label
+            return noted, self.transform(image), label
+
+    def describe(self, position: int) -> str:
+        """Say why the image at a position cannot be read."""
+        return describe_broken(self.split, position, self.decoding)

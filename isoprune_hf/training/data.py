@@ -1,12 +1,12 @@
 """Labelled images: where they come from, and whether their labels are the model's.
 
-Images are decoded by `datasets`, which also turns them upright by their EXIF tag, and become RGB where they are used.
+Images stay encoded until they are used; `decoding` reads them then.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from timm.data import ImageNetInfo
 
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.training.decoding import Decoding
 
 _SYNSET = re.compile(r"n\d{8}")
 _KINDS = "give `digits`, a folder of parquet files, a folder with train/CLASS and val/CLASS, or a Hub id"
@@ -34,6 +35,7 @@ class ImageData:
         label_names: Names of the classes by index.
         name: What `data.dataset` said.
         fingerprint: Digest of the class names and of the labels of both splits in their order; equal on every machine.
+        decoding: How their images are read.
     """
 
     train: Dataset | None
@@ -41,6 +43,7 @@ class ImageData:
     label_names: tuple[str, ...]
     name: str
     fingerprint: str
+    decoding: Decoding = field(default_factory=Decoding)
 
 
 def load_data(recipe: DataRecipe) -> ImageData:
@@ -60,6 +63,7 @@ def load_data(recipe: DataRecipe) -> ImageData:
         label_names=label_names,
         name=str(recipe.dataset),
         fingerprint=digest.hexdigest()[:16],
+        decoding=Decoding(broken=recipe.broken, max_broken=recipe.max_broken, exif=recipe.exif),
     )
 
 
@@ -133,22 +137,9 @@ def _load_digits() -> dict[str, Dataset]:
     }
 
 
-def read_image(split: Sequence[dict[str, Any]], position: int) -> tuple[PILImage.Image, int]:
-    """Decode one row of a split; returns the image in RGB and its label.
-
-    Raises:
-        DatasetError: The image is damaged; names its file where it has one.
-    """
-    try:
-        row = split[position]
-        return row["image"].convert("RGB"), row["label"]
-    except (OSError, SyntaxError, ValueError, AttributeError, PILImage.DecompressionBombError) as error:
-        where = f"image {position} of its split"
-        if isinstance(split, Dataset):
-            encoded = split.cast_column("image", Image(decode=False))[position]["image"] or {}
-            where = encoded.get("path") or where
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"data: {where} cannot be read ({reason}); mend it or take it out") from error
+def leave_encoded(split: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Give the rows of a split with their images as they are stored: a path, or bytes; other rows as they are."""
+    return split.cast_column("image", Image(decode=False)) if isinstance(split, Dataset) else split
 
 
 def _select_columns(split: Dataset, name: str, recipe: DataRecipe) -> Dataset:
@@ -251,5 +242,12 @@ def _normalise(name: str) -> str:
 
 
 def prediction_features() -> Features:
-    """Return the columns of a top-k metric, for `evaluate`."""
-    return Features({"predictions": List(Value("int64")), "references": Value("int64"), "losses": Value("float64")})
+    """Return the columns of a metric of predictions, for `evaluate`."""
+    return Features(
+        {
+            "predictions": List(Value("int64")),
+            "references": Value("int64"),
+            "losses": Value("float64"),
+            "confidences": Value("float64"),
+        }
+    )

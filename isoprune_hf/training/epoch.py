@@ -1,6 +1,5 @@
 """One epoch: updates that are the same for any split of the batch into ranks and accumulation steps."""
 
-import math
 import signal
 import sys
 import time
@@ -11,22 +10,27 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from isoprune_hf.errors import DivergedError
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.acceleration import PRECISIONS, Teacher, arrange
 from isoprune_hf.training.augmentation import seed_from
+from isoprune_hf.training.decoding import check_broken
 from isoprune_hf.training.distillation import training_loss
-from isoprune_hf.training.loading import TrainBatches
+from isoprune_hf.training.loading import TrainBatches, broken_positions
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import learning_rate_at
 from isoprune_hf.training.replicas import AveragedStatistics
+from isoprune_hf.training.step import check_faults, take_step
+
+logger = get_logger(__name__)
 
 # Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
 _DROPPING, _MIXING = 1, 2
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class Training:
     """What stays the same over all epochs.
 
     Args:
-        network: `model`, wrapped where there are several ranks.
+        network: `model`, compiled where the recipe says so, and wrapped where there are several ranks.
         num_classes: Of the classifier.
         heads: Gives the logits of both heads of the last forward pass, where the teacher speaks to one of them.
         interrupted_by: The signal that this rank was sent, if any.
@@ -45,7 +49,7 @@ class Training:
     num_classes: int
     recipe: FinetuneRecipe
     accelerator: Accelerator
-    teacher: nn.Module | None
+    teacher: Teacher | None
     heads: Callable[[], tuple[Tensor, Tensor]] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -64,6 +68,9 @@ class Progress:
         losses: Sum of the losses of its samples.
         seconds: How long it took.
         history: Entries of the epochs before it.
+        broken: Images of the epoch that could not be read.
+        left_out: Samples of the updates of the epoch that were left out, since they were not finite.
+        faults: Such updates in a row.
         best_epoch: The one with the best top-1 so far.
         best_top1: Its top-1.
     """
@@ -75,14 +82,23 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     best_top1: float = -1.0
+    broken: int = 0
+    left_out: int = 0
+    faults: int = 0
 
 
 class Update(NamedTuple):
-    """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for."""
+    """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for.
+
+    `broken` has the positions of the images of all ranks that could not be read; `fault` says why the update was left
+    out, if it was.
+    """
 
     loss: float
     figures: dict[str, float]
     signal: signal.Signals | None
+    broken: list[int]
+    fault: str | None = None
 
 
 def train_epoch(
@@ -101,6 +117,7 @@ def train_epoch(
 
     Raises:
         DivergedError: The loss or the gradient is not finite, on all ranks alike.
+        DatasetError: More images could not be read than the policy allows, on all ranks alike.
     """
     training.network.train()
     updates = len(batches.totals)
@@ -111,14 +128,28 @@ def train_epoch(
         start = time.perf_counter()
         done = _update(training, batches, stream, progress.epoch, update)
         progress.update = update + 1
-        progress.losses += done.loss * batches.totals[update]
         progress.seconds += time.perf_counter() - start
+        if done.fault is None:
+            progress.losses += done.loss * batches.totals[update]
+            progress.faults = 0
+        else:
+            progress.left_out += batches.totals[update]
+            progress.faults += 1
+            place = f"update {update} of epoch {progress.epoch}"
+            check_faults(done.fault, progress.faults, training.recipe, loss=done.loss, place=place)
+        if done.broken:
+            progress.broken += len(done.broken)
+            for position in done.broken:
+                logger.warning(f"epoch {progress.epoch}: {batches.loader.dataset.describe(position)}")
+            check_broken(progress.broken, batches.loader.dataset.decoding, f"epoch {progress.epoch}")
         if not after(done):
             return None
     seen = sum(batches.totals)
     lr = learning_rate_at(progress.epoch * updates - 1, recipe=training.recipe, updates_per_epoch=updates)
     speed = seen / max(progress.seconds, 1e-9)
-    return {"epoch": progress.epoch, "train_loss": progress.losses / seen, "lr": lr, "images_per_second": speed}
+    loss = progress.losses / max(1, seen - progress.left_out)
+    entry = {"epoch": progress.epoch, "train_loss": loss, "lr": lr, "images_per_second": speed}
+    return entry | ({"left_out": progress.left_out} if progress.left_out else {})
 
 
 def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], epoch: int, update: int) -> Update:
@@ -126,69 +157,53 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
     rank, world = accelerator.process_index, accelerator.num_processes
     lr = learning_rate_at((epoch - 1) * updates + update, recipe=recipe, updates_per_epoch=updates)
     for group in training.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     training.optimizer.zero_grad()
     training.statistics.begin()
     start, waited = time.perf_counter(), 0.0
     samples, parts = batches.totals[update], len(batches.sizes) // updates
-    total = torch.zeros((), device=accelerator.device)
+    total, broken = torch.zeros((), device=accelerator.device), []
     for step in range(parts):
         asked = time.perf_counter()
-        _, pixel_values, labels = next(stream)
+        positions, pixel_values, labels = next(stream)
         waited += time.perf_counter() - asked
+        broken += broken_positions(positions)
         size = batches.sizes[update * parts + step]
         with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
             seeds = (recipe.seed, epoch, update, rank + step * world)
             loss = _part_loss(training, pixel_values, labels, seeds) * bool(size)
             # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
+            training.statistics.add(counts=bool(size))
             training.scaler.scale(loss * (world / samples)).backward()
-        training.statistics.add(counts=bool(size))
+        training.statistics.undo()
         total += loss.detach()
     training.statistics.end()
     sent = training.interrupted_by()
     # Over all ranks, so that all stop after the same update, and before the step, so that the weights stay finite.
-    flags = [sent is not None and sent != signal.SIGINT, sent == signal.SIGINT]
+    flags = [sent is not None and sent != signal.SIGINT, sent == signal.SIGINT, len(broken)]
     sums = torch.cat([total[None].double(), torch.tensor(flags, dtype=torch.float64, device=total.device)])
-    loss_sum, ended, cancelled = accelerator.reduce(sums, reduction="sum").tolist()
+    loss_sum, ended, cancelled, are_broken = accelerator.reduce(sums, reduction="sum").tolist()
     mean = loss_sum / samples
-    _check_finite("loss", mean, recipe, epoch, update)
-    training.scaler.unscale_(training.optimizer)
-    norm = _clip(training, recipe)
-    if not training.scaler.is_enabled():  # which leaves such an update out
-        _check_finite("norm of the gradient", norm, recipe, epoch, update)
-    scale = training.scaler.get_scale()
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    if training.ema is not None and training.scaler.get_scale() >= scale:  # the scale falls where no step was made
-        training.ema.update(training.model)
+    step = take_step(
+        training.network,
+        training.optimizer,
+        training.scaler,
+        recipe,
+        loss=mean,
+        ema=training.ema,
+        model=training.model,
+    )
+    if step.fault is not None:
+        training.statistics.undo()
     seconds = time.perf_counter() - start
     figures = {
-        "loss": mean,
+        **({"loss": mean, "grad_norm": step.norm} if step.fault is None else {"fault": step.fault}),
         "lr": lr,
-        "grad_norm": norm,
         "images_per_second": samples / seconds,
         "data_wait": waited / seconds,
     }
     agreed = signal.SIGINT if cancelled else signal.SIGTERM if ended else None
-    return Update(mean, figures, agreed)
-
-
-def _clip(training: Training, recipe: FinetuneRecipe) -> float:
-    """Clip the gradient where the recipe says so; returns its norm before."""
-    parameters = [parameter for parameter in training.network.parameters() if parameter.grad is not None]
-    if recipe.clip_grad is not None:
-        return nn.utils.clip_grad_norm_(parameters, recipe.clip_grad).item()
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters]).item()
-
-
-def _check_finite(what: str, value: float, recipe: FinetuneRecipe, epoch: int, update: int) -> None:
-    if math.isfinite(value):
-        return
-    raise DivergedError(
-        f"finetune: the {what} is {value} at update {update} of epoch {epoch}; lower finetune.learning_rate (now "
-        f"{recipe.learning_rate}), set finetune.clip_grad (now {recipe.clip_grad}) or "
-        f"finetune.precision: no (now {recipe.precision})"
-    )
+    return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [], step.fault)
 
 
 def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:
@@ -197,14 +212,12 @@ def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: 
     torch.manual_seed(seed_from(*seeds, _DROPPING))
     pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=(*seeds, _MIXING))
-    with torch.autocast(device.type, _PRECISIONS.get(recipe.precision), enabled=recipe.precision in _PRECISIONS):
+    pixel_values = arrange(pixel_values, recipe)
+    with torch.autocast(device.type, PRECISIONS.get(recipe.precision), enabled=recipe.precision in PRECISIONS):
         logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
         if training.heads is not None:
             logits, taught_logits = training.heads()
-        teacher_logits = None
-        if training.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = training.teacher(pixel_values=pixel_values).logits
+        teacher_logits = None if training.teacher is None else training.teacher(pixel_values)
     return training_loss(
         logits,
         labels,

@@ -1,6 +1,7 @@
 """Who gets which image when: the batches of calibration, evaluation and training for each rank."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ from transformers import BaseImageProcessor
 from isoprune_hf.errors import DatasetError, LoaderError
 from isoprune_hf.training.augmentation import EvaluationTransform, Transform, TransformedImages, seed_from
 from isoprune_hf.training.data import Dataset
+from isoprune_hf.training.decoding import Decoding, check_broken
 from isoprune_hf.training.interruption import outlive_signals
+
+logger = logging.getLogger(__name__)  # also where there is no accelerator
 
 
 class _Loader(DataLoader):
@@ -70,24 +74,44 @@ class CalibrationBatches:
         num_workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        decoding: Decoding | None = None,
     ):
         ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
         micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        images = TransformedImages(split, EvaluationTransform(processor))
-        self._loader = _load(images, micro_batches[rank::world], num_workers)
+        self._images = TransformedImages(split, EvaluationTransform(processor), decoding=decoding)
+        self._loader = _load(self._images, micro_batches[rank::world], num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, pixel_values, labels in self._loader:
+        broken = 0
+        for positions, pixel_values, labels in self._loader:
+            for position in broken_positions(positions):
+                broken += 1
+                # No warning, since those of the other ranks are not shown.
+                logger.error(f"calibration: {self._images.describe(position)}")
+            check_broken(broken, self._images.decoding, "the calibration sample")
             yield pixel_values, labels
 
 
+def broken_positions(positions: Tensor) -> list[int]:
+    """Return the positions of a batch at which another image stands for one that could not be read."""
+    return [~position for position in positions.tolist() if position < 0]
+
+
 def eval_loader(
-    split: Dataset, processor: BaseImageProcessor, *, batch_size: int, num_workers: int, rank: int, world: int
+    split: Dataset,
+    processor: BaseImageProcessor,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int,
+    world: int,
+    decoding: Decoding | None = None,
 ) -> DataLoader:
     """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,)."""
     shard = list(range(rank, len(split), world))
     batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
-    return _load(TransformedImages(split, EvaluationTransform(processor)), batches, num_workers)
+    images = TransformedImages(split, EvaluationTransform(processor), decoding=decoding, is_counted=True)
+    return _load(images, batches, num_workers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +144,7 @@ def train_batches(
     start: int = 0,
     repeats: int = 1,
     drop_last: bool = True,
+    decoding: Decoding | None = None,
 ) -> TrainBatches:
     """Load this rank's parts of the batches of one epoch.
 
@@ -141,5 +166,5 @@ def train_batches(
         totals.append(len(update))
         sizes += [len(piece) for piece in pieces[rank::world]]
         micro_batches += [piece or 2 * update[:1] for piece in pieces[rank::world]]
-    images = TransformedImages(split, transform, (seed, epoch))
+    images = TransformedImages(split, transform, (seed, epoch), decoding=decoding)
     return TrainBatches(_load(images, micro_batches[start * parts // world :], num_workers), sizes, totals)

@@ -140,6 +140,7 @@ class Clock:
         """Write the line of an update, with the time that `left` further ones will take."""
         seconds = left * (time.monotonic() - self._start) / max(1, self._updates)
         speed = f"{entry['images_per_second']:.0f} images/s, {entry['data_wait']:.0%} of the time waiting for data"
+        speed += f", {entry['mfu']:.0%} of the peak" if "mfu" in entry else ""
         return (
             f"epoch {entry['epoch']} update {entry['update']}: loss {entry['loss']:.4g}, lr {entry['lr']:.4g}, "
             f"{speed}, {format_seconds(seconds)} left"

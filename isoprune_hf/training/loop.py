@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.acceleration import Teacher, accelerated
 from isoprune_hf.training.augmentation import train_transform
 from isoprune_hf.training.data import ImageData
 from isoprune_hf.training.distillation import two_heads
@@ -39,6 +40,7 @@ def finetune(
     *,
     accelerator: Accelerator,
     teacher: nn.Module | None = None,
+    teacher_processor: BaseImageProcessor | None = None,
     eval_batch_size: int = 64,
     num_workers: int = 0,
     save: Callable[[str, nn.Module, dict[str, Any]], None] | None = None,
@@ -58,6 +60,7 @@ def finetune(
         recipe: How to train.
         accelerator: The ranks; precision and accumulation are the recipe's, not the accelerator's.
         teacher: Gives logits of the same classes; moved to the device, frozen and put in eval mode.
+        teacher_processor: Where it normalises in another way than the student, so do its pixels.
         eval_batch_size: Images in an evaluation batch on each rank.
         num_workers: Loader processes on each rank.
         save: Called on all ranks with a name, the model and the epoch's entry of the history: "last" after each epoch
@@ -82,8 +85,6 @@ def finetune(
     batch_size = fit_batch_size(len(data.train), recipe, world=world)
     transform = train_transform(processor, recipe)
     model.to(device)
-    if teacher is not None:
-        teacher.to(device).eval().requires_grad_(False)
     ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
     result = ema.module if recipe.best == "ema" else model
 
@@ -91,28 +92,37 @@ def finetune(
         if data.evaluation is None:
             return {}
         options = {"accelerator": accelerator, "batch_size": eval_batch_size, "num_workers": num_workers}
+        options["decoding"] = data.decoding
         figures = evaluate_model(result, data.evaluation, processor, **options)
         if ema is not None:
             kind, other = ("raw", model) if recipe.best == "ema" else ("ema", ema.module)
             others = evaluate_model(other, data.evaluation, processor, **options)
-            figures |= {f"{kind}_{name}": others[name] for name in ("top1", "loss")}
+            figures |= {f"{kind}_{name}": others[name] for name in ("top1", "top5", "loss", "ece")}
         return figures
 
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generators, regularised(model, recipe), _heads(model, teacher, recipe) as heads:
+    with (
+        generators,
+        regularised(model, recipe),
+        _heads(model, teacher, recipe) as heads,
+        accelerated(model, recipe) as network,
+    ):
+        processors = None if teacher_processor is None else (processor, teacher_processor)
         training = Training(
             model=model,
             # Not `prepare`: it would leave a patched, autocasting forward on the caller's model. Buffers are averaged
             # over the parts of a batch, not taken from the first rank.
             network=DistributedDataParallel(
-                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+                network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
             )
             if world > 1
-            else model,
+            else network,
             num_classes=len(data.label_names),
             recipe=recipe,
             accelerator=accelerator,
-            teacher=teacher if recipe.distillation != "none" else None,
+            teacher=None
+            if teacher is None or recipe.distillation == "none"
+            else Teacher(teacher, recipe, device=device, processors=processors),
             heads=heads,
             optimizer=build_optimizer(model, recipe),
             scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
@@ -137,6 +147,7 @@ def finetune(
                 world=world,
                 repeats=recipe.repeated_augmentation,
                 drop_last=recipe.drop_last,
+                decoding=data.decoding,
             )
             if run is None:
                 entry = train_epoch(training, batches, progress, lambda update: True)
@@ -152,6 +163,7 @@ def finetune(
                 if save is not None:
                     save(name, kept, entry)
             progress.epoch, progress.update, progress.losses, progress.seconds = epoch + 1, 0, 0.0, 0.0
+            progress.broken, progress.left_out = 0, 0
     training.optimizer.zero_grad()
     if result is not model:
         model.load_state_dict(result.state_dict())
@@ -194,11 +206,16 @@ def _train_in_run(
 
     def after(update: Update) -> bool:
         clock.count()
-        if is_main and progress.update % run.log_every == 0:
+        if is_main and (progress.update % run.log_every == 0 or update.fault is not None):
             entry = {"epoch": progress.epoch, "update": progress.update, **update.figures}
+            entry |= run.measure_compute(update.figures["images_per_second"])
             run.log.write(entry, step=done + progress.update)
-            if not sys.stderr.isatty():  # which has a bar instead
+            if update.fault is None and not sys.stderr.isatty():  # which has a bar instead
                 logger.info(clock.describe(entry, left=left - progress.update))
+        if is_main and update.broken:
+            place = {"epoch": progress.epoch, "update": progress.update}
+            names = [batches.loader.dataset.describe(position) for position in update.broken]
+            run.log.write({**place, "broken": names}, step=done + progress.update)
         if update.signal is not None:
             run.interruption.signal = run.interruption.signal or update.signal
         elif is_main and progress.update < updates and run.is_due(progress.update):

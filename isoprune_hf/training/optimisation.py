@@ -1,31 +1,54 @@
 """Optimizer and learning rate."""
 
 import math
+from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 
 
 def build_optimizer(model: nn.Module, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
-    """Build the optimizer over the trainable parameters; `weight_decay_rule` says which of them decay."""
-    if recipe.weight_decay_rule == "timm":
-        # The network's own list has names without those of our wrapper.
-        network = getattr(model, "model", model)
-        excepted = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
-        groups = param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excepted)
-    else:
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        least = 0 if recipe.weight_decay_rule == "all" else 2
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= least], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in trainable if p.ndim < least], "weight_decay": 0.0},
-        ]
+    """Build the optimizer over the trainable parameters; `weight_decay_rule` says which of them decay.
+
+    Groups of parameters with a share of the learning rate have it as `lr_scale`.
+
+    Raises:
+        RecipeError: Layer decay is asked for, and the network says nothing of its layers.
+    """
+    groups = _parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def _parameter_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
+    network = getattr(model, "model", model)
+    excepted = ()
+    if recipe.weight_decay_rule == "timm" and hasattr(network, "no_weight_decay"):
+        excepted = network.no_weight_decay()  # names without those of our wrapper
+    if recipe.layer_decay is not None:
+        if not hasattr(network, "group_matcher"):
+            kind = type(network).__name__
+            raise RecipeError(f"finetune.layer_decay: {kind} does not name its layers, as models of timm do")
+        return param_groups_layer_decay(
+            network,
+            recipe.weight_decay,
+            no_weight_decay_list=excepted,
+            weight_decay_exclude_1d=recipe.weight_decay_rule != "all",
+            layer_decay=recipe.layer_decay,
+        )
+    if recipe.weight_decay_rule == "timm":
+        return param_groups_weight_decay(network, recipe.weight_decay, no_weight_decay_list=excepted)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    least = 0 if recipe.weight_decay_rule == "all" else 2
+    return [
+        {"params": [p for p in trainable if p.ndim >= least], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trainable if p.ndim < least], "weight_decay": 0.0},
+    ]
 
 
 def learning_rate_at(update: int, *, recipe: FinetuneRecipe, updates_per_epoch: int) -> float:

@@ -79,10 +79,9 @@ class AveragedStatistics:
 
     def add(self, *, counts: bool) -> None:
         """Take in, after its forward pass, what a part has made of the statistics, unless its samples do not count."""
-        for buffer, start, total in zip(self._means, self._start, self._sums, strict=True):
-            if counts:
+        if counts:
+            for buffer, total in zip(self._means, self._sums, strict=True):
                 total += buffer
-            buffer.copy_(start)
         self._parts += counts
 
     def end(self) -> None:
@@ -96,3 +95,10 @@ class AveragedStatistics:
             buffer.copy_(total / values[-1])
         for counter, start in zip(self._counters, self._counts, strict=True):
             counter.copy_(start + 1)
+
+    def undo(self) -> None:
+        """Put back what was there when the update started, after the backward pass of a part: it may need them."""
+        for buffer, start in zip(self._means, self._start, strict=True):
+            buffer.copy_(start)
+        for counter, start in zip(self._counters, self._counts, strict=True):
+            counter.copy_(start)

@@ -56,6 +56,8 @@ class TrainingRun:
         minutes: The same in time.
         log_every: Updates between two that are logged.
         tracker: Name of a tracker for the log, beside its files.
+        flops: Floating-point operations that training on one image takes, the teacher's among them, for the log.
+        peak_tflops: What one device could do, in 10^12 of them in a second.
 
     Raises:
         OccupiedError: Another process trains there, or nothing can be written there.
@@ -73,6 +75,8 @@ class TrainingRun:
         minutes: float | None = None,
         log_every: int = 50,
         tracker: str | None = None,
+        flops: float | None = None,
+        peak_tflops: float | None = None,
     ):
         self.checkpoints, self.folder, self.interruption = checkpoints, checkpoints / RUN_FOLDER, Interruption()
         self._identity = json.loads(json.dumps(identity))  # as it is read again
@@ -81,6 +85,7 @@ class TrainingRun:
         self._digest = xxhash.xxh3_128(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._lock: TextIO | None = None
         self.log_every = log_every
+        self._flops, self._peak = flops, peak_tflops
         self.log = TrainingLog(self.folder, tracker=tracker, settings=self._identity)
 
     def __enter__(self) -> "TrainingRun":
@@ -190,6 +195,19 @@ class TrainingRun:
         if epoch < 0 or self._accelerator.is_main_process:
             return found
         return read_snapshot(self.folder, epoch, update)
+
+    def measure_compute(self, images_per_second: float) -> dict[str, float]:
+        """Say what a speed is in 10^12 operations a second (`tflops`), and as a share of all devices' peak (`mfu`).
+
+        Source:
+            Chowdhery et al., PaLM, 2022 (arXiv 2204.02311), section 4.1: what is recomputed does not count.
+        """
+        if self._flops is None:
+            return {}
+        tflops = images_per_second * self._flops / 1e12
+        if self._peak is None:
+            return {"tflops": tflops}
+        return {"tflops": tflops, "mfu": tflops / (self._peak * self._accelerator.num_processes)}
 
     def is_due(self, update: int) -> bool:
         """Say whether a snapshot is due after so many updates of an epoch; asked on the main process."""
