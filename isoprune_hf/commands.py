@@ -119,6 +119,19 @@ STAGES = {
         "Read a pruned module of the reference implementation, without executing it, and write the folder OUTPUT.",
         ("file",),
     ),
+    "export": Stage(
+        "",
+        [
+            ("folder", str, None, _MODEL),
+            ("format", Literal["onnx", "openvino", "torch-export"], "onnx", "What the model becomes."),
+            ("output", str, "output/exported", _OUTPUT),
+            ("quantize", Literal["none", "dynamic"], "none", "dynamic: weights of an ONNX model in eight bits."),
+            _OVERWRITE,
+        ],
+        "Export a model to ONNX, OpenVINO or torch.export, check its answers against PyTorch, and write the folder "
+        "OUTPUT.",
+        ("folder",),
+    ),
     "push": Stage(
         "",
         [

@@ -9,6 +9,7 @@ __all__ = [
     "DamagedStateError",
     "DatasetError",
     "DivergedError",
+    "ExportError",
     "HubError",
     "Interrupted",
     "IsoPruneError",
@@ -39,6 +40,10 @@ class DatasetError(IsoPruneError, ValueError):
 
 class HubError(IsoPruneError, RuntimeError):
     """The Hub refused or could not be reached."""
+
+
+class ExportError(IsoPruneError, RuntimeError):
+    """A model cannot be exported, or answers otherwise once it is."""
 
 
 class TrainingFault(IsoPruneError):

@@ -33,6 +33,7 @@ FLOORS = [
     ("inspection.py", 7),
     ("conversion.py", 7),
     ("assessment.py", 7),
+    ("deployment.py", 7),
     ("cli.py", 8),
     ("__init__.py", 9),
 ]

@@ -71,19 +71,37 @@ def save_model_folder(
     Raises:
         CheckpointError: The folder cannot be written.
     """
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        if plan is not None:
+            (temporary / "pruning_plan.json").write_text(plan)
+        if metrics:
+            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+        if finish is not None:
+            finish(temporary)
+
+    replace_folder(folder, write, keep=keep)
+
+
+def replace_folder(folder: str | Path, write: Callable[[Path], None], *, keep: str | None = None) -> None:
+    """Write a folder whole or not at all; one that is there is replaced in one step.
+
+    Args:
+        folder: The folder; those above it are made.
+        write: Writes the files into the temporary folder that it is given.
+        keep: See `save_model_folder`.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
     folder = Path(folder).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-            if plan is not None:
-                (temporary / "pruning_plan.json").write_text(plan)
-            if metrics:
-                (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-            if finish is not None:
-                finish(temporary)
+            write(temporary)
             for file in temporary.iterdir():
                 _sync(file)
             _replace(temporary, folder, keep)

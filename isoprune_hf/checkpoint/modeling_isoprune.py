@@ -164,10 +164,11 @@ class IsoPruneForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
         if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            target.write_text(_code_that_ships())
+            target.write_text(code_that_ships())
 
 
-def _code_that_ships() -> str:
+def code_that_ships() -> str:
+    """Give the text of the file that travels with the weights: the modules of `PARTS` in a row."""
     beside = [path for name in PARTS if (path := Path(__file__).with_name(name)).is_file()]
     ours = re.compile(rf"^from {re.escape(__package__)}\.\w+ import (\([^)]*\)|.*)\n", re.MULTILINE)
     return "\n\n".join(ours.sub("", path.read_text()) for path in beside)  # in a shipped file: itself
