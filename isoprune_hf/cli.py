@@ -186,8 +186,10 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
     if stage == "push":
         hub = importlib.import_module("isoprune_hf.publishing.hub")
         return hub.push_folder(values["folder"], values["repo"], private=values["private"]), 0
-    is_local = stage in ("inspect", "doctor", "plan show", "plan diff", "export")  # one process, no log
-    places = {"convert": "conversion", "evaluate": "assessment", "plan apply": "inspection", "export": "deployment"}
+    # One process, no log.
+    is_local = stage in ("inspect", "doctor", "plan show", "plan diff", "export", "benchmark")
+    places = {"convert": "conversion", "evaluate": "assessment", "plan apply": "inspection"}
+    places |= {"export": "deployment", "benchmark": "deployment"}
     place = places.get(stage, "inspection" if is_local else "stages")
     name = "all" if stage == "run" else stage.replace(" ", "_")
     work = getattr(importlib.import_module(f"isoprune_hf.{place}"), f"run_{name}")

@@ -132,6 +132,22 @@ STAGES = {
         "OUTPUT.",
         ("folder",),
     ),
+    "benchmark": Stage(
+        "",
+        [
+            ("folder", str, None, "Folder of a pruned model; it keeps the figures."),
+            ("base", str | None, None, "Where the dense base lies now, if not where the cut has found it."),
+            ("batch_sizes", list[int], [1, 16, 64], "Images in a batch."),
+            ("dtypes", list[Literal["fp32", "bf16"]], ["fp32", "bf16"], "Precisions."),
+            ("runtimes", list[Literal["eager", "compile", "onnx"]], ["eager", "compile", "onnx"], "Runtimes."),
+            ("repeats", int, 20, "Timed passes of each model."),
+            ("seconds", float, 30.0, "After so long, a row with five passes of each model is done."),
+            ("threads", int | None, None, "Threads on the CPU; as many as PyTorch takes by itself."),
+            ("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU where there is one."),
+        ],
+        "Measure a pruned model against its base, in turns: what MACs promise, what the clock says, and why.",
+        ("folder",),
+    ),
     "push": Stage(
         "",
         [

@@ -1,11 +1,18 @@
 """The stages that take a finished folder elsewhere."""
 
+import json
 from pathlib import Path
+from typing import Literal
 
-from isoprune_hf.checkpoint.folder import check_output
+import torch
+
+from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
+from isoprune_hf.publishing.benchmark import BenchmarkSettings, Runtime, Width, benchmark_models, benchmark_text
 from isoprune_hf.publishing.export import Format, Quantization, check_export, export_model
+from isoprune_hf.publishing.model_card import build_model_card
+from isoprune_hf.sources import open_source
 
 
 def run_export(folder: str, format: Format, output: str, quantize: Quantization, overwrite: bool) -> str:
@@ -25,3 +32,42 @@ def run_export(folder: str, format: Format, output: str, quantize: Quantization,
             f"the same class for {done.same_class} of {images}",
         ]
     )
+
+
+def run_benchmark(
+    folder: str,
+    base: str | None,
+    batch_sizes: list[int],
+    dtypes: list[Width],
+    runtimes: list[Runtime],
+    repeats: int,
+    seconds: float,
+    threads: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+) -> str:
+    """Measure a folder's model against its base; the folder keeps the figures, and its card shows them."""
+    config = read_json(folder, "config.json") or {}
+    if config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
+        raise RecipeError(f"--folder {folder} is no folder of a pruned model: there is nothing to compare")
+    settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, repeats, seconds)
+    place = _choose_device(device)
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads must be at least 1, got {threads}")
+    pruned = load_base(folder).model
+    dense = open_source(pruned, base).model
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        record = benchmark_models(dense.to(place), pruned.to(place), settings)
+    finally:
+        torch.set_num_threads(before)
+    speed = {**(read_json(folder, "speed.json") or {}), "benchmark": record}
+    write_file(Path(folder) / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
+    write_file(Path(folder) / "README.md", str(build_model_card(folder)))
+    return benchmark_text(record)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: this machine has no CUDA device; take cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -19,6 +19,7 @@ from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
 from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.errors import ExportError, RecipeError
+from isoprune_hf.pruning.speed import draw_images
 
 Format = Literal["onnx", "openvino", "torch-export"]
 Quantization = Literal["none", "dynamic"]
@@ -75,12 +76,9 @@ def export_model(
     """
     check_export(target, quantize)
     batches = _photographs(processor)
-    plain = copy.deepcopy(model).to(device="cpu", dtype=torch.float32)
+    plain = _plain_copy(model)
     with torch.inference_mode():
         expected = [plain(torch.from_numpy(pixels)).logits.numpy() for pixels in batches]
-    if model.config.base["library"] == "transformers":
-        # The fused attention leaves a layout that its own decomposition cannot view as the model does.
-        plain.model.set_attn_implementation("eager")
     results: list[Export] = []
 
     def write(temporary: Path) -> None:
@@ -147,6 +145,15 @@ class _Logits(nn.Module):
         return self.model(pixel_values).logits
 
 
+def _plain_copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+    """Copy a model to the CPU in fp32, with attention that can be traced."""
+    plain = copy.deepcopy(model).to(device="cpu", dtype=torch.float32)
+    if model.config.base["library"] == "transformers":
+        # The fused attention leaves a layout that its own decomposition cannot view as the model does.
+        plain.model.set_attn_implementation("eager")
+    return plain
+
+
 def _trace(model: nn.Module, pixels: torch.Tensor) -> torch.export.ExportedProgram:
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
     return torch.export.export(_Logits(model), (pixels,), dynamic_shapes=shapes, strict=False)
@@ -160,6 +167,25 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path, labels: dict[
     exported.model.metadata_props["id2label"] = json.dumps(labels)
     exported.save(file, external_data=size > _LARGEST_ONNX)
     return open_onnx(file)
+
+
+def write_onnx(model: IsoPruneForImageClassification, file: Path, *, threads: int) -> Run:
+    """Write a model as ONNX and open it again on the CPU; what comes back gives the logits of pixels (B, C, H, W).
+
+    Args:
+        model: The model in eval mode; left untouched.
+        file: Where it is written.
+        threads: Threads of one operator.
+
+    Raises:
+        ExportError: It cannot be exported.
+    """
+    plain = _plain_copy(model)
+    try:
+        _write_onnx(_trace(plain, draw_images(plain, plain.config.image_size, 2)), file, plain.config.id2label)
+        return open_onnx(file, threads)
+    except (*BUILD_ERRORS, OSError) as error:
+        raise ExportError(f"the model cannot be exported to onnx: {cause(error)}") from error
 
 
 def open_onnx(file: Path, threads: int = 0) -> Run:

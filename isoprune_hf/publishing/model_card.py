@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.publishing.benchmark import benchmark_table
 from isoprune_hf.publishing.report import format_figure
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -53,6 +54,8 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         saved=_compare(cost),
         table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage),
         speed=speed,
+        benchmark=speed.get("benchmark"),
+        timings=benchmark_table(speed["benchmark"]) if speed.get("benchmark") else [],
         hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
         versions=_list_versions(),
         show=_show,
