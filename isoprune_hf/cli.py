@@ -183,13 +183,10 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
     names = [*STAGES[stage].sections.split(), *(flag[0] for flag in STAGES[stage].flags)]
     values = {name: config[name] for name in names}
     _quiet_libraries()
-    if stage == "push":
-        hub = importlib.import_module("isoprune_hf.publishing.hub")
-        return hub.push_folder(values["folder"], values["repo"], private=values["private"]), 0
     # One process, no log.
-    is_local = stage in ("inspect", "doctor", "plan show", "plan diff", "export", "benchmark")
+    is_local = stage in ("inspect", "doctor", "plan show", "plan diff", "export", "benchmark", "push")
     places = {"convert": "conversion", "evaluate": "assessment", "plan apply": "inspection"}
-    places |= {"export": "deployment", "benchmark": "deployment"}
+    places |= dict.fromkeys(("export", "benchmark", "push"), "deployment")
     place = places.get(stage, "inspection" if is_local else "stages")
     name = "all" if stage == "run" else stage.replace(" ", "_")
     work = getattr(importlib.import_module(f"isoprune_hf.{place}"), f"run_{name}")

@@ -7,10 +7,14 @@ from typing import Literal
 import torch
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
+from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning.doctor import check_model
+from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.publishing.benchmark import BenchmarkSettings, Runtime, Width, benchmark_models, benchmark_text
 from isoprune_hf.publishing.export import Format, Quantization, check_export, export_model
+from isoprune_hf.publishing.hub import check_wishes, describe_push, published_files, push_folder
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.sources import open_source
 
@@ -65,6 +69,41 @@ def run_benchmark(
     write_file(Path(folder) / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
     write_file(Path(folder) / "README.md", str(build_model_card(folder)))
     return benchmark_text(record)
+
+
+def run_push(
+    folder: str,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    tag: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    check: bool,
+) -> str:
+    """Upload a folder to the Hub; one that `doctor` would refuse stays here."""
+    check_wishes(repo, tag, create_pr)
+    published_files(Path(folder))
+    if check:
+        _check_folder(Path(folder))
+    wishes = {"revision": revision, "tag": tag, "create_pr": create_pr}
+    return describe_push(folder, repo, **wishes) if dry_run else push_folder(folder, repo, private=private, **wishes)
+
+
+def _check_folder(folder: Path) -> None:
+    """Check what a stranger will open: that it opens, that it is what it says, and that its code is ours."""
+    opened = load_base(str(folder))
+    plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
+    for finding in check_model(opened.model, opened.processor, plan):
+        if finding.verdict == "FAIL":
+            text = " ".join(finding.text.split())
+            raise CheckpointError(f"{folder} is not pushed: {finding.check}: {text} (isoprune doctor {folder})")
+    code = folder / "modeling_isoprune.py"
+    if code.is_file() and code.read_text() != code_that_ships():
+        raise CheckpointError(
+            f"{folder} is not pushed: modeling_isoprune.py is not the code of this isoprune_hf; open and save the "
+            "model anew, or push it with --check false"
+        )
 
 
 def _choose_device(device: str) -> torch.device:
