@@ -78,7 +78,7 @@ def run_client(
     environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", code, str(folder), *arguments]
     environment |= extra
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_all_files_of_the_model_arrive_in_one_commit_and_the_token_nowhere(folder: Path, tmp_path: Path) -> None:
