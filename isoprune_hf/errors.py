@@ -1,6 +1,6 @@
 """Errors that a user can mend: each says what is wrong, what was given and what is allowed, and is also a built-in."""
 
-from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, IsoPruneError
+from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, ImageError, IsoPruneError
 
 __all__ = [
     "BudgetError",
@@ -11,6 +11,7 @@ __all__ = [
     "DivergedError",
     "ExportError",
     "HubError",
+    "ImageError",
     "Interrupted",
     "IsoPruneError",
     "LoaderError",
