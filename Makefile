@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: setup demo test test-faults lint clean
+.PHONY: setup demo test test-faults fuzz lint clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ test: $(STAMP)
 # Trainings killed at every stage of their writing and at sixty random moments: about a quarter of an hour.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
+
+# Ten thousand damaged folders: two hours on one core.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

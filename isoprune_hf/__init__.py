@@ -10,7 +10,9 @@ from isoprune_hf.errors import (
     BudgetError,
     CheckpointError,
     DatasetError,
+    ExportError,
     HubError,
+    ImageError,
     IsoPruneError,
     RecipeError,
     UnsupportedArchitectureError,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from isoprune_hf.pruning.planning import make_plan
     from isoprune_hf.pruning.prune import prune_model
     from isoprune_hf.pruning.surgery import apply_plan
+    from isoprune_hf.publishing.export import export_model
     from isoprune_hf.publishing.model_card import build_model_card
     from isoprune_hf.training.data import load_data
     from isoprune_hf.training.evaluation import evaluate_model
@@ -46,6 +49,7 @@ _LAZY = {
     "make_plan": "pruning.planning",
     "prune_model": "pruning.prune",
     "apply_plan": "pruning.surgery",
+    "export_model": "publishing.export",
     "build_model_card": "publishing.model_card",
     "load_data": "training.data",
     "evaluate_model": "training.evaluation",
@@ -57,8 +61,10 @@ __all__ = [
     "CheckpointError",
     "DataRecipe",
     "DatasetError",
+    "ExportError",
     "FinetuneRecipe",
     "HubError",
+    "ImageError",
     "ImportanceScores",
     "IsoImageProcessor",
     "IsoPruneConfig",
@@ -74,6 +80,7 @@ __all__ = [
     "cost_model",
     "count_cost",
     "evaluate_model",
+    "export_model",
     "find_blocks",
     "finetune",
     "load_base",

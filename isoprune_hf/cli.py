@@ -191,12 +191,11 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
     names = [*STAGES[stage].sections.split(), *(flag[0] for flag in STAGES[stage].flags)]
     values = {name: config[name] for name in names}
     _quiet_libraries()
-    if stage == "push":
-        hub = importlib.import_module("isoprune_hf.publishing.hub")
-        return hub.push_folder(values["folder"], values["repo"], private=values["private"]), 0
-    is_local = stage in ("doctor", "plan show", "plan diff")  # one process, no log
+    # One process, no log.
+    is_local = stage in ("doctor", "plan show", "plan diff", "export", "benchmark", "push")
     places = {"convert": "conversion", "evaluate": "assessment", "frontier": "frontier"}
     places |= dict.fromkeys(("inspect", "plan apply"), "inspection")
+    places |= dict.fromkeys(("export", "benchmark", "push"), "deployment")
     place = places.get(stage, "inspection" if is_local else "stages")
     name = "all" if stage == "run" else stage.replace(" ", "_")
     work = getattr(importlib.import_module(f"isoprune_hf.{place}"), f"run_{name}")

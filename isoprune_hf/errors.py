@@ -1,6 +1,6 @@
 """Errors that a user can mend: each says what is wrong, what was given and what is allowed, and is also a built-in."""
 
-from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, IsoPruneError
+from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, ImageError, IsoPruneError
 
 __all__ = [
     "BudgetError",
@@ -9,7 +9,9 @@ __all__ = [
     "DamagedStateError",
     "DatasetError",
     "DivergedError",
+    "ExportError",
     "HubError",
+    "ImageError",
     "Interrupted",
     "IsoPruneError",
     "LoaderError",
@@ -40,6 +42,10 @@ class DatasetError(IsoPruneError, ValueError):
 
 class HubError(IsoPruneError, RuntimeError):
     """The Hub refused or could not be reached."""
+
+
+class ExportError(IsoPruneError, RuntimeError):
+    """A model cannot be exported, or answers otherwise once it is."""
 
 
 class TrainingFault(IsoPruneError):

@@ -13,6 +13,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.publishing.report import results_table
+from isoprune_hf.publishing.widths import PICTURE, can_draw, draw_widths, layer_widths
 from isoprune_hf.training.data import ImageData
 
 Metrics = dict[str, dict[str, float | int]]
@@ -35,6 +36,9 @@ def write_folder(
         if speed:
             write_file(temporary / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
         if model.config.stage != "base":
+            if can_draw() and any((model.config.structure or {}).values()):
+                title = f"{folder.name}: the width of every layer, before and after the cut"
+                draw_widths(layer_widths(model), temporary / PICTURE, title=title)
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=folder.name)))
 
     if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -146,10 +147,12 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
     """
     source = model.config.source or {}
     options = {key: source[key] for key in ("pretrained", "seed", "model_args", "num_labels") if key in source}
+    if name and Path(name).is_dir():  # it was saved as it is
+        options = {}
     name = name or source.get("name")
     if not name:
         raise RecipeError("config.source names no base that the model was cut from")
-    labels = source.get("num_labels")
+    labels = options.get("num_labels")
     names = tuple(model.config.id2label[index] for index in sorted(model.config.id2label)) if labels else None
     base = load_base(name, **options, label_names=names)
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):

@@ -9,8 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass
+class Fault:
+    """What goes wrong with some requests.
+
+    Args:
+        method: Of the requests.
+        pattern: Of their paths.
+        answer: A status; `drop` closes the connection before anything is done, `lose` after it was done.
+        times: How many requests fail.
+        headers: Of the answer.
+    """
+
+    method: str
+    pattern: str
+    answer: int | Literal["drop", "lose"]
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -19,13 +38,24 @@ class Hub:
 
     Args:
         refuse: Status that every request gets, or None to serve.
-        files: Content by `user/name` and path.
-        commits: One entry for each commit: repository, summary, paths.
+        faults: What goes wrong, the first that fits a request.
+        files: Content of the main branch by `user/name` and path.
+        branches: Content of the other branches and pull requests, by `user/name` and name.
+        tags: Commit of each tag, by `user/name` and name.
+        snapshots: Content by commit.
+        commits: One entry for each commit: repository, branch, summary, paths.
         requests: Method, path and Authorization header of each request.
+        bodies: Body of each request.
     """
 
     url: str = ""
     refuse: int | None = None
+    faults: list[Fault] = field(default_factory=list)
+    branches: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    tags: dict[tuple[str, str], str] = field(default_factory=dict)
+    snapshots: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    heads: dict[tuple[str, str], str] = field(default_factory=dict)
+    bodies: list[bytes] = field(default_factory=list)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     commits: list[dict[str, Any]] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -49,13 +79,14 @@ def serve_hub() -> Iterator[Hub]:
         thread.join()
 
 
-def _sha(hub: Hub) -> str:
-    return hashlib.sha1(str(len(hub.commits)).encode()).hexdigest()
+def _sha(number: int) -> str:
+    return hashlib.sha1(str(number).encode()).hexdigest()
 
 
 class _HubRequest(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
+    is_lost = False
 
     def do_HEAD(self) -> None:
         self._handle()
@@ -76,8 +107,19 @@ class _HubRequest(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self._read_body()
         self.hub.requests.append((self.command, path, self.headers.get("Authorization")))
+        self.hub.bodies.append(body)
         if self.hub.refuse is not None:
             return self._send(self.hub.refuse, {"error": "refused"})
+        for fault in self.hub.faults:
+            if fault.times and fault.method == self.command and re.fullmatch(fault.pattern, path):
+                fault.times -= 1
+                if isinstance(fault.answer, int):
+                    return self._send(fault.answer, {"error": "fault"}, **fault.headers)
+                self.close_connection = True
+                if fault.answer == "drop":
+                    return None
+                self.is_lost = True
+                break
         for method, pattern, action in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match is not None and self.command in method:
@@ -95,6 +137,8 @@ class _HubRequest(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _send(self, status: int, answer: Any, **headers: str) -> None:
+        if self.is_lost:
+            return
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -110,6 +154,7 @@ class _HubRequest(BaseHTTPRequestHandler):
         exists = repo in self.hub.files
         if not exists:
             self.hub.files[repo] = {}
+            self.hub.heads[repo, "main"] = _sha(0)
             self.hub.private[repo] = wish.get("visibility") == "private"
         self._send(409 if exists else 200, {"url": f"{self.hub.url}/{repo}"})
 
@@ -118,17 +163,30 @@ class _HubRequest(BaseHTTPRequestHandler):
         errors = [] if valid else [{"message": "no metadata"}]
         self._send(200 if valid else 400, {"errors": errors, "warnings": []})
 
-    def choose_modes(self, body: bytes, repo: str) -> None:
+    def _content(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Commit and files of a branch, a tag or a commit."""
+        if repo not in self.hub.files:
+            return None
+        if (repo, revision) in self.hub.heads:
+            files = self.hub.files[repo] if revision == "main" else self.hub.branches[repo, revision]
+            return self.hub.heads[repo, revision], files
+        sha = self.hub.tags.get((repo, revision), revision)
+        return (sha, self.hub.snapshots[sha]) if sha in self.hub.snapshots else None
+
+    def choose_modes(self, body: bytes, repo: str, revision: str) -> None:
+        found = self._content(repo, revision)
+        if found is None:
+            return self._send(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
         answers = []
         for file in json.loads(body)["files"]:
             large = file["path"].endswith(".safetensors")
-            content = self.hub.files[repo].get(file["path"])
+            content = found[1].get(file["path"])
             answer = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             if content is not None:
                 blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
                 answer["oid"] = hashlib.sha256(content).hexdigest() if large else blob
             answers.append(answer)
-        self._send(200, {"files": answers})
+        return self._send(200, {"files": answers})
 
     def plan_lfs(self, body: bytes, repo: str) -> None:
         objects = []
@@ -149,36 +207,75 @@ class _HubRequest(BaseHTTPRequestHandler):
     def verify_blob(self, body: bytes) -> None:
         self._send(200 if json.loads(body)["oid"] in self.hub.blobs else 404, {})
 
-    def commit(self, body: bytes, repo: str) -> None:
+    def commit(self, body: bytes, repo: str, branch: str) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
         files = {}
         for line in lines[1:]:
             value = line["value"]
             large = line["key"] == "lfsFile"
             files[value["path"]] = self.hub.blobs[value["oid"]] if large else base64.b64decode(value["content"])
-        self.hub.files[repo] |= files
-        self.hub.commits.append({"repo": repo, "summary": lines[0]["value"]["summary"], "paths": sorted(files)})
-        sha = _sha(self.hub)
-        self._send(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha})
+        wants_pr = "create_pr" in parse_qs(urlsplit(self.path).query)
+        before = self.hub.files[repo] if branch == "main" else self.hub.branches[repo, branch]
+        if wants_pr:
+            number = 1 + sum(name.startswith("refs/pr/") for _, name in self.hub.heads)
+            branch = f"refs/pr/{number}"
+        self.hub.commits.append(
+            {"repo": repo, "branch": branch, "summary": lines[0]["value"]["summary"], "paths": sorted(files)}
+        )
+        sha = self.hub.heads[repo, branch] = _sha(len(self.hub.commits))
+        self.hub.snapshots[sha] = before | files
+        if branch == "main":
+            self.hub.files[repo] = before | files
+        else:
+            self.hub.branches[repo, branch] = before | files
+        answer = {"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha}
+        if wants_pr:
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{branch.rpartition('/')[2]}"
+        self._send(200, answer)
 
-    def describe(self, body: bytes, repo: str) -> None:
-        if repo not in self.hub.files:
+    def create_branch(self, body: bytes, repo: str, branch: str) -> None:
+        if (repo, branch) in self.hub.heads:
+            return self._send(409, {"error": "exists"})
+        self.hub.heads[repo, branch] = self.hub.heads[repo, "main"]
+        self.hub.branches[repo, branch] = dict(self.hub.files[repo])
+        return self._send(200, {})
+
+    def create_tag(self, body: bytes, repo: str, revision: str) -> None:
+        name = json.loads(body)["tag"]
+        if (repo, name) in self.hub.tags:
+            return self._send(409, {"error": "exists"})
+        self.hub.tags[repo, name] = self.hub.heads.get((repo, revision), revision)
+        return self._send(200, {})
+
+    def list_refs(self, body: bytes, repo: str) -> None:
+        branches, tags = (
+            {n: sha for (r, n), sha in refs.items() if r == repo} for refs in (self.hub.heads, self.hub.tags)
+        )
+
+        def describe(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in refs.items()]
+
+        self._send(200, {"branches": describe("heads", branches), "tags": describe("tags", tags), "converts": []})
+
+    def describe(self, body: bytes, repo: str, revision: str | None) -> None:
+        found = self._content(repo, revision or "main")
+        if found is None:
             return self._send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-        siblings = [{"rfilename": path} for path in sorted(self.hub.files[repo])]
-        private = self.hub.private[repo]
-        return self._send(200, {"id": repo, "sha": _sha(self.hub), "private": private, "siblings": siblings})
+        sha, files = found
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        return self._send(200, {"id": repo, "sha": sha, "private": self.hub.private[repo], "siblings": siblings})
 
-    def list_tree(self, body: bytes, repo: str) -> None:
-        files = self.hub.files.get(repo, {})
+    def list_tree(self, body: bytes, repo: str, revision: str) -> None:
+        _, files = self._content(repo, revision) or ("", {})
         entries = [
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for path, content in sorted(files.items())
         ]
         self._send(200, entries)
 
-    def resolve(self, body: bytes, repo: str, path: str) -> None:
-        content = self.hub.files.get(repo, {}).get(path)
-        sha = _sha(self.hub)
+    def resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
+        sha, files = self._content(repo, revision) or (_sha(0), {})
+        content = files.get(path)
         if content is None:
             return self._send(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -189,12 +286,15 @@ _REPO = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
     (("POST",), "/api/repos/create", _HubRequest.create_repo),
     (("POST",), "/api/validate-yaml", _HubRequest.validate_card),
-    (("POST",), f"/api/models/{_REPO}/preupload/main", _HubRequest.choose_modes),
+    (("POST",), rf"/api/models/{_REPO}/preupload/(.+)", _HubRequest.choose_modes),
     (("POST",), f"/{_REPO}\\.git/info/lfs/objects/batch", _HubRequest.plan_lfs),
     (("PUT",), r"/lfs/([0-9a-f]{64})", _HubRequest.put_blob),
     (("POST",), "/lfs-verify", _HubRequest.verify_blob),
-    (("POST",), f"/api/models/{_REPO}/commit/main", _HubRequest.commit),
-    (("GET",), rf"/api/models/{_REPO}(?:/revision/[\w.-]+)?", _HubRequest.describe),
-    (("GET",), rf"/api/models/{_REPO}/tree/[\w.-]+", _HubRequest.list_tree),
-    (("GET", "HEAD"), rf"/{_REPO}/resolve/[\w.-]+/(.+)", _HubRequest.resolve),
+    (("POST",), rf"/api/models/{_REPO}/commit/(.+)", _HubRequest.commit),
+    (("POST",), rf"/api/models/{_REPO}/branch/(.+)", _HubRequest.create_branch),
+    (("POST",), rf"/api/models/{_REPO}/tag/(.+)", _HubRequest.create_tag),
+    (("GET",), rf"/api/models/{_REPO}/refs", _HubRequest.list_refs),
+    (("GET",), rf"/api/models/{_REPO}(?:/revision/([\w.-]+))?", _HubRequest.describe),
+    (("GET",), rf"/api/models/{_REPO}/tree/([\w.-]+)", _HubRequest.list_tree),
+    (("GET", "HEAD"), rf"/{_REPO}/resolve/([\w.-]+)/(.+)", _HubRequest.resolve),
 )

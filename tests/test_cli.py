@@ -38,7 +38,7 @@ L1 = [*VIT, "--prune.criterion", "l1"]
 TAYLOR = [*VIT, "--prune.criterion", "taylor", "--prune.num_labels", "data"]
 TAYLOR += ["--prune.calibration_batches", "13", "--prune.batch_size", "3"]
 PRUNED_FILES = {"README.md", "config.json", "model.safetensors", "modeling_isoprune.py"}
-PRUNED_FILES |= {"preprocessor_config.json", "pruning_plan.json"}
+PRUNED_FILES |= {"preprocessor_config.json", "pruning_plan.json", "widths.png"}
 FIGURES = {"top1", "top5", "loss", "ece", "images"}
 RECIPE = {
     "prune": {

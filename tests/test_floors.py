@@ -34,6 +34,7 @@ FLOORS = [
     ("conversion.py", 7),
     ("assessment.py", 7),
     ("frontier.py", 7),
+    ("deployment.py", 7),
     ("cli.py", 8),
     ("__init__.py", 9),
 ]

@@ -2,20 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from hub_server import Hub, serve_hub
+from command_line import isoprune, refuse
+from conftest import Pruned
+from hub_server import Fault, Hub, serve_hub
+from PIL import Image
 from safetensors.torch import save_file
 
+from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
 from isoprune_hf.errors import CheckpointError, HubError, RecipeError
-from isoprune_hf.publishing.hub import push_folder
+from isoprune_hf.publishing.hub import describe_push, push_folder
 
 TOKEN = "hf_canary0123456789"
 PUSHED = ["README.md", "config.json", "classes.png", "metrics.json", "model.safetensors", "modeling_isoprune.py"]
@@ -42,7 +49,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited between attempts, without waiting."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def hub(waits: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serve_hub() as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -55,12 +70,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
-def run_client(folder: Path, url: str, home: Path, code: str) -> subprocess.CompletedProcess[str]:
+def run_client(
+    folder: Path, url: str, home: Path, code: str, *arguments: str, **extra: str
+) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
     environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", code, str(folder), *arguments]
+    environment |= extra
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_all_files_of_the_model_arrive_in_one_commit_and_the_token_nowhere(folder: Path, tmp_path: Path) -> None:
@@ -172,3 +190,235 @@ def test_a_repo_is_user_and_name(folder: Path, hub: Hub, repo: str) -> None:
     with pytest.raises(RecipeError, match="must look like user/name"):
         push_folder(folder, repo)
     assert not (folder / "README.md").exists()
+
+
+# What fails for the moment, and what is there already
+
+
+def sent(hub: Hub) -> list[str]:
+    """Files that were uploaded on their own, outside a commit."""
+    return [path for method, path, _ in hub.requests if method == "PUT"]
+
+
+COMMIT = r"/api/models/user/tiny/commit/main"
+
+
+@pytest.mark.parametrize(
+    ("fault", "waited"),
+    [
+        (Fault("POST", "/api/repos/create", 503), [1.0]),
+        (Fault("POST", "/api/repos/create", 429, times=2, headers={"Retry_After": "17"}), [17.0, 17.0]),
+        (Fault("POST", "/api/repos/create", "drop"), [1.0]),
+        (Fault("POST", COMMIT, 500, times=3), [1.0, 2.0, 4.0]),
+        (Fault("POST", COMMIT, 429, headers={"Retry_After": "3600"}), [300.0]),
+        (Fault("POST", COMMIT, "drop", times=2), [1.0, 2.0]),
+        (Fault("POST", "/api/validate-yaml", 502), [1.0]),
+    ],
+    ids=lambda value: f"{value.pattern} {value.answer}" if isinstance(value, Fault) else "",
+)
+def test_what_fails_for_the_moment_is_tried_again(
+    folder: Path, hub: Hub, waits: list[float], fault: Fault, waited: list[float]
+) -> None:
+    hub.faults.append(fault)
+    url = push_folder(folder, "user/tiny")
+    assert fault.times == 0
+    assert waits == waited
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED)]
+    assert url.startswith(f"{hub.url}/user/tiny/commit/")
+    assert len(sent(hub)) == 1
+
+
+@pytest.mark.parametrize("pattern", ["/api/models/user/tiny/preupload/main", "/user/tiny.git/info/lfs.*", "/lfs/.*"])
+@pytest.mark.parametrize("answer", [429, 503, "drop"])
+def test_faults_on_the_way_of_the_weights_are_survived(folder: Path, hub: Hub, pattern: str, answer: Any) -> None:
+    method = "PUT" if pattern == "/lfs/.*" else "POST"
+    hub.faults.append(Fault(method, pattern, answer))
+    push_folder(folder, "user/tiny")
+    assert hub.faults[0].times == 0
+    assert hub.files["user/tiny"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_change_by_another_is_one_line(folder: Path, hub: Hub, waits: list[float], status: int) -> None:
+    hub.faults.append(Fault("POST", COMMIT, status))
+    with pytest.raises(
+        HubError, match=r"^the Hub has another change of user/tiny under way: look at it, then push again$"
+    ):
+        push_folder(folder, "user/tiny")
+    assert waits == []
+
+
+def test_a_commit_whose_answer_was_lost_is_found_and_not_made_twice(folder: Path, hub: Hub) -> None:
+    hub.faults.append(Fault("POST", COMMIT, "lose"))
+    url = push_folder(folder, "user/tiny")
+    assert len(hub.commits) == 1
+    assert url == f"{hub.url}/user/tiny/commit/{hub.heads['user/tiny', 'main']}"
+
+
+def test_a_push_that_was_interrupted_is_repeated_without_sending_the_weights_again(
+    folder: Path, hub: Hub, waits: list[float]
+) -> None:
+    hub.faults.append(Fault("POST", COMMIT, 503, times=6))
+    with pytest.raises(HubError, match=r"^the Hub answered with status 503: push again later$"):
+        push_folder(folder, "user/tiny")
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert (hub.commits, hub.files["user/tiny"]) == ([], {})  # never a part of it
+    assert len(sent(hub)) == 1
+    push_folder(folder, "user/tiny")
+    assert len(sent(hub)) == 1
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED)]
+
+
+def test_only_what_has_changed_is_sent(folder: Path, hub: Hub) -> None:
+    push_folder(folder, "user/tiny")
+    (folder / "metrics.json").write_text('{"pruned": {"top1": 0.75}}')
+    push_folder(folder, "user/tiny")
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED), ["metrics.json"]]
+    assert len(sent(hub)) == 1
+
+
+# Where it goes
+
+
+def test_a_branch_is_made_and_a_tag_names_the_commit(folder: Path, hub: Hub) -> None:
+    push_folder(folder, "user/tiny", revision="half", tag="v1")
+    assert hub.files["user/tiny"] == {}
+    assert sorted(hub.branches["user/tiny", "half"]) == sorted(PUSHED)
+    assert hub.tags == {("user/tiny", "v1"): hub.heads["user/tiny", "half"]}
+    push_folder(folder, "user/tiny", revision="half", tag="v1")
+    assert len(hub.commits) == 1
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(HubError, match=r"^the tag v1 of user/tiny names another commit: .* choose another tag$"):
+        push_folder(folder, "user/tiny", revision="half", tag="v1")
+
+
+def test_a_pull_request_leaves_the_branch_as_it_is(folder: Path, hub: Hub) -> None:
+    assert push_folder(folder, "user/tiny", create_pr=True) == f"{hub.url}/user/tiny/discussions/1"
+    assert hub.files["user/tiny"] == {}
+    assert sorted(hub.branches["user/tiny", "refs/pr/1"]) == sorted(PUSHED)
+
+
+def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(folder: Path, hub: Hub, waits: list[float]) -> None:
+    hub.faults.append(Fault("POST", COMMIT, "lose"))
+    with pytest.raises(HubError, match="look for a pull request, then push again"):
+        push_folder(folder, "user/tiny", create_pr=True)
+    assert (len(hub.commits), waits) == (1, [])
+    hub.faults.append(Fault("POST", COMMIT, 429))
+    assert push_folder(folder, "user/tiny", create_pr=True).endswith("/discussions/2")
+
+
+def test_a_tag_of_a_pull_request_is_refused(folder: Path, hub: Hub) -> None:
+    with pytest.raises(RecipeError, match="tag v1: a pull request has no commit to name"):
+        push_folder(folder, "user/tiny", tag="v1", create_pr=True)
+    assert hub.requests == []
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    before = sorted(path.name for path in folder.iterdir())
+    text = describe_push(folder, "user/tiny", revision="half", tag="v1")
+    head, *lines = text.splitlines()
+    assert head == "user/tiny: 8 files in one commit to branch half, tag v1; nothing was sent"
+    listed = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in lines[:8]}
+    assert sorted(listed) == sorted(PUSHED)
+    assert {name: listed[name] for name in before if name in listed} == {
+        name: (folder / name).stat().st_size for name in before if name in listed
+    }
+    assert "pipeline_tag: image-classification" in text and "\n# tiny\n" in text
+    assert "to a pull request" in describe_push(folder, "user/tiny", create_pr=True)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["extra.json", "model.safetensors"])
+def test_a_link_is_not_followed(folder: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text(TOKEN)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*secret; push a folder that holds its own files"):
+        push_folder(folder, "user/tiny")
+    assert hub.requests == []
+
+
+def test_the_token_is_in_no_file_no_body_and_no_log(
+    folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("DEBUG")
+    hub.faults += [
+        Fault("POST", COMMIT, 500),
+        Fault("PUT", "/lfs/.*", 503),
+        Fault("POST", "/api/repos/create", "drop"),
+    ]
+    push_folder(folder, "user/tiny", revision="half", tag="v1")
+    assert {header for _, path, header in hub.requests if path.startswith("/api/models")} == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN.encode() in body for body in hub.bodies) and len(hub.bodies) == len(hub.requests)
+    assert not any(TOKEN in path for _, path, _ in hub.requests)
+    assert not any(TOKEN.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert TOKEN not in caplog.text + "".join(capfd.readouterr())
+
+
+# The command, and what a stranger opens
+
+
+def test_a_folder_that_the_doctor_refuses_is_not_pushed(
+    pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pruned("vit").folder, tmp_path / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    config["cost"]["pruned"]["macs"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "is not pushed: cost: " in refuse("push", folder, "--repo", "user/vit")
+    config["cost"]["pruned"]["macs"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "modeling_isoprune.py").open("a") as file:
+        file.write("import os\n")
+    line = refuse("push", folder, "--repo", "user/vit")
+    assert "modeling_isoprune.py is not the code of this isoprune_hf" in line and "--check false" in line
+    assert hub.requests == []
+    assert isoprune("push", folder, "--repo", "user/vit", "--check", "false").code == 0
+
+
+OPEN = """
+import json, sys
+from pathlib import Path
+if "package" in sys.argv:
+    import isoprune_hf
+else:
+    sys.modules["isoprune_hf"] = None
+from transformers import pipeline
+from PIL import Image
+options = {} if "package" in sys.argv else {"trust_remote_code": True}
+classify = pipeline("image-classification", model="user/vit", revision=sys.argv[2], **options)
+print(json.dumps(classify(Image.open(sys.argv[1]), top_k=7)))
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_opens_what_was_pushed_with_and_without_the_package_by_revision_and_offline(
+    pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path
+) -> None:
+    sample = pruned("vit")
+    folder = shutil.copytree(sample.folder, tmp_path / "vit")
+    hub.faults += [Fault("POST", "/api/models/user/vit/commit/half", 503), Fault("PUT", "/lfs/.*", "drop")]
+    done = isoprune("push", folder, "--repo", "user/vit", "--revision", "half", "--tag", "v1")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{hub.url}/user/vit/commit/{hub.tags['user/vit', 'v1']}\n"
+    code = hub.branches["user/vit", "half"]["modeling_isoprune.py"]
+    assert code == code_that_ships().encode()
+    image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB")
+    image.save(tmp_path / "image.png")
+    with torch.inference_mode():
+        logits = sample.model(**sample.processor(image, return_tensors="pt")).logits[0]
+    expected = {sample.model.config.id2label[index]: float(p) for index, p in enumerate(logits.softmax(0))}
+    for mode, revision, extra in (
+        ("alone", "v1", {}),
+        ("package", "half", {}),
+        ("package", "half", {"HF_HUB_OFFLINE": "1"}),
+    ):
+        asked = len(hub.requests)
+        done = run_client(tmp_path / "image.png", hub.url, tmp_path / "home", OPEN, revision, mode, **extra)
+        assert done.returncode == 0, done.stderr
+        found = {entry["label"]: entry["score"] for entry in json.loads(done.stdout.splitlines()[-1])}
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert (len(hub.requests) == asked) == bool(extra)

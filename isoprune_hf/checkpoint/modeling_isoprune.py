@@ -42,6 +42,7 @@ from isoprune_hf.checkpoint.difference import (
     skippable_blocks,
 )
 
+LARGEST_IMAGE = 2**26  # pixels: 8192 x 8192
 _ALIGNMENT = 64  # bytes: where torch itself allocates
 PARTS = ("dense.py", "difference.py", "modeling_isoprune.py")
 _DTYPES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
@@ -49,6 +50,7 @@ _DTYPES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "tor
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "ImageError",
     "IsoImageProcessor",
     "IsoPruneConfig",
     "IsoPruneError",
@@ -164,10 +166,11 @@ class IsoPruneForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
         if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            target.write_text(_code_that_ships())
+            target.write_text(code_that_ships())
 
 
-def _code_that_ships() -> str:
+def code_that_ships() -> str:
+    """Give the text of the file that travels with the weights: the modules of `PARTS` in a row."""
     beside = [path for name in PARTS if (path := Path(__file__).with_name(name)).is_file()]
     ours = re.compile(rf"^from {re.escape(__package__)}\.\w+ import (\([^)]*\)|.*)\n", re.MULTILINE)
     return "\n\n".join(ours.sub("", path.read_text()) for path in beside)  # in a shipped file: itself
@@ -215,6 +218,10 @@ def _describe(shape: Sequence[int], kind: str) -> str:
     return f"{list(shape)} of {kind}"
 
 
+class ImageError(IsoPruneError, ValueError):
+    """An image is larger than any that is classified: decoding it could take all memory."""
+
+
 class IsoImageProcessor(PilBackend):
     """Image processor that gives exactly the pixels of the evaluation transform of timm and torchvision.
 
@@ -233,6 +240,11 @@ class IsoImageProcessor(PilBackend):
 
     def convert_to_rgb(self, image, input_data_format=None):
         if isinstance(image, Image.Image):
+            # A file is decoded only here: a few bytes can stand for many pixels.
+            if image.width * image.height > LARGEST_IMAGE:
+                raise ImageError(
+                    f"image of {image.width} x {image.height} pixels: at most {LARGEST_IMAGE:,} are decoded"
+                )
             return np.array(image.convert("RGB"))
         return super().convert_to_rgb(image, input_data_format)
 

@@ -1,9 +1,11 @@
 """How long a forward pass takes."""
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from isoprune_hf.errors import RecipeError
 
 Precision = Literal["no", "bf16"]
 Backend = Literal["eager", "compile"]
+_FEWEST_TURNS = 5
 
 
 def measure_latency(
@@ -46,9 +49,29 @@ def measure_latency(
     Note:
         The models take turns, so that what else the machine does hits all of them alike.
     """
+    settings = {"batch_size": batch_size, "precision": precision, "backend": backend}
+    times = time_models(models, image_size, repeats=repeats, warmup=warmup, **settings)
+    return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+
+
+def time_models(
+    models: Mapping[str, nn.Module],
+    image_size: Sequence[int],
+    *,
+    batch_size: int,
+    precision: Precision,
+    backend: Backend,
+    repeats: int,
+    warmup: int,
+    seconds: float = math.inf,
+) -> dict[str, list[float]]:
+    """Time forward passes one by one: see `measure_latency`, and `time_calls` for `seconds`.
+
+    Returns:
+        Milliseconds of each pass, by name.
+    """
     check_counts(batch_size=batch_size, repeats=repeats, warmup=warmup)
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
-    times: dict[str, list[float]] = {name: [] for name in models}
     try:
         for model in models.values():
             model.eval()
@@ -57,12 +80,9 @@ def measure_latency(
             warmup = max(warmup, 1)
         ready = {name: _prepare(model, precision, backend) for name, model in models.items()}
         inputs = {name: draw_images(model, image_size, batch_size) for name, model in ready.items()}
+        calls = {name: partial(_forward, model, inputs[name]) for name, model in ready.items()}
         with torch.inference_mode():
-            for turn in range(warmup + repeats):
-                for name, model in ready.items():
-                    seconds = _time_forward(model, inputs[name])
-                    if turn >= warmup:
-                        times[name].append(seconds)
+            return time_calls(calls, repeats=repeats, warmup=warmup, seconds=seconds)
     except RuntimeError as error:  # torch._dynamo's errors are of this kind, and slow to import
         if backend == "eager":
             raise
@@ -71,7 +91,33 @@ def measure_latency(
     finally:
         for module, training in modes:
             module.training = training
-    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], float]], *, repeats: int, warmup: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Let calls take turns, and collect what each says it took.
+
+    Args:
+        calls: By name; each gives the seconds that it took.
+        repeats: Turns that count.
+        warmup: Turns before, which do not.
+        seconds: No further turn begins after so long, once there are five.
+
+    Returns:
+        Milliseconds of each turn, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    spent = 0.0
+    for turn in range(warmup + repeats):
+        if turn >= warmup + _FEWEST_TURNS and spent > seconds:
+            break
+        for name, call in calls.items():
+            taken = call()
+            if turn >= warmup:
+                times[name].append(1000 * taken)
+                spent += taken
+    return times
 
 
 def measure_pair(
@@ -138,7 +184,7 @@ def _prepare(model: nn.Module, precision: Precision, backend: Backend) -> nn.Mod
     return torch.compile(model, dynamic=False) if backend == "compile" else model
 
 
-def _time_forward(model: nn.Module, pixels: torch.Tensor) -> float:
+def _forward(model: nn.Module, pixels: torch.Tensor) -> float:
     _synchronize(pixels.device)
     start = time.perf_counter()
     model(pixels)
