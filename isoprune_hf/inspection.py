@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import our_values
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
@@ -26,6 +27,8 @@ def run_inspect(model: str, output: str | None) -> str:
     """List the isomorphic classes of a model; draw them when there is a place for the picture."""
     opened = load_base(model, pretrained=Path(model).is_dir()).model
     decided = PruningPlan.load(model) if (Path(model) / PLAN_FILE).is_file() else None
+    if opened.config.layout == "uniform":
+        decided = None  # its plan speaks of groups of the base, and a stock config does not lead back to them
     # The plan speaks of the groups of the dense base.
     groups = trace_groups(opened if decided is None else meta_copy(opened, dense=True))
     classes: dict[str, list[Any]] = {}
@@ -88,7 +91,7 @@ def run_plan_apply(
 
 def run_doctor(folder: str, base: str | None) -> tuple[str, int]:
     """Check a folder; returns 1 beside the text where a check has failed."""
-    if (read_json(folder, "config.json") or {}).get("model_type") != "isoprune":
+    if our_values(read_json(folder, "config.json") or {}) is None:
         raise RecipeError(f"--folder {folder} is no folder of a pruned model: it needs a config.json of isoprune")
     findings = _examine(folder, base)
     count = sum(finding.verdict == "FAIL" for finding in findings)
@@ -130,7 +133,8 @@ def _sizes(place: Path, plan: PruningPlan) -> dict[str, tuple[int, int]]:
         return {}
     try:
         model: IsoPruneForImageClassification = load_base(str(place)).model
-        if (model.config.source or {}).get("fingerprint") != plan.fingerprint:
+        is_its_base = (model.config.source or {}).get("fingerprint") == plan.fingerprint
+        if not is_its_base or model.config.layout == "uniform":
             return {}
         return {group.name: (group.channels, group.num_heads) for group in trace_groups(meta_copy(model, dense=True))}
     except (IsoPruneError, OSError):

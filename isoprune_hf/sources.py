@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import stock_processor
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.processors import set_transform
@@ -64,7 +65,8 @@ def open_base(
             base.model.config.id2label = dict(enumerate(names))
             base.model.config.label2id = {label: index for index, label in enumerate(names)}
     base.model.to(accelerator.device)
-    return see_through(base, data)
+    base = see_through(base, data)
+    return base if prune.layout != "uniform" else BaseModel(base.model, stock_processor(base.processor))
 
 
 def see_through(base: BaseModel, data: DataRecipe) -> BaseModel:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import save_stock, stock_processor
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 
@@ -76,7 +77,11 @@ def save_model_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            model.save_pretrained(temporary)
+            if model.config.layout == "uniform":
+                save_stock(temporary, model)
+                processor = stock_processor(processor)
+            else:
+                model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
             if plan is not None:
                 (temporary / "pruning_plan.json").write_text(plan)

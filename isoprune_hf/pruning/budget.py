@@ -10,7 +10,7 @@ from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.pruning.cost import CostModel
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency import LatencyModel
-from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
+from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios, Team
 from isoprune_hf.recipes import BUDGETS, PruneRecipe, parse_budget
 
 # A result this far below its budget is searched for a better one, and reported when there is none.
@@ -158,43 +158,48 @@ def _fill(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
 
     Scores of unlike classes have unlike scales, so each is taken relative to the mean of its scope.
     """
-    movable = [group for group in ranking.groups if group.name in choice.widths and _is_movable(ranking, group)]
-    units = {group.name: ranking.units(group, choice.heads)[::-1] for group in movable}
+    movable = _movable(ranking, choice)
+    units = {team[0].name: ranking.team_units(team, choice.heads)[::-1] for team in movable}
     means = _scope_means(ranking, movable, units)
-    allowed = {group.name: ranking.allowed(group) for group in movable}
+    allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     widths, steps = dict(choice.widths), []
 
-    def push(position: int, name: str) -> None:
+    def push(position: int) -> None:
+        name = movable[position][0].name
         upper = next((width for width in allowed[name] if width > widths[name]), None)
         if upper is not None:
             value = units[name][widths[name] : upper].mean() / means[name]
-            heapq.heappush(steps, (-value, position, name, upper))
+            heapq.heappush(steps, (-value, position, upper))
 
-    for position, group in enumerate(movable):
-        push(position, group.name)
+    for position in range(len(movable)):
+        push(position)
     while steps:
-        _, position, name, upper = heapq.heappop(steps)
-        if budget.measure(ranking, replace(choice, widths={**widths, name: upper})) <= budget.target:
-            widths[name] = upper
-            push(position, name)
+        _, position, upper = heapq.heappop(steps)
+        moved = dict.fromkeys((group.name for group in movable[position]), upper)
+        if budget.measure(ranking, replace(choice, widths={**widths, **moved})) <= budget.target:
+            widths |= moved
+            push(position)
     return replace(choice, widths=widths)
 
 
 def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
     """Move one group up and another down where that comes nearer to the budget, the best pair first."""
-    movable = [group for group in ranking.groups if group.name in choice.widths and _is_movable(ranking, group)]
-    allowed = {group.name: ranking.allowed(group) for group in movable}
+    movable = _movable(ranking, choice)
+    allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     trials, best = 0, budget.measure(ranking, choice)
     while best < (1 - _TOLERANCE) * budget.target:
         found = None
         for up in movable:
-            higher = next((width for width in allowed[up.name] if width > choice.widths[up.name]), None)
+            name = up[0].name
+            higher = next((width for width in allowed[name] if width > choice.widths[name]), None)
             for down in movable if higher is not None else ():
-                lower = max((width for width in allowed[down.name] if width < choice.widths[down.name]), default=None)
+                name = down[0].name
+                lower = max((width for width in allowed[name] if width < choice.widths[name]), default=None)
                 if lower is None or up is down or trials >= _MOST_SWAPS:
                     continue
                 trials += 1
-                trial = replace(choice, widths={**choice.widths, up.name: higher, down.name: lower})
+                moved = {**{group.name: higher for group in up}, **{group.name: lower for group in down}}
+                trial = replace(choice, widths={**choice.widths, **moved})
                 value = budget.measure(ranking, trial)
                 if best < value <= budget.target:
                     found, best = trial, value
@@ -204,14 +209,20 @@ def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
     return choice
 
 
-def _is_movable(ranking: Ranking, group: CoupledGroup) -> bool:
-    rule = ranking.rules[group.name]
-    return rule.is_free and rule.fixed is None
+def _movable(ranking: Ranking, choice: Choice) -> list[Team]:
+    """Groups that a budget may move, those together that keep equal widths."""
+    rules = ranking.rules
+    free = [
+        group
+        for group in ranking.groups
+        if group.name in choice.widths and rules[group.name].is_free and rules[group.name].fixed is None
+    ]
+    return ranking.teams(free)
 
 
-def _scope_means(ranking: Ranking, groups: Sequence[CoupledGroup], units: dict[str, np.ndarray]) -> dict[str, float]:
+def _scope_means(ranking: Ranking, teams: Sequence[Team], units: dict[str, np.ndarray]) -> dict[str, float]:
     scopes: dict[str, list[np.ndarray]] = {}
-    for group in groups:
-        scopes.setdefault(ranking.rules[group.name].scope, []).append(units[group.name])
+    for team in teams:
+        scopes.setdefault(ranking.rules[team[0].name].scope, []).append(units[team[0].name])
     means = {scope: float(np.concatenate(values).mean()) or 1.0 for scope, values in scopes.items()}
-    return {group.name: means[ranking.rules[group.name].scope] for group in groups}
+    return {team[0].name: means[ranking.rules[team[0].name].scope] for team in teams}

@@ -30,6 +30,7 @@ _SETTINGS = (
     ),
     *("exclude", "head_dims", "remove_blocks", *BUDGETS, "selection", "min_keep", "max_ratio", "round_to", "rounding"),
     "steps",
+    "layout",
 )
 
 

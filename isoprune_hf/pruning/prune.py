@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.blocks import find_blocks
 from isoprune_hf.pruning.budget import check_budget
@@ -28,6 +29,7 @@ from isoprune_hf.pruning.planning import make_plan
 from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.pruning.timing import fit_base, meet_latency
+from isoprune_hf.pruning.uniform import check_family, to_stock
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,9 @@ def prune_model(
     def cut(plan: PruningPlan) -> IsoPruneForImageClassification:
         return apply_plan(model, plan, traced.groups, base_cost=traced.cost.base)
 
+    def finish(plan: PruningPlan) -> IsoPruneForImageClassification:
+        return to_stock(cut(plan), _first_images(calibration)) if recipe.layout == "uniform" else cut(plan)
+
     if scores is None:
         scores = _timed(seconds, "score", lambda: score(model, traced.groups, traced.blocks))
         for step in range(1, recipe.steps):
@@ -144,7 +149,7 @@ def prune_model(
     )
     if recipe.target_latency is None:
         plan = _timed(seconds, "solve", lambda: decide(recipe))
-        pruned = _timed(seconds, "cut", lambda: cut(plan))
+        pruned = _timed(seconds, "cut", lambda: finish(plan))
     else:
         plan, pruned = _timed(
             seconds,
@@ -155,12 +160,12 @@ def prune_model(
                 traced.cost,
                 traced.latency,
                 decide=decide,
-                cut=cut,
+                cut=finish,
                 agree=lambda value: _from_main(value, accelerator),
             ),
         )
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
-    if not any((model.config.structure or {}).values()):  # else the source names a base before this one
+    if not is_cut(model.config):  # else the source names a base before this one
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
     pruned_cost = ModelCost(**pruned.config.cost["pruned"])
     _report(model, plan, traced.cost.base, pruned_cost, seconds)
@@ -168,6 +173,8 @@ def prune_model(
 
 
 def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:
+    if recipe.layout == "uniform":
+        check_family(model)
     groups, blocks = _find(model, recipe)
     cost = cost_model(model, groups, blocks)
     latency = None
@@ -203,6 +210,13 @@ def _check_steps(recipe: PruneRecipe, calibration: Batches | None, scores: Impor
             f"prune.steps {recipe.steps} goes through the calibration batches {recipe.steps} times: give a list or a "
             "loader, not an iterator"
         )
+
+
+def _first_images(calibration: Batches | None) -> torch.Tensor | None:
+    """Real images where some can be had again: an iterator has given its own away."""
+    if calibration is None or isinstance(calibration, Iterator):
+        return None
+    return next((images for images, _ in calibration), None)
 
 
 def _from_main(value: Any, accelerator: Accelerator | None) -> Any:
