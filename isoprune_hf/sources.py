@@ -66,7 +66,15 @@ def open_base(
             base.model.config.label2id = {label: index for index, label in enumerate(names)}
     base.model.to(accelerator.device)
     base = see_through(base, data)
-    return base if prune.layout != "uniform" else BaseModel(base.model, stock_processor(base.processor))
+    if prune.layout != "uniform":
+        return base
+    processor = stock_processor(base.processor)  # of the whole road, so that all figures are of the same pixels
+    if processor is not base.processor and processor.do_center_crop:
+        logger.info(
+            "prune.layout uniform: the stock image processor crops images with an odd margin up to one pixel further "
+            "left or up than the model's own; all figures are those of the stock one"
+        )
+    return BaseModel(base.model, processor)
 
 
 def see_through(base: BaseModel, data: DataRecipe) -> BaseModel:

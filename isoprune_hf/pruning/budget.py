@@ -183,7 +183,7 @@ def _fill(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
 
 
 def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
-    """Move one group up and another down where that comes nearer to the budget, the best pair first."""
+    """Move one group a step down and another as far up as fits, where that comes nearer to the budget; best first."""
     movable = _movable(ranking, choice)
     allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     trials, best = 0, budget.measure(ranking, choice)
@@ -191,18 +191,23 @@ def _swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
         found = None
         for up in movable:
             name = up[0].name
-            higher = next((width for width in allowed[name] if width > choice.widths[name]), None)
-            for down in movable if higher is not None else ():
+            higher = [width for width in allowed[name] if width > choice.widths[name]]
+            for down in movable if higher else ():
                 name = down[0].name
                 lower = max((width for width in allowed[name] if width < choice.widths[name]), default=None)
-                if lower is None or up is down or trials >= _MOST_SWAPS:
+                if lower is None or up is down:
                     continue
-                trials += 1
-                moved = {**{group.name: higher for group in up}, **{group.name: lower for group in down}}
-                trial = replace(choice, widths={**choice.widths, **moved})
-                value = budget.measure(ranking, trial)
-                if best < value <= budget.target:
-                    found, best = trial, value
+                for width in higher:
+                    if trials >= _MOST_SWAPS:
+                        break
+                    trials += 1
+                    moved = {group.name: width for group in up} | {group.name: lower for group in down}
+                    trial = replace(choice, widths={**choice.widths, **moved})
+                    value = budget.measure(ranking, trial)
+                    if value > budget.target:
+                        break
+                    if value > best:
+                        found, best = trial, value
         if found is None:
             return choice
         choice = found

@@ -178,7 +178,7 @@ def _convert_timm(network: VisionTransformer) -> tuple[PreTrainedConfig, State]:
     is_distilled = isinstance(network, VisionTransformerDistilled)
     kind, prefix = (DeiTConfig, "deit") if is_distilled else (ViTConfig, "vit")
     made = DeiTForImageClassificationWithTeacher if is_distilled else ViTForImageClassification
-    height, width = network.patch_embed.img_size
+    (height, width), (rows, columns) = network.patch_embed.img_size, network.patch_embed.patch_size
     config = kind(
         **_sizes(
             [block.attn.qkv.out_features // 3 for block in blocks],
@@ -189,7 +189,7 @@ def _convert_timm(network: VisionTransformer) -> tuple[PreTrainedConfig, State]:
         hidden_act=_activation(first.mlp),
         layer_norm_eps=network.norm.eps,
         image_size=height if height == width else [height, width],
-        patch_size=list(network.patch_embed.patch_size),
+        patch_size=rows if rows == columns else [rows, columns],
         num_channels=network.patch_embed.proj.in_channels,
         qkv_bias=first.attn.qkv.bias is not None,
         architectures=[made.__name__],
