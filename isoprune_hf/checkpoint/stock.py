@@ -59,8 +59,10 @@ def our_values(values: dict[str, Any]) -> dict[str, Any] | None:
         return values
     if ENTRY not in values:
         return None
-    shared = {name: values[name] for name in ("id2label", "image_size") if name in values}
-    return {**shared, **entry_fields(values[ENTRY]), "base": {"library": "transformers"}}
+    side = values.get("image_size", 224)
+    size = [values.get("num_channels", 3), *(side if isinstance(side, list) else (side, side))]
+    shared = {"id2label": values.get("id2label"), "image_size": size, "base": {"library": "transformers"}}
+    return {**shared, **entry_fields(values[ENTRY])}
 
 
 def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
