@@ -344,7 +344,7 @@ def test_a_model_that_was_cut_unevenly_is_refused(tmp_path: Path) -> None:
     uneven = prune_model(make_base("deit", tmp_path), PruneRecipe(criterion="l1", ratio=0.4, round_to=1)).model
     with pytest.raises(RecipeError, match=r"prune.layout uniform needs equal blocks: blocks.0.attn has \d+ channels"):
         prune_model(uneven, PruneRecipe(criterion="l1", layout="uniform"))
-    with pytest.raises(CheckpointError, match="layout uniform: the blocks have unlike MLP widths"):
+    with pytest.raises(CheckpointError, match="layout uniform: the blocks have unlike head dims"):
         to_stock(uneven)
 
 

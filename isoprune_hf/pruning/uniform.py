@@ -85,8 +85,8 @@ def to_stock(
     stock = IsoPruneForImageClassification.from_pretrained(None, config=outer, state_dict=named, dtype=pruned.dtype)
     stock = stock.to(pruned.device).eval()
     _check_logits(pruned, stock, images)
-    if outer.cost is not None:
-        outer.cost = {**outer.cost, "pruned": count_cost(stock).to_dict()}
+    if stock.config.cost is not None:  # layer scale has gone
+        stock.config.cost = {**stock.config.cost, "pruned": count_cost(stock).to_dict()}
     return stock.train(pruned.training)
 
 
