@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
+from isoprune_hf.checkpoint.stock import our_values, stock_config_text
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost import count_cost
@@ -56,7 +57,8 @@ def run_evaluate(
     if per_class is not None and accelerator.is_main_process:
         write_file(Path(per_class), tabulate_classes(scores, names))
     recorded = (config.recipe or {}).get("data")
-    is_ours = (Path(model) / "modeling_isoprune.py").is_file()
+    known = read_json(model, "config.json")
+    is_ours = known is not None and our_values(known) is not None
     is_comparable = base is found and (recorded is None or recorded["dataset"] == data.dataset)
     if is_ours and not is_comparable:
         what = "transform" if base is not found else "data set"
@@ -66,7 +68,9 @@ def run_evaluate(
         write_file(Path(model) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         if recorded is None:
             config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
-            write_file(Path(model) / "config.json", config.to_json_string())
+            is_stock = config.layout == "uniform"
+            text = stock_config_text(known, config) if is_stock else config.to_json_string()
+            write_file(Path(model) / "config.json", text)
         write_file(Path(model) / "README.md", str(build_model_card(model)))
     accelerator.wait_for_everyone()
     line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}"

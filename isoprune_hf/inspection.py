@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import our_values
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
@@ -110,7 +111,10 @@ def _compare(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, sco
 
 
 def _find_plan(model: str) -> PruningPlan | None:
-    return PruningPlan.load(model) if (Path(model) / PLAN_FILE).is_file() else None
+    """The plan of a folder; that of a uniform one speaks of groups that its stock config does not lead back to."""
+    if not (Path(model) / PLAN_FILE).is_file() or load_base(model).model.config.layout == "uniform":
+        return None
+    return PruningPlan.load(model)
 
 
 def _recipe_of_source(prune: PruneRecipe) -> PruneRecipe:
@@ -164,7 +168,7 @@ def run_plan_apply(
 
 def run_doctor(folder: str, base: str | None) -> tuple[str, int]:
     """Check a folder; returns 1 beside the text where a check has failed."""
-    if (read_json(folder, "config.json") or {}).get("model_type") != "isoprune":
+    if our_values(read_json(folder, "config.json") or {}) is None:
         raise RecipeError(f"--folder {folder} is no folder of a pruned model: it needs a config.json of isoprune")
     findings = _examine(folder, base)
     count = sum(finding.verdict == "FAIL" for finding in findings)
@@ -206,7 +210,8 @@ def _sizes(place: Path, plan: PruningPlan) -> dict[str, tuple[int, int]]:
         return {}
     try:
         model: IsoPruneForImageClassification = load_base(str(place)).model
-        if (model.config.source or {}).get("fingerprint") != plan.fingerprint:
+        is_its_base = (model.config.source or {}).get("fingerprint") == plan.fingerprint
+        if not is_its_base or model.config.layout == "uniform":
             return {}
         return {group.name: (group.channels, group.num_heads) for group in trace_groups(meta_copy(model, dense=True))}
     except (IsoPruneError, OSError):

@@ -55,10 +55,10 @@ def summarize(model: IsoPruneForImageClassification, metrics: Metrics, latency: 
         if cost and (name in metrics or name in costs):
             speed = {"latency_ms": latency[name]} if name in latency else {}
             rows[name] = {**cost, **metrics.get(name, {}), **speed}
+    imports = "" if model.config.layout == "uniform" else "    import isoprune_hf\n"
     opening = (
         f"The model is in {folder}. Open it with:\n\n"
-        "    import isoprune_hf\n"
-        "    from transformers import pipeline\n"
+        f"{imports}    from transformers import pipeline\n"
         f'    classify = pipeline("image-classification", model="{folder}")\n'
     )
     return f"{results_table(rows)}\n\n{opening}"

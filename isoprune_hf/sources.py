@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import stock_processor
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.processors import set_transform
@@ -69,7 +70,16 @@ def open_base(
             base.model.config.id2label = dict(enumerate(names))
             base.model.config.label2id = {label: index for index, label in enumerate(names)}
     base.model.to(accelerator.device)
-    return see_through(base, data)
+    base = see_through(base, data)
+    if prune.layout != "uniform":
+        return base
+    processor = stock_processor(base.processor)  # of the whole road, so that all figures are of the same pixels
+    if processor is not base.processor and processor.do_center_crop:
+        logger.info(
+            "prune.layout uniform: the stock image processor crops images with an odd margin up to one pixel further "
+            "left or up than the model's own; all figures are those of the stock one"
+        )
+    return BaseModel(base.model, processor)
 
 
 def see_through(base: BaseModel, data: DataRecipe) -> BaseModel:

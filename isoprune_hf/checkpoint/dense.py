@@ -59,6 +59,7 @@ class IsoPruneConfig(PreTrainedConfig):
     cost: dict[str, Any] | None = None  # `macs` and `params` of `base` and `pruned`, for one image
     recipe: dict[str, Any] | None = None  # the settings that made this model
     stage: str = "base"  # base, pruned or finetuned
+    layout: str = "per-layer"  # or uniform: a cut whose sizes are those of a stock `base.config`, without a structure
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -78,6 +79,8 @@ def _check_entries(entries: dict[str, Any]) -> None:
     for name in ("base", "source", "structure", "cost", "recipe"):
         require(isinstance(entries[name], dict | None), f"config.{name}: {entries[name]!r:.99} is no mapping")
     require(isinstance(stage, str), f"config.stage: {stage!r:.99} is no name")
+    layout = entries["layout"]
+    require(layout in ("per-layer", "uniform"), f"config.layout: {layout!r:.99} is neither per-layer nor uniform")
     holds = size is None or (isinstance(size, list) and len(size) == 3)
     holds = holds and all(type(number) is int and 1 <= number <= 2**14 for number in size or [])
     require(holds, f"config.image_size: {size!r:.99} is not [channels, height, width]")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import save_stock, stock_processor
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 # A folder that holds none of these is not replaced: it is no model of ours, nor one of a whole run.
@@ -88,8 +89,12 @@ def save_model_folder(
     """
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        if model.config.layout == "uniform":
+            save_stock(temporary, model)
+            stock_processor(processor).save_pretrained(temporary)
+        else:
+            model.save_pretrained(temporary)
+            processor.save_pretrained(temporary)
         if plan is not None:
             (temporary / "pruning_plan.json").write_text(plan)
         if metrics:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.difference import named_tensors
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, SkippedBlock
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, SkippedBlock
 
 
 def meta_copy(model: IsoPruneForImageClassification, *, dense: bool = False) -> IsoPruneForImageClassification:
@@ -22,6 +22,11 @@ def meta_copy(model: IsoPruneForImageClassification, *, dense: bool = False) -> 
         config.structure = None
     with torch.device("meta"):
         return type(model)(config).eval()
+
+
+def is_cut(config: IsoPruneConfig) -> bool:
+    """Whether a config is of a cut model: one with a structure, or of a uniform layout, which needs none."""
+    return config.layout == "uniform" or any((config.structure or {}).values())
 
 
 def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:

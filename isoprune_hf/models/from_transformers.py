@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.processors import transformers_image_size, transformers_processor
@@ -42,8 +43,12 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         raise RecipeError(
             f"model: {name}/config.json has no usable labels or image_size: {one_line(error)}"
         ) from error
-    base = {"library": "transformers", "config": config.to_diff_dict() | {"model_type": config.model_type}}
-    outer = IsoPruneConfig(base=base, image_size=image_size, **label_fields(names))
+    values = config.to_diff_dict() | {"model_type": config.model_type}
+    ours = entry_fields(values.pop(ENTRY, None))
+    base = {"library": "transformers", "config": values}
+    outer = IsoPruneConfig(base=base, image_size=image_size, **label_fields(names), **ours)
+    if not pretrained and ours:
+        raise RecipeError(f"model: {name} is pruned already; drawn weights need a dense base")
     if not pretrained:
         return BaseModel(wrap(outer, draw(outer, seed)), processor)
     with torch.device("meta"):  # refuses what nobody should wait for

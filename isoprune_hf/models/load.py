@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from isoprune_hf.checkpoint.dense import LARGEST_NUMBER
 from isoprune_hf.checkpoint.difference import run_once
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.checkpoint.structure import is_cut, meta_copy
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.base import BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.models.from_timm import is_encoder, open_saved_timm, open_timm
@@ -144,7 +144,7 @@ def _open_ours(name: str, pretrained: bool, seed: int) -> BaseModel:
     base = BaseModel(model, saved_processor(name))
     if pretrained:
         return base
-    if any((model.config.structure or {}).values()):
+    if is_cut(model.config):
         raise RecipeError(f"model: {name} is pruned already; drawn weights need a dense base")
     names = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
     return _with_head(base, False, len(names), names, seed)
@@ -166,7 +166,7 @@ def _with_head(
     model = base.model
     if num_labels is None or (num_labels == model.config.num_labels and pretrained):
         return base
-    if any((model.config.structure or {}).values()):
+    if is_cut(model.config):
         raise RecipeError(
             f"prune.num_labels: the model is pruned already and keeps its {model.config.num_labels} labels"
         )

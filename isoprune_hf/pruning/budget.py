@@ -11,11 +11,11 @@ from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.pruning.cost import CostModel
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency import LatencyModel
-from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
+from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios, Team
 from isoprune_hf.recipes import BUDGETS, PruneRecipe, parse_budget
 
 # What a group is worth that goes from one width to a larger one.
-Worth = Callable[[Choice, CoupledGroup, int, int], float]
+Worth = Callable[[Choice, Team, int, int], float]
 # A result this far below its budget is searched for a better one, and reported when there is none.
 _TOLERANCE = 0.005
 _MOST_SWAPS = 4000
@@ -157,22 +157,22 @@ def report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
 
 def fill(ranking: Ranking, choice: Choice, budget: Budget, worth: Worth) -> Choice:
     """Give channels back while the budget allows, the next allowed width of highest worth first."""
-    movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
-    allowed = {group.name: ranking.allowed(group) for group in movable}
+    movable = movable_teams(ranking, choice)
+    allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     steps: list[tuple[float, int, int]] = []
 
     def push(position: int) -> None:
-        group = movable[position]
-        width = choice.widths[group.name]
-        upper = next((wider for wider in allowed[group.name] if wider > width), None)
+        team = movable[position]
+        width = choice.widths[team[0].name]
+        upper = next((wider for wider in allowed[team[0].name] if wider > width), None)
         if upper is not None:
-            heapq.heappush(steps, (-worth(choice, group, width, upper), position, upper))
+            heapq.heappush(steps, (-worth(choice, team, width, upper), position, upper))
 
     for position in range(len(movable)):
         push(position)
     while steps:
         _, position, upper = heapq.heappop(steps)
-        wider = replace(choice, widths={**choice.widths, movable[position].name: upper})
+        wider = resized(choice, movable[position], upper)
         if budget.measure(ranking, wider) <= budget.target:
             choice = wider
             push(position)
@@ -184,19 +184,18 @@ def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
 
     Of all pairs the one that comes nearest goes first.
     """
-    movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
-    allowed = {group.name: ranking.allowed(group) for group in movable}
+    movable = movable_teams(ranking, choice)
+    allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     trials, best = 0, budget.measure(ranking, choice)
     while best < (1 - _TOLERANCE) * budget.target:
         found = None
         for up in movable:
-            higher = next((width for width in allowed[up.name] if width > choice.widths[up.name]), None)
+            higher = next((width for width in allowed[up[0].name] if width > choice.widths[up[0].name]), None)
             for down in movable if higher is not None else ():
                 if up is down or trials >= _MOST_SWAPS:
                     continue
                 trials += 1
-                wider = replace(choice, widths={**choice.widths, up.name: higher})
-                trial, value = _fit_down(ranking, wider, budget, down, allowed[down.name])
+                trial, value = _fit_down(ranking, resized(choice, up, higher), budget, down, allowed[down[0].name])
                 if best < value <= budget.target:
                     found, best = trial, value
         if found is None:
@@ -206,38 +205,46 @@ def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
 
 
 def _fit_down(
-    ranking: Ranking, choice: Choice, budget: Budget, group: CoupledGroup, allowed: Sequence[int]
+    ranking: Ranking, choice: Choice, budget: Budget, team: Team, allowed: Sequence[int]
 ) -> tuple[Choice, float]:
     """Give a group the largest lower width that meets the budget, or its lowest; with the figure of the choice."""
 
-    def narrowed(width: int) -> Choice:
-        return replace(choice, widths={**choice.widths, group.name: width})
-
     def figure(width: int) -> float:
-        return budget.measure(ranking, narrowed(width))
+        return budget.measure(ranking, resized(choice, team, width))
 
-    lower = [width for width in allowed if width < choice.widths[group.name]]
+    lower = [width for width in allowed if width < choice.widths[team[0].name]]
     if not lower:
         return choice, budget.measure(ranking, choice)
     if figure(lower[-1]) <= budget.target:  # most often one step is enough
-        return narrowed(lower[-1]), figure(lower[-1])
+        return resized(choice, team, lower[-1]), figure(lower[-1])
     width = lower[max(0, bisect_right(lower, budget.target, key=figure) - 1)]
-    return narrowed(width), figure(width)
+    return resized(choice, team, width), figure(width)
 
 
-def is_movable(ranking: Ranking, group: CoupledGroup) -> bool:
-    rule = ranking.rules[group.name]
-    return rule.is_free and rule.fixed is None
+def resized(choice: Choice, team: Team, width: int) -> Choice:
+    """Give all groups of a team another width."""
+    return replace(choice, widths={**choice.widths, **dict.fromkeys((group.name for group in team), width)})
+
+
+def movable_teams(ranking: Ranking, choice: Choice) -> list[Team]:
+    """Groups that a budget may move, those together that keep equal widths."""
+    rules = ranking.rules
+    free = [
+        group
+        for group in ranking.groups
+        if group.name in choice.widths and rules[group.name].is_free and rules[group.name].fixed is None
+    ]
+    return ranking.teams(free)
 
 
 def _relative_worth(ranking: Ranking, choice: Choice) -> Worth:
     """Mean score of the units that come back; scores of unlike classes have unlike scales, so by that of the scope."""
-    movable = [group for group in ranking.groups if group.name in choice.widths and is_movable(ranking, group)]
-    units = {group.name: ranking.units(group, choice.heads)[::-1] for group in movable}
+    movable = movable_teams(ranking, choice)
+    units = {team[0].name: ranking.team_units(team, choice.heads)[::-1] for team in movable}
     scopes: dict[str, list[np.ndarray]] = {}
-    for group in movable:
-        scopes.setdefault(ranking.rules[group.name].scope, []).append(units[group.name])
+    for team in movable:
+        scopes.setdefault(ranking.rules[team[0].name].scope, []).append(units[team[0].name])
     means = {scope: float(np.concatenate(values).mean()) or 1.0 for scope, values in scopes.items()}
-    return lambda _, group, width, upper: (
-        units[group.name][width:upper].mean() / means[ranking.rules[group.name].scope]
+    return lambda _, team, width, upper: (
+        units[team[0].name][width:upper].mean() / means[ranking.rules[team[0].name].scope]
     )

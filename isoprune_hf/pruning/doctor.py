@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import AutoModelForImageClassification, BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -24,6 +24,7 @@ from isoprune_hf.pruning.graph import graph_of, trace_groups
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.surgery import apply_plan
+from isoprune_hf.pruning.uniform import to_stock
 
 _IMAGES = 2
 _MOST_NAMES = 6
@@ -84,7 +85,8 @@ def check_replay(
     if fingerprint(base.model) != plan.fingerprint:
         return Finding("tensors", "skip", "the plan was made on other weights than those of the base")
     try:
-        expected = apply_plan(base, plan).model.state_dict()
+        expected = apply_plan(base, plan)
+        expected = (to_stock(expected) if _is_uniform(model) else expected).model.state_dict()
     except IsoPruneError as error:
         return Finding("tensors", "FAIL", str(error))
     different = _first_difference(model.model.state_dict(), expected)
@@ -103,7 +105,9 @@ def changed_after_cut(plan: PruningPlan) -> str | None:
 def _check_cost(model: IsoPruneForImageClassification) -> Finding:
     if model.config.cost is None:
         return Finding("cost", "skip", "the config records none")
-    now = {"base": count_cost(meta_copy(model, dense=True)).to_dict(), "pruned": count_cost(model).to_dict()}
+    # A uniform layout does not lead back to its base.
+    base = model.config.cost["base"] if _is_uniform(model) else count_cost(meta_copy(model, dense=True)).to_dict()
+    now = {"base": base, "pruned": count_cost(model).to_dict()}
     if model.config.cost != now:
         return Finding("cost", "FAIL", f"config.cost is {model.config.cost}, counted anew it is {now}")
     macs, params = (f"{now['pruned'][key] / now['base'][key]:.1%}" for key in ("macs", "params"))
@@ -113,6 +117,8 @@ def _check_cost(model: IsoPruneForImageClassification) -> Finding:
 def _check_structure(model: IsoPruneForImageClassification, plan: PruningPlan | None) -> Finding:
     if plan is None:
         return Finding("structure", "skip", "there is no plan to compare it with")
+    if _is_uniform(model):
+        return _check_sizes(model, plan)
     if (model.config.source or {}).get("fingerprint") != plan.fingerprint:
         # The plan speaks of a model that was cut before: only the widths it leaves can be compared.
         return _check_widths(model, plan)
@@ -146,6 +152,26 @@ def _check_widths(model: IsoPruneForImageClassification, plan: PruningPlan) -> F
     return Finding("structure", "ok", text)
 
 
+def _check_sizes(model: IsoPruneForImageClassification, plan: PruningPlan) -> Finding:
+    """Check the sizes of a stock config against what the plan keeps of the attentions and of the other groups."""
+    config = model.model.config
+    attention = (config.num_attention_heads, config.head_dim)
+    for name, kept in plan.kept.items():
+        heads = len(plan.heads.get(name, ()))
+        if name.startswith(tuple(f"{block}." for block in plan.removed_blocks)):
+            continue
+        if heads and (heads, len(kept) // heads) != attention:
+            text = f"the plan keeps {heads} heads of {len(kept) // heads} dims in {name}, the config has {attention}"
+            return Finding("structure", "FAIL", text)
+        if not heads and len(kept) not in (config.hidden_size, config.intermediate_size):
+            return Finding("structure", "FAIL", f"the plan keeps {len(kept)} channels of {name}, a size of no layer")
+    return Finding("structure", "ok", f"the widths of {len(plan.kept)} groups are the sizes of the stock config")
+
+
+def _is_uniform(model: IsoPruneForImageClassification) -> bool:
+    return model.config.layout == "uniform"
+
+
 def _check_no_op(model: IsoPruneForImageClassification) -> Finding:
     groups = trace_groups(model)
     everything = PruningPlan(
@@ -160,7 +186,11 @@ def _check_no_op(model: IsoPruneForImageClassification) -> Finding:
 def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImageProcessor) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         save_model_folder(Path(folder) / "model", model, processor)
-        again = IsoPruneForImageClassification.from_pretrained(Path(folder) / "model")
+        if _is_uniform(model):
+            again = meta_copy(model)  # the same wrapper around what stock code opens
+            again.model = AutoModelForImageClassification.from_pretrained(Path(folder) / "model")
+        else:
+            again = IsoPruneForImageClassification.from_pretrained(Path(folder) / "model")
         different = _first_difference(again.model.state_dict(), model.model.state_dict())
         if different is None and not torch.equal(_logits(again), _logits(model)):
             different = "the logits"

@@ -5,29 +5,30 @@ unit saves depends on the widths around it, so the cut goes in rounds: each goes
 by what units save now.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from isoprune_hf.pruning.budget import Budget, Worth, check_reachable, fill, is_movable, report, swap
+from isoprune_hf.pruning.budget import Budget, Worth, check_reachable, fill, movable_teams, report, resized, swap
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios
+from isoprune_hf.pruning.ranking import Choice, Ranking, Ratios, Team
 
 _PART = 0.1  # of what is still to be saved, in one round
 
 
 class Offer(NamedTuple):
-    """A cut of one group, after all its cheaper ones: loss per saved figure, what is saved, and what then stays."""
+    """A cut of one group (in a uniform layout of one in each block), after all its cheaper ones: loss per saved
+    figure, what is saved, and what then stays."""
 
     rate: float
     position: int
     saved: float
-    group: CoupledGroup
+    team: Team
     width: int
-    heads: tuple[int, ...] | None = None
+    heads: Mapping[str, tuple[int, ...]] | None = None
 
 
 def solve_knapsack(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, tuple[str, ...]]:
@@ -62,60 +63,63 @@ def solve_knapsack(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Ch
 
 
 def _take(choice: Choice, offer: Offer) -> Choice:
-    name = offer.group.name
     if offer.heads is not None:
-        return replace(choice, heads={**choice.heads, name: offer.heads})
-    return replace(choice, widths={**choice.widths, name: offer.width})
+        return replace(choice, heads={**choice.heads, **offer.heads})
+    return resized(choice, offer.team, offer.width)
 
 
 def _offers(ranking: Ranking, ratios: Ratios, budget: Budget, choice: Choice, figure: float) -> Iterator[Offer]:
-    for position, group in enumerate(ranking.groups):
-        width = choice.widths.get(group.name)
-        if width is None or not is_movable(ranking, group):
-            continue
+    for position, team in enumerate(movable_teams(ranking, choice)):
+        group = team[0]
         if ratios.head_dim_ratio if group.num_heads else ratios.ratio:
-            yield from _narrow(ranking, budget, choice, figure, group, position)
-        heads = choice.heads.get(group.name, ())
-        if ratios.head_ratio and len(heads) > ranking.head_floor(group):
-            by_head = np.sort(ranking.scores[group.name].reshape(group.num_heads, -1), axis=1)[:, -width:].sum(axis=1)
-            weakest = min(heads, key=lambda head: by_head[head])
-            offer = Offer(0.0, position, 0.0, group, width, tuple(head for head in heads if head != weakest))
+            yield from _narrow(ranking, budget, choice, figure, team, position)
+        if ratios.head_ratio and len(choice.heads.get(group.name, ())) > ranking.head_floor(group):
+            losses, heads = zip(*(_drop_head(ranking, choice, group) for group in team), strict=True)
+            offer = Offer(0.0, position, 0.0, team, choice.widths[group.name], dict(heads))
             saved = figure - budget.measure(ranking, _take(choice, offer))
             if saved > 0:
-                yield offer._replace(rate=by_head[weakest] / saved, saved=saved)
+                yield offer._replace(rate=sum(losses) / saved, saved=saved)
+
+
+def _drop_head(ranking: Ranking, choice: Choice, group: CoupledGroup) -> tuple[float, tuple[str, tuple[int, ...]]]:
+    """The loss of the weakest head, by the dims that it still has, and the heads that stay without it."""
+    by_head = np.sort(ranking.scores[group.name].reshape(group.num_heads, -1), axis=1)
+    losses = by_head[:, -choice.widths[group.name] :].sum(axis=1)
+    heads = choice.heads[group.name]
+    weakest = min(heads, key=lambda head: losses[head])
+    return float(losses[weakest]), (group.name, tuple(head for head in heads if head != weakest))
 
 
 def _narrow(
-    ranking: Ranking, budget: Budget, choice: Choice, figure: float, group: CoupledGroup, position: int
+    ranking: Ranking, budget: Budget, choice: Choice, figure: float, team: Team, position: int
 ) -> Iterator[Offer]:
     """Offer every lower width of a group; a figure falls with a width as a straight line while others stay."""
-    width = choice.widths[group.name]
-    widths = [width, *(lower for lower in reversed(ranking.allowed(group)) if lower < width)]
+    width = choice.widths[team[0].name]
+    widths = [width, *(lower for lower in reversed(ranking.allowed(team[0])) if lower < width)]
     if len(widths) == 1:
         return
-    first = Offer(0.0, position, 0.0, group, widths[1])
+    first = Offer(0.0, position, 0.0, team, widths[1])
     per_unit = (figure - budget.measure(ranking, _take(choice, first))) / (width - widths[1])
     if per_unit <= 0:
         return
     rate = 0.0
     for upper, lower in pairwise(widths):
         saved = per_unit * (upper - lower)
-        rate = max(rate, _loss(ranking, choice, group, lower, upper) / saved)
-        yield Offer(rate, position, saved, group, lower)
+        rate = max(rate, _loss(ranking, choice, team, lower, upper) / saved)
+        yield Offer(rate, position, saved, team, lower)
 
 
-def _loss(ranking: Ranking, choice: Choice, group: CoupledGroup, lower: int, upper: int) -> float:
+def _loss(ranking: Ranking, choice: Choice, team: Team, lower: int, upper: int) -> float:
     """The loss of going from one width to a lower one."""
-    units = ranking.units(group, choice.heads)[::-1]
-    return float(units[lower:upper].sum()) * len(choice.heads.get(group.name, (0,)))
+    units = ranking.team_units(team, choice.heads)[::-1]
+    return float(units[lower:upper].sum()) * sum(len(choice.heads.get(group.name, (0,))) for group in team)
 
 
 def _rate(ranking: Ranking, budget: Budget) -> Worth:
     """The loss that comes back per figure that is added."""
 
-    def rate(choice: Choice, group: CoupledGroup, lower: int, upper: int) -> float:
-        wider = replace(choice, widths={**choice.widths, group.name: upper})
-        added = budget.measure(ranking, wider) - budget.measure(ranking, choice)
-        return _loss(ranking, choice, group, lower, upper) / max(added, 1e-12)
+    def rate(choice: Choice, team: Team, lower: int, upper: int) -> float:
+        added = budget.measure(ranking, resized(choice, team, upper)) - budget.measure(ranking, choice)
+        return _loss(ranking, choice, team, lower, upper) / max(added, 1e-12)
 
     return rate

@@ -31,7 +31,7 @@ _SETTINGS = (
         "include",
     ),
     *("exclude", "head_dims", "remove_blocks", *BUDGETS, "selection", "min_keep", "max_ratio", "round_to", "rounding"),
-    *("rotate", "reconstruct", "steps"),
+    *("rotate", "reconstruct", "steps", "layout"),
 )
 
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.pruning.blocks import find_blocks
 from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
@@ -30,6 +31,7 @@ from isoprune_hf.pruning.scoring import check_calibration, check_scores_of, of_b
 from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
 from isoprune_hf.pruning.surgery import apply_plan
 from isoprune_hf.pruning.timing import fit_base, meet_latency
+from isoprune_hf.pruning.uniform import check_family, to_stock
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
 
 logger = logging.getLogger(__name__)
@@ -161,8 +163,10 @@ def prune_model(
         lambda: repair(rotated, pruned, plan, traced.groups, recipe, calibration, accelerator),
     )
     plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
+    if recipe.layout == "uniform":
+        pruned = to_stock(pruned, _first_images(calibration))
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
-    if not any((model.config.structure or {}).values()):  # else the source names a base before this one
+    if not is_cut(model.config):  # else the source names a base before this one
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
     pruned_cost = ModelCost(**pruned.config.cost["pruned"])
     _report(model, plan, traced.cost.base, pruned_cost, seconds)
@@ -170,6 +174,8 @@ def prune_model(
 
 
 def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:
+    if recipe.layout == "uniform":
+        check_family(model)
     groups, blocks = _find(model, recipe)
     cost = cost_model(model, groups, blocks)
     latency = None
@@ -185,6 +191,13 @@ def _find(
     return trace_groups(model, recipe.signature, recipe.engine), () if recipe.remove_blocks is None else find_blocks(
         model
     )
+
+
+def _first_images(calibration: Batches | None) -> torch.Tensor | None:
+    """Real images where some can be had again: an iterator has given its own away."""
+    if calibration is None or isinstance(calibration, Iterator):
+        return None
+    return next((images for images, _ in calibration), None)
 
 
 def _from_main(value: Any, accelerator: Accelerator | None) -> Any:

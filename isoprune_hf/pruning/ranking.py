@@ -14,7 +14,7 @@ from isoprune_hf.pruning.counting import best_units, keep_counts, round_counts, 
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.reference import threshold_counts
-from isoprune_hf.pruning.scopes import resolve_rules
+from isoprune_hf.pruning.scopes import check_alike, place_in_block, resolve_rules
 from isoprune_hf.recipes import PruneRecipe
 
 
@@ -56,11 +56,15 @@ class Choice:
     spared: tuple[str, ...] = ()
 
 
+Team = tuple[CoupledGroup, ...]
+
+
 class Ranking:
     """The scores in the order in which channels leave, for one recipe; `choose` answers for any ratios.
 
     Raises:
-        RecipeError: A pattern of the recipe matches nothing, or a block that shall leave is none.
+        RecipeError: A pattern of the recipe matches nothing, a block that shall leave is none, or groups that a
+            uniform layout keeps alike are unlike.
     """
 
     def __init__(
@@ -81,6 +85,9 @@ class Ranking:
         self._sorted = {name: np.sort(values, kind="stable") for name, values in self.scores.items()}
         self._inside = {group.name: _block_of(group, blocks) for group in groups}
         self._fixed_blocks = self._choose_fixed_blocks()
+        if recipe.layout == "uniform":
+            for team in self.teams(groups):
+                check_alike(team, self.rules)
 
     def choose(self, ratios: Ratios) -> Choice:
         """Counts that stay in every group at the given ratios.
@@ -92,28 +99,29 @@ class Ranking:
         removed_blocks = self._fixed_blocks + self._choose_blocks(ratios.block_ratio)
         alive = [group for group in self.groups if self._inside[group.name] not in removed_blocks]
         heads, spared = self._choose_heads(alive, ratios.head_ratio)
-        pools: dict[tuple[str, float], list[CoupledGroup]] = {}
-        for group in alive:
-            pools.setdefault((self.rules[group.name].scope, self._ratio(group, ratios)), []).append(group)
+        pools: dict[tuple[str, float], list[Team]] = {}
+        for team in self.teams(alive):
+            pools.setdefault((self.rules[team[0].name].scope, self._ratio(team[0], ratios)), []).append(team)
         widths: dict[str, int] = {}
         margins: dict[str, Mapping[str, float]] = {}
         for (_, pool_ratio), pool in pools.items():
-            units = {group.name: self.units(group, heads) for group in pool}
-            floors = {group.name: self.floor(group) for group in pool}
-            weights = {group.name: len(heads.get(group.name, (0,))) for group in pool}
+            units = {team[0].name: self.team_units(team, heads) for team in pool}
+            floors = {team[0].name: self.floor(team[0]) for team in pool}
+            weights = {team[0].name: sum(len(heads.get(group.name, (0,))) for group in team) for team in pool}
             if self.recipe.selection == "threshold":
                 counts, margin = threshold_counts(units, floors, pool_ratio)
             else:
                 counts, margin = keep_counts(units, floors, pool_ratio, weights)
-            allowed = {group.name: self.allowed(group) for group in pool}
+            allowed = {team[0].name: self.allowed(team[0]) for team in pool}
             if self.recipe.rounding == "down":
-                widths |= round_down(counts, allowed)
+                rounded = round_down(counts, allowed)
             else:
-                widths |= round_counts(counts, allowed, units, weights)
+                rounded = round_counts(counts, allowed, units, weights)
+            widths |= {group.name: rounded[team[0].name] for team in pool for group in team}
             if self.recipe.selection == "threshold":
                 spared |= {name for name, count in counts.items() if count < widths[name] < allowed[name][-1]}
             if margin is not None:
-                margins[pool[0].name] = margin
+                margins[pool[0][0].name] = margin
         return Choice(widths, heads, removed_blocks, margins, tuple(sorted(spared)))
 
     def keep(self, group: CoupledGroup, choice: Choice) -> tuple[int, ...]:
@@ -172,6 +180,18 @@ class Ranking:
             return np.sort(self._shared(by_head, heads[group.name]), kind="stable")
         return np.sort(by_head[list(heads[group.name])], axis=1).mean(axis=0)
 
+    def teams(self, groups: Sequence[CoupledGroup]) -> list[Team]:
+        """Groups that keep equal widths: each its own; in a uniform layout those at the same place of all blocks."""
+        teams: dict[str, list[CoupledGroup]] = {}
+        for group in groups:
+            name = place_in_block(group.name) if self.recipe.layout == "uniform" else group.name
+            teams.setdefault(name, []).append(group)
+        return [tuple(team) for team in teams.values()]
+
+    def team_units(self, team: Team, heads: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+        """What competes for a team, ascending: the mean of the weakest units of its groups, then of the second."""
+        return np.mean([self.units(group, heads) for group in team], axis=0)
+
     def shares_dims(self, group: CoupledGroup) -> bool:
         """Whether all heads drop the same dims: as the recipe says, or because something belongs to a dim of all."""
         return self.recipe.head_dims != "per_head" or bool(group.dim_members)
@@ -191,23 +211,28 @@ class Ranking:
         self, groups: Sequence[CoupledGroup], head_ratio: float
     ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
         """Heads that stay in every attention, and the attentions that keep one because of their floor."""
-        pools: dict[str, list[CoupledGroup]] = {}
-        for group in groups:
-            if group.num_heads:
-                pools.setdefault(self.rules[group.name].scope, []).append(group)
+        pools: dict[str, list[Team]] = {}
+        for team in self.teams([group for group in groups if group.num_heads]):
+            pools.setdefault(self.rules[team[0].name].scope, []).append(team)
         heads: dict[str, tuple[int, ...]] = {}
         spared: set[str] = set()
         for pool in pools.values():
-            means = {group.name: self.scores[group.name].reshape(group.num_heads, -1).mean(axis=1) for group in pool}
-            floors = {group.name: self.head_floor(group) for group in pool}
-            units = {name: np.sort(values, kind="stable") for name, values in means.items()}
+            means = {
+                group.name: self.scores[group.name].reshape(group.num_heads, -1).mean(axis=1)
+                for team in pool
+                for group in team
+            }
+            floors = {team[0].name: self.head_floor(team[0]) for team in pool}
+            units = {team[0].name: np.mean([np.sort(means[g.name]) for g in team], axis=0) for team in pool}
             if self.recipe.selection == "threshold":
                 counts, _ = threshold_counts(units, floors, head_ratio)
                 spared |= {name for name, count in counts.items() if count < floors[name]}
                 counts = {name: max(count, floors[name]) for name, count in counts.items()}
             else:
                 counts, _ = keep_counts(units, floors, head_ratio)
-            heads |= {name: tuple(sorted(best_units(means[name], count))) for name, count in counts.items()}
+            heads |= {
+                g.name: tuple(sorted(best_units(means[g.name], counts[team[0].name]))) for team in pool for g in team
+            }
         return heads, spared
 
     def _choose_fixed_blocks(self) -> tuple[str, ...]:

@@ -4,11 +4,13 @@ import logging
 from dataclasses import replace
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.surgery import apply_plan
+from isoprune_hf.pruning.uniform import to_stock
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,12 @@ def replay_plan(
         )
     groups = trace_groups(model)
     pruned = apply_plan(model, plan, groups)
-    if not any((model.config.structure or {}).values()):  # else the source names a base before this one
+    if not is_cut(model.config):  # else the source names a base before this one
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": found}
     cost = pruned.config.cost
     known = {name: {key: plan.achieved.get(name, {}).get(key) for key in figures} for name, figures in cost.items()}
+    if plan.settings.get("layout") == "uniform":
+        pruned = to_stock(pruned)
     return pruned, replace(plan, fingerprint=found, achieved=plan.achieved if known == cost else cost)
 
 

@@ -1,6 +1,7 @@
 """What a recipe says of single groups: which may be cut, who competes with whom, and fractions fixed by name."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -53,6 +54,42 @@ def resolve_rules(groups: Sequence[CoupledGroup], recipe: PruneRecipe) -> dict[s
         )
         for group in groups
     }
+
+
+def place_in_block(name: str) -> str:
+    """Name of a group without the number of its block: equal for groups at the same place of all blocks."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def check_alike(team: Sequence[CoupledGroup], rules: Mapping[str, Rule]) -> None:
+    """Check that groups that a uniform layout keeps alike are of one size, and that the recipe treats them alike.
+
+    Raises:
+        RecipeError: Names two that differ.
+    """
+    first = team[0]
+    for group in team[1:]:
+        if (group.channels, group.num_heads) != (first.channels, first.num_heads):
+            raise RecipeError(
+                f"prune.layout uniform needs equal blocks: {first.name} has {first.channels} channels and "
+                f"{first.num_heads} heads, {group.name} has {group.channels} and {group.num_heads}"
+            )
+        rule, known = rules[group.name], rules[first.name]
+        asked = [
+            ("include or prune.exclude", rule.is_free, known.is_free),
+            ("ratios", rule.fixed, known.fixed),
+            ("scopes", _own_scope(rule), _own_scope(known)),
+        ]
+        for setting, value, other in asked:
+            if value != other:
+                raise RecipeError(
+                    f"prune.layout uniform cuts all blocks alike, and prune.{setting} tells {first.name} and "
+                    f"{group.name} apart; name them together, as {place_in_block(group.name)!r}"
+                )
+
+
+def _own_scope(rule: Rule) -> str | None:
+    return rule.scope if rule.scope.startswith("scope:") else None
 
 
 def _matched(setting: str, patterns: Iterable[str], names: Sequence[str]) -> set[str]:

@@ -57,7 +57,7 @@ def apply_plan(
     config.structure = capture_structure(base, pruned.model)
     _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
     keep_cut_buffers(pruned.model, config.structure)
-    config.stage = "pruned"
+    config.stage, config.layout = "pruned", "per-layer"
     params = sum(parameter.numel() for parameter in pruned.parameters())
     if base_cost is None:
         full = sum(parameter.numel() for parameter in model.parameters())

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from isoprune_hf.checkpoint.stock import our_values
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.publishing.benchmark import benchmark_table
 from isoprune_hf.publishing.report import format_figure
@@ -39,12 +40,13 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         CheckpointError: The folder is not one of a pruned model, or one of its JSON files is damaged.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    read = _read_json(folder / "config.json")
+    config = our_values(read)
     metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     speed = _read_json(folder / "speed.json") if (folder / "speed.json").exists() else {}
-    stage = config.get("stage", "base")
-    if config.get("model_type") != "isoprune" or stage not in _STAGES:
-        kind = config.get("model_type")
+    stage = (config or {}).get("stage", "base")
+    if config is None or stage not in _STAGES:
+        kind = read.get("model_type")
         raise CheckpointError(f"config.json: not a pruned model (model_type {kind!r}, stage {stage!r})")
     name = repo or folder.resolve().name
     cost, recipe = config.get("cost") or {}, config.get("recipe") or {}

@@ -108,6 +108,8 @@ class PruneRecipe:
         batch_size: Images in a micro-batch; the same on every rank.
         interpolation: Of the resize of the images that score; the default is that of evaluation.
         seed: Seed of random weights, of the calibration sample and of the random criterion.
+        layout: per-layer lets every layer keep its own width; uniform (ViT and DeiT of timm and transformers) keeps
+            equal sizes in all blocks, and the folder is that of a stock transformers model.
     """
 
     model: str | None = None
@@ -151,6 +153,7 @@ class PruneRecipe:
     batch_size: int = 64
     interpolation: Interpolation | None = None
     seed: int = 0
+    layout: Literal["per-layer", "uniform"] = "per-layer"
 
     def __post_init__(self) -> None:
         self._take_preset()

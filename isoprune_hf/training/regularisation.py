@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from timm.layers import DropPath
 from torch import nn
+from transformers.models.deit.modeling_deit import DeiTLayer
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from isoprune_hf.checkpoint.modeling_isoprune import SkippedBlock
 from isoprune_hf.errors import RecipeError
@@ -71,6 +73,8 @@ def _set_drop_path(network: nn.Module, rate: float, change: Change) -> None:
 
 def _drop_paths(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Places of stochastic depth of a block: timm and transformers have an identity there when the rate is 0."""
+    if isinstance(module, ViTLayer | DeiTLayer) and not module.dropout.p:
+        return [(module, "dropout")]  # at the end of both branches, where timm's ViT has its two places
     return [
         (module, name)
         for name, child in module.named_children()
