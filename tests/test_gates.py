@@ -1,6 +1,7 @@
 """Gates, against differences of losses: weights scaled by hand, one image after the other."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.importance import score_groups
 
-STEP = 1e-4
-Place = tuple[str, int]  # parameter and dim; the channel lies at its own number
+STEP = 1e-6
+# Parameter, dim, and where channel c lies there: at its own number where nothing is said.
+Place = tuple[str, int] | tuple[str, int, Callable[[int], list[int]]]
 
 
 @timm.models.register_model
@@ -52,10 +54,11 @@ def removal_loss(model: IsoPruneForImageClassification, batches: Batches, places
     parameters = dict(model.model.named_parameters())
 
     def loss(factor: float, image: torch.Tensor, label: torch.Tensor) -> float:
-        kept = {name: parameters[name].detach().clone() for name, _ in places}
+        kept = {name: parameters[name].detach().clone() for name, *_ in places}
         with torch.no_grad():
-            for name, dim in places:
-                parameters[name].select(dim, channel).mul_(factor)
+            for name, dim, *where in places:
+                for number in where[0](channel) if where else [channel]:
+                    parameters[name].select(dim, number).mul_(factor)
             value = nn.functional.cross_entropy(model(pixel_values=image[None]).logits, label[None]).item()
             for name, before in kept.items():
                 parameters[name].copy_(before)
@@ -64,6 +67,14 @@ def removal_loss(model: IsoPruneForImageClassification, batches: Batches, places
     pairs = [pair for images, labels in batches for pair in zip(images, labels, strict=True)]
     slopes = [(loss(1 + STEP, *pair) - loss(1 - STEP, *pair)) / (2 * STEP) for pair in pairs]
     return sum(slope**2 for slope in slopes) / (2 * len(slopes))
+
+
+def four_in_a_row(channel: int) -> list[int]:
+    return list(range(4 * channel, 4 * channel + 4))
+
+
+def one_of_each_head(channel: int) -> list[int]:
+    return [8 * head + channel for head in range(4)]
 
 
 STREAM = [(f"blocks.{block}.{layer}.weight", 1) for block in (0, 1) for layer in ("attn.qkv", "mlp.fc1")]
@@ -89,15 +100,17 @@ CASES: dict[str, tuple[str, tuple[str, int], list[Place]]] = {
     "depthwise": (
         "mobilenet_v2",
         ("features.2.conv.0.0.weight", 0),
-        [("features.2.conv.1.0.weight", 0), ("features.2.conv.2.weight", 1)],
+        [("features.2.conv.2.weight", 1)],
     ),
+    # The stream is as wide as all heads together: of its 32 channels four leave with one dim of each head.
     "weights without a call": (
         "torchvision",
         ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight", 1),
         [
-            ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", 0),
-            ("encoder.layers.encoder_layer_0.self_attention.in_proj_bias", 0),
-            ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight", 1),
+            ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", 1, four_in_a_row),
+            ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight", 1, one_of_each_head),
+            ("encoder.layers.encoder_layer_0.mlp.0.weight", 1, four_in_a_row),
+            ("heads.head.weight", 1, four_in_a_row),
         ],
     ),
 }
@@ -150,7 +163,7 @@ def test_weights_without_a_call_are_scored_image_by_image(monkeypatch) -> None:
     monkeypatch.setattr(gates, "_weight_gates", lambda *args: sizes.append(len(args[2])) or original(*args))
     groups = trace_groups(model)
     scores = score_groups(model, groups, criterion="gate_fisher", batches=batches_of(model, [2, 3])).scores
-    assert sizes == [2, 2, 3]
+    assert sizes == [2, 3]
     assert all(torch.isfinite(score).all() and (score > 0).any() for score in scores.values())
 
 

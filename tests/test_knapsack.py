@@ -61,7 +61,7 @@ def test_no_other_widths_of_a_chain_lose_much_less(seed: int, share: float) -> N
     groups, cost = chain(SIZES)
     scores = draw(seed, SIZES)
     plan = solve(groups, cost, scores, target_macs=f"{100 * share}%")
-    found, target = widths(plan, groups), share * cost.base.macs
+    found, target = widths(plan, groups), round(share * cost.base.macs)
 
     def macs(kept: dict[str, int]) -> int:
         return sum(x * y for x, y in itertools.pairwise([3, *kept.values(), 5]))
@@ -189,7 +189,8 @@ def test_a_latency_budget_is_met_by_what_layers_take(vit) -> None:
     base = 1.0 + sum(value * (1e-5 if name == layer else 1e-6) for name, value in macs.items())
     assert latency.predict(macs) == pytest.approx(base)
     same = {name: torch.ones_like(value) for name, value in scores.items()}
-    plan = solve(groups, cost, same, latency=latency, target_latency="85%", latency_batch_size=1)
+    options = {"target_latency": "85%", "latency_batch_size": 1, "exclude": ["patch_embed*"]}
+    plan = solve(groups, cost, same, latency=latency, **options)
     removed = {g.name: g.channels - len(plan.kept.get(g.name, range(g.channels))) for g in groups}
     left = cost.layer_macs(removed, {})
     reached = 1.0 + sum(value * (1e-5 if name == layer else 1e-6) for name, value in left.items())

@@ -227,12 +227,13 @@ def resized(choice: Choice, team: Team, width: int) -> Choice:
 
 
 def movable_teams(ranking: Ranking, choice: Choice) -> list[Team]:
-    """Groups that a budget may move, those together that keep equal widths."""
-    rules = ranking.rules
+    """Groups that a budget may move, those together that keep equal widths; none of a kind with the ratio 0."""
+    rules, ratios = ranking.rules, Ratios.of(ranking.recipe)
     free = [
         group
         for group in ranking.groups
         if group.name in choice.widths and rules[group.name].is_free and rules[group.name].fixed is None
+        if (ratios.head_dim_ratio if group.num_heads else ratios.ratio) > 0
     ]
     return ranking.teams(free)
 

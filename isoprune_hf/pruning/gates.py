@@ -11,6 +11,7 @@ and counts half, because either end of a product that is linear in both sees all
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -123,8 +124,10 @@ def remove_in_turn(losses: torch.Tensor) -> torch.Tensor:
         losses: F = E[g_n g_n^T] / 2 of shape (channels, channels), in float64.
 
     Returns:
-        (channels,) in float64.
+        (channels,) in float64; nan where losses are not finite.
     """
+    if not losses.isfinite().all():
+        return torch.full_like(losses[0], torch.nan)
     matrix = losses.numpy()
     costs, scores, highest = matrix.diagonal().copy(), np.zeros(len(matrix)), 0.0
     for _ in range(len(matrix)):
@@ -194,6 +197,8 @@ def _is_quick(model: nn.Module, ends: Sequence[End], images: torch.Tensor, label
         return False
     sure = _weight_gates(model, ends, images, labels, "no")
     largest = max(float(gradient.abs().max()) for gradient in sure)
+    if not math.isfinite(largest):  # what is not finite is named by those who use it
+        return True
     pairs = ((one.sum(2), two.sum(2)) for one, two in zip(quick, sure, strict=True))
     return all(torch.allclose(one, two, rtol=1e-3, atol=1e-4 * largest) for one, two in pairs)
 
