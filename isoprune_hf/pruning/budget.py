@@ -157,7 +157,7 @@ def report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
 
 def fill(ranking: Ranking, choice: Choice, budget: Budget, worth: Worth) -> Choice:
     """Give channels back while the budget allows, the next allowed width of highest worth first."""
-    movable = movable_teams(ranking, choice)
+    movable = _resizable_teams(ranking, choice)
     allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     steps: list[tuple[float, int, int]] = []
 
@@ -184,7 +184,7 @@ def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
 
     Of all pairs the one that comes nearest goes first.
     """
-    movable = movable_teams(ranking, choice)
+    movable = _resizable_teams(ranking, choice)
     allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
     trials, best = 0, budget.measure(ranking, choice)
     while best < (1 - _TOLERANCE) * budget.target:
@@ -227,15 +227,24 @@ def resized(choice: Choice, team: Team, width: int) -> Choice:
 
 
 def movable_teams(ranking: Ranking, choice: Choice) -> list[Team]:
-    """Groups that a budget may move, those together that keep equal widths; none of a kind with the ratio 0."""
-    rules, ratios = ranking.rules, Ratios.of(ranking.recipe)
+    """Groups that a budget may move, those together that keep equal widths."""
+    rules = ranking.rules
     free = [
         group
         for group in ranking.groups
         if group.name in choice.widths and rules[group.name].is_free and rules[group.name].fixed is None
-        if (ratios.head_dim_ratio if group.num_heads else ratios.ratio) > 0
     ]
     return ranking.teams(free)
+
+
+def _resizable_teams(ranking: Ranking, choice: Choice) -> list[Team]:
+    """Those of the `movable_teams` whose widths may change: of no kind with the ratio 0."""
+    ratios = Ratios.of(ranking.recipe)
+    return [
+        team
+        for team in movable_teams(ranking, choice)
+        if (ratios.head_dim_ratio if team[0].num_heads else ratios.ratio) > 0
+    ]
 
 
 def _relative_worth(ranking: Ranking, choice: Choice) -> Worth:
