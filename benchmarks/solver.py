@@ -58,7 +58,7 @@ def row(
 ) -> str:
     """Solve one budget, cut and count."""
     start = time.perf_counter()
-    plan = make_plan(groups, scores, PruneRecipe(**target), cost=cost)
+    plan = make_plan(groups, scores, PruneRecipe(criterion="taylor", **target), cost=cost)
     solved = time.perf_counter() - start
     setting, share = next(iter(target.items()))
     figure = setting.removeprefix("target_")

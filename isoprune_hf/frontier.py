@@ -53,7 +53,7 @@ def run_frontier(
     prune = replace(prune, model=model or prune.model, target_macs=None, target_params=None, target_latency=None)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, data, images, accelerator, is_scored=scores is not None)
-    batches, sample = (None, {}) if scores else open_calibration(prune, data, images, base.processor, accelerator)
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=scores is not None)
     known = ImportanceScores.load(scores) if scores else None
     results: dict[float, PruneResult] = {}
     for share in sorted(shares):  # the smallest first: one that cannot be reached is refused before the scoring
@@ -88,6 +88,8 @@ def run_frontier(
         replace_folder(folder, lambda place: _write(place, rows, record, known))
     accelerator.wait_for_everyone()
     again = f"isoprune prune --prune.model {prune.model} --scores {folder / 'importance.safetensors'}"
+    again += f" --prune.preset {prune.preset}" if prune.preset else f" --prune.criterion {prune.criterion}"
+    again += f" --data.dataset {data.dataset}" if prune.data_step else ""
     return (
         f"{tabulate_frontier(rows)}\n\nThe table, its plot and the scores are in {folder}. Make a folder of a size "
         f"with:\n\n    {again} --prune.target_macs 50%"

@@ -17,9 +17,10 @@ from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.cost import cost_model
 from isoprune_hf.pruning.doctor import Finding, check_model, check_replay
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.importance import ImportanceScores, fingerprint, score_groups, scoring_options
+from isoprune_hf.pruning.importance import ImportanceScores, fingerprint
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.pruning.replay import replay_plan
+from isoprune_hf.pruning.scoring import score_model
 from isoprune_hf.publishing.inspection_page import Inspected, build_page, show_inspected
 from isoprune_hf.publishing.pictures import check_plotting, draw_classes
 from isoprune_hf.publishing.plan_text import diff_plans, show_plan
@@ -101,8 +102,7 @@ def _compare(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, sco
             raise RecipeError(f"the scores in {scores} were made from other weights than those of {opening.model}")
     else:
         batches, sample = open_calibration(prune, data, images, base.processor, accelerator)
-        options = {"batches": batches, "sample": sample, "accelerator": accelerator, **scoring_options(prune)}
-        scored = score_groups(base.model, groups, blocks=blocks, **options)
+        scored = score_model(base.model, prune, batches, accelerator, sample=sample)
     plans = {} if decided is None else {OWN: decided}
     plans |= make_alternatives(groups, scored, recipe, cost=cost, blocks=blocks)
     target = parse_budget(recipe.target_macs, cost.base.macs)

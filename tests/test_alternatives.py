@@ -31,7 +31,9 @@ def test_each_alternative_is_a_plan_at_the_same_macs(family: str, tmp_path: Path
 
 
 def test_a_budget_replaces_that_of_a_recipe_and_keeps_what_a_preset_took() -> None:
-    assert recipe_of_budget(PruneRecipe(target_params="3M"), "50%") == PruneRecipe(target_macs="50%")
+    assert recipe_of_budget(PruneRecipe(criterion="taylor", target_params="3M"), "50%") == PruneRecipe(
+        criterion="taylor", target_macs="50%"
+    )
     made = recipe_of_budget(PruneRecipe(preset="reference"), "50%", scope="local")
     assert (made.target_macs, made.scope, made.engine, made.selection) == (
         "50%",
@@ -45,4 +47,4 @@ def test_a_budget_replaces_that_of_a_recipe_and_keeps_what_a_preset_took() -> No
 def test_another_budget_than_macs_is_refused(setting: str) -> None:
     with pytest.raises(RecipeError, match=rf"give prune.target_macs, not prune.{setting}"):
         check_comparable(PruneRecipe(**{setting: "50%"}))
-    check_comparable(PruneRecipe(target_macs="50%"))
+    check_comparable(PruneRecipe(criterion="taylor", target_macs="50%"))

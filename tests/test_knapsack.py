@@ -23,7 +23,7 @@ SIZES = {"a": 14, "b": 10, "c": 12}
 
 
 def solve(groups, cost, scores, latency=None, **options) -> PruningPlan:
-    recipe = PruneRecipe(**{"round_to": 1, "min_keep": 1, "allocation": "knapsack", **options})
+    recipe = PruneRecipe(**{"criterion": "taylor", "round_to": 1, "min_keep": 1, "allocation": "knapsack", **options})
     values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in scores.items()}
     return make_plan(groups, ImportanceScores(values, "gate_fisher", "print", {}), recipe, cost=cost, latency=latency)
 

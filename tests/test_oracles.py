@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[IsoP
 def cut(
     model: IsoPruneForImageClassification, groups: Groups, scope: str = "isomorphic"
 ) -> tuple[PruningPlan, IsoPruneForImageClassification]:
-    recipe = PruneRecipe(scope=scope, ratio=0.4, head_ratio=0.3, head_dim_ratio=0.3, round_to=1)
+    recipe = PruneRecipe(criterion="taylor", scope=scope, ratio=0.4, head_ratio=0.3, head_dim_ratio=0.3, round_to=1)
     plan = make_plan(groups, score_groups(model, groups, criterion="random"), recipe)
     return plan, apply_plan(model, plan, groups)
 

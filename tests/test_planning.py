@@ -32,7 +32,7 @@ def cost_of(groups, blocks=()):
 
 
 def plan_for(scores, groups, blocks=(), block_scores=None, **options):
-    recipe = PruneRecipe(**{"round_to": 1, "min_keep": 1, **options})
+    recipe = PruneRecipe(**{"criterion": "taylor", "round_to": 1, "min_keep": 1, **options})
     values = {name: torch.tensor(value, dtype=torch.float32) for name, value in scores.items()}
     known = ImportanceScores(values, "l1", "print", {}, blocks=block_scores or {})
     return make_plan(groups, known, recipe, cost=cost_of(groups, blocks), blocks=blocks)
@@ -107,7 +107,9 @@ def test_a_budget_is_met_from_below(family: str, budget: str, round_to: int, tmp
     groups = trace_groups(model)
     costs = cost_model(model, groups)
     scores = score_groups(model, groups, criterion="l1")
-    plan = make_plan(groups, scores, PruneRecipe(target_macs=budget, round_to=round_to), cost=costs)
+    plan = make_plan(
+        groups, scores, PruneRecipe(criterion="taylor", target_macs=budget, round_to=round_to), cost=costs
+    )
     share = plan.achieved["pruned"]["macs"] / (costs.base.macs * float(budget[:-1]) / 100)
     assert 0.985 < share <= 1
 
@@ -280,20 +282,24 @@ def test_two_groups_change_places_where_that_comes_nearer_to_the_budget() -> Non
 
 def test_ratios_alone_need_no_cost_and_a_budget_does() -> None:
     scores = ImportanceScores({"a": torch.arange(4.0)}, "l1", "print", {})
-    assert make_plan([A], scores, PruneRecipe(ratio=0.5, round_to=1)).kept == {"a": (2, 3)}
+    assert make_plan([A], scores, PruneRecipe(criterion="taylor", ratio=0.5, round_to=1)).kept == {"a": (2, 3)}
     with pytest.raises(RecipeError, match="target_params needs the cost of `cost_model`"):
-        make_plan([A], scores, PruneRecipe(target_params="50%"))
+        make_plan([A], scores, PruneRecipe(criterion="taylor", target_params="50%"))
 
 
 def test_an_impossible_budget_is_refused_before_anything_is_scored() -> None:
     with pytest.raises(BudgetError, match=r"target_macs 2e-08 G cannot be reached: the smallest is 3e-08 G"):
-        check_budget([A, B, C], PruneRecipe(target_macs=20, min_keep=1, round_to=1), cost_of([A, B, C]))
-    check_budget([A, B, C], PruneRecipe(target_macs=30, min_keep=1, round_to=1), cost_of([A, B, C]))
+        check_budget(
+            [A, B, C], PruneRecipe(criterion="taylor", target_macs=20, min_keep=1, round_to=1), cost_of([A, B, C])
+        )
+    check_budget(
+        [A, B, C], PruneRecipe(criterion="taylor", target_macs=30, min_keep=1, round_to=1), cost_of([A, B, C])
+    )
 
 
 def test_two_budgets_contradict_each_other() -> None:
     with pytest.raises(RecipeError, match=r"prune\.target_macs and prune\.target_params are both set"):
-        PruneRecipe(target_macs="50%", target_params="50%")
+        PruneRecipe(criterion="taylor", target_macs="50%", target_params="50%")
 
 
 # What torch-pruning's own pruner gets wrong (docs/decision.md lists all)

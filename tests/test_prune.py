@@ -42,7 +42,7 @@ def class_sums(result: PruneResult) -> dict[str, int]:
 def test_several_steps_reach_the_budget_of_one(family: str, tmp_path: Path) -> None:
     model, batches = make_base(family, tmp_path), None
     batches = Batches(model)
-    options = {"target_macs": "50%", "round_to": 2, "head_ratio": 0.25}
+    options = {"criterion": "taylor", "target_macs": "50%", "round_to": 2, "head_ratio": 0.25}
     one = prune_model(model, PruneRecipe(**options), batches)
     three = prune_model(model, PruneRecipe(**options, steps=3), batches)
     assert batches.passes == 1 + 3
@@ -70,8 +70,11 @@ def test_several_steps_remove_exactly_what_one_step_does(family: str, tmp_path: 
 
 def test_what_has_left_in_a_step_does_not_come_back(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
-    steps = [prune_model(model, PruneRecipe(ratio=ratio, round_to=1), Batches(model)).plan for ratio in (0.2,)]
-    both = prune_model(model, PruneRecipe(ratio=0.4, round_to=1, steps=2), Batches(model)).plan
+    steps = [
+        prune_model(model, PruneRecipe(criterion="taylor", ratio=ratio, round_to=1), Batches(model)).plan
+        for ratio in (0.2,)
+    ]
+    both = prune_model(model, PruneRecipe(criterion="taylor", ratio=0.4, round_to=1, steps=2), Batches(model)).plan
     for name, kept in both.kept.items():
         assert set(kept) <= set(steps[0].kept.get(name, kept))
 
@@ -79,10 +82,10 @@ def test_what_has_left_in_a_step_does_not_come_back(tmp_path: Path) -> None:
 def test_steps_need_batches_that_can_be_read_again(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     with pytest.raises(RecipeError, match=r"steps goes through the calibration batches several times: give a list"):
-        prune_model(model, PruneRecipe(steps=2), iter(Batches(model)))
+        prune_model(model, PruneRecipe(criterion="taylor", steps=2), iter(Batches(model)))
     scores = prune_model(model, PruneRecipe(criterion="l1")).scores
     with pytest.raises(RecipeError, match="steps 2 scores anew before each step: leave --scores out"):
-        prune_model(model, PruneRecipe(steps=2), scores=scores)
+        prune_model(model, PruneRecipe(criterion="taylor", steps=2), scores=scores)
 
 
 @pytest.mark.parametrize(

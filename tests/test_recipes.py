@@ -23,7 +23,7 @@ def test_sizes_read_as_people_write_them(text, macs: int) -> None:
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4.2 GB", "50%%", "nan", "1_000", "fifty"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"must be a size such as 4.2G, 350M or 50%"):
-        PruneRecipe(target_macs=text)
+        PruneRecipe(criterion="taylor", target_macs=text)
 
 
 @pytest.mark.parametrize(
@@ -54,4 +54,4 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe, values, mess
 
 def test_a_recipe_becomes_plain_values() -> None:
     assert recipe_to_dict(FinetuneRecipe())["crop_scale"] == [0.08, 1.0]
-    assert recipe_to_dict(PruneRecipe(model="m"))["model"] == "m"
+    assert recipe_to_dict(PruneRecipe(criterion="taylor", model="m"))["model"] == "m"

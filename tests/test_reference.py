@@ -218,8 +218,10 @@ def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> No
     assert (recipe.criterion, recipe.head_dims, recipe.selection) == ("taylor_reference", "shared_all", "threshold")
     assert (recipe.rounding, recipe.min_keep, recipe.ratio, recipe.round_to) == ("down", 1, 0.3, 8)
     assert replace(recipe, round_to=2) == PruneRecipe(preset="reference", ratio=0.3, round_to=2)
-    assert PruneRecipe().selection == "exact" and PruneRecipe().rounding == "balanced"
-    assert PruneRecipe().replaced_by_preset() == {}
+    assert (
+        PruneRecipe(criterion="taylor").selection == "exact" and PruneRecipe(criterion="taylor").rounding == "balanced"
+    )
+    assert PruneRecipe(criterion="taylor").replaced_by_preset() == {}
     assert recipe.replaced_by_preset() == {
         "criterion": ("taylor", "taylor_reference"),
         "score_batchnorm": (True, False),

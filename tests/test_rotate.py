@@ -262,12 +262,16 @@ def test_turned_heads_keep_more_of_the_attention(tmp_path: Path) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Batches, PruneResult]:
     model = make_base("vit", tmp_path_factory.mktemp("base"))
     batches = batches_of(model, [4])
-    return model, batches, prune_model(model, PruneRecipe(ratio=0.5, round_to=1, rotate=True), batches)
+    return (
+        model,
+        batches,
+        prune_model(model, PruneRecipe(criterion="taylor", ratio=0.5, round_to=1, rotate=True), batches),
+    )
 
 
 def test_scores_know_that_heads_were_turned(made: tuple[Model, Batches, PruneResult], tmp_path: Path) -> None:
     model, batches, result = made
-    recipe = PruneRecipe(ratio=0.5, round_to=1, rotate=True)
+    recipe = PruneRecipe(criterion="taylor", ratio=0.5, round_to=1, rotate=True)
     scores = score_model(model, recipe, batches)
     assert scores.rotated and scores.fingerprint == fingerprint(model.model)
     scores.save(tmp_path / "scores.safetensors")
@@ -276,7 +280,7 @@ def test_scores_know_that_heads_were_turned(made: tuple[Model, Batches, PruneRes
     again = prune_model(model, recipe, batches, scores=scores)
     assert again.plan.kept == result.plan.kept
     assert all(torch.equal(again.model.state_dict()[n], value) for n, value in result.model.state_dict().items())
-    plain = PruneRecipe(ratio=0.5, round_to=1)
+    plain = PruneRecipe(criterion="taylor", ratio=0.5, round_to=1)
     with pytest.raises(RecipeError, match=r"^the scores were made with prune\.rotate: set it to true$"):
         prune_model(model, plain, scores=scores)
     unturned = score_model(model, plain, batches)

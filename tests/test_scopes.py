@@ -15,7 +15,7 @@ GROUPS = [group("stem", "s"), group("blocks.0.mlp", "m"), group("blocks.1.mlp", 
 
 
 def rules(**settings) -> dict[str, Rule]:
-    return resolve_rules(GROUPS, PruneRecipe(**settings))
+    return resolve_rules(GROUPS, PruneRecipe(criterion="taylor", **settings))
 
 
 def test_the_scope_of_a_group_is_its_class_the_whole_model_or_itself() -> None:

@@ -47,16 +47,16 @@ def test_groups_and_blocks_that_have_left_whole_sink_too() -> None:
 
 
 def test_a_step_goes_its_share_of_the_way() -> None:
-    recipe = PruneRecipe(ratio=0.6, head_ratio=0.3, ratios={"x": 0.9}, remove_blocks=5, steps=3)
+    recipe = PruneRecipe(criterion="taylor", ratio=0.6, head_ratio=0.3, ratios={"x": 0.9}, remove_blocks=5, steps=3)
     step = recipe_of_step(recipe, 2, COST)
     assert (step.ratio, step.head_ratio) == pytest.approx((0.4, 0.2))
     assert step.head_dim_ratio is None and step.ratios == pytest.approx({"x": 0.6})
     assert (step.remove_blocks, step.round_to) == (3, 1)
-    by_pattern = recipe_of_step(PruneRecipe(remove_blocks={"stages.2.*": 18}, steps=3), 1, COST)
+    by_pattern = recipe_of_step(PruneRecipe(criterion="taylor", remove_blocks={"stages.2.*": 18}, steps=3), 1, COST)
     assert by_pattern.remove_blocks == {"stages.2.*": 6}
 
 
 def test_a_step_to_a_budget_removes_its_share_of_what_must_leave() -> None:
-    step = recipe_of_step(PruneRecipe(target_macs="40%", ratio=0.3, steps=4), 1, COST)
+    step = recipe_of_step(PruneRecipe(criterion="taylor", target_macs="40%", ratio=0.3, steps=4), 1, COST)
     assert (step.target_macs, step.ratio) == (1000 - 600 / 4, 0.3)
-    assert recipe_of_step(PruneRecipe(target_params="100", steps=2), 1, COST).target_params == 250
+    assert recipe_of_step(PruneRecipe(criterion="taylor", target_params="100", steps=2), 1, COST).target_params == 250

@@ -22,7 +22,9 @@ from isoprune_hf.recipes import PruneRecipe
 def plan_random(model, seed=0, **options):
     groups = trace_groups(model)
     scores = score_groups(model, groups, criterion="random", seed=seed)
-    recipe = PruneRecipe(**{"ratio": 0.4, "head_ratio": 0.3, "head_dim_ratio": 0.3, "round_to": 1, **options})
+    recipe = PruneRecipe(
+        **{"criterion": "taylor", "ratio": 0.4, "head_ratio": 0.3, "head_dim_ratio": 0.3, "round_to": 1, **options}
+    )
     return groups, make_plan(groups, scores, recipe, cost=cost_model(model, groups))
 
 
@@ -230,7 +232,7 @@ def test_one_dim_in_each_head_is_followed_where_a_linear_then_adds_its_bias_apar
     sizes = {"img_size": 112, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2)}
     model = load_base("timm/swin_tiny_patch4_window7_224", pretrained=False, model_args=sizes).model
     groups = trace_groups(model)
-    recipe = PruneRecipe(head_ratio=0.0, head_dim_ratio=1.0, min_keep=1, round_to=1)
+    recipe = PruneRecipe(criterion="taylor", head_ratio=0.0, head_dim_ratio=1.0, min_keep=1, round_to=1)
     plan = make_plan(groups, score_groups(model, groups, criterion="random"), recipe)
     assert [len(plan.kept[name]) for name in plan.heads] == [2, 2]
     pruned = apply_plan(model, plan, groups)

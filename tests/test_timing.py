@@ -32,7 +32,7 @@ def meet(monkeypatch, measured, target):
     monkeypatch.setattr(timing, "measure_pair", measure)
     plan, pruned = meet_latency(
         None,
-        PruneRecipe(target_latency=target),
+        PruneRecipe(criterion="taylor", target_latency=target),
         COST,
         LATENCY,
         decide=decide,

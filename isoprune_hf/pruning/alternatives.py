@@ -11,12 +11,14 @@ from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.planning import make_plan
 from isoprune_hf.recipes import PruneRecipe
+from isoprune_hf.recipes.prune import LOSS_CRITERIA
 
 # The one list of what is compared: name -> the settings that make it. Tables, plots and the page follow it.
 ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {
-    "local": {"scope": "local"},
-    "global": {"scope": "global"},
-    "isomorphic": {"scope": "isomorphic"},
+    "local": {"allocation": "class", "scope": "local"},
+    "global": {"allocation": "class", "scope": "global"},
+    "isomorphic": {"allocation": "class", "scope": "isomorphic"},
+    "knapsack": {"allocation": "knapsack", "selection": "exact", "normalizer": "none"},
 }
 DEFAULT_BUDGET = "50%"
 
@@ -60,7 +62,8 @@ def make_alternatives(
         blocks: Residual blocks that the recipe may remove.
 
     Returns:
-        Name -> plan, in the order of `ALTERNATIVES`.
+        Name -> plan, in the order of `ALTERNATIVES`; without the knapsack where scores are no losses, or where blocks
+        leave by a ratio.
 
     Raises:
         BudgetError, RecipeError: See `make_plan`.
@@ -74,4 +77,9 @@ def make_alternatives(
             blocks=blocks,
         )
         for name, settings in ALTERNATIVES.items()
+        if settings["allocation"] == "class" or _has_losses(scores, recipe)
     }
+
+
+def _has_losses(scores: ImportanceScores, recipe: PruneRecipe) -> bool:
+    return scores.criterion in LOSS_CRITERIA and recipe.remove_blocks != "auto"

@@ -96,7 +96,7 @@ def check_calibration(recipe: PruneRecipe, calibration: Batches | None, scores: 
         if wrong:
             raise RecipeError(
                 f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
-                f"with {made[wrong[0]]}: score anew with the preset"
+                f"with {made[wrong[0]]}: score anew, or name --prune.criterion {scores.criterion}"
             )
     if recipe.data_step is not None and calibration is None:
         raise RecipeError(f"prune.{recipe.data_step} needs data: give --data.dataset, or leave it out")

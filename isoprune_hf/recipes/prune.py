@@ -7,10 +7,11 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.values import Interpolation, check_range, parse_budget
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
+LOSS_CRITERIA = ("gate_fisher", "gate_fisher_joint")  # in units of the loss
 # Criteria that read images; the others read the weights alone.
 DATA_CRITERIA = (
-    *("gate_fisher", "gate_fisher_joint", "taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference"),
-    "activation_variance",
+    *LOSS_CRITERIA,
+    *("taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference", "activation_variance"),
 )
 Criterion = Literal[
     "gate_fisher",
@@ -28,14 +29,33 @@ Criterion = Literal[
     "lamp",
     "random",
 ]
-# Values that a preset gives settings. A setting that is left at its default takes the preset's value; another value
-# contradicts the preset and is refused.
+# Values that a preset gives settings; another value contradicts it and is refused.
 PRESETS: dict[str, dict[str, Any]] = {
+    "best": {
+        "criterion": "gate_fisher_joint",
+        "allocation": "knapsack",
+        "rotate": True,
+        "reconstruct": "least_squares",
+        "normalizer": "none",
+        "selection": "exact",
+    },
+    "paper": {
+        "criterion": "taylor_l2",
+        "score_batchnorm": True,
+        "reduction": "sum",
+        "normalizer": "none",
+        "allocation": "class",
+        "scope": "isomorphic",
+        "signature": "paper",
+        "rotate": False,
+        "reconstruct": "none",
+    },
     "reference": {
         "criterion": "taylor_reference",
         "score_batchnorm": False,
         "reduction": "mean",
         "normalizer": "mean",
+        "allocation": "class",
         "scope": "isomorphic",
         "signature": "paper",
         "engine": "torch-pruning",
@@ -44,10 +64,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "down",
         "min_keep": 1,
         "max_ratio": 1.0,
+        "rotate": False,
+        "reconstruct": "none",
         "steps": 1,
         **dict.fromkeys(BUDGETS),
-    }
+    },
 }
+# What the settings that are None become beside a criterion that is named.
+_PLAIN = {"allocation": "class", "rotate": False, "reconstruct": "none"}
 
 
 @dataclass(frozen=True)
@@ -60,17 +84,19 @@ class PruneRecipe:
         model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size:
             64}.
         num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
-        preset: Named values of the settings below: reference selects what torch-pruning 1.6.1 does.
-        criterion: What a channel is worth. From data: gate_fisher (the loss that its removal costs),
-            gate_fisher_joint (the same after the removal of all that cost less in its group), taylor, taylor_l2 (the
-            paper's norm), hessian, activation_variance; for parity with old scripts taylor_reference and
-            hessian_reference. From the weights alone: l1, l2, bn_scale, fpgm, lamp, random.
+        preset: Named values of the settings below: best (what kept most accuracy in our measurements), paper (the
+            method as its text has it), reference (what torch-pruning 1.6.1 does). With no criterion either: best.
+        criterion: What a channel is worth; without a preset all else is then as it stands here. From data: gate_fisher
+            (the loss that its removal costs), gate_fisher_joint (the same after the removal of all that cost less in
+            its group), taylor, taylor_l2 (the paper's norm), hessian, activation_variance; for parity with old scripts
+            taylor_reference and hessian_reference. From the weights alone: l1, l2, bn_scale, fpgm, lamp, random.
         score_batchnorm: Let the scales and shifts of BatchNorm count; torch-pruning leaves them out.
         reduction: How the coupled layers of a channel are put together: sum or mean.
         normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
         scoring_precision: no (fp32) or bf16 for the passes that score; bf16 reports how well it ranks as fp32 does.
         allocation: class shares the cut by the ratios, one for each kind; knapsack lets the channels of all classes
-            compete by loss per saved MAC (or parameter, or millisecond), whatever their scope: take gate_fisher.
+            compete by loss per saved MAC (or parameter, or millisecond), whatever their scope: take gate_fisher_joint.
+            Beside a criterion that is named the default is class.
         scope: Who competes with whom: isomorphic (equal sub-structures), global (all), local (nobody).
         scopes: Scopes of your own, as {"blocks.0.*": first}: groups whose names match a pattern compete in the
             scope that it names; all others by `scope`.
@@ -100,9 +126,11 @@ class PruneRecipe:
         max_ratio: Largest fraction that may leave any single layer.
         round_to: Widths become multiples of this number; hardware likes 8.
         rounding: balanced makes up for what rounding takes from a class, down only rounds down.
-        rotate: Turn heads, before they are scored, into the basis in which few dims carry most; needs data.
+        rotate: Turn heads, before they are scored, into the basis in which few dims carry most; needs data. Beside
+            a criterion that is named the default is false.
         reconstruct: What repairs the cut model without training: none, bn (new statistics of BatchNorm), bias (mean
-            outputs of each layer), least_squares (outputs of each layer); needs data.
+            outputs of each layer), least_squares (outputs of each layer); needs data. Beside a criterion that is named
+            the default is none.
         steps: Cuts on the way to the ratio or budget, with a new scoring before each.
         calibration_batches: Micro-batches of the training split that score the channels.
         batch_size: Images in a micro-batch; the same on every rank.
@@ -116,13 +144,13 @@ class PruneRecipe:
     pretrained: bool = True
     model_args: dict[str, Any] = field(default_factory=dict)
     num_labels: int | Literal["data"] | None = None
-    preset: Literal["reference"] | None = None
-    criterion: Criterion = "taylor"
+    preset: Literal["best", "paper", "reference"] | None = None
+    criterion: Criterion | None = None
     score_batchnorm: bool = True
     reduction: Literal["sum", "mean"] = "sum"
     normalizer: Literal["none", "mean", "max"] = "none"
     scoring_precision: Literal["no", "bf16"] = "no"
-    allocation: Literal["class", "knapsack"] = "class"
+    allocation: Literal["class", "knapsack"] | None = None
     scope: Literal["isomorphic", "global", "local"] = "isomorphic"
     scopes: dict[str, str] = field(default_factory=dict)
     signature: Literal["paper", "strict"] = "paper"
@@ -146,8 +174,8 @@ class PruneRecipe:
     max_ratio: float = 1.0
     round_to: int = 8
     rounding: Literal["balanced", "down"] = "balanced"
-    rotate: bool = False
-    reconstruct: Literal["none", "bn", "bias", "least_squares"] = "none"
+    rotate: bool | None = None
+    reconstruct: Literal["none", "bn", "bias", "least_squares"] | None = None
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
@@ -177,13 +205,13 @@ class PruneRecipe:
             for name, needed in (("selection", "exact"), ("normalizer", "none")):
                 if getattr(self, name) != needed:
                     raise RecipeError(
-                        f"prune.allocation knapsack compares losses as they are: set prune.{name} {needed}, "
-                        f"got {getattr(self, name)}"
+                        f"prune.allocation knapsack compares losses as they are: set prune.{name} {needed} or "
+                        f"prune.allocation class, got {getattr(self, name)}"
                     )
             if self.remove_blocks == "auto":
                 raise RecipeError(
                     "prune.allocation knapsack removes channels and heads: give prune.remove_blocks a number or "
-                    "names, got auto"
+                    "names or set prune.allocation class, got auto"
                 )
         for name in targets:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
@@ -200,9 +228,19 @@ class PruneRecipe:
         return {name: (defaults[name], value) for name, value in taken if defaults[name] != value}
 
     def _take_preset(self) -> None:
-        """Give the settings that are left at their defaults the values of the preset."""
+        """Give the settings that are left at their defaults the values of the preset.
+
+        Without preset and criterion those of `best` are defaults, which other values may replace; the recipe then goes
+        without the name of a preset.
+        """
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"prune.preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.preset is None:
+            for name, value in (PRESETS["best"] if self.criterion is None else _PLAIN).items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+            if all(getattr(self, name) == value for name, value in PRESETS["best"].items()):
+                object.__setattr__(self, "preset", "best")
         defaults = {setting.name: setting.default for setting in fields(self)}
         for name, value in PRESETS.get(self.preset, {}).items():
             given = getattr(self, name)
