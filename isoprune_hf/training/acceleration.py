@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.augmentation import normalisation
+from isoprune_hf.training.pixels import normalisation
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

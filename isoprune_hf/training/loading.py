@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError, LoaderError
-from isoprune_hf.training.augmentation import EvaluationTransform, Transform, TransformedImages, seed_from
+from isoprune_hf.training.augmentation import Transform, TransformedImages, seed_from
 from isoprune_hf.training.data import Dataset
 from isoprune_hf.training.decoding import Decoding, check_broken
 from isoprune_hf.training.interruption import outlive_signals
+from isoprune_hf.training.pixels import evaluation_transform, normalised
 
 logger = logging.getLogger(__name__)  # also where there is no accelerator
 
@@ -78,7 +79,8 @@ class CalibrationBatches:
     ):
         ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
         micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        self._images = TransformedImages(split, EvaluationTransform(processor), decoding=decoding)
+        decoding, self._processor = decoding or Decoding(), processor
+        self._images = TransformedImages(split, evaluation_transform(processor, decoding), decoding=decoding)
         self._loader = _load(self._images, micro_batches[rank::world], num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,7 +91,7 @@ class CalibrationBatches:
                 # No warning, since those of the other ranks are not shown.
                 logger.error(f"calibration: {self._images.describe(position)}")
             check_broken(broken, self._images.decoding, "the calibration sample")
-            yield pixel_values, labels
+            yield normalised(pixel_values, self._processor), labels
 
 
 def broken_positions(positions: Tensor) -> list[int]:
@@ -107,10 +109,15 @@ def eval_loader(
     world: int,
     decoding: Decoding | None = None,
 ) -> DataLoader:
-    """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,)."""
+    """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,).
+
+    The decoder `torchvision` gives 8 bits for pixel values, which `normalised` makes such.
+    """
+    decoding = decoding or Decoding()
     shard = list(range(rank, len(split), world))
     batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
-    images = TransformedImages(split, EvaluationTransform(processor), decoding=decoding, is_counted=True)
+    transform = evaluation_transform(processor, decoding)
+    images = TransformedImages(split, transform, decoding=decoding, is_counted=True)
     return _load(images, batches, num_workers)
 
 

@@ -83,7 +83,7 @@ def finetune(
         raise DatasetError(f"finetune: {data.name!r} has no training split; set data.train_split")
     device, world = accelerator.device, accelerator.num_processes
     batch_size = fit_batch_size(len(data.train), recipe, world=world)
-    transform = train_transform(processor, recipe)
+    transform = train_transform(processor, recipe, decoding=data.decoding)
     model.to(device)
     ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
     result = ema.module if recipe.best == "ema" else model
@@ -110,6 +110,7 @@ def finetune(
         processors = None if teacher_processor is None else (processor, teacher_processor)
         training = Training(
             model=model,
+            processor=processor,
             # Not `prepare`: it would leave a patched, autocasting forward on the caller's model. Buffers are averaged
             # over the parts of a batch, not taken from the first rank.
             network=DistributedDataParallel(
@@ -162,8 +163,8 @@ def finetune(
             for name, kept in _checkpoints(model, ema, result, recipe, epoch, is_best and data.evaluation is not None):
                 if save is not None:
                     save(name, kept, entry)
-            progress.epoch, progress.update, progress.losses, progress.seconds = epoch + 1, 0, 0.0, 0.0
-            progress.broken, progress.left_out = 0, 0
+            progress.epoch, progress.update, progress.broken, progress.left_out = epoch + 1, 0, 0, 0
+            progress.losses, progress.seconds, progress.waited = 0.0, 0.0, 0.0
     training.optimizer.zero_grad()
     if result is not model:
         model.load_state_dict(result.state_dict())
