@@ -29,7 +29,7 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.data import leave_encoded
 from isoprune_hf.training.decoding import Decoding, describe_broken, read_or_replace
-from isoprune_hf.training.pixels import EvaluationTransform, PixelTransform, normalisation, normalised
+from isoprune_hf.training.pixels import EvaluationTransform, PixelTransform, RandomCrop, normalisation, normalised
 
 _BINS = 31  # steps of torchvision's strengths
 Transform = Callable[[Image.Image | torch.Tensor], torch.Tensor]
@@ -89,7 +89,8 @@ def train_transform(
         # Policies work on images of Pillow, since those of torchvision do not do quite the same with tensors.
         policy = [ToPILImage(), augment, PILToTensor()] if recipe.auto_augment else []
         ending = [partial(normalised, processor=processor), *erasing] if erasing else []
-        begin, end = ([crop], []) if is_cropped else (flip, [PixelTransform(processor)])
+        cropping = [RandomCrop(crop.transforms[0]), *crop.transforms[1:]]
+        begin, end = (cropping, []) if is_cropped else (flip, [PixelTransform(processor)])
         return Compose([*begin, *policy, *end, *ending])
     if is_cropped:
         return Compose([crop, augment, normalise])
