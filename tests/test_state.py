@@ -17,6 +17,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "sgd with BatchNorm and mixup": {"mixup": 0.5, "virtual_replicas": 2},
     "adamw with an average": {"optimizer": "adamw", "learning_rate": 1e-2, "ema_decay": 0.5, "best": "ema"},
     "fp16": {"precision": "fp16"},
+    "lamb, which counts its steps in its groups as tensors": {"optimizer": "lamb", "learning_rate": 1e-2},
+    "adan, which counts them there as numbers": {"optimizer": "adan", "learning_rate": 1e-2},
+    "lion": {"optimizer": "lion", "learning_rate": 1e-3},
+    "madgrad, which has numbers for each parameter": {"optimizer": "madgrad", "learning_rate": 1e-2},
+    "muon, which has truths": {"optimizer": "muon", "learning_rate": 1e-2},
     "bf16 with copies": {"precision": "bf16", "repeated_augmentation": 2},
 }
 

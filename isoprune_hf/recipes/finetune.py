@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from timm.optim import list_optimizers
+
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.values import check_range
+
+# Without those that need packages of their own, second derivatives, or keep more than tensors and numbers.
+OPTIMIZERS = list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*"])
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class FinetuneRecipe:
         drop_last: Leave out the images that do not fill a last batch; false trains on them, too.
         repeated_augmentation: Copies of an image in an epoch, each augmented in its own way; the epoch keeps its
             length, so it has the fewer different images.
-        optimizer: adamw or sgd.
+        optimizer: adamw or sgd, which are torch's; or another one of timm by its name, as lamb, lion or adan.
         learning_rate: Peak learning rate, for the whole batch.
-        momentum: Momentum of sgd.
+        momentum: Momentum of sgd, and of those of timm that have one.
         weight_decay: Decay of the parameters that `weight_decay_rule` names.
         weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: these without tokens, positions and
             what else the network excepts; all: every parameter.
@@ -88,7 +93,7 @@ class FinetuneRecipe:
     virtual_replicas: int | None = None
     drop_last: bool = True
     repeated_augmentation: int = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     momentum: float = 0.9
     weight_decay: float = 0.05
@@ -155,6 +160,11 @@ class FinetuneRecipe:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
         self._check("layer_decay", 0, 1)
+        if self.optimizer not in OPTIMIZERS:
+            raise RecipeError(
+                f"{self.section}.optimizer must be adamw, sgd or one of timm ({', '.join(OPTIMIZERS)}), got "
+                f"{self.optimizer!r}"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise RecipeError(
