@@ -55,6 +55,8 @@ class FinetuneRecipe:
         distillation_head: Whom the teacher speaks to: the logits, or the distillation token alone (DeiT), which then
             leaves the labels to the class token.
         teacher: auto (the dense base, where it has trained weights), none, or a name or folder as for `prune.model`.
+        teacher_cache: Folder of the teacher's logits, which are computed once and then read. Only where an image looks
+            the same in each epoch: no random crop, flip, policy, erasing or mixing.
         teacher_label_smoothing: The same as `label_smoothing` for the teacher's part of hard distillation.
         distillation_weight: Share of the teacher in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
@@ -118,6 +120,7 @@ class FinetuneRecipe:
     distillation: Literal["none", "soft", "hard"] = "soft"
     distillation_head: Literal["logits", "token"] = "logits"
     teacher: str = "auto"
+    teacher_cache: str | None = None
     teacher_label_smoothing: float = 0.0
     distillation_weight: float = 0.5
     temperature: float = 1.0
@@ -176,6 +179,16 @@ class FinetuneRecipe:
             raise RecipeError(
                 f"{self.section}.virtual_replicas {self.virtual_replicas} decides how often gradients are added up: "
                 f"leave {self.section}.grad_accumulation {self.grad_accumulation} out"
+            )
+        fixed = {"mixup": 0, "cutmix": 0, "auto_augment": None, "random_erasing": 0, "hflip": round(self.hflip)}
+        random = {name: value for name, value in fixed.items() if getattr(self, name) != value}
+        if tuple(self.crop_scale) != (1, 1):
+            random["crop_scale"] = [1, 1]
+        if self.teacher_cache is not None and random:
+            raise RecipeError(
+                f"{self.section}.teacher_cache needs the same view of an image in each epoch, got "
+                f"{', '.join(f'{name} {getattr(self, name)}' for name in random)}; set "
+                f"{', '.join(f'{name} {value}' for name, value in random.items())}, or leave the cache out"
             )
         if (self.mixup or self.cutmix) and self.mixup_pairing == "flip" and not self.drop_last:
             raise RecipeError(

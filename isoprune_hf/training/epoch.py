@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.acceleration import PRECISIONS, Teacher, arrange
+from isoprune_hf.training.acceleration import PRECISIONS, arrange
 from isoprune_hf.training.augmentation import seed_from
 from isoprune_hf.training.decoding import check_broken
 from isoprune_hf.training.distillation import training_loss
@@ -44,6 +44,7 @@ class Training:
         processor: Normalises what the loader leaves as 8 bits.
         network: `model`, compiled where the recipe says so, and wrapped where there are several ranks.
         num_classes: Of the classifier.
+        teacher: Gives logits for pixel values, and the positions of their images.
         heads: Gives the logits of both heads of the last forward pass, where the teacher speaks to one of them.
         interrupted_by: The signal that this rank was sent, if any.
     """
@@ -54,7 +55,7 @@ class Training:
     num_classes: int
     recipe: FinetuneRecipe
     accelerator: Accelerator
-    teacher: Teacher | None
+    teacher: Callable[[Tensor, Tensor], Tensor] | None
     heads: Callable[[], tuple[Tensor, Tensor]] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -186,7 +187,7 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
         size = batches.sizes[update * parts + step]
         with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
             seeds = (recipe.seed, epoch, update, rank + step * world)
-            loss = _part_loss(training, pixel_values, labels, seeds) * bool(size)
+            loss = _part_loss(training, positions, pixel_values, labels, seeds) * bool(size)
             # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
             training.statistics.add(counts=bool(size))
             training.scaler.scale(loss * (world / samples)).backward()
@@ -221,7 +222,9 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
     return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [], step.fault, waited)
 
 
-def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:
+def _part_loss(
+    training: Training, positions: Tensor, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]
+) -> Tensor:
     """Return the sum of the samples' losses of a part of a batch."""
     recipe, device = training.recipe, training.accelerator.device
     torch.manual_seed(seed_from(*seeds, _DROPPING))
@@ -233,7 +236,7 @@ def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: 
         logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
         if training.heads is not None:
             logits, taught_logits = training.heads()
-        teacher_logits = None if training.teacher is None else training.teacher(pixel_values)
+        teacher_logits = None if training.teacher is None else training.teacher(pixel_values, positions)
     return training_loss(
         logits,
         labels,

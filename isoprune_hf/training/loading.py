@@ -132,6 +132,18 @@ def eval_loader(
     return _load(images, batches, num_workers)
 
 
+def view_loader(
+    split: Dataset,
+    batches: Sequence[Sequence[int]],
+    *,
+    transform: Transform,
+    decoding: Decoding,
+    num_workers: int,
+) -> DataLoader:
+    """Load the images at some positions in the given batches, as training sees them where nothing is random."""
+    return _load(TransformedImages(split, transform, (0,), decoding=decoding), batches, num_workers)
+
+
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
     """This rank's share of one epoch.

@@ -28,6 +28,7 @@ from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics, count_parts, fit_batch_size
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.state import capture, restore
+from isoprune_hf.training.teacher_cache import CachedTeacher
 
 logger = get_logger(__name__)
 
@@ -100,6 +101,13 @@ def finetune(
             figures |= {f"{kind}_{name}": others[name] for name in ("top1", "top5", "loss", "ece")}
         return figures
 
+    def teach() -> Teacher | CachedTeacher:
+        if recipe.teacher_cache is None:
+            processors = None if teacher_processor is None else (processor, teacher_processor)
+            return Teacher(teacher, recipe, device=device, processors=processors)
+        options = {"batch_size": eval_batch_size, "num_workers": num_workers, "teacher_processor": teacher_processor}
+        return CachedTeacher(teacher, data, transform, processor, recipe, accelerator, **options)
+
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with (
         generators,
@@ -107,7 +115,6 @@ def finetune(
         _heads(model, teacher, recipe) as heads,
         accelerated(model, recipe) as network,
     ):
-        processors = None if teacher_processor is None else (processor, teacher_processor)
         training = Training(
             model=model,
             processor=processor,
@@ -121,9 +128,7 @@ def finetune(
             num_classes=len(data.label_names),
             recipe=recipe,
             accelerator=accelerator,
-            teacher=None
-            if teacher is None or recipe.distillation == "none"
-            else Teacher(teacher, recipe, device=device, processors=processors),
+            teacher=None if teacher is None or recipe.distillation == "none" else teach(),
             heads=heads,
             optimizer=build_optimizer(model, recipe),
             scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
