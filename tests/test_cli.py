@@ -641,3 +641,10 @@ def test_two_ranks_evaluate_to_the_figures_of_one(launched: dict[str, Launched],
     expected = read(pruned, "metrics.json")["pruned"]
     assert json.loads(figures) == pytest.approx(expected, rel=1e-6)
     assert json.loads(figures)["images"] == 20
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_would_shard_the_model_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")  # as accelerate's launcher says it
+    line = refuse("run", "--prune.criterion", "l1")
+    assert f"accelerate is set to {kind}; here each rank has the whole model" in line and "MULTI_GPU" in line
