@@ -187,7 +187,7 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
         size = batches.sizes[update * parts + step]
         with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
             seeds = (recipe.seed, epoch, update, rank + step * world)
-            loss = _part_loss(training, positions, pixel_values, labels, seeds) * bool(size)
+            loss = _part_loss(training, positions, pixel_values, labels, seeds=seeds) * bool(size)
             # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
             training.statistics.add(counts=bool(size))
             training.scaler.scale(loss * (world / samples)).backward()
@@ -223,7 +223,7 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
 
 
 def _part_loss(
-    training: Training, positions: Tensor, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]
+    training: Training, positions: Tensor, pixel_values: Tensor, labels: Tensor, *, seeds: tuple[int, ...]
 ) -> Tensor:
     """Return the sum of the samples' losses of a part of a batch."""
     recipe, device = training.recipe, training.accelerator.device
