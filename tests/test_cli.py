@@ -376,7 +376,7 @@ def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
 def test_the_help_names_each_stage_and_the_version_is_the_packages() -> None:
     for flag in ("--help", "-h"):
         printed = succeed(flag)
-        assert all(re.search(rf"^    {stage.split()[0]} +\S", printed, re.MULTILINE) for stage in STAGES)
+        assert all(re.search(rf"^    {stage.split()[0]}\s+\S", printed, re.MULTILINE) for stage in STAGES)
     assert succeed("--version") == f"isoprune {isoprune_hf.__version__}\n"
 
 
