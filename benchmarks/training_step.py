@@ -28,13 +28,15 @@ def main(name: str = "timm/deit_tiny_patch16_224", batch_size: str = "16", round
     recipe = FinetuneRecipe(epochs=1000, batch_size=int(batch_size), distillation="none")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
-    models = [load_base(name, False, num_labels=100).model.to(device) for _ in range(2)]
+    bases = [load_base(name, False, num_labels=100) for _ in range(2)]
+    models = [base.model.to(device) for base in bases]
     shape = models[0].config.image_size
     images = torch.randn(recipe.batch_size, *shape, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(recipe.batch_size) % 100
     optimizers = [build_optimizer(model, recipe) for model in models]
     training = Training(
         model=models[1],
+        processor=bases[1].processor,
         network=models[1],
         num_classes=100,
         recipe=recipe,

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from jsonargparse import ArgumentParser, Namespace
 from transformers.utils import logging as transformers_logging
 
@@ -233,6 +233,12 @@ def _quiet_libraries() -> None:
 
 
 def _open_accelerator(finetune: FinetuneRecipe | None) -> Accelerator:
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise RecipeError(
+                f"accelerate is set to {kind}; here each rank has the whole model and a part of the batch: set its "
+                "distributed_type to MULTI_GPU, or NO for one process"
+            )
     patience = [] if finetune is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=finetune.rank_minutes))]
     # Without `cpu`, processes on a machine without an accelerator would each be rank 0 of 1.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=patience)

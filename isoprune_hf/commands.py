@@ -76,7 +76,7 @@ STAGES = {
             ("overwrite", bool, False, "Replace what lies at OUTPUT and HTML."),
         ],
         "List the isomorphic classes of MODEL, what its plan keeps of each, and, where scores can be had, what local, "
-        "global and isomorphic competition would each cut at the same MACs (prune.target_macs; 50%).",
+        "global and isomorphic competition would each cut at the same MACs (prune.target_macs; default: half).",
         ("model",),
     ),
     "frontier": Stage(

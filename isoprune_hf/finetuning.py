@@ -51,6 +51,7 @@ def open_run(
     for section, settings in (("data", data), ("finetune", recipe)):
         values = recipe_to_dict(settings).items()
         identity |= {f"{section}.{name}": value for name, value in values if name not in _FREE}
+    is_cached = identity["finetune.teacher_cache"] = recipe.teacher_cache is not None  # wherever that is
     return TrainingRun(
         folder / CHECKPOINTS,
         identity,
@@ -60,7 +61,7 @@ def open_run(
         minutes=recipe.state_minutes,
         log_every=recipe.log_every,
         tracker=recipe.tracker,
-        flops=count_training_flops(student.model, None if teacher is None else teacher.model),
+        flops=count_training_flops(student.model, None if teacher is None or is_cached else teacher.model),
         peak_tflops=recipe.peak_tflops,
     )
 

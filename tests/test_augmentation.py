@@ -13,12 +13,12 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.augmentation import (
-    EvaluationTransform,
     TransformedImages,
     seed_from,
     seeded_generators,
     train_transform,
 )
+from isoprune_hf.training.pixels import EvaluationTransform
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

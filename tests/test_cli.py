@@ -376,7 +376,7 @@ def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
 def test_the_help_names_each_stage_and_the_version_is_the_packages() -> None:
     for flag in ("--help", "-h"):
         printed = succeed(flag)
-        assert all(re.search(rf"^    {stage.split()[0]} +\S", printed, re.MULTILINE) for stage in STAGES)
+        assert all(re.search(rf"^    {stage.split()[0]}\s+\S", printed, re.MULTILINE) for stage in STAGES)
     assert succeed("--version") == f"isoprune {isoprune_hf.__version__}\n"
 
 
@@ -641,3 +641,10 @@ def test_two_ranks_evaluate_to_the_figures_of_one(launched: dict[str, Launched],
     expected = read(pruned, "metrics.json")["pruned"]
     assert json.loads(figures) == pytest.approx(expected, rel=1e-6)
     assert json.loads(figures)["images"] == 20
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_would_shard_the_model_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")  # as accelerate's launcher says it
+    line = refuse("run", "--prune.criterion", "l1")
+    assert f"accelerate is set to {kind}; here each rank has the whole model" in line and "MULTI_GPU" in line

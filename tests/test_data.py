@@ -11,9 +11,9 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training import data as data_module
-from isoprune_hf.training.augmentation import EvaluationTransform
 from isoprune_hf.training.data import check_labels, load_data
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids, eval_loader, train_batches
+from isoprune_hf.training.pixels import EvaluationTransform
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")  # tench, goldfish, great white shark
 PROCESSOR = IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)

@@ -454,8 +454,8 @@ def poison(rank: int, updates: set[int]) -> Callable[[], None]:
     def prepare() -> None:
         part_loss = epoch_module._part_loss
 
-        def poisoned(training: Any, pixel_values: Any, labels: Any, seeds: tuple[int, ...]) -> torch.Tensor:
-            loss = part_loss(training, pixel_values, labels, seeds)
+        def poisoned(training: Any, *images: torch.Tensor, seeds: tuple[int, ...]) -> torch.Tensor:
+            loss = part_loss(training, *images, seeds=seeds)
             is_meant = training.accelerator.process_index == rank and seeds[1] == 2 and seeds[2] in updates
             return loss * float("nan") if is_meant else loss
 

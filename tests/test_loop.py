@@ -26,7 +26,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
-from isoprune_hf.training.augmentation import seed_from, train_transform
+from isoprune_hf.training.augmentation import TransformedImages, seed_from, train_transform
 from isoprune_hf.training.data import ImageData, load_data
 from isoprune_hf.training.evaluation import evaluate_model
 from isoprune_hf.training.loading import TrainBatches, train_batches
@@ -186,6 +186,25 @@ def test_bf16_trains_fp32_weights_near_those_of_fp32():
     train(half, make_recipe(precision="bf16"), teacher=None)
     assert half.head.weight.dtype == torch.float32 and not torch.equal(full.head.weight, half.head.weight)
     assert_equal_weights(full, half, atol=2e-2)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(1, 25), (0.3, None)])
+def test_a_loader_that_holds_up_the_training_is_named(seconds, said, caplog, monkeypatch):
+    """A clock that reading an image moves on, and a batch of 8 by 24 seconds: 8 of 32 seconds are waiting, or 2.4."""
+    clock, load, net = [0.0], TransformedImages.__getitem__, make_net()
+
+    def read(images: TransformedImages, at: Any) -> Any:
+        clock[0] += seconds
+        return load(images, at)
+
+    monkeypatch.setattr(TransformedImages, "__getitem__", read)
+    monkeypatch.setattr("isoprune_hf.training.epoch.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    net.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 24))
+    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.epoch"):
+        train(net, make_recipe(epochs=1, batch_size=8), data=make_data(evaluation=0))
+    lines = [record.getMessage() for record in caplog.records]
+    text = f"the loader is the bottleneck, {said}% of the time is waiting for data; raise data.num_workers (now 0)"
+    assert (len(lines) == 1 and text in lines[0]) if said else not lines
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error():

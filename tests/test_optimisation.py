@@ -89,3 +89,44 @@ def test_the_learning_rate_falls_from_layer_to_layer(tmp_path: Path):
 def test_layer_decay_needs_a_network_that_names_its_layers(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"finetune.layer_decay: ViTForImageClassification does not name its layers"):
         build_optimizer(make_base("hf-vit", tmp_path), FinetuneRecipe(layer_decay=0.5))
+
+
+def lamb_by_hand(weight: float, gradient: float, *, rate: float, decay: float) -> float:
+    """The first step of LAMB (You et al. 2020) for one number: the direction of Adam, scaled to the weight."""
+    direction = gradient / (abs(gradient) + 1e-6) + decay * weight
+    trust = abs(weight) / abs(direction)
+    return weight - rate * trust * direction
+
+
+def test_optimizers_of_timm_come_by_name_with_the_decay_of_the_rule():
+    net = TinyNet()
+    optimizer = build_optimizer(net, FinetuneRecipe(optimizer="lamb", weight_decay=0.3, learning_rate=0.1))
+    assert type(optimizer).__name__ == "Lamb" and [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = build_optimizer(net, FinetuneRecipe(optimizer="lamb", weight_decay=0.3, learning_rate=0.1))
+    net.weight.grad = torch.tensor([[0.5]])  # below 1, which timm's LAMB bounds the norm of all gradients to
+    optimizer.step()
+    assert net.weight.item() == pytest.approx(lamb_by_hand(2.0, 0.5, rate=0.1, decay=0.3), rel=1e-5)
+
+
+def test_lion_steps_along_the_sign():
+    net = nn.Module()
+    net.weight = nn.Parameter(torch.tensor([[2.0, -1.0]]))
+    optimizer = build_optimizer(net, FinetuneRecipe(optimizer="lion", weight_decay=0.5, learning_rate=0.1))
+    net.weight.grad = torch.tensor([[3.0, -0.2]])
+    optimizer.step()
+    # Chen et al. 2023: w (1 - rate decay) - rate sign(...).
+    assert net.weight.tolist()[0] == pytest.approx([2.0 * 0.95 - 0.1, -1.0 * 0.95 + 0.1])
+
+
+def test_plain_names_are_the_optimizers_of_torch():
+    for name, kind in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
+        optimizer = build_optimizer(TinyNet(), FinetuneRecipe(optimizer=name))
+        assert type(optimizer) is kind and not optimizer.defaults.get("nesterov")
+
+
+@pytest.mark.parametrize("name", ["adamx", "bnbadamw", "kron", "adahessian", "fusedlamb"])
+def test_an_optimizer_that_is_not_offered_is_refused(name: str):
+    with pytest.raises(RecipeError, match=rf"finetune.optimizer must be adamw, sgd or one of .*lamb.*, got '{name}'"):
+        FinetuneRecipe(optimizer=name)

@@ -1,5 +1,7 @@
 """A training that is restored from a snapshot goes on as the one it was taken of."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,16 +9,27 @@ import torch
 from accelerate import Accelerator
 from test_loop import make_data, make_normed, make_processor, make_recipe
 
+from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.recipes.finetune import OPTIMIZERS
 from isoprune_hf.training.augmentation import train_transform
+from isoprune_hf.training.epoch import Progress
 from isoprune_hf.training.loading import train_batches
 from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.optimisation import build_optimizer
 from isoprune_hf.training.run import TrainingRun
+from isoprune_hf.training.snapshots import read_newest, write_snapshot
+from isoprune_hf.training.state import capture, restore
 
 ACCELERATOR = Accelerator(cpu=True)
 KINDS: dict[str, dict[str, Any]] = {
     "sgd with BatchNorm and mixup": {"mixup": 0.5, "virtual_replicas": 2},
     "adamw with an average": {"optimizer": "adamw", "learning_rate": 1e-2, "ema_decay": 0.5, "best": "ema"},
     "fp16": {"precision": "fp16"},
+    "lamb, which counts its steps in its groups as tensors": {"optimizer": "lamb", "learning_rate": 1e-2},
+    "adan, which counts them there as numbers": {"optimizer": "adan", "learning_rate": 1e-2},
+    "lion": {"optimizer": "lion", "learning_rate": 1e-3},
+    "madgrad, which has numbers for each parameter": {"optimizer": "madgrad", "learning_rate": 1e-2},
+    "muon, which has truths": {"optimizer": "muon", "learning_rate": 1e-2},
     "bf16 with copies": {"precision": "bf16", "repeated_augmentation": 2},
 }
 
@@ -54,6 +67,37 @@ def test_going_on_behind_any_update_gives_the_same_bits(kind: str, tmp_path) -> 
             assert {k: v for k, v in entry.items() if k not in speed} == {
                 k: v for k, v in other.items() if k not in speed
             }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_steps_from_its_files_as_from_memory(name: str, tmp_path: Path) -> None:
+    recipe = FinetuneRecipe(optimizer=name, learning_rate=1e-2)
+
+    def begin(seed: int) -> SimpleNamespace:
+        net = make_normed(seed=seed)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return SimpleNamespace(model=net, ema=None, optimizer=build_optimizer(net, recipe), scaler=scaler)
+
+    def step(training: SimpleNamespace, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in training.model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        training.optimizer.step()
+
+    whole, other = begin(0), begin(5)
+    for seed in range(3):
+        step(whole, seed)
+    write_snapshot(tmp_path, capture(whole, Progress(epoch=2, update=3)), run="run")
+    step(other, 9)  # what it has must go
+    progress = restore(other, read_newest(tmp_path, run="run"))
+    assert (progress.epoch, progress.update) == (2, 3)
+    before = [parameter.detach().clone() for parameter in whole.model.parameters()]
+    for seed in (3, 4):
+        step(whole, seed)
+        step(other, seed)
+    pairs = list(zip(whole.model.parameters(), other.model.parameters(), strict=True))
+    assert all(torch.equal(parameter, again) for parameter, again in pairs)
+    assert not any(torch.equal(parameter, old) for (parameter, _), old in zip(pairs, before, strict=True))
 
 
 @pytest.mark.parametrize("start", [0, 1, 3])

@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from timm.optim import list_optimizers
+
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.values import check_range
+
+# Without those that need packages of their own, second derivatives, or keep more than tensors and numbers.
+OPTIMIZERS = list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*"])
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class FinetuneRecipe:
         drop_last: Leave out the images that do not fill a last batch; false trains on them, too.
         repeated_augmentation: Copies of an image in an epoch, each augmented in its own way; the epoch keeps its
             length, so it has the fewer different images.
-        optimizer: adamw or sgd.
+        optimizer: adamw or sgd, which are torch's; or another one of timm by its name, as lamb, lion or adan.
         learning_rate: Peak learning rate, for the whole batch.
-        momentum: Momentum of sgd.
+        momentum: Momentum of sgd, and of those of timm that have one.
         weight_decay: Decay of the parameters that `weight_decay_rule` names.
         weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: these without tokens, positions and
             what else the network excepts; all: every parameter.
@@ -50,6 +55,8 @@ class FinetuneRecipe:
         distillation_head: Whom the teacher speaks to: the logits, or the distillation token alone (DeiT), which then
             leaves the labels to the class token.
         teacher: auto (the dense base, where it has trained weights), none, or a name or folder as for `prune.model`.
+        teacher_cache: Folder of the teacher's logits, which are computed once and then read. Only where an image looks
+            the same in each epoch: no random crop, flip, policy, erasing or mixing.
         teacher_label_smoothing: The same as `label_smoothing` for the teacher's part of hard distillation.
         distillation_weight: Share of the teacher in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
@@ -88,7 +95,7 @@ class FinetuneRecipe:
     virtual_replicas: int | None = None
     drop_last: bool = True
     repeated_augmentation: int = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     momentum: float = 0.9
     weight_decay: float = 0.05
@@ -113,6 +120,7 @@ class FinetuneRecipe:
     distillation: Literal["none", "soft", "hard"] = "soft"
     distillation_head: Literal["logits", "token"] = "logits"
     teacher: str = "auto"
+    teacher_cache: str | None = None
     teacher_label_smoothing: float = 0.0
     distillation_weight: float = 0.5
     temperature: float = 1.0
@@ -155,6 +163,11 @@ class FinetuneRecipe:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
         self._check("layer_decay", 0, 1)
+        if self.optimizer not in OPTIMIZERS:
+            raise RecipeError(
+                f"{self.section}.optimizer must be adamw, sgd or one of timm ({', '.join(OPTIMIZERS)}), got "
+                f"{self.optimizer!r}"
+            )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise RecipeError(
@@ -166,6 +179,16 @@ class FinetuneRecipe:
             raise RecipeError(
                 f"{self.section}.virtual_replicas {self.virtual_replicas} decides how often gradients are added up: "
                 f"leave {self.section}.grad_accumulation {self.grad_accumulation} out"
+            )
+        fixed = {"mixup": 0, "cutmix": 0, "auto_augment": None, "random_erasing": 0, "hflip": round(self.hflip)}
+        random = {name: value for name, value in fixed.items() if getattr(self, name) != value}
+        if tuple(self.crop_scale) != (1, 1):
+            random["crop_scale"] = [1, 1]
+        if self.teacher_cache is not None and random:
+            raise RecipeError(
+                f"{self.section}.teacher_cache needs the same view of an image in each epoch, got "
+                f"{', '.join(f'{name} {getattr(self, name)}' for name in random)}; set "
+                f"{', '.join(f'{name} {value}' for name, value in random.items())}, or leave the cache out"
             )
         if (self.mixup or self.cutmix) and self.mixup_pairing == "flip" and not self.drop_last:
             raise RecipeError(

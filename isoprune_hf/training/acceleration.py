@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.augmentation import normalisation
+from isoprune_hf.training.pixels import normalisation
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,8 +84,8 @@ class Teacher:
         self._network = torch.compile(model) if recipe.torch_compile else model
         self._renormalise = None if processors is None else _renormalisation(*processors, device=device)
 
-    def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Return logits of shape (B, C) for the student's pixel values (B, 3, H, W)."""
+    def __call__(self, pixel_values: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return logits of shape (B, C) for the student's pixel values (B, 3, H, W), of whatever images."""
         with torch.inference_mode():
             if self._renormalise is not None:
                 pixel_values = self._renormalise(pixel_values)

@@ -1,9 +1,10 @@
-"""Image transforms for training and evaluation, both from the image processor that travels with the weights."""
+"""Image transforms for training, from the image processor that travels with the weights, and their random numbers."""
 
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from torchvision.transforms import (
     AutoAugment,
     Compose,
     InterpolationMode,
+    PILToTensor,
     RandAugment,
     RandomHorizontalFlip,
+    ToPILImage,
     TrivialAugmentWide,
 )
 from transformers import BaseImageProcessor
@@ -26,24 +29,19 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.data import leave_encoded
 from isoprune_hf.training.decoding import Decoding, describe_broken, read_or_replace
+from isoprune_hf.training.pixels import EvaluationTransform, PixelTransform, RandomCrop, normalisation, normalised
 
 _BINS = 31  # steps of torchvision's strengths
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[[Image.Image | torch.Tensor], torch.Tensor]
 
 
-class EvaluationTransform:
-    """The processor's own transform for one RGB image; an object, because loader processes pickle it."""
-
-    def __init__(self, processor: BaseImageProcessor):
-        self.processor = processor
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return pixel values of shape (C, H, W)."""
-        return self.processor([image], return_tensors="pt")["pixel_values"][0]
-
-
-def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Transform:
+def train_transform(
+    processor: BaseImageProcessor, recipe: FinetuneRecipe, *, decoding: Decoding | None = None
+) -> Transform:
     """Build the training transform: RGB image to pixel values of shape (C, H, W).
+
+    For the decoder `torchvision` it takes pixels and gives 8 bits, which `normalised` makes pixel values of; with
+    random erasing, which fills with normalised numbers, pixel values. The random numbers are the same.
 
     Size, interpolation, mean and standard deviation are the processor's. With `crop_scale` (1, 1) nothing is cropped
     at random: the image passes through the evaluation transform, between the flip and policy before it and the erasing
@@ -55,6 +53,7 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
     Note:
         It draws from the global generators of Python, NumPy and torch: call it within `seeded_generators`.
     """
+    is_fast = decoding is not None and decoding.decoder == "torchvision"
     evaluation = EvaluationTransform(processor)
     height, width = evaluation(Image.new("RGB", (64, 64))).shape[-2:]
     mean, std = normalisation(processor)
@@ -83,10 +82,18 @@ def train_transform(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> Tr
         ) from error
     if is_torchvision:
         augment = _torchvision_policy(recipe.auto_augment, interpolation)
-    if tuple(recipe.crop_scale) != (1.0, 1.0):
-        return Compose([crop, augment, normalise])
-    flip = [RandomHorizontalFlip(recipe.hflip)] if recipe.hflip else []
+    is_cropped = tuple(recipe.crop_scale) != (1.0, 1.0)
     erasing = normalise.transforms[2:]  # after the conversion to a tensor and the normalisation
+    flip = [RandomHorizontalFlip(recipe.hflip)] if recipe.hflip else []
+    if is_fast:
+        # Policies work on images of Pillow, since those of torchvision do not do quite the same with tensors.
+        policy = [ToPILImage(), augment, PILToTensor()] if recipe.auto_augment else []
+        ending = [partial(normalised, processor=processor), *erasing] if erasing else []
+        cropping = [RandomCrop(crop.transforms[0]), *crop.transforms[1:]]
+        begin, end = (cropping, []) if is_cropped else (flip, [PixelTransform(processor)])
+        return Compose([*begin, *policy, *end, *ending])
+    if is_cropped:
+        return Compose([crop, augment, normalise])
     return Compose([*flip, augment, evaluation, *erasing])
 
 
@@ -103,13 +110,6 @@ def _torchvision_policy(name: str, interpolation: str) -> Transform:
         f"finetune.auto_augment: torchvision has no policy {name!r}; give tv-rand-nN-mM with M below {_BINS}, as "
         f"tv-rand-n2-m9, or one of {', '.join(kinds)}"
     )
-
-
-def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation for pixels from 0 to 1, which is what timm normalises."""
-    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    return tuple(value / factor for value in mean), tuple(value / factor for value in std)
 
 
 def seed_from(*numbers: int) -> int:

@@ -63,7 +63,9 @@ def load_data(recipe: DataRecipe) -> ImageData:
         label_names=label_names,
         name=str(recipe.dataset),
         fingerprint=digest.hexdigest()[:16],
-        decoding=Decoding(broken=recipe.broken, max_broken=recipe.max_broken, exif=recipe.exif),
+        decoding=Decoding(
+            broken=recipe.broken, max_broken=recipe.max_broken, exif=recipe.exif, decoder=recipe.decoder
+        ),
     )
 
 

@@ -1,4 +1,7 @@
-"""From the bytes of a file to an upright image in RGB, and what is done about files that are no such thing."""
+"""From the bytes of a file to an upright image in RGB, and what is done about files that are no such thing.
+
+The decoder `pil` gives images of Pillow, the decoder `torchvision` their pixels as tensors (3, H, W) of 8 bits.
+"""
 
 import io
 import struct
@@ -9,7 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional
 
 from isoprune_hf.errors import DatasetError
 
@@ -28,11 +35,13 @@ class Decoding:
             its place, or leaves it out of an evaluation; grey takes a grey one in its place.
         max_broken: More of them in an epoch or an evaluation are an error.
         exif: Turn images upright by their EXIF tag.
+        decoder: pil gives images, torchvision tensors.
     """
 
     broken: Literal["error", "skip", "grey"] = "error"
     max_broken: int = 100
     exif: bool = True
+    decoder: Literal["pil", "torchvision"] = "pil"
 
 
 def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
@@ -44,11 +53,7 @@ def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
     Raises:
         OSError: There is no image in it, or only a part of one; and the other errors of Pillow.
     """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError as error:
-        kind = "an image of a known format" if encoded else "anything"
-        raise OSError(f"there is not {kind} in it") from error
+    image = _open(encoded)
     image.load()
     if exif:
         image = ImageOps.exif_transpose(image)
@@ -57,8 +62,40 @@ def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decoding) -> tuple[Image.Image, int]:
-    """Read one row of a split whose images are encoded; returns the image in RGB and its label.
+def decode_pixels(encoded: bytes, *, exif: bool = True) -> Tensor:
+    """Decode an image file into the pixels of `decode_image`, (3, H, W).
+
+    torchvision decodes upright JPEGs in grey or RGB. All others, and what it finds damaged, are left to Pillow.
+
+    Raises:
+        OSError: As `decode_image`.
+    """
+    image = _open(encoded)
+    is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if is_plain and not (exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1):
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass
+    return to_pixels(decode_image(encoded, exif=exif))
+
+
+def to_pixels(image: Image.Image | Tensor) -> Tensor:
+    """Give the pixels of an RGB image, (3, H, W) of 8 bits; pixels stay as they are."""
+    return image if isinstance(image, Tensor) else functional.pil_to_tensor(image)
+
+
+def _open(encoded: bytes) -> Image.Image:
+    """Read the header of an image file."""
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError as error:
+        kind = "an image of a known format" if encoded else "anything"
+        raise OSError(f"there is not {kind} in it") from error
+
+
+def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decoding) -> tuple[Image.Image | Tensor, int]:
+    """Read one row of a split whose images are encoded; returns the image in RGB, or its pixels, and its label.
 
     Raises:
         DatasetError: The image is damaged; names its file where it has one.
@@ -68,12 +105,13 @@ def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decodin
         row = split[position]
         image, label = row["image"], row["label"]
         if isinstance(image, Image.Image):
-            return image.convert("RGB"), label
+            return _as_decoded(image.convert("RGB"), decoding), label
         if image is None:
             raise OSError("it is missing")
         where = image["path"] or where
         encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-        return decode_image(encoded, exif=decoding.exif), label
+        decode = decode_pixels if decoding.decoder == "torchvision" else decode_image
+        return decode(encoded, exif=decoding.exif), label
     except _DAMAGES as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0]
@@ -82,7 +120,7 @@ def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decodin
 
 def read_or_replace(
     split: Sequence[dict[str, Any]], position: int, decoding: Decoding, *, is_counted: bool = False
-) -> tuple[Image.Image, int, bool]:
+) -> tuple[Image.Image | Tensor, int, bool]:
     """Read one row, or what the policy puts in its place: a function of the position alone.
 
     Args:
@@ -92,7 +130,7 @@ def read_or_replace(
         is_counted: Each row counts as itself, as in an evaluation: no other one may take its place.
 
     Returns:
-        The image in RGB, its label, and whether the row itself could be read.
+        The image in RGB or its pixels, its label, and whether the row itself could be read.
 
     Raises:
         DatasetError: It is damaged, and the policy is error, or so are all that could take its place.
@@ -103,13 +141,17 @@ def read_or_replace(
         if decoding.broken == "error":
             raise
     if decoding.broken == "grey" or is_counted:
-        return _GREY, split[position]["label"], False
+        return _as_decoded(_GREY, decoding), split[position]["label"], False
     for step in range(1, min(len(split), decoding.max_broken + 2)):
         try:
             return *read_image(split, (position + step) % len(split), decoding), False
         except DatasetError:
             continue
     raise DatasetError(f"data: image {position} of its split cannot be read, and neither can those behind it")
+
+
+def _as_decoded(image: Image.Image, decoding: Decoding) -> Image.Image | Tensor:
+    return to_pixels(image) if decoding.decoder == "torchvision" else image
 
 
 def describe_broken(split: Sequence[dict[str, Any]], position: int, decoding: Decoding) -> str:

@@ -15,15 +15,17 @@ from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import BaseImageProcessor
 
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.acceleration import PRECISIONS, Teacher, arrange
+from isoprune_hf.training.acceleration import PRECISIONS, arrange
 from isoprune_hf.training.augmentation import seed_from
 from isoprune_hf.training.decoding import check_broken
 from isoprune_hf.training.distillation import training_loss
 from isoprune_hf.training.loading import TrainBatches, broken_positions
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import learning_rate_at
+from isoprune_hf.training.pixels import normalised
 from isoprune_hf.training.replicas import AveragedStatistics
 from isoprune_hf.training.step import check_faults, take_step
 
@@ -31,6 +33,7 @@ logger = get_logger(__name__)
 
 # Behind (seed, epoch, update, part): no stream of random numbers is that of an image, which has no fifth number.
 _DROPPING, _MIXING = 1, 2
+_MUCH_WAITING = 0.1  # of the time of an epoch
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,18 +41,21 @@ class Training:
     """What stays the same over all epochs.
 
     Args:
+        processor: Normalises what the loader leaves as 8 bits.
         network: `model`, compiled where the recipe says so, and wrapped where there are several ranks.
         num_classes: Of the classifier.
+        teacher: Gives logits for pixel values, and the positions of their images.
         heads: Gives the logits of both heads of the last forward pass, where the teacher speaks to one of them.
         interrupted_by: The signal that this rank was sent, if any.
     """
 
     model: nn.Module
+    processor: BaseImageProcessor
     network: nn.Module
     num_classes: int
     recipe: FinetuneRecipe
     accelerator: Accelerator
-    teacher: Teacher | None
+    teacher: Callable[[Tensor, Tensor], Tensor] | None
     heads: Callable[[], tuple[Tensor, Tensor]] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -67,6 +73,7 @@ class Progress:
         update: Updates of the epoch that are done.
         losses: Sum of the losses of its samples.
         seconds: How long it took.
+        waited: How much of it this process has waited for data.
         history: Entries of the epochs before it.
         broken: Images of the epoch that could not be read.
         left_out: Samples of the updates of the epoch that were left out, since they were not finite.
@@ -79,6 +86,7 @@ class Progress:
     update: int = 0
     losses: float = 0.0
     seconds: float = 0.0
+    waited: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     best_top1: float = -1.0
@@ -91,7 +99,7 @@ class Update(NamedTuple):
     """An update that is done: its mean loss, what the log says of it, and the signal that all ranks stop for.
 
     `broken` has the positions of the images of all ranks that could not be read; `fault` says why the update was left
-    out, if it was.
+    out, if it was; `waited` has the seconds in which this rank waited for data.
     """
 
     loss: float
@@ -99,6 +107,7 @@ class Update(NamedTuple):
     signal: signal.Signals | None
     broken: list[int]
     fault: str | None = None
+    waited: float = 0.0
 
 
 def train_epoch(
@@ -129,6 +138,7 @@ def train_epoch(
         done = _update(training, batches, stream, progress.epoch, update)
         progress.update = update + 1
         progress.seconds += time.perf_counter() - start
+        progress.waited += done.waited
         if done.fault is None:
             progress.losses += done.loss * batches.totals[update]
             progress.faults = 0
@@ -144,6 +154,12 @@ def train_epoch(
             check_broken(progress.broken, batches.loader.dataset.decoding, f"epoch {progress.epoch}")
         if not after(done):
             return None
+    share = progress.waited / max(progress.seconds, 1e-9)
+    if share > _MUCH_WAITING:
+        logger.info(
+            f"epoch {progress.epoch}: the loader is the bottleneck, {share:.0%} of the time is waiting for data; "
+            f"raise data.num_workers (now {batches.loader.num_workers}), or set data.decoder: torchvision"
+        )
     seen = sum(batches.totals)
     lr = learning_rate_at(progress.epoch * updates - 1, recipe=training.recipe, updates_per_epoch=updates)
     speed = seen / max(progress.seconds, 1e-9)
@@ -171,7 +187,7 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
         size = batches.sizes[update * parts + step]
         with nullcontext() if step == parts - 1 else accelerator.no_sync(training.network):
             seeds = (recipe.seed, epoch, update, rank + step * world)
-            loss = _part_loss(training, pixel_values, labels, seeds) * bool(size)
+            loss = _part_loss(training, positions, pixel_values, labels, seeds=seeds) * bool(size)
             # The ranks' gradients are averaged, so `world` times a share of the global mean gives the mean.
             training.statistics.add(counts=bool(size))
             training.scaler.scale(loss * (world / samples)).backward()
@@ -203,21 +219,24 @@ def _update(training: Training, batches: TrainBatches, stream: Iterator[Any], ep
         "data_wait": waited / seconds,
     }
     agreed = signal.SIGINT if cancelled else signal.SIGTERM if ended else None
-    return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [], step.fault)
+    return Update(mean, figures, agreed, sorted(gather_object(broken)) if are_broken else [], step.fault, waited)
 
 
-def _part_loss(training: Training, pixel_values: Tensor, labels: Tensor, seeds: tuple[int, ...]) -> Tensor:
+def _part_loss(
+    training: Training, positions: Tensor, pixel_values: Tensor, labels: Tensor, *, seeds: tuple[int, ...]
+) -> Tensor:
     """Return the sum of the samples' losses of a part of a batch."""
     recipe, device = training.recipe, training.accelerator.device
     torch.manual_seed(seed_from(*seeds, _DROPPING))
     pixel_values, labels = pixel_values.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    pixel_values = normalised(pixel_values, training.processor)
     pixel_values, labels = mix(pixel_values, labels, recipe, num_classes=training.num_classes, seeds=(*seeds, _MIXING))
     pixel_values = arrange(pixel_values, recipe)
     with torch.autocast(device.type, PRECISIONS.get(recipe.precision), enabled=recipe.precision in PRECISIONS):
         logits, taught_logits = training.network(pixel_values=pixel_values).logits, None
         if training.heads is not None:
             logits, taught_logits = training.heads()
-        teacher_logits = None if training.teacher is None else training.teacher(pixel_values)
+        teacher_logits = None if training.teacher is None else training.teacher(pixel_values, positions)
     return training_loss(
         logits,
         labels,

@@ -17,6 +17,7 @@ from isoprune_hf.training.data import Dataset
 from isoprune_hf.training.decoding import Decoding, check_broken
 from isoprune_hf.training.loading import eval_loader
 from isoprune_hf.training.metrics import TOP, ImageClassificationMetric, PerClassMetric, per_class_table
+from isoprune_hf.training.pixels import normalised
 
 logger = logging.getLogger(__name__)  # also where there is no accelerator
 
@@ -112,7 +113,7 @@ def score_split(
     # The terminal of the main process alone shows a bar; a log file shows none.
     is_shown = rank == 0 and sys.stderr.isatty()
     batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not is_shown)
-    vectors = _score_images(model, batches, len(split))
+    vectors = _score_images(model, processor, batches, len(split))
     if world > 1:
         # `reduce` hands back new tensors; every place was written by one rank, so the sum is a union.
         vectors = [accelerator.reduce(vector.to(accelerator.device), reduction="sum").cpu() for vector in vectors]
@@ -131,7 +132,9 @@ def score_split(
 
 
 @torch.no_grad()
-def _score_images(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], images: int) -> list[Tensor]:
+def _score_images(
+    model: nn.Module, processor: BaseImageProcessor, loader: Iterable[tuple[Tensor, ...]], images: int
+) -> list[Tensor]:
     """Return the vectors of `Scores`, zero where another rank works, and a 1 for each broken image (N,)."""
     device = next(model.parameters()).device
     top = torch.zeros(images, TOP, dtype=torch.int64)
@@ -144,7 +147,8 @@ def _score_images(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], images
     try:
         for noted, pixel_values, labels in loader:
             positions = torch.where(noted < 0, ~noted, noted)
-            logits = model(pixel_values=pixel_values.to(device, non_blocking=True)).logits.cpu().double()
+            pixel_values = normalised(pixel_values.to(device, non_blocking=True), processor)
+            logits = model(pixel_values=pixel_values).logits.cpu().double()
             best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
             top[positions] = nn.functional.pad(best, (0, TOP - best.shape[1]), value=-1)
             references[positions] = labels

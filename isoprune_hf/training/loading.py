@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError, LoaderError
-from isoprune_hf.training.augmentation import EvaluationTransform, Transform, TransformedImages, seed_from
+from isoprune_hf.training.augmentation import Transform, TransformedImages, seed_from
 from isoprune_hf.training.data import Dataset
 from isoprune_hf.training.decoding import Decoding, check_broken
 from isoprune_hf.training.interruption import outlive_signals
+from isoprune_hf.training.pixels import evaluation_transform, normalised
 
 logger = logging.getLogger(__name__)  # also where there is no accelerator
 
@@ -38,6 +39,16 @@ class _Loader(DataLoader):
             ) from error
 
 
+def _collate(samples: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stack samples; 8 bits as they lie in memory, pixel after pixel, since to pull their colours apart takes long."""
+    positions, pixels, labels = zip(*samples, strict=True)
+    if pixels[0].dtype == torch.uint8:
+        stacked = torch.stack([image.movedim(0, -1) for image in pixels]).movedim(-1, 1)
+    else:
+        stacked = torch.stack(pixels)
+    return torch.tensor(positions), stacked, torch.tensor(labels)
+
+
 def _load(images: TransformedImages, batches: Sequence[Sequence[object]], num_workers: int) -> DataLoader:
     # A generator of its own, since a loader draws from the global one, which dropout uses.
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +57,7 @@ def _load(images: TransformedImages, batches: Sequence[Sequence[object]], num_wo
         batch_sampler=batches,
         num_workers=num_workers,
         generator=generator,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_signals,
     )
@@ -78,7 +90,8 @@ class CalibrationBatches:
     ):
         ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
         micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        self._images = TransformedImages(split, EvaluationTransform(processor), decoding=decoding)
+        decoding, self._processor = decoding or Decoding(), processor
+        self._images = TransformedImages(split, evaluation_transform(processor, decoding), decoding=decoding)
         self._loader = _load(self._images, micro_batches[rank::world], num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,7 +102,7 @@ class CalibrationBatches:
                 # No warning, since those of the other ranks are not shown.
                 logger.error(f"calibration: {self._images.describe(position)}")
             check_broken(broken, self._images.decoding, "the calibration sample")
-            yield pixel_values, labels
+            yield normalised(pixel_values, self._processor), labels
 
 
 def broken_positions(positions: Tensor) -> list[int]:
@@ -107,11 +120,28 @@ def eval_loader(
     world: int,
     decoding: Decoding | None = None,
 ) -> DataLoader:
-    """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,)."""
+    """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,).
+
+    The decoder `torchvision` gives 8 bits for pixel values, which `normalised` makes such.
+    """
+    decoding = decoding or Decoding()
     shard = list(range(rank, len(split), world))
     batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
-    images = TransformedImages(split, EvaluationTransform(processor), decoding=decoding, is_counted=True)
+    transform = evaluation_transform(processor, decoding)
+    images = TransformedImages(split, transform, decoding=decoding, is_counted=True)
     return _load(images, batches, num_workers)
+
+
+def view_loader(
+    split: Dataset,
+    batches: Sequence[Sequence[int]],
+    *,
+    transform: Transform,
+    decoding: Decoding,
+    num_workers: int,
+) -> DataLoader:
+    """Load the images at some positions in the given batches, as training sees them where nothing is random."""
+    return _load(TransformedImages(split, transform, (0,), decoding=decoding), batches, num_workers)
 
 
 @dataclass(frozen=True, eq=False)

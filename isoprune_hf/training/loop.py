@@ -28,6 +28,7 @@ from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics, count_parts, fit_batch_size
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.state import capture, restore
+from isoprune_hf.training.teacher_cache import CachedTeacher
 
 logger = get_logger(__name__)
 
@@ -83,7 +84,7 @@ def finetune(
         raise DatasetError(f"finetune: {data.name!r} has no training split; set data.train_split")
     device, world = accelerator.device, accelerator.num_processes
     batch_size = fit_batch_size(len(data.train), recipe, world=world)
-    transform = train_transform(processor, recipe)
+    transform = train_transform(processor, recipe, decoding=data.decoding)
     model.to(device)
     ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
     result = ema.module if recipe.best == "ema" else model
@@ -100,6 +101,13 @@ def finetune(
             figures |= {f"{kind}_{name}": others[name] for name in ("top1", "top5", "loss", "ece")}
         return figures
 
+    def teach() -> Teacher | CachedTeacher:
+        if recipe.teacher_cache is None:
+            processors = None if teacher_processor is None else (processor, teacher_processor)
+            return Teacher(teacher, recipe, device=device, processors=processors)
+        options = {"batch_size": eval_batch_size, "num_workers": num_workers, "teacher_processor": teacher_processor}
+        return CachedTeacher(teacher, data, transform, processor, recipe, accelerator, **options)
+
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with (
         generators,
@@ -107,9 +115,9 @@ def finetune(
         _heads(model, teacher, recipe) as heads,
         accelerated(model, recipe) as network,
     ):
-        processors = None if teacher_processor is None else (processor, teacher_processor)
         training = Training(
             model=model,
+            processor=processor,
             # Not `prepare`: it would leave a patched, autocasting forward on the caller's model. Buffers are averaged
             # over the parts of a batch, not taken from the first rank.
             network=DistributedDataParallel(
@@ -120,9 +128,7 @@ def finetune(
             num_classes=len(data.label_names),
             recipe=recipe,
             accelerator=accelerator,
-            teacher=None
-            if teacher is None or recipe.distillation == "none"
-            else Teacher(teacher, recipe, device=device, processors=processors),
+            teacher=None if teacher is None or recipe.distillation == "none" else teach(),
             heads=heads,
             optimizer=build_optimizer(model, recipe),
             scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
@@ -162,8 +168,8 @@ def finetune(
             for name, kept in _checkpoints(model, ema, result, recipe, epoch, is_best and data.evaluation is not None):
                 if save is not None:
                     save(name, kept, entry)
-            progress.epoch, progress.update, progress.losses, progress.seconds = epoch + 1, 0, 0.0, 0.0
-            progress.broken, progress.left_out = 0, 0
+            progress.epoch, progress.update, progress.broken, progress.left_out = epoch + 1, 0, 0, 0
+            progress.losses, progress.seconds, progress.waited = 0.0, 0.0, 0.0
     training.optimizer.zero_grad()
     if result is not model:
         model.load_state_dict(result.state_dict())

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from isoprune_hf.errors import RecipeError
@@ -22,7 +22,9 @@ def build_optimizer(model: nn.Module, recipe: FinetuneRecipe) -> torch.optim.Opt
     groups = _parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, momentum=recipe.momentum)
 
 
 def _parameter_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """What a snapshot holds of a training: all that the next update depends on, and nothing of one rank alone."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from isoprune_hf.training.epoch import Progress, Training
@@ -19,15 +19,17 @@ def capture(training: Training, progress: Progress, **notes: Any) -> Snapshot:
     groups = {"model": training.model.state_dict()}
     if training.ema is not None:
         groups["ema"] = training.ema.module.state_dict()
-    for number, values in training.optimizer.state_dict()["state"].items():
-        groups[f"optimizer.{number}"] = {name: value for name, value in values.items() if value is not None}
+    numbers: dict[str, dict[str, Any]] = {}
+    for part, values in _optimizer_parts(training.optimizer.state_dict()):
+        groups[part] = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        numbers[part] = {name: value for name, value in values.items() if isinstance(value, int | float)}
     # A copy, since tied weights share their memory and safetensors holds no two tensors that do.
     tensors = {
-        f"{group}.{name}": torch.as_tensor(value).detach().to("cpu", copy=True)
+        f"{group}.{name}": value.detach().to("cpu", copy=True)
         for group, values in groups.items()
         for name, value in values.items()
     }
-    values = {"progress": asdict(progress), "scaler": training.scaler.state_dict(), **notes}
+    values = {"progress": asdict(progress), "scaler": training.scaler.state_dict(), "optimizer": numbers, **notes}
     return Snapshot(progress.epoch, progress.update, tensors, values)
 
 
@@ -36,15 +38,26 @@ def restore(training: Training, snapshot: Snapshot) -> Progress:
     training.model.load_state_dict(_group(snapshot.tensors, "model"))
     if training.ema is not None:
         training.ema.module.load_state_dict(_group(snapshot.tensors, "ema"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _group(snapshot.tensors, "optimizer").items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = tensor
-    # The groups are those of the recipe, which is the same; the learning rate is a function of the update.
-    groups = training.optimizer.state_dict()["param_groups"]
+    # The groups are those of the recipe, which is the same, but for what their optimizer counts in them.
+    state, groups = {}, training.optimizer.state_dict()["param_groups"]
+    for part, numbers in snapshot.values["optimizer"].items():
+        kind, _, number = part.rpartition(".")
+        values = {**numbers, **_group(snapshot.tensors, part)}
+        if kind == "optimizer.group":
+            groups[int(number)] |= values
+        elif values:
+            state[int(number)] = values
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
     training.scaler.load_state_dict(snapshot.values["scaler"])
     return Progress(**snapshot.values["progress"])
+
+
+def _optimizer_parts(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give what an optimizer keeps for each parameter, and what it keeps in each group, with names."""
+    for number, values in state["state"].items():
+        yield f"optimizer.parameter.{number}", values
+    for number, values in enumerate(state["param_groups"]):
+        yield f"optimizer.group.{number}", values
 
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:

@@ -1,0 +1,172 @@
+"""Plan the finetuning of a recipe: time, memory and cost on a number of GPUs, as a Markdown table.
+
+    python benchmarks/plan_run.py recipes/deit_0.6g.yaml --gpus 8 64 --peak 312 --mfu 0.3 --price 2
+
+Nothing is downloaded and no GPU is used. The model is cut here with random weights and gradients, as
+`reference_table.py` does it, so that its operations and the tensors that its backward pass keeps are counted, not
+guessed. The MFU is an assumption until the log of a run on the GPUs in question says it (`mfu`, with
+`finetune.peak_tflops`). The formulas are those of docs/scaling.md.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from reference_table import head, score
+from torch import Tensor, nn
+
+from isoprune_hf import FinetuneRecipe, PruneRecipe, load_base, prune_model
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.finetuning import count_training_flops
+from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.recipe_files import read_recipe
+
+TRAIN_IMAGES, EVAL_IMAGES = 1_281_167, 50_000  # ImageNet-1K
+# Bytes for each parameter that an optimizer keeps; the others have two moments in fp32.
+OPTIMIZER_BYTES = {"sgd": 4, "lion": 4}
+COLUMNS = [
+    *("recipe", "GPUs", "parts", "images a part", "GFLOP an image", "hours", "GPU-hours", "cost", "images/s"),
+    *("loader cores a GPU", "states GiB", "activations GiB"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a plan is made of.
+
+    Args:
+        recipe: How to train.
+        train_flops: Operations of training on one image, the teacher's among them.
+        eval_flops: Operations of evaluating one.
+        params: Parameters of the student.
+        teacher_params: Of the teacher; 0 without one.
+        kept_bytes: What the backward pass keeps of one image.
+    """
+
+    recipe: FinetuneRecipe
+    train_flops: float
+    eval_flops: float
+    params: int
+    teacher_params: int
+    kept_bytes: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", help="recipe files")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
+    parser.add_argument(
+        "--peak", type=float, default=312.0, help="10^12 operations a second of a GPU, by its data sheet"
+    )
+    parser.add_argument("--mfu", type=float, default=0.3, help="assumed share of it, from 0 to 1")
+    parser.add_argument("--price", type=float, default=2.0, help="of a GPU-hour")
+    parser.add_argument("--loader", type=float, default=365.0, help="images a second that one core loads")
+    options = parser.parse_args()
+    if not 0 < options.mfu <= 1 or min(options.peak, options.loader, *options.gpus) <= 0:
+        parser.error("--mfu must be above 0 and at most 1, --peak, --loader and --gpus above 0")
+    print(f"assumed: {options.peak:g} TFLOP/s a GPU, MFU {options.mfu:g}, {options.price:g} a GPU-hour\n")
+    print(head(COLUMNS), flush=True)
+    for file in options.recipes:
+        run = open_run(file)
+        for gpus in options.gpus:
+            cells = plan(run, gpus, peak=options.peak, mfu=options.mfu, price=options.price, loader=options.loader)
+            print(f"| {file.rpartition('/')[2].removesuffix('.yaml')} | {' | '.join(cells)} |", flush=True)
+
+
+def open_run(file: str) -> Run:
+    """Cut the model of a recipe file, and count."""
+    values = read_recipe(file)
+    prune, recipe = PruneRecipe(**values["prune"]), FinetuneRecipe(**values["finetune"])
+    base = load_base(prune.model, pretrained=False, seed=prune.seed).model
+    student, teacher = prune_model(base, prune, scores=score(base, prune)).model, None
+    if recipe.distillation != "none" and recipe.teacher != "none":
+        teacher = base if recipe.teacher == "auto" else load_base(recipe.teacher, pretrained=False).model
+    return Run(
+        recipe=recipe,
+        train_flops=count_training_flops(student, None if recipe.teacher_cache else teacher),
+        eval_flops=2.0 * count_cost(student).macs,
+        params=count_cost(student).params,
+        teacher_params=0 if teacher is None else count_cost(teacher).params,
+        kept_bytes=count_kept_bytes(student, recipe),
+    )
+
+
+def count_kept_bytes(model: IsoPruneForImageClassification, recipe: FinetuneRecipe) -> float:
+    """Count the bytes of the tensors that the backward pass keeps for one more image, parameters left out."""
+    return _kept(model, recipe, 3) - _kept(model, recipe, 2)
+
+
+def _kept(model: nn.Module, recipe: FinetuneRecipe, images: int) -> int:
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # else the next tensor may lie where one lay
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    pixels = torch.zeros(images, *model.config.image_size)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision != "no")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        model.train()(pixel_values=pixels)
+    return sum(kept.values())
+
+
+def count_seconds(run: Run, gpus: int, *, peak: float, mfu: float) -> float:
+    """Compute the time of all epochs and their evaluations; the moving average is evaluated, too."""
+    recipe = run.recipe
+    evaluations = math.ceil(recipe.epochs / recipe.evaluate_every) * (1 if recipe.ema_decay is None else 2)
+    operations = recipe.epochs * TRAIN_IMAGES * run.train_flops + evaluations * EVAL_IMAGES * run.eval_flops
+    return operations / (gpus * peak * 1e12 * mfu)
+
+
+def count_state_bytes(run: Run, gpus: int) -> int:
+    """Count the bytes on one GPU that do not depend on the batch.
+
+    The student has weights and gradients in fp32, the optimizer's moments, an average where there is one, the buckets
+    of DDP on several GPUs, and a copy of the weights in 16 bits under autocast; the teacher weights and that copy.
+    """
+    recipe = run.recipe
+    half = 2 if recipe.precision != "no" else 0
+    student = 8 + OPTIMIZER_BYTES.get(recipe.optimizer, 8) + half
+    student += (4 if recipe.ema_decay is not None else 0) + (4 if gpus > 1 else 0)
+    teacher = 4 + half if recipe.teacher_precision in (None, "no") else 2
+    return run.params * student + (0 if recipe.teacher_cache else run.teacher_params * teacher)
+
+
+def count_parts(recipe: FinetuneRecipe, gpus: int) -> int:
+    """Give the parts of a batch: the recipe's, or as many as GPUs where these cannot share them."""
+    parts = recipe.virtual_replicas or gpus * recipe.grad_accumulation
+    return parts if parts % gpus == 0 else gpus
+
+
+def plan(run: Run, gpus: int, *, peak: float, mfu: float, price: float, loader: float) -> list[str]:
+    """Give the cells of a row behind the name."""
+    recipe, seconds = run.recipe, count_seconds(run, gpus, peak=peak, mfu=mfu)
+    parts = count_parts(recipe, gpus)
+    changed = "*" if recipe.virtual_replicas not in (None, parts) else ""
+    speed = gpus * peak * 1e12 * mfu / run.train_flops
+    kept = run.kept_bytes * recipe.batch_size / parts
+    hours = seconds / 3600
+    return [
+        str(gpus),
+        f"{parts}{changed}",
+        f"{recipe.batch_size / parts:g}",
+        f"{run.train_flops / 1e9:.1f}",
+        f"{hours:.1f}",
+        f"{gpus * hours:.0f}",
+        f"{gpus * hours * price:.0f}",
+        f"{speed:.0f}",
+        f"{speed / gpus / loader:.1f}",
+        f"{count_state_bytes(run, gpus) / 2**30:.2f}",
+        f"{kept / 2**30:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
