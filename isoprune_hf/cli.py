@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, Stage
 from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, LostRankError, RecipeError, TrainingFault
+from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipe_files import like, read_recipe, select_stage
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.version import __version__
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             that cannot go on with the code of its `TrainingFault`, Ctrl-C with 130.
     """
     try:
-        text, code = _run(*parse(list(sys.argv[1:] if arguments is None else arguments)))
+        with naming_extra("this"):
+            text, code = _run(*parse(list(sys.argv[1:] if arguments is None else arguments)))
     except TrainingFault as error:
         _fail(str(error), error.exit_code)
     except IsoPruneError as error:

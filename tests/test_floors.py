@@ -16,6 +16,7 @@ FLOORS = [
     ("checkpoint/modeling_isoprune.py", 0),
     ("version.py", 0),
     ("errors.py", 1),
+    ("extras.py", 2),
     ("recipes/", 2),
     ("checkpoint/", 2),
     ("processors.py", 3),
@@ -36,6 +37,7 @@ FLOORS = [
     ("frontier.py", 7),
     ("deployment.py", 7),
     ("cli.py", 8),
+    ("__main__.py", 9),
     ("__init__.py", 9),
 ]
 ONLY_IN = {

@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_and_writes_nothing(kind: str, tmp_path: Path) -> 
 
 def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install isoprune-hf[plots]" in refuse(*L1, "--output", tmp_path / "out")
+    assert "pip install isoprune-hf[publish]" in refuse(*L1, "--output", tmp_path / "out")
     assert contents(tmp_path) == {}
 
 

@@ -69,6 +69,7 @@ class IsoPruneForImageClassification(PreTrainedModel):
     An empty structure is the dense base itself: base and pruned are one class with one forward and one label map.
     """
 
+    config: IsoPruneConfig
     config_class = IsoPruneConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
