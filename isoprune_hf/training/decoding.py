@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from isoprune_hf.checkpoint.modeling_isoprune import check_pixels
 from isoprune_hf.errors import DatasetError
 
 _GREY = Image.new("RGB", (224, 224), (128, 128, 128))
 # What Pillow raises for damaged files; its limit on pixels (decompression bombs) among it.
-_DAMAGES = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
-_DAMAGES += (struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGES = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
+DAMAGES += (struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
     conversion of such grey would clip nearly all of it to white.
 
     Raises:
-        OSError: There is no image in it, or only a part of one; and the other errors of Pillow.
+        OSError: There is no image in it, or only a part of one; and the other errors of Pillow (`DAMAGES`).
+        ImageError: It has too many pixels; they are not decoded.
     """
     try:
         image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         kind = "an image of a known format" if encoded else "anything"
         raise OSError(f"there is not {kind} in it") from error
+    check_pixels(image)
     image.load()
     if exif:
         image = ImageOps.exif_transpose(image)
@@ -74,7 +77,7 @@ def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decodin
         where = image["path"] or where
         encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         return decode_image(encoded, exif=decoding.exif), label
-    except _DAMAGES as error:
+    except DAMAGES as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"data: {where} cannot be read ({reason}); mend it or take it out") from error
