@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import shutil
 import struct
 import sys
@@ -138,6 +139,14 @@ def page(comparison: ModuleType, pair) -> Iterator[str]:
     _, address, _ = app.launch(prevent_thread_lock=True, quiet=True, **space.LAUNCH)
     yield address
     app.close()
+
+
+def test_a_model_that_cannot_be_opened_ends_the_start_in_one_line(
+    comparison: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("gradio")
+    assert importlib.import_module("app").main(["no/such/place"]) == 2
+    assert re.fullmatch(r"compare: error: no/such/place is neither [^\n]+\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow

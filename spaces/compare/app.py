@@ -15,8 +15,8 @@ from isoprune_hf import IsoPruneError
 TITLE = "Base and pruned, side by side"
 WAITING = "Upload an image: both models answer it."
 TIMES = (
-    f"A time is the median of 20 forward passes in turns, with {torch.get_num_threads()} threads of this machine, when "
-    "the page was started."
+    "Times are medians of 20 forward passes in turns, measured on this machine when the page was started; threads: "
+    f"{torch.get_num_threads()}."
 )
 # Fonts of the visitor's own: the page asks no other server for anything.
 LAUNCH: dict[str, Any] = {
