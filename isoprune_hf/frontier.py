@@ -30,7 +30,9 @@ COLUMNS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
     "loss": "loss",
+    "ece": "calibration error",
     "images": "images",
+    "broken": "broken",
 }
 _REPEATS = 20
 
