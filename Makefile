@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: setup demo test test-faults fuzz lint clean
+.PHONY: setup demo test test-faults fuzz lint types dist-test clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,13 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+# The wheel beside the packages of .venv, in another environment; with CLEAN=1 everything is downloaded anew (6 GB).
+dist-test: $(STAMP)
+	.ci/dist $(BIN)/python
 
 clean:
 	rm -rf .venv output build *.egg-info

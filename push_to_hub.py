@@ -3,7 +3,7 @@
 
 import sys
 
-from isoprune_hf.cli import main
+from isoprune_hf.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["push", *sys.argv[1:]]))

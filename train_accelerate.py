@@ -7,7 +7,7 @@ With no arguments it runs the embedded default: real handwritten digits and a sm
 
 import sys
 
-from isoprune_hf.cli import main
+from isoprune_hf.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,5 @@
 """Isomorphic Pruning for Hugging Face image classifiers: score, cut to a budget, finetune, open anywhere."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -14,9 +13,11 @@ from isoprune_hf.errors import (
     HubError,
     ImageError,
     IsoPruneError,
+    MissingExtraError,
     RecipeError,
     UnsupportedArchitectureError,
 )
+from isoprune_hf.extras import require_package
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
@@ -70,6 +71,7 @@ __all__ = [
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
+    "MissingExtraError",
     "PruneRecipe",
     "PruningPlan",
     "RecipeError",
@@ -101,7 +103,7 @@ AutoImageProcessor.register(
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'isoprune_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"isoprune_hf.{_LAZY[name]}"), name)
+    return getattr(require_package(f"isoprune_hf.{_LAZY[name]}", name), name)
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
 from isoprune_hf.checkpoint.stock import our_values, stock_config_text
+from isoprune_hf.commands import Answer
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost import count_cost
@@ -29,7 +30,7 @@ def run_evaluate(
     model_args: dict[str, Any],
     num_labels: int | Literal["data"] | None,
     per_class: str | None,
-) -> str:
+) -> Answer:
     """Evaluate a model; a local folder of ours also keeps the figures, if they are those of its own pixels.
 
     `per_class` names a file for the figures of each class.
@@ -74,4 +75,5 @@ def run_evaluate(
         write_file(Path(model) / "README.md", str(build_model_card(model)))
     accelerator.wait_for_everyone()
     line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}"
-    return f"{line}\n{json.dumps(figures, sort_keys=True)}"
+    found_figures = {"model": model, **cost.to_dict(), **figures}
+    return Answer(f"{line}\n{json.dumps(figures, sort_keys=True)}", found_figures)

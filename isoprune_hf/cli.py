@@ -1,6 +1,5 @@
 """The command line: `isoprune [STAGE] [FLAGS]`, and the same for `accelerate launch train_accelerate.py`."""
 
-import argparse
 import importlib
 import json
 import logging
@@ -10,42 +9,22 @@ import sys
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from transformers.utils import logging as transformers_logging
 
-from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, Stage
+from isoprune_hf.command_parser import parse, take_switches
+from isoprune_hf.commands import STAGES, Answer
 from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, LostRankError, RecipeError, TrainingFault
-from isoprune_hf.recipe_files import like, read_recipe, select_stage
+from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.version import __version__
+from isoprune_hf.terminal import paint
 
-EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
 _FAILED, _CODE = "isoprune/failed", "isoprune/code"
-_EPILOG = """examples:
-  isoprune
-      the embedded default: real handwritten digits and a small ViT, in two minutes
-  isoprune prune --prune.model timm/resnet50.a1_in1k --prune.criterion l1 --prune.target_macs 50% --output pruned
-      a ResNet-50 with half of its MACs, from its weights alone
-  accelerate launch train_accelerate.py --config recipe.yaml --data.dataset ILSVRC/imagenet-1k
-      score, cut and finetune on every GPU of the machine
-"""
-
-
-class _Parser(ArgumentParser):
-    """Says in one line what is wrong, and exits with 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = " ".join(message.split())
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
-        if unknown:
-            message += like(unknown[1], [action.dest for action in self._actions])
-        _fail(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             that cannot go on with the code of its `TrainingFault`, Ctrl-C with 130.
     """
     try:
-        text, code = _run(*parse(list(sys.argv[1:] if arguments is None else arguments)))
+        words, switches = take_switches(list(sys.argv[1:] if arguments is None else arguments))
+        with naming_extra("this"):
+            stage, config = parse(words)
+            answer = _run(stage, config, switches)
     except TrainingFault as error:
         _fail(str(error), error.exit_code)
     except IsoPruneError as error:
@@ -77,120 +59,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"and the same command continues ({(str(error).splitlines() or [''])[0][:200]})"
         )
         _fail(str(lost), lost.exit_code)
-    if text and os.environ.get("RANK", "0") == "0":
-        print(text)
-    return code
+    if os.environ.get("RANK", "0") == "0":
+        _show(stage, answer, as_json="json" in switches)
+    return answer.code
 
 
-def parse(arguments: list[str]) -> tuple[str, Namespace]:
-    """Turn arguments into a stage, and its recipes and flags.
-
-    Raises:
-        RecipeError: A value is out of its range, or a recipe file cannot be read.
-    """
-    stage, flags = _split_stage(arguments)
-    if stage in STAGES:
-        flags = _recipe_first(stage, _name_positionals(stage, flags))
-    parser = build_parser()
-    config = parser.instantiate_classes(parser.parse_args([*stage.split(), *flags]))
-    for word in stage.split():
-        config = config[word]
-    return stage, config
+def _show(stage: str, answer: Answer, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer.figures, indent=2, sort_keys=True))
+    elif stage == "doctor":
+        for verdict, look in (("ok  ", "green"), ("FAIL", "red")):
+            painted = paint(verdict, look, sys.stdout)
+            answer = answer._replace(text=re.sub(f"^{verdict}", lambda _, new=painted: new, answer.text, flags=re.M))
+        print(answer.text)
+    elif answer.text:
+        print(answer.text)
 
 
-def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
-    """Take the stage, of one word or two, from the front; without one it is `run`."""
-    first = arguments[0] if arguments else ""
-    if first in ("-h", "--help", "--version"):
-        return "", arguments
-    if first.startswith("-") or not first:
-        return "run", arguments
-    if first in STAGES:
-        return first, arguments[1:]
-    known = [stage for stage in STAGES if " " not in stage] + list(ACTIONS)
-    if first not in ACTIONS:
-        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{like(first, known)}")
-    second = arguments[1] if len(arguments) > 1 else ""
-    if second in ("-h", "--help") or f"{first} {second}" in STAGES:
-        is_help = second.startswith("-")
-        return (first, arguments[1:]) if is_help else (f"{first} {second}", arguments[2:])
-    actions = [stage.split()[1] for stage in STAGES if stage.startswith(f"{first} ")]
-    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{like(second, actions)}")
-
-
-def _name_positionals(stage: str, flags: list[str]) -> list[str]:
-    named: list[str] = []
-    for name, value in zip(STAGES[stage].positional, flags, strict=False):
-        if value.startswith("-"):
-            break
-        named += [f"--{name}", value]
-    return [*named, *flags[len(named) // 2 :]]
-
-
-def _recipe_first(stage: str, arguments: list[str]) -> list[str]:
-    """Put the content of recipe files before all flags, so that a flag wins wherever it stands."""
-    if stage in ("run", "score", "prune") and not any(
-        re.match(r"--(config|prune\.model|prune)(=|$)|-h$|--help$", argument) for argument in arguments
-    ):
-        arguments = ["--config", str(EMBEDDED_RECIPE), *arguments]
-    recipes, flags = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config" or argument.startswith("--config="):
-            file = argument.partition("=")[2] or next(rest, "")
-            recipes += ["--config", json.dumps(select_stage(read_recipe(file), stage))]
-        else:
-            flags.append(argument)
-    return [*recipes, *flags]
-
-
-def build_parser() -> ArgumentParser:
-    """Build the parser: a sub-command for each stage, a group of flags for each section of a recipe."""
-    parser = _Parser(
-        prog="isoprune",
-        usage="isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]",
-        description="Prune image classifiers by isomorphic classes, finetune them, and open them anywhere.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"isoprune {__version__}")
-    stages = parser.add_subcommands(dest="stage", title="stages", description="", metavar="STAGE")
-    actions = {}
-    for name, stage in STAGES.items():
-        first, _, action = name.partition(" ")
-        if not action:
-            stages.add_subcommand(first, _stage_parser(name, stage), help=stage.text)
-            continue
-        if first not in actions:
-            above = _Parser(description=ACTIONS[first], usage=f"isoprune {first} ACTION [FLAGS]")
-            stages.add_subcommand(first, above, help=ACTIONS[first])
-            actions[first] = above.add_subcommands(dest="action", title="actions", description="", metavar="ACTION")
-        actions[first].add_subcommand(action, _stage_parser(name, stage), help=stage.text)
-    return parser
-
-
-def _stage_parser(name: str, stage: Stage) -> ArgumentParser:
-    words = [f"isoprune {name}", *map(str.upper, stage.positional)]
-    parser = _Parser(
-        description=stage.text, usage=" ".join([*words, *["[--config RECIPE.yaml]"] * bool(stage.sections), "[FLAGS]"])
-    )
-    if stage.sections:
-        parser.add_argument("--config", action="config", help="Recipe file; a flag wins over it.")
-    for flag, kind, default, help_text in stage.flags:
-        if default is None and kind is str:
-            parser.add_argument(f"--{flag}", type=kind, required=True, help=help_text)
-        else:
-            parser.add_argument(f"--{flag}", type=kind, default=default, help=help_text)
-    for section in stage.sections.split():
-        parser.add_class_arguments(SECTIONS[section], section)
-    return parser
-
-
-def _run(stage: str, config: Namespace) -> tuple[str, int]:
-    """Run a stage; returns what to print, and the exit code."""
+def _run(stage: str, config: Namespace, switches: set[str]) -> Answer:
+    """Run a stage."""
+    if "json" in switches and not STAGES[stage].has_figures:
+        raise RecipeError(f"isoprune {stage} has no --json: it finds no figures")
     names = [*STAGES[stage].sections.split(), *(flag[0] for flag in STAGES[stage].flags)]
     values = {name: config[name] for name in names}
-    _quiet_libraries()
+    _quiet_libraries(is_bare=bool(switches))
     # One process, no log.
     is_local = stage in ("doctor", "plan show", "plan diff", "export", "benchmark", "push")
     places = {"convert": "conversion", "evaluate": "assessment", "frontier": "frontier"}
@@ -200,18 +92,22 @@ def _run(stage: str, config: Namespace) -> tuple[str, int]:
     name = "all" if stage == "run" else stage.replace(" ", "_")
     work = getattr(importlib.import_module(f"isoprune_hf.{place}"), f"run_{name}")
     if is_local:
-        done = work(**values)
-        return done if isinstance(done, tuple) else (done, 0)
+        return _answer(work(**values))
     accelerator = _open_accelerator(values.get("finetune"))
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    handler = logging.StreamHandler(sys.stdout)
+    level = logging.WARNING if "quiet" in switches else logging.INFO
+    level = level if accelerator.is_main_process else logging.ERROR
+    handler = logging.StreamHandler(sys.stderr if "json" in switches else sys.stdout)
     handler.setFormatter(_Plain("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("isoprune_hf").setLevel(level)
     try:
-        return work(accelerator, **values), 0
+        return _answer(work(accelerator, **values))
     finally:
         accelerator.end_training()
+
+
+def _answer(said: str | Answer) -> Answer:
+    return said if isinstance(said, Answer) else Answer(said)
 
 
 class _Plain(logging.Formatter):
@@ -221,12 +117,14 @@ class _Plain(logging.Formatter):
         return super().format(record).removeprefix("[RANK 0] ")
 
 
-def _quiet_libraries() -> None:
-    """Leave the terminal to our own lines; bars of the libraries on a terminal only."""
+def _quiet_libraries(*, is_bare: bool) -> None:
+    """Leave the terminal to our own lines; bars on a terminal only, and not where the result alone is asked for."""
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    if not sys.stderr.isatty():
+    if is_bare:
+        os.environ["TQDM_DISABLE"] = "1"
+    if is_bare or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
         for library in ("HF_DATASETS", "HF_HUB"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -274,7 +172,8 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     """Print one line, on the rank that fails first."""
     if _is_first_to_fail(code):
         line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(message.split()))
-        kind = "" if code in (Interrupted.exit_code, Cancelled.exit_code) else "error: "
+        is_stopped = code in (Interrupted.exit_code, Cancelled.exit_code)
+        kind = "" if is_stopped else f"{paint('error:', 'red', sys.stderr)} "
         print(f"isoprune: {kind}{line}", file=sys.stderr, flush=True)
     sys.exit(code)
 

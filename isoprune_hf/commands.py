@@ -16,12 +16,28 @@ class Stage(NamedTuple):
         flags: Its other flags: name, type, default and text; a `str` whose default is None must be given.
         text: What it does.
         positional: Flags whose names may be left out in front.
+        has_figures: Whether `--json` can print what it found.
     """
 
     sections: str
     flags: list[Flag]
     text: str
     positional: tuple[str, ...] = ()
+    has_figures: bool = True
+
+
+class Answer(NamedTuple):
+    """What a stage has to say.
+
+    Args:
+        text: For a reader.
+        figures: The same for a program, as `--json` prints it.
+        code: Exit code.
+    """
+
+    text: str
+    figures: dict[str, Any] = {}  # noqa: RUF012
+    code: int = 0
 
 
 _OUTPUT = "Where the result is written; it appears when it is complete."
@@ -40,6 +56,7 @@ STAGES = {
         "prune data",
         [("output", str, "output/importance.safetensors", _OUTPUT), _OVERWRITE],
         "Score the channels of a base and keep the scores, for any number of cuts.",
+        has_figures=False,
     ),
     "prune": Stage(
         "prune data",
@@ -93,13 +110,18 @@ STAGES = {
         ("model",),
     ),
     "plan show": Stage(
-        "", [("plan", str, None, _PLAN)], "Show what a plan keeps, and what it was decided by.", ("plan",)
+        "",
+        [("plan", str, None, _PLAN)],
+        "Show what a plan keeps, and what it was decided by.",
+        ("plan",),
+        has_figures=False,
     ),
     "plan diff": Stage(
         "",
         [("first", str, None, _PLAN), ("second", str, None, _PLAN)],
         "Show in what two plans differ; exits with 0 where they are equal and with 1 where not.",
         ("first", "second"),
+        has_figures=False,
     ),
     "plan apply": Stage(
         "prune data",
@@ -184,6 +206,27 @@ STAGES = {
         ],
         "Check a folder and upload it to the Hugging Face Hub in one commit, model card included.",
         ("folder",),
+        has_figures=False,
     ),
 }
 ACTIONS = {"plan": "Show a pruning plan, compare two, or replay one on its base."}
+GROUPS = {
+    "make a smaller model": ("run", "score", "prune", "finetune", "convert"),
+    "look and measure": ("inspect", "frontier", "plan", "evaluate", "benchmark", "doctor"),
+    "take it elsewhere": ("export", "push"),
+}
+SWITCHES = {
+    "quiet": "No lines and bars on the way, the result alone.",
+    "json": "The result as one JSON document, for programs; lines on the way go to standard error.",
+}
+EXIT_CODES = {
+    0: "done",
+    1: "done, and what was looked for is not so: doctor found a fault, the plans of plan diff differ",
+    2: "bad input, or a package that is missing: one line on standard error, nothing is written",
+    65: "no training state is intact",
+    70: "the training has diverged",
+    73: "the folder is in use, or cannot be written",
+    74: "a rank or a loader was lost, or a result cannot be written: the same command goes on from the last state",
+    75: "a signal has stopped the training: the same command goes on",
+    130: "the same by Ctrl-C",
+}

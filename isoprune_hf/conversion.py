@@ -5,6 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.folder import check_output
+from isoprune_hf.commands import Answer
 from isoprune_hf.legacy.convert import convert_file
 from isoprune_hf.legacy.tree import Weights
 from isoprune_hf.results import summarize, write_folder
@@ -18,9 +19,10 @@ def run_convert(
     model_args: dict[str, Any],
     weights: Weights,
     overwrite: bool,
-) -> str:
+) -> Answer:
     """Convert a pickled module, without executing it, and write the folder OUTPUT."""
     folder = check_output(output, overwrite=overwrite)
     converted = convert_file(file, base=base, model_args=model_args, weights=weights)
     write_folder(folder, converted.model, converted.processor, accelerator)
-    return "\n".join([*converted.notes, "", summarize(converted.model, {}, {}, folder)])
+    answer = summarize(converted.model, {}, {}, folder)
+    return answer._replace(text="\n".join([*converted.notes, "", answer.text]))

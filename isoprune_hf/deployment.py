@@ -8,6 +8,7 @@ import torch
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
+from isoprune_hf.commands import Answer
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.doctor import check_model
@@ -19,7 +20,7 @@ from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.sources import open_source
 
 
-def run_export(folder: str, format: Format, output: str, quantize: Quantization, overwrite: bool) -> str:
+def run_export(folder: str, format: Format, output: str, quantize: Quantization, overwrite: bool) -> Answer:
     """Export a model to another runtime, and say how far its logits are from those of PyTorch."""
     target = check_output(output, overwrite=overwrite)
     if Path(folder).resolve() == target.resolve():
@@ -28,7 +29,7 @@ def run_export(folder: str, format: Format, output: str, quantize: Quantization,
     model, processor = load_base(folder)
     done = export_model(model, processor, target, target=format, quantize=quantize)
     images = sum(done.batches)
-    return "\n".join(
+    text = "\n".join(
         [
             f"{target / done.file}: {format}{', weights of 8 bits' if quantize == 'dynamic' else ''}, any batch size",
             f"largest difference to PyTorch: {done.difference:.3g}, logits up to {done.largest:.3g} "
@@ -36,6 +37,8 @@ def run_export(folder: str, format: Format, output: str, quantize: Quantization,
             f"the same class for {done.same_class} of {images}",
         ]
     )
+    figures = {"difference": done.difference, "largest": done.largest, "same_class": done.same_class}
+    return Answer(text, {"file": str(target / done.file), "format": format, "images": images, **figures})
 
 
 def run_benchmark(
@@ -48,7 +51,7 @@ def run_benchmark(
     seconds: float,
     threads: int | None,
     device: Literal["auto", "cpu", "cuda"],
-) -> str:
+) -> Answer:
     """Measure a folder's model against its base; the folder keeps the figures, and its card shows them."""
     config = read_json(folder, "config.json") or {}
     if config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
@@ -68,7 +71,7 @@ def run_benchmark(
     speed = {**(read_json(folder, "speed.json") or {}), "benchmark": record}
     write_file(Path(folder) / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
     write_file(Path(folder) / "README.md", str(build_model_card(folder)))
-    return benchmark_text(record)
+    return Answer(benchmark_text(record), record)
 
 
 def run_push(

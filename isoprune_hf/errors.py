@@ -16,6 +16,7 @@ __all__ = [
     "IsoPruneError",
     "LoaderError",
     "LostRankError",
+    "MissingExtraError",
     "OccupiedError",
     "RecipeError",
     "TrainingFault",
@@ -46,6 +47,10 @@ class HubError(IsoPruneError, RuntimeError):
 
 class ExportError(IsoPruneError, RuntimeError):
     """A model cannot be exported, or answers otherwise once it is."""
+
+
+class MissingExtraError(IsoPruneError, ModuleNotFoundError):
+    """A package that this work needs comes with an extra that is not installed."""
 
 
 class TrainingFault(IsoPruneError):

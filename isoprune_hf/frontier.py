@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.folder import check_output, replace_folder, write_file
+from isoprune_hf.commands import Answer
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.alternatives import recipe_of_budget
 from isoprune_hf.pruning.importance import ImportanceScores
@@ -29,7 +30,9 @@ COLUMNS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
     "loss": "loss",
+    "ece": "calibration error",
     "images": "images",
+    "broken": "broken",
 }
 _REPEATS = 20
 
@@ -43,7 +46,7 @@ def run_frontier(
     scores: str | None,
     output: str,
     overwrite: bool,
-) -> str:
+) -> Answer:
     """Score once, cut to every size, measure all of them, and write table, plot and scores."""
     shares = read_sizes(sizes)
     folder = check_output(output, overwrite=overwrite, marks=("frontier.json",))
@@ -90,10 +93,11 @@ def run_frontier(
     again = f"isoprune prune --prune.model {prune.model} --scores {folder / 'importance.safetensors'}"
     again += f" --prune.preset {prune.preset}" if prune.preset else f" --prune.criterion {prune.criterion}"
     again += f" --data.dataset {data.dataset}" if prune.data_step else ""
-    return (
+    text = (
         f"{tabulate_frontier(rows)}\n\nThe table, its plot and the scores are in {folder}. Make a folder of a size "
         f"with:\n\n    {again} --prune.target_macs 50%"
     )
+    return Answer(text, {"folder": str(folder), **record})
 
 
 def read_sizes(text: str) -> tuple[float, ...]:

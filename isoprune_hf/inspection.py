@@ -9,6 +9,7 @@ from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file,
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import our_values
 from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.commands import Answer
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.alternatives import DEFAULT_BUDGET, check_comparable, make_alternatives, recipe_of_budget
@@ -40,7 +41,7 @@ def run_inspect(
     output: str | None,
     html: str | None,
     overwrite: bool,
-) -> str:
+) -> Answer:
     """List the isomorphic classes of a model; where scores can be had, with what the alternatives would cut."""
     for flag, file in (("--output", output), ("--html", html)):
         if file is not None:
@@ -67,7 +68,7 @@ def run_inspect(
         if html is not None:
             write_file(html, build_page(inspected))
             lines.append(f"page: {html}")
-    return "\n\n".join(lines)
+    return Answer("\n\n".join(lines), inspected.to_dict())
 
 
 def _list(prune: PruneRecipe) -> Inspected:
@@ -132,10 +133,10 @@ def run_plan_show(plan: str) -> str:
     return show_plan(decided, title=plan, sizes=_sizes(Path(plan), decided))
 
 
-def run_plan_diff(first: str, second: str) -> tuple[str, int]:
+def run_plan_diff(first: str, second: str) -> Answer:
     """Show in what two plans differ; returns 1 beside the text where they do."""
     text = diff_plans(PruningPlan.load(first), PruningPlan.load(second), (first, second))
-    return (text, 1) if text else ("the plans are equal", 0)
+    return Answer(text or "the plans are equal", code=int(bool(text)))
 
 
 def run_plan_apply(
@@ -147,7 +148,7 @@ def run_plan_apply(
     output: str,
     overwrite: bool,
     ignore_fingerprint: bool,
-) -> str:
+) -> Answer:
     """Replay a plan on its base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
     decided = PruningPlan.load(plan)
@@ -166,7 +167,7 @@ def run_plan_apply(
     return summarize(pruned, {}, {}, folder)
 
 
-def run_doctor(folder: str, base: str | None) -> tuple[str, int]:
+def run_doctor(folder: str, base: str | None) -> Answer:
     """Check a folder; returns 1 beside the text where a check has failed."""
     if our_values(read_json(folder, "config.json") or {}) is None:
         raise RecipeError(f"--folder {folder} is no folder of a pruned model: it needs a config.json of isoprune")
@@ -175,7 +176,9 @@ def run_doctor(folder: str, base: str | None) -> tuple[str, int]:
     indent = "\n" + " " * 17
     lines = [f"{finding.verdict:4}  {finding.check:9}  {finding.text}" for finding in findings]
     lines = [line.replace("\n", indent) for line in lines]
-    return "\n".join([*lines, f"{folder}: {count or 'no'} check{'' if count == 1 else 's'} failed"]), int(count > 0)
+    text = "\n".join([*lines, f"{folder}: {count or 'no'} check{'' if count == 1 else 's'} failed"])
+    figures = {"folder": folder, "failed": count, "findings": [finding._asdict() for finding in findings]}
+    return Answer(text, figures, int(count > 0))
 
 
 def _examine(folder: str, base: str | None) -> list[Finding]:

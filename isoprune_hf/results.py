@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor, pipeline
 
 from isoprune_hf.checkpoint.folder import save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.commands import Answer
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.publishing.report import results_table
@@ -46,8 +47,10 @@ def write_folder(
     accelerator.wait_for_everyone()
 
 
-def summarize(model: IsoPruneForImageClassification, metrics: Metrics, latency: dict[str, float], folder: Path) -> str:
-    """Write the table of base, pruned and finetuned, and how to open the folder."""
+def summarize(
+    model: IsoPruneForImageClassification, metrics: Metrics, latency: dict[str, float], folder: Path
+) -> Answer:
+    """Give the table of base, pruned and finetuned, and say how to open the folder."""
     costs = model.config.cost or {"base": count_cost(model).to_dict()}
     rows = {}
     for name in ("base", "pruned", "finetuned"):
@@ -61,7 +64,7 @@ def summarize(model: IsoPruneForImageClassification, metrics: Metrics, latency: 
         f"{imports}    from transformers import pipeline\n"
         f'    classify = pipeline("image-classification", model="{folder}")\n'
     )
-    return f"{results_table(rows)}\n\n{opening}"
+    return Answer(f"{results_table(rows)}\n\n{opening}", {"folder": str(folder), "models": rows})
 
 
 def try_out(folder: Path, images: ImageData) -> str:

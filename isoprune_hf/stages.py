@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.commands import Answer
 from isoprune_hf.errors import CheckpointError, DatasetError, RecipeError, WriteError
 from isoprune_hf.finetuning import CHECKPOINTS, open_run, train_student
 from isoprune_hf.models import BaseModel, load_base
@@ -41,7 +42,7 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
 
 def run_prune(
     accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool, scores: str | None
-) -> str:
+) -> Answer:
     """Cut the base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
     images = open_data(data, accelerator) if data.dataset else None
@@ -63,7 +64,7 @@ def run_prune(
 
 def run_finetune(
     accelerator: Accelerator, model: str, data: DataRecipe, finetune: FinetuneRecipe, output: str, overwrite: bool
-) -> str:
+) -> Answer:
     """Train a pruned model and write its folder anew, under another name; an unfinished run of it goes on."""
     known = read_run(Path(output) / CHECKPOINTS)
     was_finished = known is not None and known["finished"]
@@ -119,7 +120,7 @@ def run_all(
     finetune: FinetuneRecipe,
     output: str,
     overwrite: bool,
-) -> str:
+) -> Answer:
     """Take the whole road: base, scores, cut, finetuning, evaluation, folder, card, and a look through `pipeline`."""
     root = check_output(output, overwrite=overwrite)
     images = open_data(data, accelerator)
@@ -164,11 +165,12 @@ def run_all(
         metrics=metrics,
         speed={**record, "milliseconds": latency},
     )
-    lines = [summarize(result.model, metrics, latency, folder)]
+    answer = summarize(result.model, metrics, latency, folder)
+    lines = [answer.text]
     if accelerator.is_main_process:
         lines.append(try_out(folder, images))
     accelerator.wait_for_everyone()
-    return "\n\n".join(lines)
+    return answer._replace(text="\n\n".join(lines))
 
 
 def _clear(root: Path, used: dict[str, str | None], accelerator: Accelerator) -> None:

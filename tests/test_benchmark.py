@@ -14,7 +14,7 @@ from conftest import Pruned
 from tiny_models import make_base
 from torch import nn
 
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.errors import MissingExtraError, RecipeError
 from isoprune_hf.pruning.speed import time_calls
 from isoprune_hf.publishing.benchmark import (
     BenchmarkSettings,
@@ -198,7 +198,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str)
 def test_a_missing_runtime_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
-        RecipeError, match=r"needs onnxruntime, which is not installed: pip install isoprune-hf\[export\]"
+        MissingExtraError, match=r"needs onnxruntime, which is not installed: pip install isoprune-hf\[export\]"
     ):
         BenchmarkSettings()
     BenchmarkSettings(runtimes=["eager"])

@@ -363,7 +363,7 @@ def test_overwriting_leaves_nothing_of_the_older_result(stage: str, images: Path
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
-    sections, flags, text, positional = STAGES[stage]
+    sections, flags, text, positional, _ = STAGES[stage]
     printed = succeed(*stage.split(), "--help")
     assert printed.startswith(f"usage: {' '.join(['isoprune', stage, *map(str.upper, positional)])} ")
     expected = ["--config", "--print_config"] if sections else []

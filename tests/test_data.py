@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.errors import DatasetError
+from isoprune_hf.errors import DatasetError, MissingExtraError
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training import data as data_module
 from isoprune_hf.training.data import check_labels, load_data
@@ -63,7 +63,8 @@ def test_digits_are_all_real_digits_in_a_fixed_stratified_split():
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "pip install isoprune-hf[digits]" in message_of(DataRecipe(dataset="digits"))
+    with pytest.raises(MissingExtraError, match=r"digits needs sklearn, .*pip install isoprune-hf\[train\]"):
+        load_data(DataRecipe(dataset="digits"))
 
 
 def test_a_folder_of_classes_has_sorted_names_and_val_is_validation(tmp_path):

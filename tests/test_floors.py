@@ -16,6 +16,8 @@ FLOORS = [
     ("checkpoint/modeling_isoprune.py", 0),
     ("version.py", 0),
     ("errors.py", 1),
+    ("extras.py", 2),
+    ("terminal.py", 2),
     ("recipes/", 2),
     ("checkpoint/", 2),
     ("processors.py", 3),
@@ -26,6 +28,7 @@ FLOORS = [
     ("publishing/", 5),
     ("commands.py", 3),
     ("recipe_files.py", 3),
+    ("command_parser.py", 4),
     ("sources.py", 6),
     ("results.py", 6),
     ("finetuning.py", 6),
@@ -36,6 +39,7 @@ FLOORS = [
     ("frontier.py", 7),
     ("deployment.py", 7),
     ("cli.py", 8),
+    ("__main__.py", 9),
     ("__init__.py", 9),
 ]
 ONLY_IN = {

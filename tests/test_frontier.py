@@ -13,7 +13,7 @@ from command_line import contents, leftovers, read, refuse, succeed
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.frontier import read_sizes, tabulate_frontier
 from isoprune_hf.models import load_base
-from isoprune_hf.pruning import prune
+from isoprune_hf.pruning import scoring
 from isoprune_hf.pruning.cost import cost_model, count_cost
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups
@@ -47,7 +47,7 @@ def test_every_size_is_the_cut_that_its_budget_makes(tmp_path: Path, monkeypatch
         scorings.append(arguments)
         return score_groups(*arguments, **options)
 
-    monkeypatch.setattr(prune, "score_groups", count_scorings)
+    monkeypatch.setattr(scoring, "score_groups", count_scorings)
     out = tmp_path / "out"
     printed = succeed(*L1, "--sizes", "0.4,0.75", "--output", out)
     assert len(scorings) == 1
@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_and_writes_nothing(kind: str, tmp_path: Path) -> 
 
 def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install isoprune-hf[plots]" in refuse(*L1, "--output", tmp_path / "out")
+    assert "pip install isoprune-hf[publish]" in refuse(*L1, "--output", tmp_path / "out")
     assert contents(tmp_path) == {}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isoprune_hf.cli import parse
+from isoprune_hf.command_parser import parse
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "migrating.md").read_text()

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import __version__ as transformers_version
 
-from isoprune_hf.cli import parse
+from isoprune_hf.command_parser import parse
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.publishing.model_card import build_model_card
 

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from isoprune_hf.errors import IsoPruneError
+from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.publishing import pictures
 from isoprune_hf.publishing.pictures import color_of, draw_bars, draw_classes, draw_frontier, draw_scales, draw_scores
 
@@ -63,7 +63,7 @@ def test_a_class_shows_at_most_sixteen_bars(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(IsoPruneError, match=r"pip install isoprune-hf\[plots\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install isoprune-hf\[publish\]"):
         draw_classes([], None, tmp_path / "none.png", title="none")
 
 

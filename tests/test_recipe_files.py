@@ -6,7 +6,7 @@ import pytest
 import yaml
 from command_line import refuse, succeed
 
-from isoprune_hf.cli import EMBEDDED_RECIPE, parse
+from isoprune_hf.command_parser import EMBEDDED_RECIPE, parse
 from isoprune_hf.commands import SECTIONS, STAGES
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipe_files import read_recipe, select_stage

@@ -1,5 +1,6 @@
 """Widths of layers before and after a cut, and their picture."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from conftest import Pruned
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from isoprune_hf.errors import IsoPruneError
+from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.publishing import widths
 from isoprune_hf.publishing.widths import draw_widths, layer_widths
 
@@ -34,6 +35,7 @@ def test_a_bar_is_blue_as_far_as_it_stays_and_grey_above(tmp_path: Path) -> None
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widths, "Figure", None)
-    with pytest.raises(IsoPruneError, match=r"pip install isoprune-hf\[plots\]"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not widths.can_draw()
+    with pytest.raises(MissingExtraError, match=r"pip install isoprune-hf\[publish\]"):
         draw_widths({}, tmp_path / "none.png", title="none")

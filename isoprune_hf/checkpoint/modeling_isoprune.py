@@ -69,6 +69,7 @@ class IsoPruneForImageClassification(PreTrainedModel):
     An empty structure is the dense base itself: base and pruned are one class with one forward and one label map.
     """
 
+    config: IsoPruneConfig
     config_class = IsoPruneConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -222,6 +223,12 @@ class ImageError(IsoPruneError, ValueError):
     """An image is larger than any that is classified: decoding it could take all memory."""
 
 
+def check_pixels(image: Image.Image) -> None:
+    """Refuse, before it is decoded, an image of too many pixels: a few bytes of a file can stand for them."""
+    if image.width * image.height > LARGEST_IMAGE:
+        raise ImageError(f"image of {image.width} x {image.height} pixels: at most {LARGEST_IMAGE:,} are decoded")
+
+
 class IsoImageProcessor(PilBackend):
     """Image processor that gives exactly the pixels of the evaluation transform of timm and torchvision.
 
@@ -240,11 +247,7 @@ class IsoImageProcessor(PilBackend):
 
     def convert_to_rgb(self, image, input_data_format=None):
         if isinstance(image, Image.Image):
-            # A file is decoded only here: a few bytes can stand for many pixels.
-            if image.width * image.height > LARGEST_IMAGE:
-                raise ImageError(
-                    f"image of {image.width} x {image.height} pixels: at most {LARGEST_IMAGE:,} are decoded"
-                )
+            check_pixels(image)  # a file is decoded only here
             return np.array(image.convert("RGB"))
         return super().convert_to_rgb(image, input_data_format)
 

@@ -17,9 +17,10 @@ import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.extras import require_package
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.speed import check_counts, draw_images, time_calls, time_models
-from isoprune_hf.publishing.export import require_package, write_onnx
+from isoprune_hf.publishing.export import write_onnx
 from isoprune_hf.publishing.memory import peak_memory
 from isoprune_hf.publishing.report import align_columns
 from isoprune_hf.publishing.speed_reasons import explain_speed, look_at_layers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
 from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.errors import ExportError, RecipeError
+from isoprune_hf.extras import require_package
 from isoprune_hf.pruning.speed import draw_images
 
 Format = Literal["onnx", "openvino", "torch-export"]
@@ -70,7 +71,8 @@ def export_model(
         quantize: dynamic stores the weights of an ONNX model in eight bits, and rounds the activations on the way.
 
     Raises:
-        RecipeError: A package is missing, or the format cannot be quantised.
+        RecipeError: The format cannot be quantised.
+        MissingExtraError: A package is missing.
         ExportError: The model cannot be exported, or its answers are not those of PyTorch.
         CheckpointError: The folder cannot be written.
     """
@@ -105,24 +107,13 @@ def check_export(target: Format, quantize: Quantization) -> None:
     """Check, before any work, that an export can be made here.
 
     Raises:
-        RecipeError: A package is missing, or the format cannot be quantised.
+        RecipeError: The format cannot be quantised.
+        MissingExtraError: A package is missing.
     """
     if quantize != "none" and target != "onnx":
         raise RecipeError(f"--quantize {quantize} is for --format onnx, got --format {target}")
     for package in (*_PACKAGES[target], "sklearn"):
-        require_package(package, f"--format {target}")
-
-
-def require_package(name: str, what: str) -> Any:
-    """Import a package of the extra `export`.
-
-    Raises:
-        RecipeError: It is not installed.
-    """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise RecipeError(f"{what} needs {name}, which is not installed: pip install isoprune-hf[export]") from error
+        require_package(package, f"--format {target}", "export")
 
 
 def fingerprint_weights(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
@@ -66,6 +67,24 @@ class Inspected:
         if plan is not None:
             values = [value[list(self.kept(plan, group))] for value, group in zip(values, groups, strict=True)]
         return np.concatenate(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the same for a program: costs of base and plans, and what each plan keeps of classes and groups."""
+
+        def widths(groups: Sequence[CoupledGroup]) -> dict[str, Any]:
+            kept = {plan: sum(len(self.kept(plan, group)) for group in groups) for plan in self.plans}
+            return {"channels": sum(group.channels for group in groups), "kept": kept}
+
+        return {
+            "model": self.name,
+            "base": None if self.cost is None else self.cost.to_dict(),
+            "plans": {name: dict(plan.achieved.get("pruned", {})) for name, plan in self.plans.items()},
+            "classes": [
+                {"signature": name, "groups": [group.name for group in groups], **widths(groups)}
+                for name, groups in self.classes.items()
+            ],
+            "groups": {group.name: {"heads": group.num_heads, **widths([group])} for group in self.groups},
+        }
 
     @property
     def heading(self) -> str:

@@ -3,7 +3,6 @@
 Those of the page are SVG texts that can stand in HTML side by side: text stays text, and no name is used twice.
 """
 
-import importlib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from isoprune_hf.errors import IsoPruneError
+from isoprune_hf.extras import require_package
 from isoprune_hf.publishing.report import format_figure, shorten
 
 _COLORS = ("#3b6fb6", "#d9772b", "#3f9b6c", "#8d5fb0", "#c0504d", "#2a9fa8", "#a8842c", "#d0679d")
@@ -51,21 +50,16 @@ def check_plotting() -> None:
     """Check, before any work, that pictures can be drawn.
 
     Raises:
-        IsoPruneError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise IsoPruneError(
-            "drawing needs matplotlib, which is not installed: pip install isoprune-hf[plots]"
-        ) from error
+    require_package("matplotlib", "drawing")
 
 
 @contextmanager
 def _figure(**options: Any) -> Iterator[Any]:
     """Give a figure of our look; matplotlib's own settings are as before when it is done."""
     check_plotting()
-    matplotlib, module = (importlib.import_module(name) for name in ("matplotlib", "matplotlib.figure"))
+    matplotlib, module = (require_package(name, "drawing") for name in ("matplotlib", "matplotlib.figure"))
     look = {"svg.fonttype": "none", "svg.hashsalt": "isoprune", "font.size": 10, "axes.spines.top": False}
     look |= {"axes.spines.right": False, "text.color": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT}
     look |= {"ytick.color": _TEXT, "axes.edgecolor": _MUTED}
@@ -83,7 +77,7 @@ def draw_classes(groups: Sequence[Group], plan: Plan | None, path: Path, *, titl
         title: Line above the picture.
 
     Raises:
-        IsoPruneError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     kept = {group.name: group.channels for group in groups}
     if plan is not None:

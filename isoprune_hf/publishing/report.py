@@ -8,7 +8,8 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Write a figure in the unit its column names.
 
     Args:
-        key: macs (to 10^9), params (to 10^6), top1, top5 (fractions, to percent), loss, latency_ms, file_mb or images.
+        key: macs (to 10^9), params (to 10^6), top1, top5 (fractions, to percent), loss, ece, latency_ms,
+            file_mb, images or broken.
         value: The figure in its own unit, or nothing where it was not measured.
         missing: Stands for a figure that was not measured.
     """
@@ -19,7 +20,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
     if key in ("top1", "top5"):
         return f"{100 * value:.2f}"
-    shown = {"loss": f"{value:.4f}", "latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
+    shown = {"loss": f"{value:.4f}", "ece": f"{value:.4f}", "latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")
 
 

@@ -1,19 +1,15 @@
 """The width of every layer before and after the cut, and a picture of them."""
 
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
-from isoprune_hf.errors import IsoPruneError
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None
+from isoprune_hf.extras import require_package
 
 PICTURE = "widths.png"
 _KEPT, _REMOVED, _DPI = "#3b6fb6", "#e3e6ea", 120
@@ -40,12 +36,12 @@ def draw_widths(widths: Mapping[str, tuple[int, int]], path: Path, *, title: str
         title: Line above the picture.
 
     Raises:
-        IsoPruneError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
-    if Figure is None:
-        raise IsoPruneError("drawing needs matplotlib, which is not installed: pip install isoprune-hf[plots]")
-    figure = Figure(figsize=(10, 3.2), dpi=_DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    require_package("matplotlib", "drawing")
+    figure = import_module("matplotlib.figure").Figure(
+        figsize=(10, 3.2), dpi=_DPI, facecolor="white", layout="constrained"
+    )
     axes = figure.add_subplot(title=title, xlabel="layer, from input to output", ylabel="outputs")
     places = range(len(widths))
     axes.bar(places, [before for before, _ in widths.values()], color=_REMOVED, width=0.85, label="before")
@@ -58,7 +54,7 @@ def draw_widths(widths: Mapping[str, tuple[int, int]], path: Path, *, title: str
 
 def can_draw() -> bool:
     """Say whether matplotlib is there."""
-    return Figure is not None
+    return find_spec("matplotlib") is not None
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 from timm.data import ImageNetInfo
 
 from isoprune_hf.errors import DatasetError
+from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training.decoding import Decoding
 
@@ -121,11 +122,9 @@ def _load_image_folder(folder: Path) -> Dataset:
 
 
 def _load_digits() -> dict[str, Dataset]:
-    try:
+    with naming_extra("data.dataset digits"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise DatasetError("data.dataset: `digits` needs scikit-learn: pip install isoprune-hf[digits]") from error
     digits = load_digits()
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)

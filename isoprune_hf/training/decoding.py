@@ -18,12 +18,13 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
+from isoprune_hf.checkpoint.modeling_isoprune import check_pixels
 from isoprune_hf.errors import DatasetError
 
 _GREY = Image.new("RGB", (224, 224), (128, 128, 128))
 # What Pillow raises for damaged files; its limit on pixels (decompression bombs) among it.
-_DAMAGES = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
-_DAMAGES += (struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGES = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
+DAMAGES += (struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
     conversion of such grey would clip nearly all of it to white.
 
     Raises:
-        OSError: There is no image in it, or only a part of one; and the other errors of Pillow.
+        OSError: There is no image in it, or only a part of one; and the other errors of Pillow (`DAMAGES`).
+        ImageError: It has too many pixels; they are not decoded.
     """
     image = _open(encoded)
     image.load()
@@ -86,12 +88,14 @@ def to_pixels(image: Image.Image | Tensor) -> Tensor:
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """Read the header of an image file."""
+    """Read the header of an image file, and refuse one of too many pixels."""
     try:
-        return Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         kind = "an image of a known format" if encoded else "anything"
         raise OSError(f"there is not {kind} in it") from error
+    check_pixels(image)
+    return image
 
 
 def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decoding) -> tuple[Image.Image | Tensor, int]:
@@ -112,7 +116,7 @@ def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decodin
         encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         decode = decode_pixels if decoding.decoder == "torchvision" else decode_image
         return decode(encoded, exif=decoding.exif), label
-    except _DAMAGES as error:
+    except DAMAGES as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"data: {where} cannot be read ({reason}); mend it or take it out") from error

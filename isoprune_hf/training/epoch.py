@@ -1,7 +1,6 @@
 """One epoch: updates that are the same for any split of the batch into ranks and accumulation steps."""
 
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.terminal import has_bars
 from isoprune_hf.training.acceleration import PRECISIONS, arrange
 from isoprune_hf.training.augmentation import seed_from
 from isoprune_hf.training.decoding import check_broken
@@ -131,7 +131,7 @@ def train_epoch(
     training.network.train()
     updates = len(batches.totals)
     stream = iter(batches.loader)
-    hidden = not (sys.stderr.isatty() and training.accelerator.is_main_process)
+    hidden = not (has_bars() and training.accelerator.is_main_process)
     bar = {"desc": f"epoch {progress.epoch}", "unit": "update", "leave": False, "disable": hidden}
     for update in tqdm(range(progress.update, updates), initial=progress.update, total=updates, **bar):
         start = time.perf_counter()

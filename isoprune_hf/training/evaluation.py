@@ -1,7 +1,6 @@
 """What an accuracy in the card is: every image of the split once, whatever the number of ranks."""
 
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError
+from isoprune_hf.terminal import has_bars
 from isoprune_hf.training.data import Dataset
 from isoprune_hf.training.decoding import Decoding, check_broken
 from isoprune_hf.training.loading import eval_loader
@@ -111,7 +111,7 @@ def score_split(
     options = {"batch_size": batch_size, "num_workers": num_workers, "decoding": decoding}
     loader = eval_loader(split, processor, rank=rank, world=world, **options)
     # The terminal of the main process alone shows a bar; a log file shows none.
-    is_shown = rank == 0 and sys.stderr.isatty()
+    is_shown = rank == 0 and has_bars()
     batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not is_shown)
     vectors = _score_images(model, processor, batches, len(split))
     if world > 1:

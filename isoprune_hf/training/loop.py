@@ -1,6 +1,5 @@
 """Training: epochs, their evaluation, and what is saved of them."""
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.terminal import has_bars
 from isoprune_hf.training.acceleration import Teacher, accelerated
 from isoprune_hf.training.augmentation import train_transform
 from isoprune_hf.training.data import ImageData
@@ -216,7 +216,7 @@ def _train_in_run(
             entry = {"epoch": progress.epoch, "update": progress.update, **update.figures}
             entry |= run.measure_compute(update.figures["images_per_second"])
             run.log.write(entry, step=done + progress.update)
-            if update.fault is None and not sys.stderr.isatty():  # which has a bar instead
+            if update.fault is None and not has_bars():  # which has a bar instead
                 logger.info(clock.describe(entry, left=left - progress.update))
         if is_main and update.broken:
             place = {"epoch": progress.epoch, "update": progress.update}

@@ -1,0 +1,192 @@
+"""How the command line is read: stage, recipe files and flags, and the help that lists them."""
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from isoprune_hf.commands import ACTIONS, EXIT_CODES, GROUPS, SECTIONS, STAGES, SWITCHES, Stage
+from isoprune_hf.errors import IsoPruneError, RecipeError
+from isoprune_hf.recipe_files import like, read_recipe, select_stage
+from isoprune_hf.terminal import paint
+from isoprune_hf.version import __version__
+
+EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
+_ABOVE_STAGES = ("-h", "--help", "--version", "--completion")
+_USAGE = "isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]"
+_TEXT = "Prune image classifiers by isomorphic classes, finetune them, and open them anywhere."
+_EXAMPLES = """  isoprune
+      the embedded default: real handwritten digits and a small ViT, in two minutes
+  isoprune prune --prune.model timm/resnet50.a1_in1k --prune.criterion l1 --prune.target_macs 50% --output pruned
+      a ResNet-50 with half of its MACs, from its weights alone
+  accelerate launch train_accelerate.py --config recipe.yaml --data.dataset ILSVRC/imagenet-1k
+      score, cut and finetune on every GPU of the machine"""
+_OPTIONS = {
+    "-h, --help": "This text; isoprune STAGE --help lists the flags of a stage.",
+    "--version": "The version.",
+    "--completion SHELL": 'Completion for bash or zsh: eval "$(isoprune --completion bash)"',
+    **{f"STAGE --{name}": text for name, text in SWITCHES.items()},
+}
+_WIDTH = 100
+
+
+class _Parser(ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split())
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
+        if unknown:
+            message += like(unknown[1], [action.dest for action in self._actions])
+        raise IsoPruneError(message)
+
+
+class _TopParser(_Parser):
+    """Groups the stages in its help."""
+
+    def format_help(self) -> str:
+        texts = {name: STAGES[name].text if name in STAGES else ACTIONS[name] for name in self._stages()}
+        parts = [f"usage: {_USAGE}\n\n{_TEXT}"]
+        for title, names in GROUPS.items():
+            parts.append(_section(title, {name: texts[name] for name in names}))
+        parts.append(_section("options", _OPTIONS))
+        parts.append(f"{_heading('examples')}\n{_EXAMPLES}")
+        parts.append(_section("exit codes", {str(code): text for code, text in EXIT_CODES.items()}))
+        return "\n\n".join(parts) + "\n"
+
+    @staticmethod
+    def _stages() -> list[str]:
+        return list(dict.fromkeys(name.split()[0] for name in STAGES))
+
+
+class _Completion(argparse.Action):
+    """Prints a script for a shell."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        sys.stdout.write(parser.get_completion_script(f"shtab-{values}"))
+        sys.exit(0)  # the script has used the parser up
+
+
+def _heading(title: str) -> str:
+    return paint(f"{title}:", "bold", sys.stdout)
+
+
+def _section(title: str, texts: dict[str, str]) -> str:
+    indent = " " * (6 + max(map(len, texts)))
+    lines = []
+    for name, text in texts.items():
+        lines += textwrap.wrap(text, _WIDTH, initial_indent=f"    {name}".ljust(len(indent)), subsequent_indent=indent)
+    return "\n".join([_heading(title), *lines])
+
+
+def take_switches(arguments: list[str]) -> tuple[list[str], set[str]]:
+    """Take the switches that every stage has out of the arguments."""
+    flags = {f"--{name}" for name in SWITCHES}
+    return [word for word in arguments if word not in flags], {word[2:] for word in arguments if word in flags}
+
+
+def parse(arguments: list[str]) -> tuple[str, Namespace]:
+    """Turn arguments into a stage, and its recipes and flags.
+
+    Raises:
+        RecipeError: A value is out of its range, or a recipe file cannot be read.
+    """
+    stage, flags = _split_stage(arguments)
+    if stage in STAGES:
+        flags = _recipe_first(stage, _name_positionals(stage, flags))
+    parser = build_parser()
+    config = parser.instantiate_classes(parser.parse_args([*stage.split(), *flags]))
+    for word in stage.split():
+        config = config[word]
+    return stage, config
+
+
+def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
+    """Take the stage, of one word or two, from the front; without one it is `run`."""
+    first = arguments[0] if arguments else ""
+    if first.partition("=")[0] in _ABOVE_STAGES:
+        return "", arguments
+    if first.startswith("-") or not first:
+        return "run", arguments
+    if first in STAGES:
+        return first, arguments[1:]
+    known = [stage for stage in STAGES if " " not in stage] + list(ACTIONS)
+    if first not in ACTIONS:
+        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{like(first, known)}")
+    second = arguments[1] if len(arguments) > 1 else ""
+    if second in ("-h", "--help") or f"{first} {second}" in STAGES:
+        is_help = second.startswith("-")
+        return (first, arguments[1:]) if is_help else (f"{first} {second}", arguments[2:])
+    actions = [stage.split()[1] for stage in STAGES if stage.startswith(f"{first} ")]
+    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{like(second, actions)}")
+
+
+def _name_positionals(stage: str, flags: list[str]) -> list[str]:
+    named: list[str] = []
+    for name, value in zip(STAGES[stage].positional, flags, strict=False):
+        if value.startswith("-"):
+            break
+        named += [f"--{name}", value]
+    return [*named, *flags[len(named) // 2 :]]
+
+
+def _recipe_first(stage: str, arguments: list[str]) -> list[str]:
+    """Put the content of recipe files before all flags, so that a flag wins wherever it stands."""
+    if stage in ("run", "score", "prune") and not any(
+        re.match(r"--(config|prune\.model|prune)(=|$)|-h$|--help$", argument) for argument in arguments
+    ):
+        arguments = ["--config", str(EMBEDDED_RECIPE), *arguments]
+    recipes, flags = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            file = argument.partition("=")[2] or next(rest, "")
+            recipes += ["--config", json.dumps(select_stage(read_recipe(file), stage))]
+        else:
+            flags.append(argument)
+    return [*recipes, *flags]
+
+
+def build_parser() -> ArgumentParser:
+    """Build the parser: a sub-command for each stage, a group of flags for each section of a recipe."""
+    parser = _TopParser(prog="isoprune", usage=_USAGE, description=_TEXT)
+    parser.add_argument("--version", action="version", version=f"isoprune {__version__}")
+    parser.add_argument("--completion", action=_Completion, choices=["bash", "zsh"], default=argparse.SUPPRESS)
+    stages = parser.add_subcommands(dest="stage", title="stages", description="", metavar="STAGE")
+    actions = {}
+    for name, stage in STAGES.items():
+        first, _, action = name.partition(" ")
+        if not action:
+            stages.add_subcommand(first, _stage_parser(name, stage), help=stage.text)
+            continue
+        if first not in actions:
+            above = _Parser(description=ACTIONS[first], usage=f"isoprune {first} ACTION [FLAGS]")
+            stages.add_subcommand(first, above, help=ACTIONS[first])
+            actions[first] = above.add_subcommands(dest="action", title="actions", description="", metavar="ACTION")
+        actions[first].add_subcommand(action, _stage_parser(name, stage), help=stage.text)
+    return parser
+
+
+def _stage_parser(name: str, stage: Stage) -> ArgumentParser:
+    words = [f"isoprune {name}", *map(str.upper, stage.positional)]
+    parser = _Parser(
+        description=stage.text, usage=" ".join([*words, *["[--config RECIPE.yaml]"] * bool(stage.sections), "[FLAGS]"])
+    )
+    if stage.sections:
+        parser.add_argument("--config", action="config", help="Recipe file; a flag wins over it.")
+    for flag, kind, default, help_text in stage.flags:
+        if default is None and kind is str:
+            parser.add_argument(f"--{flag}", type=kind, required=True, help=help_text)
+        else:
+            parser.add_argument(f"--{flag}", type=kind, default=default, help=help_text)
+    for name, text in SWITCHES.items():
+        if name != "json" or stage.has_figures:
+            parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
+    for section in stage.sections.split():
+        parser.add_class_arguments(SECTIONS[section], section)
+    return parser

@@ -1,0 +1,82 @@
+"""The page that compares a pruned model with its base: `python app.py FOLDER`, or `ISOPRUNE_MODEL=user/name`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from comparison import TOP, Pair, compare, open_pair, tabulate
+
+from isoprune_hf import IsoPruneError
+
+TITLE = "Base and pruned, side by side"
+WAITING = "Upload an image: both models answer it."
+TIMES = (
+    "Times are medians of 20 forward passes in turns, measured on this machine when the page was started; threads: "
+    f"{torch.get_num_threads()}."
+)
+# Fonts of the visitor's own: the page asks no other server for anything.
+LAUNCH: dict[str, Any] = {
+    "max_file_size": "20mb",
+    "footer_links": [],
+    "css": ".prose td, .prose th { padding: 6px; word-break: normal; overflow-wrap: normal; }",  # for phones
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+}
+
+
+def build_app(pair: Pair) -> gr.Blocks:
+    """Build the page: a file, two answers, a table and the widths."""
+
+    def answer(path: str | None) -> tuple[Any, ...]:
+        if path is None:
+            return WAITING, None, None, None
+        try:
+            found = compare(pair, Path(path).read_bytes())
+        except IsoPruneError as error:
+            return f"**{error}**", None, None, None
+        first = {name: next(iter(labels)) for name, labels in found.answers.items()}
+        same = first["base"] == first["pruned"]
+        said = f"Both say **{first['base']}**." if same else f"**{first['base']}** became **{first['pruned']}**."
+        return said, found.image, found.answers["base"], found.answers["pruned"]
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
+        gr.Markdown(f"# {TITLE}\n`{pair.name}`, cut by [isomorphic pruning](https://arxiv.org/abs/2407.04616)")
+        with gr.Row():
+            with gr.Column(scale=1):
+                file = gr.File(label="An image", file_types=["image"], type="filepath", height=140)
+                seen = gr.Image(label="As the models get it", interactive=False, height=220, buttons=["fullscreen"])
+            with gr.Column(scale=2):
+                said = gr.Markdown(WAITING)
+                with gr.Row():
+                    base = gr.Label(label="Base", num_top_classes=TOP)
+                    pruned = gr.Label(label="Pruned", num_top_classes=TOP)
+        gr.Markdown(f"## What each costs\n\n{tabulate(pair)}\n\n{TIMES}")
+        gr.Markdown("## The width of every layer\n\nBlue stays, grey has left.")
+        gr.Image(str(pair.widths), show_label=False, container=False, interactive=False, buttons=["fullscreen"])
+        file.change(answer, file, [said, seen, base, pruned], api_name="compare")
+    return app
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Open the models and serve the page; what cannot be opened is one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=os.environ.get("ISOPRUNE_MODEL"), help="folder or repository")
+    parser.add_argument("--base", default=os.environ.get("ISOPRUNE_BASE"), help="where the base lies now")
+    parser.add_argument("--port", type=int, help="7860 where it is free, by default")
+    given = parser.parse_args(arguments)
+    if not given.model:
+        parser.error("give a folder or a repository, or set ISOPRUNE_MODEL")
+    try:
+        pair = open_pair(given.model, given.base)
+    except IsoPruneError as error:
+        sys.stderr.write(f"compare: error: {' '.join(str(error).split())}\n")
+        return 2
+    build_app(pair).launch(server_port=given.port, **LAUNCH)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""A pruned model beside its base: open both, let both answer an image, say what each costs."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from isoprune_hf import CheckpointError, IsoPruneError, IsoPruneForImageClassification, load_base
+from isoprune_hf.pruning.speed import measure_latency
+from isoprune_hf.publishing.widths import PICTURE, draw_widths, layer_widths
+from isoprune_hf.sources import open_source
+from isoprune_hf.training.decoding import DAMAGES, decode_image
+
+TOP = 5
+
+
+class Pair(NamedTuple):
+    """A pruned model and the base that it was cut from.
+
+    Args:
+        name: Where the pruned model was found.
+        models: `base` and `pruned`, in eval mode.
+        processors: The image processor of each.
+        widths: PNG of the width of every layer, before and after the cut.
+        milliseconds: Model -> median time of a forward pass of one image, in turns, measured before anyone looks.
+    """
+
+    name: str
+    models: dict[str, IsoPruneForImageClassification]
+    processors: dict[str, BaseImageProcessor]
+    widths: Path
+    milliseconds: dict[str, float]
+
+
+class Comparison(NamedTuple):
+    """What both models say of an image.
+
+    Args:
+        image: The image as they see it: upright, RGB.
+        answers: Model -> label -> probability, the highest first.
+    """
+
+    image: Image.Image
+    answers: dict[str, dict[str, float]]
+
+
+def open_pair(name: str, base: str | None = None) -> Pair:
+    """Open a pruned model and its base.
+
+    Args:
+        name: A folder, or a repository of the Hub.
+        base: Where the base lies now, if not where the cut has found it.
+
+    Raises:
+        IsoPruneError: One of them cannot be opened, or they do not belong together.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name))
+        except (HFValidationError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{name} is neither a folder nor a repository of the Hub that can be opened ({reason})"
+            ) from error
+    opened = load_base(str(folder))
+    dense = open_source(opened.model, base)
+    widths = folder / PICTURE
+    if not widths.is_file():
+        widths = Path(tempfile.mkdtemp()) / PICTURE
+        draw_widths(layer_widths(opened.model), widths, title="the width of every layer, before and after the cut")
+    models = {"base": dense.model.eval(), "pruned": opened.model.eval()}
+    return Pair(
+        name,
+        models,
+        {"base": dense.processor, "pruned": opened.processor},
+        widths,
+        measure_latency(models, opened.model.config.image_size),
+    )
+
+
+def compare(pair: Pair, encoded: bytes) -> Comparison:
+    """Let both models answer an image file.
+
+    Raises:
+        IsoPruneError: It is no image, a damaged one, or one of too many pixels.
+    """
+    try:
+        image = decode_image(encoded)
+    except IsoPruneError:
+        raise
+    except DAMAGES as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IsoPruneError(f"this file cannot be read as an image ({reason}); try a JPEG or a PNG") from error
+    answers = {}
+    for name, model in pair.models.items():
+        pixels = pair.processors[name](image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            chances = model(pixels.to(model.device)).logits[0].float().softmax(dim=0)
+        best = chances.topk(min(TOP, len(chances)))
+        places = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        answers[name] = {model.config.id2label[index]: chance for index, chance in places}
+    return Comparison(image, answers)
+
+
+def tabulate(pair: Pair) -> str:
+    """Write a table of Markdown: MACs, parameters and time of base and pruned model, and the share that is left."""
+    cost = pair.models["pruned"].config.cost
+    rows = {
+        "GMACs": [cost[name]["macs"] / 1e9 for name in pair.models],
+        "params (M)": [cost[name]["params"] / 1e6 for name in pair.models],
+        "ms an image": [pair.milliseconds[name] for name in pair.models],
+    }
+    lines = ["| | base | pruned | left |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {base:.3g} | {pruned:.3g} | {pruned / base:.0%} |" for name, (base, pruned) in rows.items()]
+    return "\n".join(lines)

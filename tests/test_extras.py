@@ -1,0 +1,146 @@
+"""What is needed for what: a light installation opens models, and says in one line which extra brings the rest."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from conftest import Pruned
+
+import isoprune_hf
+from isoprune_hf import __main__
+from isoprune_hf.errors import MissingExtraError
+from isoprune_hf.extras import EXTRAS, naming_extra, require_package
+
+ROOT = Path(__file__).parents[1]
+# Makes every package of an extra, and all that they alone bring, impossible to import.
+LIGHT = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Light(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in {sorted([*EXTRAS, "pandas"])}
+        return None if absent else super().find_spec(name, path, target)
+
+sys.meta_path = [Light if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def names(text: str) -> set[str]:
+    """The distributions that a list of requirements names."""
+    return {re.split(r"[\[<>=~!; ]", line)[0].lower().replace("_", "-") for line in text.split("\n") if line.strip()}
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_each_package_is_in_the_extra_that_is_named(setup: configparser.ConfigParser) -> None:
+    distributions = packages_distributions() | {"pyarrow": ["datasets"]}  # datasets brings it
+    extras = setup["options.extras_require"]
+    for package, extra in EXTRAS.items():
+        assert {name.lower().replace("_", "-") for name in distributions[package]} & names(extras[extra]), package
+
+
+def test_what_the_package_imports_is_required_or_of_an_extra(setup: configparser.ConfigParser) -> None:
+    core = names(setup["options"]["install_requires"]) - {"pillow"} | {"PIL", "yaml", "markupsafe", "isoprune_hf"}
+    core = {name.replace("-", "_") for name in core}  # yaml comes with timm, markupsafe with torch
+    for path in (ROOT / "isoprune_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.module] if isinstance(node, ast.ImportFrom) else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in found:
+                top = name.partition(".")[0]
+                assert top in core | set(EXTRAS) | set(sys.stdlib_module_names), f"{path}: {name}"
+
+
+@pytest.mark.slow
+def test_a_light_installation_opens_a_pruned_model_and_predicts(pruned: Callable[[str], Pruned]) -> None:
+    made = pruned("vit")
+    script = f"""{LIGHT}
+from PIL import Image
+from transformers import pipeline
+import isoprune_hf
+answers = pipeline("image-classification", model={str(made.folder)!r})(Image.new("RGB", (40, 30), (200, 30, 90)))
+model, processor = isoprune_hf.load_base({str(made.folder)!r})
+print(len(answers), answers[0]["label"], sum(p.numel() for p in model.parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    count, label, params = done.stdout.split()
+    assert int(count) == 5 and label in made.model.config.label2id
+    assert int(params) == sum(parameter.numel() for parameter in made.model.parameters())
+
+
+def test_a_light_installation_names_the_extra_in_one_line() -> None:
+    script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nsys.exit(main(['prune']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    line = r"isoprune: error: the command line needs \w+, which is not installed: pip install isoprune-hf\[prune\]\n"
+    assert re.fullmatch(line, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("evaluate", ["prune", "--prune.model", "timm/test_vit"], "prune"),
+        ("sklearn", ["prune", "--prune.model", "timm/test_vit", "--data.dataset", "digits"], "train"),
+        ("matplotlib", ["inspect", "timm/test_vit", "--html", "page.html"], "publish"),
+    ],
+)
+def test_a_stage_names_the_extra_that_it_needs(
+    package: str, arguments: list[str], extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in [*sys.modules]:
+        if name.startswith(("isoprune_hf.stages", "isoprune_hf.training.", f"{package}.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(arguments)
+    assert stopped.value.code == 2
+    assert re.fullmatch(rf"isoprune: error: .* needs {package}, .*\[{extra}\]\n", capsys.readouterr().err)
+
+
+def test_a_public_name_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "isoprune_hf.training.loop", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"^finetune needs accelerate, .*: pip install isoprune-hf\[prune\]$"):
+        _ = isoprune_hf.finetune
+
+
+def test_a_missing_package_of_no_extra_stays_what_it_is() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_package") as found, naming_extra("this"):
+        require_package("no_such_package", "this")
+    assert not isinstance(found.value, MissingExtraError)
+
+
+@pytest.mark.slow
+def test_the_import_takes_a_fifth_of_a_second_beyond_transformers_and_brings_no_extra() -> None:
+    script = f"""
+import sys, time
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+before = time.perf_counter()
+import isoprune_hf
+print(time.perf_counter() - before, *sorted({{name.partition(".")[0] for name in sys.modules}} & set({[*EXTRAS]})))
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        for _ in range(2)
+    ]
+    assert min(float(run.split()[0]) for run in runs) < 0.2
+    brought = set(runs[0].split()[1:])
+    script = script.replace("import isoprune_hf", "")
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert brought == set(alone.split()[1:])
