@@ -187,10 +187,12 @@ def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path: Path
 
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
     assert config.strict
+    assert re.search(r"^docs: .*\n\t.*mkdocs build .*--strict$", (ROOT / "Makefile").read_text(), re.M)
     config.plugins.on_startup(command="build", dirty=False)
     build(config)
     pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
     assert pages.keys() >= {Path(name).with_suffix(".html").name for name in navigation(config.nav)}
+    assert "<em>" not in pages["api.html"]  # a star of a docstring that became emphasis
     loads = r"<(?:script|img|iframe)[^>]*src=\"(https?:[^\"]*)|<link rel=\"?stylesheet\"?[^>]*href=\"(https?:[^\"]*)"
     assert {name: found for name, text in pages.items() if (found := re.findall(loads, text))} == {}
 
