@@ -19,7 +19,8 @@ from conftest import Pruned
 from tiny_models import TIMM, make_base
 
 import isoprune_hf
-from isoprune_hf import cli, errors
+from isoprune_hf import errors
+from isoprune_hf.cli import parse
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
@@ -35,7 +36,8 @@ RUN_BY = {"export.md": "test_export.py"}
 
 
 # The parser itself, built once: a page has up to thirty commands.
-_build_parser = functools.cache(cli.build_parser)
+_PARSING = sys.modules[parse.__module__]
+_build_parser = functools.cache(_PARSING.build_parser)
 
 
 class Block(NamedTuple):
@@ -72,7 +74,7 @@ def check_command(words: list[str], where: str) -> None:
         words = ["isoprune", "push", *words[2:]]
     match words:
         case ["isoprune" | "train_accelerate.py", *flags]:
-            cli.parse(flags)
+            parse(flags)
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), where
         case ["pip", "install", package]:
@@ -107,7 +109,7 @@ def test_every_block_is_run_or_says_why_not(
     for name in ("recipes", "train_accelerate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "build_parser", _build_parser)
+    monkeypatch.setattr(_PARSING, "build_parser", _build_parser)
     printed = ""
     for block in blocks:
         where = f"{page.name}:{block.line}"
@@ -128,7 +130,7 @@ def test_every_block_is_run_or_says_why_not(
                 exec(code, module.__dict__)
         elif block.kind == "yaml":
             (tmp_path / "recipe.yaml").write_text(block.code)
-            cli.parse(["run", "--config", "recipe.yaml"])
+            parse(["run", "--config", "recipe.yaml"])
         else:
             assert block.kind == "text", f"{where}: a block of {block.kind or 'no language'}"
             assert not is_run or block.code in printed, f"{where}: not what the command above it prints"
