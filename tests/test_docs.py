@@ -1,5 +1,6 @@
 """README and docs: every block of code is run or understood, every link leads somewhere, every message exists."""
 
+import argparse
 import ast
 import functools
 import re
@@ -35,9 +36,21 @@ CARRIED_OUT = ("quickstart.md", "concepts.md")
 RUN_BY = {"export.md": "test_export.py"}
 
 
-# The parser itself, built once: a page has up to thirty commands.
 _PARSING = sys.modules[parse.__module__]
-_build_parser = functools.cache(_PARSING.build_parser)
+
+
+@functools.cache
+def strict_parser(build: Callable[[], argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Build the parser itself, once: a page has up to thirty commands. A flag must be written out."""
+    parser = build()
+    below = [parser]
+    while below:
+        one = below.pop()
+        one.allow_abbrev = False
+        below += [
+            child for action in one._actions if isinstance(action.choices, dict) for child in action.choices.values()
+        ]
+    return parser
 
 
 class Block(NamedTuple):
@@ -109,7 +122,7 @@ def test_every_block_is_run_or_says_why_not(
     for name in ("recipes", "train_accelerate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_PARSING, "build_parser", _build_parser)
+    monkeypatch.setattr(_PARSING, "build_parser", functools.partial(strict_parser, _PARSING.build_parser))
     printed = ""
     for block in blocks:
         where = f"{page.name}:{block.line}"
