@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: setup demo test test-faults fuzz lint types dist-test clean
+.PHONY: setup demo test test-faults fuzz docs lint types dist-test clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test-faults: $(STAMP)
 # Ten thousand damaged folders: two hours on one core.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s tests/test_fuzz.py
+
+# The site, into build/site, with no network; a broken link or reference is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

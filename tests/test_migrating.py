@@ -1,10 +1,7 @@
 """The page for users of the reference: each command that it tells them to type is one."""
 
 import re
-import shlex
 from pathlib import Path
-
-import pytest
 
 from isoprune_hf.command_parser import parse
 
@@ -19,18 +16,11 @@ def test_every_recipe_of_the_paper_is_on_the_page() -> None:
     assert cut == {path.stem for path in (ROOT / "recipes").glob("*_*g.yaml") if not path.stem.startswith("_")}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_page_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
-    if words[0] == "accelerate":
-        assert words[:2] == ["accelerate", "launch"] and (ROOT / "train_accelerate.py").is_file()
-        words = words[words.index("train_accelerate.py") :]
-    assert words[0] in ("isoprune", "train_accelerate.py")
-    stage, config = parse(words[1:])
-    assert stage in ("run", "prune", "finetune", "evaluate", "convert")
-    if "data" in config:
-        assert config.data.dataset == "data/imagenet"
+def test_the_commands_of_the_page_read_the_folder_of_the_reference() -> None:
+    """`test_docs` has the parser read each of them."""
+    assert len(COMMANDS) > 20
+    for command in COMMANDS:
+        assert "--data.dataset data/imagenet" in command or command.startswith("isoprune convert "), command
 
 
 def test_every_setting_that_the_tables_name_is_a_flag() -> None:
