@@ -19,7 +19,7 @@ from isoprune_hf.pruning.speed import measure_latency, record_measurement
 from isoprune_hf.publishing.pictures import check_plotting, draw_frontier
 from isoprune_hf.publishing.report import format_figure
 from isoprune_hf.recipes import DataRecipe, PruneRecipe, recipe_to_dict
-from isoprune_hf.sources import open_base, open_calibration, open_data
+from isoprune_hf.sources import open_base, open_calibration, open_data, open_scores
 from isoprune_hf.training.evaluation import evaluate_model
 
 COLUMNS = {
@@ -54,10 +54,10 @@ def run_frontier(
     if prune.steps > 1:
         raise RecipeError(f"frontier cuts every size from one scoring: set prune.steps to 1, not {prune.steps}")
     prune = replace(prune, model=model or prune.model, target_macs=None, target_params=None, target_latency=None)
+    prune, known = open_scores(prune, scores)
     images = open_data(data, accelerator) if data.dataset else None
-    base = open_base(prune, data, images, accelerator, is_scored=scores is not None)
-    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=scores is not None)
-    known = ImportanceScores.load(scores) if scores else None
+    base = open_base(prune, data, images, accelerator, is_scored=known is not None)
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=known is not None)
     results: dict[float, PruneResult] = {}
     for share in sorted(shares):  # the smallest first: one that cannot be reached is refused before the scoring
         recipe = recipe_of_budget(prune, f"{100 * share:.10g}%")
@@ -91,7 +91,7 @@ def run_frontier(
         replace_folder(folder, lambda place: _write(place, rows, record, known))
     accelerator.wait_for_everyone()
     again = f"isoprune prune --prune.model {prune.model} --scores {folder / 'importance.safetensors'}"
-    again += f" --prune.preset {prune.preset}" if prune.preset else f" --prune.criterion {prune.criterion}"
+    again += f" --prune.preset {preset}" if (preset := prune.taken_preset) else f" --prune.criterion {prune.criterion}"
     again += f" --data.dataset {data.dataset}" if prune.data_step else ""
     text = (
         f"{tabulate_frontier(rows)}\n\nThe table, its plot and the scores are in {folder}. Make a folder of a size "

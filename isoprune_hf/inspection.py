@@ -18,7 +18,7 @@ from isoprune_hf.pruning.budget import check_budget
 from isoprune_hf.pruning.cost import cost_model
 from isoprune_hf.pruning.doctor import Finding, check_model, check_replay
 from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.importance import ImportanceScores, fingerprint
+from isoprune_hf.pruning.importance import fingerprint
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.pruning.replay import replay_plan
 from isoprune_hf.pruning.scoring import score_model
@@ -27,7 +27,7 @@ from isoprune_hf.publishing.pictures import check_plotting, draw_classes
 from isoprune_hf.publishing.plan_text import diff_plans, show_plan
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, PruneRecipe, parse_budget, recipe_to_dict
 from isoprune_hf.results import summarize, write_folder
-from isoprune_hf.sources import open_base, open_calibration, open_data, open_source
+from isoprune_hf.sources import open_base, open_calibration, open_data, open_scores, open_source
 
 OWN = "plan"  # what the plan in a folder is called among the alternatives
 
@@ -84,10 +84,11 @@ def _list(prune: PruneRecipe) -> Inspected:
 
 def _compare(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, scores: str | None) -> Inspected:
     """Trace and score once, and decide by every alternative at the same MACs."""
+    prune, scored = open_scores(prune, scores)
     images = open_data(data, accelerator) if data.dataset else None
     decided = _find_plan(prune.model)
     opening = prune if decided is None else _recipe_of_source(prune)
-    base = open_base(opening, data, images, accelerator, is_scored=scores is not None)
+    base = open_base(opening, data, images, accelerator, is_scored=scored is not None, is_replayed=scored is not None)
     weights = fingerprint(base.model.model)
     if decided is not None and decided.fingerprint != weights:
         raise CheckpointError(f"the plan in {prune.model} was made on other weights than those of {opening.model}")
@@ -97,8 +98,7 @@ def _compare(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, sco
     own = {} if decided is None else decided.achieved.get("pruned", {})
     recipe = recipe_of_budget(prune, prune.target_macs or own.get("macs") or DEFAULT_BUDGET)
     check_budget(groups, recipe, cost, None, blocks)
-    if scores is not None:
-        scored = ImportanceScores.load(scores)
+    if scored is not None:
         if scored.fingerprint != weights:
             raise RecipeError(f"the scores in {scores} were made from other weights than those of {opening.model}")
     else:

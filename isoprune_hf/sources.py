@@ -14,7 +14,8 @@ from isoprune_hf.checkpoint.stock import stock_processor
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.processors import set_transform
-from isoprune_hf.pruning.importance import fingerprint
+from isoprune_hf.pruning.importance import ImportanceScores, fingerprint
+from isoprune_hf.pruning.planning import recipe_of_scores
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.data import ImageData, check_labels, load_data
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids
@@ -25,6 +26,14 @@ logger = get_logger(__name__)
 def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
     with accelerator.main_process_first():  # one rank fills the cache
         return load_data(data)
+
+
+def open_scores(prune: PruneRecipe, scores: str | None) -> tuple[PruneRecipe, ImportanceScores | None]:
+    """Read a file of scores, and give the recipe that they are cut by; see `recipe_of_scores`."""
+    if scores is None:
+        return prune, None
+    known = ImportanceScores.load(scores)
+    return recipe_of_scores(prune, known), known
 
 
 def open_base(
@@ -42,7 +51,10 @@ def open_base(
         )
     replaced = prune.replaced_by_preset()
     if replaced:
-        changes = ", ".join(f"{name} {value} (not {default})" for name, (default, value) in replaced.items())
+        changes = ", ".join(
+            f"{name} {value}" + (f" (not {default})" if default is not None else "")
+            for name, (default, value) in replaced.items()
+        )
         logger.info(f"prune.preset {prune.preset} sets {changes}")
     reads_scores = prune.criterion in DATA_CRITERIA and not is_scored
     needs_data = reads_scores or (prune.data_step is not None and not is_replayed)

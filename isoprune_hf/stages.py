@@ -20,7 +20,15 @@ from isoprune_hf.pruning.scoring import score_model
 from isoprune_hf.pruning.speed import measure_latency, record_measurement
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
-from isoprune_hf.sources import open_base, open_calibration, open_data, open_teacher, reopen_base, see_through
+from isoprune_hf.sources import (
+    open_base,
+    open_calibration,
+    open_data,
+    open_scores,
+    open_teacher,
+    reopen_base,
+    see_through,
+)
 from isoprune_hf.training.data import ImageData, check_labels
 from isoprune_hf.training.evaluation import evaluate_model
 from isoprune_hf.training.run import is_begun, read_run
@@ -45,9 +53,10 @@ def run_prune(
 ) -> Answer:
     """Cut the base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
+    prune, known = open_scores(prune, scores)
     images = open_data(data, accelerator) if data.dataset else None
-    base = open_base(prune, data, images, accelerator, is_scored=scores is not None)
-    result = _prune(prune, data, images, base, accelerator, scores)
+    base = open_base(prune, data, images, accelerator, is_scored=known is not None)
+    result = _prune(prune, data, images, base, accelerator, known)
     metrics = {}
     if images is not None and images.evaluation is not None:
         metrics = {
@@ -197,11 +206,10 @@ def _prune(
     images: ImageData | None,
     base: BaseModel,
     accelerator: Accelerator,
-    scores: str | None,
+    scores: ImportanceScores | None,
 ) -> PruneResult:
     batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=scores is not None)
-    known = ImportanceScores.load(scores) if scores else None
-    result = prune_model(base.model, prune, batches, accelerator, scores=known, sample=sample)
+    result = prune_model(base.model, prune, batches, accelerator, scores=scores, sample=sample)
     if images is not None:
         result.model.config.recipe["data"] = recipe_to_dict(data)
     return result

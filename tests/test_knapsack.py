@@ -215,8 +215,14 @@ def test_a_time_that_no_single_group_changes_ends_at_the_floors(vit) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": "threshold"}, "compares losses as they are: set prune.selection exact, got threshold"),
-        ({"normalizer": "mean"}, "compares losses as they are: set prune.normalizer none, got mean"),
+        (
+            {"selection": "threshold"},
+            "compares losses as they are: set prune.selection exact or prune.allocation class, got threshold",
+        ),
+        (
+            {"normalizer": "mean"},
+            "compares losses as they are: set prune.normalizer none or prune.allocation class, got mean",
+        ),
         ({"remove_blocks": "auto"}, "removes channels and heads: give prune.remove_blocks a number or names"),
     ],
 )

@@ -13,7 +13,7 @@ from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, Member, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores, score_groups
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.planning import make_plan
+from isoprune_hf.pruning.planning import make_plan, recipe_of_scores
 from isoprune_hf.recipes import PruneRecipe
 
 
@@ -332,3 +332,34 @@ def test_the_ratio_of_a_group_is_its_own_in_whatever_scope() -> None:
     scores = {"a": [1, 2, 3, 4], "b": [1, 2, 3, 4], "c": [1, 2, 3, 4]}
     plan = plan_for(scores, [A, B, C], ratio=0.5, scope="global", ratios={"b": 0.25})
     assert plan.kept == {"a": (2, 3), "b": (1, 2, 3), "c": (2, 3)}
+
+
+# Scores of one criterion, recipes of another
+
+
+def scores_by(criterion: str, rotated: bool = False) -> ImportanceScores:
+    return ImportanceScores({"a": torch.arange(4.0)}, criterion, "print", {}, rotated=rotated)
+
+
+def test_scores_decide_where_the_recipe_names_neither_preset_nor_criterion() -> None:
+    given = PruneRecipe(target_macs="50%", round_to=4)
+    assert given.taken_preset == "best" and given.preset is None
+    assert recipe_of_scores(given, scores_by("l1")) == PruneRecipe(criterion="l1", target_macs="50%", round_to=4)
+    assert recipe_of_scores(given, scores_by("gate_fisher_joint", rotated=True)) is given
+    plan = plan_for({"a": [1, 2, 3, 4]}, [group("a", "x", 4)], criterion=None, ratio=0.5)
+    assert plan.settings["allocation"] == "class" and plan.settings["preset"] is None
+    assert plan.kept == {"a": (2, 3)}
+
+
+def test_a_recipe_that_names_a_criterion_or_values_keeps_them() -> None:
+    for recipe in (PruneRecipe(criterion="taylor"), PruneRecipe(allocation="class", rotate=False)):
+        assert recipe.taken_preset is None and recipe_of_scores(recipe, scores_by("l1")) is recipe
+
+
+@pytest.mark.parametrize("preset", ["best", "paper", "reference"])
+def test_a_named_preset_refuses_scores_of_another_criterion(preset: str) -> None:
+    recipe = PruneRecipe(preset=preset)
+    with pytest.raises(
+        RecipeError, match=f"prune.preset {preset} takes criterion .*, and the scores were made with l1"
+    ):
+        recipe_of_scores(recipe, scores_by("l1"))

@@ -223,15 +223,18 @@ def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> No
     )
     assert PruneRecipe(criterion="taylor").replaced_by_preset() == {}
     assert recipe.replaced_by_preset() == {
-        "criterion": ("taylor", "taylor_reference"),
+        "criterion": (None, "taylor_reference"),
         "score_batchnorm": (True, False),
         "reduction": ("sum", "mean"),
         "normalizer": ("none", "mean"),
+        "allocation": (None, "class"),
         "engine": ("axes", "torch-pruning"),
         "head_dims": ("per_head", "shared_all"),
         "selection": ("exact", "threshold"),
         "rounding": ("balanced", "down"),
         "min_keep": (2, 1),
+        "rotate": (None, False),
+        "reconstruct": (None, "none"),
     }
 
 
@@ -251,8 +254,8 @@ def test_a_value_that_contradicts_the_preset_is_refused_by_name(values, message:
 
 
 def test_a_preset_that_is_not_known_and_scores_of_another_kind_are_refused(tmp_path) -> None:
-    with pytest.raises(RecipeError, match=r"preset must be one of reference, got 'best'"):
-        PruneRecipe(preset="best")
+    with pytest.raises(RecipeError, match=r"preset must be one of best, paper, reference, got 'good'"):
+        PruneRecipe(preset="good")
     model = make_base("resnet", tmp_path)
     recipe, batches = PruneRecipe(preset="reference", round_to=1), batches_of(model, [4])
     for options, message in (

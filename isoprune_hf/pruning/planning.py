@@ -1,7 +1,7 @@
 """The decision: a plan that says what stays, made from scores and ratios or from a budget."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.budget import Budget, read_budget, solve
@@ -18,7 +18,6 @@ from isoprune_hf.recipes import BUDGETS, PruneRecipe
 # Settings that change a decision; the ratios are recorded as the budget has scaled them.
 _SETTINGS = (
     *(
-        "preset",
         "score_batchnorm",
         "reduction",
         "normalizer",
@@ -64,6 +63,7 @@ def make_plan(
         RecipeError: The scores are not of these groups, or the recipe names what does not exist.
     """
     check_scores(groups, scores)
+    recipe = recipe_of_scores(recipe, scores)
     ranking = Ranking(groups, scores, recipe, blocks)
     ratios, notes = Ratios.of(recipe), ()
     budget = read_budget(recipe, cost, latency)
@@ -78,6 +78,7 @@ def make_plan(
     settings = {
         "criterion": scores.criterion,
         "sample": {key: value for key, value in scores.sample.items() if isinstance(value, str | int)},
+        "preset": recipe.taken_preset,
         **{name: getattr(recipe, name) for name in _SETTINGS},
         **asdict(ratios),
     }
@@ -128,6 +129,28 @@ def _spared(choice: Choice) -> Iterable[str]:
     """Lines for the groups that a threshold alone would have emptied."""
     for name in choice.spared:
         yield f"{name} is below the threshold whole and keeps its best; torch-pruning 1.6.1 would not cut it at all"
+
+
+def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneRecipe:
+    """Give the recipe that these scores are cut by.
+
+    A preset that is named takes its own scores alone. Where `best` was taken without being named, scores of another
+    criterion are cut as if the recipe had named that criterion.
+
+    Raises:
+        RecipeError: The preset of the recipe takes other scores.
+    """
+    if recipe.preset is not None:
+        made = {name: getattr(scores, name) for name in ("criterion", "reduction", "score_batchnorm")}
+        wrong = [name for name, value in made.items() if value != getattr(recipe, name)]
+        if wrong:
+            raise RecipeError(
+                f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
+                f"with {made[wrong[0]]}: score anew, or name --prune.criterion {scores.criterion}"
+            )
+    elif recipe.taken_preset is not None and scores.criterion != recipe.criterion:
+        return replace(recipe, criterion=scores.criterion, allocation=None, rotate=None, reconstruct=None)
+    return recipe
 
 
 def check_scores(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> None:

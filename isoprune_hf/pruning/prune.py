@@ -24,7 +24,7 @@ from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.latency import LatencyModel
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.planning import make_plan
+from isoprune_hf.pruning.planning import make_plan, recipe_of_scores
 from isoprune_hf.pruning.repair import repair
 from isoprune_hf.pruning.rotate import keep_scale
 from isoprune_hf.pruning.scoring import check_calibration, check_scores_of, of_base, rotate_base, score_as
@@ -102,6 +102,8 @@ def prune_model(
     """
     seconds = dict.fromkeys(("trace", "rotate", "score", "solve", "cut", "repair"), 0.0)
     traced = _timed(seconds, "trace", lambda: _trace(model, recipe, accelerator))
+    if scores is not None:
+        recipe = recipe_of_scores(recipe, scores)
     check_calibration(recipe, calibration, scores)
     if scores is not None:
         check_scores_of(model, recipe, scores)

@@ -90,14 +90,6 @@ def check_calibration(recipe: PruneRecipe, calibration: Batches | None, scores: 
         raise RecipeError(
             f"prune.steps {recipe.steps} scores anew before each step: leave --scores out, or set it to 1"
         )
-    if recipe.preset is not None and scores is not None:
-        made = {name: getattr(scores, name) for name in ("criterion", "reduction", "score_batchnorm")}
-        wrong = [name for name, value in made.items() if value != getattr(recipe, name)]
-        if wrong:
-            raise RecipeError(
-                f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
-                f"with {made[wrong[0]]}: score anew, or name --prune.criterion {scores.criterion}"
-            )
     if recipe.data_step is not None and calibration is None:
         raise RecipeError(f"prune.{recipe.data_step} needs data: give --data.dataset, or leave it out")
     if (recipe.steps > 1 or recipe.data_step is not None) and isinstance(calibration, Iterator):

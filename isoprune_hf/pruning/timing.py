@@ -29,7 +29,9 @@ def fit_base(
     scores = score_groups(model, groups, criterion="random")
     variants = [(model, cost.layer_macs({}, {}))]
     for ratio in _FITTED_RATIOS:
-        plan = make_plan(groups, scores, PruneRecipe(scope="local", ratio=ratio, round_to=recipe.round_to))
+        plan = make_plan(
+            groups, scores, PruneRecipe(criterion="random", scope="local", ratio=ratio, round_to=recipe.round_to)
+        )
         variants.append((apply_plan(model, plan, groups), cost.layer_macs(*removed_by(plan, groups))))
     return fit_latency(
         model,

@@ -217,6 +217,13 @@ class PruneRecipe:
             parse_budget(getattr(self, name), 1, f"prune.{name}")
 
     @property
+    def taken_preset(self) -> str | None:
+        """The preset that is named, or `best` where its values were taken without being named; None for others."""
+        if self.preset is None and all(getattr(self, name) == value for name, value in PRESETS["best"].items()):
+            return "best"
+        return self.preset
+
+    @property
     def data_step(self) -> str | None:
         """The setting besides the criterion that reads images of the training split; None where none does."""
         return "rotate" if self.rotate else "reconstruct" if self.reconstruct != "none" else None
@@ -230,8 +237,7 @@ class PruneRecipe:
     def _take_preset(self) -> None:
         """Give the settings that are left at their defaults the values of the preset.
 
-        Without preset and criterion those of `best` are defaults, which other values may replace; the recipe then goes
-        without the name of a preset.
+        Without preset and criterion those of `best` are defaults, which other values may replace; `preset` stays None.
         """
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"prune.preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
@@ -239,8 +245,6 @@ class PruneRecipe:
             for name, value in (PRESETS["best"] if self.criterion is None else _PLAIN).items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, value)
-            if all(getattr(self, name) == value for name, value in PRESETS["best"].items()):
-                object.__setattr__(self, "preset", "best")
         defaults = {setting.name: setting.default for setting in fields(self)}
         for name, value in PRESETS.get(self.preset, {}).items():
             given = getattr(self, name)
