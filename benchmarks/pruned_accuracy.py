@@ -6,15 +6,17 @@
 
 `train` makes the dense nets (`pruned_accuracy_nets.py`) from images that are drawn from seeds
 (`pruned_accuracy_data.py`). `measure` prunes them by every method (`pruned_accuracy_methods.py`) from 512 calibration
-images, the same for all methods of a seed, and appends one line of JSON for each cell of net, budget, seed and method;
-cells that are there are skipped, so it can be stopped and started again. All cuts are physical, and the MACs are
-counted by `count_cost`. Finetuning sees two epochs of 1,500 fresh images at two learning rates; the rate is chosen on
+images (2,048 for `deit_tiny`), the same for all methods of a seed, and appends one line of JSON for each cell of net,
+budget, seed and method; cells that are there are skipped, so it can be stopped and started again, and `--part 0/4` to
+`3/4` share the cells among four processes. All cuts are physical, and the MACs are counted by `count_cost`.
+Finetuning sees two epochs of 1,500 fresh images (6,000 for `deit_tiny`) at two learning rates; the rate is chosen on
 the selection split, and the accuracy of the table is that of the report split. These are toy nets: they say which
 choice does better here, not by how much elsewhere.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -31,8 +33,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import IsoPruneError
 from isoprune_hf.pruning.cost import count_cost
 
-CALIBRATION_IMAGES = 512
-EPOCHS, EPOCH_IMAGES, FINETUNING_BATCH = 2, 1500, 50
+EPOCHS, FINETUNING_BATCH = 2, 50
 SPLITS = ("selection", "report")
 Record = dict[str, Any]
 
@@ -56,7 +57,8 @@ def measure_cell(
     """
     net = NETS[name]
     record: Record = {"net": name, "method": method, "budget": budget, "seed": seed}
-    images, labels = draw(net.data, CALIBRATION_IMAGES, stream_seed("calibrate", seed))
+    drawn = draw(net.data, net.calibration, stream_seed("calibrate", seed))
+    images, labels = (part.to(model.device) for part in drawn)
     start = time.perf_counter()
     try:
         pruned, seconds = METHODS[method](Case(model, images, labels, budget, seed))
@@ -76,7 +78,7 @@ def measure_cell(
 def finetuned(pruned: IsoPruneForImageClassification, net: Net, rate: float, seed: int) -> dict[str, float]:
     """Finetune a copy; give its top-1 on both splits."""
     model = copy.deepcopy(pruned)
-    images, labels = draw(net.data, EPOCHS * EPOCH_IMAGES, stream_seed("finetune", seed))
+    images, labels = draw(net.data, EPOCHS * net.epoch, stream_seed("finetune", seed))
     torch.manual_seed(seed)
     batches = list(zip(images.split(FINETUNING_BATCH), labels.split(FINETUNING_BATCH), strict=True))
     train(model, rate, batches, len(batches))
@@ -95,29 +97,28 @@ def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
 def measure(args: argparse.Namespace) -> None:
     """Measure the cells that the file of results lacks."""
     done = read_results([args.results])
-    nets = {name: load_dense(name, args.workdir)[0] for name in args.nets}
+    nets = {name: load_dense(name, args.workdir, args.device)[0] for name in args.nets}
+    part, parts = (int(number) for number in args.part.split("/"))
+    cells = itertools.product(args.budgets, args.seeds, nets.items(), args.methods)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    for budget in args.budgets:
-        for seed in args.seeds:
-            for name, model in nets.items():
-                for method in args.methods:
-                    there = done.get((name, method, budget, seed))
-                    if there and "skipped" not in there and ("after" in there or not args.finetune):
-                        continue
-                    record = measure_cell(model, name, method, budget, seed, finetune=args.finetune)
-                    what = f"{name} {method} {budget:.0%} seed {seed}"
-                    if "skipped" in record:
-                        print(f"{what}: skipped: {record['skipped']}", flush=True)
-                        continue
-                    with args.results.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
-                    after = f" -> {record['after']['report']:.2f}" if args.finetune else ""
-                    seconds = record["seconds"]
-                    print(
-                        f"{what}: MACs {record['share']:.1%}, top-1 {record['before']['report']:.2f}{after}, "
-                        f"{seconds['all']:.1f} s + {seconds.get('finetune', 0):.1f} s",
-                        flush=True,
-                    )
+    for budget, seed, (name, model), method in itertools.islice(cells, part, None, parts):
+        there = done.get((name, method, budget, seed))
+        if there and "skipped" not in there and ("after" in there or not args.finetune):
+            continue
+        record = measure_cell(model, name, method, budget, seed, finetune=args.finetune)
+        what = f"{name} {method} {budget:.0%} seed {seed}"
+        if "skipped" in record:
+            print(f"{what}: skipped: {record['skipped']}", flush=True)
+            continue
+        with args.results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        after = f" -> {record['after']['report']:.2f}" if args.finetune else ""
+        seconds = record["seconds"]
+        print(
+            f"{what}: MACs {record['share']:.1%}, top-1 {record['before']['report']:.2f}{after}, "
+            f"{seconds['all']:.1f} s + {seconds.get('finetune', 0):.1f} s",
+            flush=True,
+        )
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -163,7 +164,11 @@ def main() -> None:
         options.add_argument("--workdir", type=Path, required=True, help="folder of the dense nets")
         if command != "table":
             options.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+            options.add_argument("--device", default="cpu")
+        if command == "train":
+            options.add_argument("--workers", type=int, default=0, help="processes that draw images")
         if command == "measure":
+            options.add_argument("--part", default="0/1", help="cells K, K + N, K + 2N ... of all, as K/N")
             options.add_argument("--results", type=Path, required=True)
             options.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5, 0.3, 0.2])
             options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -174,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "train":
-        train_dense(args.nets, args.workdir)
+        train_dense(args.nets, args.workdir, args.device, args.workers)
     elif args.command == "measure":
         measure(args)
     else:

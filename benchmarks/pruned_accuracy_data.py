@@ -1,4 +1,6 @@
-"""The images of `pruned_accuracy.py`: 61 glyphs drawn from the fonts that matplotlib ships, and scikit-learn's digits.
+"""The images of `pruned_accuracy.py`: glyphs drawn from the fonts that matplotlib ships, and scikit-learn's digits.
+
+`glyphs` are 61 classes of 16x16 pixels, `letters` 200 classes of 64x64.
 
 Every image comes from a seed. A split is a seed of its own: `SELECTION` and `REPORT` are fixed images, `stream_seed`
 gives training images that neither holds.
@@ -14,14 +16,19 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-CLASSES = "ABCDEFGHIJKLMNPQRSTUVWXYZ" + "0123456789" + "&@#%$?+=<>" + "ΔΘΛΞΠΣΦΨΩβγδλμπω"
+ALPHABETS = {
+    "glyphs": "ABCDEFGHIJKLMNPQRSTUVWXYZ" + "0123456789" + "&@#%$?+=<>" + "ΔΘΛΞΠΣΦΨΩβγδλμπω",
+    "letters": "!#$%&()*+,/0123456789;<=>?@ABCDEFGHJKLMNOPQRSTUVWXYZ[]^_abcdefghijkmn"
+    "opqrstuvwxyz{|}~¢£¤¥§©ª«¬®±²µ¶»¼½¾¿ÀÆÇÈÌÑÒØÙÝÞßàäåæçèëïðñò÷ùýþÿΔΞ"
+    "ΠΣΦΨΩάέήίΰαβγδεζηικλνξπςσυφχψωГДЖИЙЛФЦЧШЩЪЫЬЭЮЯбвджзйлмнфцчшщъыьюя",
+}
 FACES = (
     *("DejaVuSans" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *("DejaVuSansMono" + style for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *("DejaVuSerif" + style for style in ("", "-Bold", "-Italic", "-BoldItalic")),
 )
-SIDE = 16
-FINE = 2 * SIDE  # masks are warped at twice the size and averaged
+SIDES = {"glyphs": 16, "digits": 16, "letters": 64}
+FACTOR = 2  # masks are warped at this many times the size and averaged
 SELECTION, REPORT = 1, 2  # seeds of the splits; those of the streams start above
 TEST_IMAGES = 2000
 NOISE, TURN, CHANGE, LEAST_CONTRAST = 0.15, math.radians(10), 0.1, 0.7
@@ -34,25 +41,25 @@ def stream_seed(purpose: str, seed: int) -> int:
 
 
 @cache
-def glyph_masks() -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw every class in every face: masks (classes * faces, FINE, FINE) from 0 to 1, and their labels."""
+def glyph_masks(data: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw every class in every face: masks (classes * faces, S, S), S = FACTOR * side, and labels."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    drawn, big = [], 4 * FINE
+    drawn, big = [], 4 * FACTOR * SIDES[data]
     for face in FACES:
         font = ImageFont.truetype(folder / f"{face}.ttf", round(0.95 * big))
-        for character in CLASSES:
+        for character in ALPHABETS[data]:
             image = Image.new("L", (big, big))
             left, top, right, bottom = font.getbbox(character)
             corner = ((big - left - right) / 2, (big - top - bottom) / 2)
             ImageDraw.Draw(image).text(corner, character, fill=255, font=font)
             drawn.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, big, big))
     masks = functional.avg_pool2d(torch.stack(drawn).float() / 255, 4)
-    return masks[:, 0], torch.arange(len(CLASSES)).repeat(len(FACES))
+    return masks[:, 0], torch.arange(len(ALPHABETS[data])).repeat(len(FACES))
 
 
 @cache
 def digit_masks(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the digits of a split, 8x8 scaled up to (N, FINE, FINE), from 0 to 1, and their labels."""
+    """Give the digits of a split, 8x8 scaled up to (N, 32, 32), from 0 to 1, and their labels."""
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
     train, selection = DIGIT_SPLITS
@@ -62,13 +69,13 @@ def digit_masks(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         "report": order[train + selection :],
     }
     images = torch.from_numpy(found.images).float()[chosen[split], None] / 16
-    images = functional.interpolate(images, (FINE, FINE), mode="bilinear", align_corners=False)
+    images = functional.interpolate(images, (FACTOR * SIDES["digits"],) * 2, mode="bilinear", align_corners=False)
     return images[:, 0], torch.from_numpy(found.target)[chosen[split]].long()
 
 
 def warp(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn, scale, shear, shift and fade (N, FINE, FINE) at random and add noise: images (N, 1, SIDE, SIDE)."""
-    count = len(masks)
+    """Turn, scale, shear, shift and fade (N, S, S) at random and add noise: images (N, 1, S / FACTOR, the same)."""
+    count, fine = len(masks), masks.shape[-1]
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
@@ -79,9 +86,9 @@ def warp(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     cos, sin = angle.cos(), angle.sin()
     rows = [cos * wide, (shear * cos - sin) * high, shifts[0], sin * wide, (shear * sin + cos) * high, shifts[1]]
     matrices = torch.stack(rows, 1).view(count, 2, 3)
-    grid = functional.affine_grid(matrices, [count, 1, FINE, FINE], align_corners=False)
+    grid = functional.affine_grid(matrices, [count, 1, fine, fine], align_corners=False)
     images = functional.grid_sample(masks[:, None], grid, align_corners=False)
-    images = functional.avg_pool2d(images, FINE // SIDE) * uniform(LEAST_CONTRAST, 1).view(-1, 1, 1, 1)
+    images = functional.avg_pool2d(images, FACTOR) * uniform(LEAST_CONTRAST, 1).view(-1, 1, 1, 1)
     return normalised(images + NOISE * torch.randn(images.shape, generator=generator))
 
 
@@ -91,9 +98,9 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def draw(data: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw training images (count, 1, SIDE, SIDE) and labels (count,) of `glyphs` or `digits` from a seed."""
+    """Draw training images (count, 1, side, side) and labels (count,) of a set of `SIDES` from a seed."""
     generator = torch.Generator().manual_seed(seed)
-    masks, labels = glyph_masks() if data == "glyphs" else digit_masks("train")
+    masks, labels = digit_masks("train") if data == "digits" else glyph_masks(data)
     chosen = torch.randint(len(labels), (count,), generator=generator)
     return warp(masks[chosen], generator), labels[chosen]
 
@@ -101,7 +108,7 @@ def draw(data: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def test_split(data: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the fixed images and labels of the `selection` or `report` split; digits are neither warped nor noisy."""
-    if data == "glyphs":
+    if data in ALPHABETS:
         return draw(data, TEST_IMAGES, {"selection": SELECTION, "report": REPORT}[split])
     masks, labels = digit_masks(split)
-    return normalised(functional.avg_pool2d(masks[:, None], FINE // SIDE)), labels
+    return normalised(functional.avg_pool2d(masks[:, None], FACTOR)), labels

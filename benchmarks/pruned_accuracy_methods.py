@@ -22,6 +22,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.recipes.prune import PRESETS
 
 MICRO_BATCH = 64
 # Of the search for the ratio: the first step, how often it is halved, and what is near enough to the share of MACs.
@@ -160,7 +161,7 @@ def cut(
             ignored.append(module)
     pruner = torch_pruning.pruner.BasePruner(
         network,
-        torch.zeros(1, *model.config.image_size),
+        torch.zeros(1, *model.config.image_size, device=model.device),
         importance=torch_pruning.importance.GroupTaylorImportance(normalizer=normalizer),
         global_pruning=True,
         isomorphic=isomorphic,
@@ -228,13 +229,15 @@ def with_recipe(case: Case, **settings: Any) -> Pruned:
     return result.model, dict(result.seconds)
 
 
-BEST = {"criterion": "gate_fisher", "allocation": "knapsack", "rotate": True, "reconstruct": "least_squares"}
+BEST = PRESETS["best"]
 RECIPES: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random"},
-    "paper": {"criterion": "taylor", "scope": "isomorphic"},
+    "isomorphic": {"criterion": "taylor"},
+    "paper": {"preset": "paper"},
     "global": {"criterion": "taylor", "scope": "global"},
     "local": {"criterion": "taylor", "scope": "local"},
-    "best": BEST,
+    "best": {"preset": "best"},
+    "best_diagonal": {**BEST, "criterion": "gate_fisher"},
     "best_no_rotate": {**BEST, "rotate": False},
     "best_no_reconstruct": {**BEST, "reconstruct": "none"},
     "best_bn": {**BEST, "reconstruct": "bn"},

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pruned_accuracy_data import CLASSES, SIDE, draw, stream_seed, test_split
+from pruned_accuracy_data import ALPHABETS, SIDES, draw, stream_seed, test_split
 from timm.models import register_model
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.pruning.cost import count_cost
 
-BATCH = 64
 WEIGHT_DECAY = 0.05
+SIDE = SIDES["glyphs"]
 
 
 class Net(NamedTuple):
@@ -33,9 +34,12 @@ class Net(NamedTuple):
     Args:
         base: As in `IsoPruneConfig`.
         rate: Highest learning rate of the one-cycle schedule.
-        steps: Steps of `BATCH` fresh images each.
+        steps: Steps of `batch` fresh images each.
         finetuning: Learning rates to choose from after pruning.
         data: Which images.
+        batch: Images of a step of training.
+        calibration: Images that score and repair.
+        epoch: Images of an epoch of finetuning.
     """
 
     base: dict[str, Any]
@@ -43,6 +47,9 @@ class Net(NamedTuple):
     steps: int = 3000
     finetuning: tuple[float, float] = (5e-4, 1e-4)
     data: str = "glyphs"
+    batch: int = 64
+    calibration: int = 512
+    epoch: int = 1500
 
 
 def _timm(architecture: str, **args: Any) -> dict[str, Any]:
@@ -94,6 +101,15 @@ NETS = {
         steps=2000,
     ),
     "vit_deep": Net(_vit(embed_dim=64, depth=12), 2e-3),
+    "deit_tiny": Net(
+        _timm("deit_tiny_patch16_224", img_size=SIDES["letters"], patch_size=8),
+        1e-3,
+        steps=2500,
+        data="letters",
+        batch=256,
+        calibration=2048,
+        epoch=6000,
+    ),
     "vit_digits": Net(_vit(embed_dim=96, depth=6), 2e-3, steps=1500, data="digits"),
 }
 
@@ -138,9 +154,10 @@ def _described(model: nn.Module) -> nn.Module:
 
 def build(name: str, seed: int = 0) -> IsoPruneForImageClassification:
     """Build a net with random weights."""
-    labels = len(CLASSES) if NETS[name].data == "glyphs" else 10
+    net = NETS[name]
+    labels = len(ALPHABETS.get(net.data, range(10)))
     torch.manual_seed(seed)
-    config = IsoPruneConfig(base=NETS[name].base, num_labels=labels, image_size=[1, SIDE, SIDE])
+    config = IsoPruneConfig(base=net.base, num_labels=labels, image_size=[1, SIDES[net.data], SIDES[net.data]])
     return IsoPruneForImageClassification(config)
 
 
@@ -156,7 +173,7 @@ def train(
     Args:
         model: The model.
         rate: Highest learning rate.
-        batches: Images (B, 1, SIDE, SIDE) and labels (B,).
+        batches: Images (B, 1, side, side) and labels (B,); they go to the device of the model.
         steps: How many batches there are.
         report_every: Print the loss after every so many steps.
     """
@@ -171,7 +188,7 @@ def train(
     model.train()
     for step, (images, labels) in enumerate(batches, 1):
         optimizer.zero_grad()
-        loss = model(images, labels).loss
+        loss = model(images.to(model.device), labels.to(model.device)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -184,29 +201,51 @@ def train(
 @torch.no_grad()
 def accuracy(model: IsoPruneForImageClassification, data: str, split: str) -> float:
     """Give the top-1 accuracy on a split in per cent; the model is in eval mode."""
-    images, labels = test_split(data, split)
+    images, labels = (part.to(model.device) for part in test_split(data, split))
     hits = [(model(x).logits.argmax(1) == y).sum() for x, y in zip(images.split(250), labels.split(250), strict=True)]
     return 100 * float(sum(hits)) / len(labels)
 
 
-def train_dense(names: list[str], workdir: Path) -> None:
-    """Train the nets that `workdir` lacks; each becomes a folder with its accuracy in `dense.json`."""
+class Steps(Dataset):
+    """The batch of every step of a training, drawn when it is asked for."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+
+    def __len__(self) -> int:
+        return self.net.steps
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return draw(self.net.data, self.net.batch, stream_seed("train", step))
+
+
+def train_dense(names: list[str], workdir: Path, device: str = "cpu", workers: int = 0) -> None:
+    """Train the nets that `workdir` lacks; each becomes a folder with its accuracy in `dense.json`.
+
+    Args:
+        names: Of `NETS`.
+        workdir: Folder of the folders.
+        device: Where to train.
+        workers: Processes that draw images.
+    """
     for name in names:
         folder, net = workdir / name, NETS[name]
         if (folder / "dense.json").is_file():
             print(f"{name}: is there", flush=True)
             continue
-        start, model = time.perf_counter(), build(name)
-        batches = (draw(net.data, BATCH, stream_seed("train", step)) for step in range(net.steps))
+        start, model = time.perf_counter(), build(name).to(device)
+        batches = DataLoader(Steps(net), batch_size=None, num_workers=workers)
         train(model, net.rate, batches, net.steps, report_every=100)
         found = {split: accuracy(model, net.data, split) for split in ("selection", "report")}
         found |= {"macs": count_cost(model).macs, "seconds": round(time.perf_counter() - start, 1)}
-        model.save_pretrained(folder)
+        model.cpu().save_pretrained(folder)
         write_file(folder / "dense.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
         print(f"{name}: {found}", flush=True)
 
 
-def load_dense(name: str, workdir: Path) -> tuple[IsoPruneForImageClassification, dict[str, float]]:
+def load_dense(
+    name: str, workdir: Path, device: str = "cpu"
+) -> tuple[IsoPruneForImageClassification, dict[str, float]]:
     """Open a trained net and its record.
 
     Raises:
@@ -215,5 +254,5 @@ def load_dense(name: str, workdir: Path) -> tuple[IsoPruneForImageClassification
     record = workdir / name / "dense.json"
     if not record.is_file():
         raise SystemExit(f"{name} is not in {workdir}: run `pruned_accuracy.py train --nets {name}` first")
-    model = IsoPruneForImageClassification.from_pretrained(workdir / name).eval()
+    model = IsoPruneForImageClassification.from_pretrained(workdir / name).eval().to(device)
     return model, json.loads(record.read_text())

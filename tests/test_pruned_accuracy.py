@@ -19,19 +19,19 @@ from isoprune_hf.pruning.cost import count_cost
 @pytest.fixture
 def tiny(monkeypatch):
     vit = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    net = Net({"library": "timm", "architecture": "vit_tiny_patch16_224", "args": vit}, 1e-3)
+    base = {"library": "timm", "architecture": "vit_tiny_patch16_224", "args": vit}
+    net = Net(base, 1e-3, calibration=64, epoch=50)
     for module in ("pruned_accuracy", "pruned_accuracy_nets"):
         monkeypatch.setattr(f"{module}.NETS", {"tiny": net})
-    monkeypatch.setattr("pruned_accuracy.CALIBRATION_IMAGES", 64)
-    monkeypatch.setattr("pruned_accuracy.EPOCH_IMAGES", 50)
     return build("tiny").eval()
 
 
-def test_every_class_looks_different_in_every_face() -> None:
-    masks, labels = data.glyph_masks()
-    assert len(set(data.CLASSES)) == len(data.CLASSES) >= 61
-    assert labels.bincount().tolist() == [len(data.FACES)] * len(data.CLASSES)
-    for face in masks.view(len(data.FACES), len(data.CLASSES), -1):
+@pytest.mark.parametrize(("name", "count"), [("glyphs", 61), ("letters", 200)])
+def test_every_class_looks_different_in_every_face(name: str, count: int) -> None:
+    masks, labels = data.glyph_masks(name)
+    assert len(set(data.ALPHABETS[name])) == len(data.ALPHABETS[name]) >= count
+    assert labels.bincount().tolist() == [len(data.FACES)] * len(data.ALPHABETS[name])
+    for face in masks.view(len(data.FACES), len(data.ALPHABETS[name]), -1):
         distances = torch.cdist(face, face) + torch.eye(len(face)) * 1e9
         assert distances.min() > 1  # a character that a font lacks is drawn as the same box
 
