@@ -1,14 +1,19 @@
-"""Where the command line starts: `isoprune`, `python -m isoprune_hf`; it can say what is missing to go on."""
+"""Where the command line starts: `isoprune`, `python -m isoprune_hf`; without extras it says what is missing."""
 
 import sys
 from collections.abc import Sequence
 
+from isoprune_hf.command_help import answer_of
 from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.extras import require_package
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, or say which extra it needs; see `isoprune_hf.cli.main`."""
+    """Answer `--version` and `--help`, run a stage, or say which extra it needs; see `isoprune_hf.cli.main`."""
+    answer = answer_of(list(sys.argv[1:] if arguments is None else arguments))
+    if answer is not None:
+        sys.stdout.write(answer)
+        return 0
     try:
         require_package("isoprune_hf.cli", "the command line")
     except MissingExtraError as error:

@@ -17,7 +17,8 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from jsonargparse import Namespace
 from transformers.utils import logging as transformers_logging
 
-from isoprune_hf.command_parser import parse, take_switches
+from isoprune_hf.command_help import take_switches
+from isoprune_hf.command_parser import parse
 from isoprune_hf.commands import STAGES, Answer
 from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, LostRankError, RecipeError, TrainingFault
 from isoprune_hf.extras import naming_extra

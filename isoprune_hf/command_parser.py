@@ -1,38 +1,22 @@
-"""How the command line is read: stage, recipe files and flags, and the help that lists them."""
+"""How the command line is read: stage, recipe files and flags."""
 
 import argparse
 import json
 import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
-from isoprune_hf.commands import ACTIONS, EXIT_CODES, GROUPS, SECTIONS, STAGES, SWITCHES, Stage
+from isoprune_hf.command_help import TEXT, USAGE, describe_stages
+from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, SWITCHES, Stage
 from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.recipe_files import like, read_recipe, select_stage
-from isoprune_hf.terminal import paint
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
 _ABOVE_STAGES = ("-h", "--help", "--version", "--completion")
-_USAGE = "isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]"
-_TEXT = "Prune image classifiers by isomorphic classes, finetune them, and open them anywhere."
-_EXAMPLES = """  isoprune
-      the embedded default: real handwritten digits and a small ViT, in two minutes
-  isoprune prune --prune.model timm/resnet50.a1_in1k --prune.criterion l1 --prune.target_macs 50% --output pruned
-      a ResNet-50 with half of its MACs, from its weights alone
-  accelerate launch train_accelerate.py --config recipe.yaml --data.dataset ILSVRC/imagenet-1k
-      score, cut and finetune on every GPU of the machine"""
-_OPTIONS = {
-    "-h, --help": "This text; isoprune STAGE --help lists the flags of a stage.",
-    "--version": "The version.",
-    "--completion SHELL": 'Completion for bash or zsh: eval "$(isoprune --completion bash)"',
-    **{f"STAGE --{name}": text for name, text in SWITCHES.items()},
-}
-_WIDTH = 100
 
 
 class _Parser(ArgumentParser):
@@ -47,21 +31,10 @@ class _Parser(ArgumentParser):
 
 
 class _TopParser(_Parser):
-    """Groups the stages in its help."""
+    """Has the help that needs no parser."""
 
     def format_help(self) -> str:
-        texts = {name: STAGES[name].text if name in STAGES else ACTIONS[name] for name in self._stages()}
-        parts = [f"usage: {_USAGE}\n\n{_TEXT}"]
-        for title, names in GROUPS.items():
-            parts.append(_section(title, {name: texts[name] for name in names}))
-        parts.append(_section("options", _OPTIONS))
-        parts.append(f"{_heading('examples')}\n{_EXAMPLES}")
-        parts.append(_section("exit codes", {str(code): text for code, text in EXIT_CODES.items()}))
-        return "\n\n".join(parts) + "\n"
-
-    @staticmethod
-    def _stages() -> list[str]:
-        return list(dict.fromkeys(name.split()[0] for name in STAGES))
+        return describe_stages()
 
 
 class _Completion(argparse.Action):
@@ -70,24 +43,6 @@ class _Completion(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         sys.stdout.write(parser.get_completion_script(f"shtab-{values}"))
         sys.exit(0)  # the script has used the parser up
-
-
-def _heading(title: str) -> str:
-    return paint(f"{title}:", "bold", sys.stdout)
-
-
-def _section(title: str, texts: dict[str, str]) -> str:
-    indent = " " * (6 + max(map(len, texts)))
-    lines = []
-    for name, text in texts.items():
-        lines += textwrap.wrap(text, _WIDTH, initial_indent=f"    {name}".ljust(len(indent)), subsequent_indent=indent)
-    return "\n".join([_heading(title), *lines])
-
-
-def take_switches(arguments: list[str]) -> tuple[list[str], set[str]]:
-    """Take the switches that every stage has out of the arguments."""
-    flags = {f"--{name}" for name in SWITCHES}
-    return [word for word in arguments if word not in flags], {word[2:] for word in arguments if word in flags}
 
 
 def parse(arguments: list[str]) -> tuple[str, Namespace]:
@@ -154,7 +109,7 @@ def _recipe_first(stage: str, arguments: list[str]) -> list[str]:
 
 def build_parser() -> ArgumentParser:
     """Build the parser: a sub-command for each stage, a group of flags for each section of a recipe."""
-    parser = _TopParser(prog="isoprune", usage=_USAGE, description=_TEXT)
+    parser = _TopParser(prog="isoprune", usage=USAGE, description=TEXT)
     parser.add_argument("--version", action="version", version=f"isoprune {__version__}")
     parser.add_argument("--completion", action=_Completion, choices=["bash", "zsh"], default=argparse.SUPPRESS)
     stages = parser.add_subcommands(dest="stage", title="stages", description="", metavar="STAGE")

@@ -105,6 +105,20 @@ def check_command(words: list[str], where: str) -> None:
             pytest.fail(f"{where}: what is {words}?")
 
 
+def check_citation(entry: str) -> None:
+    """Refuse a BibTeX entry that says something else than CITATION.cff."""
+    assert re.fullmatch(r"@inproceedings\{\w+,\n(?:  \w+ += \{[^{}]+\},?\n)+\}\n", entry)
+    said = dict(re.findall(r"^  (\w+) += \{([^{}]+)\}", entry, re.M))
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert said == {
+        "title": paper["title"],
+        "author": " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]),
+        "booktitle": paper["collection-title"],
+        "year": str(paper["year"]),
+        "note": paper["identifiers"][0]["value"],
+    }
+
+
 def prepare(name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
     """Lay out what the Python of a page opens: small models in place of those that the text speaks of."""
     places = {"README.md": "output/digits/model", "migrating.md": "output/finetuned/deit_4.2g"}
@@ -150,6 +164,8 @@ def test_every_block_is_run_or_says_why_not(
         elif block.kind == "yaml":
             (tmp_path / "recipe.yaml").write_text(block.code)
             parse(["run", "--config", "recipe.yaml"])
+        elif block.kind == "bibtex":
+            check_citation(block.code)
         else:
             assert block.kind == "text", f"{where}: a block of {block.kind or 'no language'}"
             assert not is_run or block.code in printed, f"{where}: not what the command above it prints"
@@ -263,6 +279,17 @@ def test_every_quoted_message_is_one_of_the_source() -> None:
     for message in (match[1] for match in quoted):
         pattern = re.compile("[^\n]*".join(re.escape(part) for part in message.split("…")))
         assert any(pattern.search(text) for text in source), message
+
+
+def test_the_readme_has_the_coverage_that_was_measured() -> None:
+    covered = (ROOT / "docs" / "axes.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+)(?: of (\d+))? \| (\d+) of (\d+) \|", covered, re.M)
+    assert [row[0] for row in rows] == ["transformers", "timm"]
+    passed, tried, theirs, models = (sum(int(row[column]) for row in rows) for column in (1, 2, 4, 5))
+    cells = f"of {models} of timm and transformers | {passed} of {tried} judged in full; {models - tried} more cut, "
+    assert f"{cells}not judged | {theirs} |" in (ROOT / "README.md").read_text()
+    anchor = re.search(r"^ANCHOR = (\{.+\})$", (ROOT / "benchmarks" / "coverage.py").read_text(), re.M)
+    assert sum(ast.literal_eval(anchor[1]).values()) == theirs
 
 
 def test_the_zoo_has_the_figures_of_the_recipes() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -10,14 +11,18 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from command_line import isoprune
 from conftest import Pruned
 
 import isoprune_hf
 from isoprune_hf import __main__
+from isoprune_hf.commands import STAGES
 from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.extras import EXTRAS, naming_extra, require_package
 
 ROOT = Path(__file__).parents[1]
+# The libraries of a light installation that come in when they are first needed.
+REQUIRED = ("torch", "torchvision", "transformers", "timm", "huggingface_hub", "safetensors")
 # Makes every package of an extra, and all that they alone bring, impossible to import.
 LIGHT = f"""
 import sys
@@ -82,12 +87,24 @@ print(len(answers), answers[0]["label"], sum(p.numel() for p in model.parameters
     assert int(params) == sum(parameter.numel() for parameter in made.model.parameters())
 
 
-def test_a_light_installation_names_the_extra_in_one_line() -> None:
-    script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nsys.exit(main(['prune']))"
+def test_a_light_installation_names_the_extra_in_one_line_for_every_stage() -> None:
+    calls = [name.split() for name in STAGES] + [[], ["prune", "--help"], ["--completion", "bash"]]
+    script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nprint([main(words) for words in {calls}])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout == ""
+    assert json.loads(done.stdout) == [2] * len(calls)
     line = r"isoprune: error: the command line needs \w+, which is not installed: pip install isoprune-hf\[prune\]\n"
-    assert re.fullmatch(line, done.stderr)
+    assert re.fullmatch(f"({line}){{{len(calls)}}}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["--quiet", "-h"]], ids=" ".join)
+def test_a_light_installation_says_what_it_is_and_what_there_is(arguments: list[str]) -> None:
+    script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nsys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    full = isoprune(*arguments)
+    assert (full.code, full.out) == (0, done.stdout)
+    begin = "isoprune " + isoprune_hf.__version__ if "--version" in arguments else "usage: isoprune "
+    assert done.stdout.startswith(begin) and done.stdout.endswith("\n")
 
 
 @pytest.mark.parametrize(
@@ -125,22 +142,18 @@ def test_a_missing_package_of_no_extra_stays_what_it_is() -> None:
     assert not isinstance(found.value, MissingExtraError)
 
 
-@pytest.mark.slow
-def test_the_import_takes_a_fifth_of_a_second_beyond_transformers_and_brings_no_extra() -> None:
-    script = f"""
-import sys, time
+def test_the_import_brings_its_light_half_and_no_other_library() -> None:
+    script = """
+import sys
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-before = time.perf_counter()
+before = set(sys.modules)
 import isoprune_hf
-print(time.perf_counter() - before, *sorted({{name.partition(".")[0] for name in sys.modules}} & set({[*EXTRAS]})))
+print(*sorted(set(sys.modules) - before))
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-        for _ in range(2)
-    ]
-    assert min(float(run.split()[0]) for run in runs) < 0.2
-    brought = set(runs[0].split()[1:])
-    script = script.replace("import isoprune_hf", "")
-    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert brought == set(alone.split()[1:])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    new = set(done.stdout.split())
+    watched = ("isoprune_hf", *REQUIRED, *EXTRAS)
+    parts = {tuple(name.split(".")[:2]) for name in new if name.partition(".")[0] in watched}
+    of_ours = ("checkpoint", "errors", "extras", "recipes", "version")
+    assert parts == {("isoprune_hf",), *(("isoprune_hf", part) for part in of_ours)}

@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from transformers import AutoModelForImageClassification
 
+from isoprune_hf.recipes.prune import PRESETS
+
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "prune_your_model.ipynb"
 
 
@@ -45,5 +47,7 @@ def test_the_notebook_runs_offline_and_leaves_a_pruned_model(tmp_path: Path, mon
     cost = json.loads((folder / "config.json").read_text())["cost"]
     assert 0.45 < cost["pruned"]["macs"] / cost["base"]["macs"] <= 0.5
     assert json.loads((folder / "metrics.json").read_text())["finetuned"]["top1"] == pytest.approx(top1["finetuned"])
+    decided = json.loads((folder / "pruning_plan.json").read_text())["settings"]
+    assert {name: decided[name] for name in PRESETS["best"]} == PRESETS["best"]
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert sum(parameter.numel() for parameter in model.parameters()) == cost["pruned"]["params"]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from test_loop import make_data, make_normed, make_processor, make_recipe
 
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.recipes.finetune import OPTIMIZERS
+from isoprune_hf.recipes.finetune import list_optimizers
 from isoprune_hf.training.augmentation import train_transform
 from isoprune_hf.training.epoch import Progress
 from isoprune_hf.training.loading import train_batches
@@ -69,7 +69,7 @@ def test_going_on_behind_any_update_gives_the_same_bits(kind: str, tmp_path) -> 
             }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_steps_from_its_files_as_from_memory(name: str, tmp_path: Path) -> None:
     recipe = FinetuneRecipe(optimizer=name, learning_rate=1e-2)
 

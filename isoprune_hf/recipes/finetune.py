@@ -1,15 +1,22 @@
 """The sections `finetune` and `pretrain`: how weights are trained."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import ClassVar, Literal
-
-from timm.optim import list_optimizers
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.values import check_range
 
-# Without those that need packages of their own, second derivatives, or keep more than tensors and numbers.
-OPTIMIZERS = list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*"])
+_OF_TORCH = ("adamw", "sgd")
+
+
+def list_optimizers() -> list[str]:
+    """List the optimizers that can be taken.
+
+    Without those of timm that need packages of their own, second derivatives, or keep more than tensors and numbers.
+    timm is imported here alone: whoever opens a pruned model needs no optimizer.
+    """
+    return import_module("timm.optim").list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*"])
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,9 @@ class FinetuneRecipe:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
         self._check("layer_decay", 0, 1)
-        if self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in _OF_TORCH and self.optimizer not in list_optimizers():
             raise RecipeError(
-                f"{self.section}.optimizer must be adamw, sgd or one of timm ({', '.join(OPTIMIZERS)}), got "
+                f"{self.section}.optimizer must be adamw, sgd or one of timm ({', '.join(list_optimizers())}), got "
                 f"{self.optimizer!r}"
             )
         low, high = self.crop_scale
