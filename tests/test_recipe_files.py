@@ -178,6 +178,36 @@ def test_a_printed_config_shows_all_values_and_is_a_recipe(tmp_path: Path) -> No
     assert (again.prune, again.finetune.epochs) == (expected.prune, 9)
 
 
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ("", ("gate_fisher_joint", "knapsack", True, "least_squares", "none", "sum")),
+        ("ratio: 0.3, rotate: false", ("gate_fisher_joint", "knapsack", False, "least_squares", "none", "sum")),
+        ("criterion: l1", ("l1", "class", False, "none", "none", "sum")),
+        ("criterion: l1, normalizer: max, rotate: true", ("l1", "class", True, "none", "max", "sum")),
+        ("preset: best, target_macs: 1G", ("gate_fisher_joint", "knapsack", True, "least_squares", "none", "sum")),
+        ("preset: paper", ("taylor_l2", "class", False, "none", "none", "sum")),
+        ("preset: reference", ("taylor_reference", "class", False, "none", "mean", "mean")),
+    ],
+)
+def test_a_printed_config_has_the_values_that_a_preset_gives(settings: str, taken: tuple, tmp_path: Path) -> None:
+    file = write(tmp_path, given=f"prune: {{model: a, ratios: {{x.*: 0.1}}, {settings}}}")
+    printed = succeed("prune", "--config", file, "--print_config")
+    shown = yaml.safe_load(printed)["prune"]
+    names = ("criterion", "allocation", "rotate", "reconstruct", "normalizer", "reduction")
+    assert tuple(shown[name] for name in names) == taken
+    first, second = (
+        parse(["prune", "--config", str(path)])[1].prune for path in (file, write(tmp_path, printed=printed))
+    )
+    assert shown == recipe_to_dict(first)
+    assert (second, second.taken_preset) == (first, first.taken_preset)
+
+
+def test_a_config_that_contradicts_its_preset_is_not_printed() -> None:
+    line = refuse("prune", "--prune.preset", "best", "--prune.criterion", "l1", "--print_config")
+    assert "prune.preset best takes prune.criterion gate_fisher_joint, got l1" in line
+
+
 # Files of files
 
 
