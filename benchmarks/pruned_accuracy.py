@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from pruned_accuracy_data import draw, stream_seed
 from pruned_accuracy_methods import METHODS, Case, MethodError
-from pruned_accuracy_nets import NETS, Net, accuracy, load_dense, train, train_dense
+from pruned_accuracy_nets import NETS, Net, accuracy, load_dense, read_dense, train, train_dense
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import IsoPruneError
@@ -97,7 +97,7 @@ def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
 def measure(args: argparse.Namespace) -> None:
     """Measure the cells that the file of results lacks."""
     done = read_results([args.results])
-    nets = {name: load_dense(name, args.workdir, args.device)[0] for name in args.nets}
+    nets = {name: load_dense(name, args.workdir, args.device) for name in args.nets}
     part, parts = (int(number) for number in args.part.split("/"))
     cells = itertools.product(args.budgets, args.seeds, nets.items(), args.methods)
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def write_table(results: dict[tuple[Any, ...], Record], workdir: Path) -> str:
         rows[name][budget, method].append(record)
     parts = []
     for name in (name for name in NETS if name in rows):
-        _, dense = load_dense(name, workdir)
+        dense = read_dense(name, workdir)
         parts += [
             f"\n**{name}**: {dense['macs'] / 1e6:.2f} MMACs, dense {dense['report']:.1f}\n",
             "MACs asked | method | MACs kept | before | after finetuning | seeds | seconds of pruning",

@@ -243,10 +243,8 @@ def train_dense(names: list[str], workdir: Path, device: str = "cpu", workers: i
         print(f"{name}: {found}", flush=True)
 
 
-def load_dense(
-    name: str, workdir: Path, device: str = "cpu"
-) -> tuple[IsoPruneForImageClassification, dict[str, float]]:
-    """Open a trained net and its record.
+def read_dense(name: str, workdir: Path) -> dict[str, float]:
+    """Read the record of a trained net.
 
     Raises:
         SystemExit: It has not been trained.
@@ -254,5 +252,14 @@ def load_dense(
     record = workdir / name / "dense.json"
     if not record.is_file():
         raise SystemExit(f"{name} is not in {workdir}: run `pruned_accuracy.py train --nets {name}` first")
-    model = IsoPruneForImageClassification.from_pretrained(workdir / name).eval().to(device)
-    return model, json.loads(record.read_text())
+    return json.loads(record.read_text())
+
+
+def load_dense(name: str, workdir: Path, device: str = "cpu") -> IsoPruneForImageClassification:
+    """Open a trained net.
+
+    Raises:
+        SystemExit: It has not been trained.
+    """
+    read_dense(name, workdir)
+    return IsoPruneForImageClassification.from_pretrained(workdir / name).eval().to(device)

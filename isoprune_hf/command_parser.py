@@ -13,6 +13,7 @@ from isoprune_hf.command_help import TEXT, USAGE, describe_stages
 from isoprune_hf.commands import ACTIONS, SECTIONS, STAGES, SWITCHES, Stage
 from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.recipe_files import like, read_recipe, select_stage
+from isoprune_hf.recipes import recipe_to_dict
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).with_name("digits.yaml")
@@ -28,6 +29,14 @@ class _Parser(ArgumentParser):
         if unknown:
             message += like(unknown[1], [action.dest for action in self._actions])
         raise IsoPruneError(message)
+
+    def dump(self, namespace: Namespace, *arguments: Any, **options: Any) -> str:
+        """Write what a recipe resolves to, not what it was given: presets and defaults give settings values."""
+        resolved = self.instantiate_classes(namespace)
+        for name in SECTIONS:
+            if name in resolved:
+                resolved[name] = Namespace(recipe_to_dict(resolved[name]))
+        return super().dump(resolved, *arguments, **options)
 
 
 class _TopParser(_Parser):

@@ -93,7 +93,8 @@ STAGES = {
             ("overwrite", bool, False, "Replace what lies at OUTPUT and HTML."),
         ],
         "List the isomorphic classes of MODEL, what its plan keeps of each, and, where scores can be had, what local, "
-        "global and isomorphic competition would each cut at the same MACs (prune.target_macs; default: half).",
+        "global and isomorphic competition and, with losses as scores, the knapsack would each cut at the same MACs "
+        "(prune.target_macs; default: half).",
         ("model",),
     ),
     "frontier": Stage(

@@ -1,7 +1,7 @@
 """Recipe files: YAML with a section for each part of the work, made of one file or of several.
 
 A file that `extends` another one has its settings, and says what differs. `source` and `expect` are for people: where
-the values come from, and the published figures; no stage reads them.
+the values come from, and the published figures; no stage reads them, and no file has those of the one it extends.
 """
 
 import difflib
@@ -64,8 +64,10 @@ def _read(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"--config: {file} must hold sections, as prune, data and finetune")
     _check(file, values)
-    base = values.pop("extends", None)
-    return values if base is None else _merge(_read(file.parent / base, (*above, file)), values)
+    if "extends" not in values:
+        return values
+    base = _read(file.parent / values.pop("extends"), (*above, file))
+    return _merge({name: value for name, value in base.items() if name not in _NOTES}, values)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def test_a_reason_is_for_what_needs_a_network_or_is_not_ours() -> None:
         ("command_line.md", "in an environment without extras"),
         ("scaling.md", "a file of accelerate's"),
         ("scaling.md", "there is no Slurm here"),
+        ("imagenet_protocol.md", "needs ImageNet"),
         ("axes.md", "lines from the inside of timm's attention"),
         ("migrating.md", "commands of the reference"),
         ("migrating.md", "the reference's way, which executes what the file holds"),

@@ -116,7 +116,7 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path, monkeypatch)
     ]
     (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "vit").mkdir()
-    monkeypatch.setattr("pruned_accuracy.load_dense", lambda *_: (None, {"macs": 11_640_000, "report": 94.0}))
+    monkeypatch.setattr("pruned_accuracy.read_dense", lambda *_: {"macs": 11_640_000, "report": 94.0})
     table = write_table(read_results([tmp_path / "results.jsonl"]), tmp_path)
     assert "**vit**: 11.64 MMACs, dense 94.0" in table
     assert "50% | paper | 50.0% | 62.0+-2.0 | - | 2 | 2.0" in table
