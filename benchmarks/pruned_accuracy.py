@@ -35,6 +35,8 @@ from isoprune_hf.pruning.cost import count_cost
 
 EPOCHS, FINETUNING_BATCH = 2, 50
 SPLITS = ("selection", "report")
+STEPS = ("trace", "rotate", "score", "solve", "cut", "repair", "recalibrate", "all", "finetune")
+NEAR = 0.005  # of the base: a share of MACs that is further from the one asked is written into the table
 Record = dict[str, Any]
 
 
@@ -123,37 +125,56 @@ def measure(args: argparse.Namespace) -> None:
 
 def mean_and_error(values: list[float]) -> str:
     """Write mean and standard error; the latter from two values on."""
-    if not values:
-        return "-"
-    error = f"+-{statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{error}"
 
 
+def describe_cell(records: list[Record], budget: float) -> str:
+    """Write the top-1 of the report split before and after finetuning, and the MACs where they are not those asked."""
+    if not records:
+        return ""
+    parts = [mean_and_error([record["before"]["report"] for record in records])]
+    tuned = [record["after"]["report"] for record in records if "after" in record]
+    if tuned:
+        parts.append(mean_and_error(tuned))
+    share = statistics.mean(record["share"] for record in records)
+    return " → ".join(parts) + (f" at {share:.1%}" if abs(share - budget) > NEAR else "")
+
+
 def write_table(results: dict[tuple[Any, ...], Record], workdir: Path) -> str:
-    """Write a Markdown table for each net: top-1 on the report split, mean and standard error over the seeds."""
-    rows: dict[str, dict[tuple[float, str], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    """Write a Markdown table for each budget, and one of the seconds of pruning: methods by nets."""
+    cells: dict[tuple[str, str, float], list[Record]] = defaultdict(list)
     for (name, method, budget, _), record in sorted(results.items(), key=lambda item: item[0][3]):
-        rows[name][budget, method].append(record)
+        cells[name, method, budget].append(record)
     parts = []
-    for name in (name for name in NETS if name in rows):
-        dense = read_dense(name, workdir)
+    for budget in sorted({budget for _, _, budget in cells}, reverse=True):
+        found = {name: read_dense(name, workdir) for name in NETS if any(key[::2] == (name, budget) for key in cells)}
         parts += [
-            f"\n**{name}**: {dense['macs'] / 1e6:.2f} MMACs, dense {dense['report']:.1f}\n",
-            "MACs asked | method | MACs kept | before | after finetuning | seeds | seconds of pruning",
-            "---|---|---|---|---|---|---",
+            f"\n### {budget:.0%} of the MACs\n",
+            f"| method | {' | '.join(found)} |",
+            f"|---|{'---|' * len(found)}",
+            f"| dense | {' | '.join(format(dense['report'], '.1f') for dense in found.values())} |",
         ]
-        order = list(METHODS)
-        for (budget, method), records in sorted(
-            rows[name].items(), key=lambda item: (-item[0][0], order.index(item[0][1]))
-        ):
-            before = mean_and_error([record["before"]["report"] for record in records])
-            after = mean_and_error([record["after"]["report"] for record in records if "after" in record])
-            share = statistics.mean(record["share"] for record in records)
-            seconds = statistics.mean(record["seconds"]["all"] for record in records)
-            parts.append(
-                f"{budget:.0%} | {method} | {share:.1%} | {before} | {after} | {len(records)} | {seconds:.1f}"
-            )
-    return "\n".join(parts)
+        for method in (method for method in METHODS if any(key[1:] == (method, budget) for key in cells)):
+            row = [describe_cell(cells.get((name, method, budget), []), budget) for name in found]
+            parts.append(f"| `{method}` | {' | '.join(row)} |")
+    return "\n".join([*parts, "", write_seconds(cells)])
+
+
+def write_seconds(cells: dict[tuple[str, str, float], list[Record]]) -> str:
+    """Write the seconds of pruning and of its steps, over all cells of a method."""
+    spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (_, method, _), records in cells.items():
+        for record in records:
+            for step, seconds in record["seconds"].items():
+                spent[method][step].append(seconds)
+    steps = [step for step in STEPS if any(step in found for found in spent.values())]
+    lines = ["### Seconds of pruning\n", f"| method | {' | '.join(steps)} |", f"|---|{'---:|' * len(steps)}"]
+    for method in (method for method in METHODS if method in spent):
+        found = [spent[method].get(step) for step in steps]
+        row = ["" if values is None else f"{statistics.mean(values):.1f}" for values in found]
+        lines.append(f"| `{method}` | {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

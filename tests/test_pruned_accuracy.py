@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import pruned_accuracy_data as data
 import pruned_accuracy_methods as methods
-from pruned_accuracy import measure_cell, read_results, write_table
+from pruned_accuracy import describe_cell, measure_cell, read_results, write_table
 from pruned_accuracy_nets import Net, build
 
 from isoprune_hf.pruning.cost import count_cost
@@ -118,8 +118,10 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path, monkeypatch)
     (tmp_path / "vit").mkdir()
     monkeypatch.setattr("pruned_accuracy.read_dense", lambda *_: {"macs": 11_640_000, "report": 94.0})
     table = write_table(read_results([tmp_path / "results.jsonl"]), tmp_path)
-    assert "**vit**: 11.64 MMACs, dense 94.0" in table
-    assert "50% | paper | 50.0% | 62.0+-2.0 | - | 2 | 2.0" in table
+    assert "| method | vit |\n|---|---|\n| dense | 94.0 |\n| `paper` | 62.0 ± 2.0 |\n" in table
+    assert "| method | all |\n|---|---:|\n| `paper` | 2.0 |" in table
+    record = {"share": 0.43, "before": {"report": 50.04}, "after": {"report": 61.5}}
+    assert describe_cell([record], 0.5) == "50.0 → 61.5 at 43.0%"
 
 
 def test_the_nets_have_the_sizes_that_were_studied() -> None:
