@@ -1,11 +1,12 @@
 """How the command line is read: stage, recipe files and flags."""
 
 import argparse
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -62,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
     """
     stage, flags = _split_stage(arguments)
     if stage in STAGES:
-        flags = _recipe_first(stage, _name_positionals(stage, flags))
+        flags = _recipe_first(stage, _bracket_lists(stage, _name_positionals(stage, flags)))
     parser = build_parser()
     config = parser.instantiate_classes(parser.parse_args([*stage.split(), *flags]))
     for word in stage.split():
@@ -97,6 +98,20 @@ def _name_positionals(stage: str, flags: list[str]) -> list[str]:
             break
         named += [f"--{name}", value]
     return [*named, *flags[len(named) // 2 :]]
+
+
+def _bracket_lists(stage: str, flags: list[str]) -> list[str]:
+    """Let lists be written as people write them: 1,16 for [1,16]."""
+    names = {f"--{name}" for name, kind, *_ in STAGES[stage].flags if get_origin(kind) is list}
+    written = []
+    for before, word in itertools.pairwise(["", *flags]):
+        name, is_joined, value = word.partition("=")
+        if before in names and not word.startswith(("[", "-")):
+            word = f"[{word}]"
+        elif is_joined and name in names and not value.startswith("["):
+            word = f"{name}=[{value}]"
+        written.append(word)
+    return written
 
 
 def _recipe_first(stage: str, arguments: list[str]) -> list[str]:

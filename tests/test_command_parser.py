@@ -14,6 +14,7 @@ from command_line import isoprune, read, refuse, succeed
 from conftest import Pruned
 
 from isoprune_hf import errors
+from isoprune_hf.command_parser import parse
 from isoprune_hf.commands import EXIT_CODES, GROUPS, STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -144,3 +145,16 @@ def test_colours_are_for_a_terminal_that_wants_them(settings: dict[str, str], is
 def test_a_file_gets_no_colours() -> None:
     done = subprocess.run([sys.executable, "-m", "isoprune_hf", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "\033" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--batch_sizes", "1,64"], ["--batch_sizes=1,64"], ["--batch_sizes", "[1, 64]"], ["--batch_sizes=[1,64]"]],
+)
+def test_a_list_needs_no_brackets(flags: list[str]) -> None:
+    _, config = parse(["benchmark", "out", *flags, "--runtimes", "eager"])
+    assert (config.batch_sizes, config.runtimes, config.dtypes) == ([1, 64], ["eager"], ["fp32", "bf16"])
+
+
+def test_a_value_in_a_list_that_is_not_allowed_is_refused() -> None:
+    assert "runtimes" in refuse("benchmark", "out", "--runtimes", "eager,tensorrt")

@@ -150,7 +150,9 @@ def draw_bars(
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(label)
         axes.tick_params(axis="y", length=0)
-        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9, handlelength=1.0)
+        figure.legend(
+            loc="outside upper center", ncols=5, columnspacing=1.2, frameon=False, fontsize=9, handlelength=1.0
+        )
         return _to_svg(figure, name)
 
 
