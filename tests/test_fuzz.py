@@ -193,8 +193,10 @@ def test_a_damaged_config_is_refused_or_describes_a_right_model(honest: tuple[Pa
         if all(values.get(part) == original.get(part) for part in parts):
             assert torch.equal(logits, sample.logits)
 
-    attempt()
-    file.write_text(json.dumps(original))
+    try:
+        attempt()
+    finally:
+        file.write_text(json.dumps(original))
 
 
 @pytest.mark.slow
@@ -225,8 +227,10 @@ def test_damaged_weights_are_refused_or_read_as_they_lie_there(honest: tuple[Pat
         assert found.keys() == held.keys()
         assert all(found[name].numpy().tobytes() == held[name].numpy().tobytes() for name in held)
 
-    attempt()
-    file.write_bytes(original)
+    try:
+        attempt()
+    finally:
+        file.write_bytes(original)
 
 
 @pytest.mark.slow
@@ -251,5 +255,7 @@ def test_a_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
         counts["plan read"] += 1
         assert {name: list(indices) for name, indices in plan.kept.items()} == values["kept"]
 
-    attempt()
-    file.write_text(json.dumps(original))
+    try:
+        attempt()
+    finally:
+        file.write_text(json.dumps(original))

@@ -389,6 +389,16 @@ def test_another_format_version_is_refused(version: Any, edited) -> None:
     assert refused(folder).startswith(f"config.format_version: {version!r}, this code reads 1 to 1; ")
 
 
+@pytest.mark.parametrize("dtype", [False, True, "", [], {}, 0, "int64", "float8_e4m3fn", "nn", "torch.float32"])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_type_that_weights_cannot_have_is_refused(name: str, dtype: Any, edited) -> None:
+    def change(config: dict[str, Any]) -> None:
+        del config["dtype"]
+        config[name] = dtype
+
+    assert refused(edited(change)) == f"config.dtype: {dtype!r} is no type of floating-point weights"
+
+
 @pytest.mark.parametrize("library", ["keras", "os", None, 1, ["timm"], {"timm": 1}])
 def test_an_unknown_library_is_refused(library: Any, edited) -> None:
     message = refused(edited(lambda config: config["base"].update(library=library)))

@@ -87,10 +87,11 @@ def _check_entries(entries: dict[str, Any]) -> None:
     holds = labels is None or (isinstance(labels, dict) and all(isinstance(name, str) for name in labels.values()))
     holds = holds and (labels is None or {*map(str, labels)} == {*map(str, range(len(labels)))} != set())
     require(holds, f"config.id2label: {labels!r:.99} does not name the classes 0, 1, 2, ...")
-    count, dtype = entries.get("num_labels"), entries["dtype"] or entries.get("torch_dtype")
+    count, dtype = entries.get("num_labels"), entries["dtype"]
+    dtype = entries.get("torch_dtype") if dtype is None else dtype
     holds = count is None or (type(count) is int and 1 <= count <= LARGEST_NUMBER)
     require(holds, f"config.num_labels: {count!r:.99} is no number of classes")
-    holds = dtype is None or str(dtype) in {name for known in _FLOATS for name in (str(known), str(known)[6:])}
+    holds = dtype is None or f"{'torch.' if isinstance(dtype, str) else ''}{dtype}" in map(str, _FLOATS)
     require(holds, f"config.dtype: {dtype!r:.99} is no type of floating-point weights")
 
 
