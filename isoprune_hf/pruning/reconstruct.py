@@ -25,6 +25,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.gradients import Batches, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.streams import Stream
+from isoprune_hf.pruning.waypoints import Passes, Reached
 
 _RIDGE = 1e-2
 _FLOOR = 1e-8  # of a feature's mean square: a dead channel leaves nothing to divide by
@@ -60,10 +61,6 @@ class Call(NamedTuple):
     stream: torch.Tensor | None = None
 
 
-class _Reached(Exception):
-    """The forward pass has come to the layer, and need not go on."""
-
-
 def fit_layers(
     dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
@@ -80,7 +77,8 @@ def fit_layers(
         dense: The network before the cut; left untouched.
         pruned: The cut network.
         masks: (parameter, dim) -> which of its elements stay.
-        batches: This rank's micro-batches: images (B, C, H, W), labels (B,); gone through once for every layer.
+        batches: This rank's micro-batches: images (B, C, H, W), labels (B,); a pass for each layer begins at
+            the last waypoint before it.
         accelerator: Ranks that share the images; float64 sums are added over them once for every layer.
         factors: Weight -> what the dense outputs are multiplied with, one number for each that stays.
         is_bias_only: Fit what is added to the outputs, and no weights: their means become those of the dense layer.
@@ -93,8 +91,10 @@ def fit_layers(
     """
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
         layers, left = _order(pruned, masks, factors or {})
+        passes = Passes(dense, pruned, batches)
         for layer in layers:
-            _fit(dense, pruned, layer, batches, accelerator, is_bias_only)
+            passes.reach(layer.name)
+            _fit(dense, pruned, layer, passes, accelerator, is_bias_only)
     return (
         (f"prune.reconstruct leaves {', '.join(left)} as cut: their layers compute in a way of their own",)
         if left
@@ -155,15 +155,16 @@ def _fit(
     dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
     layer: Layer,
-    batches: Batches,
+    passes: Passes,
     accelerator: Accelerator | None,
     is_bias_only: bool,
 ) -> None:
     module = pruned.model.get_submodule(layer.name)
     sums = _zeros(module, pruned.device)
-    for images, _ in batches:
-        images = images.to(pruned.device)
-        for wanted, found in zip(_run(dense, layer, images), _run(pruned, layer, images), strict=True):
+    for images, begin in passes:
+        with begin(dense), begin(pruned):
+            calls = zip(_run(dense, layer, images), _run(pruned, layer, images), strict=True)
+        for wanted, found in calls:
             dim = _channel_dim(module, wanted.output, found.output)
             missing = _missing(layer, wanted, found, dim)
             for part in _parts(module, found.inputs):
@@ -205,18 +206,18 @@ def _run(model: IsoPruneForImageClassification, layer: Layer, images: torch.Tens
         if layer.is_added:
             stream.follow(output)
         elif len(calls) == layer.calls:
-            raise _Reached
+            raise Reached
 
     def on_sum(other: torch.Tensor) -> None:
         calls[0] = calls[0]._replace(stream=other)
-        raise _Reached
+        raise Reached
 
     stream = Stream(on_sum)
     handle = model.model.get_submodule(layer.name).register_forward_hook(on_call)
     try:
         with stream if layer.is_added else nullcontext():
             model(pixel_values=images)
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()
