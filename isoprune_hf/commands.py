@@ -45,11 +45,21 @@ _OVERWRITE = ("overwrite", bool, False, "Replace what lies at OUTPUT.")
 _MODEL = "A folder, or a name as for prune.model."
 _SCORES = "File of `isoprune score` to cut from, instead of scoring anew."
 _PLAN = "A pruning_plan.json, or the folder of a pruned model."
+_PUSH = (
+    "push_to_hub",
+    str | None,
+    None,
+    "Repository, as user/name, that the result is sent to; a login must be there.",
+)
+_PUSH_EVERY = (
+    "Epochs between two checkpoints that are sent to the branch `training` of PUSH_TO_HUB, beside the training."
+)
+_PUSHES = [_PUSH, ("push_every", int | None, None, _PUSH_EVERY)]
 # A stage of two words is an action of the first one.
 STAGES = {
     "run": Stage(
         "prune data pretrain finetune",
-        [("output", str, "output/run", _OUTPUT), _OVERWRITE],
+        [("output", str, "output/run", _OUTPUT), _OVERWRITE, *_PUSHES],
         "Take the whole road (default): score, cut, finetune with a teacher, evaluate, write OUTPUT/model.",
     ),
     "score": Stage(
@@ -64,12 +74,13 @@ STAGES = {
             ("output", str, "output/pruned", _OUTPUT),
             _OVERWRITE,
             ("scores", str | None, None, _SCORES),
+            _PUSH,
         ],
         "Cut a base to ratios or to a budget and write the folder OUTPUT.",
     ),
     "finetune": Stage(
         "data finetune",
-        [("model", str, None, _MODEL), ("output", str, "output/finetuned", _OUTPUT), _OVERWRITE],
+        [("model", str, None, _MODEL), ("output", str, "output/finetuned", _OUTPUT), _OVERWRITE, *_PUSHES],
         "Train the pruned model in the folder MODEL and write the folder OUTPUT.",
     ),
     "evaluate": Stage(
@@ -201,6 +212,7 @@ STAGES = {
             ("private", bool, False, "Make the repository private."),
             ("revision", str | None, None, "Branch, made when it is not there; main otherwise."),
             ("tag", str | None, None, "Name for the commit."),
+            ("collection", str | None, None, "Collection that it is added to: the end of its address, user/title-id."),
             ("create_pr", bool, False, "Open a pull request instead of changing the branch."),
             ("dry_run", bool, False, "Only list the files and show the head of the card."),
             ("check", bool, True, "Refuse a folder that `isoprune doctor` would refuse."),

@@ -80,16 +80,17 @@ def run_push(
     private: bool,
     revision: str | None,
     tag: str | None,
+    collection: str | None,
     create_pr: bool,
     dry_run: bool,
     check: bool,
 ) -> str:
     """Upload a folder to the Hub; one that `doctor` would refuse stays here."""
-    check_wishes(repo, tag, create_pr)
+    check_wishes(repo, tag, create_pr, collection)
     published_files(Path(folder))
     if check:
         _check_folder(Path(folder))
-    wishes = {"revision": revision, "tag": tag, "create_pr": create_pr}
+    wishes = {"revision": revision, "tag": tag, "create_pr": create_pr, "collection": collection}
     return describe_push(folder, repo, **wishes) if dry_run else push_folder(folder, repo, private=private, **wishes)
 
 

@@ -15,6 +15,7 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.pruning.importance import fingerprint
+from isoprune_hf.publishing.uploads import Uploads
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics
 from isoprune_hf.training.data import ImageData
@@ -86,6 +87,7 @@ def train_student(
     checkpoints: Path | None,
     metrics: Metrics,
     run: TrainingRun | None = None,
+    uploads: Uploads | None = None,
 ) -> Metrics:
     """Train the student in place; returns its figures before (where they are not known) and after."""
     dense = student.model.config.stage == "base"
@@ -103,6 +105,8 @@ def train_student(
         if accelerator.is_main_process:
             try:
                 save_model_folder(checkpoints / name, model, student.processor)
+                if uploads is not None and name == "last":
+                    uploads.offer(checkpoints / name, entry["epoch"])
             except CheckpointError as error:
                 if run is None:
                     raise

@@ -18,6 +18,7 @@ from isoprune_hf.pruning.importance import ImportanceScores
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.pruning.scoring import score_model
 from isoprune_hf.pruning.speed import measure_latency, record_measurement
+from isoprune_hf.publishing.uploads import Uploads, open_uploads
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
 from isoprune_hf.sources import (
@@ -49,10 +50,17 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
 
 
 def run_prune(
-    accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool, scores: str | None
+    accelerator: Accelerator,
+    prune: PruneRecipe,
+    data: DataRecipe,
+    output: str,
+    overwrite: bool,
+    scores: str | None,
+    push_to_hub: str | None = None,
 ) -> Answer:
     """Cut the base and write the folder of the pruned model."""
     folder = check_output(output, overwrite=overwrite)
+    uploads = open_uploads(push_to_hub, accelerator)
     prune, known = open_scores(prune, scores)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, data, images, accelerator, is_scored=known is not None)
@@ -68,11 +76,18 @@ def run_prune(
     speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None
     plan = result.plan.to_json()
     write_folder(folder, result.model, base.processor, accelerator, plan=plan, metrics=metrics, speed=speed)
-    return summarize(result.model, metrics, latency, folder)
+    return _send(uploads, folder, summarize(result.model, metrics, latency, folder))
 
 
 def run_finetune(
-    accelerator: Accelerator, model: str, data: DataRecipe, finetune: FinetuneRecipe, output: str, overwrite: bool
+    accelerator: Accelerator,
+    model: str,
+    data: DataRecipe,
+    finetune: FinetuneRecipe,
+    output: str,
+    overwrite: bool,
+    push_to_hub: str | None = None,
+    push_every: int | None = None,
 ) -> Answer:
     """Train a pruned model and write its folder anew, under another name; an unfinished run of it goes on."""
     known = read_run(Path(output) / CHECKPOINTS)
@@ -81,6 +96,7 @@ def run_finetune(
     folder = check_output(output, overwrite=overwrite, is_begun=has_run)
     if Path(model).resolve() == folder.resolve():
         raise RecipeError("--output must be another folder than --model")
+    uploads = open_uploads(push_to_hub, accelerator, push_every)
     images = open_data(data, accelerator)
     found = load_base(model)
     start = see_through(found, data)
@@ -91,7 +107,8 @@ def run_finetune(
     run = open_run(folder, start, images, data, finetune, teacher, accelerator, overwrite=overwrite)
     if run.is_finished and not overwrite and (folder / "config.json").is_file():
         logger.info(f"--output {output} holds the result of this very run; train it again with --overwrite true")
-        return summarize(load_base(output).model, read_json(output, "metrics.json") or {}, {}, folder)
+        answer = summarize(load_base(output).model, read_json(output, "metrics.json") or {}, {}, folder)
+        return _send(uploads, folder, answer)
     check_output(output, overwrite=overwrite, is_begun=has_run and not was_finished)
     if images.evaluation is not None:
         dense = teacher if teacher is not None and finetune.teacher == "auto" else None
@@ -101,7 +118,7 @@ def run_finetune(
             metrics["base"] = _evaluate(dense.model, images, start.processor, data, accelerator)
     with run:
         metrics |= train_student(
-            accelerator, start, images, data, finetune, teacher, folder / CHECKPOINTS, metrics, run=run
+            accelerator, start, images, data, finetune, teacher, folder / CHECKPOINTS, metrics, run, uploads
         )
         plan = Path(model) / "pruning_plan.json"
         try:
@@ -118,7 +135,7 @@ def run_finetune(
         except CheckpointError as error:
             raise WriteError(f"{error}; the training is saved, and the same command writes its result") from error
         run.finish()
-    return summarize(start.model, metrics, {}, folder)
+    return _send(uploads, folder, summarize(start.model, metrics, {}, folder))
 
 
 def run_all(
@@ -129,9 +146,12 @@ def run_all(
     finetune: FinetuneRecipe,
     output: str,
     overwrite: bool,
+    push_to_hub: str | None = None,
+    push_every: int | None = None,
 ) -> Answer:
     """Take the whole road: base, scores, cut, finetuning, evaluation, folder, card, and a look through `pipeline`."""
     root = check_output(output, overwrite=overwrite)
+    uploads = open_uploads(push_to_hub, accelerator, push_every)
     images = open_data(data, accelerator)
     if images.evaluation is None:
         raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
@@ -160,7 +180,9 @@ def run_all(
         teacher = open_teacher(result.model, finetune, base)
         before = _copy(result.model)
         speed = {"base": base.model, "pruned": before, "finetuned": result.model}
-        metrics |= train_student(accelerator, student, images, data, finetune, teacher, root / CHECKPOINTS, metrics)
+        metrics |= train_student(
+            accelerator, student, images, data, finetune, teacher, root / CHECKPOINTS, metrics, uploads=uploads
+        )
     measured = {"batch_size": 1, "precision": "no", "backend": "eager", "repeats": 20}
     latency = measure_latency(speed, base.model.config.image_size, **measured)
     record = record_measurement(accelerator.device, **measured)
@@ -179,7 +201,15 @@ def run_all(
     if accelerator.is_main_process:
         lines.append(try_out(folder, images))
     accelerator.wait_for_everyone()
-    return answer._replace(text="\n\n".join(lines))
+    return _send(uploads, folder, answer._replace(text="\n\n".join(lines)))
+
+
+def _send(uploads: Uploads | None, folder: Path, answer: Answer) -> Answer:
+    """Send the result of a stage, and say where it is now."""
+    if uploads is None:
+        return answer
+    url = uploads.finish(folder)
+    return answer._replace(text=f"{answer.text}\n\nIt is at {url}", figures={**answer.figures, "url": url})
 
 
 def _clear(root: Path, used: dict[str, str | None], accelerator: Accelerator) -> None:

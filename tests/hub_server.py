@@ -46,6 +46,8 @@ class Hub:
         commits: One entry for each commit: repository, branch, summary, paths.
         requests: Method, path and Authorization header of each request.
         bodies: Body of each request.
+        collections: Models of each collection; those that are not here do not exist.
+        gate: Files are taken while it is set.
     """
 
     url: str = ""
@@ -61,6 +63,11 @@ class Hub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     private: dict[str, bool] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    collections: dict[str, list[str]] = field(default_factory=dict)
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
 
 
 @contextmanager
@@ -199,6 +206,7 @@ class _HubRequest(BaseHTTPRequestHandler):
         self._send(200, {"transfer": "basic", "objects": objects})
 
     def put_blob(self, body: bytes, oid: str) -> None:
+        self.hub.gate.wait(60)
         good = hashlib.sha256(body).hexdigest() == oid
         if good:
             self.hub.blobs[oid] = body
@@ -232,6 +240,20 @@ class _HubRequest(BaseHTTPRequestHandler):
         if wants_pr:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{branch.rpartition('/')[2]}"
         self._send(200, answer)
+
+    def show_collection(self, body: bytes, slug: str) -> None:
+        about = {"slug": slug, "title": "models", "owner": {"name": "user"}, "private": False, "theme": "blue"}
+        about |= {"position": 0, "upvotes": 0, "lastUpdated": "2026-01-01T00:00:00.000Z", "items": []}
+        self._send(200, about)
+
+    def add_to_collection(self, body: bytes, slug: str) -> None:
+        if slug not in self.hub.collections:
+            return self._send(404, {"error": "Collection not found"})
+        item = json.loads(body)["item"]["id"]
+        if item in self.hub.collections[slug]:
+            return self._send(409, {"error": "exists"})
+        self.hub.collections[slug].append(item)
+        return self.show_collection(body, slug)
 
     def create_branch(self, body: bytes, repo: str, branch: str) -> None:
         if (repo, branch) in self.hub.heads:
@@ -291,6 +313,8 @@ _ROUTES = (
     (("PUT",), r"/lfs/([0-9a-f]{64})", _HubRequest.put_blob),
     (("POST",), "/lfs-verify", _HubRequest.verify_blob),
     (("POST",), rf"/api/models/{_REPO}/commit/(.+)", _HubRequest.commit),
+    (("POST",), rf"/api/collections/{_REPO}/items", _HubRequest.add_to_collection),
+    (("GET",), rf"/api/collections/{_REPO}", _HubRequest.show_collection),
     (("POST",), rf"/api/models/{_REPO}/branch/(.+)", _HubRequest.create_branch),
     (("POST",), rf"/api/models/{_REPO}/tag/(.+)", _HubRequest.create_tag),
     (("GET",), rf"/api/models/{_REPO}/refs", _HubRequest.list_refs),
