@@ -20,7 +20,15 @@ from transformers.utils import logging as transformers_logging
 from isoprune_hf.command_help import take_switches
 from isoprune_hf.command_parser import parse
 from isoprune_hf.commands import STAGES, Answer
-from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, LostRankError, RecipeError, TrainingFault
+from isoprune_hf.errors import (
+    Cancelled,
+    Interrupted,
+    IsoPruneError,
+    LostRankError,
+    MemoryFault,
+    RecipeError,
+    TrainingFault,
+)
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.terminal import paint
@@ -49,7 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if _is_of_memory(error):
+            full = MemoryFault(
+                "the memory does not suffice, and nothing was made smaller by itself; the states that were saved stay; "
+                "take a smaller --prune.batch_size (scores), --data.batch_size (evaluation); for the same training more "
+                "ranks, --finetune.grad_accumulation, --finetune.grad_checkpointing true or --finetune.precision bf16"
+            )
+            _fail(str(full), full.exit_code)
         notes = _notes_of_ranks()
         if notes is not None and notes.check([_CODE]):
             sys.exit(int(notes.get(_CODE)))  # this rank lost the one that failed, which has said why
@@ -148,6 +163,11 @@ def _open_accelerator(finetune: FinetuneRecipe | None) -> Accelerator:
             "a GPU start them with torchrun"
         )
     return accelerator
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Say whether memory was refused: a GPU's error has a type, that of the CPU's allocator has words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _is_of_a_lost_rank(error: RuntimeError) -> bool:

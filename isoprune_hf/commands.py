@@ -238,6 +238,7 @@ EXIT_CODES = {
     2: "bad input, or a package that is missing: one line on standard error, nothing is written",
     65: "no training state is intact",
     70: "the training has diverged",
+    71: "the memory of the device or of the machine does not suffice",
     73: "the folder is in use, or cannot be written",
     74: "a rank or a loader was lost, or a result cannot be written: the same command goes on from the last state",
     75: "a signal has stopped the training: the same command goes on",

@@ -16,6 +16,7 @@ __all__ = [
     "IsoPruneError",
     "LoaderError",
     "LostRankError",
+    "MemoryFault",
     "MissingExtraError",
     "OccupiedError",
     "RecipeError",
@@ -69,6 +70,12 @@ class DivergedError(TrainingFault, RecipeError):
     """The loss or the gradient is not finite."""
 
     exit_code = 70
+
+
+class MemoryFault(TrainingFault, RuntimeError):
+    """The memory of the device or of the machine does not suffice."""
+
+    exit_code = 71
 
 
 class OccupiedError(TrainingFault, RuntimeError):

@@ -26,7 +26,16 @@ logger = get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"  # inside an output
 # Settings that change nothing in the weights; what the data are is told by their fingerprint.
-_FREE = {"save_every", "state_every", "state_minutes", "log_every", "tracker", "rank_minutes", "peak_tflops"}
+_FREE = {
+    "save_every",
+    "state_every",
+    "state_minutes",
+    "log_every",
+    "tracker",
+    "rank_minutes",
+    "max_minutes",
+    "peak_tflops",
+}
 _FREE |= {"dataset", "revision", "batch_size", "num_workers", "max_broken"}
 
 
@@ -60,6 +69,7 @@ def open_run(
         overwrite=overwrite,
         every=recipe.state_every,
         minutes=recipe.state_minutes,
+        max_minutes=recipe.max_minutes,
         log_every=recipe.log_every,
         tracker=recipe.tracker,
         flops=count_training_flops(student.model, None if teacher is None or is_cached else teacher.model),

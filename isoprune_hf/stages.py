@@ -151,6 +151,10 @@ def run_all(
 ) -> Answer:
     """Take the whole road: base, scores, cut, finetuning, evaluation, folder, card, and a look through `pipeline`."""
     root = check_output(output, overwrite=overwrite)
+    if finetune.max_minutes is not None:
+        raise RecipeError(
+            "finetune.max_minutes is for `isoprune finetune`, which goes on where it ended; run does not"
+        )
     uploads = open_uploads(push_to_hub, accelerator, push_every)
     images = open_data(data, accelerator)
     if images.evaluation is None:

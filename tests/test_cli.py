@@ -21,10 +21,10 @@ from command_line import Done, contents, isoprune, leftovers, read, refuse, succ
 from PIL import Image
 from test_evaluation import calibration_error_by_hand
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 import isoprune_hf
-from isoprune_hf import inspection
+from isoprune_hf import inspection, stages
 from isoprune_hf.commands import SECTIONS, STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -302,6 +302,41 @@ def test_a_printed_config_gives_the_same_plan_again(pruned: Path, images: Path, 
     plan = (tmp_path / "out" / "pruning_plan.json").read_bytes()
     assert plan == (pruned / "pruning_plan.json").read_bytes()
     assert yaml.safe_load(printed)["prune"]["batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] DefaultCPUAllocator: x"), MemoryError()],
+)
+def test_memory_that_does_not_suffice_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_prune(*args: object, **values: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "run_prune", run_prune)
+    done = isoprune("prune", *L1)
+    assert done.code == 71
+    assert re.fullmatch(
+        r"isoprune: error: the memory does not suffice, and nothing was made smaller [^\n]*\n", done.err
+    )
+
+
+def test_a_run_through_all_stages_has_no_limit_of_time(images: Path, tmp_path: Path) -> None:
+    line = refuse("run", *L1, "--data.dataset", images, "--finetune.max_minutes", "5", "--output", tmp_path / "out")
+    assert "finetune.max_minutes is for `isoprune finetune`" in line
+
+
+def test_paths_with_spaces_and_other_letters_and_links_are_paths(pruned: Path, images: Path, tmp_path: Path) -> None:
+    place = tmp_path / ("ein Ordner, größer als \N{SNOWMAN} und 'quoted' " + "x" * 120)
+    (place / "real").mkdir(parents=True)
+    (place / "link").symlink_to(place / "real")
+    shutil.copytree(pruned, place / "mein Modell")
+    shutil.copytree(images, place / "meine Bilder")
+    given = ["--model", place / "mein Modell", "--data.dataset", place / "meine Bilder", "--finetune.epochs", "1"]
+    out = place / "link" / "aus gabe"
+    assert str(out) in succeed("finetune", *given, "--output", out)
+    assert pipeline("image-classification", model=str(out))(Image.new("RGB", (20, 30)))[0]["score"] > 0
+    assert "Accuracy" in succeed("evaluate", "--model", out, "--data.dataset", place / "meine Bilder")
+    assert "no checks failed" in succeed("doctor", out)
 
 
 def test_without_arguments_the_embedded_recipe_runs() -> None:

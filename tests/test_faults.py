@@ -233,6 +233,14 @@ def test_signals_stop_a_run_after_an_update_and_it_goes_on_behind_it(case: Case,
     finish(case, out)
 
 
+def test_a_run_whose_time_is_up_is_saved_and_goes_on(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = run([*case.command, "--finetune.max_minutes", "0.003", "--output", out], tmp_path / "log")
+    assert ended.code == 75
+    assert re.fullmatch(r"isoprune: stopped by finetune\.max_minutes: .*; the same command continues\n", ended.err)
+    finish(case, out)
+
+
 def test_two_ranks_agree_on_where_to_stop_and_go_on_bit_by_bit(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
     ranks = start_ranks(command, tmp_path / "log")

@@ -45,6 +45,7 @@ class FinetuneRecipe:
         max_bad_steps: Updates in a row that are left out because loss or gradient is not finite; one more ends the
             training.
         rank_minutes: Longest time that a rank waits for another one, before the run ends.
+        max_minutes: Time after which the run saves its state and ends, as by a signal; the same command continues it.
         schedule: cosine, or step (times `step_gamma` every `step_epochs`).
         schedule_unit: The learning rate changes with each update or with each epoch.
         warmup_epochs: Epochs of linear warm-up.
@@ -112,6 +113,7 @@ class FinetuneRecipe:
     layer_decay: float | None = None
     max_bad_steps: int = 0
     rank_minutes: float = 30.0
+    max_minutes: float | None = None
     schedule: Literal["cosine", "step"] = "cosine"
     schedule_unit: Literal["update", "epoch"] = "update"
     warmup_epochs: float = 0
@@ -166,7 +168,7 @@ class FinetuneRecipe:
             self._check(name, 0, 1)
         for name in ("ema_decay", "dropout", "drop_path"):
             self._check_below_one(name)
-        for name in ("temperature", "rank_minutes", "layer_decay", "clip_grad", "peak_tflops"):
+        for name in ("temperature", "rank_minutes", "max_minutes", "layer_decay", "clip_grad", "peak_tflops"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
         self._check("layer_decay", 0, 1)

@@ -1,4 +1,4 @@
-"""Signals that end a training: SIGTERM and SIGUSR1 from schedulers, SIGINT from Ctrl-C."""
+"""Signals that end a training: SIGTERM and SIGUSR1 from schedulers, SIGINT from Ctrl-C, SIGALRM when time is up."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 
 from isoprune_hf.errors import Cancelled, Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
 # A launcher passes on what a terminal or a scheduler has sent to its processes already.
 _ECHO_SECONDS = 2.0
 
@@ -20,9 +20,13 @@ class Interruption:
 
     A second signal, more than two seconds after the first, ends the process at once. Loader processes outlive a signal
     that is sent to the whole group, since the update needs them.
+
+    Args:
+        minutes: After them the block is sent SIGALRM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float | None = None) -> None:
+        self._minutes = minutes
         self.signal: signal.Signals | None = None
         self.where = "no update was under way; the same command continues"
         self._is_deferred = False
@@ -32,9 +36,12 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # no other thread may listen
             self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            signal.setitimer(signal.ITIMER_REAL, 0 if self._minutes is None else 60 * self._minutes)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -64,7 +71,8 @@ class Interruption:
 
 def _interrupted_by(number: signal.Signals, where: str) -> Interrupted:
     kind = Cancelled if number == signal.SIGINT else Interrupted
-    return kind(f"stopped by {number.name}: {where}")
+    what = "finetune.max_minutes" if number == signal.SIGALRM else number.name
+    return kind(f"stopped by {what}: {where}")
 
 
 def outlive_signals(worker: int) -> None:

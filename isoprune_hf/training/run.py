@@ -54,6 +54,7 @@ class TrainingRun:
         overwrite: Another run that is there is replaced instead of refused.
         every: Updates between two snapshots, beside those at the end of each epoch.
         minutes: The same in time.
+        max_minutes: Time after which the run ends as by a signal.
         log_every: Updates between two that are logged.
         tracker: Name of a tracker for the log, beside its files.
         flops: Floating-point operations that training on one image takes, the teacher's among them, for the log.
@@ -73,12 +74,14 @@ class TrainingRun:
         overwrite: bool = False,
         every: int | None = None,
         minutes: float | None = None,
+        max_minutes: float | None = None,
         log_every: int = 50,
         tracker: str | None = None,
         flops: float | None = None,
         peak_tflops: float | None = None,
     ):
-        self.checkpoints, self.folder, self.interruption = checkpoints, checkpoints / RUN_FOLDER, Interruption()
+        self.checkpoints, self.folder = checkpoints, checkpoints / RUN_FOLDER
+        self.interruption = Interruption(max_minutes)
         self._identity = json.loads(json.dumps(identity))  # as it is read again
         self._accelerator, self._overwrite = accelerator, overwrite
         self._every, self._minutes, self._last = every, minutes, time.monotonic()
