@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if _is_of_memory(error):
             full = MemoryFault(
-                "the memory does not suffice, and nothing was made smaller by itself; states that were saved stay; take "
+                "the memory does not suffice, and nothing was made smaller by itself; saved states stay; take "
                 "smaller --prune.batch_size (scores) or --data.batch_size (evaluation); for the same training more "
                 "ranks, --finetune.grad_accumulation, --finetune.grad_checkpointing true or --finetune.precision bf16"
             )
