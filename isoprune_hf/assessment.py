@@ -16,8 +16,8 @@ from isoprune_hf.pruning.cost import count_cost
 from isoprune_hf.publishing.model_card import build_model_card
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
 from isoprune_hf.sources import open_data, see_through
-from isoprune_hf.training.data import check_labels
 from isoprune_hf.training.evaluation import compute_figures, score_split, tabulate_classes
+from isoprune_hf.training.labels import check_labels
 
 logger = get_logger(__name__)
 

@@ -17,7 +17,8 @@ from isoprune_hf.processors import set_transform
 from isoprune_hf.pruning.importance import ImportanceScores, fingerprint
 from isoprune_hf.pruning.planning import recipe_of_scores
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
-from isoprune_hf.training.data import ImageData, check_labels, load_data
+from isoprune_hf.training.data import ImageData, load_data
+from isoprune_hf.training.labels import check_labels
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids
 
 logger = get_logger(__name__)

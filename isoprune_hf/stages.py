@@ -30,8 +30,9 @@ from isoprune_hf.sources import (
     reopen_base,
     see_through,
 )
-from isoprune_hf.training.data import ImageData, check_labels
+from isoprune_hf.training.data import ImageData
 from isoprune_hf.training.evaluation import evaluate_model
+from isoprune_hf.training.labels import check_labels
 from isoprune_hf.training.run import is_begun, read_run
 
 logger = get_logger(__name__)

@@ -1,17 +1,22 @@
+import io
+import pickle
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import DatasetError, MissingExtraError
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training import data as data_module
-from isoprune_hf.training.data import check_labels, load_data
+from isoprune_hf.training.data import load_data
+from isoprune_hf.training.labels import check_labels
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids, eval_loader, train_batches
 from isoprune_hf.training.pixels import EvaluationTransform
 
@@ -93,6 +98,89 @@ def test_a_folder_of_parquet_files_is_read_by_their_first_word(tmp_path, below):
     assert loaded.train[2]["image"].convert("RGB").getpixel((0, 0)) == (2, 2, 2)
 
 
+def write_tar(path: Path, images: dict[str, int], ending: str = "png", **others: bytes) -> None:
+    """A shard: an image and its class for each key, and other members for the first one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+
+        def add(name: str, content: bytes) -> None:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+
+        for number, (key, label) in enumerate(images.items()):
+            stream = io.BytesIO()
+            make_image(10 * label + number).save(stream, "PNG")
+            add(f"{key}.{ending}", stream.getvalue())
+            add(f"{key}.cls", str(label).encode())
+            for name, content in others.items():
+                add(f"{key}.{name}", content)
+
+
+@pytest.mark.parametrize("names", [("a-train-{}.tar", "a-val-{}.tar"), ("train/{}.tar", "validation/{}.tar")])
+def test_tar_files_give_the_images_of_a_folder_of_classes(names, tmp_path):
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "classes.txt").write_text("\n".join(SYNSETS) + "\n")
+    write_tar(tmp_path / "tars" / names[0].format("0000"), {"test-0": 0, "test-1": 0, "x/test-2": 1})
+    write_tar(tmp_path / "tars" / names[0].format("0001"), {"test-3": 1, "test-4": 2})
+    write_tar(tmp_path / "tars" / names[1].format("0000"), {"b": 2})
+    loaded = load_data(DataRecipe(dataset=str(tmp_path / "tars")))
+    assert loaded.label_names == SYNSETS and loaded.train.column_names == ["image", "label"]
+    assert list(loaded.train["label"]) == [0, 0, 1, 1, 2] and list(loaded.evaluation["label"]) == [2]
+    values = [row["image"].convert("RGB").getpixel((0, 0))[0] for row in loaded.train]
+    assert values == [0, 1, 12, 10, 21]
+    check_labels(loaded.label_names, {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark"})
+    (tmp_path / "tars" / "classes.txt").unlink()
+    loaded = load_data(DataRecipe(dataset=str(tmp_path / "tars")))
+    assert loaded.label_names == ("0", "1", "2")
+    check_labels(loaded.label_names, {0: "tench", 1: "goldfish", 2: "great white shark"})  # what bare numbers mean
+
+
+def test_members_of_tar_files_are_neither_unpickled_nor_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planted = pickle.dumps(Planted(str(tmp_path / "planted")))
+    write_tar(tmp_path / "d" / "train-0.tar", {"../../up": 0, "/abs/key": 1}, pth=planted, pyd=planted, json=b"{")
+    with tarfile.open(tmp_path / "d" / "train-1.tar", "w") as shard:
+        link = tarfile.TarInfo("z.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        shard.addfile(link)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in str(path)}
+    loaded = load_data(DataRecipe(dataset=str(tmp_path / "d")))
+    assert list(loaded.train["label"]) == [0, 1]
+    assert {path for path in tmp_path.rglob("*") if "cache" not in str(path)} == before
+    assert WebDataset.DECODERS["json"]("[1]") == [1]  # as it was for everybody else
+
+
+class Planted:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_tar_files_with_other_names_say_what_is_there(tmp_path):
+    write_tar(tmp_path / "train-0.tar", {"a": 0}, ending="tif")
+    message = message_of(DataRecipe(dataset=str(tmp_path)))
+    assert (
+        "data.image_column: split 'train'" in message
+        and "no column 'image', it has __key__, __url__, tif, cls" in message
+    )
+    loaded = load_data(DataRecipe(dataset=str(tmp_path), image_column="tif"))
+    assert loaded.train[0]["image"].size == (6, 5)
+    (tmp_path / "train-0.tar").write_bytes(b"no archive")
+    assert "cannot be opened" in message_of(DataRecipe(dataset=str(tmp_path)))
+
+
+def test_a_list_of_classes_that_is_too_short_is_one_line(tmp_path):
+    write_tar(tmp_path / "train-0.tar", {"a": 0, "b": 3})
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    message = message_of(DataRecipe(dataset=str(tmp_path)))
+    assert "classes.txt names 2 classes, the labels of split 'train' go from 0 to 3" in message
+
+
 def test_dense_whole_numbers_become_classes(tmp_path):
     recipe = save_splits(
         tmp_path,
@@ -139,7 +227,7 @@ def test_errors_say_what_is_wrong_with_the_place(tmp_path, monkeypatch):
     assert (
         "'some/where' cannot be opened (Couldn't reach 'some/where' on the Hub)" in message and "a Hub id" in message
     )
-    assert "neither parquet nor split folders" in message_of(DataRecipe(dataset=str(tmp_path)))
+    assert "no parquet, no tar files and no split folders" in message_of(DataRecipe(dataset=str(tmp_path)))
 
 
 def test_a_folder_with_other_splits_lists_them(tmp_path):

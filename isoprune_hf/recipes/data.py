@@ -11,8 +11,9 @@ class DataRecipe:
     """Where the labelled images come from.
 
     Args:
-        dataset: A Hub id such as ILSVRC/imagenet-1k, a folder of parquet files, a folder with `train/CLASS/*.JPEG` and
-            `val/CLASS/*.JPEG`, or `digits` (1,797 real handwritten digits that scikit-learn ships).
+        dataset: A Hub id such as ILSVRC/imagenet-1k, a folder of parquet files or of WebDataset's tar files (names of
+            the classes in `classes.txt`, a line each), a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, or
+            `digits` (1,797 real handwritten digits that scikit-learn ships).
         revision: Git revision of a Hub data set.
         image_column: Column that holds the image.
         label_column: Column that holds the class.

@@ -1,29 +1,32 @@
-"""Labelled images: where they come from, and whether their labels are the model's.
+"""Labelled images: where they come from.
 
 Images stay encoded until they are used; `decoding` reads them then.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image as PILImage
-from timm.data import ImageNetInfo
 
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training.decoding import Decoding
 
-_SYNSET = re.compile(r"n\d{8}")
-_KINDS = "give `digits`, a folder of parquet files, a folder with train/CLASS and val/CLASS, or a Hub id"
+_KINDS = "give `digits`, a folder of parquet or tar files, a folder with train/CLASS and val/CLASS, or a Hub id"
+# What the columns are named in tar files, by WebDataset's convention.
+_IN_TARS = {"image_column": ("jpg", "jpeg", "png", "webp"), "label_column": ("cls",)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def load_data(recipe: DataRecipe) -> ImageData:
     Raises:
         DatasetError: It is not there, or its splits, columns or labels are not those of an image classification.
     """
-    splits = {name: _select_columns(split, name, recipe) for name, split in _open(recipe).items()}
+    with _only_labels_decoded():
+        splits = {name: _select_columns(split, name, recipe) for name, split in _open(recipe).items()}
     splits, label_names = _name_classes(splits, recipe)
     digest = hashlib.sha256("\n".join(label_names).encode())
     for name in (recipe.train_split, recipe.eval_split):
@@ -70,6 +74,17 @@ def load_data(recipe: DataRecipe) -> ImageData:
     )
 
 
+@contextmanager
+def _only_labels_decoded() -> Iterator[None]:
+    """Let `datasets` read numbers from tar files, and leave all else as bytes, pickles among them."""
+    decoders = WebDataset.DECODERS
+    WebDataset.DECODERS = {ending: decoder for ending, decoder in decoders.items() if decoder is int}
+    try:
+        yield
+    finally:
+        WebDataset.DECODERS = decoders
+
+
 def _open(recipe: DataRecipe) -> dict[str, Dataset]:
     """Open those of the two splits that the data set has."""
     if not recipe.dataset:
@@ -82,24 +97,59 @@ def _open(recipe: DataRecipe) -> dict[str, Dataset]:
             return _asked(load_dataset(recipe.dataset, revision=recipe.revision), recipe)
         if (folder / "dataset_dict.json").is_file():
             return _asked(load_from_disk(str(folder)), recipe)
-        parquet = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
-        if parquet:
-            files: dict[str, list[str]] = {}
-            for path in sorted(parquet):
-                files.setdefault(_split_name(re.split(r"[-.]", path.name)[0]), []).append(str(path))
-            return dict(load_dataset("parquet", data_files=_asked(files, recipe)))
+        for kind, ending in (("parquet", "parquet"), ("webdataset", "tar")):
+            files = _files_of_splits(folder, ending, recipe)
+            if files:
+                opened = dict(load_dataset(kind, data_files=_asked(files, recipe)))
+                return _name_by_list(opened, folder / "classes.txt", recipe)
         folders = {_split_name(path.name): path for path in sorted(folder.iterdir()) if any(path.glob("*/*"))}
         if not folders:
             raise DatasetError(
-                f"data.dataset: the folder {str(folder)!r} has neither parquet nor split folders; {_KINDS}"
+                f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_KINDS}"
             )
         # One split at a time: opened together, `datasets` would merge the class names of all splits.
         return {name: _load_image_folder(path) for name, path in _asked(folders, recipe).items()}
     except DatasetError:
         raise
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, TarError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_KINDS}") from error
+
+
+def _files_of_splits(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
+    """Sort files by split: an asked one that their folder or a word of their name says, or else the first word."""
+    files: dict[str, list[str]] = {}
+    for path in sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"*/*.{ending}")]):
+        words = [_split_name(word) for word in (path.parent.name, *re.split(r"[-.]", path.name))]
+        known = [word for word in words if word in (recipe.train_split, recipe.eval_split)]
+        files.setdefault((known or words[1:])[0], []).append(str(path))
+    return files
+
+
+def _name_by_list(splits: dict[str, Dataset], file: Path, recipe: DataRecipe) -> dict[str, Dataset]:
+    """Take the class names from a file beside the shards, a line each, where the labels are bare numbers."""
+    names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    named = {}
+    for name, split in splits.items():
+        column = _column(split, "label_column", recipe)
+        feature = split.features.get(column)
+        if names and not isinstance(feature, ClassLabel) and "int" in getattr(feature, "dtype", ""):
+            numbers = _labels(split, column)
+            if numbers.min() < 0 or numbers.max() >= len(names):
+                raise DatasetError(
+                    f"data.dataset: {file} names {len(names)} classes, the labels of split {name!r} go from "
+                    f"{numbers.min()} to {numbers.max()}"
+                )
+            split = split.cast_column(column, ClassLabel(names=names))
+        named[name] = split
+    return named
+
+
+def _column(split: Dataset, setting: str, recipe: DataRecipe) -> str:
+    """Name the column that a setting means; where it is left as it is, WebDataset's names do, too."""
+    asked = getattr(recipe, setting)
+    others = _IN_TARS[setting] if asked == getattr(DataRecipe, setting) else ()
+    return next((name for name in (asked, *others) if name in split.features), asked)
 
 
 def _split_name(name: str) -> str:
@@ -144,26 +194,27 @@ def leave_encoded(split: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 
 def _select_columns(split: Dataset, name: str, recipe: DataRecipe) -> Dataset:
-    for setting, column in (("image_column", recipe.image_column), ("label_column", recipe.label_column)):
+    image, label = (_column(split, setting, recipe) for setting in ("image_column", "label_column"))
+    for setting, column in (("image_column", image), ("label_column", label)):
         if column not in split.features:
             raise DatasetError(
                 f"data.{setting}: split {name!r} of {recipe.dataset!r} has no column {column!r}, it has "
                 f"{', '.join(split.column_names)}"
             )
-    feature = split.features[recipe.image_column]
+    feature = split.features[image]
     encoded = feature == Value("binary") or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
     if not encoded and not isinstance(feature, Image):
         raise DatasetError(
-            f"data.image_column: column {recipe.image_column!r} of {recipe.dataset!r} must hold images, got {feature}"
+            f"data.image_column: column {image!r} of {recipe.dataset!r} must hold images, got {feature}"
         )
-    columns = {recipe.image_column: "image", recipe.label_column: "label"}
+    columns = {image: "image", label: "label"}
     split = split.select_columns(list(columns)).rename_columns(columns)
     return split.cast_column("image", Image()) if encoded or not feature.decode else split
 
 
-def _labels(split: Dataset) -> np.ndarray:
+def _labels(split: Dataset, name: str = "label") -> np.ndarray:
     """Return the labels, of shape (N,); a missing label is -1."""
-    column = split.select_columns("label").with_format("arrow")[:]["label"]
+    column = split.select_columns(name).with_format("arrow")[:][name]
     return column.cast(pa.int64()).fill_null(-1).to_numpy()
 
 
@@ -201,45 +252,6 @@ def _name_classes(splits: dict[str, Dataset], recipe: DataRecipe) -> tuple[dict[
 
 def _shorten(values: Sequence[object]) -> str:
     return ", ".join(map(str, values[:5])) + (f", ... ({len(values)})" if len(values) > 5 else "")
-
-
-def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:
-    """Check that index i means the same class in the data and in the model.
-
-    Generic names of the model ("LABEL_3", "3") fit anything. Names are compared in lower case up to the first comma;
-    WordNet ids of the data are read as their ImageNet words where the model speaks words.
-
-    Raises:
-        DatasetError: The number of classes or their order differs.
-    """
-    if len(label_names) != len(id2label):
-        raise DatasetError(
-            f"the data has {len(label_names)} classes, the model has {len(id2label)}; "
-            "give `--prune.num_labels data` for a new head"
-        )
-    model_names = [id2label[index] for index in range(len(id2label))]
-    if all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(model_names)):
-        return
-    data_names = list(label_names)
-    if all(map(_SYNSET.fullmatch, data_names)) and not any(map(_SYNSET.fullmatch, model_names)):
-        words = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
-        data_names = [words.get(name, name) for name in data_names]
-    data_keys, model_keys = map(_normalise, data_names), [_normalise(name) for name in model_names]
-    differing, crossed = [], False
-    for index, key in enumerate(data_keys):
-        if key != model_keys[index]:
-            differing.append(index)
-            crossed = crossed or key in model_keys
-    if crossed or len(differing) > 0.1 * len(model_names):
-        examples = "; ".join(f"index {i}: data {data_names[i]!r}, model {model_names[i]!r}" for i in differing[:3])
-        raise DatasetError(
-            f"the classes of the data are not those of the model at {len(differing)} of {len(model_names)} places: "
-            f"{examples}; bring the data into the model's order, or give `--prune.num_labels data` for a new head"
-        )
-
-
-def _normalise(name: str) -> str:
-    return name.split(",")[0].replace("_", " ").strip().lower()
 
 
 def prediction_features() -> Features:
