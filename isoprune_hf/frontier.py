@@ -19,7 +19,7 @@ from isoprune_hf.pruning.speed import measure_latency, record_measurement
 from isoprune_hf.publishing.pictures import check_plotting, draw_frontier
 from isoprune_hf.publishing.report import format_figure
 from isoprune_hf.recipes import DataRecipe, PruneRecipe, recipe_to_dict
-from isoprune_hf.sources import open_base, open_calibration, open_data, open_scores
+from isoprune_hf.sources import forget_scoring, open_base, open_calibration, open_data, open_scores
 from isoprune_hf.training.evaluation import evaluate_model
 
 COLUMNS = {
@@ -57,7 +57,8 @@ def run_frontier(
     prune, known = open_scores(prune, scores)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, data, images, accelerator, is_scored=known is not None)
-    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=known is not None)
+    options = {"is_scored": known is not None, "output": output}
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, **options)
     results: dict[float, PruneResult] = {}
     for share in sorted(shares):  # the smallest first: one that cannot be reached is refused before the scoring
         recipe = recipe_of_budget(prune, f"{100 * share:.10g}%")
@@ -89,6 +90,7 @@ def run_frontier(
     }
     if accelerator.is_main_process:
         replace_folder(folder, lambda place: _write(place, rows, record, known))
+    forget_scoring(output, accelerator)
     accelerator.wait_for_everyone()
     again = f"isoprune prune --prune.model {prune.model} --scores {folder / 'importance.safetensors'}"
     again += f" --prune.preset {preset}" if (preset := prune.taken_preset) else f" --prune.criterion {prune.criterion}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, Rec
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.processors import set_transform
 from isoprune_hf.pruning.importance import ImportanceScores, fingerprint
+from isoprune_hf.pruning.keeping import KeptBatches
 from isoprune_hf.pruning.planning import recipe_of_scores
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.data import ImageData, load_data
@@ -109,7 +111,9 @@ def open_calibration(
     accelerator: Accelerator,
     *,
     is_scored: bool = False,
-) -> tuple[CalibrationBatches | None, dict[str, Any]]:
+    output: str | Path | None = None,
+) -> tuple[CalibrationBatches | KeptBatches | None, dict[str, Any]]:
+    """Open the calibration sample; beside an output, what is added up over it is kept until that is written."""
     if prune.data_step is None and (is_scored or prune.criterion not in DATA_CRITERIA):
         return None, {}
     options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
@@ -126,7 +130,21 @@ def open_calibration(
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     options |= {"num_workers": data.num_workers, "decoding": images.decoding}
-    return CalibrationBatches(images.train, processor, **options, **share), sample
+    batches = CalibrationBatches(images.train, processor, **options, **share)
+    if output is None:
+        return batches, sample
+    identity = {"sample": sample, "processor": processor.to_json_string(), "decoder": data.decoder, **share}
+    identity["batch_size"] = prune.batch_size
+    return KeptBatches(batches, _scoring_folder(output, accelerator), identity, prune.state_minutes), sample
+
+
+def forget_scoring(output: str | Path, accelerator: Accelerator) -> None:
+    """Remove what this rank has kept of the scoring for an output, which is written now."""
+    shutil.rmtree(_scoring_folder(output, accelerator), ignore_errors=True)
+
+
+def _scoring_folder(output: str | Path, accelerator: Accelerator) -> Path:
+    return Path(output).parent / f".{Path(output).name}.scoring-{accelerator.process_index}"
 
 
 def open_teacher(

@@ -22,6 +22,7 @@ from isoprune_hf.publishing.uploads import Uploads, open_uploads
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.results import Metrics, summarize, try_out, write_folder
 from isoprune_hf.sources import (
+    forget_scoring,
     open_base,
     open_calibration,
     open_data,
@@ -43,10 +44,11 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     target = check_output(output, overwrite=overwrite, is_file=True)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, data, images, accelerator)
-    batches, sample = open_calibration(prune, data, images, base.processor, accelerator)
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, output=output)
     scores = score_model(base.model, prune, batches, accelerator, sample=sample)
     if accelerator.is_main_process:
         replace_file(target, scores.save)
+    forget_scoring(output, accelerator)
     return f"scores of {len(scores.scores)} groups are in {output}"
 
 
@@ -65,7 +67,7 @@ def run_prune(
     prune, known = open_scores(prune, scores)
     images = open_data(data, accelerator) if data.dataset else None
     base = open_base(prune, data, images, accelerator, is_scored=known is not None)
-    result = _prune(prune, data, images, base, accelerator, known)
+    result = _prune(prune, data, images, base, accelerator, known, output)
     metrics = {}
     if images is not None and images.evaluation is not None:
         metrics = {
@@ -77,6 +79,7 @@ def run_prune(
     speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None
     plan = result.plan.to_json()
     write_folder(folder, result.model, base.processor, accelerator, plan=plan, metrics=metrics, speed=speed)
+    forget_scoring(output, accelerator)
     return _send(uploads, folder, summarize(result.model, metrics, latency, folder))
 
 
@@ -172,13 +175,14 @@ def run_all(
             "model_args": {},
         }
         write_folder(root / "base", base.model, base.processor, accelerator)
-    result = _prune(prune, data, images, base, accelerator, None)
+    result = _prune(prune, data, images, base, accelerator, None, output)
     metrics: Metrics = {
         "base": _evaluate(base.model, images, base.processor, data, accelerator),
         "pruned": _evaluate(result.model, images, base.processor, data, accelerator),
     }
     if accelerator.is_main_process:
         replace_file(root / "importance.safetensors", result.scores.save)
+    forget_scoring(output, accelerator)
     speed = {"base": base.model, "pruned": result.model}
     student = BaseModel(result.model, base.processor)
     if finetune.epochs:
@@ -242,8 +246,10 @@ def _prune(
     base: BaseModel,
     accelerator: Accelerator,
     scores: ImportanceScores | None,
+    output: str,
 ) -> PruneResult:
-    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, is_scored=scores is not None)
+    options = {"is_scored": scores is not None, "output": output}
+    batches, sample = open_calibration(prune, data, images, base.processor, accelerator, **options)
     result = prune_model(base.model, prune, batches, accelerator, scores=scores, sample=sample)
     if images is not None:
         result.model.config.recipe["data"] = recipe_to_dict(data)

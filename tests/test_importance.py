@@ -21,12 +21,12 @@ from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.importance import (
     ImportanceScores,
-    correlate_ranks,
     fingerprint,
     score_groups,
     scoring_options,
 )
 from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.pruning.rank_correlation import correlate_ranks
 from isoprune_hf.recipes import DATA_CRITERIA, PruneRecipe
 
 ROOT = Path(__file__).parents[1]

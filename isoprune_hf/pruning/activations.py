@@ -10,8 +10,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.gradients import Batches, Precision, check_finite, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.gradients import (
+    IMAGES,
+    Batches,
+    Precision,
+    check_finite,
+    scoring_mode,
+    sum_over_ranks,
+    zero_images,
+)
 from isoprune_hf.pruning.groups import CoupledGroup, Member
+from isoprune_hf.pruning.keeping import left_for
 from isoprune_hf.pruning.squares import first_tensor
 
 
@@ -44,14 +53,14 @@ def input_variances(
     modules = {name: model.model.get_submodule(name) for name in layers}
     sums = {name: torch.zeros(3, _input_channels(module), dtype=torch.float64) for name, module in modules.items()}
     sums = {name: total.to(model.device) for name, total in sums.items()}
-    images = 0
+    images = zero_images(model)
     handles = [
         module.register_forward_pre_hook(partial(_add, sums[name]), with_kwargs=True)
         for name, module in modules.items()
     ]
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
-            for pixel_values, labels in batches:
+            for pixel_values, labels in left_for({**sums, IMAGES: images}, batches):
                 pixel_values = pixel_values.to(model.device)
                 with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     model(pixel_values=pixel_values)
@@ -59,7 +68,7 @@ def input_variances(
     finally:
         for handle in handles:
             handle.remove()
-    sums, count = sum_over_ranks((sums, torch.tensor(images, device=model.device)), accelerator)
+    sums, count = sum_over_ranks((sums, images), accelerator)
     if not count:
         raise RecipeError("the calibration sample holds no image: scoring needs at least one in the training split")
     check_finite(sums, "activations")

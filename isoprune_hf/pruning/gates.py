@@ -24,8 +24,17 @@ from torch import nn
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.activations import find_reader
-from isoprune_hf.pruning.gradients import Batches, Precision, scoring_mode, sum_over_ranks, summed_loss
+from isoprune_hf.pruning.gradients import (
+    IMAGES,
+    Batches,
+    Precision,
+    scoring_mode,
+    sum_over_ranks,
+    summed_loss,
+    zero_images,
+)
 from isoprune_hf.pruning.groups import CoupledGroup, Member
+from isoprune_hf.pruning.keeping import KeptBatches, left_for
 
 _PROBE = 2  # images by which the quick way is compared with the sure one
 
@@ -98,15 +107,18 @@ def gate_fisher(
     ends, factors = find_ends(model, groups)
     shapes = {g.name: (g.channels, g.channels) if is_joint else (g.channels,) for g in groups}
     sums = {name: torch.zeros(shape, dtype=torch.float64, device=model.device) for name, shape in shapes.items()}
-    images = 0
-    for gradients, labels in gate_gradients(model, ends, batches, precision):
+    images = zero_images(model)
+    # The way is chosen by the same images, wherever the sums go on.
+    probe = list(itertools.islice(iter(batches), 1)) if isinstance(batches, KeptBatches) else None
+    left = left_for({**sums, IMAGES: images}, batches)
+    for gradients, labels in gate_gradients(model, ends, left, precision, probe):
         total: dict[str, torch.Tensor] = {}
         for end, gradient in zip(ends, gradients, strict=True):
             total[end.group] = total.get(end.group, 0) + factors[end.group] * gradient.double().sum(2)
         for name, gradient in total.items():
             sums[name] += gradient.T @ gradient if is_joint else gradient.square().sum(0)
         images += len(labels)
-    sums, count = sum_over_ranks((sums, torch.tensor(images, device=model.device)), accelerator)
+    sums, count = sum_over_ranks((sums, images), accelerator)
     if not count:
         raise RecipeError("the calibration sample holds no image: scoring needs at least one in the training split")
     losses = {name: (total / (2 * count)).cpu() for name, total in sums.items()}
@@ -140,17 +152,24 @@ def remove_in_turn(losses: torch.Tensor) -> torch.Tensor:
 
 
 def gate_gradients(
-    model: nn.Module, ends: Sequence[End], batches: Batches, precision: Precision = "no"
+    model: nn.Module,
+    ends: Sequence[End],
+    batches: Batches,
+    precision: Precision = "no",
+    probe: Batches | None = None,
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
     """Yield for each micro-batch the derivative by the gates of each end, (B, channels, k), and the labels.
 
     One pass with a gate for each image where that gives on the first images what gates on the weights give, image by
-    image; otherwise (a layer's weight is used without a call, or images do not lie on dim 0) that slower way.
+    image; otherwise (a layer's weight is used without a call, or images do not lie on dim 0) that slower way. The
+    first images are those of `probe`, if it is given.
     """
     batches = iter(batches)
-    first = list(itertools.islice(batches, 1))
+    first = list(itertools.islice(batches, 1)) if probe is None else []
     with scoring_mode(model, requires_grad=False):
-        is_quick = all(_is_quick(model, ends, *(part[:_PROBE].to(model.device) for part in batch)) for batch in first)
+        is_quick = all(
+            _is_quick(model, ends, *(part[:_PROBE].to(model.device) for part in batch)) for batch in probe or first
+        )
         measure = _batch_gates if is_quick else _weight_gates
         for images, labels in itertools.chain(first, batches):
             yield measure(model, ends, images.to(model.device), labels.to(model.device), precision), labels

@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.keeping import left_for
 
+IMAGES = ".images"  # beside sums by name: no name of a module starts with a dot
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Precision = Literal["no", "bf16"]
 Tensors = TypeVar("Tensors")
@@ -41,9 +43,9 @@ def mean_gradients(
         RecipeError: There is no image, or a gradient is not finite.
     """
     parameters = {name: model.model.get_parameter(name) for name in names}
-    sums, images = zero_sums(parameters), 0
+    sums, images = zero_sums(parameters), zero_images(model)
     with scoring_mode(model, requires_grad=True):
-        for pixel_values, labels in batches:
+        for pixel_values, labels in left_for({**sums, IMAGES: images}, batches):
             loss = summed_loss(model, pixel_values.to(model.device), labels.to(model.device), precision)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
@@ -106,16 +108,20 @@ def zero_sums(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
 
 
+def zero_images(model: nn.Module) -> torch.Tensor:
+    """Make a count of images, which is kept beside the sums over them."""
+    return torch.zeros((), dtype=torch.int64, device=model.device)
+
+
 def mean_over_ranks(
-    sums: Mapping[str, torch.Tensor], images: int, accelerator: Accelerator | None
+    sums: Mapping[str, torch.Tensor], images: torch.Tensor, accelerator: Accelerator | None
 ) -> dict[str, torch.Tensor]:
     """Add sums and image counts over all ranks, once, and divide: name -> mean in float32, equal on all ranks.
 
     Raises:
         RecipeError: No rank has an image, or a mean is not finite.
     """
-    device = next(iter(sums.values())).device
-    sums, count = sum_over_ranks((dict(sums), torch.tensor(images, device=device)), accelerator)
+    sums, count = sum_over_ranks((dict(sums), images), accelerator)
     if not count:
         raise RecipeError("the calibration sample holds no image: scoring needs at least one in the training split")
     means = {name: (total / count).float() for name, total in sums.items()}

@@ -14,13 +14,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf.pruning.gradients import (
+    IMAGES,
     Batches,
     Precision,
     mean_over_ranks,
     scoring_mode,
     sum_over_ranks,
+    zero_images,
     zero_sums,
 )
+from isoprune_hf.pruning.keeping import left_for
 from isoprune_hf.pruning.per_sample import looped_squares, streamed_squares, vmapped_squares
 from isoprune_hf.pruning.squares import Squares
 
@@ -72,9 +75,10 @@ def mean_squared_gradients(
         Le Cun et al., Optimal Brain Damage, NeurIPS 1989, with the diagonal of the empirical Fisher for the Hessian.
     """
     names = tuple(names)
-    sums, images, ways = zero_sums({name: model.model.get_parameter(name) for name in names}), 0, None
+    sums = zero_sums({name: model.model.get_parameter(name) for name in names})
+    images, ways = zero_images(model), None
     with scoring_mode(model, requires_grad=False):
-        for pixel_values, labels in batches:
+        for pixel_values, labels in left_for({**sums, IMAGES: images}, batches):
             pixel_values, labels = pixel_values.to(model.device), labels.to(model.device)
             ways = ways or choose_ways(model, names, tuple(pixel_values.shape[1:]))
             for name, square in squared_gradients(model, ways, pixel_values, labels, precision).items():
@@ -112,7 +116,7 @@ def last_squared_gradient(
             image, label = (part[-1:].to(model.device) for part in last)
             for name, square in looped_squares(model, tuple(sums), image, label, precision).items():
                 sums[name] += square
-    return mean_over_ranks(sums, int(rank == owner and last is not None), accelerator)
+    return mean_over_ranks(sums, zero_images(model) + int(rank == owner and last is not None), accelerator)
 
 
 def squared_gradients(

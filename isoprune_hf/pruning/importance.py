@@ -4,13 +4,12 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
@@ -24,6 +23,8 @@ from isoprune_hf.pruning.channel_scores import Reduction, Scoring
 from isoprune_hf.pruning.criteria import CRITERIA
 from isoprune_hf.pruning.gradients import Batches, Precision, check_finite, sum_over_ranks
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.keeping import KeptBatches
+from isoprune_hf.pruning.rank_correlation import correlate_ranks
 from isoprune_hf.recipes import DATA_CRITERIA, Criterion, PruneRecipe
 from isoprune_hf.version import __version__
 
@@ -195,10 +196,12 @@ def score_groups(
     if criterion in DATA_CRITERIA:
         if batches is None:
             raise RecipeError(f"criterion {criterion} needs data: give --data.dataset, or take --prune.criterion l1")
+        if isinstance(batches, KeptBatches):
+            batches = batches.of(weights=fingerprint(model.model), criterion=criterion, precision=precision)
         if precision == "bf16":
-            batches = iter(batches)
-            first = list(itertools.islice(batches, 1))
-            batches = itertools.chain(first, batches)
+            first = list(itertools.islice(iter(batches), 1))
+            if isinstance(batches, Iterator):
+                batches = itertools.chain(first, batches)
     weights, batchnorm = _find_weights(model.model, groups, blocks, score_batchnorm)
     scoring = Scoring(
         criterion=criterion,
@@ -286,15 +289,3 @@ def _correlate_precisions(scoring: Scoring, first: Sequence[tuple[torch.Tensor, 
             sum(len(labels) for _, labels in first),
         )
     return value / count if count else None
-
-
-def correlate_ranks(first: np.ndarray, second: np.ndarray) -> float:
-    """Give Spearman's rank correlation of two (n,) arrays; ties share their mean rank; nan where one is constant."""
-    first, second = (_rank(values) - (len(values) + 1) / 2 for values in (first, second))
-    length = math.sqrt((first @ first) * (second @ second))
-    return float(first @ second) / length if length else math.nan
-
-
-def _rank(values: np.ndarray) -> np.ndarray:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]

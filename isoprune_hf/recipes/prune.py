@@ -134,6 +134,7 @@ class PruneRecipe:
         steps: Cuts on the way to the ratio or budget, with a new scoring before each.
         calibration_batches: Micro-batches of the training split that score the channels.
         batch_size: Images in a micro-batch; the same on every rank.
+        state_minutes: Time between two states of a scoring, from which the same command goes on.
         interpolation: Of the resize of the images that score; the default is that of evaluation.
         seed: Seed of random weights, of the calibration sample and of the random criterion.
         layout: per-layer lets every layer keep its own width; uniform (ViT and DeiT of timm and transformers) keeps
@@ -179,6 +180,7 @@ class PruneRecipe:
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
+    state_minutes: float = 10.0
     interpolation: Interpolation | None = None
     seed: int = 0
     layout: Literal["per-layer", "uniform"] = "per-layer"
@@ -190,6 +192,7 @@ class PruneRecipe:
         for name in ("min_keep", "round_to", "steps", "calibration_batches", "batch_size", "latency_batch_size"):
             check_range("prune", name, getattr(self, name), 1)
         check_range("prune", "seed", self.seed, 0)
+        check_range("prune", "state_minutes", self.state_minutes, 0)
         for pattern, ratio in self.ratios.items():
             check_range("prune", f"ratios[{pattern!r}]", ratio, 0, 1)
         if isinstance(self.num_labels, int):

@@ -92,11 +92,15 @@ class CalibrationBatches:
         micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
         decoding, self._processor = decoding or Decoding(), processor
         self._images = TransformedImages(split, evaluation_transform(processor, decoding), decoding=decoding)
-        self._loader = _load(self._images, micro_batches[rank::world], num_workers)
+        self._micro_batches, self._num_workers = micro_batches[rank::world], num_workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the micro-batches without the first ones."""
         broken = 0
-        for positions, pixel_values, labels in self._loader:
+        for positions, pixel_values, labels in _load(self._images, self._micro_batches[number:], self._num_workers):
             for position in broken_positions(positions):
                 broken += 1
                 # No warning, since those of the other ranks are not shown.
