@@ -212,7 +212,8 @@ def test_every_recipe_names_its_source_and_the_published_figures() -> None:
 def test_a_printed_config_shows_all_values_and_is_a_recipe(tmp_path: Path) -> None:
     printed = succeed("run", "--config", RECIPES / "deit_4.2g.yaml", "--print_config", "--finetune.epochs", "9")
     shown = yaml.safe_load(printed)
-    assert shown.keys() == {"prune", "data", "pretrain", "finetune", "output", "overwrite"}
+    pushes = {"push_to_hub", "push_every"}
+    assert shown.keys() == {"prune", "data", "pretrain", "finetune", "output", "overwrite"} | pushes
     expected = resolve("run", "deit_4.2g")
     for name in ("prune", "data", "finetune"):
         assert shown[name] == recipe_to_dict(expected[name]) | ({"epochs": 9} if name == "finetune" else {})
