@@ -116,10 +116,9 @@ def _run(stage: str, config: Namespace, switches: set[str]) -> Answer:
     handler.setFormatter(_Plain("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("isoprune_hf").setLevel(level)
-    try:
-        return _answer(work(accelerator, **values))
-    finally:
-        accelerator.end_training()
+    answer = _answer(work(accelerator, **values))
+    accelerator.end_training()  # not after an error: the other ranks would fail over it before this one has said why
+    return answer
 
 
 def _answer(said: str | Answer) -> Answer:

@@ -42,6 +42,7 @@ def write_folder(
                 draw_widths(layer_widths(model), temporary / PICTURE, title=title)
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=folder.name)))
 
+    accelerator.wait_for_everyone()  # each has looked at what is there
     if accelerator.is_main_process:
         save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=keep, finish=finish)
     accelerator.wait_for_everyone()

@@ -22,6 +22,7 @@ from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, Prune
 from isoprune_hf.training.data import ImageData, load_data
 from isoprune_hf.training.labels import check_labels
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids
+from isoprune_hf.training.streaming import calibration_split
 
 logger = get_logger(__name__)
 
@@ -117,7 +118,8 @@ def open_calibration(
     if prune.data_step is None and (is_scored or prune.criterion not in DATA_CRITERIA):
         return None, {}
     options = {"batches": prune.calibration_batches, "batch_size": prune.batch_size, "seed": prune.seed}
-    ids = calibration_ids(len(images.train), **options)
+    train = calibration_split(images, prune.calibration_batches * prune.batch_size, prune.seed)
+    ids = calibration_ids(len(train), **options)
     sample = {
         "dataset": images.fingerprint,
         "images": len(ids),
@@ -130,7 +132,7 @@ def open_calibration(
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     options |= {"num_workers": data.num_workers, "decoding": images.decoding}
-    batches = CalibrationBatches(images.train, processor, **options, **share)
+    batches = CalibrationBatches(train, processor, **options, **share)
     if output is None:
         return batches, sample
     identity = {"sample": sample, "processor": processor.to_json_string(), "decoder": data.decoder, **share}

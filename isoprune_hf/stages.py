@@ -46,6 +46,7 @@ def run_score(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, ou
     base = open_base(prune, data, images, accelerator)
     batches, sample = open_calibration(prune, data, images, base.processor, accelerator, output=output)
     scores = score_model(base.model, prune, batches, accelerator, sample=sample)
+    accelerator.wait_for_everyone()  # each has looked at what is there
     if accelerator.is_main_process:
         replace_file(target, scores.save)
     forget_scoring(output, accelerator)

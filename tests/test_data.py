@@ -14,7 +14,7 @@ from PIL import Image
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import DatasetError, MissingExtraError
 from isoprune_hf.recipes import DataRecipe
-from isoprune_hf.training import data as data_module
+from isoprune_hf.training import opening as opening_module
 from isoprune_hf.training.data import load_data
 from isoprune_hf.training.labels import check_labels
 from isoprune_hf.training.loading import CalibrationBatches, calibration_ids, eval_loader, train_batches
@@ -222,7 +222,7 @@ def test_errors_say_what_is_wrong_with_the_place(tmp_path, monkeypatch):
     def no_network(*args: object, **kwargs: object) -> None:
         raise ConnectionError("Couldn't reach 'some/where' on the Hub\nsecond line")
 
-    monkeypatch.setattr(data_module, "load_dataset", no_network)
+    monkeypatch.setattr(opening_module, "load_dataset", no_network)
     message = message_of(DataRecipe(dataset="some/where"))
     assert (
         "'some/where' cannot be opened (Couldn't reach 'some/where' on the Hub)" in message and "a Hub id" in message

@@ -45,7 +45,7 @@ FLOORS = [
 ]
 ONLY_IN = {
     "torch_pruning": {"pruning/depgraph.py"},
-    "datasets": {"training/data.py"},
+    "datasets": {"training/opening.py", "training/data.py", "training/streaming.py"},
     "evaluate": {"training/metrics.py"},
     "huggingface_hub": {"publishing/", "checkpoint/dense.py"},
 }

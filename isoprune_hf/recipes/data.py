@@ -19,6 +19,9 @@ class DataRecipe:
         label_column: Column that holds the class.
         train_split: Split for calibration and finetuning.
         eval_split: Split for evaluation.
+        streaming: Read the training split as a stream, and keep no copy of it here; needs `finetune.steps_per_epoch`.
+            The evaluation split is fetched whole.
+        shuffle_buffer: Images of a stream that are shuffled at once, encoded in the memory of each rank.
         resize: Pixels that the shorter side of an image has before its centre is cropped to the model's size, for
             scoring and evaluation; the default is the model's own. A folder that is written keeps it.
         interpolation: Of that resize, and of random crops; the default is the model's own.
@@ -38,6 +41,8 @@ class DataRecipe:
     label_column: str = "label"
     train_split: str = "train"
     eval_split: str = "validation"
+    streaming: bool = False
+    shuffle_buffer: int = 4096
     resize: int | None = None
     interpolation: Interpolation | None = None
     broken: Literal["error", "skip", "grey"] = "error"
@@ -49,6 +54,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_range("data", "resize", self.resize, 1, 2**14)
+        check_range("data", "shuffle_buffer", self.shuffle_buffer, 1)
         check_range("data", "max_broken", self.max_broken, 0)
         check_range("data", "batch_size", self.batch_size, 1)
         check_range("data", "num_workers", self.num_workers, 0)

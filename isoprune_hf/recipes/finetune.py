@@ -25,6 +25,7 @@ class FinetuneRecipe:
 
     Args:
         epochs: Passes over the training split; 0 leaves the weights as they are.
+        steps_per_epoch: Updates of an epoch; the default is as many as the training split has images for.
         batch_size: Images for one update over all ranks and accumulation steps.
         grad_accumulation: Micro-batches that one rank adds up for an update.
         virtual_replicas: Parts of the batch that BatchNorm, mixup and dropout see. Any number of ranks that divides it
@@ -98,6 +99,7 @@ class FinetuneRecipe:
 
     section: ClassVar[str] = "finetune"
     epochs: int = 30
+    steps_per_epoch: int | None = None
     batch_size: int = 64
     grad_accumulation: int = 1
     virtual_replicas: int | None = None
@@ -157,7 +159,7 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         whole = ("batch_size", "grad_accumulation", "virtual_replicas", "repeated_augmentation", "step_epochs")
-        for name in (*whole, "evaluate_every", "save_every", "state_every", "log_every"):
+        for name in (*whole, "steps_per_epoch", "evaluate_every", "save_every", "state_every", "log_every"):
             self._check(name, 1)
         for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
             self._check(name, 0)

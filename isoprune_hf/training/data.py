@@ -1,32 +1,20 @@
-"""Labelled images: where they come from.
+"""Labelled images: two splits with the same columns and the same classes.
 
 Images stay encoded until they are used; `decoding` reads them then.
 """
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from tarfile import TarError
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
-from PIL import Image as PILImage
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training.decoding import Decoding
-
-_KINDS = "give `digits`, a folder of parquet or tar files, a folder with train/CLASS and val/CLASS, or a Hub id"
-# What the columns are named in tar files, by WebDataset's convention.
-_IN_TARS = {"image_column": ("jpg", "jpeg", "png", "webp"), "label_column": ("cls",)}
+from isoprune_hf.training.opening import find_column, open_splits, read_labels
 
 
 @dataclass(frozen=True)
@@ -34,20 +22,23 @@ class ImageData:
     """Two splits with exactly the columns `image` and `label`.
 
     Args:
-        train: For calibration and finetuning.
+        train: For calibration and finetuning; a stream with `data.streaming`.
         evaluation: For evaluation.
         label_names: Names of the classes by index.
         name: What `data.dataset` said.
         fingerprint: Digest of the class names and of the labels of both splits in their order; equal on every machine.
+            Those of a stream are not known, and no part of it.
         decoding: How their images are read.
+        buffer: Rows of `train` that are shuffled at once, where it is a stream; None where not.
     """
 
-    train: Dataset | None
+    train: Dataset | IterableDataset | None
     evaluation: Dataset | None
     label_names: tuple[str, ...]
     name: str
     fingerprint: str
     decoding: Decoding = field(default_factory=Decoding)
+    buffer: int | None = None
 
 
 def load_data(recipe: DataRecipe) -> ImageData:
@@ -56,12 +47,12 @@ def load_data(recipe: DataRecipe) -> ImageData:
     Raises:
         DatasetError: It is not there, or its splits, columns or labels are not those of an image classification.
     """
-    with _only_labels_decoded():
-        splits = {name: _select_columns(split, name, recipe) for name, split in _open(recipe).items()}
+    splits = {name: _select_columns(split, name, recipe) for name, split in open_splits(recipe).items()}
     splits, label_names = _name_classes(splits, recipe)
     digest = hashlib.sha256("\n".join(label_names).encode())
     for name in (recipe.train_split, recipe.eval_split):
-        digest.update(_labels(splits[name]).tobytes() if name in splits else b"none")
+        is_known = isinstance(splits.get(name), Dataset)
+        digest.update(read_labels(splits[name]).tobytes() if is_known else b"stream" if name in splits else b"none")
     return ImageData(
         train=splits.get(recipe.train_split),
         evaluation=splits.get(recipe.eval_split),
@@ -71,121 +62,8 @@ def load_data(recipe: DataRecipe) -> ImageData:
         decoding=Decoding(
             broken=recipe.broken, max_broken=recipe.max_broken, exif=recipe.exif, decoder=recipe.decoder
         ),
+        buffer=recipe.shuffle_buffer if recipe.streaming else None,
     )
-
-
-@contextmanager
-def _only_labels_decoded() -> Iterator[None]:
-    """Let `datasets` read numbers from tar files, and leave all else as bytes, pickles among them."""
-    decoders = WebDataset.DECODERS
-    WebDataset.DECODERS = {ending: decoder for ending, decoder in decoders.items() if decoder is int}
-    try:
-        yield
-    finally:
-        WebDataset.DECODERS = decoders
-
-
-def _open(recipe: DataRecipe) -> dict[str, Dataset]:
-    """Open those of the two splits that the data set has."""
-    if not recipe.dataset:
-        raise DatasetError(f"data.dataset is not set; {_KINDS}")
-    if recipe.dataset == "digits":
-        return _asked(_load_digits(), recipe)
-    folder = Path(recipe.dataset).expanduser()
-    try:
-        if not folder.is_dir():
-            return _asked(load_dataset(recipe.dataset, revision=recipe.revision), recipe)
-        if (folder / "dataset_dict.json").is_file():
-            return _asked(load_from_disk(str(folder)), recipe)
-        for kind, ending in (("parquet", "parquet"), ("webdataset", "tar")):
-            files = _files_of_splits(folder, ending, recipe)
-            if files:
-                opened = dict(load_dataset(kind, data_files=_asked(files, recipe)))
-                return _name_by_list(opened, folder / "classes.txt", recipe)
-        folders = {_split_name(path.name): path for path in sorted(folder.iterdir()) if any(path.glob("*/*"))}
-        if not folders:
-            raise DatasetError(
-                f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_KINDS}"
-            )
-        # One split at a time: opened together, `datasets` would merge the class names of all splits.
-        return {name: _load_image_folder(path) for name, path in _asked(folders, recipe).items()}
-    except DatasetError:
-        raise
-    except (DatasetsError, TarError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_KINDS}") from error
-
-
-def _files_of_splits(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
-    """Sort files by split: an asked one that their folder or a word of their name says, or else the first word."""
-    files: dict[str, list[str]] = {}
-    for path in sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"*/*.{ending}")]):
-        words = [_split_name(word) for word in (path.parent.name, *re.split(r"[-.]", path.name))]
-        known = [word for word in words if word in (recipe.train_split, recipe.eval_split)]
-        files.setdefault((known or words[1:])[0], []).append(str(path))
-    return files
-
-
-def _name_by_list(splits: dict[str, Dataset], file: Path, recipe: DataRecipe) -> dict[str, Dataset]:
-    """Take the class names from a file beside the shards, a line each, where the labels are bare numbers."""
-    names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    named = {}
-    for name, split in splits.items():
-        column = _column(split, "label_column", recipe)
-        feature = split.features.get(column)
-        if names and not isinstance(feature, ClassLabel) and "int" in getattr(feature, "dtype", ""):
-            numbers = _labels(split, column)
-            if numbers.min() < 0 or numbers.max() >= len(names):
-                raise DatasetError(
-                    f"data.dataset: {file} names {len(names)} classes, the labels of split {name!r} go from "
-                    f"{numbers.min()} to {numbers.max()}"
-                )
-            split = split.cast_column(column, ClassLabel(names=names))
-        named[name] = split
-    return named
-
-
-def _column(split: Dataset, setting: str, recipe: DataRecipe) -> str:
-    """Name the column that a setting means; where it is left as it is, WebDataset's names do, too."""
-    asked = getattr(recipe, setting)
-    others = _IN_TARS[setting] if asked == getattr(DataRecipe, setting) else ()
-    return next((name for name in (asked, *others) if name in split.features), asked)
-
-
-def _split_name(name: str) -> str:
-    return "validation" if name == "val" else name
-
-
-def _asked(available: Mapping[str, Any], recipe: DataRecipe) -> dict[str, Any]:
-    found = {name: available[name] for name in (recipe.train_split, recipe.eval_split) if name in available}
-    if not found:
-        raise DatasetError(
-            f"data.dataset: {recipe.dataset!r} has neither the split {recipe.train_split!r} nor "
-            f"{recipe.eval_split!r}, it has {', '.join(map(str, available))}; set data.train_split and data.eval_split"
-        )
-    return found
-
-
-def _load_image_folder(folder: Path) -> Dataset:
-    files = {"train": "*/*"}
-    return load_dataset("imagefolder", data_dir=str(folder), data_files=files, drop_labels=False, split="train")
-
-
-def _load_digits() -> dict[str, Dataset]:
-    with naming_extra("data.dataset digits"):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    digits = load_digits()
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = [
-        PILImage.fromarray(image).convert("RGB").resize((16, 16), PILImage.Resampling.BILINEAR) for image in pixels
-    ]
-    parts = train_test_split(range(len(images)), test_size=0.25, random_state=0, stratify=digits.target)
-    return {
-        name: Dataset.from_dict({"image": [images[i] for i in part], "label": digits.target[part]}, features=features)
-        for name, part in zip(("train", "validation"), map(sorted, parts), strict=True)
-    }
 
 
 def leave_encoded(split: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -194,7 +72,7 @@ def leave_encoded(split: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 
 def _select_columns(split: Dataset, name: str, recipe: DataRecipe) -> Dataset:
-    image, label = (_column(split, setting, recipe) for setting in ("image_column", "label_column"))
+    image, label = (find_column(split, setting, recipe) for setting in ("image_column", "label_column"))
     for setting, column in (("image_column", image), ("label_column", label)):
         if column not in split.features:
             raise DatasetError(
@@ -207,15 +85,12 @@ def _select_columns(split: Dataset, name: str, recipe: DataRecipe) -> Dataset:
         raise DatasetError(
             f"data.image_column: column {image!r} of {recipe.dataset!r} must hold images, got {feature}"
         )
-    columns = {image: "image", label: "label"}
-    split = split.select_columns(list(columns)).rename_columns(columns)
-    return split.cast_column("image", Image()) if encoded or not feature.decode else split
-
-
-def _labels(split: Dataset, name: str = "label") -> np.ndarray:
-    """Return the labels, of shape (N,); a missing label is -1."""
-    column = split.select_columns(name).with_format("arrow")[:][name]
-    return column.cast(pa.int64()).fill_null(-1).to_numpy()
+    is_stream = isinstance(split, IterableDataset)
+    if is_stream or encoded or not feature.decode:
+        # The rows of a stream come as they are cast here, and whatever else is done to it would decode them.
+        split = split.cast_column(image, Image(decode=not is_stream))
+    renamed = {name: new for name, new in ((image, "image"), (label, "label")) if name != new}
+    return split.select_columns([image, label]).rename_columns(renamed)
 
 
 def _name_classes(splits: dict[str, Dataset], recipe: DataRecipe) -> tuple[dict[str, Dataset], tuple[str, ...]]:
@@ -226,7 +101,10 @@ def _name_classes(splits: dict[str, Dataset], recipe: DataRecipe) -> tuple[dict[
         for kind in kinds.values():
             if not isinstance(kind, ClassLabel) and "int" not in getattr(kind, "dtype", ""):
                 raise DatasetError(f"{where} must hold class labels or the whole numbers 0 to n-1, got {kind}")
-        numbers = np.unique(np.concatenate([_labels(split) for split in splits.values()])).tolist()
+        known = [split for split in splits.values() if isinstance(split, Dataset)]
+        if not known:
+            raise DatasetError(f"{where} has numbers alone, and a stream does not say how many: name the classes")
+        numbers = np.unique(np.concatenate([read_labels(split) for split in known])).tolist()
         if numbers != list(range(len(numbers))):
             raise DatasetError(
                 f"{where} must hold class labels or the whole numbers 0 to n-1, got {_shorten(numbers)}"
@@ -241,7 +119,9 @@ def _name_classes(splits: dict[str, Dataset], recipe: DataRecipe) -> tuple[dict[
                 f"{_shorten(other.names)}; give every split the same classes"
             )
     for name, split in splits.items():
-        labels = _labels(split)
+        if not isinstance(split, Dataset):
+            continue  # checked row by row
+        labels = read_labels(split)
         unlabelled = int(((labels < 0) | (labels >= len(kind.names))).sum())
         if unlabelled:
             raise DatasetError(

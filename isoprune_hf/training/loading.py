@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,8 @@ def _collate(samples: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, Tensor
     return torch.tensor(positions), stacked, torch.tensor(labels)
 
 
-def _load(images: TransformedImages, batches: Sequence[Sequence[object]], num_workers: int) -> DataLoader:
+def load_batches(images: TransformedImages, batches: Iterable[Sequence[object]], num_workers: int) -> DataLoader:
+    """Load batches of what `images` is indexed with."""
     # A generator of its own, since a loader draws from the global one, which dropout uses.
     generator = torch.Generator().manual_seed(0)
     return _Loader(
@@ -100,7 +101,9 @@ class CalibrationBatches:
     def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the micro-batches without the first ones."""
         broken = 0
-        for positions, pixel_values, labels in _load(self._images, self._micro_batches[number:], self._num_workers):
+        for positions, pixel_values, labels in load_batches(
+            self._images, self._micro_batches[number:], self._num_workers
+        ):
             for position in broken_positions(positions):
                 broken += 1
                 # No warning, since those of the other ranks are not shown.
@@ -133,7 +136,7 @@ def eval_loader(
     batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
     transform = evaluation_transform(processor, decoding)
     images = TransformedImages(split, transform, decoding=decoding, is_counted=True)
-    return _load(images, batches, num_workers)
+    return load_batches(images, batches, num_workers)
 
 
 def view_loader(
@@ -145,7 +148,7 @@ def view_loader(
     num_workers: int,
 ) -> DataLoader:
     """Load the images at some positions in the given batches, as training sees them where nothing is random."""
-    return _load(TransformedImages(split, transform, (0,), decoding=decoding), batches, num_workers)
+    return load_batches(TransformedImages(split, transform, (0,), decoding=decoding), batches, num_workers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,18 +180,34 @@ def train_batches(
     world: int,
     start: int = 0,
     repeats: int = 1,
+    steps: int | None = None,
     drop_last: bool = True,
     decoding: Decoding | None = None,
 ) -> TrainBatches:
     """Load this rank's parts of the batches of one epoch.
 
     The order is a permutation from (seed, epoch), with each image `repeats` times in a row, as long as the split. Each
-    `batch_size` of it make one update. The copies of an image move to different ends of it; then it is cut into
-    `parts` that the ranks take in turn. Images of the updates before `start` are not read.
+    `batch_size` of it make one update, up to `steps` of them. The copies of an image move to different ends of it;
+    then it is cut into `parts` that the ranks take in turn. Images of the updates before `start` are not read.
     """
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     order = torch.randperm(len(split), generator=generator).tolist()
     samples = [(position, copy) for position in order for copy in range(repeats)][: len(split)]
+    samples = samples[: None if steps is None else steps * batch_size]
+    cut = {"batch_size": batch_size, "parts": parts, "rank": rank, "world": world, "drop_last": drop_last}
+    micro_batches, sizes, totals = cut_updates(samples, **cut)
+    images = TransformedImages(split, transform, (seed, epoch), decoding=decoding)
+    return TrainBatches(load_batches(images, micro_batches[start * parts // world :], num_workers), sizes, totals)
+
+
+def cut_updates(
+    samples: Sequence[tuple[int, int]], *, batch_size: int, parts: int, rank: int, world: int, drop_last: bool = True
+) -> tuple[list[list[tuple[int, int]]], list[int], list[int]]:
+    """Cut the samples of an epoch, (position, copy), into updates and their parts.
+
+    Returns:
+        This rank's parts, the samples of each that count, and the samples of each update over all ranks.
+    """
     micro_batches, sizes, totals = [], [], []
     for first in range(0, len(samples), batch_size):
         update = samples[first : first + batch_size]
@@ -200,5 +219,4 @@ def train_batches(
         totals.append(len(update))
         sizes += [len(piece) for piece in pieces[rank::world]]
         micro_batches += [piece or 2 * update[:1] for piece in pieces[rank::world]]
-    images = TransformedImages(split, transform, (seed, epoch), decoding=decoding)
-    return TrainBatches(_load(images, micro_batches[start * parts // world :], num_workers), sizes, totals)
+    return micro_batches, sizes, totals

@@ -21,13 +21,14 @@ from isoprune_hf.training.data import ImageData
 from isoprune_hf.training.distillation import two_heads
 from isoprune_hf.training.epoch import Progress, Training, Update, train_epoch
 from isoprune_hf.training.evaluation import evaluate_model
-from isoprune_hf.training.loading import TrainBatches, train_batches
+from isoprune_hf.training.loading import TrainBatches
 from isoprune_hf.training.log import Clock
 from isoprune_hf.training.optimisation import build_optimizer
 from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics, count_parts, fit_batch_size
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.state import capture, restore
+from isoprune_hf.training.streaming import count_images, epoch_batches
 from isoprune_hf.training.teacher_cache import CachedTeacher
 
 logger = get_logger(__name__)
@@ -83,7 +84,7 @@ def finetune(
     if data.train is None:
         raise DatasetError(f"finetune: {data.name!r} has no training split; set data.train_split")
     device, world = accelerator.device, accelerator.num_processes
-    batch_size = fit_batch_size(len(data.train), recipe, world=world)
+    batch_size = fit_batch_size(count_images(data, recipe), recipe, world=world)
     transform = train_transform(processor, recipe, decoding=data.decoding)
     model.to(device)
     ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
@@ -138,22 +139,24 @@ def finetune(
         )
         split = {"batch_size": batch_size, "parts": count_parts(recipe, world=world)}
         progress = Progress() if run is None else _resume(training, run, split)
+        if data.buffer is not None:
+            logger.info(
+                f"a stream promises less than a data set that lies here: images are shuffled within {data.buffer}, an "
+                "epoch may leave some out, and another number of ranks trains on other batches"
+            )
         if data.evaluation is not None and not progress.history:
             _note(progress, {"epoch": 0, **evaluation()}, run, accelerator, updates=0)
         for epoch in range(progress.epoch, recipe.epochs + 1):
-            batches = train_batches(
-                data.train,
+            batches = epoch_batches(
+                data,
                 transform,
+                recipe,
                 **split,
-                seed=recipe.seed,
                 epoch=epoch,
                 start=progress.update,
                 num_workers=num_workers,
                 rank=accelerator.process_index,
                 world=world,
-                repeats=recipe.repeated_augmentation,
-                drop_last=recipe.drop_last,
-                decoding=data.decoding,
             )
             if run is None:
                 entry = train_epoch(training, batches, progress, lambda update: True)

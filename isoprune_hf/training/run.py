@@ -92,6 +92,7 @@ class TrainingRun:
         self.log = TrainingLog(self.folder, tracker=tracker, settings=self._identity)
 
     def __enter__(self) -> "TrainingRun":
+        self._accelerator.wait_for_everyone()  # each has looked at what is there
         if self._accelerator.is_main_process:
             try:
                 self._take()
