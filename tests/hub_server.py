@@ -241,6 +241,14 @@ class _HubRequest(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{branch.rpartition('/')[2]}"
         self._send(200, answer)
 
+    def create_collection(self, body: bytes) -> None:
+        about = json.loads(body)
+        slug = f"{about['namespace']}/{about['title'].lower().replace(' ', '-')}-64f9a55bb3115b4f513ec026"
+        if slug in self.hub.collections:
+            return self._send(409, {"error": "exists", "slug": slug})
+        self.hub.collections[slug] = []
+        return self.show_collection(body, slug)
+
     def show_collection(self, body: bytes, slug: str) -> None:
         about = {"slug": slug, "title": "models", "owner": {"name": "user"}, "private": False, "theme": "blue"}
         about |= {"position": 0, "upvotes": 0, "lastUpdated": "2026-01-01T00:00:00.000Z", "items": []}
@@ -313,6 +321,7 @@ _ROUTES = (
     (("PUT",), r"/lfs/([0-9a-f]{64})", _HubRequest.put_blob),
     (("POST",), "/lfs-verify", _HubRequest.verify_blob),
     (("POST",), rf"/api/models/{_REPO}/commit/(.+)", _HubRequest.commit),
+    (("POST",), "/api/collections", _HubRequest.create_collection),
     (("POST",), rf"/api/collections/{_REPO}/items", _HubRequest.add_to_collection),
     (("GET",), rf"/api/collections/{_REPO}", _HubRequest.show_collection),
     (("POST",), rf"/api/models/{_REPO}/branch/(.+)", _HubRequest.create_branch),

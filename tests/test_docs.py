@@ -309,3 +309,20 @@ def test_the_zoo_has_the_figures_of_the_recipes() -> None:
             *(table, exact, figures[5]),
             "not trained here",
         ]
+
+
+def test_the_collection_has_the_rows_of_the_zoo() -> None:
+    zoo = re.findall(r"^\| (\w+_[\d.]+g \| .*) \|$", (ROOT / "docs" / "model_zoo.md").read_text(), re.M)
+    collection = yaml.safe_load((ROOT / "model_cards" / "collection.yaml").read_text())
+    assert len(collection["description"]) <= 150  # the Hub takes no more
+    for row, model in zip(zoo, collection["models"], strict=True):
+        published = [model["published"].get(key) for key in ("gmacs", "params_m", "top1")]
+        computed = model["computed"]
+        assert model["recipe"] == f"recipes/{model['name']}.yaml"
+        assert row.split(" | ") == [
+            model["name"],
+            f"`{model['base']}`",
+            *("-" if figure is None else f"{figure:.2f}" for figure in published),
+            *(f"{computed['gmacs']:.3f}", f"{computed['exact_gmacs']:.3f}", f"{computed['params_m']:.2f}"),
+            model["top1_here"],
+        ]

@@ -1,6 +1,7 @@
 """Uploads of stages: beside the training and at its end, against a Hub in this process."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,3 +174,22 @@ def test_a_model_is_added_to_a_collection_once(folder: Path, hub: Hub) -> None: 
         "push", folder, "--repo", "user/tiny", "--collection", slug, "--dry_run", "true", "--check", "false"
     )
     assert listed.out.splitlines()[0].endswith(f"to branch main, collection {slug}; nothing was sent")
+
+
+def test_the_collection_of_the_recipes_is_made_by_the_lines_beside_it(
+    folder: Path,  # noqa: F811
+    hub: Hub,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(__file__).parents[1]
+    (lines,) = re.findall(r"```python\n(.*?)```", (root / "model_cards" / "README.md").read_text(), re.S)
+    lines = lines.replace("HfApi()", f"HfApi(endpoint={hub.url!r}, token={TOKEN!r})")
+    for name in ("swin_4.5g", "deit_0.6g"):
+        push_folder(folder, f"user/{name}")
+    monkeypatch.chdir(root)
+    for _ in range(2):
+        exec(lines, {})
+        slug = capsys.readouterr().out.split()[-1]
+        assert hub.collections == {slug: ["user/deit_0.6g", "user/swin_4.5g"]}
+    assert slug.startswith("user/isomorphic-pruning-")
