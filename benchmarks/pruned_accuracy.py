@@ -152,7 +152,7 @@ def write_table(results: dict[tuple[Any, ...], Record], workdir: Path) -> str:
         parts += [
             f"\n### {budget:.0%} of the MACs\n",
             f"| method | {' | '.join(found)} |",
-            f"|---|{'---|' * len(found)}",
+            f"|---|{'---:|' * len(found)}",
             f"| dense | {' | '.join(format(dense['report'], '.1f') for dense in found.values())} |",
         ]
         for method in (method for method in METHODS if any(key[1:] == (method, budget) for key in cells)):

@@ -118,7 +118,7 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path, monkeypatch)
     (tmp_path / "vit").mkdir()
     monkeypatch.setattr("pruned_accuracy.read_dense", lambda *_: {"macs": 11_640_000, "report": 94.0})
     table = write_table(read_results([tmp_path / "results.jsonl"]), tmp_path)
-    assert "| method | vit |\n|---|---|\n| dense | 94.0 |\n| `paper` | 62.0 ± 2.0 |\n" in table
+    assert "| method | vit |\n|---|---:|\n| dense | 94.0 |\n| `paper` | 62.0 ± 2.0 |\n" in table
     assert "| method | all |\n|---|---:|\n| `paper` | 2.0 |" in table
     record = {"share": 0.43, "before": {"report": 50.04}, "after": {"report": 61.5}}
     assert describe_cell([record], 0.5) == "50.0 → 61.5 at 43.0%"
