@@ -47,6 +47,7 @@ def draw_widths(widths: Mapping[str, tuple[int, int]], path: Path, *, title: str
     axes.bar(places, [before for before, _ in widths.values()], color=_REMOVED, width=0.85, label="before")
     axes.bar(places, [after for _, after in widths.values()], color=_KEPT, width=0.85, label="after")
     axes.set_xlim(-0.75, len(widths) - 0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, format="png", metadata={"Software": None})

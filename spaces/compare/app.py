@@ -18,11 +18,18 @@ TIMES = (
     "Times are medians of 20 forward passes in turns, measured on this machine when the page was started; threads: "
     f"{torch.get_num_threads()}."
 )
+# On a phone: a table keeps its words whole, and a picture of many bars is not made smaller than it can be read.
+CSS = """
+.prose td, .prose th { padding: 6px; word-break: normal; overflow-wrap: normal; }
+.widths { overflow-x: auto !important; }
+.widths button { justify-content: flex-start; }
+.widths img { min-width: 44rem; }
+"""
 # Fonts of the visitor's own: the page asks no other server for anything.
 LAUNCH: dict[str, Any] = {
     "max_file_size": "20mb",
     "footer_links": [],
-    "css": ".prose td, .prose th { padding: 6px; word-break: normal; overflow-wrap: normal; }",  # for phones
+    "css": CSS,
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
 }
 
@@ -55,7 +62,9 @@ def build_app(pair: Pair) -> gr.Blocks:
                     pruned = gr.Label(label="Pruned", num_top_classes=TOP)
         gr.Markdown(f"## What each costs\n\n{tabulate(pair)}\n\n{TIMES}")
         gr.Markdown("## The width of every layer\n\nBlue stays, grey has left.")
-        gr.Image(str(pair.widths), show_label=False, container=False, interactive=False, buttons=["fullscreen"])
+        gr.Image(
+            str(pair.widths), show_label=False, container=False, interactive=False, buttons=[], elem_classes="widths"
+        )
         file.change(answer, file, [said, seen, base, pruned], api_name="compare")
     return app
 
