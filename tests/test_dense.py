@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from tiny_models import TRANSFORMERS, VIT
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -167,3 +168,26 @@ def test_a_base_that_would_return_tuples_returns_its_logits() -> None:
     config = IsoPruneConfig(base={"library": "transformers", "config": values}, num_labels=3)
     with torch.no_grad():
         assert IsoPruneForImageClassification(config)(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_400mf"])
+def test_a_builder_that_reads_its_own_tensors_builds_on_meta(name: str) -> None:
+    base = {"library": "torchvision", "architecture": name, "args": {}}
+    with torch.device("meta"):
+        network = build_base(IsoPruneConfig(base=base, num_labels=7, image_size=[3, 224, 224]))
+    own = torchvision.models.get_model(name, num_classes=7)
+    assert {key: tensor.shape for key, tensor in network.state_dict().items()} == {
+        key: tensor.shape for key, tensor in own.state_dict().items()
+    }
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+
+
+def test_every_family_of_torchvision_builds_on_meta() -> None:
+    names = torchvision.models.list_models(torchvision.models)
+    families = {torchvision.models.get_model_builder(name).__module__: name for name in names}
+    assert len(families) >= 17
+    for name in families.values():
+        base = {"library": "torchvision", "architecture": name, "args": {}}
+        with torch.device("meta"):
+            network = build_base(IsoPruneConfig(base=base, num_labels=7, image_size=[3, 224, 224]))
+        assert all(parameter.is_meta for parameter in network.parameters()), name

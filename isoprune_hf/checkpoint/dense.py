@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
 FORMAT_VERSION = 1
@@ -173,11 +174,25 @@ def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:
 
     hook = register_module_module_registration_hook(limit)
     try:
-        return build()
+        try:
+            return build()
+        except NotImplementedError:  # a builder that reads a tensor of numbers, which has none on meta
+            with _NumbersOnCPU():
+                return build()
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{complaint}: {cause(error)}") from error
     finally:
         hook.remove()
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Put written or counted numbers on the CPU whatever the default device: torchvision's RegNets read widths."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.arange, torch.tensor) and _is_plain(args):
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def _is_plain(value: Any, *, nested: bool = False) -> bool:
