@@ -17,7 +17,8 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning import reconstruct
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning import least_squares
 from isoprune_hf.pruning.graph import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import prune_model
@@ -80,7 +81,7 @@ def rows_of(layer: nn.Module, x: torch.Tensor, group: int) -> np.ndarray:
 def ridge(rows: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """The change of weights, (features, outputs), that brings what is missing, held near 0 by the ridge."""
     normal = rows.T @ rows
-    damping = reconstruct._RIDGE * np.diag(normal) + reconstruct._FLOOR * len(rows)
+    damping = least_squares._RIDGE * np.diag(normal) + least_squares._FLOOR * len(rows)
     return np.linalg.inv(normal + np.diag(damping)) @ rows.T @ missing
 
 
@@ -169,13 +170,13 @@ def test_a_copy_of_a_channel_is_made_up_for(family: str, tmp_path: Path, monkeyp
             if name in names:
                 tensor[1::2] = tensor[::2]
     group = next(g for g in trace_groups(model) if any(m.parameter == names[0] and m.dim == 0 for m in g.members))
-    batches, fresh = batches_of(model, [16, 16]), make_images(model, 4, seed=9)
+    batches, fresh = batches_of(model, [24, 24]), make_images(model, 4, seed=9)
     bare, masks = cut(model, only=group.name)
     fitted = copy.deepcopy(bare)
     fit_layers(model, fitted, masks, batches)
     assert error(bare, model, fresh) > 0.01
     assert error(fitted, model, fresh) < 0.3 * error(bare, model, fresh)  # the ridge holds some of it back
-    monkeypatch.setattr(reconstruct, "_RIDGE", 1e-6)
+    monkeypatch.setattr(least_squares, "_RIDGE", 1e-6)
     exact = copy.deepcopy(bare)
     fit_layers(model, exact, masks, batches)
     assert error(exact, model, fresh) < 1e-3
@@ -308,3 +309,30 @@ def test_two_ranks_repair_as_one_does(tmp_path: Path) -> None:
             if value.is_floating_point():
                 difference = (first[name] - value).norm()
                 assert difference <= 1e-3 * value.norm() + 1e-5, f"{case} {name}"
+
+
+def test_a_fit_that_does_not_hold_on_other_images_gives_way_to_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def sums(count: int, is_linear: bool) -> least_squares.Sums:
+        layer = nn.Linear(40, 3, dtype=torch.float64)
+        x = torch.randn(count, 40, generator=generator, dtype=torch.float64)
+        missing = 2 + (x[:, :3] if is_linear else torch.randn(count, 3, generator=generator, dtype=torch.float64))
+        return least_squares.add_up(layer, x, missing, missing, 1)
+
+    for count, is_linear, expected in ((30, False, True), (100, True, False), (3000, True, False)):
+        assert least_squares.holds_for_bias_alone(sums(count, is_linear), sums(count, is_linear)) is expected
+    empty = least_squares.no_sums(nn.Linear(40, 3), torch.device("cpu"))
+    assert least_squares.holds_for_bias_alone(sums(30, True), empty)  # fewer rows than features
+    assert not least_squares.holds_for_bias_alone(sums(80, False), empty)
+
+
+def test_a_wide_network_that_saw_few_images_is_not_fitted_to_their_noise() -> None:
+    model = load_base("torchvision/regnet_x_400mf", False, num_labels=5).model.eval()
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(4, 3, 96, 96, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
+    fresh = torch.randn(4, 3, 96, 96, generator=generator)
+    bare, masks = cut(model)
+    fitted = copy.deepcopy(bare)
+    fit_layers(model, fitted, masks, batches)
+    assert error(fitted, model, fresh) < error(bare, model, fresh)

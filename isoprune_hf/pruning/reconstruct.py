@@ -6,11 +6,13 @@ positions, y the dense outputs of the channels that stay, and W the weights afte
 
     W' = W + (sum (y - W x) x^T) (sum x x^T + D)^-1,    D = ridge x diag(sum x x^T) + a floor
 
-The ridge holds W' near W and not near 0, so what the sample does not determine stays as it was cut. Labels are not
-used. He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
+The ridge holds W' near W and not near 0, so what the sample does not determine stays as it was cut. Where there are
+few rows for the features, or a bias that is fitted to half of the images does better on the other half than weights,
+as in a wide layer that saw few images, the bias alone is fitted. Labels are not used. He et al., Channel Pruning for
+Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,17 +21,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn import functional
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.gradients import Batches, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.least_squares import add_up, halves_of, holds_for_bias_alone, no_sums, solve
 from isoprune_hf.pruning.streams import Stream
 from isoprune_hf.pruning.waypoints import Passes, Reached
 
-_RIDGE = 1e-2
-_FLOOR = 1e-8  # of a feature's mean square: a dead channel leaves nothing to divide by
-_ELEMENTS = 2**26  # of unfolded inputs at once
 _SAME = 1e-10  # of the energy of the outputs: a layer that already gives them is left as it is
 
 
@@ -160,41 +159,24 @@ def _fit(
     is_bias_only: bool,
 ) -> None:
     module = pruned.model.get_submodule(layer.name)
-    sums = _zeros(module, pruned.device)
+    halves = [no_sums(module, pruned.device) for _ in range(2)]
     for images, begin in passes:
         with begin(dense), begin(pruned):
             calls = zip(_run(dense, layer, images), _run(pruned, layer, images), strict=True)
         for wanted, found in calls:
             dim = _channel_dim(module, wanted.output, found.output)
             missing = _missing(layer, wanted, found, dim)
-            for part in _parts(module, found.inputs):
-                added = _add_up(module, found.inputs[part], found.output[part], missing[part], dim)
+            for half, part in halves_of(module, found.inputs):
+                added = add_up(module, found.inputs[part], found.output[part], missing[part], dim)
                 for key, value in added.items():
-                    sums[key] += value
-    sums = sum_over_ranks(sums, accelerator)
+                    halves[half][key] += value
+    halves = [sum_over_ranks(sums, accelerator) for sums in halves]
+    sums = {key: halves[0][key] + halves[1][key] for key in halves[0]}
     if not sums["count"]:
         raise RecipeError("the calibration sample holds no image: prune.reconstruct needs at least one")
     if sums["residual"] <= _SAME * sums["energy"]:
         return
-    inputs, missing = sums["inputs"], sums["missing"]
-    if is_bias_only:  # the last feature is the number 1
-        inputs, missing = inputs[:, -1:, -1:], missing[:, -1:]
-    energy = inputs.diagonal(dim1=1, dim2=2)
-    damping = _RIDGE * energy + _FLOOR * sums["count"]
-    change = torch.linalg.solve(inputs + torch.diag_embed(damping), missing)
-    _change(module, layer, change)
-
-
-def _zeros(module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    """Sums of no image, for G groups of F features and O outputs."""
-    if isinstance(module, nn.LayerNorm):
-        groups, features, outputs = len(module.weight), 1, 1
-    else:
-        groups = getattr(module, "groups", 1)
-        features, outputs = module.weight[0].numel(), len(module.weight) // groups
-    shapes = {"inputs": (groups, features + 1, features + 1), "missing": (groups, features + 1, outputs)}
-    scalars = dict.fromkeys(("energy", "residual", "count"), ())
-    return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in (shapes | scalars).items()}
+    _change(module, layer, solve(sums, is_bias_only or holds_for_bias_alone(*halves)))
 
 
 def _run(model: IsoPruneForImageClassification, layer: Layer, images: torch.Tensor) -> list[Call]:
@@ -237,50 +219,11 @@ def _kept(values: torch.Tensor, layer: Layer, dim: int) -> torch.Tensor:
     return values if layer.kept is None else values.index_select(dim, layer.kept)
 
 
-def _parts(module: nn.Module, x: torch.Tensor) -> Iterator[slice]:
-    """Pieces of a batch whose unfolded inputs are not too large."""
-    window = module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1
-    step = max(1, _ELEMENTS // max(1, x[0].numel() * window))
-    return (slice(start, start + step) for start in range(0, len(x), step))
-
-
-def _add_up(
-    module: nn.Module, x: torch.Tensor, output: torch.Tensor, missing: torch.Tensor, dim: int
-) -> dict[str, torch.Tensor]:
-    """The sums that a fit needs, over rows of features (G, N, F) and of outputs (G, N, O)."""
-    groups = getattr(module, "groups", 1) if not isinstance(module, nn.LayerNorm) else output.shape[dim]
-    rows, missing = (
-        value.movedim(dim, -1).reshape(-1, groups, value.shape[dim] // groups).transpose(0, 1)
-        for value in (output, missing)
-    )
-    features = _features(module, x, output, dim)
-    features = torch.cat([features, torch.ones_like(features[..., :1])], dim=-1)
-    return {
-        "inputs": torch.bmm(features.mT, features).double(),
-        "missing": torch.bmm(features.mT, missing).double(),
-        "energy": rows.square().sum().double(),
-        "residual": missing.square().sum().double(),
-        "count": torch.tensor(features.shape[1], dtype=torch.float64, device=x.device),
-    }
-
-
 def _channel_dim(module: nn.Module, dense: torch.Tensor, output: torch.Tensor) -> int:
     """Where the channels lie; a norm is fitted only where it has lost some, so there the sizes differ."""
     if isinstance(module, nn.LayerNorm):
         return next(dim for dim in range(output.ndim) if dense.shape[dim] != output.shape[dim])
     return 1 if isinstance(module, nn.Conv2d) else output.ndim - 1
-
-
-def _features(module: nn.Module, x: torch.Tensor, output: torch.Tensor, dim: int) -> torch.Tensor:
-    """What each group of outputs is made of: (G, N, F)."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    if isinstance(module, nn.LayerNorm):  # a scale and a shift of each channel
-        return output.movedim(dim, -1).reshape(-1, output.shape[dim], 1).transpose(0, 1)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    patches = functional.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
-    return patches.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def _change(module: nn.Module, layer: Layer, change: torch.Tensor) -> None:
