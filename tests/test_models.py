@@ -159,6 +159,13 @@ def test_a_new_head_changes_the_head_alone(name: str, args: dict[str, Any]) -> N
     assert not headed.training
 
 
+def test_a_network_that_asks_for_the_version_of_its_state_gets_a_new_head() -> None:
+    whole = load_base("torchvision/mnasnet0_5", False, seed=2).model
+    headed = load_base("torchvision/mnasnet0_5", False, seed=2, num_labels=6).model
+    assert headed.model.classifier[1].weight.shape == (6, 1280)
+    assert torch.equal(headed.model.layers[0].weight, whole.model.layers[0].weight)
+
+
 def test_the_same_number_of_labels_keeps_the_trained_head(tmp_path: Path) -> None:
     folder = save_timm(tmp_path)
     kept = load_base(str(folder), num_labels=4)

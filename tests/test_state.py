@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from test_loop import make_data, make_normed, make_processor, make_recipe
 
+from isoprune_hf.models import load_base
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.recipes.finetune import list_optimizers
 from isoprune_hf.training.augmentation import train_transform
@@ -119,3 +120,20 @@ def test_updates_before_the_start_are_not_read(start: int) -> None:
     assert [batch[0].tolist() for batch in rest.loader] == whole[2 * start :]
     assert read == [position for part in whole[2 * start :] for position in part]
     assert rest.totals == [8, 8, 8] and len(rest.sizes) == 6
+
+
+def test_a_network_that_asks_for_the_version_of_its_state_gets_it(tmp_path: Path) -> None:
+    first, second = (load_base("torchvision/mnasnet0_5", False, num_labels=3, seed=seed).model for seed in (0, 1))
+    trainings = [
+        SimpleNamespace(
+            model=model,
+            ema=None,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+        )
+        for model in (first, second)
+    ]
+    progress = restore(trainings[1], capture(trainings[0], Progress(epoch=2, update=3)))
+    assert (progress.epoch, progress.update) == (2, 3)
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name

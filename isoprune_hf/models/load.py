@@ -180,8 +180,9 @@ def _with_head(
     )
     module = draw(config, seed)
     if pretrained:
-        old = model.model.state_dict()
-        fitting = {k: old[k] for k, tensor in module.state_dict().items() if k in old and old[k].shape == tensor.shape}
+        fitting, new = model.model.state_dict(), module.state_dict()
+        for name in [name for name, tensor in fitting.items() if name not in new or new[name].shape != tensor.shape]:
+            del fitting[name]  # in place: torchvision's MNASNet loads nothing without the versions that it carries
         module.load_state_dict(fitting, strict=False)
     return BaseModel(wrap(config, module), base.processor)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from isoprune_hf.training.epoch import Progress, Training
 from isoprune_hf.training.snapshots import Snapshot
@@ -35,9 +36,9 @@ def capture(training: Training, progress: Progress, **notes: Any) -> Snapshot:
 
 def restore(training: Training, snapshot: Snapshot) -> Progress:
     """Put a state into `training`, in place; returns where it stands."""
-    training.model.load_state_dict(_group(snapshot.tensors, "model"))
+    _load(training.model, _group(snapshot.tensors, "model"))
     if training.ema is not None:
-        training.ema.module.load_state_dict(_group(snapshot.tensors, "ema"))
+        _load(training.ema.module, _group(snapshot.tensors, "ema"))
     # The groups are those of the recipe, which is the same, but for what their optimizer counts in them.
     state, groups = {}, training.optimizer.state_dict()["param_groups"]
     for part, numbers in snapshot.values["optimizer"].items():
@@ -50,6 +51,13 @@ def restore(training: Training, snapshot: Snapshot) -> Progress:
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
     training.scaler.load_state_dict(snapshot.values["scaler"])
     return Progress(**snapshot.values["progress"])
+
+
+def _load(module: Module, tensors: dict[str, Tensor]) -> None:
+    state = module.state_dict()
+    state.clear()  # but for the versions that it carries: torchvision's MNASNet loads nothing without them
+    state.update(tensors)
+    module.load_state_dict(state)
 
 
 def _optimizer_parts(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
