@@ -320,7 +320,7 @@ def test_a_fit_that_does_not_hold_on_other_images_gives_way_to_the_bias() -> Non
         missing = 2 + (x[:, :3] if is_linear else torch.randn(count, 3, generator=generator, dtype=torch.float64))
         return least_squares.add_up(layer, x, missing, missing, 1)
 
-    for count, is_linear, expected in ((30, False, True), (100, True, False), (3000, True, False)):
+    for count, is_linear, expected in ((30, False, True), (60, False, True), (100, True, False), (3000, True, False)):
         assert least_squares.holds_for_bias_alone(sums(count, is_linear), sums(count, is_linear)) is expected
     empty = least_squares.no_sums(nn.Linear(40, 3), torch.device("cpu"))
     assert least_squares.holds_for_bias_alone(sums(30, True), empty)  # fewer rows than features

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 _RIDGE = 1e-2
 _FLOOR = 1e-8  # of a feature's mean square: a dead channel leaves nothing to divide by
-_ROWS = 1.5  # for each feature: with fewer the layers before have learnt the images by heart, which no half shows
+# Rows for each feature: with few of them the layers before have learnt the images by heart, which no half shows; with
+# plenty there is nothing to learn by heart.
+_FEW, _PLENTY = 1.5, 20
 _ELEMENTS = 2**26  # of unfolded inputs at once
 
 Sums = dict[str, torch.Tensor]
@@ -81,12 +83,13 @@ def solve(sums: Sums, is_bias_only: bool) -> torch.Tensor:
 def holds_for_bias_alone(*halves: Sums) -> bool:
     """Say whether two halves of a sample determine a bias and no weights.
 
-    So it is where there are few rows for the features that are not always 0, and where a bias that was fitted to one
-    half takes more of the error of the other half than all weights would.
+    So it is where there are few rows for the features that are not always 0, and, unless there are plenty, where a
+    bias that was fitted to one half takes more of the error of the other half than all weights would.
     """
     energy = sum(sums["inputs"].diagonal(dim1=1, dim2=2) for sums in halves)
-    if sum(sums["count"] for sums in halves) < _ROWS * (energy > 0).sum(dim=1).max():
-        return True
+    rows = sum(sums["count"] for sums in halves) / (energy > 0).sum(dim=1).max()
+    if not _FEW <= rows < _PLENTY:
+        return bool(rows < _FEW)
     gains = []
     for is_bias_only in (True, False):
         gain = 0.0
@@ -94,8 +97,8 @@ def holds_for_bias_alone(*halves: Sums) -> bool:
             if not own["count"] or not other["count"]:
                 return False  # one image tells nothing about others
             change = solve(own, is_bias_only)
-            rows = change.shape[1]
-            inputs, missing = other["inputs"][:, -rows:, -rows:], other["missing"][:, -rows:]
+            size = change.shape[1]
+            inputs, missing = other["inputs"][:, -size:, -size:], other["missing"][:, -size:]
             gain += (change * (2 * missing - inputs @ change)).sum().item()
         gains.append(gain)
     return gains[0] > gains[1]
