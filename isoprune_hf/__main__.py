@@ -1,5 +1,6 @@
 """Where the command line starts: `isoprune`, `python -m isoprune_hf`; without extras it says what is missing."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from isoprune_hf import cli
 
-    return cli.main(arguments)
+    try:
+        code = cli.main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as after SIGPIPE
+    return code
 
 
 if __name__ == "__main__":

@@ -408,6 +408,17 @@ def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
     assert " ".join(text.split()) in " ".join(printed.split())
 
 
+def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "isoprune_hf", "inspect", "timm/resnet18", "--prune.pretrained", "false"]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_help_names_each_stage_and_the_version_is_the_packages() -> None:
     for flag in ("--help", "-h"):
         printed = succeed(flag)
