@@ -107,19 +107,18 @@ def sum_along(scoring: Scoring, values: Values, norm: Norm) -> Sums:
 
 
 def _sum_elements(value: torch.Tensor, squared: bool, dims: Sequence[int]) -> dict[int, torch.Tensor]:
-    """Sum |v|, or v^2, over all dims but one, for each of `dims`: float64.
+    """Sum |v|, or v^2, in float64 over all dims but one, for each of `dims`.
 
-    A few rows at a time, each read once for all dims: a whole copy would leave the cache. Squares are of float64, for
-    those of small gradients are beyond float32; of |v| the rows are, whose sums by halves lose nothing that a score,
-    which is float32, could show.
+    A few rows at a time, each read once for all dims: a whole copy would leave the cache.
     """
     value = value.reshape(-1) if value.ndim == 0 else value
     rows, columns = [], 0.0
     for part in value.split(max(1, _CHUNK * len(value) // value.numel())):
-        wide = part.double().square() if squared else part.abs()
+        wide = part.to(torch.float64, copy=True)
+        wide = wide.square_() if squared else wide.abs_()
         rows.append(wide.flatten(1).sum(1) if wide.ndim > 1 else wide)
-        columns = columns + wide.sum(0).double() if max(dims) else columns
-    sums = {0: torch.cat(rows).double()}
+        columns = columns + wide.sum(0) if max(dims) else columns
+    sums = {0: torch.cat(rows)}
     for dim in set(dims) - {0}:
         others = [other for other in range(value.ndim - 1) if other != dim - 1]
         sums[dim] = columns.sum(others) if others else columns
