@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,17 @@ def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int =
             os._exit(code)
 
     return [rank.wait() for rank in start_ranks([], log, world, call)]
+
+
+def write_slowly(module: ModuleType, seconds: float) -> None:
+    """Leave time for a kill behind each state that a module writes."""
+    write = module.write_snapshot
+
+    def slow(*arguments: object, **named: object) -> None:
+        write(*arguments, **named)
+        time.sleep(seconds)
+
+    module.write_snapshot = slow
 
 
 def _pause() -> None:

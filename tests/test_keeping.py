@@ -3,8 +3,8 @@
 import errno
 import json
 import signal
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from command_line import succeed
-from forked import Ended, Process, run, start_ranks
+from forked import Ended, Process, run, start_ranks, write_slowly
 from PIL import Image
 
 from isoprune_hf.pruning import keeping
@@ -55,23 +55,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         datasets.enable_progress_bars()
 
 
-def always_and_slowly() -> None:
-    """Write after each micro-batch, so that a kill finds the scoring under way."""
-    write = keeping.write_snapshot
-
-    def slow(*arguments: object, **named: object) -> None:
-        write(*arguments, **named)
-        time.sleep(0.05)
-
-    keeping.write_snapshot = slow
-
-
 def states(folder: Path, rank: int = 0) -> list[Path]:
     return sorted(folder.glob(f".out.scoring-{rank}/*/0001-*"))
 
 
 def kill_behind(command: list[str], folder: Path, number: int) -> None:
-    process = Process(command, folder / "log", before=always_and_slowly)
+    process = Process(command, folder / "log", before=partial(write_slowly, keeping, 0.05))
     assert process.wait_for(lambda: bool(states(folder)) and int(states(folder)[-1].name[5:]) >= number)
     process.send(signal.SIGKILL)
     assert process.wait().code == -signal.SIGKILL
@@ -102,7 +91,7 @@ def test_two_ranks_go_on_each_from_where_it_was(case: Case, tmp_path: Path) -> N
     paired = start_ranks([*command, "--output", str(tmp_path / "paired")], tmp_path / "log")
     assert [rank.wait().code for rank in paired] == [0, 0]
     command += ["--output", str(tmp_path / "out")]
-    ranks = start_ranks(command, tmp_path / "log", before=always_and_slowly)
+    ranks = start_ranks(command, tmp_path / "log", before=partial(write_slowly, keeping, 0.05))
     assert ranks[0].wait_for(lambda: all(states(tmp_path, rank) for rank in (0, 1)))
     for rank in ranks:
         rank.send(signal.SIGKILL)

@@ -3,16 +3,16 @@
 import itertools
 import json
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from command_line import read, refuse, succeed
-from forked import run, start_ranks
+from forked import run, start_ranks, write_slowly
 from PIL import Image
 from test_data import write_tar
 
@@ -116,17 +116,6 @@ def command(tmp_path: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     datasets.enable_progress_bars()
 
 
-def slowly() -> None:
-    """Leave time for a kill behind each state."""
-    write = run_module.write_snapshot
-
-    def slow(*arguments: object, **named: object) -> None:
-        write(*arguments, **named)
-        time.sleep(0.1)
-
-    run_module.write_snapshot = slow
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_killed_run_ends_in_the_same_bytes_with_any_number_of_loader_processes(
     world: int, command: list[str], tmp_path: Path
@@ -134,7 +123,9 @@ def test_a_killed_run_ends_in_the_same_bytes_with_any_number_of_loader_processes
     ended = [rank.wait() for rank in start_ranks([*command, "--output", tmp_path / "alone"], tmp_path / "log", world)]
     assert [end.code for end in ended] == [0] * world, ended[0].err
     out = tmp_path / "out"
-    ranks = start_ranks([*command, "--output", out], tmp_path / "log", world, before=slowly)
+    ranks = start_ranks(
+        [*command, "--output", out], tmp_path / "log", world, before=partial(write_slowly, run_module, 0.1)
+    )
     assert ranks[0].wait_for(lambda: any(out.glob("checkpoints/training/0002-*2")))
     for rank in ranks:
         rank.send(signal.SIGKILL)
