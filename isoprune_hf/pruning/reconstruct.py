@@ -8,8 +8,8 @@ positions, y the dense outputs of the channels that stay, and W the weights afte
 
 The ridge holds W' near W and not near 0, so what the sample does not determine stays as it was cut. Where there are
 few rows for the features, or a bias that is fitted to half of the images does better on the other half than weights,
-as in a wide layer that saw few images, the bias alone is fitted. Labels are not used. He et al., Channel Pruning for
-Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
+as in a wide layer that saw few images, the bias alone is fitted; a layer without one stays. Labels are not used. He
+et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
 """
 
 from collections.abc import Mapping
