@@ -25,7 +25,7 @@ test-faults: $(STAMP)
 
 # Ten thousand damaged folders: about ten minutes.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s tests/test_fuzz.py
+	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s tests/checkpoint/test_fuzz.py
 
 # The site, into build/site, with no network; a broken link or reference is an error.
 docs: $(STAMP)

@@ -4,8 +4,8 @@
 
 Every model is opened through `load_base` with drawn weights that leave nothing idle, saved and reloaded, traced, cut
 to half of its channels (isomorphic, widths of multiples of 8, by the sum of |w|), saved, reloaded with equal bits,
-trained for one step, and judged by two oracles in float64: `tests/oracles.py`. The steps are in `coverage_case.py`,
-the models in `coverage_models.py`.
+trained for one step, and judged by the two oracles in float64 of `tests/helpers/oracles.py`. The steps are in
+`coverage_case.py`, the models in `coverage_models.py`.
 
 A row of the results (JSON lines) is written when its model is through; models that have a row are skipped, `--again`
 runs those anew that did not pass. Name: `t:FAMILY` for a model file of timm, `hf:TYPE` for a type of transformers.

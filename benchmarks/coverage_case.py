@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from coverage_models import population
-from oracles import (
+from helpers.oracles import (
     NotComparableError,
     difference,
     exact_logits,

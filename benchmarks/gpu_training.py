@@ -20,13 +20,13 @@ from reference_table import score
 from torch import nn
 
 from isoprune_hf import FinetuneRecipe, PruneRecipe, load_base, prune_model
-from isoprune_hf.finetuning import count_training_flops
+from isoprune_hf.cli.recipe_files import read_recipe
+from isoprune_hf.commands.finetune import count_training_flops
+from isoprune_hf.data.loading import TrainBatches
 from isoprune_hf.models import BaseModel
-from isoprune_hf.recipe_files import read_recipe
 from isoprune_hf.training.acceleration import Teacher, accelerated
 from isoprune_hf.training.distillation import two_heads
 from isoprune_hf.training.epoch import Progress, Training, train_epoch
-from isoprune_hf.training.loading import TrainBatches
 from isoprune_hf.training.optimisation import build_optimizer
 from isoprune_hf.training.replicas import AveragedStatistics
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from isoprune_hf import load_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.gradients import scoring_mode
-from isoprune_hf.pruning.hessian import choose_ways, squared_gradients
+from isoprune_hf.pruning.calibration.gradients import scoring_mode
+from isoprune_hf.pruning.scoring.fisher import choose_ways, squared_gradients
 
 DEIT = {"img_size": 64, "patch_size": 8, "embed_dim": 384, "depth": 4, "num_heads": 6}
 CASES = {

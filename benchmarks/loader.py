@@ -25,10 +25,10 @@ from torchvision.datasets import ImageFolder
 
 from isoprune_hf import DataRecipe, FinetuneRecipe
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.training.augmentation import train_transform
-from isoprune_hf.training.data import load_data
-from isoprune_hf.training.loading import eval_loader, train_batches
-from isoprune_hf.training.pixels import normalised
+from isoprune_hf.data.augmentation import train_transform
+from isoprune_hf.data.dataset import load_data
+from isoprune_hf.data.loading import eval_loader, train_batches
+from isoprune_hf.data.pixels import normalised
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BATCH = 50

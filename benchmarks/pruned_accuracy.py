@@ -31,7 +31,7 @@ from pruned_accuracy_nets import NETS, Net, accuracy, load_dense, read_dense, tr
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import IsoPruneError
-from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.pruning.cost.macs import count_cost
 
 EPOCHS, FINETUNING_BATCH = 2, 50
 SPLITS = ("selection", "report")

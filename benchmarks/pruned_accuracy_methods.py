@@ -21,7 +21,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes.prune import PRESETS
 
 MICRO_BATCH = 64

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
-from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.pruning.cost.macs import count_cost
 
 WEIGHT_DECAY = 0.05
 SIDE = SIDES["glyphs"]

@@ -16,16 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from paper_macs import paper_macs
 from torch import nn
 
 from isoprune_hf import PruneRecipe, load_base, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.blocks import find_blocks
-from isoprune_hf.pruning.cost import ModelCost
-from isoprune_hf.pruning.graph import trace_groups
-from isoprune_hf.pruning.importance import ImportanceScores, score_groups, scoring_options
-from isoprune_hf.pruning.paper_macs import paper_macs
-from isoprune_hf.recipe_files import read_recipe
+from isoprune_hf.cli.recipe_files import read_recipe
+from isoprune_hf.pruning.cost.macs import ModelCost
+from isoprune_hf.pruning.graph.blocks import find_blocks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups, scoring_options
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = [

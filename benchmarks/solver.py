@@ -20,7 +20,7 @@ from isoprune_hf import (
     make_plan,
     trace_groups,
 )
-from isoprune_hf.pruning.cost import CostModel
+from isoprune_hf.pruning.cost.macs import CostModel
 from isoprune_hf.pruning.groups import CoupledGroup
 
 NAMES = ("deit_base_distilled_patch16_224", "swin_base_patch4_window7_224", "convnext_base", "resnet152")

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf import FinetuneRecipe, load_base
+from isoprune_hf.data.loading import TrainBatches
 from isoprune_hf.training.epoch import Progress, Training, train_epoch
-from isoprune_hf.training.loading import TrainBatches
 from isoprune_hf.training.optimisation import build_optimizer
 from isoprune_hf.training.replicas import AveragedStatistics
 

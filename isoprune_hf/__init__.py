@@ -22,38 +22,38 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
 if TYPE_CHECKING:
+    from isoprune_hf.data.dataset import load_data
+    from isoprune_hf.evaluation.evaluate import evaluate_model
+    from isoprune_hf.export.export import export_model
     from isoprune_hf.models import load_base
-    from isoprune_hf.pruning.blocks import find_blocks
-    from isoprune_hf.pruning.cost import cost_model, count_cost
-    from isoprune_hf.pruning.graph import trace_groups
-    from isoprune_hf.pruning.importance import ImportanceScores, score_groups
+    from isoprune_hf.pruning.cost.macs import cost_model, count_cost
+    from isoprune_hf.pruning.cutting.cut import apply_plan
+    from isoprune_hf.pruning.deciding.make_plan import make_plan
+    from isoprune_hf.pruning.graph.blocks import find_blocks
+    from isoprune_hf.pruning.graph.find_groups import trace_groups
     from isoprune_hf.pruning.plan import PruningPlan
-    from isoprune_hf.pruning.planning import make_plan
     from isoprune_hf.pruning.prune import prune_model
-    from isoprune_hf.pruning.surgery import apply_plan
-    from isoprune_hf.publishing.export import export_model
-    from isoprune_hf.publishing.model_card import build_model_card
-    from isoprune_hf.training.data import load_data
-    from isoprune_hf.training.evaluation import evaluate_model
+    from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+    from isoprune_hf.reporting.model_card import build_model_card
     from isoprune_hf.training.loop import finetune
 
 # The heavy half is imported when it is first asked for: opening a pruned model needs none of it.
 _LAZY = {
     "load_base": "models",
-    "find_blocks": "pruning.blocks",
-    "cost_model": "pruning.cost",
-    "count_cost": "pruning.cost",
-    "trace_groups": "pruning.graph",
-    "ImportanceScores": "pruning.importance",
-    "score_groups": "pruning.importance",
+    "find_blocks": "pruning.graph.blocks",
+    "cost_model": "pruning.cost.macs",
+    "count_cost": "pruning.cost.macs",
+    "trace_groups": "pruning.graph.find_groups",
+    "ImportanceScores": "pruning.scoring.scores",
+    "score_groups": "pruning.scoring.scores",
     "PruningPlan": "pruning.plan",
-    "make_plan": "pruning.planning",
+    "make_plan": "pruning.deciding.make_plan",
     "prune_model": "pruning.prune",
-    "apply_plan": "pruning.surgery",
-    "export_model": "publishing.export",
-    "build_model_card": "publishing.model_card",
-    "load_data": "training.data",
-    "evaluate_model": "training.evaluation",
+    "apply_plan": "pruning.cutting.cut",
+    "export_model": "export.export",
+    "build_model_card": "reporting.model_card",
+    "load_data": "data.dataset",
+    "evaluate_model": "evaluation.evaluate",
     "finetune": "training.loop",
 }
 

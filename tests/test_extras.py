@@ -11,12 +11,12 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from command_line import isoprune
 from conftest import Pruned
+from helpers.command_line import isoprune
 
 import isoprune_hf
 from isoprune_hf import __main__
-from isoprune_hf.commands import STAGES
+from isoprune_hf.cli.table import STAGES
 from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.extras import EXTRAS, naming_extra, require_package
 
@@ -120,7 +120,7 @@ def test_a_stage_names_the_extra_that_it_needs(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in [*sys.modules]:
-        if name.startswith(("isoprune_hf.stages", "isoprune_hf.training.", f"{package}.")):
+        if name.startswith(("isoprune_hf.commands.run", "isoprune_hf.training.", f"{package}.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stopped:

@@ -44,9 +44,9 @@ FLOORS = [
     ("__init__.py", 9),
 ]
 ONLY_IN = {
-    "torch_pruning": {"pruning/depgraph.py"},
-    "datasets": {"training/opening.py", "training/data.py", "training/streaming.py"},
-    "evaluate": {"training/metrics.py"},
+    "torch_pruning": {"pruning/graph/torch_pruning/depgraph.py"},
+    "datasets": {"data/sources.py", "data/dataset.py", "data/streaming.py"},
+    "evaluate": {"evaluation/metrics.py"},
     "huggingface_hub": {"publishing/", "checkpoint/dense.py"},
 }
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import read, succeed
-from tiny_models import make_base, make_images
+from helpers.command_line import read, succeed
+from helpers.tiny_models import make_base, make_images
 
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.pruning.scoring import score_model
+from isoprune_hf.pruning.score import score_model
 from isoprune_hf.recipes import PruneRecipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -16,7 +16,7 @@ from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.legacy.archive import LegacyArchive
 from isoprune_hf.legacy.tree import OldModel, Weights, find_model, is_plain
 from isoprune_hf.models import BaseModel, load_base
-from isoprune_hf.pruning.cost import count_cost
+from isoprune_hf.pruning.cost.macs import count_cost
 
 # Modules that hand their input on when a model is not trained.
 _IDLE = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "StochasticDepth"}

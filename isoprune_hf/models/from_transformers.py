@@ -12,7 +12,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
-from isoprune_hf.processors import transformers_image_size, transformers_processor
+from isoprune_hf.models.processors import transformers_image_size, transformers_processor
 
 
 def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:

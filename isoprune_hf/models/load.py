@@ -17,7 +17,7 @@ from isoprune_hf.models.base import BaseModel, draw, label_fields, not_opened, o
 from isoprune_hf.models.from_timm import is_encoder, open_saved_timm, open_timm
 from isoprune_hf.models.from_torchvision import open_torchvision
 from isoprune_hf.models.from_transformers import open_transformers
-from isoprune_hf.processors import saved_processor, try_processor
+from isoprune_hf.models.processors import saved_processor, try_processor
 
 
 def load_base(

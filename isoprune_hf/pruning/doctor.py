@@ -16,15 +16,15 @@ from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError
-from isoprune_hf.pruning.axes.axis import is_frozen
-from isoprune_hf.pruning.axes.graph import AxisGraph
-from isoprune_hf.pruning.axes.trace import reason_of
-from isoprune_hf.pruning.cost import CostModel, cost_model, count_cost
-from isoprune_hf.pruning.graph import graph_of, trace_groups
-from isoprune_hf.pruning.importance import fingerprint
+from isoprune_hf.pruning.cost.macs import CostModel, cost_model, count_cost
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.cutting.uniform import to_stock
+from isoprune_hf.pruning.graph.axis import is_frozen
+from isoprune_hf.pruning.graph.axis_graph import AxisGraph
+from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
+from isoprune_hf.pruning.graph.trace import reason_of
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.surgery import apply_plan
-from isoprune_hf.pruning.uniform import to_stock
+from isoprune_hf.pruning.scoring.scores import fingerprint
 
 _IMAGES = 2
 _MOST_NAMES = 6

@@ -16,22 +16,22 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
-from isoprune_hf.pruning.blocks import find_blocks
-from isoprune_hf.pruning.budget import check_budget
-from isoprune_hf.pruning.cost import CostModel, ModelCost, cost_model
-from isoprune_hf.pruning.graph import trace_groups
+from isoprune_hf.pruning.cost.latency import LatencyModel
+from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, cost_model
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.cutting.uniform import check_family, to_stock
+from isoprune_hf.pruning.deciding.budget import check_budget
+from isoprune_hf.pruning.deciding.iterative import lift_scores, recipe_of_step
+from isoprune_hf.pruning.deciding.make_plan import make_plan, recipe_of_scores
+from isoprune_hf.pruning.graph.blocks import find_blocks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.importance import ImportanceScores
-from isoprune_hf.pruning.latency import LatencyModel
+from isoprune_hf.pruning.latency_budget import fit_base, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.planning import make_plan, recipe_of_scores
-from isoprune_hf.pruning.repair import repair
-from isoprune_hf.pruning.rotate import keep_scale
-from isoprune_hf.pruning.scoring import check_calibration, check_scores_of, of_base, rotate_base, score_as
-from isoprune_hf.pruning.steps import lift_scores, recipe_of_step
-from isoprune_hf.pruning.surgery import apply_plan
-from isoprune_hf.pruning.timing import fit_base, meet_latency
-from isoprune_hf.pruning.uniform import check_family, to_stock
+from isoprune_hf.pruning.repairing.repair import repair
+from isoprune_hf.pruning.repairing.rotation import keep_scale
+from isoprune_hf.pruning.score import check_calibration, check_scores_of, of_base, rotate_base, score_as
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from isoprune_hf.data.pixels import normalisation
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.pixels import normalisation
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

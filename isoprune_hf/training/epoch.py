@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
+from isoprune_hf.data.augmentation import seed_from
+from isoprune_hf.data.decoding import check_broken
+from isoprune_hf.data.loading import TrainBatches, broken_positions
+from isoprune_hf.data.pixels import normalised
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.terminal import has_bars
 from isoprune_hf.training.acceleration import PRECISIONS, arrange
-from isoprune_hf.training.augmentation import seed_from
-from isoprune_hf.training.decoding import check_broken
 from isoprune_hf.training.distillation import training_loss
-from isoprune_hf.training.loading import TrainBatches, broken_positions
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import learning_rate_at
-from isoprune_hf.training.pixels import normalised
 from isoprune_hf.training.replicas import AveragedStatistics
 from isoprune_hf.training.step import check_faults, take_step
 

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BaseImageProcessor
 
+from isoprune_hf.data.augmentation import train_transform
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.loading import TrainBatches
+from isoprune_hf.data.streaming import count_images, epoch_batches
 from isoprune_hf.errors import DatasetError, RecipeError
+from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.terminal import has_bars
 from isoprune_hf.training.acceleration import Teacher, accelerated
-from isoprune_hf.training.augmentation import train_transform
-from isoprune_hf.training.data import ImageData
 from isoprune_hf.training.distillation import two_heads
 from isoprune_hf.training.epoch import Progress, Training, Update, train_epoch
-from isoprune_hf.training.evaluation import evaluate_model
-from isoprune_hf.training.loading import TrainBatches
 from isoprune_hf.training.log import Clock
 from isoprune_hf.training.optimisation import build_optimizer
 from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics, count_parts, fit_batch_size
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.state import capture, restore
-from isoprune_hf.training.streaming import count_images, epoch_batches
 from isoprune_hf.training.teacher_cache import CachedTeacher
 
 logger = get_logger(__name__)

@@ -4,8 +4,8 @@ from timm.data import Mixup
 from torch import Tensor
 from torchvision.transforms import v2
 
+from isoprune_hf.data.augmentation import seeded_generators
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.augmentation import seeded_generators
 
 
 def mix(

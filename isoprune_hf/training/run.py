@@ -17,6 +17,15 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 
 from isoprune_hf.checkpoint.folder import read_json, write_file
+from isoprune_hf.checkpoint.snapshots import (
+    Snapshot,
+    clean,
+    has_snapshots,
+    read_newest,
+    read_snapshot,
+    remove_all,
+    write_snapshot,
+)
 from isoprune_hf.errors import (
     CheckpointError,
     DamagedStateError,
@@ -27,15 +36,6 @@ from isoprune_hf.errors import (
 )
 from isoprune_hf.training.interruption import Interruption
 from isoprune_hf.training.log import TrainingLog
-from isoprune_hf.training.snapshots import (
-    Snapshot,
-    clean,
-    has_snapshots,
-    read_newest,
-    read_snapshot,
-    remove_all,
-    write_snapshot,
-)
 
 logger = get_logger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from isoprune_hf.checkpoint.snapshots import Snapshot
 from isoprune_hf.training.epoch import Progress, Training
-from isoprune_hf.training.snapshots import Snapshot
 
 
 def capture(training: Training, progress: Progress, **notes: Any) -> Snapshot:

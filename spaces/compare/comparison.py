@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from isoprune_hf import CheckpointError, IsoPruneError, IsoPruneForImageClassification, load_base
-from isoprune_hf.pruning.speed import measure_latency
-from isoprune_hf.publishing.widths import PICTURE, draw_widths, layer_widths
-from isoprune_hf.sources import open_source
-from isoprune_hf.training.decoding import DAMAGES, decode_image
+from isoprune_hf.commands.opening import open_source
+from isoprune_hf.data.decoding import DAMAGES, decode_image
+from isoprune_hf.measuring.speed import measure_latency
+from isoprune_hf.reporting.widths import PICTURE, draw_widths, layer_widths
 
 TOP = 5
 

@@ -1,0 +1,112 @@
+"""The figures of an image classifier, as metrics for `evaluate`: over all images, and of each class."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+import evaluate
+import numpy as np
+
+from isoprune_hf.data.dataset import prediction_features
+
+TOP = 5
+BINS = 15
+_INPUTS = (
+    "predictions: top class ids, best first; references: labels; losses: one an image; confidences: the probability "
+    "of the top class."
+)
+
+
+class ImageClassificationMetric(evaluate.Metric):
+    """Top-1 and top-5 accuracy (fractions), mean loss, expected calibration error and number of images."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy, mean loss and expected calibration error of an image classifier.",
+            citation="",
+            inputs_description=_INPUTS,
+            features=prediction_features(),
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[int]],
+        references: list[int],
+        losses: list[float],
+        confidences: list[float],
+    ) -> dict[str, float | int]:
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        return {
+            "top1": float(hits[:, 0].mean()),
+            "top5": float(hits[:, :TOP].any(axis=1).mean()),
+            "loss": float(np.mean(losses)),
+            "ece": calibration_error(np.asarray(confidences), hits[:, 0]),
+            "images": len(references),
+        }
+
+
+class PerClassMetric(evaluate.Metric):
+    """The same for the images of each class, and how often each class is predicted; lists by class id."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy, mean loss and mean confidence of an image classifier for each class.",
+            citation="",
+            inputs_description=f"{_INPUTS} num_classes: how many there are.",
+            features=prediction_features(),
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[int]],
+        references: list[int],
+        losses: list[float],
+        confidences: list[float],
+        num_classes: int,
+    ) -> dict[str, list[float | int]]:
+        labels, tops = np.asarray(references), np.asarray(predictions)
+        hits = tops == labels[:, None]
+        images = np.bincount(labels, minlength=num_classes)
+
+        def mean(values: np.ndarray) -> list[float]:
+            sums = np.bincount(labels, weights=values, minlength=num_classes)
+            return np.divide(sums, images, out=np.full(num_classes, np.nan), where=images > 0).tolist()
+
+        return {
+            "images": images.tolist(),
+            "top1": mean(hits[:, 0]),
+            "top5": mean(hits[:, :TOP].any(axis=1)),
+            "loss": mean(np.asarray(losses)),
+            "confidence": mean(np.asarray(confidences)),
+            "predicted": np.bincount(tops[:, 0], minlength=num_classes).tolist(),
+        }
+
+
+def calibration_error(confidences: np.ndarray, hits: np.ndarray) -> float:
+    """Compute the expected calibration error over 15 bins of equal width.
+
+    Args:
+        confidences: Probabilities of the top class, of shape (N,).
+        hits: Whether it was the label, of shape (N,).
+
+    Returns:
+        Mean distance of confidence and accuracy over the bins, each weighted by its images; from 0 to 1.
+
+    Source:
+        Guo et al., On calibration of modern neural networks, ICML 2017 (arXiv 1706.04599), eq. 3, after Naeini et al.,
+        AAAI 2015; bin m holds the confidences in ((m - 1) / M, m / M].
+    """
+    bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
+    gaps = np.bincount(bins, weights=hits - confidences, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(confidences))
+
+
+def per_class_table(figures: dict[str, list[float | int]], label_names: Sequence[str]) -> str:
+    """Write the figures of `PerClassMetric` as CSV; what a class without images does not have is empty."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["class", "name", *figures])
+    for number, name in enumerate(label_names):
+        values = [column[number] for column in figures.values()]
+        table.writerow([number, name, *("" if value != value else value for value in values)])
+    return text.getvalue()

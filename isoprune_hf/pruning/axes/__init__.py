@@ -1,1 +1,0 @@
-"""An axis-level dependency graph: which elements of which tensors can only leave together."""

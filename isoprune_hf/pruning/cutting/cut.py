@@ -1,0 +1,174 @@
+"""The cut: carry a plan out on a model, first on its tensors, then on the numbers that modules keep about them."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from isoprune_hf.checkpoint.difference import keep_cut_buffers
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
+from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.pruning.cost.macs import ModelCost
+from isoprune_hf.pruning.cutting.attributes import set_numbers
+from isoprune_hf.pruning.graph.copying import copy_modules
+from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
+from isoprune_hf.pruning.graph.verify import check_cut, sizes_after, total_macs
+from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.plan import PruningPlan
+
+
+def apply_plan(
+    model: IsoPruneForImageClassification,
+    plan: PruningPlan,
+    groups: Sequence[CoupledGroup] | None = None,
+    *,
+    base_cost: ModelCost | None = None,
+) -> IsoPruneForImageClassification:
+    """Cut a copy of the model to a plan.
+
+    Args:
+        model: The base; left untouched.
+        plan: What stays.
+        groups: Groups of `trace_groups(model)`; traced anew when not given.
+        base_cost: Cost of `model`; counted when not given.
+
+    Returns:
+        The pruned model, its config holding structure and cost, in the base's mode.
+
+    Raises:
+        CheckpointError: The plan does not fit the model.
+        UnsupportedArchitectureError: The cut model does not run.
+    """
+    groups = trace_groups(model) if groups is None else groups
+    graph = graph_of(model, groups)
+    stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
+    check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
+    gone = tuple(f"{block}." for block in plan.removed_blocks)
+    masks = keep_masks(plan, groups, model.model)
+    sizes = sizes_after(graph, masks, gone)
+    pruned = _copy_cut(model, masks, plan.removed_blocks, stand_ins)
+    set_numbers(graph, sizes, model.model, pruned.model, gone)
+    check_cut(graph, pruned.model, model.config.image_size, sizes, gone)
+    config = pruned.config
+    is_dense = not any((model.config.structure or {}).values())
+    base = model.model if is_dense else meta_copy(model, dense=True).model
+    config.structure = capture_structure(base, pruned.model)
+    _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
+    keep_cut_buffers(pruned.model, config.structure)
+    config.stage, config.layout = "pruned", "per-layer"
+    params = sum(parameter.numel() for parameter in pruned.parameters())
+    if base_cost is None:
+        full = sum(parameter.numel() for parameter in model.parameters())
+        base_cost = ModelCost(total_macs(graph, {}, ()), full)
+    cost = ModelCost(total_macs(graph, sizes, gone), params)
+    config.cost = {"base": config.cost["base"] if config.cost else base_cost.to_dict(), "pruned": cost.to_dict()}
+    return pruned
+
+
+def _forget_state(
+    attributes: dict[str, dict[str, object]], known: Mapping[str, Mapping[str, object]], before: nn.Module
+) -> None:
+    """Drop, in place, what was not changed by the cut: some modules (Swin) note sizes of the last image they saw."""
+    for path in list(attributes):
+        owner = vars(before.get_submodule(path))
+        for name, value in list(attributes[path].items()):
+            value = tuple(value) if isinstance(owner.get(name), tuple) else value
+            if owner.get(name) == value and name not in known.get(path, {}):
+                del attributes[path][name]
+        if not attributes[path]:
+            del attributes[path]
+
+
+def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collection[str] = ()) -> None:
+    """Check that a plan fits the groups and the residual blocks of a model.
+
+    Raises:
+        CheckpointError: Names the group or block that does not fit.
+    """
+    known = {group.name: group for group in groups}
+    for name in plan.removed_blocks:
+        if name not in blocks or plan.removed_blocks.count(name) > 1:
+            raise CheckpointError(f"pruning plan: {name!r} is no residual block of this model that can leave")
+    for name in plan.heads:
+        if name not in plan.kept or not known.get(name, CoupledGroup("", "", 0, ())).num_heads:
+            raise CheckpointError(f"pruning plan: heads of {name!r}, which keeps no channels of an attention")
+    for name, kept in plan.kept.items():
+        group = known.get(name)
+        if group is None:
+            raise CheckpointError(f"pruning plan: the model has no group {name!r}")
+        if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= group.channels:
+            raise CheckpointError(
+                f"pruning plan: {name} must keep ascending channels from 0 to {group.channels - 1}, at least one"
+            )
+        if group.num_heads:
+            counts = np.bincount(np.asarray(kept) // group.head_dim, minlength=group.num_heads)
+            heads = tuple(np.flatnonzero(counts).tolist())
+            if heads != tuple(plan.heads.get(name, ())) or len(set(counts[list(heads)].tolist())) != 1:
+                raise CheckpointError(
+                    f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}"
+                )
+            if (
+                group.dim_members
+                and len({tuple(sorted(c % group.head_dim for c in kept if c // group.head_dim == h)) for h in heads})
+                > 1
+            ):
+                raise CheckpointError(f"pruning plan: {name} must keep the same dims in all of its heads")
+
+
+def keep_masks(
+    plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module
+) -> dict[tuple[str, int], np.ndarray]:
+    """Give (tensor, dim) -> whether each of its elements stays, for the tensors that a plan cuts."""
+    gone = tuple(f"{block}." for block in plan.removed_blocks)
+    shapes = {name: tensor.shape for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    for group in groups:
+        if group.name not in plan.kept:
+            continue
+        leaving = np.delete(np.arange(group.channels), plan.kept[group.name])
+        heads = np.delete(np.arange(group.num_heads), plan.heads.get(group.name, ()))
+        for members, units in (
+            (group.members, leaving),
+            (group.head_members, heads),
+            (group.dim_members, _leaving_dims(plan, group)),
+        ):
+            for member in members:
+                if not gone or not member.parameter.startswith(gone):
+                    key = member.parameter, member.dim
+                    if key not in masks:
+                        masks[key] = np.ones(shapes[member.parameter][member.dim], dtype=bool)
+                    masks[key][member.index[units]] = False
+    return masks
+
+
+def _leaving_dims(plan: PruningPlan, group: CoupledGroup) -> np.ndarray:
+    """Dims that leave every head."""
+    if not group.dim_members:
+        return np.arange(0)
+    return np.setdiff1d(np.arange(group.head_dim), np.unique(np.asarray(plan.kept[group.name]) % group.head_dim))
+
+
+def _copy_cut(
+    model: IsoPruneForImageClassification,
+    masks: Mapping[tuple[str, int], np.ndarray],
+    removed_blocks: Sequence[str],
+    stand_ins: Mapping[str, nn.Module],
+) -> IsoPruneForImageClassification:
+    """Copy a model with what leaves left out; weights that leave are never copied."""
+    names = {id(tensor): name for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]}
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    for (name, dim), mask in masks.items():
+        kept.setdefault(name, {})[dim] = torch.from_numpy(np.flatnonzero(mask))
+
+    @torch.no_grad()
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        part, name = tensor.detach(), names.get(id(tensor), "")
+        for dim, positions in sorted(kept.get(name, {}).items()):  # whole rows first: those are quick to copy
+            part = part.index_select(dim, positions.to(part.device))
+        part = part if part.shape != tensor.shape else part.clone()
+        return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+
+    replaced = {model.model.get_submodule(block): stand_ins[block] for block in removed_blocks}
+    return copy_modules(model, cut, replaced=replaced)

@@ -1,0 +1,215 @@
+"""The model card: its figures are read from the folder it describes; what the folder does not know is left out."""
+
+import hashlib
+import json
+import re
+import shlex
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from isoprune_hf.checkpoint.stock import our_values
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
+from isoprune_hf.reporting.benchmark import benchmark_table
+from isoprune_hf.reporting.tables import format_figure
+from isoprune_hf.reporting.widths import PICTURE
+
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+_STAGES = ("base", "pruned", "finetuned")
+_COLUMNS = {"macs": "GMACs", "params": "params (M)", "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
+_COLUMNS |= {"latency_ms": "latency (ms)", "images": "images", "file_mb": "weights (MB)"}
+_HASHED = ("model.safetensors", "pruning_plan.json", "modeling_isoprune.py")
+_MOST_NAMES = 20
+_SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "finetune": FinetuneRecipe}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LIBRARIES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "torch-pruning", "huggingface_hub")
+
+
+def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCard:
+    """Build the card of a pruned model from the files of its folder.
+
+    Args:
+        folder: Folder of a pruned model.
+        repo: `user/name` that the snippets open; the name of the folder where there is none yet.
+
+    Raises:
+        CheckpointError: The folder is not one of a pruned model, or one of its JSON files is damaged.
+    """
+    folder = Path(folder)
+    read = _read_json(folder / "config.json")
+    config = our_values(read)
+    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
+    speed = _read_json(folder / "speed.json") if (folder / "speed.json").exists() else {}
+    stage = (config or {}).get("stage", "base")
+    if config is None or stage not in _STAGES:
+        kind = read.get("model_type")
+        raise CheckpointError(f"config.json: not a pruned model (model_type {kind!r}, stage {stage!r})")
+    name = repo or folder.resolve().name
+    cost, recipe = config.get("cost") or {}, config.get("recipe") or {}
+    hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size / 1e6 if weights.is_file() else None
+    return ModelCard.from_template(
+        _describe(config, recipe.get("data") or {}, metrics.get(stage) or {}, cost, name.rpartition("/")[2]),
+        template_path=str(_TEMPLATE),
+        name=name,
+        config=config,
+        stage=stage,
+        source=config.get("source") or {},
+        base=config.get("base") or {},
+        recipe={key: recipe.get(key) or {} for key in ("prune", "data", "finetune")},
+        saved=_compare(cost),
+        table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage, size),
+        commands=_commands(recipe, stage),
+        labels=_name_labels(config.get("id2label") or {}),
+        has_picture=(folder / PICTURE).is_file(),
+        speed=speed,
+        benchmark=speed.get("benchmark"),
+        timings=benchmark_table(speed["benchmark"]) if speed.get("benchmark") else [],
+        hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
+        versions=_list_versions(),
+        show=_show,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing; a card is built from the folder of a pruned model") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name}: must hold a mapping, got {type(value).__name__}")
+    return value
+
+
+def _describe(
+    config: dict[str, Any], data: dict[str, Any], metrics: dict[str, Any], cost: dict[str, Any], title: str
+) -> ModelCardData:
+    source, library = config.get("source") or {}, (config.get("base") or {}).get("library")
+    base_model = source.get("name") if source.get("pretrained") and _is_hub_id(source.get("name")) else None
+    dataset = data.get("dataset")
+    known = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy"), "loss": ("loss", "loss")}
+    figures = {key: metrics[key] for key in known if metrics.get(key) is not None}
+    macs = (cost.get("base" if config.get("stage", "base") == "base" else "pruned") or {}).get("macs")
+    if figures and macs is not None:
+        known["macs"], figures["macs"] = ("macs", "MACs of one image (torch.utils.flop_counter)"), macs
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=_show(dataset),
+            dataset_name=_show(dataset),
+            dataset_split=data.get("eval_split"),
+            dataset_revision=data.get("revision"),
+            metric_type=known[key][0],
+            metric_name=known[key][1],
+            metric_value=value,
+        )
+        for key, value in figures.items()
+        if dataset is not None
+    ]
+    return ModelCardData(
+        license=_find_license(source, library),
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["isoprune", "isomorphic-pruning", "pruning", *([library] if library else [])],
+        base_model=base_model,
+        base_model_relation="finetune" if base_model and config.get("stage") == "finetuned" else None,
+        datasets=dataset if _is_hub_id(dataset) else None,
+        model_name=title,
+        eval_results=results or None,
+    )
+
+
+def _find_license(source: dict[str, Any], library: str | None) -> str | None:
+    """Find the licence that timm records for the trained weights of the base; None where none is known."""
+    name = source.get("name")
+    if library != "timm" or not source.get("pretrained") or not isinstance(name, str):
+        return None
+    known = import_module("timm").get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    return getattr(known, "license", None) or None
+
+
+def _commands(recipe: dict[str, Any], stage: str) -> list[str]:
+    """Write the commands that make this model by the settings that are not the defaults."""
+    stages = [("prune", ["prune", "data"])] if recipe.get("prune") else []
+    if stage == "finetuned" and recipe.get("finetune"):
+        stages.append(("finetune --model output/pruned", ["data", "finetune"]))
+    return [
+        " ".join([f"isoprune {name}", *(flag for section in sections for flag in _flags(section, recipe))])
+        for name, sections in stages
+    ]
+
+
+def _flags(section: str, recipe: dict[str, Any]) -> list[str]:
+    defaults = recipe_to_dict(_SECTIONS[section]())
+    found = []
+    for key, value in (recipe.get(section) or {}).items():
+        if key in defaults and value != defaults[key]:
+            shown = _show(value)
+            text = value if isinstance(value, str) else json.dumps(value)
+            text = "LOCAL" if shown != " ".join(text.split()).replace("|", "\\|") else text
+            found.append(f"--{section}.{key} {shlex.quote(text)}")
+    return found
+
+
+def _name_labels(labels: dict[str, str]) -> str:
+    names = [labels[key] for key in sorted(labels, key=int)]
+    more = f" and {len(names) - _MOST_NAMES:,} more, all in config.json" if len(names) > _MOST_NAMES else ""
+    return ", ".join(_show(name) for name in names[:_MOST_NAMES]) + more
+
+
+def _is_hub_id(name: Any) -> bool:
+    if not isinstance(name, str) or name.startswith("torchvision/"):
+        return False
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _show(value: Any) -> str:
+    """Write a value for one table cell; of a path only the last part, since a card is public."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    parts = re.split(r"[/\\]+", text.rstrip("/\\"))
+    if parts != [text] and not isinstance(value, str):
+        text = "not shown, since it holds a path"
+    elif parts != [text] and parts[0] != "torchvision" and not _is_hub_id(text):
+        text = f"a local folder ({parts[-1]})"
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _tabulate(
+    cost: dict[str, Any], metrics: dict[str, Any], latency: dict[str, float], stage: str, size: float | None
+) -> list[list[str]]:
+    names = [name for name in _STAGES if metrics.get(name) or _STAGES.index(name) <= _STAGES.index(stage)]
+    sizes = {name: cost.get("base" if name == "base" else "pruned") or {} for name in names}
+    rows = {name: {**sizes[name], **(metrics.get(name) or {}), "latency_ms": latency.get(name)} for name in names}
+    if stage in rows:
+        rows[stage]["file_mb"] = size
+    columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows.values())]
+    body = [
+        [name, *(format_figure(key, row.get(key), "\N{EN DASH}") for key in columns)] for name, row in rows.items()
+    ]
+    return [["model", *(_COLUMNS[key] for key in columns)], *body]
+
+
+def _compare(cost: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Give size before, size after and percent removed, for macs and params; nothing where a size is not known."""
+    base, pruned = cost.get("base") or {}, cost.get("pruned") or {}
+    if not all(side.get(key) for side in (base, pruned) for key in ("macs", "params")):
+        return {}
+    cut = {key: f"{100 * (1 - pruned[key] / base[key]):.1f}" for key in ("macs", "params")}
+    return {key: (format_figure(key, base[key]), format_figure(key, pruned[key]), cut[key]) for key in cut}
+
+
+def _list_versions() -> dict[str, str]:
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,166 @@
+"""One small model for each root cause that kept architectures from being pruned; `benchmarks/coverage.py` has all."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.oracles import exact_logits, make_images, mask_error, permutation_error, prunable_share, randomize
+from timm.layers import set_fused_attn
+from transformers import CONFIG_MAPPING
+
+from isoprune_hf.checkpoint.folder import save_model_folder
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.recipes import PruneRecipe
+
+LABELS, SIDE = 7, 64
+_VIT = {
+    "image_size": SIDE,
+    "patch_size": 16,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+_TEXT = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+# Root cause and family -> the model: a name of timm with arguments, or a type of transformers with its config.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "T-rexnet": ("timm/rexnet_100", {"width_mult": 0.5, "depth_mult": 0.5}),
+    "T-focalnet": ("timm/focalnet_tiny_srf", {"focal_levels": [1, 1, 1, 1]}),
+    "A-pvt_v2": (
+        "timm/pvt_v2_b0",
+        {"depths": [1, 1, 1, 1], "embed_dims": [32, 64, 96, 128], "num_heads": [1, 2, 3, 4]},
+    ),
+    "Q-levit": (
+        "timm/levit_128s",
+        {"img_size": SIDE, "embed_dim": [64, 96, 128], "num_heads": [2, 3, 4], "depth": [1, 1, 1]},
+    ),
+    "Q-xcit": ("timm/xcit_nano_12_p16_224", {"img_size": SIDE, "depth": 2, "embed_dim": 64, "num_heads": 2}),
+    "C-coat": (
+        "timm/coat_tiny",
+        {
+            "img_size": SIDE,
+            "embed_dims": [128, 128, 128, 128],
+            "serial_depths": [1, 1, 1, 1],
+            "parallel_depth": 1,
+        },
+    ),
+    "C-dinov2": ("dinov2", _VIT),
+    "S-dpn": ("timm/dpn48b", {"k_sec": [1, 1, 1, 1]}),
+    "S-res2net": ("timm/res2net50_14w_8s", {"layers": [1, 1, 1, 1]}),
+    "H-swinv2": (
+        "timm/swinv2_tiny_window8_256",
+        {"img_size": SIDE, "window_size": 4, "embed_dim": 32, "depths": [2, 1], "num_heads": [2, 4]},
+    ),
+    "H-hf-swinv2": (
+        "swinv2",
+        {"image_size": SIDE, "window_size": 4, "embed_dim": 32, "depths": [2, 1], "num_heads": [2, 4]},
+    ),
+    "R-twins": (
+        "timm/twins_svt_small",
+        {
+            "img_size": SIDE,
+            "depths": [2, 1, 1, 1],
+            "embed_dims": [32, 64, 96, 128],
+            "num_heads": [1, 2, 3, 4],
+            "wss": [4, 4, 4, 2],
+        },
+    ),
+    "R-hiera": (
+        "hiera",
+        {
+            "image_size": [SIDE, SIDE],
+            "embed_dim": 32,
+            "depths": [1, 1, 1],
+            "num_heads": [1, 2, 4],
+            "num_query_pool": 2,
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, True, False],
+        },
+    ),
+    "O-nfnet": ("timm/nf_resnet26", {"depths": [1, 1, 1, 1], "channels": [64, 96, 128, 160]}),
+    "O-sequencer": (
+        "timm/sequencer2d_s",
+        {"layers": [1, 1, 1, 1], "embed_dims": [32, 48, 64, 64], "hidden_sizes": [16, 16, 16, 16]},
+    ),
+    "D-siglip": ("siglip", {"vision_config": _VIT, "text_config": _TEXT}),
+    "D-clip": ("clip", {"vision_config": _VIT, "text_config": _TEXT}),
+    "G-pit": (
+        "timm/pit_ti_224",
+        {"img_size": SIDE, "depth": [1, 1, 1], "base_dims": [16, 16, 16], "heads": [2, 4, 8]},
+    ),
+    "G-fastvit": ("timm/fastvit_t8", {"layers": [1, 1, 1, 1], "embed_dims": [32, 64, 128, 256]}),
+}
+
+
+@pytest.fixture(autouse=True)
+def eager_attention() -> Any:
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+def open_case(case: str, folder: Path) -> BaseModel:
+    name, options = CASES[case]
+    if name.startswith("timm/"):
+        base = load_base(name, False, model_args=options, num_labels=LABELS)
+        base.model.config.image_size = [3, SIDE, SIDE]
+    else:
+        CONFIG_MAPPING[name](**options, num_labels=LABELS).save_pretrained(folder)
+        base = load_base(str(folder), False)
+    return BaseModel(be_eager(base.model), base.processor)
+
+
+def be_eager(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+    if model.config.base["library"] == "transformers":
+        model.model.set_attn_implementation("eager")
+    return model
+
+
+def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(images).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path: Path) -> None:
+    base = open_case(case, tmp_path / "config")
+    randomize(base.model)
+    images = make_images(base.model)
+    save_model_folder(tmp_path / "dense", base.model, base.processor)
+    again = be_eager(IsoPruneForImageClassification.from_pretrained(tmp_path / "dense"))
+    assert torch.equal(run(again, images), run(base.model, images))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_architecture_goes_the_whole_road(case: str, tmp_path: Path) -> None:
+    model, processor = open_case(case, tmp_path / "config")
+    randomize(model)
+    images = make_images(model)
+    groups = trace_groups(model)
+    assert prunable_share(model, groups) >= 0.9
+    assert permutation_error(model, groups, images) <= 1e-9
+
+    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=8)
+    plan = make_plan(groups, score_groups(model, groups, criterion="l1"), recipe)
+    pruned = apply_plan(model, plan, groups)
+    assert count_cost(pruned).params <= 0.65 * count_cost(model).params
+    assert mask_error(model, pruned, groups, plan, images) <= 1e-6
+    dense, cut = exact_logits(model, images), exact_logits(pruned, images)
+    assert (cut - dense).abs().max() > 1e-3 * dense.abs().max()
+
+    save_model_folder(tmp_path / "pruned", pruned, processor, plan=plan.to_json())
+    again = be_eager(IsoPruneForImageClassification.from_pretrained(tmp_path / "pruned"))
+    assert torch.equal(run(again, images), run(pruned, images))
+
+    trained = copy.deepcopy(pruned).train()
+    trained(images, labels=torch.tensor([0, 1])).loss.backward()
+    gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)

@@ -1,0 +1,44 @@
+"""Folders written by earlier versions open, and answer as they did."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+import isoprune_hf  # noqa: F401
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FOLDERS = sorted(path.parent for path in FIXTURES.glob("folders_*/*/config.json"))
+# Without the package: the code that the version of that time has put into the folder, or stock transformers.
+ALONE = """
+import sys
+sys.modules["isoprune_hf"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+folder, images, answers = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    save_file({"logits": model(load_file(images)["images"]).logits}, answers)
+"""
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_folder_of_an_earlier_version_answers_as_it_did(folder: Path, tmp_path: Path) -> None:
+    stored = load_file(folder.parent / "answers.safetensors")
+    images = stored[f"{folder.name}.images"]
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(images).logits
+    # Another processor rounds otherwise; the code of that time, run on this one, must not.
+    torch.testing.assert_close(logits, stored[f"{folder.name}.logits"], rtol=0, atol=1e-5)
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    command = [sys.executable, "-c", ALONE, copy, tmp_path / "images.safetensors", tmp_path / "answers.safetensors"]
+    subprocess.run([str(word) for word in command], check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert torch.equal(load_file(tmp_path / "answers.safetensors")["logits"], logits)

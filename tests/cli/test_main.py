@@ -1,0 +1,697 @@
+"""The command line as a user meets it: what a stage writes, prints and refuses, on one rank and on two."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from helpers.command_line import Done, contents, isoprune, leftovers, read, refuse, succeed
+from PIL import Image
+from test_evaluation import calibration_error_by_hand
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+import isoprune_hf
+from isoprune_hf.cli.table import SECTIONS, STAGES
+from isoprune_hf.commands import inspect as inspection
+from isoprune_hf.commands import run as stages
+
+ROOT = Path(__file__).parents[2]
+SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
+SYNSETS += ["n01496331", "n01498041", "n01514668", "n01514859", "n01518878"]
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+VIT = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false"]
+VIT += ["--prune.model_args", json.dumps(MODEL_ARGS)]
+L1 = [*VIT, "--prune.criterion", "l1"]
+# 13 micro-batches of 3 out of 40 images: two ranks get 7 and 6 of them.
+TAYLOR = [*VIT, "--prune.criterion", "taylor", "--prune.num_labels", "data"]
+TAYLOR += ["--prune.calibration_batches", "13", "--prune.batch_size", "3"]
+PRUNED_FILES = {"README.md", "config.json", "model.safetensors", "modeling_isoprune.py"}
+PRUNED_FILES |= {"preprocessor_config.json", "pruning_plan.json", "widths.png"}
+FIGURES = {"top1", "top5", "loss", "ece", "images"}
+RECIPE = {
+    "prune": {
+        "model": "timm/vit_tiny_patch16_224",
+        "pretrained": False,
+        "model_args": MODEL_ARGS,
+        "num_labels": "data",
+        "target_macs": "50%",
+        "calibration_batches": 2,
+    },
+    "data": {"dataset": "digits"},
+    "pretrain": {"epochs": 1},
+    "finetune": {"epochs": 1},
+}
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """Open a folder and return its logits of two fixed images: (2, 10)."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).logits
+
+
+def evaluate_by_hand(folder: Path, images: Path) -> dict[str, float]:
+    """Open a folder as a user would and classify the files of val/ one by one."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    ranks, losses, confidences = [], [], []
+    for file in sorted((images / "val").glob("*/*.JPEG")):
+        label = SYNSETS.index(file.parent.name)
+        with torch.no_grad():
+            logits = model(**processor(Image.open(file), return_tensors="pt")).logits
+        confidences.append(float(logits[0].softmax(dim=0).max()))
+        ranks.append(int((logits[0] > logits[0, label]).sum()))
+        losses.append(float(nn.functional.cross_entropy(logits, torch.tensor([label]))))
+    share = {f"top{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5)}
+    share["ece"] = calibration_error_by_hand(confidences, [rank == 0 for rank in ranks])
+    return {**share, "loss": sum(losses) / len(losses), "images": len(ranks)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    datasets.disable_progress_bars()  # the command line switches them off before it imports the library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for library in ("HF_DATASETS", "HF_HUB"):
+            patch.setenv(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the shape of ImageNet: 10 classes, 4 training and 2 validation images each."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(SYNSETS):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                color = (25 * label, 255 - 20 * label, (90 * label + 30 * number) % 256)
+                Image.new("RGB", (40, 32), color).save(root / split / name / f"{name}_{number}.JPEG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pruned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT, cut on the images; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("pruned") / "pruned"
+    succeed("prune", *TAYLOR, "--data.dataset", images, "--output", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with all four sections, and the flags of `run`."""
+    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**RECIPE, "output": "nowhere", "overwrite": False}))
+    return file
+
+
+# What the stages write
+
+
+def test_half_of_the_macs_leave_by_the_weights_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = succeed("prune", *L1, "--prune.target_macs", "50%", "--output", out)
+    assert {path.name for path in out.iterdir()} == PRUNED_FILES
+    config = read(out, "config.json")
+    cost = config["cost"]
+    assert set(cost) == {"base", "pruned"} and all(set(size) == {"macs", "params"} for size in cost.values())
+    half = cost["base"]["macs"] / 2
+    assert 0.95 * half <= cost["pruned"]["macs"] <= half
+    assert set(config["structure"]) == {"shapes", "attributes", "removed"} and config["structure"]["shapes"]
+    assert config["stage"] == "pruned"
+    plan = read(out, "pruning_plan.json")
+    assert plan["achieved"] == cost and plan["settings"]["criterion"] == "l1"
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost["pruned"]["params"]
+    # By hand, the patch embedding of the base: 32 filters of 3 x 4 x 4 at 16 places; the head: 1000 classes.
+    assert cost["base"]["macs"] > 32 * 48 * 16 + 32 * 1000
+    assert re.findall(r"^(\w+) +0\.\d+ .* M ", printed, re.MULTILINE) == ["base", "pruned"]
+    assert f'model="{out}"' in printed
+    assert (out / "README.md").read_text().startswith("---\n")
+
+
+def test_a_cut_with_data_is_evaluated_before_and_after(pruned: Path, images: Path) -> None:
+    assert {path.name for path in pruned.iterdir()} == PRUNED_FILES | {"metrics.json"}
+    metrics, config = read(pruned, "metrics.json"), read(pruned, "config.json")
+    assert set(metrics) == {"base", "pruned"} and all(set(figures) == FIGURES for figures in metrics.values())
+    assert metrics["pruned"] == pytest.approx(evaluate_by_hand(pruned, images), rel=1e-5)
+    assert [config["id2label"][str(index)] for index in range(10)] == SYNSETS
+    assert config["recipe"]["data"]["dataset"] == str(images)
+    assert read(pruned, "pruning_plan.json")["settings"]["sample"]["images"] == 39
+
+
+def test_evaluate_prints_size_and_figures_and_keeps_the_figures(pruned: Path, images: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(pruned, tmp_path / "out")
+    metrics = read(out, "metrics.json")
+    wrong = {"top1": 1.0, "top5": 1.0, "loss": 0.0, "images": 1}
+    (out / "metrics.json").write_text(json.dumps({**metrics, "pruned": wrong}))
+    printed = succeed("evaluate", "--model", out, "--data.dataset", images)
+    size, start, accuracy, figures = printed.splitlines()
+    params = read(out, "config.json")["cost"]["pruned"]["params"]
+    assert re.fullmatch(rf"MACs: \d+\.\d+ G, Params: {params / 1e6:.4f} M", size)
+    assert start == f"evaluate {out} on 20 images, transform: the model's own"
+    by_hand = evaluate_by_hand(out, images)
+    assert accuracy == f"Accuracy: {by_hand['top1']:.4f}, Loss: {by_hand['loss']:.4f}"
+    assert json.loads(figures) == pytest.approx(by_hand, rel=1e-5)
+    assert read(out, "metrics.json") == {"base": metrics["base"], "pruned": json.loads(figures)}
+    assert f"{100 * metrics['pruned']['top5']:.2f}" in (out / "README.md").read_text()
+
+
+def test_evaluate_adds_figures_to_a_folder_that_was_cut_without_data(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("prune", *L1, "--prune.num_labels", "10", "--output", out)
+    before = logits_of(out)
+    figures = succeed("evaluate", "--model", out, "--data.dataset", images).splitlines()[-1]
+    assert read(out, "metrics.json") == {"pruned": json.loads(figures)}
+    assert read(out, "config.json")["recipe"]["data"]["dataset"] == str(images)
+    assert torch.equal(logits_of(out), before)
+
+
+def test_finetune_writes_another_folder_with_all_figures(pruned: Path, images: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "out", contents(pruned)
+    printed = succeed(
+        "finetune", "--model", pruned, "--data.dataset", images, "--finetune.epochs", "1", "--output", out
+    )
+    assert contents(pruned) == before
+    assert {path.name for path in out.iterdir()} == PRUNED_FILES | {"metrics.json", "checkpoints"}
+    metrics = read(out, "metrics.json")
+    assert list(metrics) == ["base", "finetuned", "pruned"]
+    for figures in metrics.values():
+        assert set(figures) == FIGURES and figures["images"] == 20
+        assert 0 <= figures["top1"] <= figures["top5"] <= 1
+    assert {name: metrics[name] for name in ("base", "pruned")} == read(pruned, "metrics.json")
+    assert metrics["finetuned"] == pytest.approx(evaluate_by_hand(out, images), rel=1e-5)
+    assert read(out, "config.json")["stage"] == "finetuned"
+    assert read(out, "config.json")["structure"] == read(pruned, "config.json")["structure"]
+    assert (out / "pruning_plan.json").read_bytes() == (pruned / "pruning_plan.json").read_bytes()
+    assert not torch.equal(logits_of(out), logits_of(pruned))
+    for name in ("last", "best"):  # after one epoch, both are the result
+        assert torch.equal(logits_of(out / "checkpoints" / name), logits_of(out))
+    for name in ("base", "pruned", "finetuned"):
+        assert re.search(rf"^{name} .*{100 * metrics[name]['top1']:.2f}", printed, re.MULTILINE)
+
+
+def test_a_dense_model_can_be_finetuned(images: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    opened = isoprune_hf.load_base(VIT[1], False, model_args=MODEL_ARGS, num_labels=10, label_names=tuple(SYNSETS))
+    opened.model.save_pretrained(base)
+    opened.processor.save_pretrained(base)
+    succeed("finetune", "--model", base, "--data.dataset", images, "--finetune.epochs", "1", "--output", out)
+    assert not torch.equal(logits_of(out), logits_of(base))
+
+
+@pytest.mark.parametrize("stage", ["pruned", "base"])
+def test_inspect_lists_the_isomorphic_classes_and_draws_them(stage: str, pruned: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "classes.png"
+    model = pruned if stage == "pruned" else "timm/test_vit"
+    printed = succeed("inspect", "--model", model, "--output", picture)
+    lines = re.findall(r"^ +(\d+)  \S+ +(\d+) +(\d+)  [\dx ]+?(?: +(\d+)%)?$", printed, re.MULTILINE)
+    rows = [tuple(int(number or 100) for number in line) for line in lines]
+    assert "no scores, so nothing is compared: criterion gate_fisher_joint needs --data.dataset" in printed
+    if stage == "pruned":
+        # Of two blocks: the stream, the attentions (32 dims each) and the MLPs (128 hidden channels each).
+        assert "5 coupled groups in 3 isomorphic classes" in printed
+        kept = read(pruned, "pruning_plan.json")["kept"]
+        dims, hidden = ([kept[f"blocks.{block}.{name}"] for block in (0, 1)] for name in ("attn", "mlp.fc1"))
+        shares = {
+            (1, 32): len(kept["patch_embed.proj"]) / 32,
+            (2, 64): sum(map(len, dims)) / 64,
+            (2, 256): sum(map(len, hidden)) / 256,
+        }
+        assert {row[1:3]: row[3] for row in rows} == {row: round(100 * share) for row, share in shares.items()}
+    else:
+        assert [row[1:] for row in rows] == [(1, 64, 100), (6, 6 * 64, 100), (6, 6 * 192, 100)]
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    with Image.open(picture) as opened:
+        assert opened.width > 500 and len(opened.convert("RGB").getcolors(2**24)) > 10
+
+
+@pytest.mark.slow
+def test_run_takes_the_whole_road_once(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = succeed("run", "--config", recipe_file, "--output", out)
+    assert {path.name for path in out.iterdir()} == {"base", "model", "checkpoints", "importance.safetensors"}
+    assert {path.name for path in (out / "model").iterdir()} == PRUNED_FILES | {"metrics.json", "speed.json"}
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last", "best"}
+    metrics, config = read(out / "model", "metrics.json"), read(out / "model", "config.json")
+    assert set(metrics) == set(read(out / "model", "speed.json")["milliseconds"]) == {"base", "pruned", "finetuned"}
+    assert all(set(figures) == FIGURES and figures["images"] == 450 for figures in metrics.values())
+    assert 0.95 <= 2 * config["cost"]["pruned"]["macs"] / config["cost"]["base"]["macs"] <= 1
+    assert (config["stage"], config["source"]["name"]) == ("finetuned", str(out / "base"))
+    assert read(out / "base", "config.json")["stage"] == "base"
+    assert logits_of(out / "base").shape == logits_of(out / "model").shape == (2, 10)
+    for name in metrics:
+        assert re.search(rf"^{name} .*{100 * metrics[name]['top1']:.2f}", printed, re.MULTILINE)
+        assert f"| {name} |" in (out / "model" / "README.md").read_text()
+    assert re.search(r"^pipeline on a held-out image: \d \(0\.\d\d\), truth \d$", printed, re.MULTILINE)
+    before = contents(out)
+    assert "--overwrite true" in refuse("run", "--config", recipe_file, "--output", out)
+    assert contents(out) == before
+
+
+# Recipe files, flags and scores
+
+
+def test_one_recipe_file_serves_several_stages_and_a_flag_wins_over_it(
+    recipe_file: Path, images: Path, tmp_path: Path
+) -> None:
+    scores, direct, from_file, flag = (tmp_path / name for name in ("importance.safetensors", "a", "b", "c"))
+    recipe = ["--config", recipe_file, "--data.dataset", images]
+    succeed("score", *recipe, "--output", scores)
+    succeed("prune", *recipe, "--output", direct)
+    succeed("prune", *recipe, "--scores", scores, "--output", from_file)
+    assert (from_file / "pruning_plan.json").read_bytes() == (direct / "pruning_plan.json").read_bytes()
+    plan = read(direct, "pruning_plan.json")["settings"]
+    assert plan["target_macs"] == "50%" and plan["sample"]["images"] == 40
+    succeed("prune", *recipe, "--scores", scores, "--prune.target_macs", "70%", "--output", flag)
+    cost = read(flag, "config.json")["cost"]
+    assert read(flag, "pruning_plan.json")["settings"]["target_macs"] == "70%"
+    assert 0.66 <= cost["pruned"]["macs"] / cost["base"]["macs"] <= 0.7
+
+
+@pytest.mark.parametrize("flag_first", [False, True])
+def test_a_flag_wins_over_the_file_on_either_side_of_it(flag_first: bool, recipe_file: Path) -> None:
+    parts = [["--config", recipe_file], ["--prune.ratio", "0.25", "--prune.target_macs", "70%"]]
+    first, second = reversed(parts) if flag_first else parts
+    shown = yaml.safe_load(succeed("prune", *first, *second, "--print_config"))
+    assert (shown["prune"]["ratio"], shown["prune"]["target_macs"]) == (0.25, "70%")
+    assert shown["prune"]["calibration_batches"] == 2
+
+
+def test_a_printed_config_gives_the_same_plan_again(pruned: Path, images: Path, tmp_path: Path) -> None:
+    printed = succeed("prune", *TAYLOR, "--data.dataset", images, "--print_config")
+    (tmp_path / "recipe.yaml").write_text(printed)
+    succeed("prune", "--config", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    plan = (tmp_path / "out" / "pruning_plan.json").read_bytes()
+    assert plan == (pruned / "pruning_plan.json").read_bytes()
+    assert yaml.safe_load(printed)["prune"]["batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] DefaultCPUAllocator: x"), MemoryError()],
+)
+def test_memory_that_does_not_suffice_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_prune(*args: object, **values: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "run_prune", run_prune)
+    done = isoprune("prune", *L1)
+    assert done.code == 71
+    assert re.fullmatch(
+        r"isoprune: error: the memory does not suffice, and nothing was made smaller [^\n]*\n", done.err
+    )
+
+
+def test_a_run_through_all_stages_has_no_limit_of_time(images: Path, tmp_path: Path) -> None:
+    line = refuse("run", *L1, "--data.dataset", images, "--finetune.max_minutes", "5", "--output", tmp_path / "out")
+    assert "finetune.max_minutes is for `isoprune finetune`" in line
+
+
+def test_paths_with_spaces_and_other_letters_and_links_are_paths(pruned: Path, images: Path, tmp_path: Path) -> None:
+    place = tmp_path / ("ein Ordner, größer als \N{SNOWMAN} und 'quoted' " + "x" * 120)
+    (place / "real").mkdir(parents=True)
+    (place / "link").symlink_to(place / "real")
+    shutil.copytree(pruned, place / "mein Modell")
+    shutil.copytree(images, place / "meine Bilder")
+    given = ["--model", place / "mein Modell", "--data.dataset", place / "meine Bilder", "--finetune.epochs", "1"]
+    out = place / "link" / "aus gabe"
+    assert str(out) in succeed("finetune", *given, "--output", out)
+    assert pipeline("image-classification", model=str(out))(Image.new("RGB", (20, 30)))[0]["score"] > 0
+    assert "Accuracy" in succeed("evaluate", "--model", out, "--data.dataset", place / "meine Bilder")
+    assert "no checks failed" in succeed("doctor", out)
+
+
+def test_without_arguments_the_embedded_recipe_runs() -> None:
+    embedded = yaml.safe_load((ROOT / "isoprune_hf" / "digits.yaml").read_text())
+    shown = yaml.safe_load(succeed("--print_config"))
+    for section in SECTIONS:
+        assert embedded[section].items() <= shown[section].items()
+    assert (shown["output"], shown["overwrite"]) == (embedded["output"], embedded["overwrite"])
+    assert yaml.safe_load(succeed("--print_config", "--prune.ratio", "0.25"))["prune"]["ratio"] == 0.25
+
+
+def test_a_base_of_ones_own_starts_from_the_defaults_not_from_the_embedded_recipe() -> None:
+    shown = yaml.safe_load(succeed("run", *L1, "--print_config"))
+    assert shown["data"]["dataset"] is None and shown["prune"]["target_macs"] is None
+    assert shown["pretrain"]["epochs"] == 0 and shown["finetune"]["epochs"] == 30
+
+
+def test_scores_serve_a_cut_without_data(pruned: Path, images: Path, tmp_path: Path) -> None:
+    succeed("score", *TAYLOR, "--data.dataset", images, "--output", tmp_path / "scores.safetensors")
+    ten = [*VIT, "--prune.num_labels", "10", "--scores", tmp_path / "scores.safetensors"]
+    succeed("prune", *ten, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "pruning_plan.json").read_bytes() == (pruned / "pruning_plan.json").read_bytes()
+
+
+def test_a_cut_from_scores_records_their_criterion(images: Path, tmp_path: Path) -> None:
+    ten = ["--prune.num_labels", "10"]
+    succeed("score", *L1, *ten, "--output", tmp_path / "scores.safetensors")
+    arguments = [*VIT, *ten, "--data.dataset", images, "--scores", tmp_path / "scores.safetensors"]
+    succeed("prune", *arguments, "--output", tmp_path / "out")
+    assert read(tmp_path / "out", "pruning_plan.json")["settings"]["criterion"] == "l1"
+    assert read(tmp_path / "out", "config.json")["recipe"]["prune"]["criterion"] == "l1"
+    assert "| criterion | l1 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_scores_can_be_read_by_whoever_can_read_the_models(tmp_path: Path) -> None:
+    succeed("score", *L1, "--output", tmp_path / "scores.safetensors")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "scores.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("stage", ["prune", "run"])
+def test_overwriting_leaves_nothing_of_the_older_result(stage: str, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("base", "model", "checkpoints/best"):
+        (out / name).mkdir(parents=True)
+        (out / name / "config.json").write_text("of another model")
+    if stage == "prune":
+        succeed("prune", *L1, "--overwrite", "true", "--output", out)
+        assert {path.name for path in out.iterdir()} == PRUNED_FILES
+    else:
+        untrained = ["--finetune.epochs", "0", "--data.dataset", images]
+        succeed("run", *TAYLOR, *untrained, "--overwrite", "true", "--output", out)
+        assert {path.name for path in out.iterdir()} == {"model", "importance.safetensors"}
+        assert read(out / "model", "config.json")["stage"] == "pruned"
+
+
+# Help
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
+    sections, flags, text, positional, _ = STAGES[stage]
+    printed = succeed(*stage.split(), "--help")
+    assert printed.startswith(f"usage: {' '.join(['isoprune', stage, *map(str.upper, positional)])} ")
+    expected = ["--config", "--print_config"] if sections else []
+    expected += [f"--{name}" for name, *_ in flags]
+    expected += [f"--{name}.{field.name}" for name in sections.split() for field in fields(SECTIONS[name])]
+    assert [flag for flag in expected if not re.search(rf"^  {re.escape(flag)}\b", printed, re.MULTILINE)] == []
+    assert " ".join(text.split()) in " ".join(printed.split())
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "isoprune_hf", "inspect", "timm/resnet18", "--prune.pretrained", "false"]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_the_help_names_each_stage_and_the_version_is_the_packages() -> None:
+    for flag in ("--help", "-h"):
+        printed = succeed(flag)
+        assert all(re.search(rf"^    {stage.split()[0]}\s+\S", printed, re.MULTILINE) for stage in STAGES)
+    assert succeed("--version") == f"isoprune {isoprune_hf.__version__}\n"
+
+
+# What is refused
+
+HALF = ["--prune.target_macs", "50%"]
+OUT = ["--output", "@tmp/out"]
+BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
+    "unknown stage": (["pruen"], ["unknown stage 'pruen'", "did you mean prune?"]),
+    "unknown flag": (
+        ["prune", *L1, "--prune.ciretrion", "l1", *OUT],
+        ["--prune.ciretrion", "did you mean prune.criterion?"],
+    ),
+    "unknown plain flag": (["evaluate", "--mdoel", "@pruned"], ["--mdoel", "did you mean model?"]),
+    "flag of another stage": (["prune", *L1, "--finetune.epochs", "1", *OUT], ["--finetune.epochs"]),
+    "stray argument": (["evaluate", "--model", "@pruned", "stray"], ["stray"]),
+    "missing flag": (["evaluate", "--data.dataset", "@images"], ["required", "model"]),
+    "type": (["prune", *L1, "--prune.ratio", "many", *OUT], ["prune.ratio", "many"]),
+    "no whole number": (["prune", *L1, "--prune.batch_size", "3.5", *OUT], ["prune.batch_size", "3.5"]),
+    "choice": (["prune", *VIT, "--prune.criterion", "l3", *OUT], ["prune.criterion", "l3", "taylor", "random"]),
+    "mapping": (["prune", *L1, "--prune.model_args", "3", *OUT], ["prune.model_args"]),
+    "ratio": (["prune", *L1, "--prune.ratio", "1.5", *OUT], ["prune.ratio must be between 0 and 1, got 1.5"]),
+    "no number": (["prune", *L1, "--prune.ratio", "nan", *OUT], ["prune.ratio", "nan"]),
+    "batch size": (
+        ["finetune", "--model", "@pruned", "--data.dataset", "@images", "--finetune.batch_size", "0", *OUT],
+        ["finetune.batch_size must be at least 1, got 0"],
+    ),
+    "small budget": (["prune", *L1, "--prune.target_macs", "1%", *OUT], ["cannot be reached", "the smallest is"]),
+    "high floor": (["prune", *L1, *HALF, "--prune.min_keep", "9999", *OUT], ["cannot be reached", "min_keep 9999"]),
+    "large budget": (["prune", *L1, "--prune.target_macs", "200%", *OUT], ["the base has only", "nothing to cut"]),
+    "no budget": (["prune", *L1, "--prune.target_macs", "9X", *OUT], ["prune.target_macs must be a size", "'9X'"]),
+    "unknown model": (
+        ["prune", "--prune.model", "timm/vit_tinyy_patch16_224", "--prune.criterion", "l1", *OUT],
+        ["no model", "vit_tinyy_patch16_224", "did you mean vit_tiny_patch16_224"],
+    ),
+    "missing model": (["evaluate", "--model", "@tmp/none", "--data.dataset", "@images"], ["no folder", "none"]),
+    "model that is not here": (
+        ["prune", "--prune.model", "someone/none", "--prune.criterion", "l1", *OUT],
+        ["'someone/none'", "could not be fetched", "--prune.pretrained false"],
+    ),
+    "data that are not here": (["prune", *TAYLOR, "--data.dataset", "someone/none", *OUT], ["'someone/none'"]),
+    "argument of a model": (
+        ["prune", *L1, "--prune.model_args", '{"depht": 2}', *OUT],
+        ["cannot build", "depht"],
+    ),
+    "missing data": (["prune", *TAYLOR, "--data.dataset", "@tmp/none", *OUT], ["data.dataset", "none"]),
+    "taylor without data": (
+        ["prune", *VIT, "--prune.criterion", "taylor", *OUT],
+        ["taylor needs data", "--data.dataset"],
+    ),
+    "labels without data": (["prune", *L1, "--prune.num_labels", "data", *OUT], ["needs data", "--data.dataset"]),
+    "finetune without data": (["finetune", "--model", "@pruned", *OUT], ["data.dataset is not set"]),
+    "split": (
+        ["evaluate", "--model", "@pruned", "--data.dataset", "@images", "--data.eval_split", "test"],
+        ["no split 'test'"],
+    ),
+    "other classes": (
+        ["prune", *L1, "--data.dataset", "@images", *OUT],
+        ["the data has 10 classes, the model has 1000", "--prune.num_labels data"],
+    ),
+    "same folder": (
+        ["finetune", "--model", "@pruned", "--data.dataset", "@images", "--output", "@pruned"],
+        ["--output", "exists"],
+    ),
+    "same folder, overwriting": (
+        ["finetune", "--model", "@pruned", "--data.dataset", "@images", "--output", "@pruned", "--overwrite", "true"],
+        ["--output must be another folder than --model"],
+    ),
+    "folder below a file": (["prune", *L1, "--output", "@pruned/config.json/out"], ["config.json", "written"]),
+    "scores of another base": (
+        ["prune", *L1, "--prune.seed", "3", "--scores", "@scores", *OUT],
+        ["scores", "other weights"],
+    ),
+    "no scores": (["prune", *L1, "--scores", "@pruned/model.safetensors", *OUT], ["no file of importance scores"]),
+    "scores that exist": (["score", *L1, "--output", "@scores"], ["--output", "exists", "--overwrite true"]),
+    "scores below a file": (["score", *L1, "--output", "@pruned/config.json/scores"], ["config.json"]),
+    "picture below a file": (
+        ["inspect", "--model", "timm/test_vit", "--output", "@pruned/config.json/classes.png"],
+        ["config.json"],
+    ),
+    "no repository": (["push", "@pruned", "--repo", "bad"], ["user/name", "'bad'"]),
+}
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("scores") / "importance.safetensors"
+    succeed("score", *L1, "--output", file)
+    return file
+
+
+@pytest.mark.parametrize("kind", BAD_INPUT)
+def test_bad_input_is_one_line_and_changes_nothing(
+    kind: str, images: Path, pruned: Path, scores: Path, tmp_path: Path
+) -> None:
+    arguments, words = BAD_INPUT[kind]
+    places = {"@tmp": tmp_path, "@images": images, "@pruned": pruned, "@scores": scores}
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    before = contents(pruned.parent), contents(scores.parent)
+    line = refuse(*arguments)
+    assert [word for word in words if word not in line] == [], line
+    assert contents(tmp_path) == {}
+    assert (contents(pruned.parent), contents(scores.parent)) == before
+
+
+@pytest.mark.parametrize("stage", ["prune", "run"])
+def test_an_output_that_is_not_empty_is_left_alone(stage: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    line = refuse(stage, *L1, "--output", out)
+    assert f"--output {out} exists" in line and "--overwrite true" in line
+    assert contents(tmp_path) == {"out": None, "out/mine.txt": b"precious"}
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_scores_never_replace_a_folder(overwrite: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert f"--output {tmp_path}/out" in refuse("score", *L1, "--overwrite", overwrite, "--output", tmp_path / "out")
+    assert contents(tmp_path) == {"out": None}
+
+
+BAD_RECIPES: dict[str, tuple[str | None, list[str]]] = {
+    "missing": (None, ["recipe.yaml", "cannot be read"]),
+    "section": ("prun: {model: x}\n", ["recipe.yaml", "unknown section 'prun'", "did you mean prune?"]),
+    "key": ("prune: {model: x, modle: x}\n", ["prune.modle"]),
+    "value": ("prune: {model: x, ratio: many}\n", ["prune.ratio", "many"]),
+    "range": ("prune: {model: x, ratio: 2}\n", ["prune.ratio must be between 0 and 1, got 2"]),
+    "section is no mapping": ("prune: 3\n", ["prune"]),
+    "list": ("- 1\n", ["recipe.yaml", "must hold sections"]),
+    "empty": ("", ["recipe.yaml", "must hold sections"]),
+    "not YAML": ("prune: [1\n", ["recipe.yaml", "is not YAML"]),
+    "not text": ("\x00\x01", ["recipe.yaml", "is not YAML"]),
+    "no model": ("prune: {ratio: 0.3}\n", ["prune.model is not set"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_RECIPES)
+def test_a_bad_recipe_file_is_one_line(kind: str, tmp_path: Path) -> None:
+    text, words = BAD_RECIPES[kind]
+    if text is not None:
+        (tmp_path / "recipe.yaml").write_text(text)
+    line = refuse("prune", "--config", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    assert [word for word in words if word not in line] == [], line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_key_of_a_recipe_file_gets_a_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("prune: {modle: x}\n")
+    assert "did you mean prune.model?" in refuse("prune", "--config", tmp_path / "recipe.yaml")
+
+
+def test_only_the_main_rank_reports_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert isoprune("pruen") == Done(2, "", "")
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "run_inspect", stop)
+    assert isoprune("inspect", "--model", VIT[1]) == Done(130, "", "")
+
+
+# Processes
+
+# Notes, at the end of each rank, how many ranks Accelerate has seen.
+NOTE_RANKS = """
+import atexit, os, sys
+
+@atexit.register
+def note() -> None:
+    if "RANK" in os.environ and "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"].PartialState()
+        with open(os.path.join(os.environ["RANK_NOTES"], str(state.process_index)), "w") as file:
+            file.write(str(state.num_processes))
+"""
+
+
+class Launched(NamedTuple):
+    """How a launched command ended; `ranks` holds the number of ranks that each rank has seen."""
+
+    output: Path
+    code: int
+    out: str
+    err: str
+    ranks: dict[str, str]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
+    """One rank, and two ranks by torchrun and by `accelerate launch`; they start together to share two cores."""
+    root = tmp_path_factory.mktemp("launched")
+    (root / "sitecustomize.py").write_text(NOTE_RANKS)
+    shutil.copytree(pruned, root / "evaluated")
+    prune = ["prune", *TAYLOR, "--data.dataset", str(images), "--output"]
+    evaluate = ["evaluate", "--model", str(root / "evaluated"), "--data.dataset", str(images)]
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate += ["--main_process_port", free_port()]
+    script = str(ROOT / "train_accelerate.py")
+    commands = {
+        "one": [script, *prune, str(root / "one")],
+        "two": ["-m", *torchrun, script, *prune, str(root / "two")],
+        "evaluate": ["-m", *accelerate, script, *evaluate],
+    }
+    running = {}
+    for name, command in commands.items():
+        (root / f"{name}_ranks").mkdir()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("ACCELERATE_USE_CPU")  # a user sets no such thing
+        environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "HF_HOME": str(root / f"{name}_home")}
+        environment |= {"RANK_NOTES": str(root / f"{name}_ranks")}
+        options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running[name] = subprocess.Popen([sys.executable, *command], **options)
+    done = {}
+    try:
+        for name, process in running.items():
+            out, err = process.communicate(timeout=300)
+            ranks = {path.name: path.read_text() for path in sorted((root / f"{name}_ranks").iterdir())}
+            done[name] = Launched(root / name, process.returncode, out, err, ranks)
+    finally:
+        for process in running.values():
+            process.kill()
+    return done
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_plan_of_one(launched: dict[str, Launched], pruned: Path) -> None:
+    one, two = launched["one"], launched["two"]
+    assert one.code == 0, one.err
+    assert two.code == 0, two.err
+    assert one.ranks == {} and two.ranks == {"0": "2", "1": "2"}
+    folders = (one.output, two.output, pruned)
+    assert len({(folder / "pruning_plan.json").read_bytes() for folder in folders}) == 1
+    assert leftovers(one.output.parent) == []
+    for name in ("base", "pruned"):
+        first, second = (read(folder, "metrics.json")[name] for folder in folders[:2])
+        assert first == pytest.approx(second, rel=1e-6)
+    for finished in (one, two):  # the main process alone speaks
+        assert finished.out.count("score on 39 images in micro-batches of 3") == 1
+        assert finished.out.count("The model is in") == 1
+    assert one.err == ""
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_to_the_figures_of_one(launched: dict[str, Launched], pruned: Path) -> None:
+    finished = launched["evaluate"]
+    assert finished.code == 0, finished.err
+    assert finished.ranks == {"0": "2", "1": "2"}
+    size, *_, figures = finished.out.splitlines()
+    assert size.startswith("MACs: ")
+    expected = read(pruned, "metrics.json")["pruned"]
+    assert json.loads(figures) == pytest.approx(expected, rel=1e-6)
+    assert json.loads(figures)["images"] == 20
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_would_shard_the_model_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")  # as accelerate's launcher says it
+    line = refuse("run", "--prune.criterion", "l1")
+    assert f"accelerate is set to {kind}; here each rank has the whole model" in line and "MULTI_GPU" in line

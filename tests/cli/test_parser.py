@@ -1,0 +1,160 @@
+"""How the command line is read and what it says of itself: help, completion, --quiet and --json, colours."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Pruned
+from helpers.command_line import isoprune, read, refuse, succeed
+
+from isoprune_hf import errors
+from isoprune_hf.cli.parser import parse
+from isoprune_hf.cli.table import EXIT_CODES, GROUPS, STAGES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("TQDM_DISABLE", "")  # which --quiet sets: back to what it was after each test
+
+
+def section(title: str) -> str:
+    """Part of the help under a title."""
+    return re.search(rf"^{title}:\n(.*?)(?:\n\n|\Z)", succeed("--help"), re.MULTILINE | re.DOTALL)[1]
+
+
+def test_the_help_puts_each_stage_into_one_group() -> None:
+    listed = [name for title in GROUPS for name in re.findall(r"^    (\w+) ", section(title), re.MULTILINE)]
+    assert sorted(listed) == sorted({stage.split()[0] for stage in STAGES})
+
+
+def test_the_help_has_three_examples_that_are_read_as_they_stand() -> None:
+    examples = [line.split() for line in section("examples").splitlines() if not line.startswith("   ")]
+    assert [words[0] for words in examples] == ["isoprune", "isoprune", "accelerate"]
+    for words in examples[:2]:
+        succeed(*words[1:], "--print_config")
+    assert set(re.findall(r"--([\w.]+)", " ".join(examples[2]))) == {"config", "data.dataset"}
+
+
+def test_the_help_has_every_exit_code() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")]
+    used = {kind.exit_code for kind in kinds if kind is not errors.TrainingFault} | {0, 1, 2}
+    assert set(EXIT_CODES) == used == {int(code) for code in re.findall(r"^    (\d+) ", section("exit codes"), re.M)}
+
+
+@pytest.mark.parametrize(
+    ("words", "offers"), [("doc", "doctor"), ("plan ap", "apply"), ("prune --prune.targ", "macs")]
+)
+def test_bash_completes_stages_and_flags(words: str, offers: str, tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    script.write_text(succeed("--completion", "bash"))
+    words = f"isoprune {words}"
+    count = len(words.split())
+    # As bash itself calls it when TAB is pressed behind the words.
+    lines = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={count - 1}; COMP_LINE='{words}'"
+    lines += f"; COMP_POINT={len(words)}; $(complete -p isoprune | sed 's/.*-F \\([^ ]*\\).*/\\1/') isoprune"
+    lines += " ${COMP_WORDS[-1]}; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, check=True)
+    assert done.stdout.split() and all(word.startswith(words.split()[-1]) for word in done.stdout.split())
+    assert offers in done.stdout
+
+
+def test_zsh_has_a_script_too_and_other_shells_are_refused() -> None:
+    assert succeed("--completion", "zsh").startswith("#compdef isoprune")
+    assert "fish" in refuse("--completion", "fish")
+
+
+def test_doctor_gives_its_findings_as_json(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    folder = pruned("vit").folder
+    found = json.loads(succeed("doctor", folder, "--json"))
+    assert found["folder"] == str(folder) and found["failed"] == 0
+    text = succeed("doctor", folder)
+    rows = re.findall(r"^(ok|FAIL|skip) +(\S+)", text, re.MULTILINE)
+    assert [(row["verdict"], row["check"]) for row in found["findings"]] == rows
+    done = isoprune("doctor", "--json", "--folder", tmp_path)
+    assert done.code == 2 and done.out == "" and re.fullmatch(r"isoprune: error: [^\n]+\n", done.err)
+
+
+def test_inspect_gives_classes_and_groups_as_json(pruned: Callable[[str], Pruned]) -> None:
+    folder = pruned("vit").folder
+    found = json.loads(succeed("inspect", folder, "--json"))
+    kept = read(folder, "pruning_plan.json")["kept"]
+    assert {name: group["kept"]["plan"] for name, group in found["groups"].items()} == {
+        name: len(channels) for name, channels in kept.items()
+    }
+    for row in found["classes"]:
+        assert row["kept"]["plan"] == sum(len(kept[name]) for name in row["groups"])
+    assert found["plans"]["plan"] == read(folder, "config.json")["cost"]["pruned"]
+
+
+def test_prune_gives_sizes_as_json_and_its_log_elsewhere(tmp_path: Path) -> None:
+    vit = ["--prune.model", "timm/test_vit", "--prune.pretrained", "false", "--prune.criterion", "l1"]
+    done = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "out", "--json")
+    cost = read(tmp_path / "out", "config.json")["cost"]
+    assert done.code == 0 and json.loads(done.out) == {"folder": str(tmp_path / "out"), "models": cost}
+    assert re.search(r"^pruned \w+: ", done.err)
+    quiet = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "quiet", "--quiet")
+    loud = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "loud")
+    assert quiet.err == "" and quiet.out.startswith("model ")
+    assert loud.out.startswith("pruned ") and loud.out.partition("\n")[2].startswith("model ")
+
+
+def test_evaluate_gives_its_figures_as_json() -> None:
+    args = ["--model", "timm/vit_tiny_patch16_224", "--pretrained", "false", "--num_labels", "10"]
+    args += ["--model_args", '{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}']
+    args += ["--data.dataset", "digits"]
+    found = json.loads(isoprune("evaluate", *args, "--json").out)
+    printed = json.loads(succeed("evaluate", *args, "--quiet").splitlines()[-1])
+    assert {key: found[key] for key in printed} == printed
+    # By hand: a patch of 48 numbers to 32 at 16 places is part of it, and the head.
+    assert found["macs"] > 48 * 32 * 16 + 320 and found["model"] == "timm/vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if not stage.has_figures])
+def test_a_stage_without_figures_refuses_json(stage: str, pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    folder = str(pruned("vit").folder)
+    given = {"score": [], "plan show": [folder], "plan diff": [folder, folder], "push": [folder, "--repo", "a/b"]}
+    assert f"isoprune {stage} has no --json" in refuse(*stage.split(), *given[stage], "--json")
+    assert "--json" not in succeed(*stage.split(), "--help") and "--quiet" in succeed(*stage.split(), "--help")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_colours_are_for_a_terminal_that_wants_them(settings: dict[str, str], is_coloured: bool) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | settings
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "isoprune_hf", "pruen"]
+    done = subprocess.run(command, stdout=terminal, stderr=terminal, cwd=ROOT, env=env)
+    os.close(terminal)
+    said = os.read(main, 4096).decode()
+    os.close(main)
+    assert done.returncode == 2 and "unknown stage 'pruen'" in said
+    assert said.startswith("isoprune: \033[31;1merror:\033[0m " if is_coloured else "isoprune: error: ")
+
+
+def test_a_file_gets_no_colours() -> None:
+    done = subprocess.run([sys.executable, "-m", "isoprune_hf", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "\033" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--batch_sizes", "1,64"], ["--batch_sizes=1,64"], ["--batch_sizes", "[1, 64]"], ["--batch_sizes=[1,64]"]],
+)
+def test_a_list_needs_no_brackets(flags: list[str]) -> None:
+    _, config = parse(["benchmark", "out", *flags, "--runtimes", "eager"])
+    assert (config.batch_sizes, config.runtimes, config.dtypes) == ([1, 64], ["eager"], ["fp32", "bf16"])
+
+
+def test_a_value_in_a_list_that_is_not_allowed_is_refused() -> None:
+    assert "runtimes" in refuse("benchmark", "out", "--runtimes", "eager,tensorrt")

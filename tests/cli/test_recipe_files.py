@@ -1,0 +1,323 @@
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.command_line import refuse, succeed
+
+from isoprune_hf.cli.parser import EMBEDDED_RECIPE, parse
+from isoprune_hf.cli.recipe_files import read_recipe, select_stage
+from isoprune_hf.cli.table import SECTIONS, STAGES
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes import PretrainRecipe, recipe_to_dict
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DEIT, TV = "deit_{}_distilled_patch16_224.fb_in1k", "timm/resnet{}.tv_in1k"
+# By hand, of the scripts: base, ratio, head ratio, ratio of dims in heads, calibration batches.
+CUTS = {
+    "deit_4.2g": (f"timm/{DEIT.format('base')}", 0.5, 0.5, 0.25, 50),
+    "deit_2.6g": (f"timm/{DEIT.format('base')}", 0.6, 0.6, 0.3, 50),
+    "deit_1.2g": (f"timm/{DEIT.format('small')}", 0.5, 0.5, 0.1, 50),
+    "deit_0.6g": (f"timm/{DEIT.format('tiny')}", 0.25, 0.3, 0.3, 50),
+    "convnext_8.5g": ("timm/convnext_base.fb_in1k", 0.26, 0.0, None, 50),
+    "convnext_4.2g": ("timm/convnext_base.fb_in1k", 0.25, 0.0, None, 50),
+    "resnet50_2.0g": (TV.format(50), 0.26, 0.0, None, 50),
+    "resnet101_4.5g": (TV.format(101), 0.22, 0.0, None, 100),
+    "resnet101_3.8g": (TV.format(101), 0.28, 0.0, None, 100),
+    "resnet152_4.0g": (TV.format(152), 0.4, 0.0, None, 100),
+    "swin_4.5g": ("timm/swin_base_patch4_window7_224.ms_in1k", 0.47, 0.0, None, 50),
+    "mobilenet_v2_0.15g": ("torchvision/mobilenet_v2.IMAGENET1K_V1", 0.27, 0.0, None, 50),
+}
+# Optimizer, learning rate, batch, virtual replicas, epochs, weight decay and what it is on, dropout, drop path.
+FINETUNES = {
+    "deit_4.2g": ("adamw", 5e-4, 2048, 8, 300, 0.05, "all", 0.0, 0.0),
+    "deit_2.6g": ("adamw", 5e-4, 2048, 8, 300, 0.05, "all", 0.0, 0.0),
+    "deit_1.2g": ("adamw", 5e-4, 2048, 8, 300, 0.05, "all", 0.0, 0.0),
+    "deit_0.6g": ("adamw", 5e-4, 4096, 8, 300, 0.05, "all", 0.0, 0.0),
+    "convnext_8.5g": ("adamw", 2e-3, 2048, 16, 300, 0.05, "no_bias_norm", 0.1, 0.4),
+    "convnext_4.2g": ("adamw", 2e-3, 2048, 8, 300, 0.05, "no_bias_norm", 0.0, 0.1),
+    "resnet50_2.0g": ("sgd", 0.04, 256, 4, 100, 1e-4, "all", 0.1, 0.0),
+    "resnet101_4.5g": ("sgd", 0.04, 1024, 4, 100, 1e-4, "all", 0.1, 0.0),
+    "resnet101_3.8g": ("sgd", 0.04, 1024, 4, 100, 1e-4, "all", 0.1, 0.0),
+    "resnet152_4.0g": ("sgd", 0.04, 1024, 4, 100, 1e-4, "all", 0.1, 0.0),
+    "swin_4.5g": ("adamw", 1e-3, 1024, 8, 300, 0.05, "timm", 0.0, 0.2),
+    "mobilenet_v2_0.15g": ("sgd", 0.036, 2048, 4, 300, 2e-5, "all", 0.2, None),
+}
+# By hand, of the published figures: the GMACs of each recipe, which its twin of the preset best has as a budget.
+TARGETS = {
+    "deit_4.2g": "4.16G",
+    "deit_2.6g": "2.61G",
+    "deit_1.2g": "1.21G",
+    "deit_0.6g": "0.62G",
+    "convnext_8.5g": "8.48G",
+    "convnext_4.2g": "4.19G",
+    "resnet50_2.0g": "2.06G",
+    "resnet101_4.5g": "4.48G",
+    "resnet101_3.8g": "3.85G",
+    "resnet152_4.0g": "4.0G",
+    "swin_4.5g": "4.5G",
+    "mobilenet_v2_0.15g": "0.15G",
+}
+NEEDED = {"finetune": ["--model", "m"], "evaluate": ["--model", "m"], "plan apply": ["--plan", "p"]}
+
+
+@cache
+def resolve(stage: str, name: str) -> Any:
+    """Parse a shipped recipe for a stage, as the command line does."""
+    return parse([*stage.split(), "--config", str(RECIPES / f"{name}.yaml"), *NEEDED.get(stage, [])])[1]
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Write recipe files; returns the first one."""
+    paths = [folder / f"{name}.yaml" for name in files]
+    for path, text in zip(paths, files.values(), strict=True):
+        path.write_text(text)
+    return paths[0]
+
+
+# The recipes that we ship
+
+
+@pytest.mark.parametrize("name", [*CUTS, *(f"{name}_best" for name in CUTS)])
+def test_every_recipe_is_read_by_every_stage(name: str) -> None:
+    for stage, (sections, *_) in STAGES.items():
+        config = resolve(stage, name) if sections else {}
+        for section in sections.split():
+            assert isinstance(config[section], SECTIONS[section])
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_recipe_cuts_as_the_script_of_its_name(name: str) -> None:
+    cut = resolve("prune", name).prune
+    assert (cut.model, cut.ratio, cut.head_ratio, cut.head_dim_ratio, cut.calibration_batches) == CUTS[name]
+    assert (cut.criterion, cut.reduction, cut.normalizer, cut.score_batchnorm) == ("taylor", "mean", "mean", False)
+    assert (cut.scope, cut.round_to, cut.batch_size, cut.target_macs) == ("isomorphic", 2, 64, None)
+    assert cut.remove_blocks == ({"stages.2.*": 18} if name == "convnext_4.2g" else None)
+
+
+@pytest.mark.parametrize("name", FINETUNES)
+def test_a_recipe_finetunes_as_the_script_of_its_name(name: str) -> None:
+    tuning = resolve("run", name).finetune
+    assert (
+        tuning.optimizer,
+        tuning.learning_rate,
+        tuning.batch_size,
+        tuning.virtual_replicas,
+        tuning.epochs,
+        tuning.weight_decay,
+        tuning.weight_decay_rule,
+        tuning.dropout,
+        tuning.drop_path,
+    ) == FINETUNES[name]
+    assert tuning.batch_size % tuning.virtual_replicas == 0
+    assert resolve("run", name).pretrain == PretrainRecipe()
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        (
+            "deit",
+            {"schedule": "cosine", "schedule_unit": "epoch", "warmup_epochs": 0, "min_learning_rate": 0.0}
+            | {"mixup": 0.8, "cutmix": 1.0, "mixup_pairing": "roll", "label_smoothing": 0.1}
+            | {"auto_augment": "tv-rand-n2-m9", "random_erasing": 0.25, "random_erasing_fill": "zero"}
+            | {"repeated_augmentation": 3, "interpolation": "bicubic", "drop_last": False, "best": "raw"}
+            | {"distillation": "hard", "teacher": "timm/regnety_160.deit_in1k", "distillation_weight": 0.5}
+            | {"distillation_head": "token", "teacher_label_smoothing": 0.1, "ema_decay": None},
+        ),
+        (
+            "convnext",
+            {"schedule": "cosine", "schedule_unit": "epoch", "warmup_epochs": 0, "min_learning_rate": 1e-6}
+            | {"mixup": 0.2, "cutmix": 1.0, "mixup_pairing": "flip", "label_smoothing": 0.1}
+            | {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25, "random_erasing_fill": "pixel"}
+            | {"repeated_augmentation": 1, "drop_last": True, "ema_decay": 0.9999, "best": "ema"}
+            | {"distillation": "none"},
+        ),
+        (
+            "resnet",
+            {"schedule": "step", "schedule_unit": "epoch", "step_epochs": 30, "step_gamma": 0.1, "momentum": 0.9}
+            | {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "auto_augment": None, "random_erasing": 0.0}
+            | {"interpolation": "bilinear", "drop_last": False, "distillation": "none", "ema_decay": None},
+        ),
+        (
+            "mobilenet",
+            {"schedule": "cosine", "schedule_unit": "epoch", "warmup_epochs": 0, "min_learning_rate": 0.0}
+            | {"mixup": 0.0, "label_smoothing": 0.0, "interpolation": "bilinear", "distillation": "none"},
+        ),
+        (
+            "swin",
+            {"schedule": "cosine", "warmup_epochs": 20, "min_learning_rate": 1e-5, "clip_grad": 5.0}
+            | {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "distillation": "none", "ema_decay": None},
+        ),
+    ],
+)
+def test_a_family_shares_the_rest(family: str, values: dict[str, Any]) -> None:
+    names = [name for name in CUTS if name.startswith(family)]
+    for name in names:
+        tuning = recipe_to_dict(resolve("run", name).finetune)
+        assert {key: tuning[key] for key in values} == values, name
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_twin_of_the_preset_best_differs_in_the_cut_alone(name: str) -> None:
+    published, best = resolve("run", name), resolve("run", f"{name}_best")
+    first, second = recipe_to_dict(published.prune), recipe_to_dict(best.prune)
+    assert {key: value for key, value in second.items() if first[key] != value} == {
+        "preset": "best",
+        "criterion": "gate_fisher_joint",
+        "allocation": "knapsack",
+        "rotate": True,
+        "reconstruct": "least_squares",
+        "reduction": "sum",
+        "normalizer": "none",
+        "score_batchnorm": True,
+        "target_macs": TARGETS[name],
+        "round_to": 8,
+    }
+    assert (best.data, best.pretrain, best.finetune) == (published.data, published.pretrain, published.finetune)
+
+
+def test_the_twins_have_the_published_size_and_no_published_accuracy() -> None:
+    assert {path.stem for path in RECIPES.glob("*_best.yaml")} == {f"{name}_best" for name in CUTS}
+    for name in CUTS:
+        assert float(TARGETS[name].removesuffix("G")) == read_recipe(RECIPES / f"{name}.yaml")["expect"]["gmacs"]
+        recipe = read_recipe(RECIPES / f"{name}_best.yaml")
+        assert "expect" not in recipe and "not trained here" in recipe["source"]
+
+
+def test_a_recipe_evaluates_at_256_to_224_pixels_as_the_script_of_its_name() -> None:
+    for name in CUTS:
+        bilinear = name.startswith(("resnet", "mobilenet"))
+        data = resolve("evaluate", name).data
+        assert (data.resize, data.interpolation) == (256, "bilinear" if bilinear else "bicubic"), name
+        # The script of ResNet-50 alone scores with another interpolation than it is evaluated with.
+        assert resolve("prune", name).prune.interpolation == ("bicubic" if name == "resnet50_2.0g" else None), name
+
+
+def test_the_crops_of_the_two_convnexts_differ() -> None:
+    found = {name: resolve("run", name).finetune.interpolation for name in CUTS if name.startswith("convnext")}
+    assert found == {"convnext_8.5g": "bicubic", "convnext_4.2g": "random"}
+
+
+def test_every_recipe_names_its_source_and_the_published_figures() -> None:
+    named = {path.stem for path in RECIPES.glob("*_*g.yaml") if not path.stem.startswith("_")}
+    assert named == CUTS.keys()
+    for name in named:
+        recipe = read_recipe(RECIPES / f"{name}.yaml")
+        assert abs(recipe["expect"]["gmacs"] - float(name.rpartition("_")[2].removesuffix("g"))) < 0.1, name
+        assert ("our own proposal" in recipe["source"]) == (name == "swin_4.5g")
+
+
+def test_a_printed_config_shows_all_values_and_is_a_recipe(tmp_path: Path) -> None:
+    printed = succeed("run", "--config", RECIPES / "deit_4.2g.yaml", "--print_config", "--finetune.epochs", "9")
+    shown = yaml.safe_load(printed)
+    pushes = {"push_to_hub", "push_every"}
+    assert shown.keys() == {"prune", "data", "pretrain", "finetune", "output", "overwrite"} | pushes
+    expected = resolve("run", "deit_4.2g")
+    for name in ("prune", "data", "finetune"):
+        assert shown[name] == recipe_to_dict(expected[name]) | ({"epochs": 9} if name == "finetune" else {})
+    again = parse(["run", "--config", str(write(tmp_path, printed=printed))])[1]
+    assert (again.prune, again.finetune.epochs) == (expected.prune, 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ("", ("gate_fisher_joint", "knapsack", True, "least_squares", "none", "sum")),
+        ("ratio: 0.3, rotate: false", ("gate_fisher_joint", "knapsack", False, "least_squares", "none", "sum")),
+        ("criterion: l1", ("l1", "class", False, "none", "none", "sum")),
+        ("criterion: l1, normalizer: max, rotate: true", ("l1", "class", True, "none", "max", "sum")),
+        ("preset: best, target_macs: 1G", ("gate_fisher_joint", "knapsack", True, "least_squares", "none", "sum")),
+        ("preset: paper", ("taylor_l2", "class", False, "none", "none", "sum")),
+        ("preset: reference", ("taylor_reference", "class", False, "none", "mean", "mean")),
+    ],
+)
+def test_a_printed_config_has_the_values_that_a_preset_gives(settings: str, taken: tuple, tmp_path: Path) -> None:
+    file = write(tmp_path, given=f"prune: {{model: a, ratios: {{x.*: 0.1}}, {settings}}}")
+    printed = succeed("prune", "--config", file, "--print_config")
+    shown = yaml.safe_load(printed)["prune"]
+    names = ("criterion", "allocation", "rotate", "reconstruct", "normalizer", "reduction")
+    assert tuple(shown[name] for name in names) == taken
+    first, second = (
+        parse(["prune", "--config", str(path)])[1].prune for path in (file, write(tmp_path, printed=printed))
+    )
+    assert shown == recipe_to_dict(first)
+    assert (second, second.taken_preset) == (first, first.taken_preset)
+
+
+def test_a_config_that_contradicts_its_preset_is_not_printed() -> None:
+    line = refuse("prune", "--prune.preset", "best", "--prune.criterion", "l1", "--print_config")
+    assert "prune.preset best takes prune.criterion gate_fisher_joint, got l1" in line
+
+
+# Files of files
+
+
+def test_a_file_says_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    write(
+        tmp_path / "shared",
+        first="prune: {model: a, ratio: 0.1, ratios: {x: 0.1, y: 0.2}}\nfinetune: {epochs: 1}\nexpect: {gmacs: 1}\n",
+        second="extends: first.yaml\nprune: {ratio: 0.2, ratios: {y: 0.3}}\ndata: {dataset: digits}\nsource: theirs\n",
+    )
+    top = write(tmp_path, top="extends: shared/second.yaml\nprune: {model: b, include: [z]}\nexpect: {params_m: 2}\n")
+    assert read_recipe(top) == {
+        "prune": {"model": "b", "ratio": 0.2, "ratios": {"x": 0.1, "y": 0.3}, "include": ["z"]},
+        "data": {"dataset": "digits"},
+        "finetune": {"epochs": 1},
+        "expect": {"params_m": 2},
+    }
+
+
+def test_a_stage_is_given_its_own_sections_alone() -> None:
+    recipe = {"prune": {}, "data": {}, "finetune": {}, "output": "o", "source": "s", "expect": {}}
+    assert select_stage(recipe, "run").keys() == {"prune", "data", "finetune", "output"}
+    assert select_stage(recipe, "finetune").keys() == {"data", "finetune"}
+    assert select_stage(recipe, "inspect").keys() == {"prune", "data"}
+    assert select_stage(recipe, "doctor") == {}
+
+
+def test_the_embedded_recipe_is_one_of_these_files() -> None:
+    assert read_recipe(EMBEDDED_RECIPE)["data"]["dataset"] == "digits"
+
+
+BAD = {
+    "itself": ({"top": "extends: top.yaml"}, ["top.yaml extends", "which never ends"]),
+    "a circle": (
+        {"top": "extends: two.yaml", "two": "extends: three.yaml", "three": "extends: top.yaml"},
+        ["top.yaml extends", "two.yaml extends", "three.yaml extends", "which never ends"],
+    ),
+    "missing": ({"top": "extends: gone.yaml"}, ["gone.yaml cannot be read (No such file", "top.yaml extends it"]),
+    "a folder": ({"top": "extends: ."}, ["cannot be read (Is a directory)"]),
+    "holds itself": ({"top": "prune: &a {model_args: *a}"}, ["top.yaml is not YAML: Circular reference detected"]),
+    "no plain value": ({"top": "prune: {model_args: {a: !!set {b}}}"}, ["top.yaml is not YAML", "set"]),
+    "no path": ({"top": "extends: [a.yaml]"}, ["extends of", "the path of a recipe file, got ['a.yaml']"]),
+    "nothing": ({"top": "extends:\nprune: {ratio: 0.1}"}, ["must be the path of a recipe file, got None"]),
+    "unknown key below": ({"top": "extends: two.yaml", "two": "prune: {modle: x}"}, ["two.yaml", "prune.model?"]),
+    "unknown section": ({"top": "extend: two.yaml"}, ["unknown section 'extend'; did you mean extends?"]),
+    "unknown figure": ({"top": "expect: {gmac: 1}"}, ["unknown setting expect.gmac; did you mean expect.gmacs?"]),
+    "no figure": ({"top": "expect: {top1: high}"}, ["expect.top1 of", "must be a number above 0, got 'high'"]),
+    "negative": ({"top": "expect: {top1: -1}"}, ["must be a number above 0, got -1"]),
+    "truth": ({"top": "expect: {top1: true}"}, ["must be a number above 0, got True"]),
+    "not finite": ({"top": "expect: {top1: .nan}"}, ["must be a number above 0, got nan"]),
+    "no figures": ({"top": "expect: 4.2"}, ["section expect of", "must hold settings, got 4.2"]),
+    "no source": ({"top": "source: [a]"}, ["source of", "must be a text, got ['a']"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_of_several_is_one_clear_line(kind: str, tmp_path: Path) -> None:
+    files, words = BAD[kind]
+    line = refuse("prune", "--config", write(tmp_path, **files))
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_a_good_file_may_be_extended_twice_by_two_others(tmp_path: Path) -> None:
+    write(tmp_path, base="prune: {model: a}", left="extends: base.yaml", right="extends: base.yaml")
+    assert read_recipe(tmp_path / "left.yaml") == read_recipe(tmp_path / "right.yaml") == {"prune": {"model": "a"}}
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml cannot be read \(No such file or directory\)$"):
+        read_recipe(tmp_path / "none.yaml")

@@ -1,0 +1,242 @@
+"""Evaluate on the command line: any model, with its own transform or another, and what a folder keeps of it."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from helpers.command_line import contents, read, refuse, succeed
+from helpers.reference_files import make_module, save
+from helpers.tiny_models import TRANSFORMERS
+from PIL import Image
+from test_evaluation import calibration_error_by_hand
+from torch import nn
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
+
+SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
+SYNSETS += ["n01496331", "n01498041", "n01514668", "n01514859", "n01518878"]
+ARGS = json.dumps({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2})
+VIT = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false", "--prune.model_args", ARGS]
+VIT += ["--prune.num_labels", "data"]
+OTHER = ["--data.resize", "22", "--data.interpolation", "bilinear"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        datasets.disable_progress_bars()
+        yield
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where data/imagenet lies: noise of 10 classes, 2 images in train and in val each, written last class first."""
+    root, generator = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in reversed(SYNSETS):
+            folder = root / "data" / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                noise = generator.integers(0, 256, (24, 31, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(folder / f"{name}_{number}.JPEG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(place: Path) -> Path:
+    return place / "data" / "imagenet"
+
+
+@pytest.fixture(scope="module")
+def pruned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT that was cut and evaluated with its own transform."""
+    folder = tmp_path_factory.mktemp("pruned") / "pruned"
+    succeed("prune", *VIT, "--prune.criterion", "l1", "--data.dataset", images, "--output", folder)
+    return folder
+
+
+def by_hand(model: nn.Module, images: Path, resize: int, interpolation: str) -> dict[str, float]:
+    """Classify the files of val/ one by one, through the transform of torchvision; labels by sorted synset."""
+    normal = Normalize((0.5,) * 3, (0.5,) * 3)
+    transform = Compose([Resize(resize, InterpolationMode(interpolation)), CenterCrop(16), ToTensor(), normal])
+    ranks, losses, confidences = [], [], []
+    for label, name in enumerate(SYNSETS):
+        for file in sorted((images / "val" / name).iterdir()):
+            with torch.no_grad():
+                logits = model.eval()(transform(Image.open(file))[None]).logits[0]
+            confidences.append(float(logits.softmax(dim=0).max()))
+            ranks.append(int((logits > logits[label]).sum()))
+            losses.append(float(nn.functional.cross_entropy(logits, torch.tensor(label))))
+    share = {f"top{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5)}
+    share["ece"] = calibration_error_by_hand(confidences, [rank == 0 for rank in ranks])
+    return {**share, "loss": sum(losses) / len(losses), "images": 20}
+
+
+def open_folder(folder: Path) -> nn.Module:
+    return AutoModelForImageClassification.from_pretrained(folder)
+
+
+def figures_of(printed: str) -> dict[str, float]:
+    return json.loads(printed.splitlines()[-1])
+
+
+def test_the_models_own_transform_is_the_default(pruned: Path, images: Path) -> None:
+    # timm's data config of an untrained ViT of 16 pixels: the shorter side becomes 16, bicubic.
+    printed = succeed("evaluate", "--model", pruned, "--data.dataset", images)
+    assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 16, "bicubic"), rel=1e-5)
+    assert "transform: the model's own" in printed
+    same = succeed(
+        *("evaluate", "--model", pruned, "--data.dataset", images),
+        *("--data.resize", "16", "--data.interpolation", "bicubic"),
+    )
+    assert same == printed
+
+
+def test_the_figures_of_each_class_are_a_file(pruned: Path, images: Path, tmp_path: Path) -> None:
+    command = ("evaluate", "--model", pruned, "--data.dataset", images, "--per_class", tmp_path / "a" / "classes.csv")
+    figures = figures_of(succeed(*command))
+    rows = list(csv.DictReader((tmp_path / "a" / "classes.csv").open()))
+    assert [row["name"] for row in rows] == list(SYNSETS)
+    weights = [int(row["images"]) for row in rows]
+    for name in ("top1", "loss"):
+        values = [float(row[name]) for row in rows]
+        assert np.average(values, weights=weights) == pytest.approx(figures[name])
+    assert f"--per_class {tmp_path} is a folder" in refuse(*command[:-1], tmp_path)
+
+
+def test_another_transform_is_evaluated_and_said_and_leaves_the_folder_alone(pruned: Path, images: Path) -> None:
+    before = contents(pruned)
+    printed = succeed("evaluate", "--model", pruned, "--data.dataset", images, *OTHER)
+    assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5)
+    assert "on 20 images, transform: resize 22, interpolation bilinear\n" in printed
+    assert "does not keep these figures: they are not those of its own transform\n" in printed
+    assert contents(pruned) == before
+
+
+def test_figures_of_another_data_set_are_not_kept_and_said(pruned: Path, images: Path, tmp_path: Path) -> None:
+    other, before = shutil.copytree(images, tmp_path / "other"), contents(pruned)
+    assert "they are not those of its own data set\n" in succeed(
+        "evaluate", "--model", pruned, "--data.dataset", other
+    )
+    assert contents(pruned) == before
+
+
+def test_a_folder_has_the_transform_that_its_figures_were_measured_with(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("prune", *VIT, "--prune.criterion", "l1", "--data.dataset", images, *OTHER, "--output", out)
+    saved = read(out, "preprocessor_config.json")
+    assert (saved["size"], saved["resample"]) == ({"shortest_edge": 22}, Image.Resampling.BILINEAR)
+    want = by_hand(open_folder(out), images, 22, "bilinear")
+    assert read(out, "metrics.json")["pruned"] == pytest.approx(want, rel=1e-5)
+    printed = succeed("evaluate", "--model", out, "--data.dataset", images)
+    assert figures_of(printed) == pytest.approx(want, rel=1e-5) and "the model's own" in printed
+
+
+def test_finetuning_with_another_transform_measures_base_and_pruned_anew(
+    pruned: Path, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    tuning = ["--data.dataset", images, "--finetune.epochs", "1", "--output", out]
+    succeed("finetune", "--model", pruned, *OTHER, *tuning)
+    metrics = read(out, "metrics.json")
+    assert metrics["pruned"] == pytest.approx(by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5)
+    assert metrics["finetuned"] == pytest.approx(by_hand(open_folder(out), images, 22, "bilinear"), rel=1e-5)
+    assert metrics["base"]["loss"] != read(pruned, "metrics.json")["base"]["loss"]
+    assert read(out, "preprocessor_config.json")["size"] == {"shortest_edge": 22}
+    assert read(out / "checkpoints" / "best", "preprocessor_config.json")["size"] == {"shortest_edge": 22}
+
+
+def test_scoring_may_have_an_interpolation_of_its_own(images: Path, tmp_path: Path) -> None:
+    scoring = [*VIT, "--prune.criterion", "taylor", "--prune.calibration_batches", "1", "--data.dataset", images]
+    plans = {}
+    for name, flags in {"own": [], "other": ["--prune.interpolation", "nearest"], "resize": OTHER[:2]}.items():
+        succeed("prune", *scoring, *flags, "--output", tmp_path / name)
+        plans[name] = read(tmp_path / name, "pruning_plan.json")
+    samples = {name: plan["settings"]["sample"] for name, plan in plans.items()}
+    assert "interpolation" not in samples["own"] and samples["other"]["interpolation"] == "nearest"
+    assert samples["resize"]["resize"] == 22
+    assert len({json.dumps(plan["margins"]) for plan in plans.values()}) == 3  # three sets of scores
+    saved = {name: read(tmp_path / name, "preprocessor_config.json") for name in plans}
+    assert saved["other"] == saved["own"] != saved["resize"]
+
+
+def test_a_preset_names_every_value_that_it_replaces_also_one_that_was_given(images: Path, tmp_path: Path) -> None:
+    given = ["--prune.normalizer", "none", "--prune.preset", "reference", "--prune.calibration_batches", "1"]
+    printed = succeed("prune", *VIT, *given, "--data.dataset", images, "--output", tmp_path / "out")
+    assert printed.startswith(
+        "prune.preset reference sets criterion taylor_reference, score_batchnorm False (not True), "
+    )
+    plain = [*VIT, "--prune.criterion", "l1", "--data.dataset", images, "--output", tmp_path / "plain"]
+    assert "prune.preset" not in succeed("prune", *plain)
+
+
+def test_imagenet_works_as_it_lies_with_labels_by_sorted_synset(
+    pruned: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    printed = succeed("evaluate", "--model", pruned, "--data.dataset", "data/imagenet", *OTHER)
+    want = by_hand(open_folder(pruned), place / "data/imagenet", 22, "bilinear")
+    assert figures_of(printed) == pytest.approx(want, rel=1e-5)
+    names = read(pruned, "config.json")["id2label"]
+    assert [names[str(index)] for index in range(10)] == sorted(SYNSETS)
+
+
+def test_an_untrained_timm_name_needs_no_network(images: Path) -> None:
+    printed = succeed(
+        *("evaluate", "--model", "timm/vit_tiny_patch16_224", "--pretrained", "false", "--model_args", ARGS),
+        *("--num_labels", "data", "--data.dataset", images),
+    )
+    # By hand: patches 3*16*32 + 32, class token and 17 positions of 32, two blocks (norms 2*64, qkv 3*32*32 + 96,
+    # projection 32*32 + 32, MLP 2*32*128 + 128 + 32), the last norm 64, the head 32*10 + 10.
+    params = 1568 + 32 + 17 * 32 + 2 * (128 + 3168 + 1056 + 8352) + 64 + 330
+    assert f"Params: {params / 1e6:.4f} M\n" in printed
+    assert figures_of(printed)["images"] == 20 and "keep" not in printed
+
+
+def test_a_model_of_transformers_and_a_converted_one_are_evaluated(images: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = TRANSFORMERS["hf-vit"].__class__(**{**TRANSFORMERS["hf-vit"].to_dict(), "num_labels": 10})
+    model = ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "hf")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "hf")
+    printed = succeed("evaluate", "--model", tmp_path / "hf", "--data.dataset", images, *OTHER)
+    assert figures_of(printed) == pytest.approx(by_hand(model, images, 22, "bilinear"), rel=1e-5)
+    old, new = save(make_module("deit"), tmp_path / "old.pth"), tmp_path / "new"
+    args = json.dumps({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4})
+    assert f"is a file; `isoprune convert {old}` makes a folder" in refuse(
+        "evaluate", "--model", old, "--data.dataset", images
+    )
+    succeed("convert", old, "--output", new, f"--model_args={args}")
+    printed = succeed("evaluate", "--model", new, "--data.dataset", images)
+    assert list(read(new, "metrics.json").values()) == [figures_of(printed)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.resize", "15"], ["data.resize must be at least the 16 pixels that the model takes, got 15"]),
+        (["--data.resize", "0"], ["data.resize must be between 1 and 16384, got 0"]),
+        (["--data.resize", "half"], ["data.resize", "half"]),
+        (["--data.interpolation", "area"], ["data.interpolation", "area", "nearest", "bilinear", "bicubic"]),
+        (["--pretrained", "false"], ["is pruned already; drawn weights need a dense base"]),
+    ],
+)
+def test_what_cannot_be_evaluated_so_is_one_line(
+    flags: list[str], words: list[str], pruned: Path, images: Path
+) -> None:
+    before = contents(pruned)
+    line = refuse("evaluate", "--model", pruned, "--data.dataset", images, *flags)
+    assert [word for word in words if word not in line] == [], line
+    assert contents(pruned) == before

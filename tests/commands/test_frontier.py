@@ -1,0 +1,153 @@
+"""The stage that cuts several sizes from one scoring."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.command_line import contents, leftovers, read, refuse, succeed
+
+from isoprune_hf.commands.frontier import read_sizes, tabulate_frontier
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning import score as scoring
+from isoprune_hf.pruning.cost.macs import cost_model, count_cost
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+from isoprune_hf.recipes import PruneRecipe
+
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
+NAME = "timm/vit_tiny_patch16_224"
+OPEN = ["--prune.pretrained", "false", "--prune.model_args", json.dumps(MODEL_ARGS), "--prune.num_labels", "10"]
+L1 = ["frontier", NAME, *OPEN, "--prune.criterion", "l1", "--prune.round_to", "2"]
+FILES = {"frontier.csv", "frontier.json", "frontier.svg", "frontier.png", "importance.safetensors"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+def table_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "frontier.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_size_is_the_cut_that_its_budget_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorings = []
+
+    def count_scorings(*arguments: Any, **options: Any) -> ImportanceScores:
+        scorings.append(arguments)
+        return score_groups(*arguments, **options)
+
+    monkeypatch.setattr(scoring, "score_groups", count_scorings)
+    out = tmp_path / "out"
+    printed = succeed(*L1, "--sizes", "0.4,0.75", "--output", out)
+    assert len(scorings) == 1
+    assert {path.name for path in out.iterdir()} == FILES and leftovers(tmp_path) == []
+    rows = table_of(out)
+    assert [float(row["size"]) for row in rows] == [1.0, 0.75, 0.4]
+    model = load_base(NAME, False, model_args=MODEL_ARGS, num_labels=10).model
+    groups = trace_groups(model)
+    scores, cost = score_groups(model, groups, criterion="l1"), cost_model(model, groups)
+    for row in rows:
+        cut = model
+        if row["size"] != "1.0":
+            budget = f"{100 * float(row['size'])}%"
+            recipe = PruneRecipe(criterion="l1", target_macs=budget, round_to=2)
+            cut = apply_plan(model, make_plan(groups, scores, recipe, cost=cost), groups)
+        assert {name: int(row[name]) for name in ("macs", "params")} == count_cost(cut).to_dict()
+        assert float(row["latency_ms"]) > 0
+    assert rows[0].keys() == {"size", "macs", "params", "latency_ms"}  # nothing to measure an accuracy on
+    record = read(out, "frontier.json")
+    assert [{key: str(value) for key, value in row.items()} for row in record["rows"]] == rows
+    assert record["criterion"] == "l1" and record["latency"]["repeats"] == 20
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 2 + len(rows)
+    # Its scores make any other size.
+    again = [
+        "prune",
+        "--prune.model",
+        NAME,
+        *OPEN,
+        "--scores",
+        out / "importance.safetensors",
+        "--prune.round_to",
+        "2",
+    ]
+    succeed(*again, "--prune.target_macs", "75%", "--output", tmp_path / "cut")
+    assert read(tmp_path / "cut", "config.json")["cost"]["pruned"]["macs"] == int(rows[1]["macs"])
+
+
+@pytest.mark.slow
+def test_the_accuracy_is_that_of_the_folder_of_this_size(tmp_path: Path) -> None:
+    data = ["--data.dataset", "digits", "--prune.calibration_batches", "2", "--prune.batch_size", "8"]
+    succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")
+    cut = ["prune", "--prune.model", NAME, *OPEN, *data, "--scores", tmp_path / "out" / "importance.safetensors"]
+    succeed(*cut, "--prune.target_macs", "50%", "--output", tmp_path / "cut")
+    rows, metrics = table_of(tmp_path / "out"), read(tmp_path / "cut", "metrics.json")
+    for row, name in zip(rows, ("base", "pruned"), strict=True):
+        assert {key: float(row[key]) for key in metrics[name]} == metrics[name]
+
+
+def test_a_frontier_is_replaced_only_when_told_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed(*L1, "--sizes", "0.6", "--output", out)
+    before = contents(tmp_path)
+    assert "--overwrite true" in refuse(*L1, "--sizes", "0.5", "--output", out)
+    assert contents(tmp_path) == before
+    succeed(*L1, "--sizes", "0.5", "--scores", out / "importance.safetensors", "--output", out, "--overwrite", "true")
+    assert [row["size"] for row in table_of(out)] == ["1.0", "0.5"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    line = refuse(*L1, "--output", tmp_path / "mine", "--overwrite", "true")
+    assert "holds other files than a result of this command" in line
+
+
+BAD = {
+    "word": (["--sizes", "half"], "--sizes must be numbers between 0 and 1, as 0.8,0.5,0.3, got 'half'"),
+    "none": (["--sizes", ""], "got ''"),
+    "empty part": (["--sizes", "0.5,"], "got ''"),
+    "whole": (["--sizes", "1.0"], "got '1.0'"),
+    "nothing": (["--sizes", "0"], "got '0'"),
+    "nan": (["--sizes", "nan"], "got 'nan'"),
+    "twice": (["--sizes", "0.5,0.50"], "--sizes names 0.5 twice"),
+    "out of reach": (["--sizes", "0.5,0.001"], "cannot be reached"),
+    "steps": (["--prune.steps", "2"], "set prune.steps to 1, not 2"),
+    "no data": (["--prune.criterion", "taylor"], "criterion taylor needs data"),
+    "no scores": (["--scores", "none.safetensors"], "no file of importance scores"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(kind: str, tmp_path: Path) -> None:
+    arguments, words = BAD[kind]
+    assert words in refuse(*L1, *arguments, "--output", tmp_path / "out")
+    assert contents(tmp_path) == {}
+
+
+def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install isoprune-hf[publish]" in refuse(*L1, "--output", tmp_path / "out")
+    assert contents(tmp_path) == {}
+
+
+def test_sizes_are_read_as_they_stand() -> None:
+    assert read_sizes("0.8, .5,3e-1") == (0.8, 0.5, 0.3)
+    with pytest.raises(RecipeError, match="--sizes"):
+        read_sizes("0.8;0.5")
+
+
+def test_the_table_has_the_columns_that_were_measured() -> None:
+    rows = [{"size": 1.0, "macs": 4_600_000_000, "params": 22_000_000, "latency_ms": 12.345, "top1": 0.5}]
+    assert tabulate_frontier(rows).splitlines() == [
+        "| size | GMACs | params (M) | latency (ms) | top-1 % |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        "| 1 | 4.60 | 22.00 | 12.35 | 50.00 |",
+    ]

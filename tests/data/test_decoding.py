@@ -1,0 +1,278 @@
+import io
+import json
+import logging
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from test_evaluation import make_net, make_processor, run_ranks
+
+from isoprune_hf.data.augmentation import TransformedImages
+from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.decoding import Decoding, decode_image
+from isoprune_hf.data.loading import CalibrationBatches
+from isoprune_hf.errors import DatasetError
+from isoprune_hf.evaluation.evaluate import evaluate_model
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
+from isoprune_hf.training.loop import finetune
+
+ORIENTATION = 0x0112
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    shape = (size[1], size[0], channels) if channels > 1 else size[::-1]
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode=mode)
+
+
+def with_orientation(image: Image.Image, value: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    return encode(image, exif=exif)
+
+
+def huge_png() -> bytes:
+    """A PNG that says it has 400 million pixels and holds next to nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "a JPEG cut in its header": (encode(noise(), "JPEG")[:100], "."),
+    "a JPEG cut in its scan": (encode(noise((64, 64)), "JPEG")[:-700], "truncated"),
+    "zero bytes": (b"", "there is not anything in it"),
+    "a page of text": (b"<html>404 Not Found</html>", "not an image of a known format"),
+    "a PNG with a wrong checksum": (encode(noise()).replace(b"IHDR\x00", b"IHDR\x01", 1), "."),
+    "too many pixels": (huge_png(), "exceeds limit"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_broken_is_an_error_in_one_line_that_names_it(kind: str, tmp_path: Path) -> None:
+    content, reason = BROKEN[kind]
+    (tmp_path / "a.jpg").write_bytes(content)
+    split = [{"image": {"path": str(tmp_path / "a.jpg"), "bytes": None}, "label": 0}]
+    with pytest.raises(DatasetError, match=reason) as caught:
+        TransformedImages(split, lambda image: image)[0]
+    assert str(caught.value).startswith(f"data: {tmp_path / 'a.jpg'} cannot be read (")
+    assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_missing_image_are_named() -> None:
+    split = [{"image": {"path": "/no/such.jpg", "bytes": None}, "label": 0}, {"image": None, "label": 0}]
+    images = TransformedImages(split, lambda image: image)
+    with pytest.raises(DatasetError, match=r"data: /no/such.jpg cannot be read \(No such file or directory\)"):
+        images[0]
+    with pytest.raises(DatasetError, match=r"data: image 1 of its split cannot be read \(it is missing\)"):
+        images[1]
+
+
+def test_no_damage_gets_past_the_policy() -> None:
+    rng = np.random.default_rng(0)
+    originals = [encode(noise(), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")]
+    read = 0
+    for content in originals * 60:
+        damaged = bytearray(content)
+        for place in rng.integers(0, min(len(content), 400), 3):
+            damaged[place] = rng.integers(0, 256)
+        split = [{"image": {"path": None, "bytes": bytes(damaged)}, "label": 0}]
+        image = TransformedImages(split, lambda image: image, decoding=Decoding(broken="grey"))[0][1]
+        assert image.mode == "RGB"
+        read += 1
+    assert read == 360
+
+
+def test_odd_images_become_rgb_as_by_hand() -> None:
+    def pixel(content: bytes) -> tuple[int, ...]:
+        image = decode_image(content)
+        assert image.mode == "RGB"
+        return image.getpixel((0, 0))
+
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    red, green, blue = pixel(encode(cmyk, "JPEG", quality=100))
+    assert red > 250 and green < 5 and blue < 5
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, *RED])
+    assert pixel(encode(palette, transparency=bytes([255, 0]))) == RED  # what is transparent keeps its colour
+    assert pixel(encode(Image.fromarray(np.full((2, 2), 200 * 256 + 77, np.uint16)))) == (200, 200, 200)
+    assert pixel(encode(Image.new("L", (3, 3), 7))) == (7, 7, 7)
+    assert pixel(encode(Image.new("LA", (3, 3), (9, 0)))) == (9, 9, 9)
+    assert pixel(encode(Image.new("RGBA", (3, 3), (1, 2, 3, 0)))) == (1, 2, 3)
+    assert pixel(encode(Image.new("1", (3, 3), 1))) == (255, 255, 255)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, GREEN)]
+    assert pixel(encode(frames[0], "GIF", save_all=True, append_images=frames[1:])) == RED
+    one = TransformedImages(
+        [{"image": {"path": None, "bytes": encode(Image.new("RGB", (1, 1), GREEN))}, "label": 0}],
+        lambda image: make_processor()(image, return_tensors="pt")["pixel_values"][0],
+    )[0][1]
+    assert one.shape == (3, 4, 4)
+
+
+# Row and column of the stored pixel (0, 0) in the upright image of 2 x 3 pixels, for each value of the tag.
+CORNERS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+
+
+@pytest.mark.parametrize("value", CORNERS)
+def test_images_are_turned_upright_unless_they_are_wanted_as_stored(value: int) -> None:
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((0, 0), RED)
+    upright = np.asarray(decode_image(with_orientation(image, value)))
+    assert upright.shape[:2] == ((2, 3) if value < 5 else (3, 2))
+    assert tuple(upright[CORNERS[value]]) == RED and (upright.sum(axis=2) > 0).sum() == 1
+    stored = np.asarray(decode_image(with_orientation(image, value), exif=False))
+    assert np.array_equal(stored, np.asarray(image))
+
+
+def write_images(root: Path, broken: dict[str, set[int]], images: int = 12) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(images):
+            folder = root / split / f"class{number * 3 // images}"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{number:02d}.png"
+            Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(path)
+            if number in broken.get(split, ()):
+                path.write_bytes(path.read_bytes()[:60])
+    return root
+
+
+def open_images(root: Path, **changes: Any) -> ImageData:
+    return load_data(DataRecipe(dataset=str(root), **changes))
+
+
+def test_a_skipped_image_has_the_next_one_in_its_place_and_is_marked(tmp_path: Path) -> None:
+    data = open_images(write_images(tmp_path / "images", {"train": {3, 4, 11}}), broken="skip")
+    images = TransformedImages(data.train, np.asarray, decoding=data.decoding)
+    rows = [images[at] for at in range(12)]
+    assert [row[0] for row in rows] == [0, 1, 2, ~3, ~4, 5, 6, 7, 8, 9, 10, ~11]
+    assert [row[2] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 0]  # with the label of the other image
+    assert all(np.array_equal(rows[at][1], rows[other][1]) for at, other in ((3, 5), (4, 5), (11, 0)))
+
+
+def test_a_grey_image_keeps_its_label(tmp_path: Path) -> None:
+    data = open_images(write_images(tmp_path / "images", {"train": {3}}), broken="grey")
+    noted, pixels, label = TransformedImages(data.train, np.asarray, decoding=data.decoding)[3]
+    assert (noted, label) == (~3, 0) and (pixels == 128).all()
+
+
+def test_when_nothing_can_be_read_skipping_ends() -> None:
+    split = [{"image": {"path": None, "bytes": b""}, "label": 0}] * 3
+    with pytest.raises(DatasetError, match="image 1 of its split cannot be read, and neither can those behind it"):
+        TransformedImages(split, np.asarray, decoding=Decoding(broken="skip"))[1]
+
+
+def test_an_evaluation_says_what_it_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_images(tmp_path / "images", {"val": {2, 7}})
+    whole = open_images(write_images(tmp_path / "whole", {})).evaluation
+    net, options = make_net(classes=3), {"batch_size": 5}
+    with pytest.raises(DatasetError, match=r"val/class0/02.png cannot be read \(image file is truncated"):
+        evaluate_model(net, open_images(root).evaluation, make_processor(), **options)
+    data = open_images(root, broken="skip")
+    with caplog.at_level(logging.WARNING):
+        figures = evaluate_model(net, data.evaluation, make_processor(), **options, decoding=data.decoding)
+    rest = whole.select([at for at in range(12) if at not in (2, 7)])
+    assert figures == {**evaluate_model(net, rest, make_processor(), **options), "broken": 2}
+    assert figures["images"] == 10
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and "val/class0/02.png cannot be read" in lines[0] and lines[0].endswith("left out")
+    data = open_images(root, broken="grey")
+    figures = evaluate_model(net, data.evaluation, make_processor(), **options, decoding=data.decoding)
+    assert (figures["images"], figures["broken"]) == (12, 2)
+
+
+def test_more_broken_images_than_allowed_are_an_error(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "images", {"train": {0, 5}, "val": {1, 2}})
+    data = open_images(root, broken="skip", max_broken=1)
+    message = r"data: 2 images of {} cannot be read, more than data.max_broken 1"
+    with pytest.raises(DatasetError, match=message.format("the evaluation")):
+        evaluate_model(make_net(classes=3), data.evaluation, make_processor(), decoding=data.decoding)
+    recipe = FinetuneRecipe(epochs=1, batch_size=4, distillation="none", crop_scale=(1.0, 1.0))
+    only = ImageData(data.train, None, data.label_names, "images", "0", data.decoding)
+    with pytest.raises(DatasetError, match=message.format("epoch 1")):
+        finetune(make_net(classes=3), only, make_processor(), recipe, accelerator=Accelerator(cpu=True))
+    sample = {"batches": 3, "batch_size": 4, "seed": 0, "decoding": data.decoding}
+    with pytest.raises(DatasetError, match=message.format("the calibration sample")):
+        list(CalibrationBatches(data.train, make_processor(), **sample))
+
+
+def test_calibration_takes_the_next_image_and_names_the_broken_one(tmp_path, caplog) -> None:
+    data = open_images(write_images(tmp_path / "images", {"train": {5}}), broken="skip")
+    sample = {"batches": 3, "batch_size": 4, "seed": 0, "decoding": data.decoding}
+    with caplog.at_level(logging.WARNING):
+        labels = torch.cat([labels for _, labels in CalibrationBatches(data.train, make_processor(), **sample)])
+    assert sorted(labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert [record.getMessage() for record in caplog.records if "class1/05.png cannot be read" in record.getMessage()]
+
+
+def test_training_on_broken_images_is_training_on_those_in_their_place(tmp_path: Path, caplog) -> None:
+    broken = open_images(write_images(tmp_path / "images", {"train": {3, 8}}), broken="skip")
+    mended = load_data(DataRecipe(dataset=str(write_images(tmp_path / "whole", {}))))
+    order = [4 if at == 3 else 9 if at == 8 else at for at in range(12)]
+    nets = []
+    for train, decoding in ((broken.train, broken.decoding), (mended.train.select(order), mended.decoding)):
+        data = ImageData(train, None, broken.label_names, "images", "0", decoding)
+        net, recipe = make_net(classes=3), FinetuneRecipe(epochs=2, batch_size=4, distillation="none", hflip=0.5)
+        with caplog.at_level(logging.WARNING):
+            finetune(net, data, make_processor(), recipe, accelerator=Accelerator(cpu=True))
+        nets.append(net)
+    assert all(torch.equal(*pair) for pair in zip(*(net.state_dict().values() for net in nets), strict=True))
+    lines = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
+    assert len(lines) == 4 and "epoch 1: " in lines[0] and "train/class" in lines[0]
+
+
+TRAIN = """
+import json, sys
+from accelerate import Accelerator
+from test_decoding import make_net, make_processor, train_on_ranks
+
+train_on_ranks(sys.argv[1])
+"""
+
+
+def train_on_ranks(folder: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    data = open_images(Path(folder) / "images", broken="skip")
+    recipe = FinetuneRecipe(epochs=1, batch_size=4, virtual_replicas=2, distillation="none")
+    net = make_net(classes=3)
+    history = finetune(net, data, make_processor(), recipe, accelerator=accelerator)["history"]
+    weights = {name: tensor.tolist() for name, tensor in net.state_dict().items()}
+    name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
+    (Path(folder) / name).write_text(json.dumps([history[-1]["broken"], history[-1]["images"], weights]))
+
+
+@pytest.mark.slow
+def test_two_ranks_put_the_same_images_in_the_place_of_broken_ones(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"train": {3, 8}, "val": {0, 1, 5}})
+    run_ranks(TRAIN, tmp_path)
+    train_on_ranks(str(tmp_path))
+    alone, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert ranks[0] == ranks[1] and ranks[0][:2] == alone[:2] == [3, 9]
+    for name, values in alone[2].items():
+        np.testing.assert_allclose(values, ranks[0][2][name], rtol=1e-4, atol=1e-6)
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
+    names = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    split = datasets.Dataset.from_dict({"image": [noise(), noise()], "label": [0, 2]}, features=names)
+    split.info.features["label"] = datasets.ClassLabel(names=["a", "b"])  # as a file may say that others wrote
+    datasets.DatasetDict(train=split).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DatasetError, match="1 of 2 images of split 'train' have no label"):
+        load_data(DataRecipe(dataset=str(tmp_path / "saved")))

@@ -1,0 +1,173 @@
+"""Training on a stream: which images come when, and that a killed run ends in the same bytes."""
+
+import itertools
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from helpers.command_line import read, refuse, succeed
+from helpers.ranks import run, start_ranks, write_slowly
+from PIL import Image
+from test_dataset import write_tar
+
+from isoprune_hf.data.dataset import load_data
+from isoprune_hf.data.streaming import StreamedSplit
+from isoprune_hf.errors import DatasetError
+from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.training import run as run_module
+
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+CACHED = ["--finetune.teacher_cache", "cache", "--finetune.hflip", "0", "--finetune.crop_scale", "[1,1]"]
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Two shards for training, of 6 and 5 images with the grey values 0 to 10, and one for evaluation."""
+    shards = {"train-0": range(6), "train-1": range(6, 11), "val-0": range(3)}
+    for name, numbers in shards.items():
+        write_tar(tmp_path / "tars" / f"{name}.tar", {f"{name}-{number}": number % 3 for number in numbers})
+    return tmp_path / "tars"
+
+
+def names(rows: Iterator[dict]) -> list[str]:
+    return [row["image"]["path"] for row in rows]
+
+
+def streamed(tars: Path, buffer: int = 4) -> StreamedSplit:
+    loaded = load_data(DataRecipe(dataset=str(tars), streaming=True, shuffle_buffer=buffer))
+    assert (loaded.label_names, len(loaded.evaluation), loaded.buffer) == (("0", "1", "2"), 3, buffer)
+    return StreamedSplit(loaded.train, 3, buffer)
+
+
+def test_a_pass_has_each_image_once_in_an_order_of_seed_and_epoch(tars: Path) -> None:
+    split = streamed(tars)
+    first = names(split.rows(0, 1))
+    assert sorted(first) == sorted({f"train-{shard}-{number}.png" for shard, number in numbered()})
+    assert names(split.rows(0, 1)) == first
+    others = [names(split.rows(0, 2)), names(split.rows(1, 1))]
+    assert all(sorted(other) == sorted(first) and other != first for other in others)
+
+
+def numbered() -> list[tuple[int, int]]:
+    return [(0, number) for number in range(6)] + [(1, number) for number in range(6, 11)]
+
+
+def test_ranks_see_different_images_and_all_of_them_and_begin_anew_at_the_end(tars: Path) -> None:
+    split = streamed(tars)
+    parts = [names(split.rows(0, 1, rank=rank, world=2)) for rank in (0, 1)]
+    assert not set(parts[0]) & set(parts[1]) and len(parts[0]) + len(parts[1]) == 11
+    again = names(itertools.islice(split.endless(0, 1, rank=0, world=2), 2 * len(parts[0])))
+    assert again[: len(parts[0])] == parts[0]
+    assert len(Counter(again)) >= 5
+    assert len(split.take(5, 0)) == 5 and len(split.take(50, 0)) == 11
+
+
+def test_a_label_that_is_no_class_is_named_when_it_comes(tars: Path) -> None:
+    split = StreamedSplit(streamed(tars).stream, 2, 4)
+    with pytest.raises(DatasetError, match="an image of the stream has the label 2, the classes are 0 to 1"):
+        list(split.rows(0, 1))
+
+
+def test_numbers_alone_without_an_evaluation_split_are_refused(tars: Path) -> None:
+    (tars / "val-0.tar").unlink()
+    with pytest.raises(DatasetError, match="a stream does not say how many: name the classes"):
+        load_data(DataRecipe(dataset=str(tars), streaming=True))
+    (tars / "classes.txt").write_text("cat\ndog\nowl\n")
+    loaded = load_data(DataRecipe(dataset=str(tars), streaming=True))
+    assert loaded.label_names == ("cat", "dog", "owl") and loaded.evaluation is None
+
+
+def test_other_kinds_of_data_are_streams_too(tmp_path: Path) -> None:
+    digits = load_data(DataRecipe(dataset="digits", streaming=True))
+    assert digits.label_names == tuple("0123456789") and len(digits.evaluation) == 450
+    whole = load_data(DataRecipe(dataset="digits"))
+    whole.train.to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    datasets.DatasetDict(train=whole.train).save_to_disk(str(tmp_path / "arrow"))
+    for split, label in (("train", "a"), ("val", "a")):
+        (tmp_path / "folder" / split / label).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "folder" / split / label / "0.png")
+    for kind, images in (("parquet", 1347), ("arrow", 1347), ("folder", 1)):
+        loaded = load_data(DataRecipe(dataset=str(tmp_path / kind), streaming=True))
+        split = StreamedSplit(loaded.train, len(loaded.label_names), 10)
+        labels = [row["label"] for row in split.rows(0, 1)]
+        assert len(labels) == images
+        assert images == 1 or Counter(labels) == Counter(whole.train["label"])
+
+
+@pytest.fixture
+def command(tmp_path: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    datasets.disable_progress_bars()
+    base = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false", "--prune.num_labels", "data"]
+    base += ["--prune.model_args", json.dumps(MODEL_ARGS), "--prune.criterion", "taylor", "--prune.batch_size", "4"]
+    stream = ["--data.dataset", str(tars), "--data.streaming", "true", "--data.shuffle_buffer", "4"]
+    succeed("prune", *base, *stream, "--output", tmp_path / "pruned")
+    assert read(tmp_path / "pruned", "metrics.json")["pruned"]["images"] == 3
+    tuning = {"epochs": 2, "batch_size": 4, "steps_per_epoch": 4, "state_every": 1, "virtual_replicas": 2}
+    flags = [part for name, value in tuning.items() for part in (f"--finetune.{name}", str(value))]
+    yield ["finetune", "--model", str(tmp_path / "pruned"), *stream, *flags]
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_run_ends_in_the_same_bytes_with_any_number_of_loader_processes(
+    world: int, command: list[str], tmp_path: Path
+) -> None:
+    ended = [rank.wait() for rank in start_ranks([*command, "--output", tmp_path / "alone"], tmp_path / "log", world)]
+    assert [end.code for end in ended] == [0] * world, ended[0].err
+    out = tmp_path / "out"
+    ranks = start_ranks(
+        [*command, "--output", out], tmp_path / "log", world, before=partial(write_slowly, run_module, 0.1)
+    )
+    assert ranks[0].wait_for(lambda: any(out.glob("checkpoints/training/0002-*2")))
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+        rank.wait()
+    again = [*command, "--data.num_workers", "2", "--output", out]
+    ended = [rank.wait() for rank in start_ranks(again, tmp_path / "log", world)]
+    assert [end.code for end in ended] == [0] * world, ended[0].err
+    assert "continuing behind update" in ended[0].out
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+    assert "a stream promises less" in ended[0].out
+
+
+def test_a_broken_image_of_a_stream_is_one_line(command: list[str], tmp_path: Path, tars: Path) -> None:
+    (tars / "train-1.tar").unlink()
+    write_tar(tars / "train-1.tar", {"good": 0}, other=b"x")
+    with (tars / "train-1.tar").open("r+b") as file:  # the first image's pixels
+        content = file.read()
+        place = content.index(b"IDAT")
+        file.seek(place)
+        file.write(b"X" * 20)
+    ended = run([*command, "--output", tmp_path / "out"], tmp_path / "log")
+    assert ended.code == 2 and ended.err.count("\n") == 1 and "good.png cannot be read" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--finetune.repeated_augmentation", "2"], "finetune.repeated_augmentation needs a data set that lies here"),
+        (CACHED, "finetune.teacher_cache needs a data set that lies here"),
+        (["--data.broken", "skip"], "data.broken skip needs a data set that lies here"),
+        (["--finetune.steps_per_epoch", "null"], "set finetune.steps_per_epoch"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(flags: list[str], words: str, command: list[str], tmp_path: Path) -> None:
+    assert words in refuse(*command, *flags, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_per_epoch_shorten_an_epoch_of_a_whole_data_set(command: list[str], tmp_path: Path) -> None:
+    wanted = [*command, "--data.streaming", "false", "--finetune.steps_per_epoch", "1", "--output", tmp_path / "out"]
+    succeed(*wanted, "--finetune.log_every", "1")
+    lines = (tmp_path / "out" / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
+    updates = [entry["update"] for entry in map(json.loads, lines) if "update" in entry]
+    assert updates == [1, 1]
+    assert np.isfinite(read(tmp_path / "out", "metrics.json")["finetuned"]["loss"])

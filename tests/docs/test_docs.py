@@ -1,0 +1,328 @@
+"""README and docs: every block of code is run or understood, every link leads somewhere, every message exists."""
+
+import argparse
+import ast
+import functools
+import re
+import shlex
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from conftest import Pruned
+from helpers.command_line import isoprune
+from helpers.tiny_models import TIMM, make_base
+
+import isoprune_hf
+from isoprune_hf import errors
+from isoprune_hf.cli.parser import parse
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.recipes import PruneRecipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.name for page in PAGES]
+_BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+# The commands of these pages are carried out, not only parsed; a `text` block behind one is a part of what it prints.
+CARRIED_OUT = ("quickstart.md", "concepts.md")
+# Python of these pages that another test runs: in a process without this package.
+RUN_BY = {"export.md": "test_export.py"}
+
+
+_PARSING = sys.modules[parse.__module__]
+
+
+@functools.cache
+def strict_parser(build: Callable[[], argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Build the parser itself, once: a page has up to thirty commands. A flag must be written out."""
+    parser = build()
+    below = [parser]
+    while below:
+        one = below.pop()
+        one.allow_abbrev = False
+        below += [
+            child for action in one._actions if isinstance(action.choices, dict) for child in action.choices.values()
+        ]
+    return parser
+
+
+class Block(NamedTuple):
+    """A block of code of a page, and why it is not run where it is not."""
+
+    kind: str
+    code: str
+    reason: str | None
+    line: int
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = [
+        Block(block["kind"], block["code"], block["reason"], text[: block.start("kind")].count("\n") + 1)
+        for block in _BLOCK.finditer(text)
+    ]
+    assert 2 * len(found) == len(re.findall(r"^ *(?:```|~~~)", text, re.M)), f"{page.name}: a block that is not read"
+    return found
+
+
+def lines_of(block: Block) -> list[list[str]]:
+    """Split a block of shell into commands, and each command into words; comments are left out."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def check_command(words: list[str], where: str) -> None:
+    """Refuse a command that nobody could type: ours by the parser itself, others by what they name."""
+    if words[0] in ("accelerate", "torchrun"):
+        assert words[0] == "torchrun" or words[1] == "launch", where
+        words = words[words.index("train_accelerate.py") :]
+    words = words[: words.index(">")] if ">" in words else words
+    if words[:2] == ["python", "push_to_hub.py"]:
+        words = ["isoprune", "push", *words[2:]]
+    match words:
+        case ["isoprune" | "train_accelerate.py", *flags]:
+            parse(flags)
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), where
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file(), where
+        case ["pip", "install", package]:
+            extras = re.fullmatch(r"isoprune-hf(?:\[([\w,]+)\])?", package)[1]
+            assert all(
+                re.search(rf"^{extra} =", (ROOT / "setup.cfg").read_text(), re.M)
+                for extra in (extras or "all").split(",")
+            ), where
+        case ["hf", "auth", "login"]:
+            assert find_spec("huggingface_hub.cli"), where
+        case _:
+            pytest.fail(f"{where}: what is {words}?")
+
+
+def check_citation(entry: str) -> None:
+    """Refuse a BibTeX entry that says something else than CITATION.cff."""
+    assert re.fullmatch(r"@inproceedings\{\w+,\n(?:  \w+ += \{[^{}]+\},?\n)+\}\n", entry)
+    said = dict(re.findall(r"^  (\w+) += \{([^{}]+)\}", entry, re.M))
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert said == {
+        "title": paper["title"],
+        "author": " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]),
+        "booktitle": paper["collection-title"],
+        "year": str(paper["year"]),
+        "note": paper["identifiers"][0]["value"],
+    }
+
+
+def prepare(name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
+    """Lay out what the Python of a page opens: small models in place of those that the text speaks of."""
+    places = {"README.md": "output/digits/model", "migrating.md": "output/finetuned/deit_4.2g"}
+    if name in places:
+        shutil.copytree(pruned("deit").folder, folder / places[name])
+    if name == "layouts.md":
+        processor = load_base(TIMM["vit"][0], False, model_args=TIMM["vit"][1]).processor
+        recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, layout="uniform")
+        prune_model(make_base("vit", folder), recipe).save(folder / "half", processor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_block_is_run_or_says_why_not(
+    page: Path, pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of(page)
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    if any(block.kind == "python" and block.reason is None for block in blocks):
+        prepare(page.name, pruned, tmp_path)
+    for name in ("recipes", "train_accelerate.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_PARSING, "build_parser", functools.partial(strict_parser, _PARSING.build_parser))
+    printed = ""
+    for block in blocks:
+        where = f"{page.name}:{block.line}"
+        is_run = block.reason is None
+        if block.kind == "bash":
+            printed = ""
+            for words in lines_of(block):
+                check_command(words, where)
+                if is_run and page.name in CARRIED_OUT and words[0] == "isoprune":
+                    done = isoprune(*words[1:])
+                    assert done.code == 0, (where, done.err)
+                    printed += done.out
+        elif block.kind == "python":
+            code = compile(block.code, where, "exec")
+            if is_run and page.name in RUN_BY:
+                assert f'"{page.name}"' in (ROOT / "tests" / RUN_BY[page.name]).read_text(), where
+            elif is_run:
+                exec(code, module.__dict__)
+        elif block.kind == "yaml":
+            (tmp_path / "recipe.yaml").write_text(block.code)
+            parse(["run", "--config", "recipe.yaml"])
+        elif block.kind == "bibtex":
+            check_citation(block.code)
+        else:
+            assert block.kind == "text", f"{where}: a block of {block.kind or 'no language'}"
+            assert not is_run or block.code in printed, f"{where}: not what the command above it prints"
+
+
+def test_a_reason_is_for_what_needs_a_network_or_is_not_ours() -> None:
+    reasons = {(page.name, block.reason) for page in PAGES for block in blocks_of(page) if block.reason is not None}
+    assert reasons == {
+        ("README.md", "what `make demo` prints"),
+        ("command_line.md", "in an environment without extras"),
+        ("scaling.md", "a file of accelerate's"),
+        ("scaling.md", "there is no Slurm here"),
+        ("imagenet_protocol.md", "needs ImageNet"),
+        ("axes.md", "lines from the inside of timm's attention"),
+        ("migrating.md", "commands of the reference"),
+        ("migrating.md", "the reference's way, which executes what the file holds"),
+        ("quickstart.md", "fetches weights and ImageNet"),
+        ("quickstart.md", "needs a login"),
+    }
+
+
+def slug(heading: str) -> str:
+    """Make the anchor of a heading as mkdocs does."""
+    plain = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
+    return re.sub(r"[-\s]+", "-", plain)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    text = _BLOCK.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        place, _, anchor = target.partition("#")
+        file = page.parent / place if place else page
+        assert file.is_file(), f"{page.name}: {target}"
+        headings = re.findall(r"^#+ (.+)$", _BLOCK.sub("", file.read_text()), re.M) if file.suffix == ".md" else []
+        assert not anchor or anchor in map(slug, headings), f"{page.name}: {target}"
+
+
+def navigation(entries: list) -> list[str]:
+    """List the pages below an entry of `nav`."""
+    pages = []
+    for entry in entries:
+        for value in entry.values():
+            pages += navigation(value) if isinstance(value, list) else [value]
+    return pages
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    nav = navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted(page.name for page in PAGES[1:])
+
+
+def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs isoprune-hf[docs]")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="needs isoprune-hf[docs]")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"))
+    assert config.strict
+    assert re.search(r"^docs: .*\n\t.*mkdocs build .*--strict$", (ROOT / "Makefile").read_text(), re.M)
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
+    assert pages.keys() >= {Path(name).with_suffix(".html").name for name in navigation(config.nav)}
+    assert "<em>" not in pages["api.html"]  # a star of a docstring that became emphasis
+    loads = r"<(?:script|img|iframe)[^>]*src=\"(https?:[^\"]*)|<link rel=\"?stylesheet\"?[^>]*href=\"(https?:[^\"]*)"
+    assert {name: found for name, text in pages.items() if (found := re.findall(loads, text))} == {}
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    shown = re.findall(r"^::: isoprune_hf\.(\w+)$", text, re.M)
+    assert sorted(shown) == sorted(set(isoprune_hf.__all__) - {"__version__"})
+
+
+def test_every_error_and_exit_code_is_on_the_page_of_troubles() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    codes = dict(re.findall(r"^\| (\d+) \| .*\|(.*)\|$", text, re.M))
+    faults = {name for name in errors.__all__ if issubclass(getattr(errors, name), errors.TrainingFault)}
+    for name in faults - {"TrainingFault"}:
+        assert f"`{name}`" in codes[str(getattr(errors, name).exit_code)]
+    assert codes.keys() == {str(getattr(errors, name).exit_code) for name in faults} | {"0", "1", "2"}
+    sections = set(re.findall(r"^## (\w+)$", text, re.M))
+    assert sections >= set(errors.__all__) - faults | {"TrainingFault"}
+    for name in faults:
+        assert name in text
+
+
+def messages_of_the_source() -> set[str]:
+    """Collect every text of the package; what is put into it at run time becomes a null character."""
+    texts: set[str] = set()
+    for file in (ROOT / "isoprune_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                texts.add("".join(parts))
+    return texts
+
+
+def test_every_quoted_message_is_one_of_the_source() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    tables = re.findall(r"^\|(?: error \|)? message \| what to do \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+    rows = [row for table in tables for row in table.splitlines()]
+    quoted = [re.match(r"\|(?: `\w+`(?:, `\w+`)* \|)? `([^`]+)` \| .+ \|$", row) for row in rows]
+    assert all(quoted) and len(quoted) > 60
+    source = messages_of_the_source()
+    for message in (match[1] for match in quoted):
+        pattern = re.compile("[^\n]*".join(re.escape(part) for part in message.split("…")))
+        assert any(pattern.search(text) for text in source), message
+
+
+def test_the_readme_has_the_coverage_that_was_measured() -> None:
+    covered = (ROOT / "docs" / "axes.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) of (\d+) \| (\d+) of (\d+) \|", covered, re.M)
+    assert [row[0] for row in rows] == ["timm", "transformers"]
+    assert all(row[1] == row[3] and row[3] == row[5] for row in rows)
+    models, passed, theirs = (sum(int(row[column]) for row in rows) for column in (1, 2, 4))
+    assert f"of {models} of timm and transformers | {passed} | {theirs} |" in (ROOT / "README.md").read_text()
+    anchor = re.search(r"^ANCHOR = (\{.+\})$", (ROOT / "benchmarks" / "coverage.py").read_text(), re.M)
+    assert sum(ast.literal_eval(anchor[1]).values()) == theirs
+
+
+def test_the_zoo_has_the_figures_of_the_recipes() -> None:
+    zoo = re.findall(r"^\| (\w+_[\d.]+g) \| (.*) \|$", (ROOT / "docs" / "model_zoo.md").read_text(), re.M)
+    computed = re.findall(r"^\| (\w+_[\d.]+g) \| (.*) \|$", (ROOT / "docs" / "recipes.md").read_text(), re.M)
+    at_ratios = dict(reversed(computed))
+    assert [name for name, _ in zoo] == list(dict.fromkeys(name for name, _ in computed)) and len(zoo) == 12
+    for name, row in zoo:
+        recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+        published = [recipe["expect"].get(key) for key in ("gmacs", "params_m", "top1")]
+        cells, figures = row.split(" | "), at_ratios[name].split(" | ")
+        exact, table = figures[2].split(" / ")
+        assert cells == [
+            f"`{recipe['prune']['model']}`",
+            *("-" if figure is None else f"{figure:.2f}" for figure in published),
+            *(table, exact, figures[5]),
+            "not trained here",
+        ]
+
+
+def test_the_collection_has_the_rows_of_the_zoo() -> None:
+    zoo = re.findall(r"^\| (\w+_[\d.]+g \| .*) \|$", (ROOT / "docs" / "model_zoo.md").read_text(), re.M)
+    collection = yaml.safe_load((ROOT / "model_cards" / "collection.yaml").read_text())
+    assert len(collection["description"]) <= 150  # the Hub takes no more
+    for row, model in zip(zoo, collection["models"], strict=True):
+        published = [model["published"].get(key) for key in ("gmacs", "params_m", "top1")]
+        computed = model["computed"]
+        assert model["recipe"] == f"recipes/{model['name']}.yaml"
+        assert row.split(" | ") == [
+            model["name"],
+            f"`{model['base']}`",
+            *("-" if figure is None else f"{figure:.2f}" for figure in published),
+            *(f"{computed['gmacs']:.3f}", f"{computed['exact_gmacs']:.3f}", f"{computed['params_m']:.2f}"),
+            model["top1_here"],
+        ]

@@ -1,0 +1,194 @@
+"""Export: other runtimes give the logits of PyTorch, for every batch size, with labels and processor beside them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import torch
+from conftest import LABELS, Pruned
+from helpers.command_line import contents, isoprune, read, refuse
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor
+
+from isoprune_hf.errors import ExportError
+from isoprune_hf.export import export
+from isoprune_hf.export.export import export_model
+
+ROOT = Path(__file__).parents[2]
+FILES = {"config.json", "export.json", "modeling_isoprune.py", "preprocessor_config.json"}
+MODELS = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
+MODELS["torch-export"] = {"model.pt2"}
+
+
+def digits(folder: Path, count: int) -> torch.Tensor:
+    """Handwritten digits as the processor in a folder sees them."""
+    processor = AutoImageProcessor.from_pretrained(folder)
+    drawn = (16 * load_digits().images[:count]).clip(0, 255).astype(np.uint8)
+    images = [Image.fromarray(image).convert("RGB") for image in drawn]
+    return processor(images, return_tensors="pt").pixel_values
+
+
+def answers(target: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
+    """Logits of an exported folder, as a user of its runtime gets them."""
+    if target == "onnx":
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        return session.run(None, {"pixel_values": pixels.numpy()})[0]
+    if target == "openvino":
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        return openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)(pixels.numpy())["logits"]
+    return torch.export.load(folder / "model.pt2").module()(pixels).detach().numpy()
+
+
+CASES = [("vit", "onnx"), ("vit", "openvino"), ("vit", "torch-export"), ("hf-swin", "onnx"), ("resnet", "openvino")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "target"), CASES)
+def test_an_exported_folder_gives_the_logits_of_pytorch_for_batches_of_any_size(
+    family: str, target: str, pruned: Callable[[str], Pruned], tmp_path: Path
+) -> None:
+    sample, out = pruned(family), tmp_path / "out"
+    done = isoprune("export", sample.folder, "--format", target, "--output", out)
+    assert (done.code, done.err) == (0, "")
+    assert {path.name for path in out.iterdir()} == FILES | MODELS[target]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for count in (1, 3, 7):
+        pixels = digits(out, count)
+        with torch.inference_mode():
+            expected = sample.model(pixels).logits.numpy()
+        np.testing.assert_allclose(answers(target, out, pixels), expected, atol=1e-5, rtol=0)
+    record = read(out, "export.json")
+    assert (
+        f"largest difference to PyTorch: {record['difference']:.3g}, logits up to {record['largest']:.3g}" in done.out
+    )
+    assert record["difference"] < 1e-5 < 0.1 < record["largest"]
+    assert (record["batches"], record["same_class"], record["quantize"]) == ([1, 4], 5, "none")
+
+
+@pytest.mark.slow
+def test_labels_and_processor_go_along(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    sample = pruned("vit")
+    export_model(sample.model, sample.processor, tmp_path / "out", target="onnx")
+    names = {str(index): name for index, name in LABELS.items()}
+    assert read(tmp_path / "out", "config.json")["id2label"] == names
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["id2label"]) == names
+    image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30)
+    processors = [AutoImageProcessor.from_pretrained(folder) for folder in (sample.folder, tmp_path / "out")]
+    first, second = (processor(image, return_tensors="pt").pixel_values for processor in processors)
+    assert torch.equal(first, second)
+    code = [(folder / "modeling_isoprune.py").read_bytes() for folder in (sample.folder, tmp_path / "out")]
+    assert code[0] == code[1]
+
+
+@pytest.mark.slow
+def test_the_script_of_the_documentation_runs_without_the_package(
+    pruned: Callable[[str], Pruned], tmp_path: Path
+) -> None:
+    sample = pruned("vit")
+    export_model(sample.model, sample.processor, tmp_path / "exported", target="onnx")
+    image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB")
+    image.save(tmp_path / "image.png")
+    script = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)[1]
+    assert sum(bool(line) for line in script.splitlines()) <= 10
+    (tmp_path / "isoprune_hf.py").write_text("raise ImportError('the script needs no package of ours')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        logits = sample.model(**sample.processor(image, return_tensors="pt")).logits
+    assert done.stdout.strip() == LABELS[int(logits.argmax())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_weights_of_eight_bits_make_a_small_file_and_keep_the_classes(
+    family: str, pruned: Callable[[str], Pruned], tmp_path: Path
+) -> None:
+    sample = pruned(family)
+    sizes = {}
+    for quantize in ("none", "dynamic"):
+        done = export_model(sample.model, sample.processor, tmp_path / quantize, target="onnx", quantize=quantize)
+        sizes[quantize] = [w.nbytes for w in _weights(tmp_path / quantize / "model.onnx")]
+        assert done.same_class == 5
+        assert {path.name for path in (tmp_path / quantize).iterdir()} == FILES | MODELS["onnx"]
+    assert sum(sizes["dynamic"]) < 0.5 * sum(sizes["none"])
+    pixels = digits(tmp_path / "dynamic", 4)
+    with torch.inference_mode():
+        expected = sample.model(pixels).logits.numpy()
+    apart = abs(answers("onnx", tmp_path / "dynamic", pixels) - expected).max() / abs(expected).max()
+    assert 1e-4 < apart < 0.1
+
+
+def _weights(file: Path) -> list[np.ndarray]:
+    onnx = pytest.importorskip("onnx")
+    return [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
+
+
+@pytest.mark.slow
+def test_other_answers_are_an_error_and_leave_what_was_there(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = pruned("vit")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    before = contents(tmp_path)
+
+    def trace(model: torch.nn.Module, pixels: torch.Tensor, made: Callable = export._trace) -> object:
+        with torch.no_grad():
+            next(reversed(list(model.parameters()))).add_(0.1)  # the bias of the head
+        return made(model, pixels)
+
+    monkeypatch.setattr(export, "_trace", trace)
+    with pytest.raises(ExportError, match=r"^the model in torch-export differs from PyTorch by 0\.1 in a logit, more"):
+        export_model(sample.model, sample.processor, tmp_path / "out", target="torch-export")
+    assert contents(tmp_path) == before
+    line = refuse("export", sample.folder, "--format", "torch-export", "--output", tmp_path / "new")
+    assert "no file is kept" in line
+    assert contents(tmp_path) == before
+
+
+def test_a_model_that_cannot_be_traced_is_one_line(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trace(*_: object) -> None:
+        raise RuntimeError("a branch depends\non data")
+
+    monkeypatch.setattr(export, "_trace", trace)
+    line = refuse("export", pruned("vit").folder, "--output", tmp_path / "out")
+    assert "cannot be exported to onnx: RuntimeError: a branch depends on data" in line
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "package"),
+    [("onnx", "onnx"), ("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("openvino", "openvino")],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    target: str, package: str, pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    line = refuse("export", pruned("vit").folder, "--format", target, "--output", tmp_path / "out")
+    assert f"--format {target} needs {package}, which is not installed: pip install isoprune-hf[export]" in line
+    assert contents(tmp_path) == {}
+
+
+def test_what_cannot_be_asked_for_is_refused(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    folder = pruned("vit").folder
+    wrong = ["--format", "openvino", "--quantize", "dynamic", "--output", tmp_path / "out"]
+    assert "--quantize dynamic is for --format onnx, got --format openvino" in refuse("export", folder, *wrong)
+    same = ["--output", folder, "--overwrite", "true"]
+    assert "--output must be another folder than the model's" in refuse("export", folder, *same)
+    assert "no folder" in refuse("export", tmp_path / "none", "--output", tmp_path / "out")
+    assert "onx" in refuse("export", folder, "--format", "onx", "--output", tmp_path / "out")
+    assert contents(tmp_path) == {}

@@ -1,0 +1,70 @@
+"""The command line run in this process: what it printed, how it ended, what it left behind."""
+
+import contextlib
+import io
+import itertools
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from isoprune_hf.cli.main import main
+
+
+class Done(NamedTuple):
+    """How a command ended, and what it said."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+def isoprune(*arguments: str | Path) -> Done:
+    """Run the command line in this process; the logging of the tests is put back afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("isoprune_hf")
+    handlers, levels = root.handlers, (root.level, ours.level)
+    root.handlers = []
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        root.handlers = handlers
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: str | Path) -> str:
+    """Run a command that must succeed, and leave nothing half-written around its output; returns what it printed."""
+    done = isoprune(*arguments)
+    assert (done.code, done.err) == (0, "")
+    for flag, place in itertools.pairwise(arguments):
+        if flag in ("--output", "--model") and Path(place).exists():
+            assert leftovers(Path(place).parent) == []
+    return done.out
+
+
+def refuse(*arguments: str | Path) -> str:
+    """Run a command that must end with one clear line; returns the line."""
+    done = isoprune(*arguments)
+    assert done.code == 2
+    assert re.fullmatch(r"isoprune: error: [^\n]+\n", done.err), done.err
+    assert "Traceback" not in done.out + done.err
+    return done.err
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix in (".tmp", ".old")]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its bytes; None for a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / name).read_text())

@@ -1,0 +1,157 @@
+"""The command line, or a function, in processes forked from this one: all is imported, so they start at once."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from isoprune_hf.cli.main import main
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit code, negative for a signal, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Process:
+    """A command in a forked process, as one of the ranks."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str | Path],
+        log: Path,
+        before: Callable[[], object] | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        port: str = "",
+    ):
+        self._log = log
+        log.mkdir(parents=True, exist_ok=True)
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(log, rank, world, port)
+            if before is not None:
+                before()
+            _run([str(argument) for argument in arguments])
+
+    def send(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, seconds: float = 120) -> Ended:
+        self.wait_for(lambda: self.poll() is not None, seconds)
+        return Ended(self._code, (self._log / "out").read_text(), (self._log / "err").read_text())
+
+    def wait_for(self, holds: Callable[[], bool], seconds: float = 120) -> bool:
+        """Wait until something holds; false where the process ended before."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(f"after {seconds} s: {(self._log / 'err').read_text()}")
+            if self.poll() is not None:
+                return holds()
+            _pause()
+        return True
+
+
+def run(arguments: Sequence[str | Path], log: Path, before: Callable[[], object] | None = None) -> Ended:
+    """Run a command to its end, with changes made in its process before."""
+    return Process(arguments, log, before).wait()
+
+
+def start_ranks(
+    arguments: Sequence[str | Path], log: Path, world: int = 2, before: Callable[[], object] | None = None
+) -> list[Process]:
+    """Start the ranks of a command; a single one as without a launcher."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    return [Process(arguments, log / str(rank), before, rank=rank, world=world, port=port) for rank in range(world)]
+
+
+def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int = 2) -> list[Ended]:
+    """Call a function on ranks of its own; it leaves what it has found in files."""
+
+    def call() -> None:
+        code = 1
+        try:
+            work(Accelerator(cpu=True))
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+
+    return [rank.wait() for rank in start_ranks([], log, world, call)]
+
+
+def write_slowly(module: ModuleType, seconds: float) -> None:
+    """Leave time for a kill behind each state that a module writes."""
+    write = module.write_snapshot
+
+    def slow(*arguments: object, **named: object) -> None:
+        write(*arguments, **named)
+        time.sleep(seconds)
+
+    module.write_snapshot = slow
+
+
+def _pause() -> None:
+    with contextlib.suppress(OSError):
+        os.sched_yield()
+    signal.sigtimedwait([signal.SIGCHLD], 0.002)
+
+
+def _become(log: Path, rank: int, world: int, port: str) -> None:
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+
+
+def _run(arguments: list[str]) -> None:
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    code = 1
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        if sys.exc_info()[0] is not None:  # it never rises past os._exit: the parent reads it
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,425 @@
+"""Pushing: the real client against a Hub in this process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import Pruned
+from helpers.command_line import isoprune, refuse
+from helpers.hub_server import Fault, Hub, serve_hub
+from PIL import Image
+from safetensors.torch import save_file
+
+from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
+from isoprune_hf.errors import CheckpointError, HubError, RecipeError
+from isoprune_hf.hub.push import describe_push, push_folder
+
+TOKEN = "hf_canary0123456789"
+PUSHED = ["README.md", "config.json", "classes.png", "metrics.json", "model.safetensors", "modeling_isoprune.py"]
+PUSHED += ["preprocessor_config.json", "pruning_plan.json"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    (folder / "checkpoints").mkdir(parents=True)
+    cost = {"base": {"macs": 4_000_000, "params": 2_000}, "pruned": {"macs": 1_000_000, "params": 500}}
+    config = {"model_type": "isoprune", "stage": "pruned", "cost": cost, "id2label": {"0": "cat", "1": "dog"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.arange(6.0).reshape(2, 3)}, folder / "model.safetensors")
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "pruning_plan.json").write_text('{"kept": {}}')
+    (folder / "metrics.json").write_text('{"pruned": {"top1": 0.5}}')
+    (folder / "modeling_isoprune.py").write_text("# code\n")
+    (folder / "classes.png").write_bytes(b"\x89PNG\r\n")
+    (folder / "checkpoints" / "state.json").write_text("{}")
+    for name in ("optimizer.pt", ".env", ".hidden.json", "model.tmp.safetensors", "notes.txt"):
+        (folder / name).write_text("stays here")
+    return folder
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited between attempts, without waiting."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def hub(waits: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serve_hub() as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
+        yield hub
+
+
+def run_client(
+    folder: Path, url: str, home: Path, code: str, *arguments: str, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", code, str(folder), *arguments]
+    environment |= extra
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_all_files_of_the_model_arrive_in_one_commit_and_the_token_nowhere(folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from isoprune_hf.hub.push import push_folder; print(push_folder(sys.argv[1], 'user/tiny'))"
+    with serve_hub() as hub:
+        result = run_client(folder, hub.url, tmp_path / "home", code)
+    assert result.returncode == 0, result.stderr
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED)]
+    assert {name: (folder / name).read_bytes() for name in PUSHED} == hub.files["user/tiny"]
+    assert result.stdout.strip().startswith(f"{hub.url}/user/tiny/commit/")
+    assert any(header == f"Bearer {TOKEN}" for _, _, header in hub.requests)
+    assert TOKEN not in result.stdout + result.stderr
+    assert not any(TOKEN.encode() in content for content in hub.files["user/tiny"].values())
+    assert b"user/tiny" in hub.files["user/tiny"]["README.md"]
+
+
+def test_an_own_card_is_kept_and_a_second_push_without_changes_makes_no_commit(folder: Path, hub: Hub) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    first = push_folder(folder, "user/tiny", private=True)
+    assert hub.files["user/tiny"]["README.md"] == b"---\nlicense: mit\n---\nmine\n"
+    assert hub.private == {"user/tiny": True}
+    assert push_folder(folder, "user/tiny") == first
+    assert len(hub.commits) == 1
+
+
+def test_a_pushed_file_reads_back_equal(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    push_folder(folder, "user/tiny")
+    path = huggingface_hub.hf_hub_download("user/tiny", "model.safetensors", cache_dir=tmp_path / "cache")
+    assert Path(path).read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, ["does not know this login", "hf auth login", "HF_TOKEN"]),
+        (403, ["forbids this login to write to user/tiny", "HF_TOKEN"]),
+        (404, ["has no user/tiny", "check the name"]),
+        (429, ["too many requests"]),
+        (418, ["status 418"]),
+    ],
+)
+def test_a_refusal_is_one_clear_line_without_the_token(folder: Path, hub: Hub, status: int, words: list[str]) -> None:
+    hub.refuse = status
+    with pytest.raises(HubError) as caught:
+        push_folder(folder, "user/tiny")
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+    assert hub.commits == []
+
+
+def test_no_login_is_an_error_before_the_first_request(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match=r"^no login for the Hub: log in with `hf auth login`, or set HF_TOKEN.*$"):
+        push_folder(folder, "user/tiny")
+    assert hub.requests == []
+
+
+def test_no_network_is_one_line(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_hub() as closed:
+        pass
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed.url)
+    with pytest.raises(HubError, match=r"^the Hub cannot be reached \(ConnectError\): check the network.*$"):
+        push_folder(folder, "user/tiny")
+
+
+@pytest.mark.parametrize(("damage", "words"), [("\x0bx", "cannot be reached"), ("\u20ac", "that no token has")])
+def test_a_damaged_token_is_not_quoted(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, damage: str, words: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN + damage)
+    with pytest.raises(HubError, match=words) as caught:
+        push_folder(folder, "user/tiny")
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_card_with_damaged_metadata_is_refused_before_any_upload(folder: Path, hub: Hub) -> None:
+    (folder / "README.md").write_text("no metadata\n")
+    with pytest.raises(HubError, match=r"the Hub cannot take tiny: Invalid metadata in README\.md\. - no metadata"):
+        push_folder(folder, "user/tiny")
+    assert hub.commits == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_folder_without_a_needed_file_is_refused(folder: Path, hub: Hub, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        push_folder(folder, "user/tiny")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [('{"model_type": "vit"}', "'vit'"), ("[]", "None"), ("{", "config.json is no JSON")]
+)
+def test_a_folder_of_another_model_is_refused(folder: Path, hub: Hub, text: str, words: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        push_folder(folder, "user/tiny")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("repo", ["tiny", "a/b/c", "user/", "/tiny", "user/ti ny", "../tiny"])
+def test_a_repo_is_user_and_name(folder: Path, hub: Hub, repo: str) -> None:
+    with pytest.raises(RecipeError, match="must look like user/name"):
+        push_folder(folder, repo)
+    assert not (folder / "README.md").exists()
+
+
+# What fails for the moment, and what is there already
+
+
+def sent(hub: Hub) -> list[str]:
+    """Files that were uploaded on their own, outside a commit."""
+    return [path for method, path, _ in hub.requests if method == "PUT"]
+
+
+COMMIT = r"/api/models/user/tiny/commit/main"
+
+
+@pytest.mark.parametrize(
+    ("fault", "waited"),
+    [
+        (Fault("POST", "/api/repos/create", 503), [1.0]),
+        (Fault("POST", "/api/repos/create", 429, times=2, headers={"Retry_After": "17"}), [17.0, 17.0]),
+        (Fault("POST", "/api/repos/create", "drop"), [1.0]),
+        (Fault("POST", COMMIT, 500, times=3), [1.0, 2.0, 4.0]),
+        (Fault("POST", COMMIT, 429, headers={"Retry_After": "3600"}), [300.0]),
+        (Fault("POST", COMMIT, "drop", times=2), [1.0, 2.0]),
+        (Fault("POST", "/api/validate-yaml", 502), [1.0]),
+    ],
+    ids=lambda value: f"{value.pattern} {value.answer}" if isinstance(value, Fault) else "",
+)
+def test_what_fails_for_the_moment_is_tried_again(
+    folder: Path, hub: Hub, waits: list[float], fault: Fault, waited: list[float]
+) -> None:
+    hub.faults.append(fault)
+    url = push_folder(folder, "user/tiny")
+    assert fault.times == 0
+    assert waits == waited
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED)]
+    assert url.startswith(f"{hub.url}/user/tiny/commit/")
+    assert len(sent(hub)) == 1
+
+
+@pytest.mark.parametrize("pattern", ["/api/models/user/tiny/preupload/main", "/user/tiny.git/info/lfs.*", "/lfs/.*"])
+@pytest.mark.parametrize("answer", [429, 503, "drop"])
+def test_faults_on_the_way_of_the_weights_are_survived(folder: Path, hub: Hub, pattern: str, answer: Any) -> None:
+    method = "PUT" if pattern == "/lfs/.*" else "POST"
+    hub.faults.append(Fault(method, pattern, answer))
+    push_folder(folder, "user/tiny")
+    assert hub.faults[0].times == 0
+    assert hub.files["user/tiny"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_change_by_another_is_one_line(folder: Path, hub: Hub, waits: list[float], status: int) -> None:
+    hub.faults.append(Fault("POST", COMMIT, status))
+    with pytest.raises(
+        HubError, match=r"^the Hub has another change of user/tiny under way: look at it, then push again$"
+    ):
+        push_folder(folder, "user/tiny")
+    assert waits == []
+
+
+def test_a_commit_whose_answer_was_lost_is_found_and_not_made_twice(folder: Path, hub: Hub) -> None:
+    hub.faults.append(Fault("POST", COMMIT, "lose"))
+    url = push_folder(folder, "user/tiny")
+    assert len(hub.commits) == 1
+    assert url == f"{hub.url}/user/tiny/commit/{hub.heads['user/tiny', 'main']}"
+
+
+def test_a_push_that_was_interrupted_is_repeated_without_sending_the_weights_again(
+    folder: Path, hub: Hub, waits: list[float]
+) -> None:
+    hub.faults.append(Fault("POST", COMMIT, 503, times=6))
+    with pytest.raises(HubError, match=r"^the Hub answered with status 503: push again later$"):
+        push_folder(folder, "user/tiny")
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert (hub.commits, hub.files["user/tiny"]) == ([], {})  # never a part of it
+    assert len(sent(hub)) == 1
+    push_folder(folder, "user/tiny")
+    assert len(sent(hub)) == 1
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED)]
+
+
+def test_only_what_has_changed_is_sent(folder: Path, hub: Hub) -> None:
+    push_folder(folder, "user/tiny")
+    (folder / "metrics.json").write_text('{"pruned": {"top1": 0.75}}')
+    push_folder(folder, "user/tiny")
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED), ["metrics.json"]]
+    assert len(sent(hub)) == 1
+
+
+# Where it goes
+
+
+def test_a_branch_is_made_and_a_tag_names_the_commit(folder: Path, hub: Hub) -> None:
+    push_folder(folder, "user/tiny", revision="half", tag="v1")
+    assert hub.files["user/tiny"] == {}
+    assert sorted(hub.branches["user/tiny", "half"]) == sorted(PUSHED)
+    assert hub.tags == {("user/tiny", "v1"): hub.heads["user/tiny", "half"]}
+    push_folder(folder, "user/tiny", revision="half", tag="v1")
+    assert len(hub.commits) == 1
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(HubError, match=r"^the tag v1 of user/tiny names another commit: .* choose another tag$"):
+        push_folder(folder, "user/tiny", revision="half", tag="v1")
+
+
+def test_a_pull_request_leaves_the_branch_as_it_is(folder: Path, hub: Hub) -> None:
+    assert push_folder(folder, "user/tiny", create_pr=True) == f"{hub.url}/user/tiny/discussions/1"
+    assert hub.files["user/tiny"] == {}
+    assert sorted(hub.branches["user/tiny", "refs/pr/1"]) == sorted(PUSHED)
+
+
+def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(folder: Path, hub: Hub, waits: list[float]) -> None:
+    hub.faults.append(Fault("POST", COMMIT, "lose"))
+    with pytest.raises(HubError, match="look for a pull request, then push again"):
+        push_folder(folder, "user/tiny", create_pr=True)
+    assert (len(hub.commits), waits) == (1, [])
+    hub.faults.append(Fault("POST", COMMIT, 429))
+    assert push_folder(folder, "user/tiny", create_pr=True).endswith("/discussions/2")
+
+
+def test_a_tag_of_a_pull_request_is_refused(folder: Path, hub: Hub) -> None:
+    with pytest.raises(RecipeError, match="tag v1: a pull request has no commit to name"):
+        push_folder(folder, "user/tiny", tag="v1", create_pr=True)
+    assert hub.requests == []
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    before = sorted(path.name for path in folder.iterdir())
+    text = describe_push(folder, "user/tiny", revision="half", tag="v1")
+    head, *lines = text.splitlines()
+    assert head == "user/tiny: 8 files in one commit to branch half, tag v1; nothing was sent"
+    listed = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in lines[:8]}
+    assert sorted(listed) == sorted(PUSHED)
+    assert {name: listed[name] for name in before if name in listed} == {
+        name: (folder / name).stat().st_size for name in before if name in listed
+    }
+    assert "pipeline_tag: image-classification" in text and "\n# tiny\n" in text
+    assert "to a pull request" in describe_push(folder, "user/tiny", create_pr=True)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["extra.json", "model.safetensors"])
+def test_a_link_is_not_followed(folder: Path, hub: Hub, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text(TOKEN)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*secret; push a folder that holds its own files"):
+        push_folder(folder, "user/tiny")
+    assert hub.requests == []
+
+
+def test_the_token_is_in_no_file_no_body_and_no_log(
+    folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("DEBUG")
+    hub.faults += [
+        Fault("POST", COMMIT, 500),
+        Fault("PUT", "/lfs/.*", 503),
+        Fault("POST", "/api/repos/create", "drop"),
+    ]
+    push_folder(folder, "user/tiny", revision="half", tag="v1")
+    assert {header for _, path, header in hub.requests if path.startswith("/api/models")} == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN.encode() in body for body in hub.bodies) and len(hub.bodies) == len(hub.requests)
+    assert not any(TOKEN in path for _, path, _ in hub.requests)
+    assert not any(TOKEN.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert TOKEN not in caplog.text + "".join(capfd.readouterr())
+
+
+# The command, and what a stranger opens
+
+
+def test_a_folder_that_the_doctor_refuses_is_not_pushed(
+    pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pruned("vit").folder, tmp_path / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    config["cost"]["pruned"]["macs"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "is not pushed: cost: " in refuse("push", folder, "--repo", "user/vit")
+    config["cost"]["pruned"]["macs"] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "modeling_isoprune.py").open("a") as file:
+        file.write("import os\n")
+    line = refuse("push", folder, "--repo", "user/vit")
+    assert "modeling_isoprune.py is not the code of this isoprune_hf" in line and "--check false" in line
+    assert hub.requests == []
+    assert isoprune("push", folder, "--repo", "user/vit", "--check", "false").code == 0
+
+
+OPEN = """
+import json, sys
+from pathlib import Path
+if "package" in sys.argv:
+    import isoprune_hf
+else:
+    sys.modules["isoprune_hf"] = None
+from transformers import pipeline
+from PIL import Image
+options = {} if "package" in sys.argv else {"trust_remote_code": True}
+classify = pipeline("image-classification", model="user/vit", revision=sys.argv[2], **options)
+print(json.dumps(classify(Image.open(sys.argv[1]), top_k=7)))
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_opens_what_was_pushed_with_and_without_the_package_by_revision_and_offline(
+    pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path
+) -> None:
+    sample = pruned("vit")
+    folder = shutil.copytree(sample.folder, tmp_path / "vit")
+    hub.faults += [Fault("POST", "/api/models/user/vit/commit/half", 503), Fault("PUT", "/lfs/.*", "drop")]
+    done = isoprune("push", folder, "--repo", "user/vit", "--revision", "half", "--tag", "v1")
+    assert done.code == 0
+    assert done.err.splitlines() == [
+        "the Hub answered with status 503: trying again in 1 s"
+    ]  # the client itself sends the file again
+    assert done.out == f"{hub.url}/user/vit/commit/{hub.tags['user/vit', 'v1']}\n"
+    code = hub.branches["user/vit", "half"]["modeling_isoprune.py"]
+    assert code == code_that_ships().encode()
+    image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB")
+    image.save(tmp_path / "image.png")
+    with torch.inference_mode():
+        logits = sample.model(**sample.processor(image, return_tensors="pt")).logits[0]
+    expected = {sample.model.config.id2label[index]: float(p) for index, p in enumerate(logits.softmax(0))}
+    for mode, revision, extra in (
+        ("alone", "v1", {}),
+        ("package", "half", {}),
+        ("package", "half", {"HF_HUB_OFFLINE": "1"}),
+    ):
+        asked = len(hub.requests)
+        done = run_client(tmp_path / "image.png", hub.url, tmp_path / "home", OPEN, revision, mode, **extra)
+        assert done.returncode == 0, done.stderr
+        found = {entry["label"]: entry["score"] for entry in json.loads(done.stdout.splitlines()[-1])}
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert (len(hub.requests) == asked) == bool(extra)

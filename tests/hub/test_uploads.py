@@ -1,0 +1,195 @@
+"""Uploads of stages: beside the training and at its end, against a Hub in this process."""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import LABELS, Pruned
+from helpers.command_line import isoprune, leftovers, refuse, succeed
+from helpers.hub_server import Fault, Hub
+from PIL import Image
+from test_push import COMMIT, TOKEN, folder, hub, waits  # noqa: F401
+
+from isoprune_hf.errors import HubError
+from isoprune_hf.hub.push import push_folder
+from isoprune_hf.hub.uploads import Uploads
+
+FILES = ["README.md", "config.json", "model.safetensors", "modeling_isoprune.py", "preprocessor_config.json"]
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for label in LABELS.values():
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / label / f"{number}.png")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield tmp_path / "images"
+    datasets.enable_progress_bars()
+
+
+def test_a_training_sends_checkpoints_and_its_result_and_ends_in_the_same_weights(
+    pruned: Callable[[str], Pruned],
+    images: Path,
+    hub: Hub,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = ["finetune", "--model", pruned("vit").folder, "--data.dataset", images, "--finetune.epochs", "4"]
+    command += ["--finetune.batch_size", "7"]
+    succeed(*command, "--output", tmp_path / "alone")
+    assert hub.requests == []
+    pushing = ["--push_to_hub", "user/tiny", "--push_every", "3"]
+    said = succeed(*command, "--output", tmp_path / "out", *pushing)
+    assert said.endswith(f"It is at {hub.url}/user/tiny/commit/{hub.heads['user/tiny', 'main']}\n")
+    assert [(commit["branch"], commit["summary"]) for commit in hub.commits] == [
+        ("training", "Upload the checkpoint of epoch 3"),
+        ("main", "Upload pruned model"),
+    ]
+    assert sorted(hub.branches["user/tiny", "training"]) == FILES
+    on_the_way = hub.branches["user/tiny", "training"]["model.safetensors"]
+    assert len(on_the_way) == len(hub.files["user/tiny"]["model.safetensors"])
+    assert on_the_way not in (hub.files["user/tiny"]["model.safetensors"], b"")
+    for name in ("model.safetensors", "config.json", "metrics.json"):
+        assert hub.files["user/tiny"][name] == (tmp_path / "out" / name).read_bytes()
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == hub.files["user/tiny"]["model.safetensors"]
+    assert leftovers(tmp_path) == []
+    assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    # The same line again trains nothing, and sends what is not there yet.
+    del hub.files["user/tiny"]["metrics.json"]
+    succeed(*command, "--output", tmp_path / "out", *pushing)
+    assert [commit["paths"] for commit in hub.commits[2:]] == [["metrics.json"]]
+
+
+def test_a_cut_is_sent(pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+    base = ["--prune.model", pruned("vit").folder, "--prune.criterion", "l1", "--prune.ratio", "0.2"]
+    succeed("prune", *base, "--output", tmp_path / "out", "--push_to_hub", "user/tiny")
+    assert hub.files["user/tiny"]["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    hub.faults.append(Fault("POST", COMMIT, 403))
+    line = refuse("prune", *base, "--output", tmp_path / "two", "--push_to_hub", "user/tiny")
+    assert f"the result is in {tmp_path / 'two'}: send it with `isoprune push {tmp_path / 'two'} --repo user/" in line
+    assert (tmp_path / "two" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--push_to_hub", "tiny"], "repo must look like user/name, got 'tiny'"),
+        (["--push_every", "1"], "push_every must be at least 1 and needs push_to_hub, got 1 and None"),
+        (["--push_to_hub", "user/tiny", "--push_every", "0"], "push_every must be at least 1"),
+    ],
+)
+def test_wishes_that_do_not_fit_are_refused_before_any_work(
+    hub: Hub,  # noqa: F811
+    tmp_path: Path,
+    flags: list[str],
+    words: str,
+) -> None:
+    line = refuse("finetune", "--model", "nowhere", "--data.dataset", "digits", "--output", tmp_path / "out", *flags)
+    assert words in line
+    assert (hub.requests, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_a_missing_login_shows_before_the_training(
+    hub: Hub,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    command = ["finetune", "--model", "nowhere", "--data.dataset", "digits", "--output", tmp_path / "out"]
+    assert "no login for the Hub" in refuse(*command, "--push_to_hub", "user/tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_does_not_wait_for_an_upload_and_what_is_sent_is_what_was_offered(
+    folder: Path,  # noqa: F811
+    hub: Hub,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    uploads, offered = Uploads("user/tiny", 1), (folder / "model.safetensors").read_bytes()
+    hub.gate.clear()  # the Hub takes no file until it is set
+    uploads.offer(folder, 1)
+    assert threading.active_count() > 1 and hub.commits == []
+    uploads.offer(folder, 2)
+    assert "the upload of an earlier checkpoint to user/tiny goes on: epoch 2 is not sent" in caplog.text
+    (folder / "model.safetensors").rename(folder / "old")  # as a folder that is replaced
+    (folder / "model.safetensors").write_bytes(b"of epoch 2")
+    hub.gate.set()
+    (folder / "model.safetensors").write_bytes(offered)
+    uploads.finish(folder)
+    assert [commit["summary"] for commit in hub.commits] == ["Upload the checkpoint of epoch 1", "Upload pruned model"]
+    assert hub.branches["user/tiny", "training"]["model.safetensors"] == offered
+    assert leftovers(folder.parent) == []
+
+
+def test_an_upload_that_fails_is_a_warning(folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    uploads = Uploads("user/tiny", 2)
+    hub.faults.append(Fault("POST", "/api/models/user/tiny/commit/training", 403))
+    uploads.offer(folder, 1)  # not due
+    uploads.offer(folder, 2)
+    uploads.finish(folder)
+    warning = "the checkpoint of epoch 2 was not sent: the Hub forbids this login to write to user/tiny"
+    assert warning in caplog.text and caplog.text.count("was not sent") == 1
+    assert [commit["branch"] for commit in hub.commits] == ["main"]
+
+
+# What `push` says and does beside the commit
+
+
+def test_each_attempt_is_said(folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    hub.faults += [
+        Fault("POST", COMMIT, 429, headers={"Retry_After": "17"}),
+        Fault("POST", "/api/repos/create", "drop"),
+    ]
+    caplog.set_level(logging.WARNING)
+    push_folder(folder, "user/tiny")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("isoprune_hf")] == [
+        "the Hub cannot be reached (RemoteProtocolError): trying again in 1 s",
+        "the Hub answered with status 429: trying again in 17 s",
+    ]
+
+
+def test_a_model_is_added_to_a_collection_once(folder: Path, hub: Hub) -> None:  # noqa: F811
+    slug = "user/small-models-64f9a55bb3115b4f513ec026"
+    hub.collections[slug] = ["user/other"]
+    for _ in range(2):
+        push_folder(folder, "user/tiny", collection=slug)
+    assert hub.collections == {slug: ["user/other", "user/tiny"]}
+    with pytest.raises(HubError, match=r"^the Hub has no collection user/none that this login may change: the files "):
+        push_folder(folder, "user/tiny", collection="user/none")
+    assert len(hub.commits) == 1
+    line = refuse("push", folder, "--repo", "user/tiny", "--collection", "https://hf.co/collections/user/a")
+    assert "collection must be the end of its address, user/title-id, got 'https://hf.co/collections/user/a'" in line
+    listed = isoprune(
+        "push", folder, "--repo", "user/tiny", "--collection", slug, "--dry_run", "true", "--check", "false"
+    )
+    assert listed.out.splitlines()[0].endswith(f"to branch main, collection {slug}; nothing was sent")
+
+
+def test_the_collection_of_the_recipes_is_made_by_the_lines_beside_it(
+    folder: Path,  # noqa: F811
+    hub: Hub,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(__file__).parents[2]
+    (lines,) = re.findall(r"```python\n(.*?)```", (root / "model_cards" / "README.md").read_text(), re.S)
+    lines = lines.replace("HfApi()", f"HfApi(endpoint={hub.url!r}, token={TOKEN!r})")
+    for name in ("swin_4.5g", "deit_0.6g"):
+        push_folder(folder, f"user/{name}")
+    monkeypatch.chdir(root)
+    for _ in range(2):
+        exec(lines, {})
+        slug = capsys.readouterr().out.split()[-1]
+        assert hub.collections == {slug: ["user/deit_0.6g", "user/swin_4.5g"]}
+    assert slug.startswith("user/isomorphic-pruning-")

@@ -1,0 +1,157 @@
+"""Scorings that are killed: the same command ends in the same bytes, by real processes."""
+
+import errno
+import json
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pytest
+from helpers.command_line import succeed
+from helpers.ranks import Ended, Process, run, start_ranks, write_slowly
+from PIL import Image
+
+from isoprune_hf.pruning.calibration import resumable as keeping
+
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CRITERIA = ["taylor", "hessian", "gate_fisher_joint", "activation_variance"]
+
+
+class Case(NamedTuple):
+    """A command without criterion and output, and what it writes undisturbed, by criterion."""
+
+    root: Path
+    command: list[str]
+
+    def alone(self, criterion: str) -> bytes:
+        path = self.root / f"{criterion}.safetensors"
+        if not path.exists():
+            succeed(*self.command, "--prune.criterion", criterion, "--output", path)
+        return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    root = tmp_path_factory.mktemp("keeping")
+    rng = np.random.default_rng(0)
+    for label in range(6):
+        (root / "images" / "train" / f"class{label}").mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / "train" / f"class{label}" / f"{number}.png")
+    command = ["score", "--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false"]
+    command += ["--prune.num_labels", "6", "--prune.model_args", json.dumps(MODEL_ARGS), "--prune.batch_size", "2"]
+    command += ["--prune.calibration_batches", "12", "--data.dataset", str(root / "images")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        datasets.disable_progress_bars()
+        yield Case(root, command)
+        datasets.enable_progress_bars()
+
+
+def states(folder: Path, rank: int = 0) -> list[Path]:
+    return sorted(folder.glob(f".out.scoring-{rank}/*/0001-*"))
+
+
+def kill_behind(command: list[str], folder: Path, number: int) -> None:
+    process = Process(command, folder / "log", before=partial(write_slowly, keeping, 0.05))
+    assert process.wait_for(lambda: bool(states(folder)) and int(states(folder)[-1].name[5:]) >= number)
+    process.send(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
+    assert not (folder / "out").exists() and states(folder)
+
+
+def assert_same(ended: Ended, folder: Path, expected: bytes) -> None:
+    assert (ended.code, ended.err) == (0, "")
+    assert (folder / "out").read_bytes() == expected
+    assert not [path for path in folder.iterdir() if path.name.startswith(".out")]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_scoring_killed_twice_ends_in_the_bytes_of_one_that_was_not(
+    criterion: str, case: Case, tmp_path: Path
+) -> None:
+    command = [*case.command, "--prune.criterion", criterion, "--prune.state_minutes", "0"]
+    command += ["--output", str(tmp_path / "out")]
+    for number in (2, 5):
+        kill_behind(command, tmp_path, number)
+    ended = run(command, tmp_path / "log")
+    assert "the scoring goes on behind micro-batch " in ended.out
+    assert_same(ended, tmp_path, case.alone(criterion))
+
+
+def test_two_ranks_go_on_each_from_where_it_was(case: Case, tmp_path: Path) -> None:
+    command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
+    paired = start_ranks([*command, "--output", str(tmp_path / "paired")], tmp_path / "log")
+    assert [rank.wait().code for rank in paired] == [0, 0]
+    command += ["--output", str(tmp_path / "out")]
+    ranks = start_ranks(command, tmp_path / "log", before=partial(write_slowly, keeping, 0.05))
+    assert ranks[0].wait_for(lambda: all(states(tmp_path, rank) for rank in (0, 1)))
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+    assert [rank.wait().code for rank in ranks] == [-signal.SIGKILL] * 2
+    ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log")]
+    assert "the scoring goes on behind micro-batch " in ended[0].out
+    assert_same(ended[0], tmp_path, (tmp_path / "paired").read_bytes())
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it_and_then_to_the_beginning(case: Case, tmp_path: Path) -> None:
+    command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
+    command += ["--output", str(tmp_path / "out")]
+    kill_behind(command, tmp_path, 3)
+    *_, older, newest = states(tmp_path)  # three, if it was killed before it took one away
+    damage(newest)
+    ended = run(command, tmp_path / "log")
+    assert f"the scoring goes on behind micro-batch {int(older.name[5:])}" in ended.out
+    assert_same(ended, tmp_path, case.alone("taylor"))
+    (tmp_path / "out").unlink()
+    kill_behind(command, tmp_path, 3)
+    for path in states(tmp_path):
+        damage(path)
+    ended = run(command, tmp_path / "log")
+    assert "the scoring begins anew: no state of it in " in ended.out and "goes on" not in ended.out
+    assert_same(ended, tmp_path, case.alone("taylor"))
+
+
+def damage(state: Path) -> None:
+    content = bytearray((state / "tensors.safetensors").read_bytes())
+    content[-5] ^= 1
+    (state / "tensors.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "other", [["--prune.seed", "1"], ["--prune.criterion", "taylor_l2"], ["--data.resize", "20"]], ids=lambda o: o[0]
+)
+def test_another_scoring_does_not_go_on_from_it(other: list[str], case: Case, tmp_path: Path) -> None:
+    command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
+    kill_behind([*command, "--output", str(tmp_path / "out")], tmp_path, 2)
+    succeed(*command, *other, "--output", tmp_path / "alone")
+    ended = run([*command, *other, "--output", str(tmp_path / "out")], tmp_path / "log")
+    assert "goes on" not in ended.out
+    assert_same(ended, tmp_path, (tmp_path / "alone").read_bytes())
+
+
+def test_a_full_disk_costs_the_states_and_not_the_scoring(case: Case, tmp_path: Path) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
+    ended = run(
+        [*command, "--output", str(tmp_path / "out")],
+        tmp_path / "log",
+        before=lambda: setattr(keeping, "write_snapshot", full),
+    )
+    assert "cannot be kept in" in ended.out and "(No space left on device); scoring goes on" in ended.out
+    assert_same(ended, tmp_path, case.alone("taylor"))
+
+
+def test_a_short_scoring_writes_no_states(case: Case, tmp_path: Path) -> None:
+    before = lambda: setattr(keeping, "write_snapshot", None)  # noqa: E731
+    command = [*case.command, "--prune.criterion", "taylor", "--output", str(tmp_path / "out")]
+    assert_same(run(command, tmp_path / "log", before=before), tmp_path, case.alone("taylor"))

@@ -1,0 +1,239 @@
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import FAMILIES, make_base, make_images
+from torch import nn
+
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning.cost.macs import cost_model, count_cost
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.recipes import PruneRecipe
+
+
+def plan_random(model, seed=0, **options):
+    groups = trace_groups(model)
+    scores = score_groups(model, groups, criterion="random", seed=seed)
+    recipe = PruneRecipe(
+        **{"criterion": "taylor", "ratio": 0.4, "head_ratio": 0.3, "head_dim_ratio": 0.3, "round_to": 1, **options}
+    )
+    return groups, make_plan(groups, scores, recipe, cost=cost_model(model, groups))
+
+
+class KeptNorm(nn.Module):
+    """The oracle's norm: statistics over the kept channels alone, zeros in the others."""
+
+    def __init__(self, norm, kept, channels_first):
+        super().__init__()
+        self.norm, self.kept, self.channels_first = norm, kept, channels_first
+
+    def forward(self, hidden):
+        hidden = hidden.movedim(1, -1) if self.channels_first else hidden
+        weight, bias = self.norm.weight[self.kept], self.norm.bias[self.kept]
+        if isinstance(self.norm, nn.GroupNorm):
+            first = hidden[..., self.kept].movedim(-1, 1)
+            inner = nn.functional.group_norm(first, self.norm.num_groups, weight, bias, self.norm.eps).movedim(1, -1)
+        else:
+            inner = nn.functional.layer_norm(hidden[..., self.kept], (len(self.kept),), weight, bias, self.norm.eps)
+        output = torch.zeros_like(hidden)
+        output[..., self.kept] = inner
+        output = getattr(self.norm, "act", nn.Identity())(output)
+        return output.movedim(-1, 1) if self.channels_first else output
+
+
+def masked_base(model, groups, plan):
+    """The base with every removed element zeroed, norms restricted to the kept channels: what the cut must equal."""
+    masked = copy.deepcopy(model)
+    removed = {}
+    for group in groups:
+        if group.name not in plan.kept:
+            continue
+        leaving = np.setdiff1d(np.arange(group.channels), plan.kept[group.name])
+        for member in group.members:
+            removed.setdefault((member.parameter, member.dim), set()).update(member.index[leaving].ravel().tolist())
+        if group.num_heads:
+            heads = plan.heads[group.name]
+            head_dim = len(plan.kept[group.name]) // len(heads)
+            # Eager and fused attention: the temperature is that of the dims that are left.
+            ratio = (group.head_dim / head_dim) ** 0.5
+            attention = masked.model.get_submodule(group.name)
+            queries = getattr(attention, "qkv", None) or attention.q_proj
+            rows = queries.weight.shape[0] if queries is getattr(attention, "q_proj", None) else group.channels
+            with torch.no_grad():
+                queries.weight[:rows] *= ratio
+                if queries.bias is not None:
+                    queries.bias[:rows] *= ratio
+    with torch.no_grad():
+        for (name, dim), positions in removed.items():
+            tensor = masked.model.get_submodule(name.rpartition(".")[0])._parameters.get(name.rpartition(".")[2])
+            if tensor is not None:
+                tensor.index_fill_(dim, torch.tensor(sorted(positions)), 0.0)
+    for path, module in list(masked.model.named_modules()):
+        gone = removed.get((f"{path}.weight", 0))
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm) and gone:
+            kept = torch.tensor([i for i in range(len(module.weight)) if i not in gone])
+            channels_first = isinstance(module, nn.GroupNorm) or type(module).__name__ == "LayerNorm2d"
+            channels_first = channels_first or getattr(module, "data_format", "") == "channels_first"
+            masked.model.set_submodule(path, KeptNorm(module, kept, channels_first))
+    return masked
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cut_equals_the_base_with_the_removed_elements_zeroed(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path).double()
+    groups, plan = plan_random(model)
+    assert len(plan.kept) >= 0.8 * len(groups)
+    pruned = apply_plan(model, plan, groups)
+    images = make_images(model).double()
+    with torch.no_grad():
+        expected = masked_base(model, groups, plan)(images).logits
+        found, dense = pruned(images).logits, model(images).logits
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (found - dense).abs().max() > 1e-2 * dense.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ratio_zero_changes_nothing_bit_for_bit(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    groups, plan = plan_random(model, ratio=0.0, head_ratio=0.0, head_dim_ratio=0.0)
+    assert plan.kept == {} and plan.heads == {}
+    pruned = apply_plan(model, plan, groups)
+    assert pruned.config.structure == {"shapes": {}, "attributes": {}, "removed": []}
+    with torch.no_grad():
+        assert torch.equal(pruned(make_images(model)).logits, model(make_images(model)).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cut_model_trains_copies_and_costs_what_was_planned(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    groups, plan = plan_random(model, round_to=2)
+    pruned = apply_plan(model, plan, groups)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert count_cost(pruned).to_dict() == plan.achieved["pruned"]
+    pruned.train()
+    loss = pruned(make_images(model), labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    gradients = [p.grad for p in pruned.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+    pruned.eval()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(pruned)(make_images(model)).logits, pruned(make_images(model)).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_knows_the_size_of_its_tensors(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    groups, plan = plan_random(model)
+    for name, module in apply_plan(model, plan, groups).model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == tuple(module.weight.shape), name
+        if isinstance(module, nn.Conv2d):
+            sizes = (module.out_channels, module.in_channels // module.groups)
+            assert sizes == tuple(module.weight.shape[:2]), name
+        if isinstance(module, nn.BatchNorm2d):
+            sizes = {len(t) for t in (module.weight, module.bias, module.running_mean, module.running_var)}
+            assert sizes == {module.num_features}, name
+        if isinstance(module, nn.LayerNorm):
+            assert module.normalized_shape == tuple(module.weight.shape) == tuple(module.bias.shape), name
+
+
+def test_attention_numbers_follow_heads_and_dims(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups, plan = plan_random(model)
+    pruned = apply_plan(model, plan, groups)
+    for group in groups:
+        if group.num_heads:
+            attention = pruned.model.get_submodule(group.name)
+            heads = len(plan.heads[group.name])
+            assert attention.num_heads == heads
+            assert attention.attn_dim == len(plan.kept[group.name]) == attention.proj.in_features
+            assert attention.head_dim == attention.attn_dim // heads
+            assert attention.scale == attention.head_dim**-0.5
+            assert attention.qkv.out_features == 3 * attention.attn_dim
+
+
+def test_fused_and_eager_attention_agree_after_the_cut(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups, plan = plan_random(model)
+    pruned = apply_plan(model, plan, groups)
+    with torch.no_grad():
+        fused = pruned(make_images(model)).logits
+        for module in pruned.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        eager = pruned(make_images(model)).logits
+    torch.testing.assert_close(fused, eager, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_the_cut_model_compiles_without_graph_breaks(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    groups, plan = plan_random(model)
+    pruned = apply_plan(model, plan, groups).eval()
+    images = make_images(model)
+    with torch.no_grad():
+        compiled = torch.compile(pruned, fullgraph=True)(images).logits
+        torch.testing.assert_close(compiled, pruned(images).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_replayed_plan_gives_the_same_tensors_bit_for_bit(tmp_path: Path) -> None:
+    model = make_base("deit", tmp_path)
+    groups, plan = plan_random(model)
+    first = apply_plan(model, plan, groups).state_dict()
+    second = apply_plan(model, PruningPlan.from_json(plan.to_json())).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_kept_rows_of_fused_queries_keys_and_values_are_the_base_rows(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups, plan = plan_random(model)
+    pruned = apply_plan(model, plan, groups)
+    name = "blocks.0.attn"
+    stream = torch.tensor(plan.kept["patch_embed.proj"])
+    rows = torch.tensor([part * 32 + channel for part in range(3) for channel in plan.kept[name]])
+    expected = model.model.blocks[0].attn.qkv.weight[rows][:, stream]
+    assert torch.equal(pruned.model.blocks[0].attn.qkv.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan["kept"].update({"nowhere": [0]}), "no group 'nowhere'"),
+        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": []}), "of blocks.0.mlp.fc1 must be"),
+        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": [3, 1]}), "of blocks.0.mlp.fc1 must be"),
+        (lambda plan: plan["kept"].update({"blocks.0.mlp.fc1": [0, 128]}), "from 0 to 127"),
+        (lambda plan: plan["kept"].update({"blocks.0.attn": [0, 1, 8]}), "same number of dims"),
+        (lambda plan: plan["heads"].update({"blocks.0.attn": [0, 1, 2, 3]}), "same number of dims"),
+        (lambda plan: plan.update({"version": 2}), "version 2, this code reads 1"),
+        (lambda plan: plan.pop("heads"), "not a plan"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_by_name(change, message: str, tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    _, plan = plan_random(model)
+    values = json.loads(plan.to_json())
+    change(values)
+    with pytest.raises(CheckpointError, match=message):
+        apply_plan(model, PruningPlan.from_json(json.dumps(values)))
+
+
+def test_one_dim_in_each_head_is_followed_where_a_linear_then_adds_its_bias_apart() -> None:
+    sizes = {"img_size": 112, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2)}
+    model = load_base("timm/swin_tiny_patch4_window7_224", pretrained=False, model_args=sizes).model
+    groups = trace_groups(model)
+    recipe = PruneRecipe(criterion="taylor", head_ratio=0.0, head_dim_ratio=1.0, min_keep=1, round_to=1)
+    plan = make_plan(groups, score_groups(model, groups, criterion="random"), recipe)
+    assert [len(plan.kept[name]) for name in plan.heads] == [2, 2]
+    pruned = apply_plan(model, plan, groups)
+    assert pruned.config.cost["pruned"] == count_cost(pruned).to_dict()

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+
+from isoprune_hf.pruning.deciding.rounding import best_units, keep_counts, round_counts, width_step
+from isoprune_hf.pruning.groups import CoupledGroup, Member
+
+
+def ascending(**scores):
+    return {name: np.sort(np.asarray(values, dtype=float)) for name, values in scores.items()}
+
+
+def ones(units):
+    return dict.fromkeys(units, 1)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.3, 0.45, 0.5, 0.8, 0.9])
+def test_exactly_the_rounded_share_of_a_class_leaves(ratio: float) -> None:
+    generator = np.random.default_rng(0)
+    units = ascending(a=generator.random(13), b=generator.random(40), c=generator.random(7))
+    counts, _ = keep_counts(units, ones(units), ratio)
+    assert 60 - sum(counts.values()) == round(60 * ratio)
+    # The same by a plain sort: the best of each layer, and of the others those that rank highest.
+    ranked = sorted((score, name) for name, scores in units.items() for score in scores[:-1])[: round(60 * ratio)]
+    assert counts == {name: len(units[name]) - sum(owner == name for _, owner in ranked) for name in units}
+
+
+@pytest.mark.parametrize(("channels", "ratio", "leave"), [(10, 0.9, 9), (5, 0.8, 4), (1000, 0.8, 800), (10, 0.25, 2)])
+def test_no_channel_more_leaves_by_a_floating_point_floor(channels: int, ratio: float, leave: int) -> None:
+    units = ascending(a=range(channels))
+    assert keep_counts(units, {"a": 1}, ratio)[0] == {"a": channels - leave}
+
+
+def test_of_equal_scores_no_more_leave_than_asked_first_group_first() -> None:
+    units = ascending(a=[0] * 15 + [1] * 5, b=[0] * 15 + [1] * 5)
+    assert keep_counts(units, ones(units), 0.25)[0] == {"a": 10, "b": 20}
+
+
+def test_a_layer_that_is_weak_as_a_whole_keeps_its_best_and_the_others_pay() -> None:
+    units = ascending(a=range(20), b=range(100, 120))
+    assert keep_counts(units, ones(units), 0.5)[0] == {"a": 1, "b": 19}
+    assert keep_counts(units, {"a": 8, "b": 8}, 0.5)[0] == {"a": 8, "b": 12}
+
+
+def test_the_margin_is_the_highest_that_left_and_the_lowest_that_stayed() -> None:
+    units = ascending(a=[1, 2, 3, 4], b=[2.5, 6, 7, 8])
+    assert keep_counts(units, ones(units), 0.375)[1] == {"removed": 2.5, "kept": 3.0}
+    assert keep_counts(units, ones(units), 0.0)[1] is None
+
+
+def test_a_unit_counts_as_many_channels_as_it_stands_for() -> None:
+    # 4 units of 3 channels and 4 of 6: half of 36 channels is 18, which 3 + 3 + 6 + 6 gives.
+    units = ascending(a=[1, 2, 30, 40], b=[3, 4, 50, 60])
+    assert keep_counts(units, ones(units), 0.5, {"a": 3, "b": 6})[0] == {"a": 2, "b": 2}
+    # 12 of 36 is not to be had in this order: 3 + 3 + 6 is 12.
+    assert keep_counts(units, ones(units), 1 / 3, {"a": 3, "b": 6})[0] == {"a": 2, "b": 3}
+
+
+def rounded(counts, allowed, **sizes):
+    units = {name: np.arange(sizes.get(name, max(widths)), dtype=float) for name, widths in allowed.items()}
+    return round_counts(counts, allowed, units, ones(counts))
+
+
+def test_widths_are_rounded_and_the_class_keeps_its_sum() -> None:
+    counts = {"a": 13, "b": 22, "c": 29}
+    assert rounded(counts, {name: [8, 16, 24, 32] for name in counts}) == {"a": 16, "b": 24, "c": 24}
+
+
+def test_what_a_narrow_layer_keeps_the_others_of_its_class_give() -> None:
+    # The first two cannot be cut and keep 8 channels too many: the third gives them, its weakest first.
+    counts, allowed = {"a": 4, "b": 4, "c": 32}, {"a": [8], "b": [8], "c": [8, 16, 24, 32]}
+    assert rounded(counts, allowed) == {"a": 8, "b": 8, "c": 24}
+
+
+def test_sums_are_kept_in_channels_where_units_stand_for_several() -> None:
+    counts, allowed = {"a": 12, "b": 12}, {"a": [8, 16], "b": [8, 16]}
+    units = {name: np.arange(16.0) for name in counts}
+    # Both lose half a step: the one with 12 heads is worth 3 of the other, so raising it overshoots by less than both.
+    assert round_counts(counts, allowed, units, {"a": 3, "b": 3}) == {"a": 16, "b": 8}
+
+
+def test_of_equal_scores_the_lower_index_leaves() -> None:
+    assert best_units(np.array([1.0, 2.0, 1.0, 2.0]), 3) == [2, 1, 3]
+
+
+def test_a_channel_of_a_grouped_layer_counts_for_each_of_its_groups() -> None:
+    four = np.arange(16).reshape(4, 4)
+    assert width_step(CoupledGroup("a", "s", 4, (Member("a.weight", 0, four),)), 8) == 2
+    assert width_step(CoupledGroup("a", "s", 4, (Member("a.weight", 0, four[:, :1]),)), 8) == 8
+    assert width_step(CoupledGroup("a", "s", 4, (Member("a.weight", 0, four),), num_heads=2), 8) == 8

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.deciding.scopes import Rule, resolve_rules
+from isoprune_hf.pruning.groups import CoupledGroup, Member
+from isoprune_hf.recipes import PruneRecipe
+
+
+def group(name: str, signature: str) -> CoupledGroup:
+    return CoupledGroup(name, signature, 4, (Member(f"{name}.weight", 0, np.arange(4)[:, None]),))
+
+
+GROUPS = [group("stem", "s"), group("blocks.0.mlp", "m"), group("blocks.1.mlp", "m"), group("blocks.10.mlp", "m")]
+
+
+def rules(**settings) -> dict[str, Rule]:
+    return resolve_rules(GROUPS, PruneRecipe(criterion="taylor", **settings))
+
+
+def test_the_scope_of_a_group_is_its_class_the_whole_model_or_itself() -> None:
+    assert [rule.scope for rule in rules().values()] == ["s", "m", "m", "m"]
+    assert {rule.scope for rule in rules(scope="global").values()} == {""}
+    assert [rule.scope for rule in rules(scope="local").values()] == [g.name for g in GROUPS]
+
+
+def test_a_scope_of_ones_own_takes_groups_out_of_their_class() -> None:
+    found = rules(scopes={"blocks.0.*": "early", "stem": "early"})
+    assert found["blocks.0.mlp"].scope == found["stem"].scope != "m"
+    assert found["blocks.1.mlp"].scope == found["blocks.10.mlp"].scope == "m"
+
+
+def test_a_scope_of_ones_own_never_meets_a_signature_of_the_same_text() -> None:
+    found = rules(scopes={"stem": "m"})
+    assert found["stem"].scope != found["blocks.1.mlp"].scope
+
+
+def test_included_groups_are_free_but_for_the_excluded_ones() -> None:
+    free = {name for name, rule in rules(include=["blocks.*"], exclude=["*.1.*"]).items() if rule.is_free}
+    assert free == {"blocks.0.mlp", "blocks.10.mlp"}
+    assert all(rule.is_free for rule in rules().values())
+
+
+def test_of_several_patterns_the_first_that_matches_counts() -> None:
+    found = rules(ratios={"blocks.0.*": 0.1, "blocks.*": 0.4})
+    assert [rule.fixed for rule in found.values()] == [None, 0.1, 0.4, 0.4]
+    found = rules(ratios={"blocks.*": 0.4, "blocks.0.*": 0.1})
+    assert [rule.fixed for rule in found.values()] == [None, 0.4, 0.4, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"include": ["blks.0.mlp"]},
+            r"prune\.include: no group matches 'blks\.0\.mlp'; .* blocks\.0\.mlp",
+        ),
+        ({"exclude": ["Stem"]}, r"prune\.exclude: no group matches 'Stem'"),
+        ({"ratios": {"stem": 0.1, "nowhere": 0.2}}, r"prune\.ratios: no group matches 'nowhere'"),
+        ({"scopes": {"x*": "y"}}, r"prune\.scopes: no group matches 'x\*'"),
+        ({"include": ["stem"], "exclude": ["st*"]}, "leave no group that may be cut"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(settings, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        rules(**settings)

@@ -1,0 +1,71 @@
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_models import FAMILIES, make_base
+from torch import nn
+
+from isoprune_hf.pruning.graph.copying import copy_modules, copy_shapes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_of_shapes_has_every_tensor_of_the_model_on_meta_and_none_of_its_hooks(
+    family: str, tmp_path: Path
+) -> None:
+    base = make_base(family, tmp_path).model
+    handle = base.register_forward_hook(lambda *_: pytest.fail("a hook of the base was called"))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    copied = copy_shapes(base)
+    assert {name: (t.shape, t.dtype) for name, t in copied.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in before.items()
+    }
+    assert {t.device.type for t in [*copied.parameters(), *copied.buffers()]} == {"meta"}
+    assert [(name, type(m)) for name, m in copied.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
+    assert not {id(module) for module in copied.modules()} & {id(module) for module in base.modules()}
+    copied(torch.zeros(1, *make_base(family, tmp_path).config.image_size, device="meta"))
+    handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_a_copy_of_shapes_keeps_what_was_set_and_shares_what_was_shared() -> None:
+    layer = torch.nn.Linear(4, 4).double()
+    layer.weight.requires_grad_(False)
+    pair = torch.nn.Sequential(layer, torch.nn.Linear(4, 4), layer)
+    pair[1].in_features, pair[1].partner = 3, layer
+    copied = copy_shapes(pair)
+    assert copied[0] is copied[2] is copied[1].partner
+    assert copied[0].weight.dtype == torch.float64 and not copied[0].weight.requires_grad
+    assert copied[1].in_features == 3 and copied[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_with_its_tensors_computes_what_the_model_computes(family: str, tmp_path: Path) -> None:
+    base = make_base(family, tmp_path)
+    copied = copy_modules(
+        base, lambda tensor: nn.Parameter(tensor.clone()) if tensor.requires_grad else tensor.clone()
+    )
+    image = torch.randn(2, *base.config.image_size)
+    assert torch.equal(copied(image).logits, base(image).logits)
+    mine = {tensor.data_ptr() for tensor in base.state_dict().values()}
+    assert not mine & {tensor.data_ptr() for tensor in copied.state_dict().values()}
+
+
+def test_hooks_go_along_when_asked_for_and_belong_to_the_copy_alone() -> None:
+    layer, calls = nn.Linear(2, 2), []
+    layer.register_forward_hook(lambda *_: calls.append("called"))
+    copied = copy_modules(layer, torch.clone)
+    copied.register_forward_hook(lambda *_: calls.append("mine"))
+    layer(torch.zeros(1, 2))
+    assert calls == ["called"] and type(copied._forward_hooks) is OrderedDict
+    calls.clear()
+    copied(torch.zeros(1, 2))
+    assert calls == ["called", "mine"]
+
+
+def test_a_replaced_module_is_neither_copied_nor_are_its_tensors() -> None:
+    gone, stand_in = nn.Linear(2, 3), nn.Identity()
+    pair = nn.Sequential(gone, nn.ReLU())
+    asked = []
+    copied = copy_modules(pair, lambda tensor: asked.append(tensor) or tensor, replaced={gone: stand_in})
+    assert copied[0] is stand_in and asked == [] and pair[0] is gone

@@ -1,0 +1,114 @@
+"""Grouped-query attention: query heads that share a head of keys and values leave together with it."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from test_cut import masked_base, plan_random
+from test_find_groups import make_timm, shuffle
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+
+QUERIES, KEYS, DIMS, WIDTH = 6, 2, 4, 20  # query heads, key and value heads, dims of a head, stream
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention as timm's AttentionRope computes it, without positions and norms."""
+
+    def __init__(self, dim: int, num_kv_heads: int, **_: object) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = QUERIES, num_kv_heads, DIMS
+        self.num_kv_groups = QUERIES // num_kv_heads
+        self.attn_dim, self.kv_dim, self.scale = QUERIES * DIMS, num_kv_heads * DIMS, DIMS**-0.5
+        self.q_proj, self.k_proj = nn.Linear(dim, self.attn_dim), nn.Linear(dim, self.kv_dim, bias=False)
+        self.v_proj, self.proj = nn.Linear(dim, self.kv_dim), nn.Linear(self.attn_dim, dim)
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False):
+        batch, tokens, _ = x.shape
+        q = self.q_proj(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).reshape(batch, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).reshape(batch, tokens, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        k, v = (part.repeat_interleave(self.num_kv_groups, dim=1) for part in (k, v))
+        weights = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+
+
+@timm.models.register_model
+def grouped_query_vit(num_classes: int = 1000, num_kv_heads: int = KEYS, **_: object) -> VisionTransformer:
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=1, num_classes=num_classes, mlp_ratio=2
+    )
+    for block in model.blocks:
+        block.attn = GroupedQueryAttention(WIDTH, num_kv_heads)
+    return model
+
+
+def make_model(**args: int) -> IsoPruneForImageClassification:
+    model = make_timm("grouped_query_vit", 16, **args).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            scale = 1.0 if tensor.ndim == 1 else tensor[0].numel() ** -0.5
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * scale)
+    return model
+
+
+def make_images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_a_channel_is_a_dim_of_a_key_head_and_of_all_query_heads_that_share_it() -> None:
+    group = next(group for group in trace_groups(make_model()) if group.name == "blocks.1.attn")
+    assert (group.channels, group.num_heads, group.head_dim) == (8, 2, 4)
+    members = {(m.parameter.removeprefix("blocks.1.attn."), m.dim): m.index for m in group.members}
+    # Key head 1, dim 2 is channel 6; its queries are heads 3, 4 and 5, so rows 12 + 2, 16 + 2 and 20 + 2.
+    assert members["q_proj.weight", 0][6].tolist() == [14, 18, 22]
+    assert members["q_proj.bias", 0][6].tolist() == [14, 18, 22]
+    assert members["proj.weight", 1][6].tolist() == [14, 18, 22]
+    assert members["q_proj.weight", 0][1].tolist() == [1, 5, 9]
+    for name in ("k_proj.weight", "v_proj.weight", "v_proj.bias"):
+        assert members[name, 0].tolist() == [[channel] for channel in range(8)]
+    assert len(members) == 6
+
+
+def test_shuffling_heads_and_dims_leaves_the_output_alone() -> None:
+    model = make_model()
+    with torch.no_grad():
+        expected, found = model(make_images()).logits, shuffle(model)(make_images()).logits
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("keys", [1, 2, 3, 6])
+def test_the_cut_equals_the_base_with_the_removed_elements_zeroed(keys: int) -> None:
+    model = make_model(num_kv_heads=keys)
+    groups, plan = plan_random(model, head_ratio=0.4, head_dim_ratio=0.3)
+    pruned = apply_plan(model, plan, groups)
+    with torch.no_grad():
+        expected = masked_base(model, groups, plan)(make_images()).logits
+        found, dense = pruned(make_images()).logits, model(make_images()).logits
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (found - dense).abs().max() > 1e-2 * dense.abs().max()
+    assert count_cost(pruned).to_dict() == plan.achieved["pruned"]
+
+
+@pytest.mark.parametrize("head_ratio", [0.0, 0.5, 1.0])
+def test_numbers_of_heads_keep_their_ratio_and_never_reach_zero(head_ratio: float) -> None:
+    groups, plan = plan_random(make_model(), head_ratio=head_ratio, head_dim_ratio=0.5, max_ratio=1.0)
+    pruned = apply_plan(make_model(), plan, groups)
+    kept = []
+    for group in (group for group in groups if group.num_heads):
+        attention, heads = pruned.model.get_submodule(group.name), len(plan.heads[group.name])
+        dims = len(plan.kept[group.name]) // heads
+        assert (attention.num_kv_heads, attention.num_heads, attention.num_kv_groups) == (heads, 3 * heads, 3)
+        assert (attention.kv_dim, attention.attn_dim) == (heads * dims, 3 * heads * dims)
+        assert (attention.head_dim, attention.scale) == (dims, dims**-0.5)
+        assert attention.q_proj.out_features == attention.proj.in_features == attention.attn_dim
+        assert attention.k_proj.out_features == attention.v_proj.out_features == attention.kv_dim
+        assert np.isfinite(pruned(make_images()).logits.detach()).all()
+        kept.append(heads)
+    assert sum(kept) == {0.0: 4, 0.5: 2, 1.0: 2}[head_ratio] and min(kept) >= 1

@@ -1,0 +1,130 @@
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.oracles import make_images, mask_error, permutation_error, randomize
+from torch import Tensor, nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
+from isoprune_hf.pruning.graph.verify import sizes_after
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.recipes import PruneRecipe
+
+
+class Numbers(nn.Module):
+    """A layer that keeps its width as a number, in a tuple and in a list, and a scale of its dims."""
+
+    def __init__(self, kind: str, num_classes: int):
+        super().__init__()
+        self.kind, self.num_classes = kind, num_classes
+        self.stem, self.mid, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 16), nn.Linear(16, num_classes)
+        self.key = nn.Linear(8, 16)
+        self.width, self.shape, self.sizes, self.scale = 16, (-1, 4, 16), [16, 16], 16**-0.5
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        mid, key = self.mid(tokens), self.key(tokens)
+        if self.kind == "number":
+            mid = mid.reshape(-1, self.width).unflatten(0, (-1, 4))
+        elif self.kind == "tuple":
+            mid = mid.reshape(self.shape)
+        elif self.kind == "list":
+            mid, key = torch.cat([mid, key], -1).split(self.sizes, -1)
+        elif self.kind == "scale":
+            mid = (mid @ key.transpose(1, 2) * self.scale).softmax(-1) @ key
+        elif self.kind == "flow" and len(range(mid.shape[-1])) < 12:  # a comparison that no number has seen
+            mid = mid.relu()
+        return self.head((mid + key).mean(1))
+
+
+@timm.models.register_model
+def isoprune_test_numbers(num_classes: int = 1000, kind: str = "", **_: object) -> nn.Module:
+    return Numbers(kind, num_classes)
+
+
+def open_network(kind: str) -> IsoPruneForImageClassification:
+    base = {"library": "timm", "architecture": "isoprune_test_numbers", "args": {"kind": kind}}
+    model = IsoPruneForImageClassification(IsoPruneConfig(base=base, num_labels=5, image_size=[3, 8, 8])).eval()
+    randomize(model)
+    return model
+
+
+def decide(model: IsoPruneForImageClassification, groups: TracedGroups) -> PruningPlan:
+    recipe = PruneRecipe(criterion="l1", ratio=0.5, scope="local", round_to=1)
+    return make_plan(groups, score_groups(model, groups, criterion="l1"), recipe)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "number": {"width": 8},
+    "tuple": {"shape": (-1, 4, 8)},
+    "list": {"sizes": [8, 8]},
+    "scale": {"scale": 8**-0.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_follow_the_cut(kind: str) -> None:
+    model = open_network(kind)
+    groups, images = trace_groups(model), make_images(model)
+    assert permutation_error(model, groups, images) <= 1e-9
+    plan = decide(model, groups)
+    pruned = apply_plan(model, plan, groups)
+    assert mask_error(model, pruned, groups, plan, images) <= 1e-9
+    assert pruned.model.mid.out_features == pruned.model.head.in_features == 8
+    for name, value in KINDS[kind].items():
+        assert getattr(pruned.model, name) == value and type(getattr(pruned.model, name)) is type(value)
+        assert getattr(model.model, name) != value
+
+
+def test_a_network_that_runs_otherwise_after_a_cut_is_refused_in_one_line() -> None:
+    model = open_network("flow")
+    groups, before = trace_groups(model), {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(UnsupportedArchitectureError, match="does not run as before after this cut: relu to") as caught:
+        apply_plan(model, decide(model, groups), groups)
+    assert "\n" not in str(caught.value) and "prune.exclude" in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.model.mid.out_features == 16 and model.config.structure is None
+
+
+def masks_of(groups: TracedGroups, name: str, kept: int) -> dict[tuple[str, int], np.ndarray]:
+    group = next(group for group in groups if group.name == name)
+    masks = {}
+    for member in group.members:
+        size = member.index.max() + 1
+        masks[member.parameter, member.dim] = np.isin(np.arange(size), member.index[:kept])
+    return masks
+
+
+def test_a_plan_that_keeps_what_a_tied_tensor_drops_is_refused() -> None:
+    model = open_network("")
+    groups = trace_groups(model)
+    masks = masks_of(groups, "stem", 5)
+    leaf = next(leaf for leaf, size in sizes_after(groups.graph, masks, ()).items() if size == 5)
+    assert groups.graph.free()[leaf].size == 8
+    fewer = {**masks, ("mid.weight", 1): np.arange(8) < 4}
+    with pytest.raises(CheckpointError, match=r"pruning plan: stem.weight would keep 5 of what mid.weight keeps 4 of"):
+        sizes_after(groups.graph, fewer, ())
+
+
+def test_a_plan_that_keeps_others_in_a_tied_tensor_is_refused() -> None:
+    groups = trace_groups(open_network(""))
+    others = {**masks_of(groups, "stem", 5), ("mid.weight", 1): np.arange(8) >= 3}
+    with pytest.raises(CheckpointError, match="would keep other elements than"):
+        sizes_after(groups.graph, others, ())
+
+
+def test_groups_that_forget_a_member_are_refused() -> None:
+    model = open_network("")
+    groups = trace_groups(model)
+    faulty = tuple(replace(g, members=g.members[:-1]) if g.name == "stem" else g for g in groups)
+    plan = decide(model, groups)
+    with pytest.raises(CheckpointError, match="pruning plan: "):
+        apply_plan(model, plan, TracedGroups(faulty, groups.graph))

@@ -1,0 +1,338 @@
+"""Repair without training, against solutions written out by hand in numpy."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.plain_scores import Batches, batches_of
+from helpers.ranks import call_on_ranks
+from helpers.tiny_models import make_base, make_images
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.pruning.repairing import least_squares
+from isoprune_hf.pruning.repairing.batchnorm import recalibrate_batchnorm
+from isoprune_hf.pruning.repairing.reconstruct import fit_layers
+from isoprune_hf.recipes import PruneRecipe
+
+Model = IsoPruneForImageClassification
+Masks = dict[tuple[str, int], np.ndarray]
+
+
+def cut(model: Model, **kept: list[int] | None) -> tuple[Model, Masks]:
+    """Keep every other channel of groups without heads; of `only`, all of the others stay whole."""
+    groups, only = trace_groups(model), kept.get("only")
+    plan = PruningPlan(
+        {
+            g.name: tuple(range(0, g.channels, 2))
+            for g in groups
+            if not g.num_heads and (only is None or g.name == only)
+        },
+        {},
+    )
+    return apply_plan(model, plan, groups), keep_masks(plan, groups, model.model)
+
+
+def run_layer(model: Model, name: str, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of a layer for all images."""
+    found = []
+    hook = model.model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: found.append((args[0].double(), output.double()))
+    )
+    with torch.no_grad():
+        for images, _ in batches:
+            model.eval()(images)
+    hook.remove()
+    inputs, outputs = zip(*found, strict=True)
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+def rows_of(layer: nn.Module, x: torch.Tensor, group: int) -> np.ndarray:
+    """What one group of outputs is made of, position by position: (N, features), with a 1 at the end."""
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1]).numpy()
+    else:
+        (high, wide), (down, right) = layer.kernel_size, layer.stride
+        width = layer.in_channels // layer.groups
+        x = x[:, group * width : (group + 1) * width].numpy()
+        pad = layer.padding
+        x = np.pad(x, ((0, 0), (0, 0), (pad[0], pad[0]), (pad[1], pad[1])))
+        rows = [
+            x[:, :, top : top + high, left : left + wide].reshape(len(x), -1)
+            for top in range(0, x.shape[2] - high + 1, down)
+            for left in range(0, x.shape[3] - wide + 1, right)
+        ]
+        rows = np.stack(rows, axis=1).reshape(-1, width * high * wide)
+    return np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+
+
+def ridge(rows: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """The change of weights, (features, outputs), that brings what is missing, held near 0 by the ridge."""
+    normal = rows.T @ rows
+    damping = least_squares._RIDGE * np.diag(normal) + least_squares._FLOOR * len(rows)
+    return np.linalg.inv(normal + np.diag(damping)) @ rows.T @ missing
+
+
+LAYERS = {  # family -> layer that reads cut channels, the group that alone is cut (all where None)
+    "linear": ("vit", "blocks.0.mlp.fc2", "blocks.0.mlp.fc1"),
+    "linear inside": ("vit", "blocks.1.mlp.fc1", None),
+    "convolution": ("resnet", "layer2.0.conv2", None),
+    "convolution with a bias": ("convnext", "stages.1.downsample.1", None),
+    "grouped": ("resnext", "layer1.0.conv2", None),
+    "depthwise": ("mobilenet_v2", "features.3.conv.1.0", None),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_fitted_layer_is_the_ridge_solution_written_out_by_hand(case: str, tmp_path: Path) -> None:
+    family, name, only = LAYERS[case]
+    dense = make_base(family, tmp_path).double().eval()
+    batches = [(images.double(), labels) for images, labels in batches_of(dense, [4, 3])]
+    pruned, masks = cut(dense, only=only)
+    before = copy.deepcopy(pruned)
+    assert fit_layers(dense, pruned, masks, batches) == ()
+    layer, old = pruned.model.get_submodule(name), before.model.get_submodule(name)
+    x, _ = run_layer(pruned, name, batches)  # the layers before it are fitted already, and stay so
+    _, target = run_layer(dense, name, batches)
+    dim = 1 if isinstance(layer, nn.Conv2d) else -1
+    mask = masks.get((f"{name}.weight", 0))
+    target = (target if mask is None else target.index_select(dim, torch.from_numpy(np.flatnonzero(mask)))).movedim(
+        dim, -1
+    )
+    groups = getattr(layer, "groups", 1)
+    size, changed = len(layer.weight) // groups, []
+    for group in range(groups):
+        rows, places = rows_of(layer, x, group), slice(group * size, (group + 1) * size)
+        weight = old.weight[places].detach().reshape(size, -1).numpy()
+        bias = np.zeros(size) if old.bias is None else old.bias[places].detach().numpy()
+        wanted = target[..., places].reshape(-1, size).numpy()
+        change = ridge(rows, wanted - rows[:, :-1] @ weight.T - bias)
+        np.testing.assert_allclose(
+            layer.weight[places].detach().reshape(size, -1).numpy(), weight + change[:-1].T, rtol=1e-5, atol=1e-8
+        )
+        changed.append(np.abs(change[:-1]).max())
+        if layer.bias is not None:
+            np.testing.assert_allclose(layer.bias[places].detach().numpy(), bias + change[-1], rtol=1e-5, atol=1e-8)
+        else:  # what would be added is taken from the mean that the BatchNorm behind it takes away
+            norm = name.replace("conv2", "bn2") if "conv2" in name else name.replace(".1.0", ".1.1")
+            moved = (old_mean := before.model.get_submodule(norm).running_mean) - pruned.model.get_submodule(
+                norm
+            ).running_mean
+            assert len(old_mean) == len(layer.weight)
+            np.testing.assert_allclose(moved[places].numpy(), change[-1], rtol=1e-4, atol=1e-7)
+    assert max(changed) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "mobilenet_v2", "hf-swin"])
+def test_nothing_changes_where_nothing_was_cut(family: str, tmp_path: Path) -> None:
+    dense = make_base(family, tmp_path)
+    batches = batches_of(dense, [2])
+    for is_bias_only in (False, True):
+        same = copy.deepcopy(dense)
+        assert fit_layers(dense, same, {}, batches, is_bias_only=is_bias_only) == ()
+        assert all(torch.equal(same.state_dict()[name], value) for name, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("step", ["bn", "bias", "least_squares"])
+def test_a_recipe_that_cuts_nothing_repairs_nothing(step: str, tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    result = prune_model(model, PruneRecipe(criterion="l1", ratio=0.0, reconstruct=step), batches_of(model, [2]))
+    assert all(torch.equal(result.model.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def error(first: Model, second: Model, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        one, two = first(images).logits, second(images).logits
+    return float((one - two).norm() / two.norm())
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_copy_of_a_channel_is_made_up_for(family: str, tmp_path: Path, monkeypatch) -> None:
+    # Odd channels say what the even ones before them do: without them all can be computed as before.
+    model = make_base(family, tmp_path).eval()
+    writers = {"vit": "blocks.1.mlp.fc1", "resnet": "layer4.0.conv1"}
+    names = [f"{writers[family]}.weight", f"{writers[family]}.bias"]
+    names += [f"layer4.0.bn1.{kind}" for kind in ("weight", "bias", "running_mean", "running_var")]
+    with torch.no_grad():
+        for name, tensor in model.model.state_dict().items():
+            if name in names:
+                tensor[1::2] = tensor[::2]
+    group = next(g for g in trace_groups(model) if any(m.parameter == names[0] and m.dim == 0 for m in g.members))
+    batches, fresh = batches_of(model, [24, 24]), make_images(model, 4, seed=9)
+    bare, masks = cut(model, only=group.name)
+    fitted = copy.deepcopy(bare)
+    fit_layers(model, fitted, masks, batches)
+    assert error(bare, model, fresh) > 0.01
+    assert error(fitted, model, fresh) < 0.3 * error(bare, model, fresh)  # the ridge holds some of it back
+    monkeypatch.setattr(least_squares, "_RIDGE", 1e-6)
+    exact = copy.deepcopy(bare)
+    fit_layers(model, exact, masks, batches)
+    assert error(exact, model, fresh) < 1e-3
+
+
+@pytest.mark.parametrize(("family", "name"), [("vit", "blocks.1.mlp.fc2"), ("resnet", "layer3.0.conv2")])
+def test_bias_gives_a_layer_the_mean_outputs_of_the_dense_one(family: str, name: str, tmp_path: Path) -> None:
+    dense = make_base(family, tmp_path).eval()
+    batches = batches_of(dense, [8, 4])
+    bare, masks = cut(dense)
+    fitted = copy.deepcopy(bare)
+    fit_layers(dense, fitted, masks, batches, is_bias_only=True)
+    # A convolution has no bias: then it is the input of the BatchNorm behind it, less its running mean.
+    norm = {"layer3.0.conv2": "layer3.0.bn2"}.get(name)
+    kept = np.flatnonzero(masks[f"{name}.weight", 0])
+
+    def means(model: Model) -> torch.Tensor:
+        _, output = run_layer(model, name, batches)
+        mean = output.movedim(1, -1).flatten(0, -2).mean(0) if norm else output.flatten(0, -2).mean(0)
+        return mean - model.model.get_submodule(norm).running_mean.double() if norm else mean
+
+    wanted = means(dense)[kept]
+    left, before = (means(fitted) - wanted).norm(), (means(bare) - wanted).norm()
+    assert left < 0.05 * before and before > 1e-2
+    assert torch.equal(fitted.model.get_submodule(name).weight, bare.model.get_submodule(name).weight)
+
+
+def test_bn_takes_mean_and_variance_of_what_comes_in(tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    pruned, _ = cut(model)
+    ((images, labels),) = batches_of(pruned, [6])
+    # torch's own way for one batch: an average over all batches so far.
+    by_torch = copy.deepcopy(pruned)
+    for module in by_torch.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    with torch.no_grad():
+        by_torch.train()(images)
+    assert recalibrate_batchnorm(pruned, [(images, labels)]) == ()
+    counted = 0
+    for name, buffer in pruned.model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(buffer, by_torch.model.get_buffer(name), rtol=1e-4, atol=1e-5)
+            counted += 1
+    assert counted == 2 * 17
+    # Of several batches of unequal size, the first BatchNorm has the statistics of all their pixels.
+    again, _ = cut(model)
+    batches = list(zip(images.split([4, 2]), labels.split([4, 2]), strict=True))
+    recalibrate_batchnorm(again, batches)
+    with torch.no_grad():
+        x = again.model.conv1(images).movedim(1, -1).flatten(0, -2).double().numpy()
+    np.testing.assert_allclose(again.model.bn1.running_mean, x.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(again.model.bn1.running_var, x.var(0, ddof=1), rtol=1e-4)
+    assert again.training is model.training
+    assert all(not m._forward_pre_hooks for m in again.modules())
+
+
+def test_bn_says_where_there_is_none(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    assert recalibrate_batchnorm(model, []) == ("prune.reconstruct bn changes nothing: the model has no BatchNorm",)
+    with pytest.raises(
+        RecipeError, match=r"the calibration sample holds no image: prune\.reconstruct needs at least one"
+    ):
+        recalibrate_batchnorm(make_base("resnet", tmp_path), [])
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "convnext", "resnext", "mobilenet_v2", "hf-vit", "hf-resnet"])
+def test_least_squares_brings_the_logits_nearer_on_images_that_it_saw(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path).eval()
+    batches = batches_of(model, [12])
+    recipe = {"criterion": "l1", "ratio": 0.25, "round_to": 1}
+    bare, fitted = (
+        prune_model(model, PruneRecipe(**recipe, reconstruct=step), batches) for step in ("none", "least_squares")
+    )
+    assert fitted.plan.kept == bare.plan.kept
+    images = batches[0][0]
+    assert error(fitted.model, model, images) < 0.5 * error(bare.model, model, images)
+
+
+@pytest.mark.parametrize("step", ["bn", "bias", "least_squares"])
+def test_repair_needs_images_that_can_be_read_again(step: str, tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, reconstruct=step)
+    with pytest.raises(RecipeError, match=r"^prune.reconstruct needs data: give --data.dataset, or leave it out$"):
+        prune_model(model, recipe)
+    images: Iterator = iter(batches_of(model, [2]))
+    with pytest.raises(
+        RecipeError, match=r"prune.reconstruct goes through the calibration batches several times: give a"
+    ):
+        prune_model(model, recipe, images)
+    with pytest.raises(
+        RecipeError, match=r"the calibration sample holds no image: prune\.reconstruct needs at least one"
+    ):
+        prune_model(model, recipe, [])
+
+
+def repair_on(accelerator: Accelerator | None, folder: Path, case: tuple[str, str, tuple[int, ...]]) -> Model:
+    """Micro-batch number k on rank k % world; with a single one, rank 1 has none."""
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    family, step, sizes = case
+    model = make_base(family, folder)
+    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, reconstruct=step)
+    return prune_model(model, recipe, batches_of(model, list(sizes))[rank::world], accelerator).model
+
+
+def save_repaired(accelerator: Accelerator, folder: Path, cases: tuple[tuple[str, str, tuple[int, ...]], ...]) -> None:
+    for number, case in enumerate(cases):
+        model = repair_on(accelerator, folder, case)
+        save_file(model.state_dict(), folder / f"{number} {accelerator.process_index}")
+
+
+def test_two_ranks_repair_as_one_does(tmp_path: Path) -> None:
+    cases = (
+        ("vit", "least_squares", (8, 8, 4)),
+        ("vit", "bias", (4,)),
+        ("mobilenet_v2", "least_squares", (6,)),
+        ("resnet", "bn", (6, 6)),
+        ("resnet", "bn", (6,)),
+    )
+    work = functools.partial(save_repaired, folder=tmp_path, cases=cases)
+    ended = call_on_ranks(work, tmp_path / "log")
+    assert [end.code for end in ended] == [0, 0], ended
+    for number, case in enumerate(cases):
+        expected = repair_on(None, tmp_path, case).state_dict()
+        first, second = (load_file(tmp_path / f"{number} {rank}") for rank in range(2))
+        assert first.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(first[name], second[name]), name
+            if value.is_floating_point():
+                difference = (first[name] - value).norm()
+                assert difference <= 1e-3 * value.norm() + 1e-5, f"{case} {name}"
+
+
+def test_a_fit_that_does_not_hold_on_other_images_gives_way_to_the_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def sums(count: int, is_linear: bool) -> least_squares.Sums:
+        layer = nn.Linear(40, 3, dtype=torch.float64)
+        x = torch.randn(count, 40, generator=generator, dtype=torch.float64)
+        missing = 2 + (x[:, :3] if is_linear else torch.randn(count, 3, generator=generator, dtype=torch.float64))
+        return least_squares.add_up(layer, x, missing, missing, 1)
+
+    for count, is_linear, expected in ((30, False, True), (60, False, True), (100, True, False), (3000, True, False)):
+        assert least_squares.holds_for_bias_alone(sums(count, is_linear), sums(count, is_linear)) is expected
+    empty = least_squares.no_sums(nn.Linear(40, 3), torch.device("cpu"))
+    assert least_squares.holds_for_bias_alone(sums(30, True), empty)  # fewer rows than features
+    assert not least_squares.holds_for_bias_alone(sums(80, False), empty)
+
+
+def test_a_wide_network_that_saw_few_images_is_not_fitted_to_their_noise() -> None:
+    model = load_base("torchvision/regnet_x_400mf", False, num_labels=5).model.eval()
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(4, 3, 96, 96, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
+    fresh = torch.randn(4, 3, 96, 96, generator=generator)
+    bare, masks = cut(model)
+    fitted = copy.deepcopy(bare)
+    fit_layers(model, fitted, masks, batches)
+    assert error(fitted, model, fresh) < error(bare, model, fresh)

@@ -1,0 +1,141 @@
+"""Passes that begin late, against whole passes: the same bits, and fewer modules run."""
+
+import copy
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.plain_scores import batches_of
+from helpers.tiny_models import make_base
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing import reconstruct
+from isoprune_hf.pruning.repairing.waypoints import Passes
+
+Model = IsoPruneForImageClassification
+EVERYWHERE = 2**32
+NEVER = 0
+
+
+def halved(model: Model) -> tuple[Model, dict[tuple[str, int], np.ndarray]]:
+    groups = trace_groups(model)
+    plan = PruningPlan({g.name: tuple(range(0, g.channels, 2)) for g in groups if not g.num_heads}, {})
+    return apply_plan(model, plan, groups), keep_masks(plan, groups, model.model)
+
+
+def found_in(model: Model) -> list[str]:
+    return [way.name for way in Passes(model, copy.deepcopy(model), batches_of(model, [1]))._waypoints]
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit", "hf-swin"])
+@pytest.mark.parametrize("is_bias_only", [False, True], ids=["least squares", "bias"])
+def test_a_fit_from_waypoints_is_the_fit_of_whole_passes_bit_for_bit(
+    family: str, is_bias_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_base(family, tmp_path).eval()
+    pruned, masks = halved(dense)
+    batches, fitted, calls = batches_of(dense, [3, 1, 2]), [], []
+    count = lambda module, args, output: calls.append(1)  # noqa: E731
+    for size in (NEVER, EVERYWHERE):
+        monkeypatch.setattr(reconstruct, "Passes", functools.partial(Passes, bytes_held=size))
+        network = copy.deepcopy(pruned)
+        handles = [part.register_forward_hook(count) for part in network.model.modules() if not [*part.children()]]
+        reconstruct.fit_layers(dense, network, masks, batches, is_bias_only=is_bias_only)
+        for handle in handles:
+            handle.remove()
+        fitted.append((network.state_dict(), len(calls)))
+        assert not any("forward" in vars(part) for part in network.modules())
+        calls.clear()
+    (whole, slow), (late, fast) = fitted
+    assert whole.keys() == late.keys()
+    assert all(torch.equal(value, late[name]) for name, value in whole.items())
+    assert not all(torch.equal(value, pruned.state_dict()[name]) for name, value in whole.items())
+    assert fast < slow
+
+
+def test_the_blocks_of_a_vit_are_its_waypoints(tmp_path: Path) -> None:
+    assert found_in(make_base("vit", tmp_path)) == ["blocks.0", "blocks.1", "blocks"]
+
+
+class Reader(nn.Module):
+    """Three stages of two layers each; the last may read what the first gave."""
+
+    def __init__(self, reads: str):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.first, self.second, self.third = (nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(4, 7)
+        self.reads = reads
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        x = self.stem(pixel_values)
+        first = self.first(x)
+        second = self.second(first)
+        if self.reads == "first":
+            second = second + first
+        elif self.reads == "image":
+            second = second + pixel_values[:, :1]
+        elif self.reads == "hidden":  # NaN is hidden by max, and zeros of the image are not
+            second = second + first.nan_to_num(0.5)
+        return self.head(self.third(second).mean((2, 3)))
+
+
+def reader(reads: str, folder: Path) -> Model:
+    torch.manual_seed(0)
+    model = make_base("vit", folder)
+    model.model, model.config.image_size = Reader(reads), [3, 8, 8]
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("reads", "expected"),
+    [
+        ("nothing", ["first", "second", "third"]),
+        ("first", ["first", "third"]),
+        ("image", ["third"]),
+        ("hidden", ["first", "third"]),
+    ],
+)
+def test_what_is_read_past_a_module_makes_it_no_waypoint(reads: str, expected: list[str], tmp_path: Path) -> None:
+    assert found_in(reader(reads, tmp_path)) == expected
+
+
+def test_passes_go_on_from_the_last_waypoint_before_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, pruned = reader("nothing", tmp_path), reader("nothing", tmp_path)
+    with torch.no_grad():
+        pruned.model.first[0].weight.mul_(2)
+    batches = batches_of(dense, [2, 3])
+    passes, ran = Passes(dense, pruned, batches), []
+    names, convolve = {module: name for name, module in pruned.model.named_modules()}, nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: ran.append(names.get(self)) or convolve(self, x))
+    stages = ["stem", "first.0", "second.0", "third.0"]
+    for layer, expected in (("stem", stages), ("third.0", stages[3:]), ("second.0", stages[3:])):
+        with torch.no_grad():
+            passes.reach(layer)
+            for (images, _), (begun, begin) in zip(batches, passes, strict=True):
+                assert begun.shape == images.shape
+                for network in (dense, pruned):
+                    wanted = network(pixel_values=images).logits
+                    ran.clear()
+                    with begin(network):
+                        assert torch.equal(network(pixel_values=begun).logits, wanted)
+                assert ran == expected
+
+
+def test_outputs_that_take_more_than_is_allowed_are_not_held(tmp_path: Path) -> None:
+    model = reader(
+        "nothing", tmp_path
+    )  # outputs of a stage for one image: 4 channels of 8 x 8 in float32, in two networks
+    batches = batches_of(model, [2, 3])
+    size = 5 * 2 * 4 * 8 * 8 * 4
+    for allowed, starts in ((size, "first"), (size - 1, None)):
+        passes = Passes(model, copy.deepcopy(model), batches, allowed)
+        with torch.no_grad():
+            passes.reach("second.0")
+        assert (passes._at and passes._at.name) == starts

@@ -1,0 +1,226 @@
+"""Gates, against differences of losses: weights scaled by hand, one image after the other."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from helpers.plain_scores import Batches, batches_of
+from helpers.ranks import call_on_ranks
+from helpers.tiny_models import FAMILIES, make_base
+from safetensors.torch import load_file, save_file
+from test_find_groups import make_timm
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.scoring import gate_fisher as gates
+from isoprune_hf.pruning.scoring.gate_fisher import find_ends, gate_fisher, gate_gradients
+from isoprune_hf.pruning.scoring.scores import score_groups
+
+STEP = 1e-6
+# Parameter, dim, and where channel c lies there: at its own number where nothing is said.
+Place = tuple[str, int] | tuple[str, int, Callable[[int], list[int]]]
+
+
+@timm.models.register_model
+def tiny_torchvision_vit(num_classes: int = 1000, **_: object) -> nn.Module:
+    """torchvision's ViT, whose nn.MultiheadAttention uses the weights of its layers without calling them."""
+    return VisionTransformer(16, 4, num_layers=1, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=num_classes)
+
+
+def make_torchvision_vit() -> IsoPruneForImageClassification:
+    model = make_timm("tiny_torchvision_vit", 16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def group_with(groups: tuple[CoupledGroup, ...], parameter: str, dim: int) -> CoupledGroup:
+    return next(g for g in groups if any((m.parameter, m.dim) == (parameter, dim) for m in g.members))
+
+
+def removal_loss(model: IsoPruneForImageClassification, batches: Batches, places: list[Place], channel: int) -> float:
+    """E[g^2] / 2 by central differences: what lies at a channel's number is scaled by 1 + STEP and by 1 - STEP."""
+    parameters = dict(model.model.named_parameters())
+
+    def loss(factor: float, image: torch.Tensor, label: torch.Tensor) -> float:
+        kept = {name: parameters[name].detach().clone() for name, *_ in places}
+        with torch.no_grad():
+            for name, dim, *where in places:
+                for number in where[0](channel) if where else [channel]:
+                    parameters[name].select(dim, number).mul_(factor)
+            value = nn.functional.cross_entropy(model(pixel_values=image[None]).logits, label[None]).item()
+            for name, before in kept.items():
+                parameters[name].copy_(before)
+        return value
+
+    pairs = [pair for images, labels in batches for pair in zip(images, labels, strict=True)]
+    slopes = [(loss(1 + STEP, *pair) - loss(1 - STEP, *pair)) / (2 * STEP) for pair in pairs]
+    return sum(slope**2 for slope in slopes) / (2 * len(slopes))
+
+
+def four_in_a_row(channel: int) -> list[int]:
+    return list(range(4 * channel, 4 * channel + 4))
+
+
+def one_of_each_head(channel: int) -> list[int]:
+    return [8 * head + channel for head in range(4)]
+
+
+STREAM = [(f"blocks.{block}.{layer}.weight", 1) for block in (0, 1) for layer in ("attn.qkv", "mlp.fc1")]
+# What a gate multiplies. Queries and what reads the values stand for both ends of both products in an attention.
+CASES: dict[str, tuple[str, tuple[str, int], list[Place]]] = {
+    "mlp": ("vit", ("blocks.0.mlp.fc1.weight", 0), [("blocks.0.mlp.fc2.weight", 1)]),
+    "conv": ("resnet", ("layer2.0.conv1.weight", 0), [("layer2.0.conv2.weight", 1)]),
+    "stream": ("vit", ("blocks.0.mlp.fc2.weight", 0), [*STREAM, ("head.weight", 1)]),
+    "attention": (
+        "vit",
+        ("blocks.1.attn.proj.weight", 1),
+        [("blocks.1.attn.qkv.weight", 0), ("blocks.1.attn.qkv.bias", 0), ("blocks.1.attn.proj.weight", 1)],
+    ),
+    "separate queries": (
+        "hf-vit",
+        ("vit.layers.0.attention.o_proj.weight", 1),
+        [
+            ("vit.layers.0.attention.q_proj.weight", 0),
+            ("vit.layers.0.attention.q_proj.bias", 0),
+            ("vit.layers.0.attention.o_proj.weight", 1),
+        ],
+    ),
+    "depthwise": (
+        "mobilenet_v2",
+        ("features.2.conv.0.0.weight", 0),
+        [("features.2.conv.2.weight", 1)],
+    ),
+    # The stream is as wide as all heads together: of its 32 channels four leave with one dim of each head.
+    "weights without a call": (
+        "torchvision",
+        ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight", 1),
+        [
+            ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", 1, four_in_a_row),
+            ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight", 1, one_of_each_head),
+            ("encoder.layers.encoder_layer_0.mlp.0.weight", 1, four_in_a_row),
+            ("heads.head.weight", 1, four_in_a_row),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_score_is_half_the_mean_squared_slope_of_the_loss(case: str, tmp_path: Path) -> None:
+    family, (parameter, dim), places = CASES[case]
+    model = (make_torchvision_vit() if family == "torchvision" else make_base(family, tmp_path)).double().eval()
+    batches = [(images.double(), labels) for images, labels in batches_of(model, [2, 1])]
+    group = group_with(trace_groups(model), parameter, dim)
+    score = gate_fisher(model, [group], batches)[group.name]
+    assert score.shape == (group.channels,) and score.dtype == torch.float64
+    channels = torch.linspace(0, group.channels - 1, 6).long().tolist()
+    expected = [removal_loss(model, batches, places, channel) for channel in channels]
+    torch.testing.assert_close(score[channels], torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-12)
+    assert max(expected) > 1e-8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_for_a_batch_gives_what_image_by_image_does(family: str, tmp_path: Path, monkeypatch) -> None:
+    model = make_base(family, tmp_path)
+    groups, batches = trace_groups(model), batches_of(model, [3])
+    ends, _ = find_ends(model, groups)
+    ((quick, _),) = gate_gradients(model, ends, batches)
+    called = []
+    monkeypatch.setattr(gates, "_batch_gates", lambda *_: called.append("quick"))
+    monkeypatch.setattr(gates, "_is_quick", lambda *_: False)
+    ((slow, _),) = gate_gradients(model, ends, batches)
+    assert not called
+    largest = max(gradient.abs().max() for gradient in slow)
+    for one, two in zip(quick, slow, strict=True):
+        assert len(one) == 3
+        torch.testing.assert_close(one.sum(2), two.sum(2), rtol=1e-3, atol=1e-4 * float(largest))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_scored_in_one_pass_for_a_batch(family: str, tmp_path: Path, monkeypatch) -> None:
+    model = make_base(family, tmp_path)
+    ends, _ = find_ends(model, trace_groups(model))
+    sizes, original = [], gates._batch_gates
+    monkeypatch.setattr(gates, "_batch_gates", lambda *args: sizes.append(len(args[2])) or original(*args))
+    assert len(list(gate_gradients(model, ends, batches_of(model, [2])))) == 1
+    assert sizes == [2, 2]  # the trial, and the batch itself
+
+
+def test_weights_without_a_call_are_scored_image_by_image(monkeypatch) -> None:
+    model = make_torchvision_vit()
+    sizes, original = [], gates._weight_gates
+    monkeypatch.setattr(gates, "_weight_gates", lambda *args: sizes.append(len(args[2])) or original(*args))
+    groups = trace_groups(model)
+    scores = score_groups(model, groups, criterion="gate_fisher", batches=batches_of(model, [2, 3])).scores
+    assert sizes == [2, 3]
+    assert all(torch.isfinite(score).all() and (score > 0).any() for score in scores.values())
+
+
+def test_a_layer_that_no_loss_reaches_scores_zero(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    with torch.no_grad():
+        model.model.blocks[1].mlp.fc2.weight[:, 5] = 0
+    group = group_with(trace_groups(model), "blocks.1.mlp.fc1.weight", 0)
+    score = gate_fisher(model, [group], batches_of(model, [2]))[group.name]
+    assert score[5] == 0 and (score > 0).sum() == 127
+
+
+def test_scores_do_not_depend_on_the_split_into_micro_batches(tmp_path: Path) -> None:
+    for family in ("vit", "resnet"):
+        model = make_base(family, tmp_path)
+        groups = trace_groups(model)
+        whole, parts = (gate_fisher(model, groups, batches_of(model, sizes)) for sizes in ([6], [1, 3, 2]))
+        for name, score in whole.items():
+            torch.testing.assert_close(parts[name], score, rtol=1e-3, atol=1e-5 * float(score.max()))
+
+
+def test_scoring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path).train()
+    gate_fisher(model, trace_groups(model), batches_of(model, [2]))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and model.training
+
+
+def test_no_image_and_no_layer_are_named(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    with pytest.raises(RecipeError, match="the calibration sample holds no image"):
+        gate_fisher(model, groups, [])
+    group = group_with(groups, "blocks.0.mlp.fc1.weight", 0)
+    bare = CoupledGroup(
+        "bare", group.signature, group.channels, tuple(m for m in group.members if "bias" in m.parameter)
+    )
+    with pytest.raises(RecipeError, match=r"finds no layer that reads or writes the channels of bare; take --prune"):
+        find_ends(model, [bare])
+
+
+def score_on(accelerator: Accelerator | None, folder: Path) -> dict[str, torch.Tensor]:
+    """Micro-batch number k of three on rank k % world."""
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    model = make_base("vit", folder)
+    batches = batches_of(model, [3, 2, 1])[rank::world]
+    return gate_fisher(model, trace_groups(model), batches, accelerator)
+
+
+def save_scores(accelerator: Accelerator, folder: Path) -> None:
+    save_file(score_on(accelerator, folder), folder / f"scores{accelerator.process_index}")
+
+
+def test_two_ranks_score_as_one_does(tmp_path: Path) -> None:
+    ended = call_on_ranks(functools.partial(save_scores, folder=tmp_path), tmp_path / "log")
+    assert [end.code for end in ended] == [0, 0], ended
+    for name, score in score_on(None, tmp_path).items():
+        for rank in range(2):
+            found = load_file(tmp_path / f"scores{rank}")[name]
+            torch.testing.assert_close(found, score, rtol=1e-5, atol=1e-9 * float(score.max()))

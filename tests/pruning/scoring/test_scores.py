@@ -1,0 +1,332 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.plain_scores import batches_of
+from helpers.tiny_models import make_base
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from torch import nn
+
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.groups import ResidualBlock
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.pruning.scoring.rank_correlation import correlate_ranks
+from isoprune_hf.pruning.scoring.scores import (
+    ImportanceScores,
+    fingerprint,
+    score_groups,
+    scoring_options,
+)
+from isoprune_hf.recipes import DATA_CRITERIA, PruneRecipe
+
+ROOT = Path(__file__).parents[3]
+
+
+def plain_taylor(model, group, batches):
+    """One backward pass over all images at once, then |w g| summed element by element."""
+    model.zero_grad()
+    images, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    nn.functional.cross_entropy(model.eval()(images).logits, labels).backward()
+    scores = torch.zeros(group.channels, dtype=torch.float64)
+    for member in group.members:
+        parameter = dict(model.model.named_parameters()).get(member.parameter)
+        if parameter is None or parameter.grad is None:
+            continue
+        saliency = (parameter * parameter.grad).abs().detach().double().movedim(member.dim, 0)
+        for channel, positions in enumerate(member.index):
+            scores[channel] += saliency[positions].sum()
+    model.zero_grad()
+    return scores.float()
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "swin"])
+def test_taylor_equals_one_backward_pass_over_all_images(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    groups = trace_groups(model)
+    batches = batches_of(model, [3, 3, 2])
+    scores = score_groups(model, groups, criterion="taylor", batches=batches).scores
+    for group in groups:
+        torch.testing.assert_close(scores[group.name], plain_taylor(model, group, batches), rtol=1e-4, atol=1e-6)
+
+
+def test_the_split_into_micro_batches_does_not_change_the_ranking(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    one = score_groups(model, groups, batches=batches_of(model, [8])).scores
+    many = score_groups(model, groups, batches=batches_of(model, [1, 3, 3, 1])).scores
+    for group in groups:
+        torch.testing.assert_close(one[group.name], many[group.name], rtol=1e-4, atol=1e-7)
+
+
+def test_l1_and_l2_are_norms_over_all_elements_of_a_channel(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    block = model.model.blocks[0].mlp
+    rows = torch.cat([block.fc1.weight, block.fc1.bias[:, None], block.fc2.weight.T], dim=1).detach()
+    l1 = score_groups(model, groups, criterion="l1").scores["blocks.0.mlp.fc1"]
+    l2 = score_groups(model, groups, criterion="l2").scores["blocks.0.mlp.fc1"]
+    torch.testing.assert_close(l1, rows.abs().sum(1))
+    torch.testing.assert_close(l2, rows.norm(dim=1))
+
+
+def test_random_scores_are_those_of_their_seed(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    first, again, other = (score_groups(model, groups, criterion="random", seed=seed).scores for seed in (4, 4, 5))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["blocks.0.attn"], other["blocks.0.attn"])
+
+
+def test_scoring_leaves_mode_gradients_and_flags_alone(tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path).train()
+    model.model.fc.weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    statistics = model.model.bn1.running_mean.clone()
+    score_groups(model, trace_groups(model), batches=batches_of(model, [2]))
+    assert all(module.training for module in model.modules())
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(statistics, model.model.bn1.running_mean)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("criterion", DATA_CRITERIA)
+def test_criteria_that_read_images_are_refused_without(criterion: str, precision: str, tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    options = {"criterion": criterion, "precision": precision}
+    with pytest.raises(RecipeError, match=f"criterion {criterion} needs data: give --data.dataset"):
+        score_groups(model, trace_groups(model), batches=None, **options)
+    with pytest.raises(RecipeError, match="the calibration sample holds no image"):
+        score_groups(model, trace_groups(model), batches=[], **options)
+
+
+@pytest.mark.parametrize("criterion", [*DATA_CRITERIA, "l1"])
+def test_nan_is_refused_by_the_name_of_what_holds_it(criterion: str, tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    batches = batches_of(model, [2])
+    if criterion == "l1":
+        model.model.blocks[1].mlp.fc2.bias.data[3] = torch.inf
+        what = r"the weights of blocks\.1\.mlp\.fc2\.bias"
+    else:
+        batches[0][0][1, 0, 3, 3] = torch.nan
+        what = r"the (gradients|activations|scores) of [a-z_.0-9]+"
+    with pytest.raises(RecipeError, match=f"^{what} hold nan or inf.*--prune.scoring_precision no$"):
+        score_groups(model, trace_groups(model), criterion=criterion, batches=batches)
+
+
+@pytest.mark.parametrize("criterion", DATA_CRITERIA)
+def test_bf16_reports_how_well_it_ranks_the_first_micro_batch(criterion: str, tmp_path: Path, caplog) -> None:
+    model = make_base("vit", tmp_path)
+    groups, batches = trace_groups(model), batches_of(model, [5, 3])
+    with caplog.at_level(logging.INFO):
+        result = score_groups(model, groups, criterion=criterion, batches=iter(batches), precision="bf16")
+    half, full = (
+        score_groups(model, groups, criterion=criterion, batches=batches[:1], precision=precision).scores
+        for precision in ("bf16", "no")
+    )
+    expected = np.mean([spearmanr(half[group.name], full[group.name]).statistic for group in groups])
+    assert result.precision == "bf16" and 0.9 < result.correlation < 1
+    assert result.correlation == pytest.approx(expected, abs=1e-12)
+    assert f"mean rank correlation of {result.correlation:.4f} over 5 groups (5 images)" in caplog.text
+    plain = score_groups(model, groups, criterion=criterion, batches=batches)
+    assert plain.correlation is None and plain.precision == "no"
+    assert not torch.equal(plain.scores["blocks.0.attn"], result.scores["blocks.0.attn"])
+
+
+def test_ranks_are_correlated_as_spearman_did() -> None:
+    first = np.array([3.0, 1.0, 4.0, 1.0, 5.0])  # ranks 3, 1.5, 4, 1.5, 5
+    assert correlate_ranks(first, first**3) == pytest.approx(1)
+    assert correlate_ranks(first, -first) == pytest.approx(-1)
+    assert correlate_ranks(first, np.arange(5.0)) == pytest.approx(np.corrcoef([3, 1.5, 4, 1.5, 5], range(5))[0, 1])
+    assert np.isnan(correlate_ranks(first, np.ones(5))) and np.isnan(correlate_ranks(np.ones(1), np.ones(1)))
+
+
+def test_a_recipe_says_how_to_score(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    recipe = PruneRecipe(
+        criterion="hessian", reduction="mean", score_batchnorm=False, scoring_precision="bf16", ratio=0.3, round_to=1
+    )
+    result = prune_model(model, recipe, batches_of(model, [2])).scores
+    assert (result.criterion, result.reduction) == ("hessian", "mean")
+    assert (result.score_batchnorm, result.precision) == (False, "bf16")
+    seeded = score_groups(
+        model, trace_groups(model), **scoring_options(PruneRecipe(criterion="random", seed=5))
+    ).scores
+    expected = score_groups(model, trace_groups(model), criterion="random", seed=5).scores
+    assert all(torch.equal(seeded[name], score) for name, score in expected.items())
+
+
+def make_scores(folder: Path) -> ImportanceScores:
+    model = make_base("vit", folder)
+    block = ResidualBlock("blocks.0", "Block", ("blocks.0.mlp.fc1.weight",))
+    return score_groups(
+        model,
+        trace_groups(model),
+        criterion="taylor_l2",
+        batches=batches_of(model, [3]),
+        sample={"images": 3, "dataset": "abc", "ids": [7, 0, 2**40]},
+        reduction="mean",
+        score_batchnorm=False,
+        precision="bf16",
+        blocks=[block],
+    )
+
+
+def test_saved_scores_come_back_with_their_record(tmp_path: Path) -> None:
+    scores = make_scores(tmp_path)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = ImportanceScores.load(tmp_path / "scores.safetensors")
+    assert loaded.criterion == "taylor_l2" and loaded.fingerprint == fingerprint(make_base("vit", tmp_path).model)
+    assert loaded.sample == {"images": 3, "dataset": "abc", "ids": [7, 0, 2**40]}
+    assert (loaded.reduction, loaded.score_batchnorm, loaded.precision) == ("mean", False, "bf16")
+    assert loaded.correlation == scores.correlation > 0.9
+    assert loaded.blocks == scores.blocks and loaded.blocks["blocks.0"] > 0
+    assert set(loaded.versions) == {"torch", "torch-pruning", "timm", "transformers", "isoprune-hf"}
+    assert loaded.versions["timm"] == version("timm")
+    assert loaded.scores.keys() == scores.scores.keys()
+    assert all(torch.equal(loaded.scores[name], value) for name, value in scores.scores.items())
+
+
+def test_sample_ids_lie_in_the_file_as_whole_numbers(tmp_path: Path) -> None:
+    make_scores(tmp_path).save(tmp_path / "scores.safetensors")
+    tensors = load_file(tmp_path / "scores.safetensors")
+    assert torch.equal(tensors[".sample.ids"], torch.tensor([7, 0, 2**40]))
+    assert tensors[".block.blocks.0"].shape == ()
+
+
+def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(b"no scores")
+    save_file({"a": torch.ones(2)}, tmp_path / "no record")
+    for number, record in enumerate(["{", "[" * 100_000]):
+        save_file({"a": torch.ones(2)}, tmp_path / f"record {number}", metadata={"isoprune": record})
+    for name in ("junk", "nothing", "no record", "record 0", "record 1", "."):
+        with pytest.raises(RecipeError, match="is no file of importance scores; write one with"):
+            ImportanceScores.load(tmp_path / name)
+
+
+RECORD = {
+    "criterion": "l1",
+    "fingerprint": "f",
+    "sample": {"images": 2},
+    "reduction": "sum",
+    "score_batchnorm": True,
+    "precision": "no",
+    "correlation": None,
+    "rotated": False,
+    "versions": {"torch": "2"},
+}
+DAMAGES = {
+    "list": ({"a": torch.ones(2)}, [], "its record has other entries"),
+    "entry gone": ({"a": torch.ones(2)}, {"criterion": "l1"}, "its record has other entries"),
+    "entry more": ({"a": torch.ones(2)}, {**RECORD, "more": 1}, "its record has other entries"),
+    "criterion": ({"a": torch.ones(2)}, {**RECORD, "criterion": "magic"}, "criterion is 'magic'"),
+    "criterion type": ({"a": torch.ones(2)}, {**RECORD, "criterion": ["l1"]}, r"criterion is \"\['l1'\]\""),
+    "fingerprint": ({"a": torch.ones(2)}, {**RECORD, "fingerprint": None}, "fingerprint is 'None'"),
+    "flag": ({"a": torch.ones(2)}, {**RECORD, "score_batchnorm": 1}, "score_batchnorm is '1'"),
+    "number": ({"a": torch.ones(2)}, {**RECORD, "correlation": True}, "correlation is 'True'"),
+    "rotated": ({"a": torch.ones(2)}, {**RECORD, "rotated": 0}, "rotated is '0'"),
+    "nan": ({"a": torch.ones(2)}, {**RECORD, "correlation": float("nan")}, "correlation is nan"),
+    "sample": ({"a": torch.ones(2)}, {**RECORD, "sample": {"images": {}}}, "sample holds other values"),
+    "versions": ({"a": torch.ones(2)}, {**RECORD, "versions": {"torch": 2}}, "versions holds other values"),
+    "type": ({"a": torch.ones(2).double()}, RECORD, "'a' has the type torch.float64"),
+    "dims": ({"a": torch.ones(2, 1)}, RECORD, r"the shape \[2, 1\]"),
+    "empty": ({"a": torch.ones(0)}, RECORD, r"the shape \[0\]"),
+    "nan score": ({"a": torch.tensor([1, torch.nan])}, RECORD, "'a' holds values that are negative, nan or inf"),
+    "inf score": ({"a": torch.tensor([1, torch.inf])}, RECORD, "'a' holds values that are negative, nan or inf"),
+    "negative score": ({"a": torch.tensor([1.0, -1])}, RECORD, "'a' holds values that are negative, nan or inf"),
+    "block type": ({".block.b": torch.tensor(1.0)}, RECORD, "'.block.b' has the type torch.float32"),
+    "block dims": ({".block.b": torch.ones(1).double()}, RECORD, "'.block.b' has the type"),
+    "block nan": ({".block.b": torch.tensor(torch.nan).double()}, RECORD, "'.block.b' holds values"),
+    "ids type": ({".sample.ids": torch.ones(2)}, RECORD, "'.sample.ids' has the type torch.float32"),
+    "name": ({"a\nb" * 500: torch.ones(2).double()}, RECORD, r"has the type torch.float64"),
+    "ids negative": ({".sample.ids": torch.tensor([-1])}, RECORD, "'.sample.ids' holds values"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_scores_are_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    tensors, record, message = DAMAGES[kind]
+    path = tmp_path / "scores.safetensors"
+    save_file(tensors, path, metadata={"isoprune": json.dumps(record)})
+    with pytest.raises(RecipeError, match=rf"holds damaged importance scores \(.*{message}.*\); write") as error:
+        ImportanceScores.load(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250 + len(str(path))
+
+
+def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    ImportanceScores({"a": torch.ones(2)}, "l1", "f", {}).save(path)
+    assert torch.equal(ImportanceScores.load(path).scores["a"], torch.ones(2))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(RecipeError, match="is no file of importance scores"):
+        ImportanceScores.load(path)
+
+
+def test_the_fingerprint_sees_one_changed_weight(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    before = fingerprint(model.model)
+    assert before == fingerprint(make_base("vit", tmp_path).model)
+    with torch.no_grad():
+        model.model.blocks[1].mlp.fc2.bias[3] += 1e-6
+    assert fingerprint(model.model) != before
+
+
+def score_shared(folder: Path, accelerator: Accelerator | None = None) -> dict[str, ImportanceScores]:
+    """Score on five micro-batches of unequal size, number k on rank k % world."""
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    found = {}
+    for family in ("vit", "resnet"):
+        model = make_base(family, folder)
+        groups, batches = trace_groups(model), batches_of(model, [3, 2, 3, 1, 2])[rank::world]
+        for criterion in DATA_CRITERIA:
+            options = {"criterion": criterion, "batches": batches, "accelerator": accelerator}
+            found[f"{family} {criterion}"] = score_groups(model, groups, **options)
+    options = {"criterion": "taylor", "accelerator": accelerator, "precision": "bf16"}
+    found["resnet bf16"] = score_groups(model, groups, batches=batches, **options)
+    return found
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from test_scores import score_shared
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+for name, scores in score_shared(Path(sys.argv[1]), accelerator).items():
+    scores.save(f"{sys.argv[1]}/{name} {accelerator.process_index}")
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_score_as_one_does(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
+    alone = score_shared(tmp_path)
+    torch.set_num_threads(threads)
+    for name, expected in alone.items():
+        for rank in range(2):
+            found = ImportanceScores.load(tmp_path / f"{name} {rank}")
+            assert found.correlation == expected.correlation
+            assert found.scores.keys() == expected.scores.keys()
+            for group, scores in expected.scores.items():
+                assert torch.equal(found.scores[group], scores), f"{name} {group}"

@@ -1,0 +1,380 @@
+"""The card: each figure equals its source, and what was not measured is not there."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import LABELS, Pruned
+from helpers.command_line import isoprune
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import __version__ as transformers_version
+
+from isoprune_hf.cli.parser import parse
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.reporting.model_card import build_model_card
+
+BASE = "timm/deit_small_patch16_224.fb_in1k"
+
+
+def make_folder(folder: Path, metrics: dict[str, Any] | None = None, **changes: Any) -> Path:
+    config = {
+        "model_type": "isoprune",
+        "base": {"library": "timm", "architecture": "deit_small_patch16_224", "args": {}},
+        "source": {"name": BASE, "pretrained": True, "seed": 0},
+        "structure": {"shapes": {}, "attributes": {}, "removed": ["blocks.3"]},
+        "cost": {
+            "base": {"macs": 4_608_338_304, "params": 22_050_664},
+            "pruned": {"macs": 1_152_084_576, "params": 8_820_266},
+        },
+        "recipe": {
+            "prune": {
+                "criterion": "taylor",
+                "scope": "isomorphic",
+                "ratio": 0.625,
+                "head_dim_ratio": None,
+                "model": BASE,
+            }
+            | {"calibration_batches": 40, "batch_size": 32, "seed": 7},
+            "data": {"dataset": "ILSVRC/imagenet-1k", "train_split": "train", "eval_split": "validation"},
+            "finetune": {"epochs": 11, "learning_rate": 0.0003, "crop_scale": [0.2, 1.0]},
+        },
+        "image_size": [3, 224, 160],
+        "stage": "finetuned",
+        "id2label": {str(index): f"class {index}" for index in range(5)},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "pruning_plan.json").write_bytes(b"{}")
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def read_table(text: str, heading: str) -> list[list[str]]:
+    lines = text.split(f"\n{heading}\n")[1].split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= set("-:")]
+
+
+def test_every_figure_of_the_results_equals_its_source(tmp_path: Path) -> None:
+    metrics = {
+        "base": {"top1": 0.79854, "top5": 0.9495, "loss": 0.91231, "images": 50_000},
+        "pruned": {"top1": 0.001, "top5": 0.005, "loss": 6.9, "images": 50_000},
+        "finetuned": {"top1": 0.75, "top5": 0.92125, "loss": 1.1, "images": 50_000},
+    }
+    folder = make_folder(tmp_path / "deit", metrics)
+    speed = {"milliseconds": {"base": 12.344, "finetuned": 4.5}, "device": "cpu", "threads": 3, "batch_size": 1}
+    (folder / "speed.json").write_text(json.dumps(speed))
+    card = build_model_card(folder, repo="me/deit")
+    assert "forward pass of 1 image in eager PyTorch on cpu with 3 threads" in card.text
+    assert read_table(card.text, "## Results") == [
+        ["model", "GMACs", "params (M)", "top-1 %", "top-5 %", "loss", "latency (ms)", "images", "weights (MB)"],
+        ["base", "4.61", "22.05", "79.85", "94.95", "0.9123", "12.34", "50,000", "–"],  # noqa: RUF001
+        ["pruned", "1.15", "8.82", "0.10", "0.50", "6.9000", "–", "50,000", "–"],  # noqa: RUF001
+        ["finetuned", "1.15", "8.82", "75.00", "92.12", "1.1000", "4.50", "50,000", "7e-06"],
+    ]
+    # 1,152,084,576 of 4,608,338,304 MACs stay: 25 %; 8,820,266 of 22,050,664 parameters: 40 %.
+    assert "75.0 % of the MACs and 60.0 % of the parameters are gone" in card.text
+    assert "(4.61 → 1.15 GMACs, 22.05 → 8.82 M parameters), 1 whole block among them." in card.text
+    assert "images of 3 × 224 × 160" in card.text  # noqa: RUF001
+    assert "Output: 5 classes: class 0, class 1, class 2, class 3, class 4." in card.text
+    assert "(at most 1,280 images)" in card.text
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    counted = {"MACs of one image (torch.utils.flop_counter)": 1_152_084_576}
+    assert values == {"top-1 accuracy": 0.75, "top-5 accuracy": 0.92125, "loss": 1.1, **counted}
+    assert {(result.dataset_type, result.dataset_split) for result in card.data.eval_results} == {
+        ("ILSVRC/imagenet-1k", "validation")
+    }
+
+
+def test_the_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit"))
+    cut, finetuning = read_table(card.text, "## How it was cut"), read_table(card.text, "## Finetuning")
+    assert dict(cut[1:]) == {
+        "criterion": "taylor",
+        "scope": "isomorphic",
+        "ratio": "0.625",
+        "model": BASE,
+        "calibration_batches": "40",
+        "batch_size": "32",
+        "seed": "7",
+    }
+    assert dict(finetuning[1:]) == {"epochs": "11", "learning_rate": "0.0003", "crop_scale": "[0.2, 1.0]"}
+
+
+def test_the_metadata_name_base_data_and_library(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", {"finetuned": {"top1": 0.5}}), repo="me/deit")
+    data = yaml.safe_load(str(card).split("---")[1])
+    assert data["license"] == "apache-2.0"  # of timm's own record of these weights
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-classification"
+    assert data["tags"] == ["isoprune", "isomorphic-pruning", "pruning", "timm"]
+    assert (data["base_model"], data["base_model_relation"]) == (BASE, "finetune")
+    assert data["datasets"] == "ILSVRC/imagenet-1k"
+    assert [entry["name"] for entry in data["model-index"]] == ["deit"]
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_without_metrics_there_is_no_accuracy_anywhere(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", stage="pruned"))
+    table = read_table(card.text, "## Results")
+    assert [row[:3] for row in table] == [
+        ["model", "GMACs", "params (M)"],
+        ["base", "4.61", "22.05"],
+        ["pruned", "1.15", "8.82"],
+    ]
+    assert [row[3:] for row in table] == [["weights (MB)"], ["–"], ["7e-06"]]  # noqa: RUF001
+    assert card.data.eval_results is None
+    assert "top-1" not in str(card)
+    assert "model-index" not in str(card)
+    assert "The weights were not trained after the cut." in card.text
+
+
+def test_results_of_the_base_are_not_reported_as_those_of_the_model(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", {"base": {"top1": 0.8}, "pruned": {"top1": 0.1}}))
+    assert card.data.eval_results is None
+
+
+def test_without_costs_and_recipe_no_figure_is_invented(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", cost=None, recipe=None, structure=None, id2label={}))
+    assert [row[0] for row in read_table(card.text, "## Results")] == ["model", "base", "pruned", "finetuned"]
+    assert "are gone" not in card.text
+    assert "Calibration" not in card.text
+    assert "classes." not in card.text.split("## Results")[0]
+    assert "No data set is recorded." in card.text
+    assert "the settings are not recorded" in card.text
+
+
+def test_no_path_leaves_with_the_card(tmp_path: Path) -> None:
+    secret = tmp_path / "home" / "alice" / "photos"
+    secret.mkdir(parents=True)
+    recipe = {
+        "prune": {"model": str(secret), "model_args": {"root": str(secret)}},
+        "data": {"dataset": str(secret), "train_split": "train", "eval_split": "test"},
+        "finetune": {"teacher": f"../alice/{secret.name}/", "auto_augment": "C:\\alice\\policy"},
+    }
+    folder = make_folder(
+        tmp_path / "deit",
+        {"finetuned": {"top1": 0.5}},
+        source={"name": str(secret), "pretrained": True},
+        recipe=recipe,
+    )
+    card = str(build_model_card(folder))
+    assert "alice" not in card
+    assert str(tmp_path) not in card
+    assert card.count("a local folder (photos)") >= 5
+    assert "base_model" not in card
+    assert "\ndatasets" not in card
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"name": BASE, "pretrained": False, "seed": 3},
+        {"name": "torchvision/resnet50", "pretrained": True},
+        {"name": "resnet50", "pretrained": True},
+    ],
+)
+def test_only_trained_weights_of_the_hub_are_a_base_model(tmp_path: Path, source: dict[str, Any]) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", source=source))
+    assert card.data.base_model is None
+    assert f"`{source['name']}`" in card.text
+    assert ("random weights, drawn with seed 3" in card.text) is not source["pretrained"]
+
+
+def test_a_relative_folder_that_looks_like_a_hub_id_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "dense").mkdir(parents=True)
+    card = build_model_card(make_folder(tmp_path / "deit", source={"name": "output/dense", "pretrained": True}))
+    assert card.data.base_model is None
+    assert "output/dense" not in str(card)
+
+
+def test_a_pruned_model_claims_no_finetuning(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", stage="pruned"))
+    assert card.data.base_model == BASE
+    assert "base_model_relation" not in str(card)
+    assert "epochs" not in card.text
+
+
+def test_the_cut_of_another_scope_is_not_called_isomorphic(tmp_path: Path) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", recipe={"prune": {"scope": "global"}}))
+    assert "cut with structured pruning (scope `global`)" in card.text
+
+
+def test_hashes_versions_snippets_and_citation_are_there(tmp_path: Path) -> None:
+    text = build_model_card(make_folder(tmp_path / "deit"), repo="me/deit").text
+    assert f"| model.safetensors | `{hashlib.sha256(b'weights').hexdigest()}` |" in text
+    assert f"| pruning_plan.json | `{hashlib.sha256(b'{}').hexdigest()}` |" in text
+    assert f"transformers {transformers_version}" in text
+    assert 'pipeline("image-classification", model="me/deit", trust_remote_code=True)' in text
+    assert "isoprune evaluate --model me/deit" in text
+    assert "arXiv:2407.04616" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", None, "config.json is missing"),
+        ("config.json", "{", "config.json: not readable as JSON"),
+        ("config.json", '{"model_type": "vit"}', "model_type 'vit'"),
+        ("config.json", '{"model_type": "isoprune", "stage": "best"}', "stage 'best'"),
+        ("metrics.json", "[]", "metrics.json: must hold a mapping, got list"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tmp_path: Path, file: str, text: str | None, words: str) -> None:
+    folder = make_folder(tmp_path / "deit")
+    (folder / file).unlink(missing_ok=True)
+    if text is not None:
+        (folder / file).write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        build_model_card(folder)
+
+
+NUMBER = re.compile(r"(?<![\w.-])\d(?:[\d,.]*\d)?(?:e-?\d+)?")
+# Numbers of the template itself: the paper, the counter's unit, and the sizes in words of the text.
+FIXED = {"2024", "2407.04616", "256", "1"}
+
+
+def numbers_of(folder: Path, digests: bool = False) -> set[str]:
+    text = str(build_model_card(folder))
+    if not digests:
+        text = re.sub(r"[0-9a-f]{40,}", "", text).split("Installed when this card was written")[0]
+    return set(NUMBER.findall(text))
+
+
+def test_every_number_of_the_card_comes_from_its_sources(tmp_path: Path) -> None:
+    """Two folders that have no number in common make two cards that have no number in common but the template's."""
+    found = []
+    for index in (3, 7):
+        figures = {
+            "top1": 0.01 * index + 0.5001,
+            "top5": 0.01 * index + 0.9003,
+            "loss": index + 0.1357,
+            "images": index * 11117,
+        }
+        config = {
+            "base": {"library": "timm", "architecture": "net", "args": {}},
+            "source": {"name": "own/net", "pretrained": True, "seed": 90 + index},
+            "structure": {"shapes": {}, "attributes": {}, "removed": [f"blocks.{n}" for n in range(index)]},
+            "cost": {
+                "base": {"macs": index * 4_608_338_304, "params": index * 22_050_664},
+                "pruned": {"macs": index * 1_152_084_576 // index**2 * 2, "params": 8_820_266 * 3 // index},
+            },
+            "recipe": {
+                "prune": {"ratio": 0.111 * index, "calibration_batches": 40 + index, "batch_size": 50 + index},
+                "data": {
+                    "dataset": "own/data",
+                    "train_split": "train",
+                    "eval_split": "test",
+                    "revision": f"r{index}0",
+                },
+                "finetune": {"epochs": 600 + index, "learning_rate": index * 1.3e-4},
+            },
+            "image_size": [index, 20 + index, 150 + index],
+            "id2label": {str(n): "name" for n in range(60 + index)},
+        }
+        folder = make_folder(tmp_path / "net", dict.fromkeys(("base", "pruned", "finetuned"), figures), **config)
+        (folder / "model.safetensors").write_bytes(bytes(index * 12_345_000))
+        times = {
+            name: {"median": 70.5 + index, "low": 60.25 + index, "high": 80.75 + index} for name in ("base", "pruned")
+        }
+        row = {
+            "runtime": "eager",
+            "dtype": "fp32",
+            "batch_size": 200 + index,
+            "faster": 0.77 * index,
+            "of_promised": 0.13 * index,
+        }
+        row |= {**times, "memory": {"base": index * 1_230_000, "pruned": index * 330_000}}
+        benchmark = {
+            "machine": {"device": f"chip {index}x", "threads": 40 * index, "versions": {"torch": f"{index}.{index}"}}
+        }
+        benchmark |= {"rows": [row], "promised": 0.59 * index, "reason": f"Because {900 + index}."}
+        speed = {
+            "milliseconds": dict.fromkeys(figures, index * 3.33),
+            "device": f"unit {index}y",
+            "threads": index,
+        }
+        speed = {**speed, "milliseconds": {"base": index * 3.33, "finetuned": index * 1.77}, "batch_size": 300 + index}
+        (folder / "speed.json").write_text(json.dumps({**speed, "benchmark": benchmark}))
+        found.append(numbers_of(folder))
+        assert len(found[-1]) > 30
+    assert (found[0] & found[1]) - FIXED == set()
+
+
+def test_the_commands_are_those_of_the_recipe(tmp_path: Path) -> None:
+    text = build_model_card(make_folder(tmp_path / "deit")).text
+    block = re.search(r"settings that are not the defaults.*?```bash\n(.*?)\n```", text, re.DOTALL)[1]
+    lines = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["prune", "finetune"]
+    _, cut = parse(lines[0])
+    _, trained = parse([*lines[1], "--output", "out"])
+    assert (cut.prune.model, cut.prune.ratio, cut.prune.scope, cut.prune.seed) == (BASE, 0.625, "isomorphic", 7)
+    assert (cut.prune.calibration_batches, cut.prune.batch_size, cut.prune.head_dim_ratio) == (40, 32, None)
+    assert (trained.data.dataset, trained.data.eval_split) == ("ILSVRC/imagenet-1k", "validation")
+    assert (trained.finetune.epochs, trained.finetune.learning_rate) == (11, 0.0003)
+    assert list(trained.finetune.crop_scale) == [0.2, 1.0]
+    assert "prune" not in trained
+
+
+def test_many_classes_are_named_in_part(tmp_path: Path) -> None:
+    labels = {str(index): f"c{index}" for index in range(1234)}
+    text = build_model_card(make_folder(tmp_path / "deit", id2label=labels)).text
+    assert "Output: 1234 classes: c0, c1, " in text and "c18, c19 and 1,214 more, all in config.json." in text
+
+
+def test_the_picture_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "deit")
+    assert "widths.png" not in build_model_card(folder).text
+    (folder / "widths.png").write_bytes(b"")
+    assert "](widths.png)" in build_model_card(folder).text
+
+
+@pytest.mark.slow
+def test_the_three_uses_in_python_and_the_command_run(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    sample = pruned("vit")
+    folder = shutil.copytree(sample.folder, tmp_path / "tiny")
+    image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB")
+    image.save(tmp_path / "image.png")
+    with torch.inference_mode():
+        logits = sample.model(**sample.processor(image, return_tensors="pt")).logits[0]
+    best = LABELS[int(logits.argmax())]
+    text = build_model_card(folder).text
+    alone, package, steps = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    last = 'classify("image.png")'
+    shown = [snippet.replace(last, f"print({last}[0]['label'])") for snippet in (alone, package)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    blocked = "import sys; sys.modules['isoprune_hf'] = None\n"
+    for code in (blocked + shown[0], shown[1] + steps):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert set(done.stdout.split()) == {best}
+    for color in ("ant", "bee", "cat", "dog", "eel", "fox", "gnu"):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split / color).mkdir(parents=True)
+            image.save(tmp_path / "data" / split / color / "image.png")
+    line = (
+        re.search(r"```bash\n(isoprune evaluate .*?)\n```", text)[1]
+        .replace("DATASET", "data")
+        .replace("tiny", str(folder))
+    )
+    arguments = [str(tmp_path / "data") if word == "data" else word for word in shlex.split(line)[1:]]
+    done = isoprune(*arguments)
+    assert done.code == 0, done.err
+    assert f"Accuracy: {1 / 7:.4f}" in done.out  # the same image in each of seven classes

@@ -1,0 +1,120 @@
+"""What a reader is told of a plan, and of two."""
+
+from dataclasses import replace
+
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.reporting.plan_text import diff_plans, show_plan
+
+PLAN = PruningPlan(
+    kept={"blocks.10.mlp": (0, 1, 2), "blocks.2.mlp": (4, 5), "blocks.2.attn": (0, 1, 8, 9)},
+    heads={"blocks.2.attn": (0, 2)},
+    removed_blocks=("blocks.11", "blocks.3"),
+    margins={"mlp": {"removed": 0.12345678, "kept": 0.25}, "attention": {"removed": None, "kept": 3.0}},
+    notes=("The classes attention and mlp share no budget.",),
+    achieved={"base": {"macs": 4_000_000_000, "params": 20_000_000}, "pruned": {"macs": 1_000_000_000, "params": 9e6}},
+    settings={"ratio": 0.5, "target_macs": None, "sample": {"images": 64, "ids_sha256": "ab" * 32}, "exclude": []},
+    fingerprint="0123456789abcdef" * 4,
+)
+
+
+def test_a_plan_alone_shows_what_stays() -> None:
+    assert show_plan(PLAN, title="plan.json") == "\n".join(
+        [
+            "plan of plan.json, version 1, made on weights 0123456789ab",
+            "",
+            "settings: ratio 0.5, sample.images 64, sample.ids_sha256 abababababab",
+            "",
+            "cost              GMACs  M params",
+            "base               4.00     20.00",
+            "pruned             1.00      9.00",
+            "share that stays  25.0%     45.0%",
+            "",
+            "groups that are cut  channels  heads  dims of a head",
+            "blocks.2.attn               4      2               2",
+            "blocks.2.mlp                2",
+            "blocks.10.mlp               3",
+            "",
+            "blocks that leave: blocks.3, blocks.11",
+            "",
+            "margins    best that left  worst that stayed",
+            "mlp                0.1235               0.25",
+            "attention               -                  3",
+            "",
+            "notes",
+            "  The classes attention and mlp share no budget.",
+        ]
+    )
+
+
+def test_with_the_sizes_of_the_base_a_plan_shows_of_how_many_in_the_order_of_the_network() -> None:
+    sizes = {"stem": (8, 0), "blocks.10.mlp": (12, 0), "blocks.2.attn": (16, 4), "blocks.2.mlp": (8, 0)}
+    lines = show_plan(PLAN, title="here", sizes=sizes).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("groups"))
+    assert lines[start : start + 5] == [
+        "groups that are cut  channels  stay   heads  dims of a head",
+        "blocks.10.mlp         3 of 12   25%",
+        "blocks.2.attn         4 of 16   25%  2 of 4          2 of 4",
+        "blocks.2.mlp           2 of 8   25%",
+        "groups that are not cut: 1",
+    ]
+
+
+def test_a_plan_that_cuts_nothing_says_so() -> None:
+    assert show_plan(PruningPlan(kept={}, heads={}), title="x").splitlines() == [
+        "plan of x, version 1, made on weights without a fingerprint",
+        "",
+        "no group is cut",
+    ]
+
+
+def test_equal_plans_have_no_difference() -> None:
+    assert diff_plans(PLAN, PruningPlan.from_json(PLAN.to_json()), ("a", "b")) == ""
+
+
+def test_a_difference_counts_what_both_keep() -> None:
+    other = replace(
+        PLAN,
+        kept={"blocks.2.mlp": (4, 5), "blocks.2.attn": (0, 1, 4, 5, 8, 9), "blocks.10.mlp": (2, 3)},
+        heads={"blocks.2.attn": (0, 1, 2)},
+        removed_blocks=("blocks.3", "blocks.5"),
+        settings={**PLAN.settings, "ratio": 0.25, "target_macs": "50%"},
+        achieved={**PLAN.achieved, "pruned": {"macs": 2_000_000_000, "params": 9e6}},
+    )
+    assert diff_plans(PLAN, other, ("a", "b")) == "\n".join(
+        [
+            "A: a",
+            "B: b",
+            "",
+            "                               A           B",
+            "settings.ratio               0.5        0.25",
+            "settings.target_macs           -         50%",
+            "achieved.pruned.macs  1000000000  2000000000",
+            "",
+            "channels that stay  A  B  in both  Jaccard",
+            "blocks.2.attn       4  6        4     0.67",
+            "blocks.10.mlp       3  2        1     0.25",
+            "groups: 2 differ, 1 equal",
+            "",
+            "heads that stay    A      B",
+            "blocks.2.attn    0 2  0 1 2",
+            "",
+            "blocks that leave in A only: blocks.11",
+            "",
+            "blocks that leave in B only: blocks.5",
+        ]
+    )
+
+
+def test_a_group_that_one_plan_does_not_name_keeps_all_there() -> None:
+    other = replace(PLAN, kept={name: kept for name, kept in PLAN.kept.items() if name != "blocks.2.mlp"})
+    assert diff_plans(PLAN, other, ("a", "b")).splitlines()[3:5] == [
+        "channels that stay  A    B  in both  Jaccard",
+        "blocks.2.mlp        2  all        2",
+    ]
+
+
+def test_a_small_difference_of_any_entry_is_a_difference() -> None:
+    hair = replace(PLAN, settings={**PLAN.settings, "ratio": 0.5 + 1e-12})
+    assert "settings.ratio" in diff_plans(PLAN, hair, ("a", "b"))
+    assert "also different: notes" in diff_plans(PLAN, replace(PLAN, notes=()), ("a", "b"))
+    assert "also different: margins" in diff_plans(PLAN, replace(PLAN, margins={}), ("a", "b"))

@@ -1,0 +1,26 @@
+"""Tables."""
+
+from isoprune_hf.reporting.tables import results_table, shorten
+
+
+def test_the_table_is_aligned_and_a_missing_figure_is_a_dash() -> None:
+    rows = {
+        "base": {"macs": 4_608_338_304, "params": 22_050_664, "top1": 0.79854, "top5": 0.9495, "loss": 0.91231},
+        "pruned": {"gmacs": 1.25, "params": 123_456, "latency_ms": 3.14159},
+        "finetuned": {"top1": 1.0, "top5": 0.0},
+    }
+    assert results_table(rows).splitlines() == [
+        "model      GMACs   params  top-1 %  top-5 %    loss  latency ms",
+        "base        4.61  22.05 M    79.85    94.95  0.9123           -",
+        "pruned      1.25  0.123 M        -        -       -        3.14",
+        "finetuned      -        -   100.00     0.00       -           -",
+    ]
+
+
+def test_a_table_of_nothing_is_its_heading() -> None:
+    assert results_table({}) == "model  GMACs  params  top-1 %  top-5 %  loss  latency ms"
+
+
+def test_a_long_name_loses_its_middle() -> None:
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 7) == "abc…ijk"

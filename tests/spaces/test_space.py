@@ -1,0 +1,201 @@
+"""The Space that compares base and pruned: what its functions give, and the page in a real browser."""
+
+import importlib
+import io
+import re
+import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.recipes import PruneRecipe
+
+SPACE = Path(__file__).parents[2] / "spaces" / "compare"
+
+
+def png(width: int, height: int, color: tuple[int, int, int] = (200, 30, 90)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 9000 x 9000 pixels in a few kilobytes: never decoded, so its pixels need not be there."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SPACE))
+    yield importlib.import_module("comparison")
+    sys.path.remove(str(SPACE))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A pruned folder, and its base as another folder."""
+    root = tmp_path_factory.mktemp("space")
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    names = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+    base = load_base("timm/vit_tiny_patch16_224", False, model_args=args, num_labels=7, label_names=names)
+    base.model.save_pretrained(root / "base")
+    base.processor.save_pretrained(root / "base")
+    opened = load_base(str(root / "base"))
+    result = prune_model(opened.model, PruneRecipe(criterion="l1", target_macs="50%"))
+    result.save(root / "model", opened.processor)
+    return str(root / "model"), str(root / "base")
+
+
+@pytest.fixture(scope="module")
+def pair(comparison: ModuleType, folders: tuple[str, str]):
+    return comparison.open_pair(*folders)
+
+
+def test_both_models_answer_as_they_do_alone(comparison: ModuleType, pair, folders: tuple[str, str]) -> None:
+    encoded = png(40, 30)
+    found = comparison.compare(pair, encoded)
+    for name, folder in zip(("pruned", "base"), folders, strict=True):
+        model, processor = load_base(folder)
+        with torch.no_grad():
+            logits = model(**processor(Image.open(io.BytesIO(encoded)), return_tensors="pt")).logits[0]
+        by_hand = {model.config.id2label[i]: float(p) for i, p in enumerate(logits.softmax(0))}
+        best = sorted(by_hand, key=by_hand.get, reverse=True)[:5]
+        assert list(found.answers[name]) == best
+        assert found.answers[name] == pytest.approx({label: by_hand[label] for label in best})
+    assert set(pair.milliseconds) == {"base", "pruned"} and min(pair.milliseconds.values()) > 0
+    assert found.image.size == (40, 30)
+
+
+def test_the_table_has_the_costs_of_the_config(comparison: ModuleType, pair) -> None:
+    cost = pair.models["pruned"].config.cost
+    lines = comparison.tabulate(pair._replace(milliseconds={"base": 4.0, "pruned": 3.0})).splitlines()
+    (base, pruned) = (cost[name]["macs"] for name in ("base", "pruned"))
+    assert lines[2] == f"| GMACs | {base / 1e9:.3g} | {pruned / 1e9:.3g} | {pruned / base:.0%} |"
+    assert lines[4] == "| ms an image | 4 | 3 | 75% |"
+
+
+def test_a_folder_without_a_picture_of_its_widths_gets_one(
+    comparison: ModuleType, folders: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[0], tmp_path / "model"))
+    (folder / "widths.png").unlink(missing_ok=True)
+    widths = comparison.open_pair(str(folder), folders[1]).widths
+    with Image.open(widths) as picture:
+        assert picture.width > 500
+    assert not (folder / "widths.png").exists()
+
+
+@pytest.mark.parametrize(("encoded", "words"), [(b"", "cannot be read as an image"), (b"no image", "cannot be read")])
+def test_what_is_no_image_gets_a_message(encoded: bytes, words: str, comparison: ModuleType, pair) -> None:
+    with pytest.raises(IsoPruneError, match=words):
+        comparison.compare(pair, encoded)
+
+
+def test_half_an_image_gets_a_message(comparison: ModuleType, pair) -> None:
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(whole, "JPEG")
+    with pytest.raises(IsoPruneError, match="cannot be read as an image"):
+        comparison.compare(pair, whole.getvalue()[: len(whole.getvalue()) // 2])
+
+
+def test_an_image_bomb_is_refused_before_it_is_decoded(comparison: ModuleType, pair) -> None:
+    with pytest.raises(ImageError, match=r"^image of 9000 x 9000 pixels: at most 67,108,864 are decoded$"):
+        comparison.compare(pair, bomb())
+
+
+def test_models_that_cannot_be_opened_are_one_error(
+    comparison: ModuleType, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+        comparison.open_pair("no/such/place")
+    with pytest.raises(CheckpointError, match="other weights than the one that was cut"):
+        comparison.open_pair(folders[0], folders[0])
+
+
+# With gradio, and a browser
+
+
+@pytest.fixture(scope="module")
+def page(comparison: ModuleType, pair) -> Iterator[str]:
+    """Address of the page."""
+    pytest.importorskip("gradio")
+    space = importlib.import_module("app")
+    app = space.build_app(pair)
+    _, address, _ = app.launch(prevent_thread_lock=True, quiet=True, **space.LAUNCH)
+    yield address
+    app.close()
+
+
+def test_a_model_that_cannot_be_opened_ends_the_start_in_one_line(
+    comparison: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("gradio")
+    assert importlib.import_module("app").main(["no/such/place"]) == 2
+    assert re.fullmatch(r"compare: error: no/such/place is neither [^\n]+\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_program_gets_the_same_answers(page: str, comparison: ModuleType, pair, tmp_path: Path) -> None:
+    client = pytest.importorskip("gradio_client")
+    file = tmp_path / "image.png"
+    file.write_bytes(png(40, 30))
+    said, _, base, pruned = client.Client(page, verbose=False).predict(client.handle_file(file), api_name="/compare")
+    answers = comparison.compare(pair, file.read_bytes()).answers
+    for found, expected in ((base, answers["base"]), (pruned, answers["pruned"])):
+        assert {row["label"]: row["confidence"] for row in found["confidences"]} == pytest.approx(expected)
+        assert found["label"] in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_visitor_uploads_an_image_and_sees_both_answers(
+    width: int, page: str, comparison: ModuleType, pair, tmp_path: Path
+) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    good, bad, large = (tmp_path / name for name in ("good.png", "bad.png", "large.png"))
+    good.write_bytes(png(40, 30))
+    bad.write_bytes(b"no image")
+    large.write_bytes(bomb())
+    first = next(iter(comparison.compare(pair, good.read_bytes()).answers["pruned"]))
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 1000})
+        faults: list[str] = []
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        asked: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+
+        def upload(file: Path, words: str) -> None:
+            tab.goto(page)
+            tab.get_by_text("both models answer it").wait_for()
+            tab.locator("input[type=file]").first.set_input_files(file)
+            tab.get_by_text(words).first.wait_for(timeout=20_000)
+
+        upload(good, first)
+        tab.wait_for_timeout(500)
+        tab.screenshot(path=tmp_path / f"answer-{width}.png", full_page=True)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        upload(bad, "cannot be read as an image")
+        upload(large, "image of 9000 x 9000 pixels")
+        assert tab.get_by_text(first, exact=True).count() == 0
+        browser.close()
+    assert faults == []
+    assert [url for url in asked if not url.startswith((page, "data:", "blob:"))] == []
+    with Image.open(tmp_path / f"answer-{width}.png") as picture:
+        assert picture.width == width and len(picture.convert("RGB").getcolors(2**24)) > 100

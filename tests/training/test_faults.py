@@ -1,0 +1,516 @@
+"""Trainings that are killed, stopped, crowded out and starved, in processes of their own, against one that is not."""
+
+import errno
+import json
+import os
+import random
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers.command_line import contents, isoprune, leftovers, refuse, succeed
+from helpers.ranks import Ended, Process, run, start_ranks
+from PIL import Image
+from safetensors.torch import load, load_file
+
+from isoprune_hf.data.augmentation import TransformedImages
+from isoprune_hf.training import epoch as epoch_module
+
+pytestmark = pytest.mark.slow
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+# An epoch of 48 images has six updates; stochastic depth, mixing and the moving average have to go on as they were.
+SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "best": "ema", "state_every": 2}
+SETTINGS |= {"mixup": 0.5, "drop_path": 0.2, "virtual_replicas": 2, "label_smoothing": 0.0, "evaluate_every": 2}
+SETTINGS |= {"log_every": 1}
+
+
+class Case(NamedTuple):
+    """What all runs start from, and what a run that nothing has disturbed leaves on one rank and on two."""
+
+    root: Path
+    command: list[str]
+    alone: bytes
+    paired: bytes
+    log: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    root = tmp_path_factory.mktemp("faults")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 1)):
+        for label in range(6):
+            (root / "images" / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "images" / split / f"class{label}" / f"{number}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        datasets.disable_progress_bars()
+        base = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false", "--prune.num_labels", "6"]
+        base += ["--prune.model_args", json.dumps(MODEL_ARGS), "--prune.criterion", "l1"]
+        succeed("prune", *base, "--output", root / "pruned")
+        command = ["finetune", "--model", str(root / "pruned"), "--data.dataset", str(root / "images")]
+        command += [part for name, value in SETTINGS.items() for part in (f"--finetune.{name}", str(value))]
+        ended = run([*command, "--output", root / "alone"], root / "log")
+        assert ended.code == 0, ended.err
+        ranks = start_ranks([*command, "--output", root / "paired"], root / "log")
+        assert [rank.wait().code for rank in ranks] == [0, 0]
+        yield Case(root, command, weights_of(root / "alone"), weights_of(root / "paired"), logged(root / "alone"))
+        datasets.enable_progress_bars()
+
+
+def weights_of(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+def logged(output: Path) -> list[dict[str, Any]]:
+    """The log without what is never twice the same."""
+    changing = ("images_per_second", "data_wait", "tflops", "mfu")
+    lines = (output / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
+
+
+def states(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints" / "training").glob("[0-9]*"))
+
+
+def finish(case: Case, output: Path) -> Ended:
+    """Start the same line again; it must end in the bytes of a run that nothing has disturbed."""
+    ended = run([*case.command, "--output", output], output.parent / "log")
+    assert (ended.code, ended.err) == (0, "")
+    assert weights_of(output) == case.alone and logged(output) == case.log
+    assert leftovers(output.parent) == [] and states(output) == []
+    return ended
+
+
+@pytest.fixture(scope="module")
+def stopped(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that was killed with two snapshots; tests that change it take a copy."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    process = Process([*case.command, "--output", output], output.parent / "log")
+    assert process.wait_for(lambda: len(states(output)) == 2)
+    process.send(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
+    assert not (output / "config.json").exists()
+    return output
+
+
+# Ends that come from outside
+
+
+def kill_at_random(case: Case, output: Path, kills: int, seed: int, world: int = 1) -> int:
+    """Kill a run at random moments, each time started again; returns the kills that met it alive."""
+    rng, met = random.Random(seed), 0
+    for number in range(kills):
+        command, before = [*case.command, "--output", output], states(output)[-1:]
+        processes = start_ranks(command, output.parent / "log", world)
+        if number % 2 == 0:  # behind the first snapshot of this start; else anywhere, before it too
+            processes[0].wait_for(lambda before=before: states(output)[-1:] > before)
+        moment = time.monotonic() + rng.uniform(0.0, 0.5 if number % 2 == 0 else 3.0)
+        met += processes[0].wait_for(lambda moment=moment: time.monotonic() > moment)
+        for process in processes:
+            process.send(signal.SIGKILL)
+        codes = [process.wait().code for process in processes]
+        assert set(codes) <= {0, -signal.SIGKILL}, [process.wait().err for process in processes]
+    return met
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_one_that_was_not(case: Case, tmp_path: Path) -> None:
+    assert kill_at_random(case, tmp_path / "out", kills=3, seed=0) >= 1
+    finish(case, tmp_path / "out")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("world", [1, 2])
+def test_thirty_kills_lose_nothing(world: int, case: Case, tmp_path: Path) -> None:
+    met, outputs = 0, 0
+    while met < 30:
+        output, outputs = tmp_path / str(outputs) / "out", outputs + 1
+        met += kill_at_random(case, output, kills=4, seed=100 * world + outputs, world=world)
+        if world == 1:
+            finish(case, output)
+        else:
+            ranks = start_ranks([*case.command, "--output", output], tmp_path / "log")
+            assert [rank.wait().code for rank in ranks] == [0, 0]
+            assert weights_of(output) == case.paired
+    print(f"{met} kills survived over {outputs} runs on {world} ranks")
+
+
+def killed_before(call: int) -> Callable[[], None]:
+    """Let a process be killed right before its n-th call that makes something last: fsync, rename or replace."""
+
+    def prepare() -> None:
+        calls = 0
+
+        def watch(name: str) -> None:
+            function = getattr(os, name)
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            setattr(os, name, counted)
+
+        for name in ("fsync", "rename", "replace"):
+            watch(name)
+
+    return prepare
+
+
+def check_kill_in_writing(case: Case, output: Path, call: int) -> bool:
+    """Kill a run within its writing and finish it; says whether it came so far."""
+    ended = run([*case.command, "--output", output], output.parent / "log", before=killed_before(call))
+    if ended.code == 0:
+        return False
+    assert ended.code == -signal.SIGKILL, ended.err
+    finish(case, output)
+    return True
+
+
+# Within run.json, a snapshot, and the result's files; the full list is that of `make test-faults`.
+@pytest.mark.parametrize("call", [2, 23, -4])
+def test_a_kill_within_writing_loses_nothing(call: int, case: Case, tmp_path: Path) -> None:
+    if call < 0:  # from the end: count the calls of a whole run
+        counted = tmp_path / "calls"
+
+        def count() -> None:
+            calls = killed_before(10**9)
+            calls()
+            fsync = os.fsync
+            os.fsync = lambda file: (counted.open("a").write("x"), fsync(file))[1]
+            for name in ("rename", "replace"):
+                inner = getattr(os, name)
+                setattr(os, name, lambda a, b, inner=inner: (counted.open("a").write("x"), inner(a, b))[1])
+
+        assert run([*case.command, "--output", tmp_path / "first"], tmp_path / "log", before=count).code == 0
+        call += len(counted.read_text())
+    assert check_kill_in_writing(case, tmp_path / "out", call)
+
+
+@pytest.mark.faults
+def test_a_kill_before_any_call_that_writes_loses_nothing(case: Case, tmp_path: Path) -> None:
+    call = 1
+    while check_kill_in_writing(case, tmp_path / f"out{call}", call):
+        call += 3
+    print(f"killed before {call // 3} calls of {call - 1}")
+    assert call > 60
+
+
+def stop(process: Process, output: Path, number: int, above: list[str]) -> Ended:
+    """Send a signal when the run has written a snapshot beyond those that were there."""
+    assert process.wait_for(lambda: bool(states(output)) and states(output)[-1:] > above[-1:])
+    process.send(number)
+    return process.wait()
+
+
+def test_signals_stop_a_run_after_an_update_and_it_goes_on_behind_it(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for number, code in ((signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGTERM, 75)):
+        before = states(out)
+        ended = stop(Process([*case.command, "--output", out], tmp_path / "log"), out, number, before)
+        assert ended.code == code
+        pattern = rf"isoprune: stopped by {number.name}: update (\d) of 6 of epoch (\d) is saved; the same command.*\n"
+        place = re.fullmatch(pattern, ended.err)
+        assert place, ended.err
+        assert states(out)[-1] == f"{int(place[2]):04d}-{int(place[1]):08d}"
+        if before:
+            epoch, update = before[-1].split("-")
+            assert f"continuing behind update {int(update)} of epoch {int(epoch)}" in ended.out
+    finish(case, out)
+
+
+def test_a_run_whose_time_is_up_is_saved_and_goes_on(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = run([*case.command, "--finetune.max_minutes", "0.003", "--output", out], tmp_path / "log")
+    assert ended.code == 75
+    assert re.fullmatch(r"isoprune: stopped by finetune\.max_minutes: .*; the same command continues\n", ended.err)
+    finish(case, out)
+
+
+def test_two_ranks_agree_on_where_to_stop_and_go_on_bit_by_bit(case: Case, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
+    ranks = start_ranks(command, tmp_path / "log")
+    assert stop(ranks[1], out, signal.SIGTERM, []).code == 75
+    ended = [rank.wait() for rank in ranks]
+    assert [end.code for end in ended] == [75, 75]
+    assert "".join(end.err for end in ended).count("stopped by SIGTERM: update") == 1  # by whoever is first
+    # The second time one rank is killed: the other one must not wait for it for ever.
+    ranks = start_ranks(command, tmp_path / "log")
+    assert stop(ranks[1], out, signal.SIGKILL, states(out)).code == -signal.SIGKILL
+    assert ranks[0].wait(60).code not in (0, None)
+    ranks = start_ranks(command, tmp_path / "log")
+    assert [rank.wait().code for rank in ranks] == [0, 0]
+    assert weights_of(out) == case.paired
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_samples(case: Case, stopped: Path, tmp_path: Path) -> None:
+    out = copy(stopped, tmp_path)
+    ranks = start_ranks([*case.command, "--output", out], tmp_path / "log")
+    ended = [rank.wait() for rank in ranks]
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    assert "2 ranks continue what 1 have begun: the same images in the same order" in ended[0].out
+    torch.testing.assert_close(load(weights_of(out)), load(case.alone), atol=1e-5, rtol=1e-4)
+    assert weights_of(out) != b""
+
+
+def copy(output: Path, target: Path) -> Path:
+    for name, content in contents(output).items():
+        path = target / "out" / name
+        path.mkdir(parents=True, exist_ok=True) if content is None else None
+        if content is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return target / "out"
+
+
+# What is refused, and what is warned of
+
+
+CHANGED = {
+    "learning rate": (["--finetune.learning_rate", "0.1"], "finetune.learning_rate was 0.003, got 0.1"),
+    "split": (["--data.train_split", "validation"], "data.train_split was train, got validation"),
+    "model": (["--model", "@root/alone"], "the model was "),
+    "data set": (["--data.dataset", "@root/more"], "the data set was "),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_another_training_is_refused_by_name(kind: str, case: Case, stopped: Path, tmp_path: Path) -> None:
+    if kind == "data set" and not (case.root / "more").exists():
+        for path in (case.root / "images").glob("*/*/*.png"):
+            target = case.root / "more" / path.relative_to(case.root / "images")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        (case.root / "more" / "train" / "class3" / "one_more.png").write_bytes(path.read_bytes())
+    out, (flags, words) = copy(stopped, tmp_path), CHANGED[kind]
+    before = {name: content for name, content in contents(out).items() if not name.endswith("lock")}
+    line = refuse(*case.command, *[flag.replace("@root", str(case.root)) for flag in flags], "--output", out)
+    assert words in line and "unfinished run with other settings" in line and "--overwrite true" in line
+    assert {name: content for name, content in contents(out).items() if not name.endswith("lock")} == before
+
+
+def test_the_log_counts_the_operations_of_training(case: Case, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*case.command, "--finetune.peak_tflops", "0.5", "--output", tmp_path / "out"]
+    ended = run([*command, "--finetune.log_every", "3"], tmp_path / "log")
+    assert ended.code == 0 and "% of the peak, " in ended.out
+    lines = (out / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if "update" in entry]
+    # By hand from the shapes of the pruned weights: 16 patches, 17 tokens, both products of the attention.
+    macs = 0
+    for name, weight in load(weights_of(out)).items():
+        if name.endswith("weight") and weight.ndim > 1:
+            macs += (16 if "patch_embed" in name else 17 if "blocks" in name else 1) * weight.numel()
+        if name.endswith("qkv.weight"):
+            macs += 2 * 17 * 17 * (len(weight) // 3)
+    for entry in entries:
+        assert entry["tflops"] == pytest.approx(entry["images_per_second"] * 6 * macs / 1e12, rel=1e-6)
+        assert entry["mfu"] == pytest.approx(entry["tflops"] / 0.5)
+
+
+def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tmp_path: Path) -> None:
+    out = copy(stopped, tmp_path)
+    free = ["--finetune.state_every", "5", "--finetune.save_every", "1", "--data.num_workers", "1"]
+    ended = run([*case.command, *free, "--data.batch_size", "3", "--output", out], tmp_path / "log")
+    assert ended.code == 0 and "continuing behind update" in ended.out
+    assert weights_of(out) == case.alone
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(case: Case, stopped: Path, tmp_path: Path) -> None:
+    out = copy(stopped, tmp_path)
+    older, newer = states(out)
+    flip(out / "checkpoints" / "training" / newer / "tensors.safetensors")
+    ended = finish(case, out)
+    assert re.search(
+        rf"training state \S+{newer}/tensors.safetensors: .*; continuing from {older} before it", ended.out
+    )
+
+
+def test_without_an_intact_state_nothing_begins_anew(case: Case, stopped: Path, tmp_path: Path) -> None:
+    out = copy(stopped, tmp_path)
+    for name in states(out):
+        flip(out / "checkpoints" / "training" / name / "values.json")
+    ended = isoprune(*case.command, "--output", out)
+    assert ended.code == 65 and "none of the 2 training states" in ended.err and ended.err.count("\n") == 1
+    assert len(states(out)) == 2
+    ended = run([*case.command, "--overwrite", "true", "--output", out], tmp_path / "log")
+    assert ended.code == 0 and "beginning anew, as --overwrite says" in ended.out
+    assert weights_of(out) == case.alone
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_finished_run_says_so_and_does_nothing(case: Case) -> None:
+    before = contents(case.root / "alone")
+    printed = succeed(*case.command, "--output", case.root / "alone")
+    assert "holds the result of this very run" in printed and "finetuned" in printed
+    assert contents(case.root / "alone") == before
+    line = refuse(*case.command, "--finetune.seed", "1", "--output", case.root / "alone")
+    assert "exists and is not empty" in line and contents(case.root / "alone") == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = Process([*case.command, "--output", out], tmp_path / "log")
+    assert process.wait_for(lambda: bool(states(out)))
+    os.kill(process.pid, signal.SIGSTOP)
+    ended = isoprune(*case.command, "--output", out)
+    os.kill(process.pid, signal.SIGCONT)
+    assert ended.code == 73
+    assert re.fullmatch(rf"isoprune: error: .*: process {process.pid} on \S+ is training there\n", ended.err)
+    assert process.wait().code == 0 and weights_of(out) == case.alone
+
+
+# What fails inside
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """Let writing beyond so many bytes fail, as on a full disk."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return prepare
+
+
+def test_a_full_disk_costs_snapshots_but_not_the_training(case: Case, tmp_path: Path) -> None:
+    size = len(case.alone) + 20000  # the model fits; a snapshot, which is several times as large, does not
+    ended = run([*case.command, "--output", tmp_path / "out"], tmp_path / "log", before=limit_files(size))
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.count("the training state 000") == 9 and "File too large" in ended.out
+    assert weights_of(tmp_path / "out") == case.alone and leftovers(tmp_path) == []
+
+
+def test_a_result_that_cannot_be_written_is_one_line_and_comes_with_the_same_command(
+    case: Case, stopped: Path, tmp_path: Path
+) -> None:
+    out = copy(stopped, tmp_path)
+    limit = limit_files(len(case.alone) // 2)
+    ended = run([*case.command, "--output", out], tmp_path / "log", before=limit)
+    assert ended.code == 74, ended.err
+    assert re.fullmatch(r"isoprune: error: .*out cannot be written: .*; the training is saved.*\n", ended.err)
+    assert not (out / "model.safetensors").exists() and len(states(out)) == 2
+    finish(case, out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_update(case: Case, tmp_path: Path) -> None:
+    def prepare() -> None:
+        def refuse_folder(*args: Any, **kwargs: Any) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        os.mkdir = refuse_folder
+
+    ended = run([*case.command, "--output", tmp_path / "out"], tmp_path / "log", before=prepare)
+    assert ended.code == 73 and "epoch" not in ended.out
+    assert re.fullmatch(r"isoprune: error: .* cannot be written \(Read-only file system\)\n", ended.err)
+
+
+def test_a_loader_process_that_is_killed_is_one_line_and_the_run_goes_on(case: Case, tmp_path: Path) -> None:
+    mark, parent = tmp_path / "killed", os.getpid()
+
+    def prepare() -> None:
+        load = TransformedImages.__getitem__
+
+        def killed(self: TransformedImages, at: Any) -> Any:
+            if self.seeds == (0, 2) and os.getppid() != parent and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return load(self, at)
+
+        TransformedImages.__getitem__ = killed
+
+    command = [*case.command, "--data.num_workers", "1", "--output", tmp_path / "out"]
+    ended = run(command, tmp_path / "log", before=prepare)
+    assert ended.code == 74, ended.err
+    assert re.fullmatch(
+        r"isoprune: error: data: a loader process was lost \(DataLoader worker .*; .* data.num_workers \(now 1\).*\n",
+        ended.err,
+    )
+    assert states(tmp_path / "out")[-1] == "0001-00000006"
+    finish(case, tmp_path / "out")
+
+
+def test_a_training_that_diverges_ends_with_70_and_leaves_no_broken_state(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = isoprune(*case.command, "--finetune.optimizer", "sgd", "--finetune.learning_rate", "1e30", "--output", out)
+    assert ended.code == 70 and re.fullmatch(r"isoprune: error: finetune: the .* is (nan|inf) at .*\n", ended.err)
+    for path in out.glob("checkpoints/training/[0-9]*/tensors.safetensors"):
+        assert all(tensor.isfinite().all() for name, tensor in load_file(path).items() if name.startswith("model."))
+
+
+def poison(rank: int, updates: set[int]) -> Callable[[], None]:
+    """Make the loss of one rank NaN in some updates of the second epoch."""
+
+    def prepare() -> None:
+        part_loss = epoch_module._part_loss
+
+        def poisoned(training: Any, *images: torch.Tensor, seeds: tuple[int, ...]) -> torch.Tensor:
+            loss = part_loss(training, *images, seeds=seeds)
+            is_meant = training.accelerator.process_index == rank and seeds[1] == 2 and seeds[2] in updates
+            return loss * float("nan") if is_meant else loss
+
+        epoch_module._part_loss = poisoned
+
+    return prepare
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_with_70_and_the_states_stay(case: Case, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
+    ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log", before=poison(1, {3}))]
+    assert [end.code for end in ended] == [70, 70]
+    assert "".join(end.err for end in ended).count("finetune: the loss is nan at update 3 of epoch 2; lower") == 1
+    assert states(out)[-1] == "0002-00000002"
+    ranks = start_ranks(command, tmp_path / "log")
+    assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired
+
+
+def test_bad_steps_are_left_out_on_all_ranks_up_to_a_number(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*case.command, "--finetune.max_bad_steps", "2"]
+    ranks = start_ranks([*command, "--output", out], tmp_path / "log", before=poison(1, {1, 2, 4}))
+    ended = [rank.wait() for rank in ranks]
+    assert [end.code for end in ended] == [0, 0], ended[0].err
+    assert "the loss is nan at update 2 of epoch 2: it is left out (2 of 2 in a row)\n" in ended[0].out
+    log = logged(out)
+    faults = [(entry["epoch"], entry["update"]) for entry in log if "fault" in entry]
+    assert faults == [(2, 2), (2, 3), (2, 5)]
+    assert [entry["left_out"] for entry in log if "left_out" in entry] == [24]
+    assert all(tensor.isfinite().all() for tensor in load(weights_of(out)).values())
+    other = tmp_path / "other"
+    ranks = start_ranks([*command, "--output", other], tmp_path / "log", before=poison(0, {1, 2, 3}))
+    ended = [rank.wait() for rank in ranks]
+    assert [end.code for end in ended] == [70, 70]
+    assert "the loss is nan at update 3 of epoch 2, 3 times in a row" in "".join(end.err for end in ended)
+
+
+def test_a_rank_that_hangs_ends_the_others_with_one_line(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*case.command, "--finetune.rank_minutes", "0.05", "--output", out]
+    ranks = start_ranks(command, tmp_path / "log")
+    assert ranks[0].wait_for(lambda: len(states(out)) >= 1)
+    ranks[1].send(signal.SIGSTOP)
+    ended = ranks[0].wait(60)
+    ranks[1].send(signal.SIGKILL)
+    ranks[1].wait()
+    assert ended.code == 74
+    assert re.fullmatch(r"isoprune: error: another rank was lost, or has not answered .*\n", ended.err), ended.err
+    ranks = start_ranks(command, tmp_path / "log")
+    assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired

@@ -1,0 +1,422 @@
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.tiny_models import make_base
+from PIL import Image
+from safetensors.torch import load_file
+from timm.layers import DropPath
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import (
+    IsoImageProcessor,
+    IsoPruneConfig,
+    IsoPruneForImageClassification,
+)
+from isoprune_hf.data.augmentation import TransformedImages, seed_from, train_transform
+from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.loading import TrainBatches, train_batches
+from isoprune_hf.errors import DatasetError, RecipeError
+from isoprune_hf.evaluation.evaluate import evaluate_model
+from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.mixing import mix
+from isoprune_hf.training.optimisation import build_optimizer
+
+ROOT = Path(__file__).parents[2]
+ACCELERATOR = Accelerator(cpu=True)
+
+
+class TinyNet(nn.Module):
+    def __init__(self, width: int = 8, dropout: float = 0.0):
+        super().__init__()
+        self.stem = nn.Linear(48, width)
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.dropout(self.norm(self.stem(pixel_values.flatten(1))).tanh())))
+
+
+def make_net(seed: int = 0, **changes: Any) -> TinyNet:
+    torch.manual_seed(seed)
+    return TinyNet(**changes)
+
+
+def make_processor(side: int = 4) -> IsoImageProcessor:
+    return IsoImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
+
+
+class SimpleTeacher(nn.Module):
+    """Says class 2, whatever it sees."""
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.tensor([[0.0, 0.0, 1.0]]).expand(len(pixel_values), 3))
+
+
+def make_data(train: int = 70, evaluation: int = 9, side: int = 4) -> ImageData:
+    rng = np.random.default_rng(0)
+    names = ("cat", "dog", "owl")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+
+    def make_split(images: int) -> datasets.Dataset | None:
+        pixels = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(images)]
+        columns = {"image": pixels, "label": rng.integers(0, 3, images).tolist()}
+        return datasets.Dataset.from_dict(columns, features=features) if images else None
+
+    return ImageData(make_split(train), make_split(evaluation), names, "random", "0")
+
+
+def make_recipe(**changes: Any) -> FinetuneRecipe:
+    plain = {"epochs": 2, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.1}
+    return FinetuneRecipe(**{**plain, "crop_scale": (0.5, 1.0), "clip_grad": 1.0, **changes})
+
+
+def train(net: nn.Module, recipe: FinetuneRecipe, accelerator: Accelerator = ACCELERATOR, **options: Any) -> dict:
+    data = options.pop("data", None) or make_data()
+    return finetune(net, data, make_processor(), recipe, accelerator=accelerator, **options)
+
+
+def assert_equal_weights(first: nn.Module, second: nn.Module, atol: float) -> None:
+    torch.testing.assert_close(dict(first.state_dict()), dict(second.state_dict()), atol=atol, rtol=0)
+
+
+def test_one_update_is_one_step_along_the_gradient_of_the_mean_loss():
+    data, net, teacher = make_data(train=12, evaluation=0), make_net(), make_net(seed=1)
+    options = {"epochs": 1, "batch_size": 12, "clip_grad": None, "crop_scale": (1.0, 1.0), "hflip": 0.0}
+    recipe = make_recipe(**options, weight_decay=0.01, momentum=0.0, label_smoothing=0.0, distillation="hard")
+    images = make_processor()(list(data.train["image"]), return_tensors="pt")["pixel_values"]
+    reference = make_net()
+    logits, labels = reference(images).logits, torch.tensor(data.train["label"])
+    teacher_labels = teacher(images).logits.argmax(dim=1)
+    loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits, teacher_labels)) / 2
+    loss.backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            decay = 0.01 * parameter if parameter.ndim >= 2 else 0.0
+            parameter -= 0.1 * (parameter.grad + decay)
+    result = train(net, recipe, data=data, teacher=teacher)
+    assert result["history"][0]["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_equal_weights(net, reference, atol=1e-6)
+
+
+def test_accumulation_changes_nothing():
+    once, often = make_net(), make_net()
+    first = train(once, make_recipe(), teacher=make_net(seed=1))
+    second = train(often, make_recipe(grad_accumulation=4), teacher=make_net(seed=1))
+    assert_equal_weights(once, often, atol=1e-6)
+    losses = [[entry["train_loss"] for entry in result["history"][1:]] for result in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    nets = [make_net(dropout=0.5) for _ in range(3)]
+    for net, seed, draws in zip(nets, (0, 0, 1), (0, 5, 0), strict=True):
+        torch.rand(draws)
+        train(net, make_recipe(seed=seed))
+    assert_equal_weights(nets[0], nets[1], atol=0)
+    assert not torch.equal(nets[0].head.weight, nets[2].head.weight)
+
+
+def test_training_leaves_the_global_generator_alone():
+    net, data = make_net(dropout=0.5), make_data()
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    train(net, make_recipe(epochs=1), data=data)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_it_ends_in_eval_mode_without_gradients_and_freezes_the_teacher():
+    net, teacher = make_net(), make_net(seed=1).train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    train(net, make_recipe(), teacher=teacher)
+    assert not net.training and all(parameter.grad is None for parameter in net.parameters())
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_each_epoch_is_saved_and_the_best_when_top1_rises():
+    saved, net = [], make_net()
+
+    def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
+        assert model is net
+        saved.append((name, entry["epoch"]))
+
+    result = train(net, make_recipe(epochs=4), save=save)
+    top1 = [entry["top1"] for entry in result["history"]]
+    assert [entry["epoch"] for entry in result["history"]] == [0, 1, 2, 3, 4]
+    assert set(result["history"][0]) == {"epoch", "top1", "top5", "loss", "ece", "images"}
+    assert set(result["history"][1]) == {*result["history"][0], "train_loss", "lr", "images_per_second"}
+    assert [epoch for name, epoch in saved if name == "last"] == [1, 2, 3, 4]
+    rises = [epoch for epoch in range(1, 5) if top1[epoch] > max([-1.0, *top1[1:epoch]])]
+    assert [epoch for name, epoch in saved if name == "best"] == rises
+    assert result["best_epoch"] == rises[-1]
+
+
+def test_without_an_evaluation_split_the_last_epoch_is_the_best():
+    saved = []
+    result = train(make_net(), make_recipe(), data=make_data(evaluation=0), save=lambda name, *_: saved.append(name))
+    assert result["best_epoch"] == 2 and saved == ["last", "last"]
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2]
+
+
+def test_each_epoch_is_one_log_line_with_its_numbers(caplog):
+    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.loop"):
+        train(make_net(), make_recipe(epochs=1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and "epoch 1: train_loss " in lines[1] and "images_per_second" in lines[1]
+
+
+def test_bf16_trains_fp32_weights_near_those_of_fp32():
+    full, half = make_net(), make_net()
+    train(full, make_recipe())
+    train(half, make_recipe(precision="bf16"), teacher=None)
+    assert half.head.weight.dtype == torch.float32 and not torch.equal(full.head.weight, half.head.weight)
+    assert_equal_weights(full, half, atol=2e-2)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(1, 25), (0.3, None)])
+def test_a_loader_that_holds_up_the_training_is_named(seconds, said, caplog, monkeypatch):
+    """A clock that reading an image moves on, and a batch of 8 by 24 seconds: 8 of 32 seconds are waiting, or 2.4."""
+    clock, load, net = [0.0], TransformedImages.__getitem__, make_net()
+
+    def read(images: TransformedImages, at: Any) -> Any:
+        clock[0] += seconds
+        return load(images, at)
+
+    monkeypatch.setattr(TransformedImages, "__getitem__", read)
+    monkeypatch.setattr("isoprune_hf.training.epoch.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    net.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 24))
+    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.epoch"):
+        train(net, make_recipe(epochs=1, batch_size=8), data=make_data(evaluation=0))
+    lines = [record.getMessage() for record in caplog.records]
+    text = f"the loader is the bottleneck, {said}% of the time is waiting for data; raise data.num_workers (now 0)"
+    assert (len(lines) == 1 and text in lines[0]) if said else not lines
+
+
+def test_a_loss_that_is_not_finite_is_a_clear_error():
+    net = make_net()
+    nn.init.constant_(net.head.bias, math.inf)
+    with pytest.raises(
+        RecipeError, match=r"the loss is nan at update 0 of epoch 1; lower finetune.learning_rate \(now 0.1\)"
+    ):
+        train(net, make_recipe())
+    assert torch.isfinite(net.stem.weight).all()
+
+
+def make_normed(seed: int = 0) -> TinyNet:
+    net = make_net(seed, dropout=0.3)
+    net.norm = nn.BatchNorm1d(8)
+    return net
+
+
+def first_epoch(data: ImageData, recipe: FinetuneRecipe, *, parts: int) -> TrainBatches:
+    place = {"seed": recipe.seed, "epoch": 1, "num_workers": 0, "rank": 0, "world": 1}
+    shape = {"batch_size": recipe.batch_size, "parts": parts, "drop_last": recipe.drop_last}
+    return train_batches(data.train, train_transform(make_processor(), recipe), **shape, **place)
+
+
+def make_replica_recipe() -> FinetuneRecipe:
+    """Two epochs; the last update of each has half as many images as the others."""
+    mixing = {"mixup": 0.5, "cutmix": 1.0, "mixup_pairing": "roll", "repeated_augmentation": 2}
+    return make_recipe(batch_size=16, virtual_replicas=4, drop_last=False, distillation="none", **mixing)
+
+
+def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
+    """Four parts in one pass each, with mixup, dropout and BatchNorm, against the same sums made by hand."""
+    data, net, reference = make_data(train=16, evaluation=0), make_normed(), make_normed()
+    options = {"epochs": 1, "batch_size": 16, "clip_grad": None, "momentum": 0.0, "weight_decay": 0.0}
+    recipe = make_recipe(**options, virtual_replicas=4, mixup=0.5, mixup_pairing="roll", distillation="none")
+    train(net, recipe, data=data)
+    batches = first_epoch(data, recipe, parts=4)
+    reference.train()
+    start = [reference.norm.running_mean.clone(), reference.norm.running_var.clone()]
+    means = []
+    with torch.random.fork_rng():
+        for part, (_, images, labels) in enumerate(batches.loader):
+            reference.norm.running_mean.copy_(start[0])
+            reference.norm.running_var.copy_(start[1])
+            torch.manual_seed(seed_from(0, 1, 0, part, 1))
+            images, targets = mix(images, labels, recipe, num_classes=3, seeds=(0, 1, 0, part, 2))
+            logits = reference(images).logits
+            loss = nn.functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum") / 16
+            loss.backward()
+            means.append([reference.norm.running_mean.clone(), reference.norm.running_var.clone()])
+    for parameter, trained in zip(reference.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(trained, parameter - 0.1 * parameter.grad, atol=1e-6, rtol=0)
+    for trained, made in zip((net.norm.running_mean, net.norm.running_var), zip(*means, strict=True), strict=True):
+        torch.testing.assert_close(trained, torch.stack(made).mean(0), atol=1e-6, rtol=0)
+    assert net.norm.num_batches_tracked == 1
+
+
+def test_a_short_last_batch_is_trained_with_the_mean_of_its_samples():
+    short = make_net()
+    options = {"epochs": 1, "distillation": "none", "crop_scale": (1.0, 1.0), "hflip": 0.0, "clip_grad": None}
+    # Two samples for four parts: two parts hold nothing that counts.
+    recipe = make_recipe(**options, batch_size=8, virtual_replicas=4, drop_last=False, schedule="step")
+    data = make_data(train=10, evaluation=0)
+    entry = train(short, recipe, data=data)["history"][0]
+    batches = first_epoch(data, recipe, parts=1)
+    reference, losses = make_net(), []
+    optimizer = build_optimizer(reference, recipe)
+    for (_, images, labels), size in zip(batches.loader, (8, 2), strict=True):
+        loss = nn.functional.cross_entropy(reference(images).logits, labels, label_smoothing=0.1)
+        reference.zero_grad()
+        loss.backward()
+        losses.append(loss.item() * size)
+        optimizer.step()
+    assert entry["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
+    assert_equal_weights(short, reference, atol=1e-6)
+
+
+def test_the_average_of_the_weights_is_evaluated_saved_and_what_remains():
+    net, steps, saved = make_net(), [], {}
+    weights = net.state_dict()["stem.weight"].clone()
+
+    def save(name: str, model: nn.Module, entry: dict) -> None:
+        saved[name] = model.state_dict()["stem.weight"].clone()
+        if name == "last":
+            steps.append(saved[name])
+
+    recipe = make_recipe(epochs=3, batch_size=70, ema_decay=0.5, best="ema", save_every=2)
+    history = train(net, recipe, save=save)["history"]
+    for step in steps:  # one update an epoch
+        weights = 0.5 * weights + 0.5 * step
+    torch.testing.assert_close(net.state_dict()["stem.weight"], weights, atol=1e-6, rtol=0)
+    torch.testing.assert_close(saved["ema"], weights, atol=1e-6, rtol=0)
+    assert set(saved) == {"last", "ema", "best", "epoch-002"}
+    assert {"top1", "ece", "raw_top1", "raw_top5", "raw_loss", "raw_ece"} <= history[-1].keys()
+    figures = evaluate_model(net, make_data().evaluation, make_processor())
+    assert figures["loss"] == pytest.approx(history[-1]["loss"], abs=1e-12)
+
+
+def test_fp16_scales_the_loss_and_trains_near_fp32():
+    nets = [make_net(), make_net()]
+    for net, precision in zip(nets, ("no", "fp16"), strict=True):
+        train(net, make_recipe(precision=precision))
+    assert nets[1].stem.weight.dtype == torch.float32
+    assert_equal_weights(*nets, atol=5e-3)
+    assert not torch.equal(nets[0].stem.weight, nets[1].stem.weight)
+
+
+@pytest.mark.parametrize("family", ["deit", "hf-deit"])
+def test_the_teacher_speaks_to_the_distillation_token_and_the_labels_to_the_class_token(family, tmp_path):
+    model = make_base(family, tmp_path, labels=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    teacher = SimpleTeacher()
+    recipe = make_recipe(
+        epochs=1, batch_size=8, distillation="hard", distillation_head="token", learning_rate=1e-2, clip_grad=None
+    )
+    data = make_data(train=8, evaluation=0, side=16)
+    finetune(model, data, make_processor(16), recipe, accelerator=ACCELERATOR, teacher=teacher)
+    names = ("head", "head_dist") if family == "deit" else ("cls_classifier", "distillation_classifier")
+    change = {name: tensor - before[name] for name, tensor in model.state_dict().items()}
+    # The teacher's class is always 2, so the bias of the token's head grows there alone; the labels' is spread.
+    assert (change[f"model.{names[1]}.bias"] > 0).tolist() == [False, False, True]
+    assert not torch.equal(change[f"model.{names[0]}.bias"], change[f"model.{names[1]}.bias"])
+
+
+def test_a_head_of_its_own_for_the_teacher_needs_a_token_and_a_teacher():
+    with pytest.raises(RecipeError, match="distillation_head token: TinyNet has no distillation token"):
+        train(make_net(), make_recipe(distillation_head="token"), teacher=make_net(seed=1))
+    with pytest.raises(RecipeError, match="distillation_head token needs a teacher"):
+        train(make_net(), make_recipe(distillation_head="token"))
+
+
+def test_a_pruned_convnext_trains_with_stochastic_depth_and_average_and_opens_as_before(tmp_path):
+    base = make_base("convnext", tmp_path, labels=3)
+    model = prune_model(base, PruneRecipe(criterion="l1", ratio=0.5, round_to=1)).model
+    recipe = make_recipe(epochs=1, batch_size=4, drop_path=0.3, dropout=0.1, ema_decay=0.9, best="ema")
+    finetune(model, make_data(8, 4, side=64), make_processor(64), recipe, accelerator=ACCELERATOR)
+    model.save_pretrained(tmp_path / "model")
+    again = IsoPruneForImageClassification.from_pretrained(tmp_path / "model").eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert not any(isinstance(module, DropPath) for module in model.modules())
+
+
+def test_no_training_split_is_a_clear_error():
+    with pytest.raises(DatasetError, match=r"'random' has no training split; set data.train_split"):
+        train(make_net(), make_recipe(), data=make_data(train=0))
+
+
+def test_a_small_vit_learns_real_digits():
+    base = {"library": "timm", "architecture": "vit_tiny_patch16_224"}
+    base["args"] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    model = IsoPruneForImageClassification(IsoPruneConfig(base=base, num_labels=10))
+    processor = IsoImageProcessor(
+        size={"height": 16, "width": 16}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    options = {"learning_rate": 3e-3, "batch_size": 16, "crop_scale": (1.0, 1.0), "hflip": 0.0}
+    recipe = FinetuneRecipe(epochs=2, warmup_epochs=0.5, **options)
+    result = finetune(model, load_data(DataRecipe(dataset="digits")), processor, recipe, accelerator=ACCELERATOR)
+    start, _, end = result["history"]
+    assert end["top1"] > 0.2 > start["top1"] and end["loss"] < start["loss"] - 0.2
+
+
+SCRIPT = """
+import sys
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from test_loop import RecipeError, make_data, make_net, make_normed, make_recipe, make_replica_recipe, train
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+rank = accelerator.process_index
+for name, recipe in (("plain", make_recipe()), ("accumulated", make_recipe(grad_accumulation=4))):
+    net = make_net()
+    train(net, recipe, accelerator, teacher=make_net(seed=1))
+    save_file(net.state_dict(), f"{sys.argv[1]}/{name}{rank}.safetensors")
+
+net = make_net()
+if rank == 1:  # the loss of one rank alone is not finite: both must stop
+    net.register_forward_pre_hook(lambda module, args, kwargs: ((), {"pixel_values": kwargs["pixel_values"] / 0}),
+                                  with_kwargs=True)
+try:
+    train(net, make_recipe(), accelerator)
+except RecipeError as error:
+    open(f"{sys.argv[1]}/stopped{rank}", "w").write(str(error))
+
+normed = make_normed()
+train(normed, make_replica_recipe(), accelerator, data=make_data(train=72))
+save_file(normed.state_dict(), f"{sys.argv[1]}/normed{rank}.safetensors")
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_weights_of_one(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    alone = make_net()
+    train(alone, make_recipe(), teacher=make_net(seed=1))
+    for name in ("plain0", "plain1", "accumulated0", "accumulated1"):
+        weights = load_file(tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=0)
+    assert all("the loss is nan" in (tmp_path / f"stopped{rank}").read_text() for rank in range(2))
+    # With BatchNorm, dropout, mixup and a short last batch, too; each rank has the same statistics to the last bit.
+    first, second = (load_file(tmp_path / f"normed{rank}.safetensors") for rank in range(2))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    normed = make_normed()
+    train(normed, make_replica_recipe(), data=make_data(train=72))
+    torch.testing.assert_close(first, dict(normed.state_dict()), atol=1e-5, rtol=1e-5)
