@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.graph.torch_pruning.tracing import light_copy
+from isoprune_hf.pruning.graph.copying import light_copy
 
 Count = Callable[[nn.Module, torch.Tensor, torch.Tensor], int]
 

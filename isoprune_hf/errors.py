@@ -1,6 +1,5 @@
+# Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
 """Errors that a user can mend: each says what is wrong, what was given and what is allowed, and is also a built-in."""
-
-from isoprune_hf.checkpoint.modeling_isoprune import CheckpointError, ImageError, IsoPruneError
 
 __all__ = [
     "BudgetError",
@@ -24,6 +23,18 @@ __all__ = [
     "UnsupportedArchitectureError",
     "WriteError",
 ]
+
+
+class IsoPruneError(Exception):
+    """Base of every error that the user of isoprune_hf can correct."""
+
+
+class CheckpointError(IsoPruneError, ValueError):
+    """A saved folder is damaged, hostile, or newer than this code; the message names the entry."""
+
+
+class ImageError(IsoPruneError, ValueError):
+    """An image has more pixels than are ever decoded."""
 
 
 class RecipeError(IsoPruneError, ValueError):

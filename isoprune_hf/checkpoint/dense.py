@@ -14,6 +14,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
+from isoprune_hf.errors import CheckpointError
+
 FORMAT_VERSION = 1
 # Far above every number in a config of an image classifier, and every count of modules.
 LARGEST_NUMBER, MOST_MODULES = 2**20, 20_000
@@ -25,14 +27,6 @@ _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # What the builders of the three libraries raise for arguments that they do not take.
 BUILD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 BUILD_ERRORS += (StrictDataclassError,)
-
-
-class IsoPruneError(Exception):
-    """Base of every error that a user of isoprune_hf can mend."""
-
-
-class CheckpointError(IsoPruneError, ValueError):
-    """A saved folder is damaged, hostile, or newer than this code; the message names the entry."""
 
 
 def require(holds: bool, message: str) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from isoprune_hf.checkpoint.dense import BUILD_ERRORS, CheckpointError, IsoPruneConfig, build_base, cause, require
+from isoprune_hf.checkpoint.dense import (
+    BUILD_ERRORS,
+    IsoPruneConfig,
+    build_base,
+    cause,
+    require,
+)
+from isoprune_hf.errors import CheckpointError
 
 # Steps of a forward pass that hand a tensor on: add to it, rectify it, lay it out anew.
 _HANDS_ON = re.compile("(Add|Relu|View|UnsafeView|ReshapeAlias|Permute|Transpose|Clone|ToCopy|Alias)Backward0")

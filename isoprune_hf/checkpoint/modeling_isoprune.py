@@ -24,9 +24,7 @@ from transformers.utils import can_return_tuple
 
 from isoprune_hf.checkpoint.dense import (
     FORMAT_VERSION,
-    CheckpointError,
     IsoPruneConfig,
-    IsoPruneError,
     build_base,
     cause,
     require,
@@ -41,10 +39,13 @@ from isoprune_hf.checkpoint.difference import (
     run_once,
     skippable_blocks,
 )
+from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
 LARGEST_IMAGE = 2**26  # pixels: 8192 x 8192
 _ALIGNMENT = 64  # bytes: where torch itself allocates
-PARTS = ("dense.py", "difference.py", "modeling_isoprune.py")
+_PACKAGE = "isoprune_hf"
+# Inside the package; `errors.py` first, since the others raise what it defines.
+PARTS = ("errors.py", "checkpoint/dense.py", "checkpoint/difference.py", "checkpoint/modeling_isoprune.py")
 _DTYPES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
 __all__ = [
@@ -167,14 +168,16 @@ class IsoPruneForImageClassification(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
         if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            target.write_text(code_that_ships())
+            target.write_text(code_that_ships(), encoding="utf-8")
 
 
 def code_that_ships() -> str:
-    """Give the text of the file that travels with the weights: the modules of `PARTS` in a row."""
-    beside = [path for name in PARTS if (path := Path(__file__).with_name(name)).is_file()]
-    ours = re.compile(rf"^from {re.escape(__package__)}\.\w+ import (\([^)]*\)|.*)\n", re.MULTILINE)
-    return "\n\n".join(ours.sub("", path.read_text()) for path in beside)  # in a shipped file: itself
+    """Return the source of the file that travels with the weights: the modules of `PARTS`, one after another."""
+    here = Path(__file__)
+    if __name__ != f"{_PACKAGE}.checkpoint.modeling_isoprune":  # this is a shipped file: all parts are in it
+        return here.read_text(encoding="utf-8")
+    ours = re.compile(rf"^from {_PACKAGE}\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
+    return "\n\n".join(ours.sub("", (here.parents[1] / name).read_text(encoding="utf-8")) for name in PARTS)
 
 
 def _check_files(folder: Path) -> None:
@@ -217,10 +220,6 @@ def _kind(dtype: torch.dtype) -> str:
 
 def _describe(shape: Sequence[int], kind: str) -> str:
     return f"{list(shape)} of {kind}"
-
-
-class ImageError(IsoPruneError, ValueError):
-    """An image is larger than any that is classified: decoding it could take all memory."""
 
 
 def check_pixels(image: Image.Image) -> None:

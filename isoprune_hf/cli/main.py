@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.cli.help import take_switches
 from isoprune_hf.cli.parser import parse
-from isoprune_hf.cli.table import STAGES, Answer
+from isoprune_hf.cli.table import STAGES
+from isoprune_hf.commands.results import Answer
 from isoprune_hf.errors import (
     Cancelled,
     Interrupted,
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(stage: str, answer: Answer, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(answer.figures, indent=2, sort_keys=True))
+        print(json.dumps(dict(answer.figures), indent=2, sort_keys=True))
     elif stage == "doctor":
         for verdict, look in (("ok  ", "green"), ("FAIL", "red")):
             painted = paint(verdict, look, sys.stdout)

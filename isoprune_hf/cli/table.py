@@ -26,20 +26,6 @@ class Stage(NamedTuple):
     has_figures: bool = True
 
 
-class Answer(NamedTuple):
-    """What a stage has to say.
-
-    Args:
-        text: For a reader.
-        figures: The same for a program, as `--json` prints it.
-        code: Exit code.
-    """
-
-    text: str
-    figures: dict[str, Any] = {}  # noqa: RUF012
-    code: int = 0
-
-
 _OUTPUT = "Where the result is written; it appears when it is complete."
 _OVERWRITE = ("overwrite", bool, False, "Replace what lies at OUTPUT.")
 _MODEL = "A folder, or a name as for prune.model."

@@ -5,8 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.folder import check_output
-from isoprune_hf.cli.table import Answer
-from isoprune_hf.commands.results import summarize, write_folder
+from isoprune_hf.commands.results import Answer, summarize, write_folder
 from isoprune_hf.legacy.convert import convert_file
 from isoprune_hf.legacy.tree import Weights
 

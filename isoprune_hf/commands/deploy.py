@@ -8,8 +8,8 @@ import torch
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
-from isoprune_hf.cli.table import Answer
 from isoprune_hf.commands.opening import open_source
+from isoprune_hf.commands.results import Answer
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.export.export import Format, Quantization, check_export, export_model
 from isoprune_hf.hub.push import check_wishes, describe_push, published_files, push_folder

@@ -9,8 +9,8 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
 from isoprune_hf.checkpoint.stock import our_values, stock_config_text
-from isoprune_hf.cli.table import Answer
 from isoprune_hf.commands.opening import open_data, see_through
+from isoprune_hf.commands.results import Answer
 from isoprune_hf.data.labels import check_labels
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.evaluate import compute_figures, score_split, tabulate_classes

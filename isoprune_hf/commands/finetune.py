@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.commands.results import Metrics
@@ -17,7 +18,6 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
-from isoprune_hf.pruning.scoring.scores import fingerprint
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict
 from isoprune_hf.training.loop import finetune
 from isoprune_hf.training.run import TrainingRun

@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.folder import check_output, replace_folder, write_file
-from isoprune_hf.cli.table import Answer
 from isoprune_hf.commands.opening import forget_scoring, open_base, open_calibration, open_data, open_scores
+from isoprune_hf.commands.results import Answer
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.measuring.speed import measure_latency, record_measurement

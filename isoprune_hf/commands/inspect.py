@@ -5,13 +5,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import our_values
 from isoprune_hf.checkpoint.structure import meta_copy
-from isoprune_hf.cli.table import Answer
 from isoprune_hf.commands.opening import open_base, open_calibration, open_data, open_scores, open_source
-from isoprune_hf.commands.results import summarize, write_folder
+from isoprune_hf.commands.results import Answer, summarize, write_folder
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost.macs import cost_model
@@ -28,7 +28,6 @@ from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.pruning.score import score_model
-from isoprune_hf.pruning.scoring.scores import fingerprint
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, PruneRecipe, parse_budget, recipe_to_dict
 from isoprune_hf.reporting.inspection_page import Inspected, build_page, show_inspected
 from isoprune_hf.reporting.pictures import check_plotting, draw_classes

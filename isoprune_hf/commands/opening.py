@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import BaseImageProcessor
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import stock_processor
 from isoprune_hf.data.dataset import ImageData, load_data
@@ -21,7 +22,7 @@ from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.processors import set_transform
 from isoprune_hf.pruning.calibration.resumable import KeptBatches
 from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, fingerprint
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
 
 logger = get_logger(__name__)

@@ -1,8 +1,10 @@
 """What a stage leaves behind: the folder with its card, and the lines on the terminal."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from PIL import Image
@@ -10,7 +12,6 @@ from transformers import BaseImageProcessor, pipeline
 
 from isoprune_hf.checkpoint.folder import save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.cli.table import Answer
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.reporting.model_card import build_model_card
@@ -18,6 +19,20 @@ from isoprune_hf.reporting.tables import results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
 
 Metrics = dict[str, dict[str, float | int]]
+
+
+class Answer(NamedTuple):
+    """What a stage has to say.
+
+    Args:
+        text: For a reader.
+        figures: The same for a program, as `--json` prints it.
+        code: Exit code.
+    """
+
+    text: str
+    figures: Mapping[str, Any] = MappingProxyType({})
+    code: int = 0
 
 
 def write_folder(

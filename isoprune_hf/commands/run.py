@@ -10,7 +10,6 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.cli.table import Answer
 from isoprune_hf.commands.finetune import CHECKPOINTS, open_run, train_student
 from isoprune_hf.commands.opening import (
     forget_scoring,
@@ -22,7 +21,7 @@ from isoprune_hf.commands.opening import (
     reopen_base,
     see_through,
 )
-from isoprune_hf.commands.results import Metrics, summarize, try_out, write_folder
+from isoprune_hf.commands.results import Answer, Metrics, summarize, try_out, write_folder
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.labels import check_labels
 from isoprune_hf.errors import CheckpointError, DatasetError, RecipeError, WriteError

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from isoprune_hf.data.dataset import Dataset
 from isoprune_hf.data.decoding import Decoding, check_broken
 from isoprune_hf.data.pixels import evaluation_transform, normalised
 from isoprune_hf.errors import DatasetError, LoaderError
-from isoprune_hf.training.interruption import outlive_signals
 
 logger = logging.getLogger(__name__)  # also where there is no accelerator
 
@@ -60,7 +60,7 @@ def load_batches(images: TransformedImages, batches: Iterable[Sequence[object]],
         generator=generator,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=outlive_signals,
+        worker_init_fn=_outlive_signals,
     )
 
 
@@ -220,3 +220,10 @@ def cut_updates(
         sizes += [len(piece) for piece in pieces[rank::world]]
         micro_batches += [piece or 2 * update[:1] for piece in pieces[rank::world]]
     return micro_batches, sizes, totals
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a loader process leave it to the main process to end the work; a second SIGTERM ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, BaseImageProcessor
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
@@ -24,7 +25,6 @@ from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
 from isoprune_hf.pruning.graph.trace import reason_of
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import fingerprint
 
 _IMAGES = 2
 _MOST_NAMES = 6

@@ -28,8 +28,8 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import fit_base, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.repair import repair
-from isoprune_hf.pruning.repairing.rotation import keep_scale
 from isoprune_hf.pruning.score import check_calibration, check_scores_of, of_base, rotate_base, score_as
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from accelerate import Accelerator
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.gradients import Batches
@@ -12,7 +13,7 @@ from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.repairing.rotation import Rotated, rotate_heads
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, fingerprint, score_groups, scoring_options
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups, scoring_options
 from isoprune_hf.recipes import PruneRecipe
 
 

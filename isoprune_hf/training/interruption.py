@@ -73,10 +73,3 @@ def _interrupted_by(number: signal.Signals, where: str) -> Interrupted:
     kind = Cancelled if number == signal.SIGINT else Interrupted
     what = "finetune.max_minutes" if number == signal.SIGALRM else number.name
     return kind(f"stopped by {what}: {where}")
-
-
-def outlive_signals(worker: int) -> None:
-    """Let a loader process leave it to the main process to end the work; a second SIGTERM ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

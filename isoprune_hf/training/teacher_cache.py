@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import replace_file
 from isoprune_hf.data.augmentation import Transform
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.loading import view_loader
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import CheckpointError
-from isoprune_hf.pruning.scoring.scores import fingerprint
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import PRECISIONS, Teacher
 

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from isoprune_hf.checkpoint.modeling_isoprune import (
-    CheckpointError,
     IsoPruneConfig,
     IsoPruneForImageClassification,
     SkippedBlock,
@@ -29,6 +28,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     skippable_blocks,
 )
 from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
+from isoprune_hf.errors import CheckpointError
 
 SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 TEACHER = ["DeiTForImageClassificationWithTeacher"]

@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.graph.copying import blank_image, copy_modules
+from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, light_copy
 from isoprune_hf.pruning.graph.find_groups import graph_of
-from isoprune_hf.pruning.graph.torch_pruning.tracing import light_copy
 from isoprune_hf.pruning.graph.widths import Tie, Width, leaf_ties, widths_of
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.errors import CheckpointError
@@ -10,7 +11,6 @@ from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.cutting.uniform import to_stock
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,17 @@ Like `copy.deepcopy`, which spends most of its time on tables of modules and on 
 
 import copy
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
+# They keep shape and channels, and the meta device runs them through slow Python code.
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, torch.dtype))
 _TABLES = frozenset((dict, OrderedDict))
 _CACHED = functools._lru_cache_wrapper
@@ -32,6 +37,46 @@ def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
     return copy_modules(module, empty, with_hooks=False)
+
+
+def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
+    """Copy a base to run on the meta device for its shapes and matrix products alone: float32, in eval mode.
+
+    Norms still check that all their tensors are as wide as what they are given.
+
+    Args:
+        base: The network.
+        stand_in: What norms and activations do, instead of nothing at all.
+    """
+    network = copy_shapes(base, dtype=torch.float32).eval()
+    stand_in = stand_in or _pass_on
+    for module in network.modules():
+        if isinstance(module, _NORMS):
+            module.forward = partial(_check_width, module, stand_in)
+        elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU) and not _has_weights(module):
+            module.forward = stand_in
+    return network
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _pass_on(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _check_width(
+    norm: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
+    """Stand for a norm: refuse what it would refuse."""
+    tensors = [*norm._parameters.values(), *norm._buffers.values()]
+    widths = {tensor.numel() for tensor in tensors if tensor is not None and tensor.ndim}
+    is_layer_norm = isinstance(norm, nn.LayerNorm)
+    last = math.prod(hidden.shape[-len(norm.normalized_shape) :]) if is_layer_norm else hidden.shape[1]
+    if widths - {last} and widths - {hidden.shape[1]}:
+        raise RuntimeError(f"a {type(norm).__name__} of {sorted(widths)} channels is given {list(hidden.shape)}")
+    return stand_in(hidden)
 
 
 def blank_image(network: nn.Module, image_size: Sequence[int]) -> torch.Tensor:

@@ -9,9 +9,10 @@ from isoprune_hf.pruning.calibration.gradients import Batches
 from isoprune_hf.pruning.cutting.cut import keep_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.reconstruct import fit_layers
-from isoprune_hf.pruning.repairing.rotation import Rotated, keep_scale
+from isoprune_hf.pruning.repairing.rotation import Rotated
 from isoprune_hf.recipes import PruneRecipe
 
 

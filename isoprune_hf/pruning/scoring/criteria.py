@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from isoprune_hf.pruning.calibration.gradients import mean_gradients
-from isoprune_hf.pruning.deciding.reference import counted_weights
 from isoprune_hf.pruning.scoring.fisher import last_squared_gradient, mean_squared_gradients
 from isoprune_hf.pruning.scoring.gate_fisher import gate_fisher
 from isoprune_hf.pruning.scoring.readers import find_readers, input_variances
@@ -28,6 +27,7 @@ from isoprune_hf.pruning.scoring.reduction import (
     score_elements,
     sum_along,
 )
+from isoprune_hf.pruning.scoring.reference import counted_weights
 
 
 def _taylor(scoring: Scoring) -> Scores:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.gradients import Batches, Precision, check_finite, sum_over_ranks
@@ -137,19 +137,6 @@ def _find_fault(record: Any, tensors: Mapping[str, torch.Tensor]) -> str | None:
         if not torch.isfinite(value).all() or (value < 0).any():
             return f"{name[:80]!r} holds values that are negative, nan or inf"
     return None
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes and bytes of all weights: equal models have equal fingerprints.
-
-    Note:
-        XXH3, as the fingerprints of `datasets`: it tells models apart, and is no proof against one made to collide.
-    """
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def score_groups(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers.tiny_models import make_base
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.cutting.replay import replay_plan
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
-from isoprune_hf.pruning.scoring.scores import fingerprint
 from isoprune_hf.recipes import PruneRecipe
 
 HALF = PruneRecipe(criterion="l1", ratio=0.5, head_ratio=0.25, round_to=1)

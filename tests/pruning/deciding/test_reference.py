@@ -17,10 +17,11 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
-from isoprune_hf.pruning.deciding.reference import counted_weights, threshold_counts
+from isoprune_hf.pruning.deciding.reference import threshold_counts
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.pruning.scoring import criteria
+from isoprune_hf.pruning.scoring.reference import counted_weights
 from isoprune_hf.pruning.scoring.scores import score_groups, scoring_options
 from isoprune_hf.recipes import PruneRecipe
 

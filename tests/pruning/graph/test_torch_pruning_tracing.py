@@ -5,7 +5,8 @@ import torch
 from helpers.tiny_models import make_base
 from torch import nn
 
-from isoprune_hf.pruning.graph.torch_pruning.tracing import light_copy, loose_parameters, traced_copy
+from isoprune_hf.pruning.graph.copying import light_copy
+from isoprune_hf.pruning.graph.torch_pruning.tracing import loose_parameters, traced_copy
 
 
 def test_what_is_traced_asks_for_gradients_whatever_the_base_does(tmp_path: Path) -> None:

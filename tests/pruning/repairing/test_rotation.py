@@ -12,6 +12,7 @@ from helpers.tiny_models import VIT, make_base, make_images
 from test_cut import masked_base
 from test_find_groups import make_timm
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models import load_base
@@ -21,9 +22,10 @@ from isoprune_hf.pruning.doctor import check_replay
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
-from isoprune_hf.pruning.repairing.rotation import Rotated, keep_scale, rotate_heads
+from isoprune_hf.pruning.repairing.attention_scale import keep_scale
+from isoprune_hf.pruning.repairing.rotation import Rotated, rotate_heads
 from isoprune_hf.pruning.score import score_model
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, fingerprint
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 
 Model = IsoPruneForImageClassification

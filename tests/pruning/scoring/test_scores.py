@@ -16,17 +16,13 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import nn
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.pruning.scoring.rank_correlation import correlate_ranks
-from isoprune_hf.pruning.scoring.scores import (
-    ImportanceScores,
-    fingerprint,
-    score_groups,
-    scoring_options,
-)
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups, scoring_options
 from isoprune_hf.recipes import DATA_CRITERIA, PruneRecipe
 
 ROOT = Path(__file__).parents[3]

@@ -1,14 +1,11 @@
 """The network as it is traced: without its weights, and with stand-ins for what is too slow or intricate to trace."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
-from isoprune_hf.pruning.graph.copying import copy_shapes
+from isoprune_hf.pruning.graph.copying import light_copy
 from isoprune_hf.pruning.graph.torch_pruning.architectures import (
     Attention,
     PatchMerging,
@@ -16,9 +13,6 @@ from isoprune_hf.pruning.graph.torch_pruning.architectures import (
     find_patch_merging,
 )
 
-# They keep shape and channels, and the meta device runs them through slow Python code.
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _LAYERS = (
     nn.Linear,
     nn.modules.conv._ConvNd,
@@ -63,46 +57,6 @@ def traced_copy(base: nn.Module) -> TracedNetwork:
         network.set_submodule(part.path, _PatchMergingStub(reduction.in_features // 4, reduction.out_features))
         stubs[f"{part.path}.linear"] = part
     return TracedNetwork(network.eval(), stubs)
-
-
-def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
-    """Copy a base to run on the meta device for its shapes and matrix products alone: float32, in eval mode.
-
-    Norms still check that all their tensors are as wide as what they are given.
-
-    Args:
-        base: The network.
-        stand_in: What norms and activations do, instead of nothing at all.
-    """
-    network = copy_shapes(base, dtype=torch.float32).eval()
-    stand_in = stand_in or _pass_on
-    for module in network.modules():
-        if isinstance(module, _NORMS):
-            module.forward = partial(_check_width, module, stand_in)
-        elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU) and not _has_weights(module):
-            module.forward = stand_in
-    return network
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
-def _pass_on(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-def _check_width(
-    norm: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
-) -> torch.Tensor:
-    """Stand for a norm: refuse what it would refuse."""
-    tensors = [*norm._parameters.values(), *norm._buffers.values()]
-    widths = {tensor.numel() for tensor in tensors if tensor is not None and tensor.ndim}
-    is_layer_norm = isinstance(norm, nn.LayerNorm)
-    last = math.prod(hidden.shape[-len(norm.normalized_shape) :]) if is_layer_norm else hidden.shape[1]
-    if widths - {last} and widths - {hidden.shape[1]}:
-        raise RuntimeError(f"a {type(norm).__name__} of {sorted(widths)} channels is given {list(hidden.shape)}")
-    return stand_in(hidden)
 
 
 def loose_parameters(network: nn.Module) -> list[tuple[nn.Parameter, int]]:
