@@ -8,6 +8,19 @@ from torch import nn
 
 from isoprune_hf.checkpoint.difference import named_tensors
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, SkippedBlock
+from isoprune_hf.errors import CheckpointError
+
+
+def image_size_of(model: IsoPruneForImageClassification) -> list[int]:
+    """Return (channels, height, width) of the images that `model` was built for.
+
+    Raises:
+        CheckpointError: The config has no image size, as in a config that was written by hand.
+    """
+    size = model.config.image_size
+    if size is None:
+        raise CheckpointError("config.image_size: missing; needs [channels, height, width]")
+    return size
 
 
 def meta_copy(model: IsoPruneForImageClassification, *, dense: bool = False) -> IsoPruneForImageClassification:

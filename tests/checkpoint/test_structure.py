@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from isoprune_hf.checkpoint.difference import keep_cut_buffers
 from isoprune_hf.checkpoint.modeling_isoprune import SkippedBlock, apply_structure, check_structure
-from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
+from isoprune_hf.checkpoint.structure import capture_structure, image_size_of, meta_copy
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
@@ -236,3 +236,11 @@ def test_a_meta_copy_has_the_architecture_and_no_weights(pruned) -> None:
 def test_a_dense_model_has_an_empty_structure(tmp_path) -> None:
     base = make_base("vit", tmp_path)
     assert capture_structure(meta_copy(base).model, base.model) == HAND_MADE[0]
+
+
+def test_model_without_image_size_is_refused(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    assert image_size_of(model) == [3, 16, 16]
+    model.config.image_size = None
+    with pytest.raises(CheckpointError, match=r"config\.image_size"):
+        image_size_of(model)
