@@ -1,33 +1,15 @@
 """Models pruned once in a session, and the folders they are saved in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.pruned_models import LABELS, Pruned
 from helpers.tiny_models import TIMM, make_base, make_images
-from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
-
-# One of each kind of base; the other families of `tiny_models` are cut in test_surgery.
-SAVED = ("vit", "deit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit", "hf-swin")
-LABELS = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel", 5: "fox", 6: "gnu"}
-
-
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """A pruned tiny model, the folder it was saved in, and what it says of two images."""
-
-    model: IsoPruneForImageClassification
-    processor: BaseImageProcessor
-    folder: Path
-    images: torch.Tensor
-    logits: torch.Tensor
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import Pruned
 from helpers.command_line import isoprune
+from helpers.pruned_models import Pruned
 
 import isoprune_hf
 from isoprune_hf import __main__

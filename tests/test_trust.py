@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Pruned
+from helpers.pruned_models import Pruned
 from PIL import Image
 
 from isoprune_hf import IsoImageProcessor

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, make_base
+from helpers.tiny_models import FAMILIES, make_base, on_meta
 from paper_macs import paper_macs
-from test_macs import on_meta
 from torch_pruning.utils.op_counter import count_ops_and_params
 
 from isoprune_hf.pruning.cost.macs import count_cost

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pruned
+from helpers.pruned_models import Pruned
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load

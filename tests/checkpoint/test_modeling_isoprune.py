@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import SAVED
+from helpers.pruned_models import SAVED
 from helpers.tiny_models import VIT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SAVED
+from helpers.pruned_models import SAVED
 from helpers.tiny_models import make_base, make_images
 from torch import nn
 from transformers import AutoModelForImageClassification

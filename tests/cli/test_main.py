@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 from helpers.command_line import Done, contents, isoprune, leftovers, read, refuse, succeed
+from helpers.evaluation import calibration_error_by_hand
 from PIL import Image
-from test_evaluation import calibration_error_by_hand
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 

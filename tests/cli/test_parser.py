@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Pruned
 from helpers.command_line import isoprune, read, refuse, succeed
+from helpers.pruned_models import Pruned
 
 from isoprune_hf import errors
 from isoprune_hf.cli.parser import parse

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_line import contents, read, refuse, succeed
+from helpers.evaluation import calibration_error_by_hand
 from helpers.reference_files import make_module, save
 from helpers.tiny_models import TRANSFORMERS
 from PIL import Image
-from test_evaluation import calibration_error_by_hand
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor

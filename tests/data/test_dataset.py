@@ -1,4 +1,3 @@
-import io
 import pickle
 import sys
 import tarfile
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from helpers.images import make_image, write_tar
 from PIL import Image
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
@@ -22,10 +22,6 @@ from isoprune_hf.recipes import DataRecipe
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")  # tench, goldfish, great white shark
 PROCESSOR = IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
-
-
-def make_image(value: int) -> Image.Image:
-    return Image.new("RGB", (6, 5), (value, value, value))
 
 
 def make_split(labels: list[int], feature: object = None, column: str = "label") -> datasets.Dataset:
@@ -96,25 +92,6 @@ def test_a_folder_of_parquet_files_is_read_by_their_first_word(tmp_path, below):
     assert list(loaded.train["label"]) == [0, 1, 2, 0] and list(loaded.evaluation["label"]) == [2, 1]
     assert loaded.label_names == ("cat", "dog", "owl")
     assert loaded.train[2]["image"].convert("RGB").getpixel((0, 0)) == (2, 2, 2)
-
-
-def write_tar(path: Path, images: dict[str, int], ending: str = "png", **others: bytes) -> None:
-    """A shard: an image and its class for each key, and other members for the first one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as shard:
-
-        def add(name: str, content: bytes) -> None:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            shard.addfile(member, io.BytesIO(content))
-
-        for number, (key, label) in enumerate(images.items()):
-            stream = io.BytesIO()
-            make_image(10 * label + number).save(stream, "PNG")
-            add(f"{key}.{ending}", stream.getvalue())
-            add(f"{key}.cls", str(label).encode())
-            for name, content in others.items():
-                add(f"{key}.{name}", content)
 
 
 @pytest.mark.parametrize("names", [("a-train-{}.tar", "a-val-{}.tar"), ("train/{}.tar", "validation/{}.tar")])

@@ -1,18 +1,16 @@
-import io
 import json
 import logging
-import struct
-import zlib
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.evaluation import make_net, make_processor
+from helpers.images import BROKEN, encode, noise, open_images, with_orientation, write_images
+from helpers.ranks import run_ranks
 from PIL import Image
-from test_evaluation import make_net, make_processor, run_ranks
 
 from isoprune_hf.data.augmentation import TransformedImages
 from isoprune_hf.data.dataset import ImageData, load_data
@@ -23,46 +21,7 @@ from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 from isoprune_hf.training.loop import finetune
 
-ORIENTATION = 0x0112
 RED, GREEN = (255, 0, 0), (0, 255, 0)
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def noise(size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    shape = (size[1], size[0], channels) if channels > 1 else size[::-1]
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode=mode)
-
-
-def with_orientation(image: Image.Image, value: int) -> bytes:
-    exif = Image.Exif()
-    exif[ORIENTATION] = value
-    return encode(image, exif=exif)
-
-
-def huge_png() -> bytes:
-    """A PNG that says it has 400 million pixels and holds next to nothing."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-BROKEN = {
-    "a JPEG cut in its header": (encode(noise(), "JPEG")[:100], "."),
-    "a JPEG cut in its scan": (encode(noise((64, 64)), "JPEG")[:-700], "truncated"),
-    "zero bytes": (b"", "there is not anything in it"),
-    "a page of text": (b"<html>404 Not Found</html>", "not an image of a known format"),
-    "a PNG with a wrong checksum": (encode(noise()).replace(b"IHDR\x00", b"IHDR\x01", 1), "."),
-    "too many pixels": (huge_png(), "exceeds limit"),
-}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -139,23 +98,6 @@ def test_images_are_turned_upright_unless_they_are_wanted_as_stored(value: int) 
     assert tuple(upright[CORNERS[value]]) == RED and (upright.sum(axis=2) > 0).sum() == 1
     stored = np.asarray(decode_image(with_orientation(image, value), exif=False))
     assert np.array_equal(stored, np.asarray(image))
-
-
-def write_images(root: Path, broken: dict[str, set[int]], images: int = 12) -> Path:
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for number in range(images):
-            folder = root / split / f"class{number * 3 // images}"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{number:02d}.png"
-            Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(path)
-            if number in broken.get(split, ()):
-                path.write_bytes(path.read_bytes()[:60])
-    return root
-
-
-def open_images(root: Path, **changes: Any) -> ImageData:
-    return load_data(DataRecipe(dataset=str(root), **changes))
 
 
 def test_a_skipped_image_has_the_next_one_in_its_place_and_is_marked(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.evaluation import make_net
+from helpers.images import BROKEN, encode, noise, open_images, with_orientation, write_images
 from PIL import Image
-from test_decoding import BROKEN, encode, noise, open_images, with_orientation, write_images
-from test_evaluation import make_net
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 from transformers import ConvNextImageProcessor, ViTImageProcessor

@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 import pytest
 from helpers.command_line import read, refuse, succeed
+from helpers.images import write_tar
 from helpers.ranks import run, start_ranks, write_slowly
 from PIL import Image
-from test_dataset import write_tar
 
 from isoprune_hf.data.dataset import load_data
 from isoprune_hf.data.streaming import StreamedSplit

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import Pruned
 from helpers.command_line import isoprune
+from helpers.pruned_models import Pruned
 from helpers.tiny_models import TIMM, make_base
 
 import isoprune_hf

@@ -1,7 +1,5 @@
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,42 +8,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
+from helpers.evaluation import TinyNet, calibration_error_by_hand, make_net, make_processor, make_split
+from helpers.ranks import run_ranks
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.evaluation.evaluate import evaluate_model, score_split, tabulate_classes
 from isoprune_hf.evaluation.metrics import ImageClassificationMetric, calibration_error
 
 ROOT = Path(__file__).parents[2]
-
-
-class TinyNet(nn.Module):
-    def __init__(self, classes: int = 7):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(48, classes)
-
-    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.head(self.dropout(self.norm(pixel_values)).flatten(1)))
-
-
-def make_net(classes: int = 7) -> TinyNet:
-    torch.manual_seed(0)
-    return TinyNet(classes)
-
-
-def make_processor() -> IsoImageProcessor:
-    return IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
-
-
-def make_split(images: int, classes: int = 7) -> datasets.Dataset:
-    rng = np.random.default_rng(3)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=classes)})
-    pixels = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(images)]
-    labels = rng.integers(0, classes, images).tolist()
-    return datasets.Dataset.from_dict({"image": pixels, "label": labels}, features=features)
 
 
 def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, float]:
@@ -64,19 +33,6 @@ def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, floa
         hits.append(order[0] == row["label"])
     means = {"top1": top1 / len(split), "top5": top5 / len(split), "loss": loss / len(split)}
     return {**means, "ece": calibration_error_by_hand(confidences, hits), "images": len(split)}
-
-
-def calibration_error_by_hand(confidences: list[float], hits: list[bool]) -> float:
-    """Sort the images into 15 bins one by one, and compare the two means of each."""
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for confidence, hit in zip(confidences, hits, strict=True):
-        number = next(m for m in range(1, 16) if confidence <= m / 15 or m == 15)
-        bins.setdefault(number, []).append((confidence, hit))
-    gaps = [
-        len(items) * abs(sum(hit for _, hit in items) / len(items) - sum(c for c, _ in items) / len(items))
-        for items in bins.values()
-    ]
-    return sum(gaps) / len(hits)
 
 
 def test_the_metric_counts_by_hand():
@@ -160,7 +116,8 @@ def test_a_bar_is_on_the_terminal_of_the_main_process_alone(monkeypatch, stream,
 SCRIPT = """
 import json, sys
 from accelerate import Accelerator
-from test_evaluation import evaluate_model, make_net, make_processor, make_split
+from helpers.evaluation import make_net, make_processor, make_split
+from isoprune_hf.evaluation.evaluate import evaluate_model
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -174,17 +131,6 @@ with open(f"{sys.argv[1]}/rank{accelerator.process_index}.json", "w") as file:
     json.dump(found, file)
 accelerator.end_training()
 """
-
-
-def run_ranks(script: str, folder: Path, ranks: int = 2) -> None:
-    """Run a script on several ranks, with the folder as its argument."""
-    (folder / "script.py").write_text(script)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launch, str(folder / "script.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from conftest import LABELS, Pruned
 from helpers.command_line import contents, isoprune, read, refuse
+from helpers.pruned_models import LABELS, Pruned
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor

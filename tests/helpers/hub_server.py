@@ -12,6 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_canary0123456789"
+COMMIT = r"/api/models/user/tiny/commit/main"
+
 
 @dataclass
 class Fault:

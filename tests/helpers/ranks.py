@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -17,6 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from isoprune_hf.cli.main import main
+
+ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
@@ -155,3 +158,14 @@ def _run(arguments: list[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_ranks(script: str, folder: Path, ranks: int = 2) -> None:
+    """Run a script on several ranks, with the folder as its argument."""
+    (folder / "script.py").write_text(script)
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launch, str(folder / "script.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import ConvNextConfig, DeiTConfig, ResNetConfig, SwinConfig, ViTConfig
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.models import load_base
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -64,3 +64,11 @@ def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageCla
 def make_images(model: IsoPruneForImageClassification, count: int = 2, seed: int = 2) -> torch.Tensor:
     """Draw normalised images of the model's size."""
     return torch.randn(count, *model.config.image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def on_meta(name: str) -> IsoPruneForImageClassification:
+    config = IsoPruneConfig(
+        base={"library": "timm", "architecture": name, "args": {}}, num_labels=1000, image_size=[3, 224, 224]
+    )
+    with torch.device("meta"):
+        return IsoPruneForImageClassification(config)

@@ -9,11 +9,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import LABELS, Pruned
 from helpers.command_line import isoprune, leftovers, refuse, succeed
-from helpers.hub_server import Fault, Hub
+from helpers.hub_server import COMMIT, TOKEN, Fault, Hub
+from helpers.pruned_models import LABELS, Pruned
 from PIL import Image
-from test_push import COMMIT, TOKEN, folder, hub, waits  # noqa: F401
 
 from isoprune_hf.errors import HubError
 from isoprune_hf.hub.push import push_folder
@@ -42,7 +41,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_training_sends_checkpoints_and_its_result_and_ends_in_the_same_weights(
     pruned: Callable[[str], Pruned],
     images: Path,
-    hub: Hub,  # noqa: F811
+    hub: Hub,
     tmp_path: Path,
 ) -> None:
     command = ["finetune", "--model", pruned("vit").folder, "--data.dataset", images, "--finetune.epochs", "4"]
@@ -71,7 +70,7 @@ def test_a_training_sends_checkpoints_and_its_result_and_ends_in_the_same_weight
     assert [commit["paths"] for commit in hub.commits[2:]] == [["metrics.json"]]
 
 
-def test_a_cut_is_sent(pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_a_cut_is_sent(pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path) -> None:
     base = ["--prune.model", pruned("vit").folder, "--prune.criterion", "l1", "--prune.ratio", "0.2"]
     succeed("prune", *base, "--output", tmp_path / "out", "--push_to_hub", "user/tiny")
     assert hub.files["user/tiny"]["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -90,7 +89,7 @@ def test_a_cut_is_sent(pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path
     ],
 )
 def test_wishes_that_do_not_fit_are_refused_before_any_work(
-    hub: Hub,  # noqa: F811
+    hub: Hub,
     tmp_path: Path,
     flags: list[str],
     words: str,
@@ -101,7 +100,7 @@ def test_wishes_that_do_not_fit_are_refused_before_any_work(
 
 
 def test_a_missing_login_shows_before_the_training(
-    hub: Hub,  # noqa: F811
+    hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -112,8 +111,8 @@ def test_a_missing_login_shows_before_the_training(
 
 
 def test_training_does_not_wait_for_an_upload_and_what_is_sent_is_what_was_offered(
-    folder: Path,  # noqa: F811
-    hub: Hub,  # noqa: F811
+    folder: Path,
+    hub: Hub,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     uploads, offered = Uploads("user/tiny", 1), (folder / "model.safetensors").read_bytes()
@@ -132,7 +131,7 @@ def test_training_does_not_wait_for_an_upload_and_what_is_sent_is_what_was_offer
     assert leftovers(folder.parent) == []
 
 
-def test_an_upload_that_fails_is_a_warning(folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_an_upload_that_fails_is_a_warning(folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     uploads = Uploads("user/tiny", 2)
     hub.faults.append(Fault("POST", "/api/models/user/tiny/commit/training", 403))
     uploads.offer(folder, 1)  # not due
@@ -146,7 +145,7 @@ def test_an_upload_that_fails_is_a_warning(folder: Path, hub: Hub, caplog: pytes
 # What `push` says and does beside the commit
 
 
-def test_each_attempt_is_said(folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_each_attempt_is_said(folder: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     hub.faults += [
         Fault("POST", COMMIT, 429, headers={"Retry_After": "17"}),
         Fault("POST", "/api/repos/create", "drop"),
@@ -159,7 +158,7 @@ def test_each_attempt_is_said(folder: Path, hub: Hub, caplog: pytest.LogCaptureF
     ]
 
 
-def test_a_model_is_added_to_a_collection_once(folder: Path, hub: Hub) -> None:  # noqa: F811
+def test_a_model_is_added_to_a_collection_once(folder: Path, hub: Hub) -> None:
     slug = "user/small-models-64f9a55bb3115b4f513ec026"
     hub.collections[slug] = ["user/other"]
     for _ in range(2):
@@ -177,8 +176,8 @@ def test_a_model_is_added_to_a_collection_once(folder: Path, hub: Hub) -> None: 
 
 
 def test_the_collection_of_the_recipes_is_made_by_the_lines_beside_it(
-    folder: Path,  # noqa: F811
-    hub: Hub,  # noqa: F811
+    folder: Path,
+    hub: Hub,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

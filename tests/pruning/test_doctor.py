@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pruned
+from helpers.pruned_models import Pruned
 from helpers.tiny_models import make_base
 
 from isoprune_hf.models import load_base

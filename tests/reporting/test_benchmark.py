@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pruned
 from helpers.command_line import isoprune, read, refuse
+from helpers.pruned_models import Pruned
 from helpers.tiny_models import make_base
 from torch import nn
 

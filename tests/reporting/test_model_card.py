@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import LABELS, Pruned
 from helpers.command_line import isoprune
+from helpers.pruned_models import LABELS, Pruned
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import __version__ as transformers_version

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Pruned
+from helpers.pruned_models import Pruned
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.tiny_models import make_base, make_images
-from test_loop import ACCELERATOR, make_data, make_net, make_recipe, train
+from helpers.training import ACCELERATOR, make_data, make_net, make_recipe, train
 from torch import nn
 
 from isoprune_hf.checkpoint.folder import save_model_folder

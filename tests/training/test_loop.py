@@ -7,13 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers.tiny_models import make_base
-from PIL import Image
+from helpers.training import (
+    ACCELERATOR,
+    assert_equal_weights,
+    make_data,
+    make_net,
+    make_normed,
+    make_processor,
+    make_recipe,
+    make_replica_recipe,
+    train,
+)
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import nn
@@ -35,28 +42,6 @@ from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import build_optimizer
 
 ROOT = Path(__file__).parents[2]
-ACCELERATOR = Accelerator(cpu=True)
-
-
-class TinyNet(nn.Module):
-    def __init__(self, width: int = 8, dropout: float = 0.0):
-        super().__init__()
-        self.stem = nn.Linear(48, width)
-        self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.head(self.dropout(self.norm(self.stem(pixel_values.flatten(1))).tanh())))
-
-
-def make_net(seed: int = 0, **changes: Any) -> TinyNet:
-    torch.manual_seed(seed)
-    return TinyNet(**changes)
-
-
-def make_processor(side: int = 4) -> IsoImageProcessor:
-    return IsoImageProcessor(size={"height": side, "width": side}, do_center_crop=False)
 
 
 class SimpleTeacher(nn.Module):
@@ -64,33 +49,6 @@ class SimpleTeacher(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.tensor([[0.0, 0.0, 1.0]]).expand(len(pixel_values), 3))
-
-
-def make_data(train: int = 70, evaluation: int = 9, side: int = 4) -> ImageData:
-    rng = np.random.default_rng(0)
-    names = ("cat", "dog", "owl")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-
-    def make_split(images: int) -> datasets.Dataset | None:
-        pixels = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(images)]
-        columns = {"image": pixels, "label": rng.integers(0, 3, images).tolist()}
-        return datasets.Dataset.from_dict(columns, features=features) if images else None
-
-    return ImageData(make_split(train), make_split(evaluation), names, "random", "0")
-
-
-def make_recipe(**changes: Any) -> FinetuneRecipe:
-    plain = {"epochs": 2, "batch_size": 32, "optimizer": "sgd", "learning_rate": 0.1}
-    return FinetuneRecipe(**{**plain, "crop_scale": (0.5, 1.0), "clip_grad": 1.0, **changes})
-
-
-def train(net: nn.Module, recipe: FinetuneRecipe, accelerator: Accelerator = ACCELERATOR, **options: Any) -> dict:
-    data = options.pop("data", None) or make_data()
-    return finetune(net, data, make_processor(), recipe, accelerator=accelerator, **options)
-
-
-def assert_equal_weights(first: nn.Module, second: nn.Module, atol: float) -> None:
-    torch.testing.assert_close(dict(first.state_dict()), dict(second.state_dict()), atol=atol, rtol=0)
 
 
 def test_one_update_is_one_step_along_the_gradient_of_the_mean_loss():
@@ -217,22 +175,10 @@ def test_a_loss_that_is_not_finite_is_a_clear_error():
     assert torch.isfinite(net.stem.weight).all()
 
 
-def make_normed(seed: int = 0) -> TinyNet:
-    net = make_net(seed, dropout=0.3)
-    net.norm = nn.BatchNorm1d(8)
-    return net
-
-
 def first_epoch(data: ImageData, recipe: FinetuneRecipe, *, parts: int) -> TrainBatches:
     place = {"seed": recipe.seed, "epoch": 1, "num_workers": 0, "rank": 0, "world": 1}
     shape = {"batch_size": recipe.batch_size, "parts": parts, "drop_last": recipe.drop_last}
     return train_batches(data.train, train_transform(make_processor(), recipe), **shape, **place)
-
-
-def make_replica_recipe() -> FinetuneRecipe:
-    """Two epochs; the last update of each has half as many images as the others."""
-    mixing = {"mixup": 0.5, "cutmix": 1.0, "mixup_pairing": "roll", "repeated_augmentation": 2}
-    return make_recipe(batch_size=16, virtual_replicas=4, drop_last=False, distillation="none", **mixing)
 
 
 def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
@@ -373,7 +319,8 @@ import sys
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from test_loop import RecipeError, make_data, make_net, make_normed, make_recipe, make_replica_recipe, train
+from isoprune_hf.errors import RecipeError
+from helpers.training import make_data, make_net, make_normed, make_recipe, make_replica_recipe, train
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_loop import make_data, make_normed, make_processor, make_recipe
+from helpers.training import make_data, make_normed, make_processor, make_recipe
 
 from isoprune_hf.checkpoint.snapshots import read_newest, write_snapshot
 from isoprune_hf.data.augmentation import train_transform

@@ -8,9 +8,9 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.ranks import run_ranks
+from helpers.training import TinyNet, assert_equal_weights, make_data, make_net, make_processor, make_recipe, train
 from safetensors.torch import load_file
-from test_evaluation import run_ranks
-from test_loop import TinyNet, assert_equal_weights, make_data, make_net, make_processor, make_recipe, train
 
 from isoprune_hf.data.augmentation import train_transform
 from isoprune_hf.data.dataset import ImageData
@@ -106,8 +106,8 @@ def test_missing_and_damaged_shards_alone_are_computed_again(tmp_path: Path) -> 
 SCRIPT = """
 import sys
 from accelerate import Accelerator
-from test_evaluation import run_ranks
-from test_loop import make_data, make_net, make_recipe, train
+from helpers.ranks import run_ranks
+from helpers.training import make_data, make_net, make_recipe, train
 from test_teacher_cache import FIXED
 from isoprune_hf.training import teacher_cache
 teacher_cache._SHARD = 16

@@ -1,22 +1,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.tiny_models import FAMILIES, make_base
+from helpers.tiny_models import FAMILIES, make_base, on_meta
 from torch import nn
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.cost.macs import cost_model, count_cost
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-
-
-def on_meta(name: str) -> IsoPruneForImageClassification:
-    config = IsoPruneConfig(
-        base={"library": "timm", "architecture": name, "args": {}}, num_labels=1000, image_size=[3, 224, 224]
-    )
-    with torch.device("meta"):
-        return IsoPruneForImageClassification(config)
 
 
 def test_a_small_vit_costs_what_a_sum_by_hand_gives(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers.plans import cost_of, group
 from helpers.tiny_models import FAMILIES, make_base
-from test_make_plan import cost_of, group
 
 from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel

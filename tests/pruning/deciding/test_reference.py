@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import tiny_models
 from helpers.plain_scores import batches_of
+from helpers.plans import group, plan_for
 from helpers.reference_pruner import prune_with_torch_pruning, seeded_gradients
 from helpers.tiny_models import make_base
-from test_make_plan import group, plan_for
 from torch import nn
 
 from isoprune_hf.errors import RecipeError

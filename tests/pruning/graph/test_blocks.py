@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from helpers.tiny_models import FAMILIES, make_base, make_images
-from test_find_groups import make_timm
+from helpers.traced_models import make_timm
 from torch import nn
 from transformers import ConvNextConfig, DeiTConfig, ResNetConfig, SwinConfig, ViTConfig
 

@@ -1,4 +1,3 @@
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import timm
 import torch
 from helpers.engine_reference import plain_groups, reference_groups
 from helpers.tiny_models import FAMILIES, make_base, make_images
+from helpers.traced_models import make_timm, shuffle
 from torch import nn
 from torch_pruning import _helpers
 from torch_pruning.dependency import index_mapping
@@ -18,13 +18,6 @@ from isoprune_hf.models import load_base
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.torch_pruning.depgraph import Positions, apply_mapping
 from isoprune_hf.pruning.groups import CoupledGroup
-
-
-def make_timm(architecture: str, image_size: int = 32, **args: object) -> IsoPruneForImageClassification:
-    base = {"library": "timm", "architecture": architecture, "args": args}
-    return IsoPruneForImageClassification(
-        IsoPruneConfig(base=base, num_labels=7, image_size=[3, image_size, image_size])
-    ).eval()
 
 
 @timm.models.register_model
@@ -157,27 +150,6 @@ def test_index_maps_send_positions_where_torch_pruning_sends_them(build, reverse
 def test_an_operation_with_an_unknown_index_map_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"that cannot be followed \(GQAIndexMapping\)"):
         trace_groups(make_timm("repeats_net"), engine="torch-pruning")
-
-
-def shuffle(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
-    """Give the channels of every group another order, in all members alike."""
-    generator = np.random.default_rng(0)
-    shuffled = copy.deepcopy(model)
-    tensors = dict(shuffled.model.state_dict())
-    for group in trace_groups(model):
-        heads, dims = max(group.num_heads, 1), group.head_dim or group.channels
-        order_of_heads = generator.permutation(heads)
-        # Within each head another order of dims; queries, keys and values of a head move together.
-        channels = np.concatenate([head * dims + generator.permutation(dims) for head in order_of_heads])
-        for member, order in [
-            *((m, channels) for m in group.members),
-            *((m, order_of_heads) for m in group.head_members),
-        ]:
-            tensor = tensors[member.parameter]
-            positions = torch.arange(tensor.shape[member.dim])
-            positions[torch.from_numpy(member.index)] = torch.from_numpy(member.index[order])
-            tensor.copy_(tensor.clone().index_select(member.dim, positions))
-    return shuffled
 
 
 @pytest.mark.parametrize("family", FAMILIES)

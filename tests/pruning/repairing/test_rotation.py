@@ -4,13 +4,13 @@ import itertools
 from pathlib import Path
 
 import pytest
-import test_grouped_query as grouped_query
 import torch
+from helpers import grouped_query
 from helpers.command_line import refuse
+from helpers.masking import masked_base
 from helpers.plain_scores import Batches, batches_of
 from helpers.tiny_models import VIT, make_base, make_images
-from test_cut import masked_base
-from test_find_groups import make_timm
+from helpers.traced_models import make_timm
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from helpers.plain_scores import Batches, batches_of
 from helpers.ranks import call_on_ranks
 from helpers.tiny_models import FAMILIES, make_base
+from helpers.traced_models import make_timm
 from safetensors.torch import load_file, save_file
-from test_find_groups import make_timm
 from torch import nn
 from torchvision.models import VisionTransformer
 
