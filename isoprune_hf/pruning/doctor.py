@@ -23,6 +23,7 @@ from isoprune_hf.pruning.cutting.uniform import to_stock
 from isoprune_hf.pruning.graph.axis import is_frozen
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
+from isoprune_hf.pruning.graph.layers import ConvNd
 from isoprune_hf.pruning.graph.trace import reason_of
 from isoprune_hf.pruning.plan import PruningPlan
 
@@ -243,7 +244,7 @@ def _fixed_dims(
     for name, parameter in dense.model.named_parameters():
         owner = dense.model.get_submodule(name.rpartition(".")[0])
         # Behind the first two dims of a convolution's weight lies its kernel.
-        channel_dims = min(parameter.ndim, 2) if isinstance(owner, nn.modules.conv._ConvNd) else parameter.ndim
+        channel_dims = min(parameter.ndim, 2) if isinstance(owner, ConvNd) else parameter.ndim
         fixed = [dim for dim in range(channel_dims) if parameter.shape[dim] > 1 and (name, dim) not in dims]
         for dim in fixed:
             reason = _reason(dense, name, owner, dim) or _traced_reason(graph, name, dim, is_covered=name in covered)
@@ -254,7 +255,7 @@ def _fixed_dims(
 def _reason(dense: IsoPruneForImageClassification, name: str, owner: nn.Module, dim: int) -> str | None:
     if dim == 0 and getattr(owner, "out_features", getattr(owner, "out_channels", 0)) == dense.config.num_labels:
         return "outputs of the classifier"
-    if isinstance(owner, nn.modules.conv._ConvNd) and dim == 1:
+    if isinstance(owner, ConvNd) and dim == 1:
         if owner.in_channels == dense.config.image_size[0]:
             return "colours of the image"
         if owner.groups > 1:

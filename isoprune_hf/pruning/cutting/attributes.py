@@ -8,6 +8,7 @@ from torch import nn
 
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.equations import evaluate
+from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.traced_int import ARITHMETIC, COMPARE, Attribute, Expression, Operation, atoms
 from isoprune_hf.pruning.graph.verify import axis_size
 
@@ -84,13 +85,13 @@ def _set(module: nn.Module, attribute: Attribute, value: int) -> None:
 def _set_layer_numbers(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    elif isinstance(module, ConvNd):
         first, second = module.weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = first, second * module.groups
         else:
             module.out_channels, module.in_channels = first, second * module.groups
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+    elif isinstance(module, BatchNorm) and module.weight is not None:
         module.num_features = module.weight.shape[0]
     elif isinstance(module, nn.LayerNorm) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)

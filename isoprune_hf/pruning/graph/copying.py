@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
-# They keep shape and channels, and the meta device runs them through slow Python code.
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+from isoprune_hf.pruning.graph.layers import NORMS
+
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, torch.dtype))
 _TABLES = frozenset((dict, OrderedDict))
@@ -51,7 +51,7 @@ def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]
     network = copy_shapes(base, dtype=torch.float32).eval()
     stand_in = stand_in or _pass_on
     for module in network.modules():
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             module.forward = partial(_check_width, module, stand_in)
         elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU) and not _has_weights(module):
             module.forward = stand_in

@@ -11,7 +11,8 @@ from torch import nn
 from isoprune_hf.pruning.graph.axis import Axis, find, leaves
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.cells import Cell, rows
-from isoprune_hf.pruning.graph.signatures import LAYERS, TRANSPOSED, Entry, edges, list_entries
+from isoprune_hf.pruning.graph.layers import LAYERS, ConvTransposeNd
+from isoprune_hf.pruning.graph.signatures import Entry, edges, list_entries
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 
 
@@ -131,7 +132,7 @@ class _Builder:
         for member in members:
             path, _, leaf = member.parameter.rpartition(".")
             layer = self.modules[path]
-            dim = 1 if isinstance(layer, TRANSPOSED) else 0
+            dim = 1 if isinstance(layer, ConvTransposeNd) else 0
             if isinstance(layer, LAYERS) and leaf == "weight" and member.dim == dim:
                 return path
         return members[0].parameter.rpartition(".")[0] or members[0].parameter

@@ -7,11 +7,9 @@ from torch import nn
 
 from isoprune_hf.pruning.graph.axis import Axis, leaves
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
+from isoprune_hf.pruning.graph.layers import LAYERS, ConvNd, ConvTransposeNd, is_depthwise
 from isoprune_hf.pruning.graph.trace import Step
 from isoprune_hf.pruning.groups import Member
-
-CONV, TRANSPOSED = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd
-LAYERS = (nn.Linear, CONV, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 
 
 class Entry(NamedTuple):
@@ -46,18 +44,17 @@ def list_entries(members: Iterable[Member], modules: Mapping[str, nn.Module]) ->
 
 
 def _side(layer: nn.Module, leaf: str, dim: int) -> str:
-    if isinstance(layer, CONV) and 1 < layer.groups == layer.in_channels == layer.out_channels:
+    if is_depthwise(layer):
         return "depthwise"
-    reads = leaf == "weight" and dim == (0 if isinstance(layer, TRANSPOSED) else 1)
-    return "in" if reads and isinstance(layer, nn.Linear | CONV) else "out"
+    reads = leaf == "weight" and dim == (0 if isinstance(layer, ConvTransposeNd) else 1)
+    return "in" if reads and isinstance(layer, nn.Linear | ConvNd) else "out"
 
 
 def _build(layer: nn.Module) -> str:
-    if not isinstance(layer, CONV):
+    if not isinstance(layer, ConvNd):
         return ""
     kernel, stride = ("x".join(map(str, sizes)) for sizes in (layer.kernel_size, layer.stride))
-    is_depthwise = 1 < layer.groups == layer.in_channels == layer.out_channels
-    return f"(kernel {kernel}, stride {stride}, groups {'all' if is_depthwise else layer.groups})"
+    return f"(kernel {kernel}, stride {stride}, groups {'all' if is_depthwise(layer) else layer.groups})"
 
 
 def edges(graph: AxisGraph, entries: Sequence[Entry], axes: Sequence[Axis]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.gradients import Batches, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.graph.layers import BatchNorm
 
 
 def recalibrate_batchnorm(
@@ -31,7 +32,7 @@ def recalibrate_batchnorm(
     norms = {
         name: module
         for name, module in pruned.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.running_mean is not None
     }
     if not norms:
         return ("prune.reconstruct bn changes nothing: the model has no BatchNorm",)

@@ -25,6 +25,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.gradients import Batches, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.repairing.least_squares import add_up, halves_of, holds_for_bias_alone, no_sums, solve
 from isoprune_hf.pruning.repairing.residual_stream import Stream
 from isoprune_hf.pruning.repairing.waypoints import Passes, Reached
@@ -121,9 +122,9 @@ def _order(
 
     handles = []
     for name, module in pruned.model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        if isinstance(module, BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(before))
-        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm)):
+        elif isinstance(module, (nn.Linear, ConvNd, nn.LayerNorm)):
             handles.append(module.register_forward_hook(partial(after, name)))
     blank = torch.zeros(1, *pruned.config.image_size, device=pruned.device)
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from isoprune_hf.pruning.calibration.gradients import mean_gradients
+from isoprune_hf.pruning.graph.layers import ConvNd, ConvTransposeNd
 from isoprune_hf.pruning.scoring.fisher import last_squared_gradient, mean_squared_gradients
 from isoprune_hf.pruning.scoring.gate_fisher import gate_fisher
 from isoprune_hf.pruning.scoring.readers import find_readers, input_variances
@@ -99,8 +100,8 @@ def _fpgm(scoring: Scoring) -> Scores:
         for member in group.members:
             name, _, leaf = member.parameter.rpartition(".")
             layer = scoring.model.model.get_submodule(name)
-            if leaf == "weight" and isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                is_transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+            if leaf == "weight" and isinstance(layer, (nn.Linear, ConvNd)):
+                is_transposed = isinstance(layer, ConvTransposeNd)
                 if member.dim == int(is_transposed):
                     rows = scoring.weights[member.parameter].double().movedim(member.dim, 0)
                     filters = rows[positions(member.index).to(rows.device)].flatten(1)

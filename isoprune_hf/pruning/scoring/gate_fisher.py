@@ -33,6 +33,7 @@ from isoprune_hf.pruning.calibration.gradients import (
     zero_images,
 )
 from isoprune_hf.pruning.calibration.resumable import KeptBatches, left_for
+from isoprune_hf.pruning.graph.layers import ConvNd, is_depthwise
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.scoring.readers import find_reader
 
@@ -182,7 +183,7 @@ def _last(model: nn.Module, readers: list[End]) -> list[End]:
 
 def _is_depthwise(model: nn.Module, end: End) -> bool:
     layer = model.model.get_submodule(end.layer)
-    return isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups == layer.in_channels == layer.out_channels
+    return is_depthwise(layer)
 
 
 def _reader(model: nn.Module, group: CoupledGroup, member: Member) -> End | None:
@@ -199,7 +200,7 @@ def _reader(model: nn.Module, group: CoupledGroup, member: Member) -> End | None
 def _writer(model: nn.Module, group: CoupledGroup, member: Member) -> End | None:
     name, _, leaf = member.parameter.rpartition(".")
     layer = model.model.get_submodule(name)
-    is_layer = leaf == "weight" and isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+    is_layer = leaf == "weight" and isinstance(layer, (nn.Linear, ConvNd))
     if member.dim != int(is_layer and getattr(layer, "transposed", False)):
         return None
     if model.model.get_parameter(member.parameter).ndim < 2 or find_reader(model, member) is not None:

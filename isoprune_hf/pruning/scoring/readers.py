@@ -20,6 +20,7 @@ from isoprune_hf.pruning.calibration.gradients import (
     zero_images,
 )
 from isoprune_hf.pruning.calibration.resumable import left_for
+from isoprune_hf.pruning.graph.layers import ConvNd
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.scoring.layer_squares import first_tensor
 
@@ -93,7 +94,7 @@ def find_reader(model: nn.Module, member: Member) -> tuple[str, np.ndarray] | No
     """
     name, _, leaf = member.parameter.rpartition(".")
     layer = model.model.get_submodule(name)
-    if leaf != "weight" or not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+    if leaf != "weight" or not isinstance(layer, (nn.Linear, ConvNd)):
         return None
     if isinstance(layer, nn.Linear):
         return (name, member.index) if member.dim == 1 else None
@@ -121,7 +122,7 @@ def find_readers(model: nn.Module, group: CoupledGroup) -> list[tuple[str, np.nd
     return readers
 
 
-def _input_channels(layer: nn.Linear | nn.modules.conv._ConvNd) -> int:
+def _input_channels(layer: nn.Linear | ConvNd) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from isoprune_hf.pruning.graph.layers import ConvNd
+
 
 def counted_weights(base: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Pick the parameters that count in torch-pruning's Taylor score.
@@ -24,6 +26,6 @@ def counted_weights(base: nn.Module, weights: Mapping[str, torch.Tensor]) -> dic
 
 
 def _counts(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ConvNd):
         return layer.groups == 1 or layer.groups != layer.out_channels
     return isinstance(layer, nn.Linear | nn.LayerNorm)

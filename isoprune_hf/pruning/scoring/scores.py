@@ -21,6 +21,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.gradients import Batches, Precision, check_finite, sum_over_ranks
 from isoprune_hf.pruning.calibration.resumable import KeptBatches
+from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.scoring.criteria import CRITERIA
 from isoprune_hf.pruning.scoring.rank_correlation import correlate_ranks
@@ -236,7 +237,7 @@ def _find_weights(
     base: nn.Module, groups: Sequence[CoupledGroup], blocks: Sequence[ResidualBlock], score_batchnorm: bool
 ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
     """Collect the parameters that count, in float32, and say which of them are of BatchNorm."""
-    norms = {name for name, module in base.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    norms = {name for name, module in base.named_modules() if isinstance(module, BatchNorm)}
     wanted = {member.parameter for group in groups for member in group.members}
     wanted |= {name for block in blocks for name in block.parameters}
     named = {name: parameter for name, parameter in base.named_parameters() if name in wanted}

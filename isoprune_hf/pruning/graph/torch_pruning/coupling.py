@@ -8,10 +8,9 @@ import numpy as np
 from torch import nn
 
 from isoprune_hf.errors import UnsupportedArchitectureError
+from isoprune_hf.pruning.graph.layers import ConvNd, ConvTransposeNd
 from isoprune_hf.pruning.graph.torch_pruning.architectures import Attention, PatchMerging
 from isoprune_hf.pruning.groups import CoupledGroup, Member
-
-_CONV, _CONV_TRANSPOSE = nn.modules.conv._ConvNd, nn.modules.conv._ConvTransposeNd
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ def _read_entry(
     layer, index = item.target, item.index
     if isinstance(layer, nn.Parameter):
         return _Entry(order[item.name.rpartition(".")[0]], "Parameter", [(item.name, item.dim, index)]), 1
-    grouped = isinstance(layer, _CONV) and layer.groups > 1
+    grouped = isinstance(layer, ConvNd) and layer.groups > 1
     depthwise = grouped and layer.groups == layer.in_channels == layer.out_channels
     ways = 1
     if (grouped and not depthwise) or isinstance(layer, nn.GroupNorm):
@@ -108,7 +107,7 @@ def _read_entry(
     if item.is_input and grouped:
         index = index % (layer.in_channels // layer.groups)
     label = f"{type(layer).__name__}.{'in' if item.is_input else 'depthwise' if depthwise else 'out'}"
-    if strict and isinstance(layer, _CONV):
+    if strict and isinstance(layer, ConvNd):
         kernel, stride = ("x".join(map(str, sizes)) for sizes in (layer.kernel_size, layer.stride))
         label += f"(kernel {kernel}, stride {stride}, groups {'all' if depthwise else layer.groups})"
     columns = _reads(item.name, layer, index, stubs) if item.is_input else _writes(item.name, layer, index, stubs)
@@ -127,7 +126,7 @@ def _reads(
             (f"{part.reduction}.weight", 1, copies),
         ]
     readers = (name,) if part is None else part.projections
-    dim = 0 if isinstance(layer, _CONV_TRANSPOSE) else 1
+    dim = 0 if isinstance(layer, ConvTransposeNd) else 1
     return [(f"{reader}.weight", dim, index) for reader in readers]
 
 
@@ -141,7 +140,7 @@ def _writes(
     if part is not None:
         name = part.output if isinstance(part, Attention) else part.reduction
         tensors = {leaf: tensors[leaf] for leaf in part.written}
-    dim = 1 if isinstance(layer, _CONV_TRANSPOSE) else 0
+    dim = 1 if isinstance(layer, ConvTransposeNd) else 0
     return [
         (f"{name}.{leaf}", dim if leaf == "weight" else 0, index)
         for leaf, tensor in tensors.items()

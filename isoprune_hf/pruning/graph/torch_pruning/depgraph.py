@@ -15,6 +15,7 @@ from torch import nn
 from torch_pruning.dependency import Node, index_mapping
 
 from isoprune_hf.errors import UnsupportedArchitectureError
+from isoprune_hf.pruning.graph.layers import ConvNd
 from isoprune_hf.pruning.graph.torch_pruning.architectures import Attention
 from isoprune_hf.pruning.graph.torch_pruning.coupling import Coupling, Touched, couple, couple_attention
 from isoprune_hf.pruning.graph.torch_pruning.tracing import loose_parameters, traced_copy
@@ -22,7 +23,7 @@ from isoprune_hf.pruning.groups import CoupledGroup
 
 # What torch-pruning raises where it cannot follow a model.
 _ENGINE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
-_ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
+_ROOTS = (ConvNd, nn.Linear)
 
 
 def couple_nodes(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from isoprune_hf.pruning.graph.copying import light_copy
+from isoprune_hf.pruning.graph.layers import NORMS, ConvNd
 from isoprune_hf.pruning.graph.torch_pruning.architectures import (
     Attention,
     PatchMerging,
@@ -15,10 +16,8 @@ from isoprune_hf.pruning.graph.torch_pruning.architectures import (
 
 _LAYERS = (
     nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
+    ConvNd,
+    *NORMS,
     nn.PReLU,
     nn.Embedding,
 )
