@@ -28,7 +28,7 @@ from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.pruning.score import score_model
-from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, PruneRecipe, parse_budget, recipe_to_dict
+from isoprune_hf.recipes import Budget, DataRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.inspection_page import Inspected, build_page, show_inspected
 from isoprune_hf.reporting.pictures import check_plotting, draw_classes
 from isoprune_hf.reporting.plan_text import diff_plans, show_plan
@@ -55,7 +55,7 @@ def run_inspect(
     prune = replace(prune, model=model or prune.model)
     if prune.model is None:
         raise RecipeError("inspect needs a model: give its name or folder, or a recipe that has prune.model")
-    is_scored = scores is not None or prune.criterion not in DATA_CRITERIA or data.dataset is not None
+    is_scored = scores is not None or prune.reads_images != "criterion" or data.dataset is not None
     inspected = _compare(accelerator, prune, data, scores) if is_scored else _list(prune)
     lines = [show_inspected(inspected)]
     if not is_scored:
@@ -110,7 +110,7 @@ def _compare(accelerator: Accelerator, prune: PruneRecipe, data: DataRecipe, sco
         scored = score_model(base.model, prune, batches, accelerator, sample=sample)
     plans = {} if decided is None else {OWN: decided}
     plans |= make_alternatives(groups, scored, recipe, cost=cost, blocks=blocks)
-    target = parse_budget(recipe.target_macs, cost.base.macs)
+    target = (recipe.budget or Budget.parse(DEFAULT_BUDGET, "macs")).resolve(cost.base.macs)
     budget = f"At {target / 1e9:.4g} GMACs, {target / cost.base.macs:.1%} of the base"
     return Inspected(prune.model, groups, plans, scored, cost.base, budget)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import BudgetError
+from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.measuring.speed import measure_pair
 from isoprune_hf.pruning.cost.latency import LatencyModel, fit_latency
 from isoprune_hf.pruning.cost.macs import CostModel
@@ -14,7 +14,7 @@ from isoprune_hf.pruning.deciding.make_plan import make_plan, removed_by
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import score_groups
-from isoprune_hf.recipes import PruneRecipe, parse_budget
+from isoprune_hf.recipes import PruneRecipe
 
 _FITTED_RATIOS = (0.25, 0.5, 0.75)
 _MOST_CUTS = 6
@@ -76,14 +76,16 @@ def meet_latency(
         "precision": recipe.latency_precision,
         "backend": recipe.latency_backend,
     }
-    predicted = latency.predict(cost.layer_macs({}, {}))
-    aim = parse_budget(recipe.target_latency, predicted, "prune.target_latency")
+    if recipe.budget is None:
+        raise RecipeError("prune.target_latency is not set")
+    budget, predicted = recipe.budget, latency.predict(cost.layer_macs({}, {}))
+    aim = budget.resolve(predicted)
     best, closest, lowest = None, float("inf"), 0.0
     for _ in range(_MOST_CUTS):
         plan = decide(replace(recipe, target_latency=aim))
         pruned = cut(plan)
         base_ms, pruned_ms = agree(measure_pair(model, pruned, **options))
-        target = parse_budget(recipe.target_latency, base_ms, "prune.target_latency")
+        target = budget.resolve(base_ms)
         share = pruned_ms / target
         closest = min(closest, share)
         if lowest < share <= 1:

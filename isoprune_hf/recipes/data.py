@@ -1,9 +1,9 @@
 """The section `data`: where the labelled images come from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from isoprune_hf.recipes.values import Interpolation, check_range
+from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, Interpolation, check_range
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class DataRecipe:
         num_workers: Loader processes on each rank.
     """
 
-    dataset: str | None = None
-    revision: str | None = None
+    dataset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    revision: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     image_column: str = "image"
     label_column: str = "label"
     train_split: str = "train"
@@ -46,11 +46,11 @@ class DataRecipe:
     resize: int | None = None
     interpolation: Interpolation | None = None
     broken: Literal["error", "skip", "grey"] = "error"
-    max_broken: int = 100
+    max_broken: int = field(default=100, metadata=IGNORED_FOR_RESUME)
     exif: bool = True
     decoder: Literal["pil", "torchvision"] = "pil"
-    batch_size: int = 64
-    num_workers: int = 0
+    batch_size: int = field(default=64, metadata=IGNORED_FOR_RESUME)
+    num_workers: int = field(default=0, metadata=IGNORED_FOR_RESUME)
 
     def __post_init__(self) -> None:
         check_range("data", "resize", self.resize, 1, 2**14)

@@ -1,11 +1,11 @@
 """The sections `finetune` and `pretrain`: how weights are trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import ClassVar, Literal
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes.values import check_range
+from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, check_range
 
 _OF_TORCH = ("adamw", "sgd")
 
@@ -114,8 +114,8 @@ class FinetuneRecipe:
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     layer_decay: float | None = None
     max_bad_steps: int = 0
-    rank_minutes: float = 30.0
-    max_minutes: float | None = None
+    rank_minutes: float = field(default=30.0, metadata=IGNORED_FOR_RESUME)
+    max_minutes: float | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     schedule: Literal["cosine", "step"] = "cosine"
     schedule_unit: Literal["update", "epoch"] = "update"
     warmup_epochs: float = 0
@@ -149,12 +149,12 @@ class FinetuneRecipe:
     random_erasing: float = 0.0
     random_erasing_fill: Literal["zero", "pixel"] = "zero"
     evaluate_every: int = 1
-    save_every: int | None = None
-    state_every: int | None = None
-    state_minutes: float = 30.0
-    log_every: int = 50
-    peak_tflops: float | None = None
-    tracker: Literal["tensorboard", "trackio", "wandb"] | None = None
+    save_every: int | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    state_every: int | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    state_minutes: float = field(default=30.0, metadata=IGNORED_FOR_RESUME)
+    log_every: int = field(default=50, metadata=IGNORED_FOR_RESUME)
+    peak_tflops: float | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,10 +1,12 @@
 """The section `prune`: how a base is opened, scored and cut."""
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes.values import Interpolation, check_range, parse_budget
+from isoprune_hf.recipes.budget import Budget
+from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, Interpolation, check_range
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
 LOSS_CRITERIA = ("gate_fisher", "gate_fisher_joint")  # in units of the loss
@@ -180,7 +182,7 @@ class PruneRecipe:
     steps: int = 1
     calibration_batches: int = 50
     batch_size: int = 64
-    state_minutes: float = 10.0
+    state_minutes: float = field(default=10.0, metadata=IGNORED_FOR_RESUME)
     interpolation: Interpolation | None = None
     seed: int = 0
     layout: Literal["per-layer", "uniform"] = "per-layer"
@@ -216,8 +218,7 @@ class PruneRecipe:
                     "prune.allocation knapsack removes channels and heads: give prune.remove_blocks a number or "
                     "names or set prune.allocation class, got auto"
                 )
-        for name in targets:
-            parse_budget(getattr(self, name), 1, f"prune.{name}")
+        _ = self.budget  # parsed here, so that a malformed budget is refused at construction
 
     @property
     def taken_preset(self) -> str | None:
@@ -226,10 +227,28 @@ class PruneRecipe:
             return "best"
         return self.preset
 
+    @cached_property
+    def budget(self) -> Budget | None:
+        """The parsed value of `target_macs`, `target_params` or `target_latency`; None if none of them is set."""
+        if self.target_macs is not None:
+            return Budget.parse(self.target_macs, "macs")
+        if self.target_params is not None:
+            return Budget.parse(self.target_params, "params")
+        if self.target_latency is not None:
+            return Budget.parse(self.target_latency, "latency")
+        return None
+
     @property
-    def data_step(self) -> str | None:
-        """The setting besides the criterion that reads images of the training split; None where none does."""
-        return "rotate" if self.rotate else "reconstruct" if self.reconstruct != "none" else None
+    def reads_images(self) -> Literal["criterion", "rotate", "reconstruct"] | None:
+        """The first setting that reads images of the training split; None if none does."""
+        return "criterion" if self.criterion in DATA_CRITERIA else self.data_step
+
+    @property
+    def data_step(self) -> Literal["rotate", "reconstruct"] | None:
+        """The first setting other than the criterion that reads images of the training split; None if none does."""
+        if self.rotate:
+            return "rotate"
+        return "reconstruct" if self.reconstruct != "none" else None
 
     def replaced_by_preset(self) -> dict[str, tuple[Any, Any]]:
         """Name the settings that the preset has changed: setting -> (its default, the value of the preset)."""

@@ -1,14 +1,14 @@
-"""The values of a recipe: range checks, sizes and times as people write them, plain values for JSON and YAML."""
+"""Helpers that all recipes share: range checks, plain values for JSON and YAML, the identity of a resumable run."""
 
-import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from types import MappingProxyType
 from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_MILLISECONDS = {"": 1.0, "US": 1e-3, "MS": 1.0, "S": 1e3}
+# Field metadata of settings that do not change the result: a run resumes although they differ.
+IGNORED_FOR_RESUME = MappingProxyType({"ignored_for_resume": True})
 
 
 def check_range(section: str, name: str, value: float | None, low: float, high: float | None = None) -> None:
@@ -19,31 +19,15 @@ def check_range(section: str, name: str, value: float | None, low: float, high: 
     raise RecipeError(f"{section}.{name} must be {allowed}, got {value}")
 
 
-def parse_budget(budget: str | float, base: float, name: str = "target_macs") -> float:
-    """Read a size or a time as people write it.
-
-    Args:
-        budget: `4.2G`, `350M`, `12ms`, a plain number, or a share of the base such as `50%`.
-        base: The same quantity of the base.
-        name: Setting that is named in the error; one that ends in latency is a time.
-
-    Returns:
-        The budget: a whole number of units, or milliseconds.
-
-    Raises:
-        RecipeError: It is no such size or time, or not above zero.
-    """
-    is_time = name.endswith("latency")
-    units = _MILLISECONDS if is_time else _UNITS
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*|%)\s*", str(budget), re.IGNORECASE)
-    unit = match[2].upper() if match else None
-    if match is None or float(match[1]) <= 0 or unit not in {*units, "%"}:
-        example = "a time such as 12ms, 0.5s or 50%" if is_time else "a size such as 4.2G, 350M or 50%"
-        raise RecipeError(f"{name} must be {example}, got {budget!r}")
-    value = base * float(match[1]) / 100 if unit == "%" else float(match[1]) * units[unit]
-    return value if is_time else round(value)
-
-
 def recipe_to_dict(recipe: Any) -> dict[str, Any]:
     """Turn a recipe into plain values for JSON and YAML."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
+
+
+def resume_identity(recipe: Any) -> dict[str, Any]:
+    """Return the plain values of the settings that must be equal for a run to be resumed.
+
+    Settings whose field metadata is `IGNORED_FOR_RESUME` are left out.
+    """
+    ignored = {setting.name for setting in fields(recipe) if setting.metadata.get("ignored_for_resume")}
+    return {name: value for name, value in recipe_to_dict(recipe).items() if name not in ignored}

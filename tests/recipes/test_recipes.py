@@ -1,7 +1,7 @@
 import pytest
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, parse_budget, recipe_to_dict
+from isoprune_hf.recipes import Budget, DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict, resume_identity
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, parse_b
     ],
 )
 def test_sizes_read_as_people_write_them(text, macs: int) -> None:
-    assert parse_budget(text, 200) == macs
+    assert PruneRecipe(criterion="taylor", target_macs=text).budget.resolve(200) == macs
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4.2 GB", "50%%", "nan", "1_000", "fifty"])
@@ -55,3 +55,56 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe, values, mess
 def test_a_recipe_becomes_plain_values() -> None:
     assert recipe_to_dict(FinetuneRecipe())["crop_scale"] == [0.08, 1.0]
     assert recipe_to_dict(PruneRecipe(criterion="taylor", model="m"))["model"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "budget"),
+    [
+        ("target_macs", "4.2G", Budget("macs", 4.2e9, is_share=False)),
+        ("target_params", "62.5%", Budget("params", 62.5, is_share=True)),
+        ("target_latency", "0.5s", Budget("latency", 500.0, is_share=False)),
+    ],
+)
+def test_recipe_parses_its_budget_once(setting: str, text: str, budget: Budget) -> None:
+    recipe = PruneRecipe(criterion="taylor", **{setting: text})
+    assert recipe.budget == budget and recipe.budget is recipe.budget
+    assert (budget.setting, Budget.parse(str(budget), budget.kind)) == (setting, budget)
+    assert recipe_to_dict(recipe)[setting] == text and "budget" not in recipe_to_dict(recipe)
+
+
+def test_counts_are_rounded_and_times_are_not() -> None:
+    assert Budget.parse("50%", "macs").resolve(101) == 50
+    assert Budget.parse("50%", "latency").resolve(101) == 50.5
+    assert PruneRecipe(criterion="l1").budget is None
+
+
+@pytest.mark.parametrize(
+    ("values", "setting"),
+    [
+        ({"criterion": "taylor", "rotate": True}, "criterion"),
+        ({"criterion": "l1", "rotate": True, "reconstruct": "bn"}, "rotate"),
+        ({"criterion": "l1", "reconstruct": "bn"}, "reconstruct"),
+        ({"criterion": "l1"}, None),
+    ],
+)
+def test_recipe_names_setting_that_reads_images(values: dict, setting: str | None) -> None:
+    assert PruneRecipe(**values).reads_images == setting
+
+
+def test_resume_identity_omits_settings_without_effect() -> None:
+    ignored = {
+        "save_every",
+        "state_every",
+        "state_minutes",
+        "log_every",
+        "tracker",
+        "rank_minutes",
+        "max_minutes",
+        "peak_tflops",
+    }
+    finetune = FinetuneRecipe()
+    assert recipe_to_dict(finetune).keys() - resume_identity(finetune).keys() == ignored
+    data = DataRecipe()
+    assert recipe_to_dict(data).keys() - resume_identity(data).keys() == {
+        *("dataset", "revision", "batch_size", "num_workers", "max_broken")
+    }

@@ -4,6 +4,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
 from isoprune_hf.pruning.deciding.ranking import Choice, Ranking, Ratios, Team
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.recipes import BUDGETS, PruneRecipe, parse_budget
+from isoprune_hf.recipes import PruneRecipe
 
 # What a group is worth that goes from one width to a larger one.
 Worth = Callable[[Choice, Team, int, int], float]
@@ -22,7 +23,7 @@ _MOST_SWAPS = 4000
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetLimit:
     """The one figure that must not be exceeded.
 
     Args:
@@ -44,41 +45,45 @@ class Budget:
         return f"{value / 1e9:.4g} G" if self.setting == "target_macs" else f"{value / 1e6:.4g} M"
 
 
-def read_budget(recipe: PruneRecipe, cost: CostModel | None, latency: LatencyModel | None) -> Budget | None:
+def read_budget(recipe: PruneRecipe, cost: CostModel | None, latency: LatencyModel | None) -> BudgetLimit | None:
     """Read the budget of a recipe; None where it has only ratios.
 
     Raises:
         RecipeError: The recipe has a budget and the cost or latency model is missing.
         BudgetError: The budget is more than the base needs.
     """
-    setting = next((name for name in BUDGETS if getattr(recipe, name) is not None), None)
-    if setting is None:
+    wanted = recipe.budget
+    if wanted is None:
         return None
-    if cost is None or (setting == "target_latency" and latency is None):
-        need = "latency of `fit_latency`" if cost is not None else "cost of `cost_model`"
-        raise RecipeError(f"prune.{setting} needs the {need}: give it to make_plan, or call prune_model")
-    if setting == "target_latency":
+    if cost is None:
+        raise RecipeError(
+            f"prune.{wanted.setting} needs the cost of `cost_model`: give it to make_plan, or call prune_model"
+        )
+    if wanted.kind == "latency":
+        if latency is None:
+            raise RecipeError(
+                f"prune.{wanted.setting} needs the latency of `fit_latency`: give it to make_plan, or call prune_model"
+            )
+        measure = _measure_latency(cost, latency)
         base = latency.predict(cost.layer_macs({}, {}))
-        budget = Budget(
-            setting,
-            parse_budget(recipe.target_latency, base, f"prune.{setting}"),
-            base,
-            lambda ranking, choice: latency.predict(cost.layer_macs(*ranking.removed(choice))),
-        )
     else:
-        figure = setting.removeprefix("target_")
-        base = getattr(cost.base, figure)
-        budget = Budget(
-            setting,
-            parse_budget(getattr(recipe, setting), base, f"prune.{setting}"),
-            base,
-            lambda ranking, choice: getattr(ranking.cost(choice, cost), figure),
-        )
+        measure = _measure_cost(cost, wanted.kind)
+        base = getattr(cost.base, wanted.kind)
+    budget = BudgetLimit(wanted.setting, wanted.resolve(base), base, measure)
     if budget.target > base:
         raise BudgetError(
-            f"prune.{setting} is {budget.show(budget.target)}, the base has only {budget.show(base)}: nothing to cut"
+            f"prune.{budget.setting} is {budget.show(budget.target)}, the base has only {budget.show(base)}: nothing "
+            "to cut"
         )
     return budget
+
+
+def _measure_latency(cost: CostModel, latency: LatencyModel) -> Callable[[Ranking, Choice], float]:
+    return lambda ranking, choice: latency.predict(cost.layer_macs(*ranking.removed(choice)))
+
+
+def _measure_cost(cost: CostModel, kind: Literal["macs", "params"]) -> Callable[[Ranking, Choice], float]:
+    return lambda ranking, choice: getattr(ranking.cost(choice, cost), kind)
 
 
 def check_budget(
@@ -104,7 +109,7 @@ def check_budget(
     check_reachable(budget, budget.measure(ranking, ranking.choose(lowest)), recipe)
 
 
-def check_reachable(budget: Budget, smallest: float, recipe: PruneRecipe) -> None:
+def check_reachable(budget: BudgetLimit, smallest: float, recipe: PruneRecipe) -> None:
     if smallest > budget.target:
         raise BudgetError(
             f"prune.{budget.setting} {budget.show(budget.target)} cannot be reached: the smallest is "
@@ -113,7 +118,7 @@ def check_reachable(budget: Budget, smallest: float, recipe: PruneRecipe) -> Non
         )
 
 
-def solve(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, Ratios, tuple[str, ...]]:
+def solve(ranking: Ranking, ratios: Ratios, budget: BudgetLimit) -> tuple[Choice, Ratios, tuple[str, ...]]:
     """Scale the ratios together until the figure is at most the target; what is left goes back, best channels first.
 
     Returns:
@@ -144,7 +149,7 @@ def solve(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, Rat
     return choice, ratios.scaled(high), report(ranking, choice, budget)
 
 
-def report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
+def report(ranking: Ranking, choice: Choice, budget: BudgetLimit) -> tuple[str, ...]:
     reached = budget.measure(ranking, choice)
     if reached >= (1 - _TOLERANCE) * budget.target:
         return ()
@@ -155,7 +160,7 @@ def report(ranking: Ranking, choice: Choice, budget: Budget) -> tuple[str, ...]:
     )
 
 
-def fill(ranking: Ranking, choice: Choice, budget: Budget, worth: Worth) -> Choice:
+def fill(ranking: Ranking, choice: Choice, budget: BudgetLimit, worth: Worth) -> Choice:
     """Give channels back while the budget allows, the next allowed width of highest worth first."""
     movable = _resizable_teams(ranking, choice)
     allowed = {team[0].name: ranking.allowed(team[0]) for team in movable}
@@ -179,7 +184,7 @@ def fill(ranking: Ranking, choice: Choice, budget: Budget, worth: Worth) -> Choi
     return choice
 
 
-def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
+def swap(ranking: Ranking, choice: Choice, budget: BudgetLimit) -> Choice:
     """Move one group a step up and another as far down as that takes, while a choice is far below the budget.
 
     Of all pairs the one that comes nearest goes first.
@@ -205,7 +210,7 @@ def swap(ranking: Ranking, choice: Choice, budget: Budget) -> Choice:
 
 
 def _fit_down(
-    ranking: Ranking, choice: Choice, budget: Budget, team: Team, allowed: Sequence[int]
+    ranking: Ranking, choice: Choice, budget: BudgetLimit, team: Team, allowed: Sequence[int]
 ) -> tuple[Choice, float]:
     """Give a group the largest lower width that meets the budget, or its lowest; with the figure of the choice."""
 

@@ -8,7 +8,7 @@ from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
-from isoprune_hf.recipes import PruneRecipe, parse_budget
+from isoprune_hf.recipes import PruneRecipe
 
 
 def recipe_of_step(
@@ -20,13 +20,14 @@ def recipe_of_step(
     """
     share = step / recipe.steps
     changes: dict[str, object] = {"round_to": 1}
-    bases = {"target_macs": cost.base.macs, "target_params": cost.base.params}
-    if recipe.target_latency is not None:
-        bases["target_latency"] = latency.predict(cost.layer_macs({}, {}))
-    for name, base in bases.items():
-        if getattr(recipe, name) is not None:
-            changes[name] = base - (base - parse_budget(getattr(recipe, name), base, f"prune.{name}")) * share
-    if len(changes) == 1:
+    budget = recipe.budget
+    if budget is not None:
+        if budget.kind == "latency":
+            base = latency.predict(cost.layer_macs({}, {}))
+        else:
+            base = getattr(cost.base, budget.kind)
+        changes[budget.setting] = base - (base - budget.resolve(base)) * share
+    else:
         changes |= {"ratio": recipe.ratio * share, "head_ratio": recipe.head_ratio * share}
         if recipe.head_dim_ratio is not None:
             changes["head_dim_ratio"] = recipe.head_dim_ratio * share

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from isoprune_hf.pruning.deciding.budget import (
-    Budget,
+    BudgetLimit,
     Worth,
     check_reachable,
     fill,
@@ -40,7 +40,7 @@ class Offer(NamedTuple):
     heads: Mapping[str, tuple[int, ...]] | None = None
 
 
-def solve_knapsack(ranking: Ranking, ratios: Ratios, budget: Budget) -> tuple[Choice, tuple[str, ...]]:
+def solve_knapsack(ranking: Ranking, ratios: Ratios, budget: BudgetLimit) -> tuple[Choice, tuple[str, ...]]:
     """Cut what is cheapest until the budget is met; what is left of it goes back, the dearest first.
 
     Args:
@@ -77,7 +77,7 @@ def _take(choice: Choice, offer: Offer) -> Choice:
     return resized(choice, offer.team, offer.width)
 
 
-def _offers(ranking: Ranking, ratios: Ratios, budget: Budget, choice: Choice, figure: float) -> Iterator[Offer]:
+def _offers(ranking: Ranking, ratios: Ratios, budget: BudgetLimit, choice: Choice, figure: float) -> Iterator[Offer]:
     for position, team in enumerate(movable_teams(ranking, choice)):
         group = team[0]
         if ratios.head_dim_ratio if group.num_heads else ratios.ratio:
@@ -100,7 +100,7 @@ def _drop_head(ranking: Ranking, choice: Choice, group: CoupledGroup) -> tuple[f
 
 
 def _narrow(
-    ranking: Ranking, budget: Budget, choice: Choice, figure: float, team: Team, position: int
+    ranking: Ranking, budget: BudgetLimit, choice: Choice, figure: float, team: Team, position: int
 ) -> Iterator[Offer]:
     """Offer every lower width of a group; a figure falls with a width as a straight line while others stay."""
     width = choice.widths[team[0].name]
@@ -124,7 +124,7 @@ def _loss(ranking: Ranking, choice: Choice, team: Team, lower: int, upper: int) 
     return float(units[lower:upper].sum()) * sum(len(choice.heads.get(group.name, (0,))) for group in team)
 
 
-def _rate(ranking: Ranking, budget: Budget) -> Worth:
+def _rate(ranking: Ranking, budget: BudgetLimit) -> Worth:
     """The loss that comes back per figure that is added."""
 
     def rate(choice: Choice, team: Team, lower: int, upper: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
-from isoprune_hf.pruning.deciding.budget import Budget, read_budget, solve
+from isoprune_hf.pruning.deciding.budget import BudgetLimit, read_budget, solve
 from isoprune_hf.pruning.deciding.knapsack import solve_knapsack
 from isoprune_hf.pruning.deciding.ranking import Choice, Ranking, Ratios
 from isoprune_hf.pruning.deciding.rounding import width_step
@@ -94,12 +94,12 @@ def make_plan(
     )
 
 
-def _same_macs(ranking: Ranking, ratios: Ratios, cost: CostModel | None) -> Budget:
+def _same_macs(ranking: Ranking, ratios: Ratios, cost: CostModel | None) -> BudgetLimit:
     """The MACs that the ratios would leave if every class gave up the same fraction."""
     if cost is None:
         raise RecipeError("prune.allocation knapsack needs the cost of `cost_model`: give it to make_plan")
     target = ranking.cost(ranking.choose(ratios), cost).macs
-    return Budget("ratio", target, cost.base.macs, lambda chosen, choice: chosen.cost(choice, cost).macs)
+    return BudgetLimit("ratio", target, cost.base.macs, lambda chosen, choice: chosen.cost(choice, cost).macs)
 
 
 def removed_by(
