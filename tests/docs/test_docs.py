@@ -27,7 +27,7 @@ from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.name for page in PAGES]
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 # The commands of these pages are carried out, not only parsed; a `text` block behind one is a part of what it prints.
@@ -217,7 +217,7 @@ def navigation(entries: list) -> list[str]:
 
 def test_every_page_is_in_the_navigation_once() -> None:
     nav = navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert sorted(nav) == sorted(page.name for page in PAGES[1:])
+    assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
 
 
 def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
@@ -231,8 +231,9 @@ def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path: Path
     assert re.search(r"^docs: .*\n\t.*mkdocs build .*--strict$", (ROOT / "Makefile").read_text(), re.M)
     config.plugins.on_startup(command="build", dirty=False)
     build(config)
-    pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}
-    assert pages.keys() >= {Path(name).with_suffix(".html").name for name in navigation(config.nav)}
+    site = tmp_path / "site"
+    pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
+    assert pages.keys() >= {Path(name).with_suffix(".html").as_posix() for name in navigation(config.nav)}
     assert "<em>" not in pages["api.html"]  # a star of a docstring that became emphasis
     loads = r"<(?:script|img|iframe)[^>]*src=\"(https?:[^\"]*)|<link rel=\"?stylesheet\"?[^>]*href=\"(https?:[^\"]*)"
     assert {name: found for name, text in pages.items() if (found := re.findall(loads, text))} == {}
