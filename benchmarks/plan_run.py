@@ -26,8 +26,8 @@ TRAIN_IMAGES, EVAL_IMAGES = 1_281_167, 50_000  # ImageNet-1K
 # Bytes for each parameter that an optimizer keeps; the others have two moments in fp32.
 OPTIMIZER_BYTES = {"sgd": 4, "lion": 4}
 COLUMNS = [
-    *("recipe", "GPUs", "parts", "images a part", "GFLOP an image", "hours", "GPU-hours", "cost", "images/s"),
-    *("loader cores a GPU", "states GiB", "activations GiB"),
+    *("recipe", "GPUs", "parts", "images per part", "GFLOP per image", "hours", "GPU-hours", "cost", "images/s"),
+    *("loader cores per GPU", "states GiB", "activations GiB"),
 ]
 
 
