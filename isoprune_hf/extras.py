@@ -1,4 +1,7 @@
-"""Packages that only some of the work needs, and the extra of `pip install isoprune-hf[EXTRA]` that brings each."""
+"""Optional packages and the extra of `pip install isoprune-hf[EXTRA]` that installs each.
+
+Call `require_package` to import one of them, or wrap imports in `naming_extra`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,15 +29,15 @@ EXTRAS = {
 
 
 @contextmanager
-def naming_extra(what: str, extra: str | None = None) -> Iterator[None]:
-    """Turn the failed import of a package of an extra into one line that says what to install.
+def naming_extra(user: str, extra: str | None = None) -> Iterator[None]:
+    """Translate the failed import of an optional package into one line with the command that installs it.
 
     Args:
-        what: What needs the package.
-        extra: The extra that brings it for this, where another one brings it for other work.
+        user: Feature that needs the package; the subject of the message.
+        extra: Extra to name, if this feature gets the package from another extra than `EXTRAS` lists.
 
     Raises:
-        MissingExtraError: It is not installed. A package of no extra stays a `ModuleNotFoundError`.
+        MissingExtraError: An optional package is not installed. Other packages still raise `ModuleNotFoundError`.
     """
     try:
         yield
@@ -43,11 +46,11 @@ def naming_extra(what: str, extra: str | None = None) -> Iterator[None]:
         if package not in EXTRAS:
             raise
         raise MissingExtraError(
-            f"{what} needs {package}, which is not installed: pip install isoprune-hf[{extra or EXTRAS[package]}]"
+            f"{user} needs {package}, which is not installed: pip install isoprune-hf[{extra or EXTRAS[package]}]"
         ) from error
 
 
-def require_package(name: str, what: str, extra: str | None = None) -> ModuleType:
-    """Import a package of an extra; see `naming_extra`."""
-    with naming_extra(what, extra):
+def require_package(name: str, user: str, extra: str | None = None) -> ModuleType:
+    """Import an optional package; arguments and errors are those of `naming_extra`."""
+    with naming_extra(user, extra):
         return import_module(name)

@@ -11,10 +11,11 @@ from typing import Any, NoReturn, get_origin
 from jsonargparse import ArgumentParser, Namespace
 
 from isoprune_hf.cli.help import TEXT, USAGE, describe_stages
-from isoprune_hf.cli.recipe_files import like, read_recipe, select_stage
+from isoprune_hf.cli.recipe_files import read_recipe, select_stage
 from isoprune_hf.cli.table import ACTIONS, SECTIONS, STAGES, SWITCHES, Stage
 from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.recipes import recipe_to_dict
+from isoprune_hf.terminal import suggest
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
@@ -28,7 +29,7 @@ class _Parser(ArgumentParser):
         message = " ".join(message.split())
         unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
         if unknown:
-            message += like(unknown[1], [action.dest for action in self._actions])
+            message += suggest(unknown[1], [action.dest for action in self._actions], limit=1)
         raise IsoPruneError(message)
 
     def dump(self, namespace: Namespace, *arguments: Any, **options: Any) -> str:
@@ -82,13 +83,13 @@ def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
         return first, arguments[1:]
     known = [stage for stage in STAGES if " " not in stage] + list(ACTIONS)
     if first not in ACTIONS:
-        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{like(first, known)}")
+        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{suggest(first, known, limit=1)}")
     second = arguments[1] if len(arguments) > 1 else ""
     if second in ("-h", "--help") or f"{first} {second}" in STAGES:
         is_help = second.startswith("-")
         return (first, arguments[1:]) if is_help else (f"{first} {second}", arguments[2:])
     actions = [stage.split()[1] for stage in STAGES if stage.startswith(f"{first} ")]
-    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{like(second, actions)}")
+    raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{suggest(second, actions, limit=1)}")
 
 
 def _name_positionals(stage: str, flags: list[str]) -> list[str]:

@@ -4,9 +4,7 @@ A file that `extends` another one has its settings, and says what differs. `sour
 the values come from, and the published figures; no stage reads them, and no file has those of the one it extends.
 """
 
-import difflib
 import json
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from jsonargparse import get_loader
 
 from isoprune_hf.cli.table import SECTIONS, STAGES
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.terminal import suggest
 
 EXPECTED = ("gmacs", "params_m", "top1")
 _SETTINGS = {name: {field.name for field in fields(section)} for name, section in SECTIONS.items()}
@@ -41,12 +40,6 @@ def select_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     if stage == "run":
         wanted |= {flag[0] for flag in STAGES[stage].flags}
     return {name: value for name, value in recipe.items() if name in wanted}
-
-
-def like(name: str, known: Iterable[str]) -> str:
-    """Give the end of an error line that names what is nearest to an unknown name; empty if nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _read(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -83,7 +76,7 @@ def _check(file: Path, values: dict[str, Any]) -> None:
     known = (*SECTIONS, *_NOTES, *sorted(_FLAGS))
     for name, section in values.items():
         if name not in known:
-            raise RecipeError(f"--config: {file} has an unknown section {name!r}{like(str(name), known)}")
+            raise RecipeError(f"--config: {file} has an unknown section {name!r}{suggest(str(name), known, limit=1)}")
         if name in (*SECTIONS, "expect") and not isinstance(section, dict):
             raise RecipeError(f"--config: section {name} of {file} must hold settings, got {section!r}")
         if name in ("extends", "source") and not (isinstance(section, str) and section):
@@ -92,7 +85,7 @@ def _check(file: Path, values: dict[str, Any]) -> None:
         keys = _SETTINGS.get(name, EXPECTED)
         for key in section if isinstance(section, dict) and name in (*SECTIONS, "expect") else ():
             if key not in keys:
-                near = like(f"{name}.{key}", [f"{name}.{known_key}" for known_key in keys])
+                near = suggest(f"{name}.{key}", [f"{name}.{known_key}" for known_key in keys], limit=1)
                 raise RecipeError(f"--config: {file} has an unknown setting {name}.{key}{near}")
     for key, value in values.get("expect", {}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):

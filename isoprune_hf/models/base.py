@@ -1,6 +1,5 @@
 """What the bases of all libraries share: the wrapped model, drawn weights, labels, and the words of an error."""
 
-import difflib
 import os
 from typing import Any, NamedTuple
 
@@ -56,12 +55,6 @@ def wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassific
 def label_fields(names: tuple[str, ...] | list[str]) -> dict[str, Any]:
     """Give the two label maps of a config."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """Give the end of an error line that names what is nearest to an unknown name; empty if nothing is near."""
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def one_line(error: Exception) -> str:

@@ -14,8 +14,9 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_limited, check_args
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, suggest, wrap
+from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
 from isoprune_hf.models.processors import timm_processor
+from isoprune_hf.terminal import suggest
 
 
 def open_timm(

@@ -6,8 +6,9 @@ import torchvision
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, suggest, wrap
+from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, wrap
 from isoprune_hf.models.processors import torchvision_processor
+from isoprune_hf.terminal import suggest
 
 
 def open_torchvision(name: str, pretrained: bool, model_args: dict[str, Any], seed: int) -> BaseModel:
