@@ -1,5 +1,9 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
-"""Errors that a user can mend: each says what is wrong, what was given and what is allowed, and is also a built-in."""
+"""Exceptions raised for user mistakes and for failures of the environment.
+
+Each class also derives from a built-in exception. A message states what is wrong, the value that was given, what is
+allowed, and what to do about it.
+"""
 
 __all__ = [
     "BudgetError",
@@ -26,100 +30,103 @@ __all__ = [
 
 
 class IsoPruneError(Exception):
-    """Base of every error that the user of isoprune_hf can correct."""
+    """Base class of all errors that a user of isoprune_hf can correct."""
 
 
 class CheckpointError(IsoPruneError, ValueError):
-    """A saved folder is damaged, hostile, or newer than this code; the message names the entry."""
+    """Raised when a saved folder is damaged, hostile, or newer than this code; the message names the entry."""
 
 
 class ImageError(IsoPruneError, ValueError):
-    """An image has more pixels than are ever decoded."""
+    """Raised when an image has more pixels than the decoding limit."""
 
 
 class RecipeError(IsoPruneError, ValueError):
-    """A setting is out of its range, names nothing that exists, or contradicts another."""
+    """Raised when a setting is out of range, names something unknown, or contradicts another setting."""
 
 
 class BudgetError(IsoPruneError, ValueError):
-    """The budget cannot be reached by the channels that may leave."""
+    """Raised when removing all prunable channels would not reach the budget."""
 
 
 class UnsupportedArchitectureError(IsoPruneError, ValueError):
-    """The model is of a kind that cannot be pruned, or a cut would break it."""
+    """Raised when a model is of a kind that cannot be pruned, or when a cut would break it."""
 
 
 class DatasetError(IsoPruneError, ValueError):
-    """The data set is not there, has other columns, or other labels than the model."""
+    """Raised when a data set is missing or has other columns or labels than the model needs."""
 
 
 class HubError(IsoPruneError, RuntimeError):
-    """The Hub refused or could not be reached."""
+    """Raised when the Hub rejects a request or cannot be reached."""
 
 
 class ExportError(IsoPruneError, RuntimeError):
-    """A model cannot be exported, or answers otherwise once it is."""
+    """Raised when a model cannot be exported, or when the exported model computes other outputs."""
 
 
 class MissingExtraError(IsoPruneError, ModuleNotFoundError):
-    """A package that this work needs comes with an extra that is not installed."""
+    """Raised when a package of an optional extra is required but not installed."""
 
 
 class TrainingFault(IsoPruneError):
-    """What ends a training without loss: its states stay, and the process ends with `exit_code`."""
+    """Base class of errors that stop a training run but keep its saved states.
+
+    The command line exits with the `exit_code` of the class.
+    """
 
     exit_code = 1
 
 
 class DamagedStateError(TrainingFault, ValueError):
-    """No training state is intact."""
+    """Raised when none of the saved training states is intact."""
 
     exit_code = 65
 
 
 class DivergedError(TrainingFault, RecipeError):
-    """The loss or the gradient is not finite."""
+    """Raised when the loss or a gradient is not finite."""
 
     exit_code = 70
 
 
 class MemoryFault(TrainingFault, RuntimeError):
-    """The memory of the device or of the machine does not suffice."""
+    """Raised when the device or the machine is out of memory."""
 
     exit_code = 71
 
 
 class OccupiedError(TrainingFault, RuntimeError):
-    """Another run trains in the same folder, or the folder cannot be written."""
+    """Raised when another run is training in the same folder, or when the folder is not writable."""
 
     exit_code = 73
 
 
 class WriteError(TrainingFault, CheckpointError):
-    """What must be written at the end of a run cannot be."""
+    """Raised when the results cannot be written at the end of a run."""
 
     exit_code = 74
 
 
 class LoaderError(TrainingFault, RuntimeError):
-    """A loader process was lost."""
+    """Raised when a worker process of the data loader died."""
 
     exit_code = 74
 
 
 class LostRankError(TrainingFault, RuntimeError):
-    """Another rank was lost, or hangs."""
+    """Raised when another rank died or does not respond."""
 
     exit_code = 74
 
 
 class Interrupted(TrainingFault, RuntimeError):
-    """A signal has ended a training; the same command continues it."""
+    """Raised when a signal stopped a training run; the same command resumes it."""
 
     exit_code = 75
 
 
 class Cancelled(Interrupted):
-    """The same by Ctrl-C."""
+    """Raised when Ctrl-C stopped a training run; the same command resumes it."""
 
     exit_code = 130

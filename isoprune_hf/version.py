@@ -1,3 +1,3 @@
-"""Version of isoprune_hf, written here and nowhere else."""
+"""Version of isoprune_hf: the only place where it is written."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -84,7 +84,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     assert file.stat().st_size < 100_000
     image = Image.open(file)
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match=r"^image of 8200 x 8200 pixels: at most 67,108,864 are decoded$"):
+    with pytest.raises(ImageError, match=r"^image of 8200 x 8200 pixels: .* 67,108,864 "):
         IsoImageProcessor()(image, return_tensors="pt")
 
 

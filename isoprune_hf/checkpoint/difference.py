@@ -1,9 +1,13 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
-"""What makes a pruned model out of its dense base: checked, and put on: a part of the file that ships."""
+"""Check and apply the differences between a pruned model and its dense base (part of the shipped file).
+
+`build_pruned` builds the architecture of a config; `apply_structure` changes a base in place; `skippable_blocks` finds
+the residual blocks that may be removed.
+"""
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,166 +15,189 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.dense import (
-    BUILD_ERRORS,
+    LIBRARY_ERRORS,
     IsoPruneConfig,
     build_base,
-    cause,
+    describe_error,
     require,
 )
 from isoprune_hf.errors import CheckpointError
 
-# Steps of a forward pass that hand a tensor on: add to it, rectify it, lay it out anew.
-_HANDS_ON = re.compile("(Add|Relu|View|UnsafeView|ReshapeAlias|Permute|Transpose|Clone|ToCopy|Alias)Backward0")
+# Autograd nodes of operations that add to a tensor, rectify it or change its layout: a shortcut runs through these.
+_SHORTCUT_NODES = re.compile("(Add|Relu|View|UnsafeView|ReshapeAlias|Permute|Transpose|Clone|ToCopy|Alias)Backward0")
 
 
 class SkippedBlock(nn.Module):
-    """Stands where a removed residual block stood: hands on its first input, in the form of the block's output.
+    """Replacement for a removed residual block: returns its first input in the form of the block's output.
 
     Args:
-        outputs: Length of the tuple that the block gives, whose other entries are None; 0 where it gives a tensor.
+        outputs: Length of the tuple that the block returns, whose other entries are None; 0 if it returns a tensor.
     """
 
     def __init__(self, outputs: int = 0):
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[Any, ...]:
         return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
 
 
 def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
-    """Find the blocks of the dense base that may be left out, each with the module that then stands in its place.
+    """Find the blocks of the dense base that may be removed, each with its replacement.
 
-    Such a block is an entry of a list of modules, has parameters, and gives its first input plus something: without
-    it, what lies behind still gets what it expects. One forward pass on the meta device shows it.
+    A block qualifies if it is an entry of a list of modules, has parameters, and returns its first input plus
+    something: the modules after it still receive a tensor of the expected form. One forward pass on the meta device
+    decides.
 
     Returns:
-        Path of the block -> its stand-in, in the order of the base; of blocks inside one another, the innermost.
+        Path of each block -> its replacement, in the order of the base; of nested blocks, only the innermost.
 
     Raises:
         CheckpointError: The base cannot be built, or does not run on an image of `config.image_size`.
     """
     found: dict[str, SkippedBlock | None] = {}
 
-    def note(path: str, _: nn.Module, args: tuple, output: Any) -> None:
+    def note(path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         first, *others = output if isinstance(output, tuple) else (output,)
-        given, *_ = args or (None,)
-        holds = isinstance(given, torch.Tensor) and isinstance(first, torch.Tensor) and given.shape == first.shape
-        holds = holds and all(other is None for other in others) and _hands_on(first.grad_fn, given.grad_fn)
-        stand_in = SkippedBlock(len(others) + 1 if isinstance(output, tuple) else 0)
-        found[path] = stand_in if holds and found.get(path, stand_in) else None  # each time that it is called
+        given = args[0] if args else None
+        is_residual = (
+            isinstance(given, torch.Tensor)
+            and isinstance(first, torch.Tensor)
+            and given.shape == first.shape
+            and all(other is None for other in others)
+            and _is_shortcut(given.grad_fn, first.grad_fn)
+        )
+        replacement = SkippedBlock(len(others) + 1 if isinstance(output, tuple) else 0)
+        # A block that is called several times must qualify each time.
+        found[path] = replacement if is_residual and found.get(path, replacement) is not None else None
 
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         base = build_base(config).eval()
         for path, module in base.named_modules():
-            listed = isinstance(base.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
-            if listed and path and next(module.parameters(), None) is not None:
+            is_entry = isinstance(base.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
+            if is_entry and path and next(module.parameters(), None) is not None:
                 module.register_forward_hook(partial(note, path))
         run_once(base, config.image_size)
-    blocks = {path: found[path] for path, _ in base.named_modules() if found.get(path) is not None}
+    blocks = {path: block for path, _ in base.named_modules() if (block := found.get(path)) is not None}
     return {path: block for path, block in blocks.items() if not any(p.startswith(f"{path}.") for p in blocks)}
 
 
 def run_once(model: nn.Module, image_size: list[int] | None) -> None:
-    """Run a model of the meta device on one image, which allocates nothing.
+    """Run a model on the meta device on one image, without allocating memory.
 
     Raises:
-        CheckpointError: It does not run.
+        CheckpointError: The model does not run on such an image.
     """
+    image = torch.zeros(1, *(image_size or []), device="meta", requires_grad=True)
     try:
-        model(torch.zeros(1, *(image_size or []), device="meta", requires_grad=True))
-    except BUILD_ERRORS as error:
-        if "cannot be called on meta tensors" in str(error):  # it reads values, which there are none of
+        model(image)
+    except LIBRARY_ERRORS as error:
+        # The model reads values, and tensors on meta have none. torch has no type of its own for this error.
+        if "cannot be called on meta tensors" in str(error):
             return
-        raise CheckpointError(f"config.image_size: the model does not run on {image_size}: {cause(error)}") from error
+        raise CheckpointError(
+            f"config.image_size: the model does not run on {image_size}: {describe_error(error)}"
+        ) from error
 
 
-def _hands_on(node: Any, source: Any) -> bool:
-    """Whether a tensor, given by its node of the graph, is another one plus something."""
-    pending, seen = [node], {None}
+def _is_shortcut(source: Any, node: Any) -> bool:
+    """Return whether a path of `_SHORTCUT_NODES` leads from the tensor of `source` to that of `node`."""
+    pending = [node]
+    seen = {None}
     while source is not None and pending:
         node = pending.pop()
         if node is source:
             return True
-        if node not in seen and _HANDS_ON.fullmatch(node.name()):
+        if node not in seen and _SHORTCUT_NODES.fullmatch(node.name()):
             pending += [before for before, _ in node.next_functions]
         seen.add(node)
     return False
 
 
 def check_structure(base: nn.Module, structure: dict[str, Any], skippable: Collection[str] = ()) -> None:
-    """Check that `structure` can be put on `base`: nothing grows, nothing is invented, no type changes.
+    """Check that `structure` fits `base`: no tensor or size grows, every name exists, no type changes.
 
     Args:
         base: The dense architecture.
         structure: `shapes`, `attributes` and `removed`.
-        skippable: The blocks that may be removed: see `skippable_blocks`.
+        skippable: Paths of the blocks that may be removed, see `skippable_blocks`.
 
     Raises:
-        CheckpointError: Names the first entry that is wrong.
+        CheckpointError: An entry does not fit; the message names the first one.
     """
-    kinds = {"shapes": dict, "attributes": dict, "removed": list}
+    kinds: dict[str, type] = {"shapes": dict, "attributes": dict, "removed": list}
     known = isinstance(structure, dict) and not set(structure) - set(kinds)
-    require(known, "config.structure: must hold only shapes, attributes and removed")
+    require(known, "config.structure: only the entries shapes, attributes and removed are allowed")
     holds = all(isinstance(structure.get(part), kind | None) for part, kind in kinds.items())
-    require(holds, "config.structure: shapes and attributes are mappings, removed is a list")
-    tensors, modules = named_tensors(base), dict(base.named_modules())
+    require(holds, "config.structure: shapes and attributes must be mappings, removed must be a list")
+    tensors = named_tensors(base)
     for name, shape in (structure.get("shapes") or {}).items():
         where = f"config.structure.shapes[{name!r}]"
         require(name in tensors, f"{where}: the base has no such tensor")
-        full = list(tensors[name].shape)
-        fits = isinstance(shape, list) and len(shape) == len(full)
-        fits = fits and all(type(n) is int and 1 <= n <= limit for n, limit in zip(shape, full, strict=True))
-        require(fits, f"{where}: {shape!r:.99} is no shape within the base's {full}")
+        _check_shape(where, shape, list(tensors[name].shape))
+    modules = dict(base.named_modules())
     for path, entries in (structure.get("attributes") or {}).items():
         where = f"config.structure.attributes[{path!r}]"
         require(path in modules and isinstance(entries, dict), f"{where}: the base has no such module")
         for name, value in entries.items():
             _check_attribute(f"{where}[{name!r}]", vars(modules[path]), name, value)
-    open_to = set(skippable)
+    remaining = set(skippable)
     for path in structure.get("removed") or []:
-        holds = isinstance(path, str) and path in open_to
-        require(holds, f"config.structure.removed: {path!r:.99} is no residual block of the base, or is named twice")
-        open_to.remove(path)
+        require(
+            isinstance(path, str) and path in remaining,
+            f"config.structure.removed: {path!r:.99} is not a residual block of the base, or is listed twice",
+        )
+        remaining.remove(path)
 
 
-def _check_attribute(where: str, owner: dict[str, Any], name: str, value: Any) -> None:
-    require(not name.startswith("_") and name in owner, f"{where}: the base module has no such attribute")
+def _check_shape(where: str, shape: Any, full: list[int]) -> None:
+    fits = isinstance(shape, list) and len(shape) == len(full)
+    fits = fits and all(type(size) is int and 1 <= size <= limit for size, limit in zip(shape, full, strict=True))
+    require(fits, f"{where}: {shape!r:.99} is not a shape within the shape {full} of the base")
+
+
+def _check_attribute(where: str, owner: Mapping[str, Any], name: str, value: Any) -> None:
+    require(not name.startswith("_") and name in owner, f"{where}: the module of the base has no such attribute")
     old = owner[name]
     value = tuple(value) if isinstance(value, list) and isinstance(old, tuple) else value
     numbers, olds = (value, old) if isinstance(old, tuple | list) else ((value,), (old,))
     same = type(value) is type(old) and len(numbers) == len(olds)
-    require(same, f"{where}: {value!r:.99} is not of the base's type {type(old).__name__}")
+    require(same, f"{where}: {value!r:.99} does not have the type {type(old).__name__} and the length of the base")
     for number, limit in zip(numbers, olds, strict=True):
         same = type(number) is type(limit) and type(number) in (int, float)
         require(same, f"{where}: only numbers may differ from the base, got {value!r:.99}")
         fits = 0 < number <= limit if type(number) is int else 0 < number < math.inf
-        require(fits, f"{where}: {value!r:.99} is not positive or above the base's {old!r}")
+        require(fits, f"{where}: {value!r:.99} is not positive, or is larger than {old!r} in the base")
 
 
 def apply_structure(
     model: nn.Module, structure: dict[str, Any] | None, skippable: dict[str, SkippedBlock] | None = None
 ) -> nn.Module:
-    """Change `model` in place to the structure; tensors keep their leading elements. Works on the meta device too.
+    """Change `model` in place to `structure`, and return it. Works on the meta device too.
+
+    A tensor that gets smaller keeps its leading elements.
 
     Args:
         model: The dense architecture.
         structure: `shapes`, `attributes` and `removed`; None changes nothing.
-        skippable: The blocks that may be removed, with their stand-ins: see `skippable_blocks`.
+        skippable: The blocks that may be removed with their replacements, see `skippable_blocks`.
 
     Raises:
         CheckpointError: See `check_structure`.
     """
-    structure, skippable = {} if structure is None else structure, skippable or {}
+    structure = {} if structure is None else structure
+    skippable = skippable or {}
     check_structure(model, structure, skippable)
-    tensors, made = named_tensors(model), {}
+    tensors = named_tensors(model)
+    cut: dict[int, torch.Tensor] = {}
     for name, shape in (structure.get("shapes") or {}).items():
         path, _, leaf = name.rpartition(".")
         tensor = tensors[name]
-        if id(tensor) not in made:  # what several names share stays shared
+        if id(tensor) not in cut:  # a tensor with several names stays shared
             kept = tensor.detach()[tuple(slice(size) for size in shape)].clone()
-            made[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
-        setattr(model.get_submodule(path), leaf, made[id(tensor)])
+            is_parameter = isinstance(tensor, nn.Parameter)
+            cut[id(tensor)] = nn.Parameter(kept, tensor.requires_grad) if is_parameter else kept
+        setattr(model.get_submodule(path), leaf, cut[id(tensor)])
     keep_cut_buffers(model, structure)
     for path, entries in (structure.get("attributes") or {}).items():
         owner = model.get_submodule(path)
@@ -182,15 +209,15 @@ def apply_structure(
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Give every parameter and buffer by each of its names, also the buffers that are not in the state dict."""
+    """Return every parameter and buffer under each of its names, including buffers outside the state dict."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return dict(named)
 
 
 def keep_cut_buffers(model: nn.Module, structure: dict[str, Any] | None) -> None:
-    """Put, in place, every buffer that was cut into the state dict, with the others of its module.
+    """Add every cut buffer to the state dict, in place, together with the other buffers of its module.
 
-    What stayed of a table cannot be calculated anew, and a module calculates all of its tables or none.
+    The kept entries of an index table cannot be recomputed, and a module recomputes either all of its tables or none.
     """
     for name in (structure or {}).get("shapes") or {}:
         path, _, leaf = name.rpartition(".")
@@ -200,7 +227,7 @@ def keep_cut_buffers(model: nn.Module, structure: dict[str, Any] | None) -> None
 
 
 def build_pruned(config: IsoPruneConfig) -> nn.Module:
-    """Build the architecture of `config` on the current default device: its base, changed by its structure.
+    """Build the architecture of `config`, without trained weights, on the current default device.
 
     Raises:
         CheckpointError: The base cannot be built, or the structure does not fit it.

@@ -1,4 +1,4 @@
-"""Tell models apart by their weights."""
+"""Hash the weights of a model: `fingerprint`."""
 
 import torch
 import xxhash
@@ -6,10 +6,11 @@ from torch import nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes and bytes of all weights: equal models have equal fingerprints.
+    """Return a hash of the names, shapes, types and bytes of all weights; equal models have equal fingerprints.
 
     Note:
-        XXH3, as the fingerprints of `datasets`: it tells models apart, and is no proof against one made to collide.
+        XXH3 (128 bits), as in the fingerprints of `datasets`. It identifies models, but does not resist an attacker
+        who constructs a collision.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):

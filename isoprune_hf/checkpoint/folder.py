@@ -1,4 +1,8 @@
-"""The folder of a pruned model: written whole or not at all."""
+"""Write a model folder or a result file whole or not at all.
+
+`check_output` checks before any work that a result can be written. `save_model_folder`, `replace_folder`,
+`replace_file` and `write_file` write to a temporary place and rename it. `read_json` reads a file of a folder.
+"""
 
 import json
 import os
@@ -13,9 +17,10 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import save_stock, stock_processor
+from isoprune_hf.checkpoint.sync import sync_file
 from isoprune_hf.errors import CheckpointError, RecipeError
 
-# A folder that holds none of these is not replaced: it is no model of ours, nor one of a whole run.
+# A folder is replaced only if it holds one of these: it is then a model folder or the folder of a whole run.
 MODEL_MARKS = ("config.json", "model/config.json", "base/config.json", "checkpoints/last/config.json")
 
 
@@ -24,41 +29,44 @@ def check_output(
     *,
     overwrite: bool,
     is_file: bool = False,
-    is_begun: bool = False,
+    holds_run: bool = False,
     marks: Sequence[str] = MODEL_MARKS,
     flag: str = "--output",
 ) -> Path:
     """Check, before any work, that a result can be written; creates nothing.
 
     Args:
-        output: Where the result shall lie.
-        overwrite: Whether a result that lies there may be replaced.
+        output: Place of the result.
+        overwrite: Allow an existing result to be replaced.
         is_file: The result is a file and not a folder.
-        is_begun: The folder holds a run of ours, which decides whether it goes on there.
-        marks: Files of which a folder must hold one to be replaced.
-        flag: Flag that is named in errors.
+        holds_run: The folder contains a training run; the run itself checks whether it may be continued.
+        marks: A folder may be replaced only if it contains one of these files.
+        flag: Command line flag to name in errors.
+
+    Returns:
+        `output` as a path.
 
     Raises:
-        RecipeError: Something else lies there, or it cannot be written.
+        RecipeError: The place is occupied or cannot be written.
     """
     path = Path(output)
     if path.exists() and path.is_dir() == is_file:
         raise RecipeError(f"{flag} {output} is a {'folder' if is_file else 'file'}; choose another name")
     if is_file and path.exists() and not overwrite:
         raise RecipeError(f"{flag} {output} exists; choose another file, or replace it with --overwrite true")
-    if path.is_dir() and any(path.iterdir()) and not is_begun:
+    if path.is_dir() and any(path.iterdir()) and not holds_run:
         if not overwrite:
             raise RecipeError(
-                f"{flag} {output} exists and is not empty; choose another, or replace it with --overwrite true"
+                f"{flag} {output} exists and is not empty; choose another folder, or replace it with --overwrite true"
             )
         if not any((path / mark).is_file() for mark in marks):
             raise RecipeError(
-                f"{flag} {output} holds other files than a result of this command; choose another folder"
+                f"{flag} {output} contains files that are not a result of this command; choose another folder"
             )
     places = [*path.absolute().parents] if is_file else [path, *path.absolute().parents]
     parent = next(place for place in places if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RecipeError(f"{flag} {output}: {parent} cannot be written")
+        raise RecipeError(f"{flag} {output}: {parent} is not a writable folder")
     return path
 
 
@@ -72,17 +80,17 @@ def save_model_folder(
     keep: str | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write config, weights, processor, plan and metrics; a folder that is there is replaced in one step.
+    """Write config, weights, processor, plan and metrics; an existing folder is replaced in one step.
 
     Args:
-        folder: The folder.
-        model: The model to save.
-        processor: Its image processor.
-        plan: JSON of the pruning plan.
+        folder: Folder to write.
+        model: Model to save.
+        processor: Image processor of the model.
+        plan: Pruning plan as JSON.
         metrics: `{base, pruned, finetuned}`, each `{top1, top5, loss, images}`.
-        keep: Name of a folder inside the old one that stays where it is. The files around it are then replaced one by
-            one: config.json leaves first and comes last, so what is half-written opens nowhere.
-        finish: Writes further files into the new folder before it takes its place.
+        keep: Name of a subfolder of an existing folder that is not replaced. The files around it are then replaced
+            one by one. config.json is removed first and added last, so a half-written folder cannot be opened.
+        finish: Writes further files into the new folder before it is renamed.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -96,9 +104,9 @@ def save_model_folder(
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
         if plan is not None:
-            (temporary / "pruning_plan.json").write_text(plan)
+            _write_text(temporary / "pruning_plan.json", plan)
         if metrics:
-            (temporary / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+            _write_text(temporary / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         if finish is not None:
             finish(temporary)
 
@@ -106,12 +114,12 @@ def save_model_folder(
 
 
 def replace_folder(folder: str | Path, write: Callable[[Path], None], *, keep: str | None = None) -> None:
-    """Write a folder of files whole or not at all; one that is there is replaced in one step.
+    """Write a folder of files whole or not at all; an existing folder is replaced in one step.
 
     Args:
-        folder: The folder; those above it are made.
-        write: Writes the files into the temporary folder that it is given.
-        keep: As in `save_model_folder`.
+        folder: Folder to write; missing parents are created.
+        write: Writes the files into the temporary folder passed to it.
+        keep: See `save_model_folder`.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -123,11 +131,12 @@ def replace_folder(folder: str | Path, write: Callable[[Path], None], *, keep: s
         try:
             write(temporary)
             for file in temporary.iterdir():
-                _sync(file)
+                os.chmod(file, 0o644)
+                sync_file(file)
             _replace(temporary, folder, keep)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
 
@@ -135,8 +144,8 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
     """Write one file whole or not at all.
 
     Args:
-        path: The file; its folder is made.
-        write: Writes the content to the temporary file that it is given.
+        path: File to write; missing parents are created.
+        write: Writes the content to the temporary file passed to it.
 
     Raises:
         CheckpointError: The file cannot be written.
@@ -147,7 +156,8 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
-            _sync(temporary)
+            os.chmod(temporary, 0o644)
+            sync_file(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -156,35 +166,38 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def write_file(path: str | Path, text: str) -> None:
-    """Write one text file whole or not at all."""
-    replace_file(path, lambda temporary: temporary.write_text(text))
+    """Write one text file, in UTF-8 and with \\n as line ends, whole or not at all.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    replace_file(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_json(folder: str | Path, name: str) -> dict[str, Any] | None:
-    """Read a JSON file of a folder; None where there is none.
+    """Read a JSON file of a folder; return None if it does not exist.
 
     Raises:
-        CheckpointError: The file is no JSON object.
+        CheckpointError: The file does not contain a JSON object.
     """
     path = Path(folder) / name
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text())
+        values: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must contain a JSON object")
     return values
 
 
-def _sync(path: Path) -> None:
-    os.chmod(path, 0o644)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _replace(temporary: Path, folder: Path, keep: str | None) -> None:
+    """Rename `temporary` to `folder`; a failed rename undoes those before it."""
     os.chmod(temporary, 0o755)
     if not folder.exists():
         os.rename(temporary, folder)
@@ -192,10 +205,10 @@ def _replace(temporary: Path, folder: Path, keep: str | None) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
     moves = [(folder, old / folder.name), (temporary, folder)]
     if keep is not None and (folder / keep).is_dir():
-        leaving = sorted((path for path in folder.iterdir() if path.name != keep), key=_is_not_config)
-        coming = sorted(temporary.iterdir(), key=_is_not_config, reverse=True)
-        moves = [(path, old / path.name) for path in leaving] + [(path, folder / path.name) for path in coming]
-    done = []
+        outgoing = sorted((path for path in folder.iterdir() if path.name != keep), key=_is_not_config)
+        incoming = sorted(temporary.iterdir(), key=_is_not_config, reverse=True)
+        moves = [(path, old / path.name) for path in outgoing] + [(path, folder / path.name) for path in incoming]
+    done: list[tuple[Path, Path]] = []
     try:
         for source, target in moves:
             os.rename(source, target)

@@ -1,9 +1,13 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
-"""A pruned image classifier: a base architecture plus what differs from it.
+"""The model class of a pruned image classifier and its image processor (part of the shipped file).
 
-What travels with the weights is one file, the modules of `PARTS` in a row: so these use nothing of ours but one
-another, and hold all that loading needs. It is one file because config and model in two become two different config
-classes when transformers loads them from a local folder.
+`code_that_ships` returns the file that is saved next to the weights: the modules of `PARTS`, concatenated. These
+modules therefore depend on no other module of the package, and contain everything that loading needs. It is a single
+file because transformers, loading config and model from two files of a local folder, would create two distinct
+config classes.
+
+Private names of transformers that are used here and in no other module (as of 5.23): `_init_weights`,
+`_is_hf_initialized`, `_load_pretrained_model`, `_supports_sdpa`, `_tied_weights_keys`.
 """
 
 import json
@@ -20,13 +24,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from isoprune_hf.checkpoint.dense import (
     FORMAT_VERSION,
     IsoPruneConfig,
     build_base,
-    cause,
+    describe_error,
     require,
 )
 from isoprune_hf.checkpoint.difference import (
@@ -41,12 +45,13 @@ from isoprune_hf.checkpoint.difference import (
 )
 from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
-LARGEST_IMAGE = 2**26  # pixels: 8192 x 8192
-_ALIGNMENT = 64  # bytes: where torch itself allocates
+MAX_IMAGE_PIXELS = 2**26  # 8192 x 8192
+_ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
-# Inside the package; `errors.py` first, since the others raise what it defines.
+# Paths inside the package, in the order of their imports.
 PARTS = ("errors.py", "checkpoint/dense.py", "checkpoint/difference.py", "checkpoint/modeling_isoprune.py")
-_DTYPES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
+# Names of safetensors for data types -> names of torch; all floating-point types may be cast to one another.
+_DTYPE_NAMES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
 __all__ = [
     "FORMAT_VERSION",
@@ -64,17 +69,17 @@ __all__ = [
 ]
 
 
-class IsoPruneForImageClassification(PreTrainedModel):
-    """An image classifier whose architecture is `config.base` changed by `config.structure`.
+class IsoPruneForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """An image classifier with the architecture `config.base`, changed by `config.structure`.
 
-    An empty structure is the dense base itself: base and pruned are one class with one forward and one label map.
+    Without a structure it is the dense base: base and pruned model share one class, one forward and one label map.
     """
 
     config: IsoPruneConfig
     config_class = IsoPruneConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # transformers itself assigns tuples
     accepts_loss_kwargs = False
     _supports_sdpa = True
 
@@ -82,54 +87,57 @@ class IsoPruneForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.model = build_pruned(config)
         if not any(parameter.is_meta for parameter in self.model.parameters()):
-            # The base has drawn its own weights; transformers would draw them a second time, otherwise.
+            # The base has initialised its own weights; without the mark transformers would initialise them again.
             for module in self.modules():
-                module._is_hf_initialized = True
-        self.post_init()
+                vars(module)["_is_hf_initialized"] = True
+        self.post_init()  # type: ignore[no-untyped-call]  # untyped in transformers
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # timm: index tables and masks that are not in the file; where one was cut, all are in it.
-        if hasattr(module, "init_non_persistent_buffers") and module._non_persistent_buffers_set:
-            module.init_non_persistent_buffers()
+        super()._init_weights(module)  # type: ignore[no-untyped-call]  # untyped in transformers
+        # Index tables and masks of timm that are not in the file; if any of a module was cut, all of them are in it.
+        init_buffers = getattr(module, "init_non_persistent_buffers", None)
+        if init_buffers is not None and module._non_persistent_buffers_set:
+            init_buffers()
 
     @property
-    def _tied_weights_keys(self) -> dict[str, str]:
-        """Name -> the first name of the same tensor, under which alone it is saved."""
+    def _tied_weights_keys(self) -> dict[str, str]:  # type: ignore[override]  # transformers only reads it
+        """Each further name of a shared tensor -> its first name, which is the one that is saved."""
         first: dict[int, str] = {}
         named = {f"model.{name}": tensor for name, tensor in named_tensors(self.model).items()}
         return {name: found for name, t in named.items() if (found := first.setdefault(id(t), name)) != name}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Tell transformers which names to tie when it loads: whatever the base shares."""
+        """Return the names that transformers ties after loading: all tensors that the base shares."""
         return self._tied_weights_keys
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
         """Classify images.
 
         Args:
-            pixel_values: Images of shape (B, C, H, W), normalised by the folder's image processor.
-            labels: Class indices of shape (B,); the loss is the cross-entropy.
+            pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
+            labels: Class indices of shape (B,) for the cross-entropy loss.
 
         Returns:
-            `loss` (if there are labels) and `logits` of shape (B, num_labels).
+            `logits` of shape (B, num_labels), and `loss` if there are labels.
         """
         output = self.model(pixel_values.to(self.dtype))
-        # The first entry of an output of transformers: not all types call it logits (PP-LCNet does not).
+        # The first entry of a transformers output: not all types call it logits (PP-LCNet does not).
         logits = output if isinstance(output, torch.Tensor) else output[0]
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        """Load as any transformers model; safetensors only, every tensor must match, and the model must run.
+    def from_pretrained(  # type: ignore[override]  # accepts all keywords of transformers
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model like `PreTrainedModel.from_pretrained`, but only from safetensors and only if it fits.
 
         Raises:
-            CheckpointError: An entry of the config or a tensor of the file does not fit.
+            CheckpointError: An entry of the config or a tensor of the file does not fit, or the model does not run.
         """
         kwargs["use_safetensors"] = True
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
@@ -141,66 +149,79 @@ class IsoPruneForImageClassification(PreTrainedModel):
             raise CheckpointError(f"model.safetensors: not a readable safetensors file ({error})") from error
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # The last moment at which the model is on meta and nothing has been allocated.
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        # The last point at which the model is on meta and no memory has been allocated.
         _check_tensors(model, state_dict, checkpoint_files or [])
-        if any((model.config.structure or {}).values()):  # a base that does not run is the user's own
+        if any((model.config.structure or {}).values()):  # a dense base that does not run is not refused
             with torch.device("meta"):
                 run_once(build_pruned(model.config).eval(), model.config.image_size)
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
         for tensor in (*model.parameters(), *model.buffers()):
-            # A mapped file gives tensors at any address, and kernels round differently where they are not aligned.
-            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            # Tensors of a mapped file have any address, and kernels round differently on unaligned data.
+            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
                 tensor.data = tensor.data.clone()
         return loaded
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save config, weights and this file, so that the folder opens with and without isoprune_hf."""
-        # Module names are the names in the file: the structure speaks of them, and loading compares them.
+    def save_pretrained(  # type: ignore[override]  # accepts all keywords of transformers
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
+        """Save config, weights and the shipped file: the folder opens with and without isoprune_hf."""
+        # Tensors keep the names of their modules: the structure refers to them, and loading compares them.
         kwargs["save_original_format"] = False
         names = {"AutoConfig": "IsoPruneConfig", "AutoModelForImageClassification": type(self).__name__}
-        if self.config.base["library"] != "transformers":  # those keep their own processor
+        if (self.config.base or {}).get("library") != "transformers":  # those keep their own processor
             names["AutoImageProcessor"] = "IsoImageProcessor"
         self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in names.items()}
         keep_cut_buffers(self.model, self.config.structure)
         super().save_pretrained(save_directory, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
         if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            target.write_text(code_that_ships(), encoding="utf-8")
+            target.write_text(code_that_ships(), encoding="utf-8", newline="\n")
 
 
 def code_that_ships() -> str:
-    """Return the source of the file that travels with the weights: the modules of `PARTS`, one after another."""
+    """Return the source of the file that is saved next to the weights: the modules of `PARTS`, concatenated."""
     here = Path(__file__)
-    if __name__ != f"{_PACKAGE}.checkpoint.modeling_isoprune":  # this is a shipped file: all parts are in it
+    if __name__ != f"{_PACKAGE}.checkpoint.modeling_isoprune":  # running as the shipped file itself
         return here.read_text(encoding="utf-8")
-    ours = re.compile(rf"^from {_PACKAGE}\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
-    return "\n\n".join(ours.sub("", (here.parents[1] / name).read_text(encoding="utf-8")) for name in PARTS)
+    own_imports = re.compile(rf"^from {_PACKAGE}\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
+    return "\n\n".join(own_imports.sub("", (here.parents[1] / name).read_text(encoding="utf-8")) for name in PARTS)
 
 
 def _check_files(folder: Path) -> None:
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file() and not (folder / names[0]).is_file():
+    """Check that the weights, whole or in shards, are files inside the folder."""
+    index = folder / "model.safetensors.index.json"
+    names: list[Any] = ["model.safetensors"]
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
-            values = json.loads(index.read_text())
+            values = json.loads(index.read_text(encoding="utf-8"))
             names = [*values["weight_map"].values()] if isinstance(values["metadata"], dict) else [None]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{index.name}: not a readable index ({cause(error)})") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # any JSON but an index
+            raise CheckpointError(f"{index.name}: not a readable index ({describe_error(error)})") from error
     for name in names:
         inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-        require(inside and (folder / name).is_file(), f"{name!r}: no such file in {folder}; weights must lie there")
+        require(
+            inside and (folder / name).is_file(),
+            f"{name!r}: no such file in {folder}; weights must be in the folder itself",
+        )
 
 
-def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor] | None, files: list[str]) -> None:
+def _check_tensors(
+    model: IsoPruneForImageClassification, state_dict: dict[str, torch.Tensor] | None, files: list[str]
+) -> None:
+    """Compare names, shapes and kinds of the stored tensors with those of the model."""
     found = {name: _describe(tensor.shape, _kind(tensor.dtype)) for name, tensor in (state_dict or {}).items()}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     entry = opened.get_slice(name)
-                    found[name] = _describe(entry.get_shape(), _DTYPES.get(entry.get_dtype(), entry.get_dtype()))
+                    dtype = entry.get_dtype()
+                    found[name] = _describe(entry.get_shape(), _DTYPE_NAMES.get(dtype, dtype))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{Path(file).name}: not a readable safetensors file ({error})") from error
     tied = model._tied_weights_keys
@@ -210,8 +231,9 @@ def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor] | None,
         if name not in tied
     }
     for name in sorted(expected.keys() | found.keys()):
-        have, want = found.get(name, "no such tensor"), expected.get(name, "no such tensor")
-        require(have == want, f"tensor {name!r}: the checkpoint has {have}, the config says {want}")
+        have = found.get(name, "no such tensor")
+        want = expected.get(name, "no such tensor")
+        require(have == want, f"tensor {name!r}: the checkpoint has {have}, the config requires {want}")
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -223,15 +245,19 @@ def _describe(shape: Sequence[int], kind: str) -> str:
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Refuse, before it is decoded, an image of too many pixels: a few bytes of a file can stand for them."""
-    if image.width * image.height > LARGEST_IMAGE:
-        raise ImageError(f"image of {image.width} x {image.height} pixels: at most {LARGEST_IMAGE:,} are decoded")
+    """Refuse an image of too many pixels before it is decoded: a file of a few bytes can describe billions.
+
+    Raises:
+        ImageError: The image has more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ImageError(f"image of {image.width} x {image.height} pixels: the limit is {MAX_IMAGE_PIXELS:,} pixels")
 
 
 class IsoImageProcessor(PilBackend):
-    """Image processor that gives exactly the pixels of the evaluation transform of timm and torchvision.
+    """Image processor that reproduces the evaluation transforms of timm and torchvision exactly.
 
-    Differs from the processors of transformers by the centre crop, which rounds half to even as torchvision does.
+    It differs from the processors of transformers in the centre crop, which rounds half to even as in torchvision.
     """
 
     size, crop_size = {"shortest_edge": 256}, {"height": 224, "width": 224}
@@ -239,18 +265,18 @@ class IsoImageProcessor(PilBackend):
     image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
 
-    def to_dict(self):
-        values = super().to_dict()
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
         del values["image_processor_type"]
         return values
 
-    def convert_to_rgb(self, image, input_data_format=None):
+    def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
         if isinstance(image, Image.Image):
-            check_pixels(image)  # a file is decoded only here
+            check_pixels(image)  # the file is decoded by `convert`, not before
             return np.array(image.convert("RGB"))
         return super().convert_to_rgb(image, input_data_format)
 
-    def center_crop(self, image, size, **kwargs):
+    def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as in PilBackend
         height, width = image.shape[-2:]
         if height < size.height or width < size.width:
             return super().center_crop(image, size, **kwargs)

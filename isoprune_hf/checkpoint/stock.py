@@ -1,4 +1,7 @@
-"""The folder of a uniform layout: a stock model of transformers, with what we know of it as an entry of its config."""
+"""The folder of a uniform layout: a stock transformers model whose config has an additional entry `isoprune`.
+
+`save_stock` writes such a folder, `isoprune_fields` reads the IsoPruneConfig fields of any config.json.
+"""
 
 import json
 from pathlib import Path
@@ -13,48 +16,61 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
 )
 from isoprune_hf.errors import CheckpointError
 
-ENTRY = "isoprune"  # transformers keeps entries of a config that it does not know
-_FIELDS = ("source", "cost", "recipe", "stage", "format_version")
+ENTRY = "isoprune"  # transformers keeps unknown entries of a config
+_ENTRY_FIELDS = ("source", "cost", "recipe", "stage", "format_version")
 
 
 def save_stock(folder: Path, model: IsoPruneForImageClassification) -> None:
-    """Write config and weights of the stock model inside, and the entry, into a folder."""
+    """Write config and weights of the inner transformers model, with the `isoprune` entry, into a folder."""
     model.model.save_pretrained(folder, save_original_format=False)
     path = folder / "config.json"
-    path.write_text(stock_config_text(json.loads(path.read_text()), model.config))
+    text = stock_config_text(json.loads(path.read_text(encoding="utf-8")), model.config)
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def stock_config_text(values: dict[str, Any], config: IsoPruneConfig) -> str:
-    """Write a stock config with the labels and the entry of ours.
+    """Return the text of a stock config.json with the labels and the `isoprune` entry of `config`.
 
     Args:
-        values: The stock config.
-        config: What we know of the model.
+        values: Values of the stock config.
+        config: Config of the pruned model.
     """
     labels = {
-        "id2label": {str(index): name for index, name in config.id2label.items()},
-        "label2id": dict(config.label2id),
+        "id2label": {str(index): name for index, name in (config.id2label or {}).items()},
+        "label2id": dict(config.label2id or {}),
     }
-    entry = {name: getattr(config, name) for name in _FIELDS}
+    entry = {name: getattr(config, name) for name in _ENTRY_FIELDS}
     return json.dumps({**values, **labels, ENTRY: entry}, indent=2, sort_keys=True) + "\n"
 
 
 def entry_fields(entry: Any) -> dict[str, Any]:
-    """Read the entry as fields of an IsoPruneConfig; none where the config has no entry.
+    """Return the `isoprune` entry of a stock config as fields of an IsoPruneConfig; empty if it is None.
 
     Raises:
-        CheckpointError: The entry is no mapping.
+        CheckpointError: The entry is not a mapping.
     """
     if entry is None:
         return {}
     if not isinstance(entry, dict):
-        raise CheckpointError(f"config.{ENTRY}: {entry!r:.99} is no mapping")
-    known = {name: entry[name] for name in _FIELDS if name in entry}
-    return {**known, "source": known.get("source") or {}, "layout": "uniform"}  # its own: not this folder
+        raise CheckpointError(f"config.{ENTRY}: {entry!r:.99} is not a mapping")
+    known = {name: entry[name] for name in _ENTRY_FIELDS if name in entry}
+    # An empty source is still a source: without it the folder itself would be recorded as the base.
+    return {**known, "source": known.get("source") or {}, "layout": "uniform"}
 
 
-def our_values(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Give the values of our config in a config.json: the whole file, or its entry; None where there are none."""
+def isoprune_fields(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the IsoPruneConfig fields of a config.json.
+
+    Args:
+        values: Content of the file.
+
+    Returns:
+        All values if the model type is isoprune, the fields of the `isoprune` entry of a stock config, or None if
+        the file has neither.
+
+    Raises:
+        CheckpointError: The entry is not a mapping.
+    """
     if values.get("model_type") == "isoprune":
         return values
     if ENTRY not in values:
@@ -66,10 +82,10 @@ def our_values(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
-    """Give the processor of transformers that makes the pixels of ours; another processor is one already.
+    """Return the transformers processor that replaces an IsoImageProcessor; other processors are returned as given.
 
-    Its centre crop rounds down where ours rounds half to even, as torchvision does: an image whose margin is odd may
-    be cropped one pixel further left or up. All other pixels are equal.
+    Its centre crop rounds down, that of IsoImageProcessor half to even as in torchvision: an image with an odd margin
+    may be cropped one pixel further left or up. All other pixels are equal.
     """
     if not isinstance(processor, IsoImageProcessor):
         return processor

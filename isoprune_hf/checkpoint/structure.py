@@ -1,4 +1,4 @@
-"""Find what differs between a base and a model made from it; `modeling_isoprune`, which ships, puts it back."""
+"""Describe a cut model by its differences from the dense base; `difference.apply_structure` is the inverse."""
 
 import copy
 from typing import Any
@@ -24,34 +24,36 @@ def image_size_of(model: IsoPruneForImageClassification) -> list[int]:
 
 
 def meta_copy(model: IsoPruneForImageClassification, *, dense: bool = False) -> IsoPruneForImageClassification:
-    """Build the architecture of `model` on the meta device, without its weights.
+    """Build the architecture of `model` on the meta device, without weights, in eval mode.
 
     Args:
-        model: The model to copy.
-        dense: Leave the structure out: the base that the model was cut from.
+        model: Model to copy.
+        dense: Build the dense base of the model, without its structure.
     """
     config = copy.deepcopy(model.config)
     if dense:
         config.structure = None
     with torch.device("meta"):
-        return type(model)(config).eval()
+        copied = type(model)(config)
+    copied.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
+    return copied
 
 
 def is_cut(config: IsoPruneConfig) -> bool:
-    """Whether a config is of a cut model: one with a structure, or of a uniform layout, which needs none."""
+    """Return whether a config describes a cut model: it has a structure, or a uniform layout, which needs none."""
     return config.layout == "uniform" or any((config.structure or {}).values())
 
 
 def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
-    """Describe `pruned` by what differs from `base`.
+    """Return the differences between `pruned` and `base`.
 
     Args:
         base: The dense architecture; only shapes and attributes are read.
         pruned: The same architecture after a cut.
 
     Returns:
-        `shapes`: tensor name -> shape; `attributes`: module -> {attribute: number}; `removed`: modules that are
-            skipped.
+        `shapes`: tensor name -> shape; `attributes`: module path -> {attribute: number or numbers}; `removed`: paths
+        of the removed modules.
     """
     removed = [path for path, module in pruned.named_modules() if isinstance(module, SkippedBlock)]
     dense = named_tensors(base)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import check_output, read_json, write_file
-from isoprune_hf.checkpoint.stock import our_values, stock_config_text
+from isoprune_hf.checkpoint.stock import isoprune_fields, stock_config_text
 from isoprune_hf.commands.opening import open_data, see_through
 from isoprune_hf.commands.results import Answer
 from isoprune_hf.data.labels import check_labels
@@ -59,7 +59,7 @@ def run_evaluate(
         write_file(Path(per_class), tabulate_classes(scores, names))
     recorded = (config.recipe or {}).get("data")
     known = read_json(model, "config.json")
-    is_ours = known is not None and our_values(known) is not None
+    is_ours = known is not None and isoprune_fields(known) is not None
     is_comparable = base is found and (recorded is None or recorded["dataset"] == data.dataset)
     if is_ours and not is_comparable:
         what = "transform" if base is not found else "data set"

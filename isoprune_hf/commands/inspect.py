@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.checkpoint.stock import our_values
+from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.commands.opening import open_base, open_calibration, open_data, open_scores, open_source
 from isoprune_hf.commands.results import Answer, summarize, write_folder
@@ -173,7 +173,7 @@ def run_plan_apply(
 
 def run_doctor(folder: str, base: str | None) -> Answer:
     """Check a folder; returns 1 beside the text where a check has failed."""
-    if our_values(read_json(folder, "config.json") or {}) is None:
+    if isoprune_fields(read_json(folder, "config.json") or {}) is None:
         raise RecipeError(f"--folder {folder} is no folder of a pruned model: it needs a config.json of isoprune")
     findings = _examine(folder, base)
     count = sum(finding.verdict == "FAIL" for finding in findings)

@@ -97,7 +97,7 @@ def run_finetune(
     known = read_run(Path(output) / CHECKPOINTS)
     was_finished = known is not None and known["finished"]
     has_run = is_begun(Path(output) / CHECKPOINTS)
-    folder = check_output(output, overwrite=overwrite, is_begun=has_run)
+    folder = check_output(output, overwrite=overwrite, holds_run=has_run)
     if Path(model).resolve() == folder.resolve():
         raise RecipeError("--output must be another folder than --model")
     uploads = open_uploads(push_to_hub, accelerator, push_every)
@@ -113,7 +113,7 @@ def run_finetune(
         logger.info(f"--output {output} holds the result of this very run; train it again with --overwrite true")
         answer = summarize(load_base(output).model, read_json(output, "metrics.json") or {}, {}, folder)
         return _send(uploads, folder, answer)
-    check_output(output, overwrite=overwrite, is_begun=has_run and not was_finished)
+    check_output(output, overwrite=overwrite, holds_run=has_run and not was_finished)
     if images.evaluation is not None:
         dense = teacher if teacher is not None and finetune.teacher == "auto" else None
         if "base" not in metrics:

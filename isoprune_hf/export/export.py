@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.errors import ExportError, RecipeError
@@ -91,8 +91,8 @@ def export_model(
             if quantize == "dynamic":
                 run = _quantise(file)
             found = [run(pixels) for pixels in batches]
-        except (*BUILD_ERRORS, OSError) as error:
-            raise ExportError(f"the model cannot be exported to {target}: {cause(error)}") from error
+        except (*LIBRARY_ERRORS, OSError) as error:
+            raise ExportError(f"the model cannot be exported to {target}: {describe_error(error)}") from error
         results.append(_compare(target, quantize, expected, found))
         _write_beside(temporary, plain, processor)
         record = {"format": target, "quantize": quantize, **results[0]._asdict(), "versions": _versions(target)}
@@ -175,8 +175,8 @@ def write_onnx(model: IsoPruneForImageClassification, file: Path, *, threads: in
     try:
         _write_onnx(_trace(plain, draw_images(plain, plain.config.image_size, 2)), file, plain.config.id2label)
         return open_onnx(file, threads)
-    except (*BUILD_ERRORS, OSError) as error:
-        raise ExportError(f"the model cannot be exported to onnx: {cause(error)}") from error
+    except (*LIBRARY_ERRORS, OSError) as error:
+        raise ExportError(f"the model cannot be exported to onnx: {describe_error(error)}") from error
 
 
 def open_onnx(file: Path, threads: int = 0) -> Run:

@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from isoprune_hf.checkpoint.stock import our_values
+from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError, HubError, RecipeError
 from isoprune_hf.reporting.model_card import build_model_card
 
@@ -186,7 +186,7 @@ def published_files(folder: Path) -> list[Path]:
     except ValueError as error:
         raise CheckpointError(f"{folder}: config.json is no JSON ({error})") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind is None or our_values(config) is None:
+    if kind is None or isoprune_fields(config) is None:
         raise CheckpointError(f"{folder}: config.json has model_type {kind!r}, a pruned model has 'isoprune'")
     files = sorted(path for path in folder.iterdir() if _is_published(path))
     for path in files:

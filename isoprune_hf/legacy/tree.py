@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from isoprune_hf.checkpoint.dense import MOST_MODULES
+from isoprune_hf.checkpoint.dense import MAX_MODULES
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.legacy.inert import Inert, StoredTensor
 
@@ -168,8 +168,8 @@ def _walk(root: Inert) -> Iterator[tuple[str, Inert]]:
         path, node = pending.pop()
         count += 1
         children = _children(node).items()
-        if count + len(pending) + len(children) > MOST_MODULES or path.count(".") > 64:
-            raise CheckpointError(f"holds more than {MOST_MODULES} modules, or modules in a circle")
+        if count + len(pending) + len(children) > MAX_MODULES or path.count(".") > 64:
+            raise CheckpointError(f"holds more than {MAX_MODULES} modules, or modules in a circle")
         yield path, node
         pending += reversed([(f"{path}.{name}" if path else name, child) for name, child in children])
 

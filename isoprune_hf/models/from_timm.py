@@ -11,7 +11,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_limited, check_args
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_limited, check_args
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
@@ -66,7 +66,7 @@ def open_saved_timm(place: str, config: dict[str, Any], pretrained: bool, seed: 
         raise
     except (OSError, SafetensorError) as error:
         raise not_opened(place, error) from error
-    except BUILD_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise RecipeError(f"model: {place} is no usable folder of timm: {one_line(error)}") from error
 
 

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from isoprune_hf.checkpoint.dense import BUILD_ERRORS, build_base
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
@@ -23,7 +23,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, *BUILD_ERRORS) as error:
+    except (OSError, *LIBRARY_ERRORS) as error:
         if Path(name).is_dir():
             raise RecipeError(
                 f"model: {name} is no folder of isoprune, transformers or timm: {one_line(error)}"
@@ -39,7 +39,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         image_size = transformers_image_size(config, processor)
     except CheckpointError:
         raise  # of the processor
-    except BUILD_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise RecipeError(
             f"model: {name}/config.json has no usable labels or image_size: {one_line(error)}"
         ) from error
@@ -57,7 +57,7 @@ def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
         module, info = AutoModelForImageClassification.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, SafetensorError, *BUILD_ERRORS) as error:
+    except (OSError, SafetensorError, *LIBRARY_ERRORS) as error:
         raise not_opened(name, error) from error
     if info["missing_keys"]:
         raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}")

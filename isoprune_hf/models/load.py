@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from isoprune_hf.checkpoint.dense import LARGEST_NUMBER
+from isoprune_hf.checkpoint.dense import MAX_CONFIG_NUMBER
 from isoprune_hf.checkpoint.difference import run_once
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
@@ -82,8 +82,8 @@ def _check_options(model_args: Any, num_labels: Any, label_names: Any, seed: Any
         raise RecipeError(f'prune.model_args must be a mapping, as {{"img_size": 64}}, got {model_args!r:.99}')
     if "num_classes" in model_args:
         raise RecipeError("prune.model_args: num_classes is not among them; give --prune.num_labels")
-    if num_labels is not None and not (type(num_labels) is int and 1 <= num_labels <= LARGEST_NUMBER):
-        raise RecipeError(f"prune.num_labels must be an integer from 1 to {LARGEST_NUMBER}, got {num_labels!r:.99}")
+    if num_labels is not None and not (type(num_labels) is int and 1 <= num_labels <= MAX_CONFIG_NUMBER):
+        raise RecipeError(f"prune.num_labels must be an integer from 1 to {MAX_CONFIG_NUMBER}, got {num_labels!r:.99}")
     if isinstance(label_names, str) or not all(isinstance(label, str) for label in label_names or ()):
         raise RecipeError(f"label_names must be a sequence of strings, got {label_names!r:.99}")
     if type(seed) is not int or not 0 <= seed < 2**63:

@@ -11,7 +11,7 @@ from torchvision.transforms._presets import ImageClassification
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, ViTImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from isoprune_hf.checkpoint.dense import BUILD_ERRORS, cause
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.recipes import Interpolation
@@ -73,8 +73,10 @@ def saved_processor(name: str) -> BaseImageProcessor:
     """
     try:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, *BUILD_ERRORS) as error:
-        raise CheckpointError(f"preprocessor_config.json of {name}: no image processor ({cause(error)})") from error
+    except (OSError, *LIBRARY_ERRORS) as error:
+        raise CheckpointError(
+            f"preprocessor_config.json of {name}: no image processor ({describe_error(error)})"
+        ) from error
 
 
 def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
@@ -94,8 +96,10 @@ def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
         if not pixels.isfinite().all():
             raise ValueError("values that are not finite")
         _, channels, height, width = pixels.shape
-    except BUILD_ERRORS as error:
-        raise CheckpointError(f"preprocessor_config.json of {name}: makes no pixels ({cause(error)})") from error
+    except LIBRARY_ERRORS as error:
+        raise CheckpointError(
+            f"preprocessor_config.json of {name}: makes no pixels ({describe_error(error)})"
+        ) from error
     return [channels, height, width]
 
 

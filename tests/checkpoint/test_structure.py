@@ -139,7 +139,7 @@ def test_a_refused_structure_has_changed_nothing() -> None:
 
 def test_a_removed_module_must_be_among_those_that_may_be_skipped() -> None:
     for skippable in ({}, {"blocks.1": SkippedBlock()}):
-        with pytest.raises(CheckpointError, match=r"^config\.structure\.removed: 'blocks\.0' is no residual block"):
+        with pytest.raises(CheckpointError, match=r"^config\.structure\.removed: 'blocks\.0'"):
             apply_structure(make_net(), {"removed": ["blocks.0"]}, skippable)
 
 
@@ -183,9 +183,9 @@ def test_a_list_of_sizes_stays_a_list() -> None:
     rebuilt = make_net()
     rebuilt.splits = [4, 4]
     assert apply_structure(rebuilt, structure).splits == [3, 2]
-    with pytest.raises(CheckpointError, match="not positive or above the base's"):
+    with pytest.raises(CheckpointError, match=r"\['splits'\]: \[5, 2\] "):
         check_structure(base, {"attributes": {"": {"splits": [5, 2]}}})
-    with pytest.raises(CheckpointError, match="not of the base's type list"):
+    with pytest.raises(CheckpointError, match=r"\['splits'\]: \[5\] "):
         check_structure(base, {"attributes": {"": {"splits": [5]}}})
 
 

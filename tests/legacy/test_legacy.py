@@ -366,7 +366,7 @@ def test_rates_that_are_none_are_no_rates(rate: Any, resnet: nn.Module, tmp_path
 def test_a_number_of_classes_that_no_layer_has_is_not_believed(resnet: nn.Module, tmp_path: Path) -> None:
     module = copy.deepcopy(resnet)
     module.num_classes = 2**20
-    with pytest.raises(CheckpointError, match=r"\['num_classes'\]: 1048576 is not positive or above the base's 10"):
+    with pytest.raises(CheckpointError, match=r"\['num_classes'\]: 1048576 "):
         convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
 
 

@@ -114,7 +114,7 @@ def test_half_an_image_gets_a_message(comparison: ModuleType, pair) -> None:
 
 
 def test_an_image_bomb_is_refused_before_it_is_decoded(comparison: ModuleType, pair) -> None:
-    with pytest.raises(ImageError, match=r"^image of 9000 x 9000 pixels: at most 67,108,864 are decoded$"):
+    with pytest.raises(ImageError, match=r"^image of 9000 x 9000 pixels: .* 67,108,864 "):
         comparison.compare(pair, bomb())
 
 

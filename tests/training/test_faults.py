@@ -335,7 +335,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(case: Case, stopped: Pat
     flip(out / "checkpoints" / "training" / newer / "tensors.safetensors")
     ended = finish(case, out)
     assert re.search(
-        rf"training state \S+{newer}/tensors.safetensors: .*; continuing from {older} before it", ended.out
+        rf"training state \S+{newer}/tensors.safetensors: .*; continuing from {older}, the one before", ended.out
     )
 
 

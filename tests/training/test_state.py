@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from helpers.training import make_data, make_normed, make_processor, make_recipe
 
-from isoprune_hf.checkpoint.snapshots import read_newest, write_snapshot
+from isoprune_hf.checkpoint.snapshots import read_newest_snapshot, write_snapshot
 from isoprune_hf.data.augmentation import train_transform
 from isoprune_hf.data.loading import train_batches
 from isoprune_hf.models import load_base
@@ -90,7 +90,7 @@ def test_every_optimizer_steps_from_its_files_as_from_memory(name: str, tmp_path
         step(whole, seed)
     write_snapshot(tmp_path, capture(whole, Progress(epoch=2, update=3)), run="run")
     step(other, 9)  # what it has must go
-    progress = restore(other, read_newest(tmp_path, run="run"))
+    progress = restore(other, read_newest_snapshot(tmp_path, run="run"))
     assert (progress.epoch, progress.update) == (2, 3)
     before = [parameter.detach().clone() for parameter in whole.model.parameters()]
     for seed in (3, 4):

@@ -15,7 +15,7 @@ import torch
 import xxhash
 from accelerate.logging import get_logger
 
-from isoprune_hf.checkpoint.snapshots import Snapshot, read_newest, remove_all, write_snapshot
+from isoprune_hf.checkpoint.snapshots import Snapshot, read_newest_snapshot, remove_snapshots, write_snapshot
 from isoprune_hf.errors import DamagedStateError
 
 logger = get_logger(__name__)
@@ -74,10 +74,10 @@ class KeptBatches:
 
     def _read(self, folder: Path, run: str, sums: Sums) -> int:
         try:
-            found = read_newest(folder, run=run)
+            found = read_newest_snapshot(folder, run=run)
         except DamagedStateError:
             logger.warning(f"the scoring begins anew: no state of it in {folder} is intact")
-            remove_all(folder)
+            remove_snapshots(folder)
             return 0
         if found is None:
             return 0

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from isoprune_hf.checkpoint.dense import BUILD_ERRORS
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.gradients import Batches
 
@@ -178,7 +178,7 @@ def _holds(network: IsoPruneForImageClassification, way: Waypoint, images: torch
         value, blanks = _hold(network, way, images)
         with _replaced(network, {**blanks, way.name: value}):
             return torch.equal(network(pixel_values=torch.zeros_like(images)).logits, wanted)
-    except BUILD_ERRORS:  # what ran before is used otherwise, as NaN cannot be
+    except LIBRARY_ERRORS:  # what ran before is used otherwise, as NaN cannot be
         return False
 
 
