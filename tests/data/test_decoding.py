@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from helpers.evaluation import make_net, make_processor
 from helpers.images import BROKEN, encode, noise, open_images, with_orientation, write_images
-from helpers.ranks import run_ranks
+from helpers.ranks import call_on_ranks
 from PIL import Image
 
 from isoprune_hf.data.augmentation import TransformedImages
@@ -180,31 +181,20 @@ def test_training_on_broken_images_is_training_on_those_in_their_place(tmp_path:
     assert len(lines) == 4 and "epoch 1: " in lines[0] and "train/class" in lines[0]
 
 
-TRAIN = """
-import json, sys
-from accelerate import Accelerator
-from test_decoding import make_net, make_processor, train_on_ranks
-
-train_on_ranks(sys.argv[1])
-"""
-
-
-def train_on_ranks(folder: str) -> None:
-    accelerator = Accelerator(cpu=True)
-    data = open_images(Path(folder) / "images", broken="skip")
+def train_on_ranks(accelerator: Accelerator, folder: Path) -> None:
+    data = open_images(folder / "images", broken="skip")
     recipe = FinetuneRecipe(epochs=1, batch_size=4, virtual_replicas=2, distillation="none")
     net = make_net(classes=3)
     history = finetune(net, data, make_processor(), recipe, accelerator=accelerator)["history"]
     weights = {name: tensor.tolist() for name, tensor in net.state_dict().items()}
     name = f"{accelerator.num_processes}-{accelerator.process_index}.json"
-    (Path(folder) / name).write_text(json.dumps([history[-1]["broken"], history[-1]["images"], weights]))
+    (folder / name).write_text(json.dumps([history[-1]["broken"], history[-1]["images"], weights]), encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_two_ranks_put_the_same_images_in_the_place_of_broken_ones(tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"train": {3, 8}, "val": {0, 1, 5}})
-    run_ranks(TRAIN, tmp_path)
-    train_on_ranks(str(tmp_path))
+    call_on_ranks(functools.partial(train_on_ranks, folder=tmp_path), tmp_path / "log")
+    train_on_ranks(Accelerator(cpu=True), tmp_path)
     alone, *ranks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert ranks[0] == ranks[1] and ranks[0][:2] == alone[:2] == [3, 9]
     for name, values in alone[2].items():

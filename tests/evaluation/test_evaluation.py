@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import sys
@@ -8,8 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.evaluation import TinyNet, calibration_error_by_hand, make_net, make_processor, make_split
-from helpers.ranks import run_ranks
+from helpers.ranks import call_on_ranks
 
 from isoprune_hf.evaluation.evaluate import evaluate_model, score_split, tabulate_classes
 from isoprune_hf.evaluation.metrics import ImageClassificationMetric, calibration_error
@@ -113,29 +115,19 @@ def test_a_bar_is_on_the_terminal_of_the_main_process_alone(monkeypatch, stream,
     assert ("evaluate" in shown and "/3" in shown) if is_shown else shown == ""
 
 
-SCRIPT = """
-import json, sys
-from accelerate import Accelerator
-from helpers.evaluation import make_net, make_processor, make_split
-from isoprune_hf.evaluation.evaluate import evaluate_model
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-found = {}
-for images in range(1, 14):
-    split, batch_size = make_split(13).select(range(images)), images % 4 + 1
-    found[images] = evaluate_model(
-        make_net(), split, make_processor(), accelerator=accelerator, batch_size=batch_size
-    )
-with open(f"{sys.argv[1]}/rank{accelerator.process_index}.json", "w") as file:
-    json.dump(found, file)
-accelerator.end_training()
-"""
+def save_figures(accelerator: Accelerator, folder: Path) -> None:
+    """Evaluate splits of 1 to 13 images with batches of 1 to 4."""
+    found = {}
+    for images in range(1, 14):
+        split, batch_size = make_split(13).select(range(images)), images % 4 + 1
+        found[images] = evaluate_model(
+            make_net(), split, make_processor(), accelerator=accelerator, batch_size=batch_size
+        )
+    (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_two_ranks_count_every_image_once(tmp_path):
-    run_ranks(SCRIPT, tmp_path)
+    call_on_ranks(functools.partial(save_figures, folder=tmp_path), tmp_path / "log")
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for images in range(1, 14):

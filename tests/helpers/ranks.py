@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -18,8 +17,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from isoprune_hf.cli.main import main
-
-ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
@@ -95,13 +92,19 @@ def start_ranks(
     return [Process(arguments, log / str(rank), before, rank=rank, world=world, port=port) for rank in range(world)]
 
 
-def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int = 2) -> list[Ended]:
-    """Call a function on ranks of its own; it leaves what it has found in files."""
+def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int = 2) -> None:
+    """Call a function on every one of `world` ranks; it writes its results to files.
+
+    Raises:
+        AssertionError: A rank has failed; the text is what the rank wrote.
+    """
 
     def call() -> None:
         code = 1
         try:
-            work(Accelerator(cpu=True))
+            accelerator = Accelerator(cpu=True)
+            assert accelerator.num_processes == world
+            work(accelerator)
             code = 0
         finally:
             if code:
@@ -109,7 +112,8 @@ def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int =
             sys.stderr.flush()
             os._exit(code)
 
-    return [rank.wait() for rank in start_ranks([], log, world, call)]
+    ended = [rank.wait() for rank in start_ranks([], log, world, call)]
+    assert [end.code for end in ended] == [0] * world, "\n".join(end.err for end in ended)
 
 
 def write_slowly(module: ModuleType, seconds: float) -> None:
@@ -158,14 +162,3 @@ def _run(arguments: list[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def run_ranks(script: str, folder: Path, ranks: int = 2) -> None:
-    """Run a script on several ranks, with the folder as its argument."""
-    (folder / "script.py").write_text(script)
-    paths = os.pathsep.join([str(ROOT), *sys.path])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launch, str(folder / "script.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr

@@ -1,14 +1,14 @@
+import functools
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from helpers.ranks import call_on_ranks
 from helpers.tiny_models import make_base
 from helpers.training import (
     ACCELERATOR,
@@ -21,7 +21,7 @@ from helpers.training import (
     make_replica_recipe,
     train,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 from torch import nn
 
@@ -314,53 +314,32 @@ def test_a_small_vit_learns_real_digits():
     assert end["top1"] > 0.2 > start["top1"] and end["loss"] < start["loss"] - 0.2
 
 
-SCRIPT = """
-import sys
-import torch
-from accelerate import Accelerator
-from safetensors.torch import save_file
-from isoprune_hf.errors import RecipeError
-from helpers.training import make_data, make_net, make_normed, make_recipe, make_replica_recipe, train
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-rank = accelerator.process_index
-for name, recipe in (("plain", make_recipe()), ("accumulated", make_recipe(grad_accumulation=4))):
+def train_on_ranks(accelerator: Accelerator, folder: Path) -> None:
+    """Train plainly, with accumulation, with BatchNorm and mixup, and with a loss that is NaN on the second rank."""
+    rank = accelerator.process_index
+    for name, recipe in (("plain", make_recipe()), ("accumulated", make_recipe(grad_accumulation=4))):
+        net = make_net()
+        train(net, recipe, accelerator, teacher=make_net(seed=1))
+        save_file(net.state_dict(), folder / f"{name}{rank}.safetensors")
     net = make_net()
-    train(net, recipe, accelerator, teacher=make_net(seed=1))
-    save_file(net.state_dict(), f"{sys.argv[1]}/{name}{rank}.safetensors")
-
-net = make_net()
-if rank == 1:  # the loss of one rank alone is not finite: both must stop
-    net.register_forward_pre_hook(lambda module, args, kwargs: ((), {"pixel_values": kwargs["pixel_values"] / 0}),
-                                  with_kwargs=True)
-try:
-    train(net, make_recipe(), accelerator)
-except RecipeError as error:
-    open(f"{sys.argv[1]}/stopped{rank}", "w").write(str(error))
-
-normed = make_normed()
-train(normed, make_replica_recipe(), accelerator, data=make_data(train=72))
-save_file(normed.state_dict(), f"{sys.argv[1]}/normed{rank}.safetensors")
-accelerator.end_training()
-"""
+    if rank == 1:
+        net.register_forward_pre_hook(
+            lambda module, args, kwargs: ((), {"pixel_values": kwargs["pixel_values"] / 0}), with_kwargs=True
+        )
+    with pytest.raises(RecipeError, match="the loss is nan"):
+        train(net, make_recipe(), accelerator)
+    normed = make_normed()
+    train(normed, make_replica_recipe(), accelerator, data=make_data(train=72))
+    save_file(normed.state_dict(), folder / f"normed{rank}.safetensors")
 
 
-@pytest.mark.slow
 def test_two_ranks_train_the_weights_of_one(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    call_on_ranks(functools.partial(train_on_ranks, folder=tmp_path), tmp_path / "log")
     alone = make_net()
     train(alone, make_recipe(), teacher=make_net(seed=1))
     for name in ("plain0", "plain1", "accumulated0", "accumulated1"):
         weights = load_file(tmp_path / f"{name}.safetensors")
         torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=0)
-    assert all("the loss is nan" in (tmp_path / f"stopped{rank}").read_text() for rank in range(2))
     # With BatchNorm, dropout, mixup and a short last batch, too; each rank has the same statistics to the last bit.
     first, second = (load_file(tmp_path / f"normed{rank}.safetensors") for rank in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)

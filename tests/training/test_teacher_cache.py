@@ -1,6 +1,7 @@
 """Logits of the teacher that are read instead of computed: for which trainings, and that they are its own."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.ranks import run_ranks
+from helpers.ranks import call_on_ranks
 from helpers.training import TinyNet, assert_equal_weights, make_data, make_net, make_processor, make_recipe, train
 from safetensors.torch import load_file
 
@@ -103,23 +104,13 @@ def test_missing_and_damaged_shards_alone_are_computed_again(tmp_path: Path) -> 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
-SCRIPT = """
-import sys
-from accelerate import Accelerator
-from helpers.ranks import run_ranks
-from helpers.training import make_data, make_net, make_recipe, train
-from test_teacher_cache import FIXED
-from isoprune_hf.training import teacher_cache
-teacher_cache._SHARD = 16
-recipe = make_recipe(**FIXED, virtual_replicas=2, teacher_cache=sys.argv[1] + "/logits")
-net = make_net()
-train(net, recipe, Accelerator(cpu=True), teacher=make_net(seed=1))
-"""
+def train_with_cache(accelerator: Accelerator, folder: Path) -> None:
+    recipe = make_recipe(**FIXED, virtual_replicas=2, teacher_cache=str(folder))
+    train(make_net(), recipe, accelerator, teacher=make_net(seed=1))
 
 
-@pytest.mark.slow
 def test_two_ranks_share_the_work_and_write_what_one_does(tmp_path: Path) -> None:
-    run_ranks(SCRIPT, tmp_path)
+    call_on_ranks(functools.partial(train_with_cache, folder=tmp_path / "logits"), tmp_path / "log")
     net, data = make_net(seed=1), make_data()
     train(make_net(), make_recipe(**FIXED, teacher_cache=str(tmp_path / "alone")), teacher=net, data=data)
     shared, alone = (

