@@ -1,24 +1,24 @@
-"""The command line as a user meets it: what a stage writes, prints and refuses, on one rank and on two."""
+"""The command line as a user meets it: the files a stage writes, the text it prints, and the input it refuses."""
 
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from helpers.command_line import Done, contents, isoprune, leftovers, read, refuse, succeed
+from helpers.command_line import Done, contents, isoprune, read, refuse, succeed
 from helpers.evaluation import calibration_error_by_hand
+from helpers.imagenet import SYNSETS, write_imagenet
 from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -29,8 +29,6 @@ from isoprune_hf.commands import inspect as inspection
 from isoprune_hf.commands import run as stages
 
 ROOT = Path(__file__).parents[2]
-SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
-SYNSETS += ["n01496331", "n01498041", "n01514668", "n01514859", "n01518878"]
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 VIT = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false"]
 VIT += ["--prune.model_args", json.dumps(MODEL_ARGS)]
@@ -97,14 +95,7 @@ def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the shape of ImageNet: 10 classes, 4 training and 2 validation images each."""
-    root = tmp_path_factory.mktemp("imagenet")
-    for split, count in (("train", 4), ("val", 2)):
-        for label, name in enumerate(SYNSETS):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                color = (25 * label, 255 - 20 * label, (90 * label + 30 * number) % 256)
-                Image.new("RGB", (40, 32), color).save(root / split / name / f"{name}_{number}.JPEG")
-    return root
+    return write_imagenet(tmp_path_factory.mktemp("imagenet"))
 
 
 @pytest.fixture(scope="module")
@@ -588,106 +579,6 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(inspection, "run_inspect", stop)
     assert isoprune("inspect", "--model", VIT[1]) == Done(130, "", "")
-
-
-# Processes
-
-# Notes, at the end of each rank, how many ranks Accelerate has seen.
-NOTE_RANKS = """
-import atexit, os, sys
-
-@atexit.register
-def note() -> None:
-    if "RANK" in os.environ and "accelerate.state" in sys.modules:
-        state = sys.modules["accelerate.state"].PartialState()
-        with open(os.path.join(os.environ["RANK_NOTES"], str(state.process_index)), "w") as file:
-            file.write(str(state.num_processes))
-"""
-
-
-class Launched(NamedTuple):
-    """How a launched command ended; `ranks` holds the number of ranks that each rank has seen."""
-
-    output: Path
-    code: int
-    out: str
-    err: str
-    ranks: dict[str, str]
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
-    """One rank, and two ranks by torchrun and by `accelerate launch`; they start together to share two cores."""
-    root = tmp_path_factory.mktemp("launched")
-    (root / "sitecustomize.py").write_text(NOTE_RANKS)
-    shutil.copytree(pruned, root / "evaluated")
-    prune = ["prune", *TAYLOR, "--data.dataset", str(images), "--output"]
-    evaluate = ["evaluate", "--model", str(root / "evaluated"), "--data.dataset", str(images)]
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    accelerate += ["--main_process_port", free_port()]
-    script = str(ROOT / "train_accelerate.py")
-    commands = {
-        "one": [script, *prune, str(root / "one")],
-        "two": ["-m", *torchrun, script, *prune, str(root / "two")],
-        "evaluate": ["-m", *accelerate, script, *evaluate],
-    }
-    running = {}
-    for name, command in commands.items():
-        (root / f"{name}_ranks").mkdir()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment.pop("ACCELERATE_USE_CPU")  # a user sets no such thing
-        environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "HF_HOME": str(root / f"{name}_home")}
-        environment |= {"RANK_NOTES": str(root / f"{name}_ranks")}
-        options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running[name] = subprocess.Popen([sys.executable, *command], **options)
-    done = {}
-    try:
-        for name, process in running.items():
-            out, err = process.communicate(timeout=300)
-            ranks = {path.name: path.read_text() for path in sorted((root / f"{name}_ranks").iterdir())}
-            done[name] = Launched(root / name, process.returncode, out, err, ranks)
-    finally:
-        for process in running.values():
-            process.kill()
-    return done
-
-
-@pytest.mark.slow
-def test_two_ranks_make_the_plan_of_one(launched: dict[str, Launched], pruned: Path) -> None:
-    one, two = launched["one"], launched["two"]
-    assert one.code == 0, one.err
-    assert two.code == 0, two.err
-    assert one.ranks == {} and two.ranks == {"0": "2", "1": "2"}
-    folders = (one.output, two.output, pruned)
-    assert len({(folder / "pruning_plan.json").read_bytes() for folder in folders}) == 1
-    assert leftovers(one.output.parent) == []
-    for name in ("base", "pruned"):
-        first, second = (read(folder, "metrics.json")[name] for folder in folders[:2])
-        assert first == pytest.approx(second, rel=1e-6)
-    for finished in (one, two):  # the main process alone speaks
-        assert finished.out.count("score on 39 images in micro-batches of 3") == 1
-        assert finished.out.count("The model is in") == 1
-    assert one.err == ""
-
-
-@pytest.mark.slow
-def test_two_ranks_evaluate_to_the_figures_of_one(launched: dict[str, Launched], pruned: Path) -> None:
-    finished = launched["evaluate"]
-    assert finished.code == 0, finished.err
-    assert finished.ranks == {"0": "2", "1": "2"}
-    size, *_, figures = finished.out.splitlines()
-    assert size.startswith("MACs: ")
-    expected = read(pruned, "metrics.json")["pruned"]
-    assert json.loads(figures) == pytest.approx(expected, rel=1e-6)
-    assert json.loads(figures)["images"] == 20
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
