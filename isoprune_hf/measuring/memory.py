@@ -1,11 +1,13 @@
-"""How much memory a forward pass takes."""
+"""Measure how much memory a forward pass needs; call `peak_memory`."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+# The hook below Python's autograd and the walk through nested arguments have no public name in torch 2.14.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,13 +17,13 @@ from isoprune_hf.measuring.speed import Precision, draw_images, with_precision
 def peak_memory(
     model: nn.Module, image_size: Sequence[int], *, batch_size: int = 1, precision: Precision = "no"
 ) -> int:
-    """Measure the most bytes that lie in tensors at once in an eager forward pass, weights included.
+    """Measure the largest number of bytes held by tensors at any time of an eager forward pass, weights included.
 
-    On a GPU it is what the allocator says; on a CPU every tensor that an operator gives is followed, and what an
-    operator uses inside is not seen.
+    On a GPU this is the count of the allocator. On a CPU the outputs of all operators are counted; buffers that an
+    operator allocates internally are not.
 
     Args:
-        model: The model in eval mode, on its device; left untouched.
+        model: The model in eval mode, on its device; it is not changed.
         image_size: (C, H, W) of one image.
         batch_size: Images in the batch.
         precision: As in `measure_latency`.
@@ -35,34 +37,39 @@ def peak_memory(
             torch.cuda.reset_peak_memory_stats(pixels.device)
             copied(pixels)
             return weights + pixels.nbytes + torch.cuda.max_memory_allocated(pixels.device) - before
-        counted = _LiveBytes()
-        with counted:
+        counter = _TensorBytesCounter()
+        with counter:
             copied(pixels)
-    return weights + pixels.nbytes + counted.peak
+    return weights + pixels.nbytes + counter.peak
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, while they live."""
+class _TensorBytesCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its hooks untyped
+    """Counts the bytes of operator outputs while they are alive."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.live = 0
+        self.peak = 0
+        self._counted: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        inputs = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            storage = leaf.untyped_storage() if isinstance(leaf, torch.Tensor) else None
-            # A view, or what was written in place, is no new memory.
-            if storage is not None and storage._cdata not in given and storage not in self.known:
-                self.known.add(storage)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, storage.nbytes())
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage(), inputs)
         return output
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[torch.UntypedStorage]) -> None:
+        # A view of an input, or an input written in place, takes no new memory.
+        if storage in inputs or storage in self._counted:
+            return
+        self._counted.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, storage.nbytes())
 
     def _free(self, size: int) -> None:
         self.live -= size
