@@ -11,12 +11,16 @@ from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
 from isoprune_hf.commands.opening import open_source
 from isoprune_hf.commands.results import Answer
 from isoprune_hf.errors import CheckpointError, RecipeError
-from isoprune_hf.export.export import Format, Quantization, check_export, export_model
+from isoprune_hf.export.comparison import Quantization
+from isoprune_hf.export.export import check_export, export_model
+from isoprune_hf.export.formats import Format
 from isoprune_hf.hub.push import check_wishes, describe_push, published_files, push_folder
+from isoprune_hf.measuring.cases import BenchmarkSettings, RuntimeName
+from isoprune_hf.measuring.runtimes import DType
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.doctor import check_model
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
-from isoprune_hf.reporting.benchmark import BenchmarkSettings, Runtime, Width, benchmark_models, benchmark_text
+from isoprune_hf.reporting.benchmark import benchmark_models, benchmark_text
 from isoprune_hf.reporting.model_card import build_model_card
 
 
@@ -45,8 +49,8 @@ def run_benchmark(
     folder: str,
     base: str | None,
     batch_sizes: list[int],
-    dtypes: list[Width],
-    runtimes: list[Runtime],
+    dtypes: list[DType],
+    runtimes: list[RuntimeName],
     repeats: int,
     seconds: float,
     threads: int | None,

@@ -1,10 +1,14 @@
-"""How long a forward pass takes."""
+"""Measure how long a forward pass takes.
+
+`measure_latency` returns medians in milliseconds; `time_models` and `time_calls` return the time of every pass.
+"""
 
 import copy
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -12,11 +16,27 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.measuring.backends import BACKENDS, Backend, Forward
 
 Precision = Literal["no", "bf16"]
-Backend = Literal["eager", "compile"]
-_FEWEST_TURNS = 5
+_MIN_ROUNDS = 5  # timed rounds before a time limit ends a measurement
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often each model is called. In a round every model is called once.
+
+    Args:
+        repeats: Timed rounds.
+        warmup: Untimed rounds before them.
+        seconds: No new round starts once the timed ones took this long, but at least five are made.
+    """
+
+    repeats: int
+    warmup: int
+    seconds: float = math.inf
 
 
 def measure_latency(
@@ -32,25 +52,31 @@ def measure_latency(
     """Measure the median time of a forward pass of each model, on its own device.
 
     Args:
-        models: Models by name; left untouched.
+        models: Models by name; they are not changed.
         image_size: (C, H, W) of one image.
         batch_size: Images in the batch.
-        precision: no times a model in its own dtype, bf16 a copy of it.
-        backend: eager, or compile for `torch.compile`, which forgets what the process has compiled before.
+        precision: `no` times a model in its own dtype, `bf16` a copy of it.
+        backend: `eager`, or `compile` for `torch.compile`, which drops everything the process has compiled before.
         repeats: Timed passes of each model.
-        warmup: Passes of each model before, untimed; compile takes at least one.
+        warmup: Untimed passes of each model before them; `compile` makes at least one.
 
     Returns:
         Milliseconds for one batch, by name.
 
     Raises:
-        RecipeError: A number is too small, or `torch.compile` does not work here.
+        RecipeError: A number is too small, or `torch.compile` does not work on this machine.
 
     Note:
-        The models take turns, so that what else the machine does hits all of them alike.
+        The models are called in turns, so that other load on the machine affects all of them alike.
     """
-    settings = {"batch_size": batch_size, "precision": precision, "backend": backend}
-    times = time_models(models, image_size, repeats=repeats, warmup=warmup, **settings)
+    times = time_models(
+        models,
+        image_size,
+        batch_size=batch_size,
+        precision=precision,
+        backend=backend,
+        rounds=Rounds(repeats, warmup),
+    )
     return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
 
 
@@ -61,60 +87,53 @@ def time_models(
     batch_size: int,
     precision: Precision,
     backend: Backend,
-    repeats: int,
-    warmup: int,
-    seconds: float = math.inf,
+    rounds: Rounds,
 ) -> dict[str, list[float]]:
-    """Time forward passes one by one: see `measure_latency`, and `time_calls` for `seconds`.
+    """Time every forward pass of some models; the arguments are those of `measure_latency`.
 
     Returns:
         Milliseconds of each pass, by name.
+
+    Raises:
+        RecipeError: See `measure_latency`.
     """
-    check_counts(batch_size=batch_size, repeats=repeats, warmup=warmup)
+    check_counts(batch_size=batch_size, repeats=rounds.repeats, warmup=rounds.warmup)
+    used = BACKENDS[backend]
     modes = [(module, module.training) for model in models.values() for module in model.modules()]
     try:
         for model in models.values():
             model.eval()
-        if backend == "compile":
-            torch.compiler.reset()  # every model is one more entry of the same cache, which is small
-            warmup = max(warmup, 1)
-        ready = {name: _prepare(model, precision, backend) for name, model in models.items()}
-        inputs = {name: draw_images(model, image_size, batch_size) for name, model in ready.items()}
-        calls = {name: partial(_forward, model, inputs[name]) for name, model in ready.items()}
-        with torch.inference_mode():
-            return time_calls(calls, repeats=repeats, warmup=warmup, seconds=seconds)
-    except RuntimeError as error:  # torch._dynamo's errors are of this kind, and slow to import
-        if backend == "eager":
-            raise
-        cause = " ".join(str(error).split())[:200]
-        raise RecipeError(f"torch.compile does not work here ({cause}); measure with latency_backend eager") from error
+        with used.session():
+            cast_models = {name: with_precision(model, precision) for name, model in models.items()}
+            calls = {
+                name: partial(_time_forward, used.prepare(model), draw_images(model, image_size, batch_size))
+                for name, model in cast_models.items()
+            }
+            with torch.inference_mode():
+                return time_calls(calls, Rounds(rounds.repeats, max(rounds.warmup, used.min_warmup), rounds.seconds))
     finally:
         for module, training in modes:
             module.training = training
 
 
-def time_calls(
-    calls: Mapping[str, Callable[[], float]], *, repeats: int, warmup: int, seconds: float = math.inf
-) -> dict[str, list[float]]:
-    """Let calls take turns, and collect what each says it took.
+def time_calls(calls: Mapping[str, Callable[[], float]], rounds: Rounds) -> dict[str, list[float]]:
+    """Make some calls in turns and collect the time that each one reports.
 
     Args:
-        calls: By name; each gives the seconds that it took.
-        repeats: Turns that count.
-        warmup: Turns before, which do not.
-        seconds: No further turn begins after so long, once there are five.
+        calls: Name -> a call that returns the seconds it took.
+        rounds: How often each of them is made.
 
     Returns:
-        Milliseconds of each turn, by name.
+        Milliseconds of each timed call, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = 0.0
-    for turn in range(warmup + repeats):
-        if turn >= warmup + _FEWEST_TURNS and spent > seconds:
+    for number in range(rounds.warmup + rounds.repeats):
+        if number >= rounds.warmup + _MIN_ROUNDS and spent > rounds.seconds:
             break
         for name, call in calls.items():
             taken = call()
-            if turn >= warmup:
+            if number >= rounds.warmup:
                 times[name].append(1000 * taken)
                 spent += taken
     return times
@@ -129,10 +148,14 @@ def measure_pair(
     backend: Backend = "eager",
     repeats: int = 20,
 ) -> tuple[float, float]:
-    """Measure base and pruned model in turns; returns the milliseconds of both (see `measure_latency`)."""
+    """Measure a base and a pruned model in turns.
+
+    Returns:
+        Milliseconds for one batch of the base and of the pruned model; see `measure_latency`.
+    """
     times = measure_latency(
         {"base": base, "pruned": pruned},
-        base.config.image_size,
+        image_size_of(base),
         batch_size=batch_size,
         precision=precision,
         backend=backend,
@@ -144,7 +167,7 @@ def measure_pair(
 def record_measurement(
     device: torch.device, *, batch_size: int, precision: Precision, backend: Backend, repeats: int
 ) -> dict[str, Any]:
-    """Describe a measurement by plain values, so that a figure says what it is a figure of."""
+    """Describe a measurement by plain values, which are saved with its figures."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -157,19 +180,19 @@ def record_measurement(
 
 
 def check_counts(**counts: int) -> None:
-    """Check the numbers of a measurement.
+    """Check the counts of a measurement: `warmup` may be 0, all others start at 1.
 
     Raises:
-        RecipeError: One is too small.
+        RecipeError: A count is too small.
     """
     for name, value in counts.items():
-        low = 0 if name == "warmup" else 1
-        if value < low:
-            raise RecipeError(f"{name} must be at least {low}, got {value}")
+        minimum = 0 if name == "warmup" else 1
+        if value < minimum:
+            raise RecipeError(f"{name} must be at least {minimum}, got {value}")
 
 
 def draw_images(model: nn.Module, image_size: Sequence[int], batch_size: int) -> torch.Tensor:
-    """Draw images (B, C, H, W) on the device and in the dtype of a model, the same ones every time."""
+    """Return random images (B, C, H, W) on the device and in the dtype of a model, the same ones on every call."""
     pixels = torch.randn(batch_size, *image_size, generator=torch.Generator().manual_seed(0))
     return pixels.to(next(model.parameters()))
 
@@ -179,15 +202,11 @@ def with_precision(model: nn.Module, precision: Precision) -> nn.Module:
     return copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
 
 
-def _prepare(model: nn.Module, precision: Precision, backend: Backend) -> nn.Module:
-    model = with_precision(model, precision)
-    return torch.compile(model, dynamic=False) if backend == "compile" else model
-
-
-def _forward(model: nn.Module, pixels: torch.Tensor) -> float:
+def _time_forward(forward: Forward, pixels: torch.Tensor) -> float:
+    """Return the seconds of one forward pass."""
     _synchronize(pixels.device)
     start = time.perf_counter()
-    model(pixels)
+    forward(pixels)
     _synchronize(pixels.device)
     return time.perf_counter() - start
 

@@ -1,8 +1,8 @@
-"""The speed report: turns, quartiles, what MACs promise, and a sentence whose figures are those of the layers."""
+"""The speed report: its table and text, and the sentence that explains it."""
 
 import json
+import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,55 +14,22 @@ from helpers.pruned_models import Pruned
 from helpers.tiny_models import make_base
 from torch import nn
 
-from isoprune_hf.errors import MissingExtraError, RecipeError
-from isoprune_hf.measuring.memory import peak_memory
-from isoprune_hf.measuring.speed import time_calls
-from isoprune_hf.reporting.benchmark import (
-    BenchmarkSettings,
-    _quartiles,
-    _row,
-    _spread,
-    benchmark_table,
-    benchmark_text,
-)
-from isoprune_hf.reporting.speed_reasons import advise_multiple, explain_speed, look_at_layers
+from isoprune_hf.measuring.cases import quartiles, record_case
+from isoprune_hf.reporting.benchmark import benchmark_table, benchmark_text, format_quartiles
+from isoprune_hf.reporting.speed_reasons import advise_multiple, describe_layers, explain_speed_gap
 
 
-def test_calls_take_turns_and_the_warm_up_does_not_count() -> None:
-    order: list[str] = []
-    spent = iter([9.0, 9.0, 0.001, 0.002, 0.003, 0.004])
-
-    def call(name: str) -> float:
-        order.append(name)
-        return next(spent)
-
-    times = time_calls({name: lambda name=name: call(name) for name in "ab"}, repeats=2, warmup=1)
-    assert order == ["a", "b"] * 3
-    assert times == {"a": pytest.approx([1.0, 3.0]), "b": pytest.approx([2.0, 4.0])}
-
-
-def test_a_row_that_took_its_seconds_ends_after_five_turns() -> None:
-    assert len(time_calls({"a": lambda: 1.0}, repeats=20, warmup=1, seconds=2.5)["a"]) == 5
-    assert len(time_calls({"a": lambda: 1.0}, repeats=20, warmup=1, seconds=7.5)["a"]) == 8
-    assert len(time_calls({"a": lambda: 1.0}, repeats=3, warmup=0, seconds=0.5)["a"]) == 3
-
-
-def test_a_row_holds_medians_quartiles_and_the_share_of_the_promise() -> None:
-    row = _row("eager", "fp32", 1, {"base": [8, 9, 10, 11, 12], "pruned": [1, 3, 4, 5, 70]}, 2.0, None)
-    assert row["base"] == {"median": 10, "low": 9, "high": 11}
-    assert row["pruned"] == {"median": 4, "low": 3, "high": 5}
-    assert (row["faster"], row["of_promised"], row["turns"]) == (2.5, 1.25, 5)
-
-
-def test_times_have_three_digits() -> None:
-    shown = [_spread(_quartiles([value] * 5)) for value in (0.01234, 1.2345, 12.345, 1234.5)]
+def test_times_have_three_significant_digits() -> None:
+    shown = [format_quartiles(quartiles([value] * 5)) for value in (0.01234, 1.2345, 12.345, 1234.5)]
     assert shown == ["0.0123 (0.0123 to 0.0123)", "1.23 (1.23 to 1.23)", "12.3 (12.3 to 12.3)", "1234 (1234 to 1234)"]
 
 
 def record_of(**changes: Any) -> dict[str, Any]:
     times = {"base": [10.0] * 5, "pruned": [8.0] * 5}
-    rows = [_row("eager", "fp32", 1, times, 2.5, {"base": 4_000_000, "pruned": 1_500_000})]
-    rows.append(_row("onnx", "fp32", 16, {**times, "pruned": [4.0] * 5}, 2.5, None))
+    rows = [
+        record_case("eager", "fp32", 1, times, promised=2.5) | {"memory": {"base": 4_000_000, "pruned": 1_500_000}},
+        record_case("onnx", "fp32", 16, {**times, "pruned": [4.0] * 5}, promised=2.5),
+    ]
     layers = {"narrow": 0.0, "depthwise": 0.0, "unaligned": {"8": 0.0, "16": 0.0, "32": 0.0}}
     machine = {"device": "a CPU", "threads": 2, "versions": {"torch": "9.9"}}
     return {
@@ -75,7 +42,7 @@ def record_of(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def test_the_table_shows_each_row_and_no_memory_where_none_was_measured() -> None:
+def test_table_shows_a_dash_for_unmeasured_memory() -> None:
     assert benchmark_table(record_of()) == [
         ["runtime", "dtype", "batch", "base ms", "pruned ms", "faster", "of MACs", "base MB", "pruned MB"],
         ["eager", "fp32", "1", "10.0 (10.0 to 10.0)", "8.00 (8.00 to 8.00)", "1.25x", "0.50", "4.0", "1.5"],
@@ -86,19 +53,19 @@ def test_the_table_shows_each_row_and_no_memory_where_none_was_measured() -> Non
     assert "\nnot measured: ONNX Runtime in bf16: its CPU kernels are of fp32\n" in text
 
 
-def test_the_sentence_names_what_the_layers_are_like_and_the_round_to_that_helps() -> None:
-    aligned = explain_speed(record_of())
-    assert aligned.startswith("The clock gives 0.50 to 1.00 of the 2.50x that MACs promise: norms, activations")
-    assert aligned.endswith("no round_to would align it better.")
+def test_sentence_names_causes_and_the_helpful_round_to() -> None:
+    aligned = explain_speed_gap(record_of())
+    assert "0.50 to 1.00 of the 2.50x" in aligned
+    assert "MACs are in layers" not in aligned and "--prune.round_to" not in aligned
     layers = {"narrow": 0.31, "depthwise": 0.12, "unaligned": {"8": 0.04, "16": 0.62, "32": 0.9}}
-    sentence = explain_speed(record_of(layers=layers))
-    assert "62% of the MACs are in layers whose widths are no multiples of 16, 31% are in layers narrower" in sentence
-    assert "12% are in depthwise convolutions" in sentence and "--prune.round_to 16 would help." in sentence
+    sentence = explain_speed_gap(record_of(layers=layers))
+    assert re.search("62% of the MACs .* 16, 31% .* layers narrower than 64.* 12% .* depthwise", sentence)
+    assert "--prune.round_to 16" in sentence
     assert advise_multiple({"unaligned": {"8": 0.06, "16": 0.06, "32": 1.0}}) == 8
 
 
 class Net(nn.Module):
-    """Three layers whose MACs are counted by hand, on images of 3 x 4 x 4 for 10 classes."""
+    """Four layers whose MACs are counted by hand, for images of 3 x 4 x 4 and 10 classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,36 +77,17 @@ class Net(nn.Module):
         return self.head(self.fc(self.deep(self.conv(pixels)).mean((2, 3))))
 
 
-def test_shares_of_layers_are_those_found_by_hand() -> None:
-    # 64 x 3 x 16 + 64 x 9 x 16 + 64 x 68 + 68 x 10 MACs; 68 is no multiple of 8; nothing is below 64.
+def test_layer_shares_match_hand_computed_macs() -> None:
+    # 64 x 3 x 16 + 64 x 9 x 16 + 64 x 68 + 68 x 10 MACs; 68 is not a multiple of 8; no width is below 64.
     total = 3072 + 9216 + 4352 + 680
-    layers = look_at_layers(Net())
+    layers = describe_layers(Net())
     assert layers["depthwise"] == pytest.approx(9216 / total)
     assert layers["narrow"] == 0
     assert layers["unaligned"] == pytest.approx(dict.fromkeys(("8", "16", "32"), (4352 + 680) / total))
 
 
-class Steps(nn.Module):
-    """Makes two tensors of 1 MB, frees one, makes a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1000))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        first = torch.zeros(250_000) + 0
-        second = first + 1
-        del first
-        return second.view(-1) * 2
-
-
-def test_the_peak_of_memory_is_that_of_the_tensors_which_live_at_once() -> None:
-    # At most two tensors of 10^6 bytes at a time, beside 4000 bytes of weights and one image of 3 x 2 x 2 in fp32.
-    assert peak_memory(Steps().eval(), (3, 2, 2)) == 2_000_000 + 4_000 + 48
-
-
 @pytest.mark.slow
-def test_a_folder_keeps_its_figures_and_its_card_shows_them(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+def test_benchmark_is_saved_and_shown_on_card(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     folder = shutil.copytree(pruned("vit").folder, tmp_path / "vit")
     (folder / "speed.json").write_text(
         '{"milliseconds": {"base": 5.0}, "device": "cpu", "threads": 1, "batch_size": 1}'
@@ -171,7 +119,7 @@ def test_a_folder_keeps_its_figures_and_its_card_shows_them(pruned: Callable[[st
 
 
 def _dense(pruned: Callable[[str], Pruned], tmp_path: Path) -> Path:
-    """The base of the tiny ViT, as a folder."""
+    """Save the base of the tiny ViT and return its folder."""
     base = make_base("vit", tmp_path / "bases", labels=7)
     sample = pruned("vit")
     base.config.id2label, base.config.label2id = sample.model.config.id2label, sample.model.config.label2id
@@ -180,33 +128,7 @@ def _dense(pruned: Callable[[str], Pruned], tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"batch_sizes": []}, "batch_sizes must name at least one"),
-        ({"batch_sizes": [1, 0]}, r"batch_sizes\[1\] must be at least 1, got 0"),
-        ({"repeats": 4}, "repeats must be at least 5, got 4"),
-        ({"seconds": 0.0}, "seconds must be above 0"),
-        ({"runtimes": []}, "runtimes must name at least one"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
-        BenchmarkSettings(**settings)
-
-
-def test_a_missing_runtime_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(
-        MissingExtraError, match=r"needs onnxruntime, which is not installed: pip install isoprune-hf\[export\]"
-    ):
-        BenchmarkSettings()
-    BenchmarkSettings(runtimes=["eager"])
-
-
-def test_what_cannot_be_compared_is_one_line_and_leaves_the_folder(
-    pruned: Callable[[str], Pruned], tmp_path: Path
-) -> None:
+def test_refused_benchmark_leaves_folder_unchanged(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     folder = shutil.copytree(pruned("vit").folder, tmp_path / "vit")
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "config.json").write_text(json.dumps({"model_type": "isoprune", "stage": "base"}))

@@ -1,0 +1,85 @@
+"""Compare the logits of an exported model with those of PyTorch: `load_photographs`, then `compare_logits`."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from isoprune_hf.errors import ExportError
+from isoprune_hf.export.formats import FORMATS, Format
+
+Quantization = Literal["none", "dynamic"]
+# Largest difference of two logits, as a fraction of the largest logit: other kernels add in another order, and weights
+# of eight bits are coarse.
+_MAX_DIFFERENCE: dict[Quantization, float] = {"none": 1e-3, "dynamic": 0.25}
+
+
+class Export(NamedTuple):
+    """An exported model, and how its logits differ from those of PyTorch.
+
+    Args:
+        file: Name of the model's file in its folder.
+        difference: Largest difference of two logits over all images and batches.
+        largest: Largest absolute logit of PyTorch.
+        batches: Number of images in each batch that was compared.
+        same_class: Number of images with the same predicted class.
+    """
+
+    file: str
+    difference: float
+    largest: float
+    batches: tuple[int, ...]
+    same_class: int
+
+
+def load_photographs(processor: BaseImageProcessor) -> list[np.ndarray]:
+    """Return a batch of one image and a batch of four: the two photographs that scikit-learn ships, and crops of them.
+
+    Args:
+        processor: Turns the images into pixels (B, C, H, W).
+    """
+    first, second = (Image.fromarray(image) for image in import_module("sklearn.datasets").load_sample_images().images)
+    width, height = first.size
+    crops = [first.crop((0, 0, width // 2, height)), first.crop((width // 2, 0, width, height // 2))]
+    images = [first, second, *crops, second.crop((width // 4, height // 4, width, height))]
+    return [
+        np.ascontiguousarray(processor(batch, return_tensors="np").pixel_values, dtype=np.float32)
+        for batch in (images[:1], images[1:])
+    ]
+
+
+def compare_logits(
+    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], *, target: Format, quantize: Quantization
+) -> Export:
+    """Compare the logits of an exported model, batch by batch.
+
+    Args:
+        expected: Logits of PyTorch, (B, classes) for each batch.
+        found: Logits of the exported model.
+        target: Format of the exported model.
+        quantize: How its weights are stored.
+
+    Raises:
+        ExportError: Shapes differ, or a logit differs by more than 0.1 % (25 % with weights of eight bits) of the
+            largest one.
+    """
+    shapes = [array.shape for array in found]
+    if shapes != [array.shape for array in expected]:
+        raise ExportError(
+            f"the model in {target} returns logits of the shapes {shapes}, not {[array.shape for array in expected]}"
+        )
+    reference, answer = np.concatenate(expected), np.concatenate(found)
+    difference = float(abs(answer - reference).max())
+    largest = float(abs(reference).max())
+    limit = _MAX_DIFFERENCE[quantize] * largest
+    if not difference <= limit:  # also true for NaN
+        advice = "try --quantize none" if quantize != "none" else "no file is kept"
+        raise ExportError(
+            f"a logit of the model in {target} differs from PyTorch by {difference:.3g}, at most {limit:.3g} is "
+            f"allowed; {advice}"
+        )
+    same = int((reference.argmax(1) == answer.argmax(1)).sum())
+    return Export(FORMATS[target].file, difference, largest, tuple(len(array) for array in expected), same)

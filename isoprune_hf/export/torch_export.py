@@ -1,0 +1,31 @@
+"""Export to the format of `torch.export.save`, which PyTorch opens without the code of the model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from isoprune_hf.measuring.runtimes import Run
+
+
+class TorchExportFormat:
+    """A program of `torch.export`."""
+
+    file = "model.pt2"
+    packages = ()
+    quantize = None
+
+    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
+        """Write a traced model and open it again; see `ExportFormat.write`."""
+        program.example_inputs = None  # they would be saved with the program
+        torch.export.save(program, file, extra_files={"id2label.json": json.dumps(labels)})
+        opened = torch.export.load(file).module()
+
+        def run(pixels: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                logits: torch.Tensor = opened(torch.from_numpy(pixels))
+            return logits.numpy()
+
+        return run
