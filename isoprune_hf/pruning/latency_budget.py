@@ -8,9 +8,9 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.measuring.speed import measure_pair
 from isoprune_hf.pruning.cost.latency import LatencyModel, fit_latency
-from isoprune_hf.pruning.cost.macs import CostModel
+from isoprune_hf.pruning.cost.macs import CostModel, RemovedUnits
 from isoprune_hf.pruning.cutting.cut import apply_plan
-from isoprune_hf.pruning.deciding.make_plan import make_plan, removed_by
+from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import score_groups
@@ -32,7 +32,7 @@ def fit_base(
         plan = make_plan(
             groups, scores, PruneRecipe(criterion="random", scope="local", ratio=ratio, round_to=recipe.round_to)
         )
-        variants.append((apply_plan(model, plan, groups), cost.layer_macs(*removed_by(plan, groups))))
+        variants.append((apply_plan(model, plan, groups), cost.layer_macs(*RemovedUnits.of_plan(plan, groups))))
     return fit_latency(
         model,
         variants,

@@ -1,4 +1,4 @@
-"""How big a model is, and how big a plan would make it: exact multiply-accumulates and parameters."""
+"""Exact multiply-accumulates and parameters: of a model (`count_cost`), and of any cut of it (`cost_model`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +17,7 @@ from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, light_c
 from isoprune_hf.pruning.graph.find_groups import graph_of
 from isoprune_hf.pruning.graph.widths import Tie, Width, leaf_ties, widths_of
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,27 @@ def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMo
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UnsupportedArchitectureError(f"{type(network).__name__} does not run: {error}") from error
     return counter
+
+
+class RemovedUnits(NamedTuple):
+    """What a cut removes, in the order in which `CostModel.cost` takes it.
+
+    Args:
+        channels: Group -> channels to remove.
+        heads: Attention group -> whole heads to remove (their channels are counted in `channels` too).
+        blocks: Residual blocks to remove.
+    """
+
+    channels: Mapping[str, int]
+    heads: Mapping[str, int]
+    blocks: tuple[str, ...]
+
+    @classmethod
+    def of_plan(cls, plan: PruningPlan, groups: Sequence[CoupledGroup]) -> "RemovedUnits":
+        """Return what a plan removes from the model of these groups."""
+        channels = {g.name: g.channels - len(plan.kept.get(g.name, range(g.channels))) for g in groups}
+        heads = {g.name: g.num_heads - len(plan.heads.get(g.name, range(g.num_heads))) for g in groups}
+        return cls(channels, heads, plan.removed_blocks)
 
 
 class Term(NamedTuple):

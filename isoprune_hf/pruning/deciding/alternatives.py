@@ -1,4 +1,4 @@
-"""What can be compared: ways to decide, each a plan from the same groups, scores and budget."""
+"""Compare ways to decide: `make_alternatives` makes one plan for each from the same groups, scores and budget."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 from isoprune_hf.recipes.prune import LOSS_CRITERIA
 
-# The one list of what is compared: name -> the settings that make it. Tables, plots and the page follow it.
+# Name -> the settings that define an alternative. Tables, plots and the inspection page follow this order.
 ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {
     "local": {"allocation": "class", "scope": "local"},
     "global": {"allocation": "class", "scope": "global"},
@@ -23,25 +23,25 @@ ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {
 DEFAULT_BUDGET = "50%"
 
 
-def recipe_of_budget(recipe: PruneRecipe, target_macs: str | float, **settings: Any) -> PruneRecipe:
-    """Give a recipe a budget of MACs in place of its own, and other settings; those that its preset took stay.
+def recipe_of_budget(recipe: PruneRecipe, target_macs: str | float | None, **settings: Any) -> PruneRecipe:
+    """Return a copy of a recipe with a MACs budget and other settings; values filled in by its preset are kept.
 
     Raises:
         RecipeError: A value is out of its range.
     """
-    budget = {"target_macs": target_macs, "target_params": None, "target_latency": None}
-    return replace(recipe, preset=None, **budget, **settings)
+    return replace(recipe, preset=None, target_macs=target_macs, target_params=None, target_latency=None, **settings)
 
 
 def check_comparable(recipe: PruneRecipe) -> None:
-    """Check that a recipe leaves the budget to MACs.
+    """Check that a recipe has no budget other than MACs.
 
     Raises:
         RecipeError: It has another budget.
     """
-    for name in ("target_params", "target_latency"):
-        if getattr(recipe, name) is not None:
-            raise RecipeError(f"what is compared is compared at equal MACs: give prune.target_macs, not prune.{name}")
+    if recipe.budget is not None and recipe.budget.kind != "macs":
+        raise RecipeError(
+            f"plans are compared at equal MACs: give prune.target_macs, not prune.{recipe.budget.setting}"
+        )
 
 
 def make_alternatives(
@@ -52,18 +52,18 @@ def make_alternatives(
     cost: CostModel,
     blocks: Sequence[ResidualBlock] = (),
 ) -> dict[str, PruningPlan]:
-    """Decide by every one of the `ALTERNATIVES` at the MACs of the recipe; touches no weights and needs no data.
+    """Make a plan for each of the `ALTERNATIVES` at the MACs of a recipe; reads neither weights nor images.
 
     Args:
         groups: Groups of `trace_groups`.
-        scores: Scores of these groups, made once.
-        recipe: Holds `target_macs` and everything that the alternatives have in common.
-        cost: Cost of every width, of `cost_model`.
+        scores: Scores of these groups, shared by all alternatives.
+        recipe: The `target_macs` and all other settings that the alternatives have in common.
+        cost: Cost of every width, from `cost_model`.
         blocks: Residual blocks that the recipe may remove.
 
     Returns:
-        Name -> plan, in the order of `ALTERNATIVES`; without the knapsack where scores are no losses, or where blocks
-        leave by a ratio.
+        Name -> plan, in the order of `ALTERNATIVES`; without the knapsack if scores are not losses, or if blocks are
+        removed by ratio.
 
     Raises:
         BudgetError, RecipeError: See `make_plan`.
@@ -77,9 +77,9 @@ def make_alternatives(
             blocks=blocks,
         )
         for name, settings in ALTERNATIVES.items()
-        if settings["allocation"] == "class" or _has_losses(scores, recipe)
+        if settings["allocation"] == "class" or _fits_knapsack(scores, recipe)
     }
 
 
-def _has_losses(scores: ImportanceScores, recipe: PruneRecipe) -> bool:
+def _fits_knapsack(scores: ImportanceScores, recipe: PruneRecipe) -> bool:
     return scores.criterion in LOSS_CRITERIA and recipe.remove_blocks != "auto"

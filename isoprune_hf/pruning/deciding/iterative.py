@@ -1,4 +1,4 @@
-"""Cutting in several steps: what a step aims at, and how scores of a smaller model become scores of the base."""
+"""Prune in several steps: `recipe_of_step` sets the aim of a step, `lift_scores` maps its scores back to the base."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ import torch
 
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
+from isoprune_hf.pruning.deciding.budget import budget_limit
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
@@ -14,58 +15,68 @@ from isoprune_hf.recipes import PruneRecipe
 def recipe_of_step(
     recipe: PruneRecipe, step: int, cost: CostModel, latency: LatencyModel | None = None
 ) -> PruneRecipe:
-    """Return the recipe of an intermediate step: that share of the way to the ratios or to the budget.
+    """Return the recipe of an intermediate step, which covers step / steps of the way to the ratios or the budget.
 
-    Widths are rounded in the last step alone, so that the steps before it remove exactly what was asked.
+    Only the last step rounds widths, so that the steps before it remove exactly what was asked for.
+
+    Args:
+        recipe: The recipe of the whole pruning.
+        step: Number of the step, from 1 to `recipe.steps` - 1.
+        cost: Cost of the base.
+        latency: Latency of the base; needed for a latency budget.
     """
     share = step / recipe.steps
-    changes: dict[str, object] = {"round_to": 1}
-    budget = recipe.budget
-    if budget is not None:
-        if budget.kind == "latency":
-            base = latency.predict(cost.layer_macs({}, {}))
-        else:
-            base = getattr(cost.base, budget.kind)
-        changes[budget.setting] = base - (base - budget.resolve(base)) * share
-    else:
-        changes |= {"ratio": recipe.ratio * share, "head_ratio": recipe.head_ratio * share}
-        if recipe.head_dim_ratio is not None:
-            changes["head_dim_ratio"] = recipe.head_dim_ratio * share
-    changes["ratios"] = {pattern: ratio * share for pattern, ratio in recipe.ratios.items()}
-    if isinstance(recipe.remove_blocks, int):
-        changes["remove_blocks"] = round(recipe.remove_blocks * share)
-    elif isinstance(recipe.remove_blocks, dict):
-        changes["remove_blocks"] = {pattern: round(count * share) for pattern, count in recipe.remove_blocks.items()}
-    return replace(recipe, **changes)
+    remove_blocks = recipe.remove_blocks
+    if isinstance(remove_blocks, int):
+        remove_blocks = round(remove_blocks * share)
+    elif isinstance(remove_blocks, dict):
+        remove_blocks = {pattern: round(count * share) for pattern, count in remove_blocks.items()}
+    ratios = {pattern: ratio * share for pattern, ratio in recipe.ratios.items()}
+    at_step = replace(recipe, round_to=1, ratios=ratios, remove_blocks=remove_blocks)
+    if recipe.budget is None:
+        head_dim_ratio = None if recipe.head_dim_ratio is None else recipe.head_dim_ratio * share
+        return replace(
+            at_step, ratio=recipe.ratio * share, head_ratio=recipe.head_ratio * share, head_dim_ratio=head_dim_ratio
+        )
+    limit = budget_limit(recipe.budget, cost, latency)
+    target = limit.base - (limit.base - limit.target) * share
+    if recipe.budget.kind == "macs":
+        return replace(at_step, target_macs=target)
+    if recipe.budget.kind == "params":
+        return replace(at_step, target_params=target)
+    return replace(at_step, target_latency=target)
 
 
 def lift_scores(before: ImportanceScores, plan: PruningPlan, fresh: ImportanceScores) -> ImportanceScores:
-    """Spread the scores of what a step has left over the channels of the base.
+    """Map the scores of an intermediate model to the channels of the base.
 
     Args:
-        before: Scores of the base, as the step had them.
-        plan: What the step removed from the base.
-        fresh: Scores of the model that the step has left.
+        before: Scores of the base before the step.
+        plan: The plan of the step, for the base.
+        fresh: Scores of the model after the step.
 
     Returns:
-        Scores of the base: fresh ones for what is left; what has left ranks below it, in the order in which it left.
+        Scores of the base: fresh ones for the channels that the step kept; removed channels rank below them, the
+        earlier removed ones lowest.
     """
     scale = torch.cat(list(before.scores.values())).clamp(min=0).mean()
-    scores, blocks = {}, {}
+    scores: dict[str, torch.Tensor] = {}
     for name, old in before.scores.items():
         lifted = _sink(old, scale)
         if name in fresh.scores:
             kept = torch.tensor(plan.kept.get(name, range(len(old))))
             lifted[kept] = fresh.scores[name]
         scores[name] = lifted
-    for name, old in before.blocks.items():
-        blocks[name] = fresh.blocks[name] if name in fresh.blocks else float(_sink(torch.tensor(old), scale))
+    blocks = {
+        name: fresh.blocks[name] if name in fresh.blocks else float(_sink(torch.tensor(old), scale))
+        for name, old in before.blocks.items()
+    }
     return replace(fresh, scores=scores, blocks=blocks, fingerprint=before.fingerprint)
 
 
 def _sink(scores: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Move scores below 0, in their order: those from 0 up into [-1, 0), those below 0 by 1 down.
+    """Move scores below 0 in their order: non-negative ones into [-1, 0), negative ones down by 1.
 
-    `scale` is their usual size: without it small scores would become equal in float32.
+    `scale` is the usual size of the scores: without it small scores would become equal in float32.
     """
     return torch.where(scores >= 0, -scale / (scale + scores.clamp(min=0)), scores - 1)

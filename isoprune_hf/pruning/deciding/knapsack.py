@@ -1,8 +1,8 @@
-"""Sharing a budget by what things cost: whatever saves most for the least loss leaves first, of all classes at once.
+"""Allocation `knapsack`: the units that save most for the least loss are removed first, over all classes at once.
 
-Scores must be losses, as those of gate_fisher are; the loss of several units is taken as the sum of theirs. What a
-unit saves depends on the widths around it, so the cut goes in rounds: each goes a small part of the way to the budget,
-by what units save now.
+Scores must be losses, as those of gate_fisher are; the loss of several units is the sum of theirs. The saving of a
+unit depends on the widths around it, so the cut is made in rounds: each covers a small part of the distance to the
+budget, by the savings at the current widths.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,123 +12,143 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isoprune_hf.pruning.deciding.budget import (
-    BudgetLimit,
-    Worth,
-    check_reachable,
-    fill,
-    movable_teams,
-    report,
-    resized,
-    swap,
-)
-from isoprune_hf.pruning.deciding.ranking import Choice, Ranking, Ratios, Team
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.cost.macs import CostModel
+from isoprune_hf.pruning.deciding.allocation import Allocation, TiedGroups
+from isoprune_hf.pruning.deciding.allocation_problem import AllocationProblem
+from isoprune_hf.pruning.deciding.budget import BudgetLimit, budget_note, check_reachable
+from isoprune_hf.pruning.deciding.choose import allocate
+from isoprune_hf.pruning.deciding.refill import Gain, movable_groups, refill, swap_widths
+from isoprune_hf.pruning.deciding.settings import Ratios
+from isoprune_hf.pruning.deciding.solution import Solution
 from isoprune_hf.pruning.groups import CoupledGroup
 
-_PART = 0.1  # of what is still to be saved, in one round
+_SHARE_PER_ROUND = 0.1  # of the distance to the budget
+_MIN_FIGURE = 1e-12
 
 
-class Offer(NamedTuple):
-    """A cut of one group (in a uniform layout of one in each block), after all its cheaper ones: loss per saved
-    figure, what is saved, and what then stays."""
+class CandidateCut(NamedTuple):
+    """A cut of tied groups that a round may apply, after all cheaper ones of the same groups.
+
+    Args:
+        rate: Loss per saved figure.
+        position: Position among the movable groups; breaks ties of `rate`.
+        saved: Saved MACs, parameters or milliseconds.
+        tied: Groups of equal width.
+        width: Their width after the cut.
+        heads: Attention group -> heads to keep, if the cut removes a head.
+    """
 
     rate: float
     position: int
     saved: float
-    team: Team
+    tied: TiedGroups
     width: int
     heads: Mapping[str, tuple[int, ...]] | None = None
 
+    def apply(self, allocation: Allocation) -> Allocation:
+        """Return the allocation after this cut."""
+        if self.heads is not None:
+            return replace(allocation, heads={**allocation.heads, **self.heads})
+        return allocation.resized(self.tied, self.width)
 
-def solve_knapsack(ranking: Ranking, ratios: Ratios, budget: BudgetLimit) -> tuple[Choice, tuple[str, ...]]:
-    """Cut what is cheapest until the budget is met; what is left of it goes back, the dearest first.
 
-    Args:
-        ranking: Scores, floors and allowed widths of all groups.
-        ratios: Which kinds may be cut at all: those above 0.
-        budget: The figure that must not be exceeded.
+def allocate_knapsack(problem: AllocationProblem, limit: BudgetLimit | None, cost: CostModel | None) -> Solution:
+    """Apply the cheapest cuts until the budget is met, then use up the remainder; see `Allocator`.
 
-    Returns:
-        The choice, and a line where it stays more than 0.5 % below the target.
-
-    Raises:
-        BudgetError: The floors are above the budget.
+    Without a budget as many MACs are kept as allocation `class` would keep. Kinds with the ratio 0 are not cut.
     """
-    lowest = Ratios(*(float(value > 0) for value in (ratios.ratio, ratios.head_ratio, ratios.head_dim_ratio)))
-    check_reachable(budget, budget.measure(ranking, ranking.choose(lowest)), ranking.recipe)
-    choice = ranking.choose(Ratios(0.0, 0.0, 0.0))
-    while (figure := budget.measure(ranking, choice)) > budget.target:
-        offers = sorted(_offers(ranking, ratios, budget, choice, figure), key=lambda offer: offer[:2])
-        goal, saved = _PART * (figure - budget.target), 0.0
-        for offer in offers:
-            choice = _take(choice, offer)
-            saved += offer.saved
+    if limit is None:
+        limit = _same_macs(problem, cost)
+    smallest = allocate(problem, problem.ratios.deepest())
+    check_reachable(limit, limit.measure(problem, smallest), problem.settings.widths)
+    allocation = allocate(problem, Ratios(0.0, 0.0, 0.0))
+    while (figure := limit.measure(problem, allocation)) > limit.target:
+        candidates = sorted(_candidate_cuts(problem, limit, allocation, figure), key=lambda cut: cut[:2])
+        goal = _SHARE_PER_ROUND * (figure - limit.target)
+        saved = 0.0
+        for cut in candidates:
+            allocation = cut.apply(allocation)
+            saved += cut.saved
             if saved >= goal:
                 break
-        if not offers:  # single groups save nothing, as steps of a measured latency may
-            choice = ranking.choose(lowest)
-    choice = swap(ranking, fill(ranking, choice, budget, _rate(ranking, budget)), budget)
-    return choice, report(ranking, choice, budget)
+        if not candidates:  # no single group saves anything, as with steps of a measured latency
+            allocation = smallest
+    allocation = refill(problem, allocation, limit, _loss_rate(problem, limit))
+    allocation = swap_widths(problem, allocation, limit)
+    return Solution(allocation, problem.ratios, budget_note(problem, allocation, limit))
 
 
-def _take(choice: Choice, offer: Offer) -> Choice:
-    if offer.heads is not None:
-        return replace(choice, heads={**choice.heads, **offer.heads})
-    return resized(choice, offer.team, offer.width)
+def _same_macs(problem: AllocationProblem, cost: CostModel | None) -> BudgetLimit:
+    """Return the MACs that the ratios keep if every class gives up the same fraction."""
+    if cost is None:
+        raise RecipeError("prune.allocation knapsack needs the cost of `cost_model`: give it to make_plan")
+    target = cost.cost(*problem.removed_units(allocate(problem, problem.ratios))).macs
+    return BudgetLimit("ratio", target, cost.base.macs, lambda removed: cost.cost(*removed).macs)
 
 
-def _offers(ranking: Ranking, ratios: Ratios, budget: BudgetLimit, choice: Choice, figure: float) -> Iterator[Offer]:
-    for position, team in enumerate(movable_teams(ranking, choice)):
-        group = team[0]
+def _candidate_cuts(
+    problem: AllocationProblem, limit: BudgetLimit, allocation: Allocation, figure: float
+) -> Iterator[CandidateCut]:
+    ratios = problem.ratios
+    for position, tied in enumerate(movable_groups(problem, allocation)):
+        group = tied.first
         if ratios.head_dim_ratio if group.num_heads else ratios.ratio:
-            yield from _narrow(ranking, budget, choice, figure, team, position)
-        if ratios.head_ratio and len(choice.heads.get(group.name, ())) > ranking.head_floor(group):
-            losses, heads = zip(*(_drop_head(ranking, choice, group) for group in team), strict=True)
-            offer = Offer(0.0, position, 0.0, team, choice.widths[group.name], dict(heads))
-            saved = figure - budget.measure(ranking, _take(choice, offer))
+            yield from _narrower_widths(problem, limit, allocation, figure, tied, position)
+        if ratios.head_ratio and len(allocation.heads.get(group.name, ())) > problem.head_floor(group):
+            losses, heads = zip(*(_drop_head(problem, allocation, group) for group in tied.groups), strict=True)
+            cut = CandidateCut(0.0, position, 0.0, tied, allocation.widths[group.name], dict(heads))
+            saved = figure - limit.measure(problem, cut.apply(allocation))
             if saved > 0:
-                yield offer._replace(rate=sum(losses) / saved, saved=saved)
+                yield cut._replace(rate=sum(losses) / saved, saved=saved)
 
 
-def _drop_head(ranking: Ranking, choice: Choice, group: CoupledGroup) -> tuple[float, tuple[str, tuple[int, ...]]]:
-    """The loss of the weakest head, by the dims that it still has, and the heads that stay without it."""
-    by_head = np.sort(ranking.scores[group.name].reshape(group.num_heads, -1), axis=1)
-    losses = by_head[:, -choice.widths[group.name] :].sum(axis=1)
-    heads = choice.heads[group.name]
-    weakest = min(heads, key=lambda head: losses[head])
+def _drop_head(
+    problem: AllocationProblem, allocation: Allocation, group: CoupledGroup
+) -> tuple[float, tuple[str, tuple[int, ...]]]:
+    """Return the loss of the weakest head, summed over its kept dims, and (group, heads) without it."""
+    by_head = np.sort(problem.scores[group.name].reshape(group.num_heads, -1), axis=1)
+    losses = by_head[:, -allocation.widths[group.name] :].sum(axis=1)
+    heads = allocation.heads[group.name]
+    weakest = min(heads, key=lambda head: float(losses[head]))
     return float(losses[weakest]), (group.name, tuple(head for head in heads if head != weakest))
 
 
-def _narrow(
-    ranking: Ranking, budget: BudgetLimit, choice: Choice, figure: float, team: Team, position: int
-) -> Iterator[Offer]:
-    """Offer every lower width of a group; a figure falls with a width as a straight line while others stay."""
-    width = choice.widths[team[0].name]
-    widths = [width, *(lower for lower in reversed(ranking.allowed(team[0])) if lower < width)]
+def _narrower_widths(
+    problem: AllocationProblem,
+    limit: BudgetLimit,
+    allocation: Allocation,
+    figure: float,
+    tied: TiedGroups,
+    position: int,
+) -> Iterator[CandidateCut]:
+    """Yield a cut for every lower width; a figure is linear in one width while the others are constant."""
+    width = allocation.widths[tied.name]
+    widths = [width, *(lower for lower in reversed(problem.allowed_widths(tied.first)) if lower < width)]
     if len(widths) == 1:
         return
-    first = Offer(0.0, position, 0.0, team, widths[1])
-    per_unit = (figure - budget.measure(ranking, _take(choice, first))) / (width - widths[1])
+    first = allocation.resized(tied, widths[1])
+    per_unit = (figure - limit.measure(problem, first)) / (width - widths[1])
     if per_unit <= 0:
         return
     rate = 0.0
     for upper, lower in pairwise(widths):
         saved = per_unit * (upper - lower)
-        rate = max(rate, _loss(ranking, choice, team, lower, upper) / saved)
-        yield Offer(rate, position, saved, team, lower)
+        rate = max(rate, _loss(problem, allocation, tied, lower, upper) / saved)
+        yield CandidateCut(rate, position, saved, tied, lower)
 
 
-def _loss(ranking: Ranking, choice: Choice, team: Team, lower: int, upper: int) -> float:
-    """The loss of going from one width to a lower one."""
-    units = ranking.team_units(team, choice.heads)[::-1]
-    return float(units[lower:upper].sum()) * sum(len(choice.heads.get(group.name, (0,))) for group in team)
+def _loss(problem: AllocationProblem, allocation: Allocation, tied: TiedGroups, lower: int, upper: int) -> float:
+    """Return the loss of narrowing tied groups from width `upper` to `lower`."""
+    units = problem.sorted_units(tied, allocation.heads)[::-1]
+    return float(units[lower:upper].sum()) * sum(len(allocation.heads.get(group.name, (0,))) for group in tied.groups)
 
 
-def _rate(ranking: Ranking, budget: BudgetLimit) -> Worth:
-    """The loss that comes back per figure that is added."""
+def _loss_rate(problem: AllocationProblem, limit: BudgetLimit) -> Gain:
+    """Return the avoided loss per added figure."""
 
-    def rate(choice: Choice, team: Team, lower: int, upper: int) -> float:
-        added = budget.measure(ranking, resized(choice, team, upper)) - budget.measure(ranking, choice)
-        return _loss(ranking, choice, team, lower, upper) / max(added, 1e-12)
+    def gain(allocation: Allocation, tied: TiedGroups, lower: int, upper: int) -> float:
+        added = limit.measure(problem, allocation.resized(tied, upper)) - limit.measure(problem, allocation)
+        return _loss(problem, allocation, tied, lower, upper) / max(added, _MIN_FIGURE)
 
-    return rate
+    return gain

@@ -1,36 +1,48 @@
-"""The decision: a plan that says what stays, made from scores and ratios or from a budget."""
+"""Make a pruning plan from scores and ratios, or from scores and a budget: call `make_plan`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
-from isoprune_hf.pruning.deciding.budget import BudgetLimit, read_budget, solve
-from isoprune_hf.pruning.deciding.knapsack import solve_knapsack
-from isoprune_hf.pruning.deciding.ranking import Choice, Ranking, Ratios
+from isoprune_hf.pruning.deciding.allocation import Allocation
+from isoprune_hf.pruning.deciding.allocation_problem import AllocationProblem
+from isoprune_hf.pruning.deciding.allocators import ALLOCATORS
+from isoprune_hf.pruning.deciding.budget import budget_limit
 from isoprune_hf.pruning.deciding.rounding import width_step
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
-from isoprune_hf.recipes import BUDGETS, PruneRecipe
+from isoprune_hf.recipes import PruneRecipe
 
-# Settings that change a decision; the ratios are recorded as the budget has scaled them.
-_SETTINGS = (
-    *(
-        "score_batchnorm",
-        "reduction",
-        "normalizer",
-        "allocation",
-        "scope",
-        "scopes",
-        "signature",
-        "engine",
-        "ratios",
-        "include",
-    ),
-    *("exclude", "head_dims", "remove_blocks", *BUDGETS, "selection", "min_keep", "max_ratio", "round_to", "rounding"),
-    *("rotate", "reconstruct", "steps", "layout"),
+# Settings that change a decision, as a plan records them; the ratios are recorded as the budget has scaled them.
+_RECORDED_SETTINGS = (
+    "score_batchnorm",
+    "reduction",
+    "normalizer",
+    "allocation",
+    "scope",
+    "scopes",
+    "signature",
+    "engine",
+    "ratios",
+    "include",
+    "exclude",
+    "head_dims",
+    "remove_blocks",
+    "target_macs",
+    "target_params",
+    "target_latency",
+    "selection",
+    "min_keep",
+    "max_ratio",
+    "round_to",
+    "rounding",
+    "rotate",
+    "reconstruct",
+    "steps",
+    "layout",
 )
 
 
@@ -43,102 +55,65 @@ def make_plan(
     latency: LatencyModel | None = None,
     blocks: Sequence[ResidualBlock] = (),
 ) -> PruningPlan:
-    """Decide what leaves; touches no weights and needs no data.
+    """Decide what to remove; reads neither weights nor images.
 
-    By `allocation`: class lets every class give up the same fraction of its channels, its lowest-scored ones. With a
-    budget the ratios are scaled together by bisection until the figure meets it from below; what is left of it goes
-    back to the best of the removed channels. knapsack lets all classes compete by loss per saved figure; the ratios
-    then say which kinds may be cut, and without a budget how many MACs stay.
+    With `allocation` class every isomorphic class gives up the same fraction of its channels, lowest scores first. For
+    a budget the ratios are scaled together by bisection until the figure is below it, and the remainder is given back
+    to the best removed channels. With knapsack all classes compete by loss per saved figure; the ratios then select
+    the kinds that may be cut and, without a budget, how many MACs are kept.
 
     Args:
         groups: Groups of `trace_groups`.
-        scores: Scores of these groups, and of `blocks` where some may leave.
+        scores: Scores of these groups, and of `blocks` where some may be removed.
         recipe: Scope, ratios or budget, floors and rounding.
-        cost: Cost of every width, of `cost_model`; needed for a budget, and for the achieved cost in the plan.
-        latency: Time of every width, of `fit_latency`; needed for a latency budget.
-        blocks: Residual blocks, of `find_blocks`; needed to remove some.
+        cost: Cost of every width, from `cost_model`; needed for a budget, and for the achieved cost in the plan.
+        latency: Time of every width, from `fit_latency`; needed for a latency budget.
+        blocks: Residual blocks, from `find_blocks`; needed to remove some.
 
     Raises:
         BudgetError: The budget is below what the floors allow, or above the base.
-        RecipeError: The scores are not of these groups, or the recipe names what does not exist.
+        RecipeError: The scores are not of these groups, or the recipe names groups or blocks that do not exist.
     """
     check_scores(groups, scores)
     recipe = recipe_of_scores(recipe, scores)
-    ranking = Ranking(groups, scores, recipe, blocks)
-    ratios, notes = Ratios.of(recipe), ()
-    budget = read_budget(recipe, cost, latency)
-    if recipe.allocation == "knapsack":
-        choice, notes = solve_knapsack(ranking, ratios, budget or _same_macs(ranking, ratios, cost))
-    elif budget is None:
-        choice = ranking.choose(ratios)
-    else:
-        choice, ratios, notes = solve(ranking, ratios, budget)
-    kept = {group.name: ranking.keep(group, choice) for group in groups if group.name in choice.widths}
+    problem = AllocationProblem.from_recipe(groups, scores, recipe, blocks)
+    limit = None if recipe.budget is None else budget_limit(recipe.budget, cost, latency)
+    allocation, ratios, notes = ALLOCATORS[recipe.allocation or "class"](problem, limit, cost)
+    kept = {
+        group.name: problem.kept_channels(group, allocation) for group in groups if group.name in allocation.widths
+    }
     cut = [group for group in groups if len(kept.get(group.name, ())) not in (0, group.channels)]
     settings = {
         "criterion": scores.criterion,
         "sample": {key: value for key, value in scores.sample.items() if isinstance(value, str | int)},
         "preset": recipe.taken_preset,
-        **{name: getattr(recipe, name) for name in _SETTINGS},
+        **{name: getattr(recipe, name) for name in _RECORDED_SETTINGS},
         **asdict(ratios),
     }
+    achieved = {}
+    if cost is not None:
+        pruned_cost = cost.cost(*problem.removed_units(allocation))
+        achieved = {"base": cost.base.to_dict(), "pruned": pruned_cost.to_dict()}
     return PruningPlan(
         kept={group.name: kept[group.name] for group in cut},
-        heads={group.name: choice.heads[group.name] for group in cut if group.num_heads},
-        removed_blocks=choice.removed_blocks,
-        margins=choice.margins,
-        notes=(*notes, *_unaligned(ranking, choice), *_spared(choice)),
-        achieved={} if cost is None else {"base": cost.base.to_dict(), "pruned": ranking.cost(choice, cost).to_dict()},
+        heads={group.name: allocation.heads[group.name] for group in cut if group.num_heads},
+        removed_blocks=allocation.removed_blocks,
+        margins=allocation.margins,
+        notes=(*notes, *_note_unaligned_widths(problem, allocation), *_note_spared_groups(allocation)),
+        achieved=achieved,
         settings=settings,
         fingerprint=scores.fingerprint,
     )
 
 
-def _same_macs(ranking: Ranking, ratios: Ratios, cost: CostModel | None) -> BudgetLimit:
-    """The MACs that the ratios would leave if every class gave up the same fraction."""
-    if cost is None:
-        raise RecipeError("prune.allocation knapsack needs the cost of `cost_model`: give it to make_plan")
-    target = ranking.cost(ranking.choose(ratios), cost).macs
-    return BudgetLimit("ratio", target, cost.base.macs, lambda chosen, choice: chosen.cost(choice, cost).macs)
-
-
-def removed_by(
-    plan: PruningPlan, groups: Sequence[CoupledGroup]
-) -> tuple[dict[str, int], dict[str, int], tuple[str, ...]]:
-    """What a plan removes, as a cost model asks for it: group -> channels, attention group -> heads, blocks."""
-    channels = {group.name: group.channels - len(plan.kept.get(group.name, range(group.channels))) for group in groups}
-    heads = {group.name: group.num_heads - len(plan.heads.get(group.name, range(group.num_heads))) for group in groups}
-    return channels, heads, plan.removed_blocks
-
-
-def _unaligned(ranking: Ranking, choice: Choice) -> Iterable[str]:
-    """Lines for the widths that are no multiple of `round_to`."""
-    round_to = ranking.recipe.round_to
-    for group in ranking.groups:
-        width, step = choice.widths.get(group.name, 0), width_step(group, round_to)
-        if width % step:
-            unit = "dims in each head" if group.num_heads else "channels"
-            size = group.head_dim or group.channels
-            why = (
-                f"which is narrower than round_to {round_to}" if size < step else f"no multiple of round_to {round_to}"
-            )
-            yield f"{group.name} keeps all of its {size} {unit}, {why}"
-
-
-def _spared(choice: Choice) -> Iterable[str]:
-    """Lines for the groups that a threshold alone would have emptied."""
-    for name in choice.spared:
-        yield f"{name} is below the threshold whole and keeps its best; torch-pruning 1.6.1 would not cut it at all"
-
-
 def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneRecipe:
-    """Give the recipe that these scores are cut by.
+    """Return the recipe that applies to scores.
 
-    A preset that is named takes its own scores alone. Where `best` was taken without being named, scores of another
-    criterion are cut as if the recipe had named that criterion.
+    A named preset accepts its own scores only. A recipe that got the values of `best` by default is treated as if it
+    had named the criterion of the scores.
 
     Raises:
-        RecipeError: The preset of the recipe takes other scores.
+        RecipeError: The preset of the recipe needs other scores.
     """
     if recipe.preset is not None:
         made = {name: getattr(scores, name) for name in ("criterion", "reduction", "score_batchnorm")}
@@ -146,7 +121,7 @@ def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
         if wrong:
             raise RecipeError(
                 f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
-                f"with {made[wrong[0]]}: score anew, or name --prune.criterion {scores.criterion}"
+                f"with {made[wrong[0]]}: score again, or replace the preset by --prune.criterion {scores.criterion}"
             )
     elif recipe.taken_preset is not None and scores.criterion != recipe.criterion:
         return replace(recipe, criterion=scores.criterion, allocation=None, rotate=None, reconstruct=None)
@@ -154,15 +129,33 @@ def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
 
 
 def check_scores(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> None:
-    """Check that scores belong to these groups.
+    """Check that there are groups, and that scores belong to them.
 
     Raises:
-        RecipeError: They do not.
+        RecipeError: There are none, or they do not.
     """
     if not groups:
-        raise RecipeError("no channels that could leave were found in this model")
+        raise RecipeError("found no prunable channels in this model")
     for group in groups:
         if group.name not in scores.scores or len(scores.scores[group.name]) != group.channels:
             raise RecipeError(
                 f"the scores are of another model: they do not fit the {group.channels} channels of {group.name}"
             )
+
+
+def _note_unaligned_widths(problem: AllocationProblem, allocation: Allocation) -> Iterator[str]:
+    """Yield a line for each width that is not a multiple of `round_to`."""
+    round_to = problem.settings.widths.round_to
+    for group in problem.groups:
+        step = width_step(group, round_to)
+        if allocation.widths.get(group.name, 0) % step:
+            unit = "dims in each head" if group.num_heads else "channels"
+            size = group.head_dim or group.channels
+            reason = "which is narrower than" if size < step else "no multiple of"
+            yield f"{group.name} keeps all of its {size} {unit}, {reason} round_to {round_to}"
+
+
+def _note_spared_groups(allocation: Allocation) -> Iterator[str]:
+    """Yield a line for each group that a threshold would have emptied."""
+    for name in allocation.spared:
+        yield f"{name} is below the threshold whole and keeps its best; torch-pruning 1.6.1 would not cut it at all"

@@ -1,26 +1,59 @@
-"""What a recipe says of single groups: which may be cut, who competes with whom, and fractions fixed by name."""
+"""Rules of single groups: may it be cut, with which groups does it compete, is its ratio fixed.
+
+`resolve_rules` reads them from the patterns of a recipe; `SCOPES` registers the values of `prune.scope`.
+"""
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Protocol, TypeVar
 
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.deciding.settings import PatternSettings
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.recipes import PruneRecipe
+
+_CUSTOM_PREFIX = "scope:"  # keeps a custom scope apart from a signature of the same text
+
+Value = TypeVar("Value")
+
+
+class Scope(Protocol):
+    """A way to partition groups: those with equal keys compete with each other."""
+
+    def __call__(self, group: CoupledGroup) -> str:
+        """Return the key of a group."""
+        ...
+
+
+def isomorphic_scope(group: CoupledGroup) -> str:
+    """Let the groups of one isomorphic class compete."""
+    return group.signature
+
+
+def global_scope(group: CoupledGroup) -> str:
+    """Let all groups compete."""
+    return ""
+
+
+def local_scope(group: CoupledGroup) -> str:
+    """Let the channels of each group compete only with each other."""
+    return group.name
+
+
+SCOPES: Mapping[str, Scope] = {"isomorphic": isomorphic_scope, "global": global_scope, "local": local_scope}
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What holds for one group.
+class GroupRule:
+    """The rule of one group.
 
     Args:
         scope: Groups of one scope compete with each other.
         is_free: The group may be cut.
-        fixed: Fraction of its channels (in attention: of the dims inside its heads) that leaves; None leaves that to
-            the ratios or the budget.
+        fixed: Fraction of its channels (in attention: of the dims inside its heads) to remove; None leaves the
+            fraction to the ratios or the budget.
     """
 
     scope: str
@@ -28,27 +61,28 @@ class Rule:
     fixed: float | None
 
 
-def resolve_rules(groups: Sequence[CoupledGroup], recipe: PruneRecipe) -> dict[str, Rule]:
-    """Read `include`, `exclude`, `scopes` and `ratios` of a recipe; of several patterns that match the first counts.
+def resolve_rules(groups: Sequence[CoupledGroup], patterns: PatternSettings) -> dict[str, GroupRule]:
+    """Resolve the patterns of a recipe; if several match a group, the first one applies.
 
     Returns:
         Group name -> its rule.
 
     Raises:
-        RecipeError: A pattern matches no group, or nothing is left to cut.
+        RecipeError: A pattern matches no group, or no group may be cut.
     """
     names = [group.name for group in groups]
-    included = _matched("include", recipe.include, names) if recipe.include else set(names)
-    free = included - _matched("exclude", recipe.exclude, names)
+    included = _match("include", patterns.include, names) if patterns.include else set(names)
+    free = included - _match("exclude", patterns.exclude, names)
     if not free:
         raise RecipeError(
             "prune.include and prune.exclude leave no group that may be cut; name fewer in prune.exclude"
         )
-    scopes, ratios = _first("scopes", recipe.scopes, names), _first("ratios", recipe.ratios, names)
-    own = {"isomorphic": lambda group: group.signature, "global": lambda _: "", "local": lambda group: group.name}
+    custom_scopes = _first_match("scopes", patterns.scopes, names)
+    ratios = _first_match("ratios", patterns.ratios, names)
+    scope_of = SCOPES[patterns.scope]
     return {
-        group.name: Rule(
-            scope=f"scope:{scopes[group.name]}" if group.name in scopes else own[recipe.scope](group),
+        group.name: GroupRule(
+            scope=f"{_CUSTOM_PREFIX}{custom_scopes[group.name]}" if group.name in custom_scopes else scope_of(group),
             is_free=group.name in free,
             fixed=ratios.get(group.name),
         )
@@ -57,56 +91,62 @@ def resolve_rules(groups: Sequence[CoupledGroup], recipe: PruneRecipe) -> dict[s
 
 
 def place_in_block(name: str) -> str:
-    """Name of a group without the number of its block: equal for groups at the same place of all blocks."""
+    """Return the name of a group without its block number: equal for the groups at the same place of all blocks."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def check_alike(team: Sequence[CoupledGroup], rules: Mapping[str, Rule]) -> None:
-    """Check that groups that a uniform layout keeps alike are of one size, and that the recipe treats them alike.
+def check_alike(groups: Sequence[CoupledGroup], rules: Mapping[str, GroupRule]) -> None:
+    """Check that groups that a uniform layout ties have one size and equal rules.
 
     Raises:
-        RecipeError: Names two that differ.
+        RecipeError: Two of them differ; the message names both.
     """
-    first = team[0]
-    for group in team[1:]:
+    first = groups[0]
+    for group in groups[1:]:
         if (group.channels, group.num_heads) != (first.channels, first.num_heads):
             raise RecipeError(
                 f"prune.layout uniform needs equal blocks: {first.name} has {first.channels} channels and "
                 f"{first.num_heads} heads, {group.name} has {group.channels} and {group.num_heads}"
             )
-        rule, known = rules[group.name], rules[first.name]
-        asked = [
-            ("include or prune.exclude", rule.is_free, known.is_free),
-            ("ratios", rule.fixed, known.fixed),
-            ("scopes", _own_scope(rule), _own_scope(known)),
+        rule, expected = rules[group.name], rules[first.name]
+        compared = [
+            ("include or prune.exclude", rule.is_free, expected.is_free),
+            ("ratios", rule.fixed, expected.fixed),
+            ("scopes", _custom_scope(rule), _custom_scope(expected)),
         ]
-        for setting, value, other in asked:
+        for setting, value, other in compared:
             if value != other:
                 raise RecipeError(
-                    f"prune.layout uniform cuts all blocks alike, and prune.{setting} tells {first.name} and "
-                    f"{group.name} apart; name them together, as {place_in_block(group.name)!r}"
+                    f"prune.layout uniform cuts all blocks alike, and prune.{setting} treats {first.name} and "
+                    f"{group.name} differently; name them together, as {place_in_block(group.name)!r}"
                 )
 
 
-def _own_scope(rule: Rule) -> str | None:
-    return rule.scope if rule.scope.startswith("scope:") else None
+def _custom_scope(rule: GroupRule) -> str | None:
+    return rule.scope if rule.scope.startswith(_CUSTOM_PREFIX) else None
 
 
-def _matched(setting: str, patterns: Iterable[str], names: Sequence[str]) -> set[str]:
-    found = {pattern: {name for name in names if fnmatchcase(name, pattern)} for pattern in patterns}
-    for pattern, matches in found.items():
+def _match(setting: str, patterns: Iterable[str], names: Sequence[str]) -> set[str]:
+    """Return the names that match any of the patterns; each must match at least one."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(names[:3])
             raise RecipeError(
                 f"prune.{setting}: no group matches {pattern!r}; the {len(names)} groups of this model are named like "
                 f"{', '.join(near)}"
             )
-    return set().union(*found.values())
+        matched |= matches
+    return matched
 
 
-def _first(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    _matched(setting, values, names)
-    chosen: dict[str, Any] = {}
-    for pattern, value in reversed(values.items()):
-        chosen |= {name: value for name in names if fnmatchcase(name, pattern)}
+def _first_match(setting: str, values: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
+    """Return name -> value of the first pattern that matches it."""
+    _match(setting, values, names)
+    chosen: dict[str, Value] = {}
+    for pattern, value in values.items():
+        for name in names:
+            if fnmatchcase(name, pattern):
+                chosen.setdefault(name, value)
     return chosen

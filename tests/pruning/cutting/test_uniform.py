@@ -330,9 +330,9 @@ def test_a_vit_with_a_part_that_stock_models_have_not_is_refused(args: dict, par
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"exclude": ["blocks.0.mlp.fc1"]}, "prune.include or prune.exclude tells blocks.0.mlp.fc1 and blocks.1.mlp"),
-        ({"ratios": {"blocks.1.attn": 0.25}}, "prune.ratios tells blocks.0.attn and blocks.1.attn apart"),
-        ({"scopes": {"blocks.1.mlp.fc1": "own"}}, "prune.scopes tells blocks.0.mlp.fc1 and blocks.1.mlp.fc1 apart"),
+        ({"exclude": ["blocks.0.mlp.fc1"]}, "prune.include or prune.exclude treats blocks.0.mlp.fc1 and blocks.1.mlp"),
+        ({"ratios": {"blocks.1.attn": 0.25}}, "prune.ratios treats blocks.0.attn and blocks.1.attn"),
+        ({"scopes": {"blocks.1.mlp.fc1": "own"}}, "prune.scopes treats blocks.0.mlp.fc1 and blocks.1.mlp.fc1"),
     ],
 )
 def test_patterns_that_tell_blocks_apart_are_refused(settings: dict, said: str, tmp_path: Path) -> None:

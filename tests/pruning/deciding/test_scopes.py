@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.deciding.scopes import Rule, resolve_rules
+from isoprune_hf.pruning.deciding.scopes import GroupRule, resolve_rules
+from isoprune_hf.pruning.deciding.settings import AllocationSettings
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.recipes import PruneRecipe
 
@@ -14,8 +15,8 @@ def group(name: str, signature: str) -> CoupledGroup:
 GROUPS = [group("stem", "s"), group("blocks.0.mlp", "m"), group("blocks.1.mlp", "m"), group("blocks.10.mlp", "m")]
 
 
-def rules(**settings) -> dict[str, Rule]:
-    return resolve_rules(GROUPS, PruneRecipe(criterion="taylor", **settings))
+def rules(**settings) -> dict[str, GroupRule]:
+    return resolve_rules(GROUPS, AllocationSettings.from_recipe(PruneRecipe(criterion="taylor", **settings)).patterns)
 
 
 def test_the_scope_of_a_group_is_its_class_the_whole_model_or_itself() -> None:
