@@ -1,9 +1,10 @@
-"""Models pruned once in a session, and the folders they are saved in."""
+"""Models pruned once in a session, the folders they are saved in, and a clean interpreter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers.fresh_python import FreshPython
 from helpers.pruned_models import LABELS, Pruned
 from helpers.tiny_models import TIMM, make_base, make_images
 
@@ -35,3 +36,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pruned]:
         return made[family]
 
     return give
+
+
+@pytest.fixture(scope="session")
+def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshPython]:
+    """An interpreter that runs scripts in clean processes."""
+    python = FreshPython(tmp_path_factory.mktemp("fresh"))
+    yield python
+    python.close()

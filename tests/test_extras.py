@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import isoprune
+from helpers.fresh_python import FreshPython
 from helpers.pruned_models import Pruned
 
 import isoprune_hf
@@ -142,7 +143,7 @@ def test_a_missing_package_of_no_extra_stays_what_it_is() -> None:
     assert not isinstance(found.value, MissingExtraError)
 
 
-def test_the_import_brings_its_light_half_and_no_other_library() -> None:
+def test_the_import_brings_its_light_half_and_no_other_library(fresh_python: FreshPython) -> None:
     script = """
 import sys
 import torch
@@ -151,7 +152,8 @@ before = set(sys.modules)
 import isoprune_hf
 print(*sorted(set(sys.modules) - before))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = fresh_python.run(script)
+    assert done.returncode == 0, done.stderr
     new = set(done.stdout.split())
     watched = ("isoprune_hf", *REQUIRED, *EXTRAS)
     parts = {tuple(name.split(".")[:2]) for name in new if name.partition(".")[0] in watched}

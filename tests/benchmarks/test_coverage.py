@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import one_of_each
 from helpers.oracles import exact_logits, make_images, mask_error, permutation_error, prunable_share, randomize
 from timm.layers import set_fused_attn
 from transformers import CONFIG_MAPPING
@@ -129,7 +130,7 @@ def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Te
         return model(images).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_of_each(CASES, "T-rexnet", "Q-levit", "H-swinv2", "C-dinov2"))
 def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path: Path) -> None:
     base = open_case(case, tmp_path / "config")
     randomize(base.model)
@@ -139,7 +140,7 @@ def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path
     assert torch.equal(run(again, images), run(base.model, images))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_of_each(CASES, "T-rexnet", "Q-levit", "H-swinv2", "C-dinov2"))
 def test_an_architecture_goes_the_whole_road(case: str, tmp_path: Path) -> None:
     model, processor = open_case(case, tmp_path / "config")
     randomize(model)

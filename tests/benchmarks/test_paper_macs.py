@@ -11,6 +11,8 @@ from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
 
+pytestmark = pytest.mark.benchmarks
+
 RECIPE = PruneRecipe(criterion="l1", ratio=0.4, head_ratio=0.25, head_dim_ratio=0.5, round_to=1)
 
 

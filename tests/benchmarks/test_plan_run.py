@@ -14,6 +14,8 @@ from plan_run import Run, count_kept_bytes, count_parts, count_seconds, count_st
 
 from isoprune_hf.recipes import FinetuneRecipe
 
+pytestmark = pytest.mark.benchmarks
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 

@@ -15,6 +15,8 @@ from pruned_accuracy_nets import Net, build
 
 from isoprune_hf.pruning.cost.macs import count_cost
 
+pytestmark = pytest.mark.benchmarks
+
 
 @pytest.fixture
 def tiny(monkeypatch):

@@ -1,13 +1,12 @@
 """Blocks that may be left out are found by what they compute; a model without one is the base with it passed by."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fresh_python import FreshPython
 from helpers.tiny_models import SWIN, VIT
 from safetensors.torch import load_file
 from torch import nn
@@ -255,13 +254,10 @@ with torch.no_grad():
 """
 
 
-def test_a_model_without_a_block_opens_where_this_package_is_not(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_model_without_a_block_opens_where_this_package_is_not(fresh_python: FreshPython, tmp_path: Path) -> None:
     model, images, expected = without("hf-swin", [BASES["hf-swin"][4][1]])
     model.save_pretrained(tmp_path / "folder")
     torch.save(images, tmp_path / "folder" / "images.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "folder")], capture_output=True, text=True, check=False
-    )
+    done = fresh_python.run(ELSEWHERE, tmp_path / "folder")
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected)

@@ -1,12 +1,11 @@
 """Folders written by earlier versions open, and answer as they did."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.fresh_python import FreshPython
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
@@ -29,7 +28,9 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_folder_of_an_earlier_version_answers_as_it_did(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_an_earlier_version_answers_as_it_did(
+    folder: Path, fresh_python: FreshPython, tmp_path: Path
+) -> None:
     stored = load_file(folder.parent / "answers.safetensors")
     images = stored[f"{folder.name}.images"]
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -39,6 +40,6 @@ def test_a_folder_of_an_earlier_version_answers_as_it_did(folder: Path, tmp_path
     torch.testing.assert_close(logits, stored[f"{folder.name}.logits"], rtol=0, atol=1e-5)
     copy = shutil.copytree(folder, tmp_path / folder.name)
     save_file({"images": images}, tmp_path / "images.safetensors")
-    command = [sys.executable, "-c", ALONE, copy, tmp_path / "images.safetensors", tmp_path / "answers.safetensors"]
-    subprocess.run([str(word) for word in command], check=True, cwd=tmp_path, capture_output=True, text=True)
+    done = fresh_python.run(ALONE, copy, tmp_path / "images.safetensors", tmp_path / "answers.safetensors")
+    assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "answers.safetensors")["logits"], logits)

@@ -28,6 +28,8 @@ from isoprune_hf.models import load_base
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.plan_text import show_plan
 
+pytestmark = pytest.mark.fuzz
+
 INPUTS = int(os.environ.get("ISOPRUNE_FUZZ", "120"))
 SECONDS, MEMORY = 60, 2**30  # for one folder: far above what an honest one takes
 CANARY = "isoprune_canary"
@@ -168,7 +170,6 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 LIMITS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
 
 
-@pytest.mark.slow
 def test_a_damaged_config_is_refused_or_describes_a_right_model(honest: tuple[Path, Pruned]) -> None:
     folder, sample = honest
     file = folder / "config.json"
@@ -199,7 +200,6 @@ def test_a_damaged_config_is_refused_or_describes_a_right_model(honest: tuple[Pa
         file.write_text(json.dumps(original))
 
 
-@pytest.mark.slow
 def test_damaged_weights_are_refused_or_read_as_they_lie_there(honest: tuple[Path, Pruned]) -> None:
     folder, _ = honest
     file = folder / "model.safetensors"
@@ -233,7 +233,6 @@ def test_damaged_weights_are_refused_or_read_as_they_lie_there(honest: tuple[Pat
         file.write_bytes(original)
 
 
-@pytest.mark.slow
 def test_a_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
     folder, _ = honest
     file = folder / "pruning_plan.json"

@@ -19,6 +19,7 @@ import yaml
 from helpers.command_line import Done, contents, isoprune, read, refuse, succeed
 from helpers.evaluation import calibration_error_by_hand
 from helpers.imagenet import SYNSETS, write_imagenet
+from helpers.ranks import run
 from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -400,15 +401,22 @@ def test_the_help_of_a_stage_names_each_of_its_flags(stage: str) -> None:
     assert " ".join(text.split()) in " ".join(printed.split())
 
 
-def test_a_reader_that_has_gone_ends_a_command_without_a_word() -> None:
+@pytest.mark.parametrize("is_fresh", [False, pytest.param(True, marks=pytest.mark.launch)])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(is_fresh: bool, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "isoprune_hf", "inspect", "timm/resnet18", "--prune.pretrained", "false"]
+    command = ["inspect", "timm/resnet18", "--prune.pretrained", "false"]
     try:
-        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        if is_fresh:
+            line = [sys.executable, "-m", "isoprune_hf", *command]
+            done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+            ended = (done.returncode, done.stderr)
+        else:
+            code, _, err = run(command, tmp_path / "log", before=lambda: os.dup2(writer, 1))
+            ended = (code, err)
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert ended == (141, "")
 
 
 def test_the_help_names_each_stage_and_the_version_is_the_packages() -> None:

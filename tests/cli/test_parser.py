@@ -5,13 +5,13 @@ import os
 import pty
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.command_line import isoprune, read, refuse, succeed
 from helpers.pruned_models import Pruned
+from helpers.ranks import run
 
 from isoprune_hf import errors
 from isoprune_hf.cli.parser import parse
@@ -126,25 +126,31 @@ def test_a_stage_without_figures_refuses_json(stage: str, pruned: Callable[[str]
     assert "--json" not in succeed(*stage.split(), "--help") and "--quiet" in succeed(*stage.split(), "--help")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )
-def test_colours_are_for_a_terminal_that_wants_them(settings: dict[str, str], is_coloured: bool) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | settings
+def test_colours_are_for_a_terminal_that_wants_them(
+    settings: dict[str, str], is_coloured: bool, tmp_path: Path
+) -> None:
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "isoprune_hf", "pruen"]
-    done = subprocess.run(command, stdout=terminal, stderr=terminal, cwd=ROOT, env=env)
+
+    def use_terminal() -> None:
+        os.environ.pop("NO_COLOR", None)
+        os.environ.update({"TERM": "xterm", **settings})
+        os.dup2(terminal, 1)
+        os.dup2(terminal, 2)
+
+    done = run(["pruen"], tmp_path / "log", before=use_terminal)
     os.close(terminal)
     said = os.read(main, 4096).decode()
     os.close(main)
-    assert done.returncode == 2 and "unknown stage 'pruen'" in said
+    assert done.code == 2 and "unknown stage 'pruen'" in said
     assert said.startswith("isoprune: \033[31;1merror:\033[0m " if is_coloured else "isoprune: error: ")
 
 
-def test_a_file_gets_no_colours() -> None:
-    done = subprocess.run([sys.executable, "-m", "isoprune_hf", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "\033" not in done.stdout
+def test_a_file_gets_no_colours(tmp_path: Path) -> None:
+    done = run(["--help"], tmp_path / "log")
+    assert done.code == 0 and done.out and "\033" not in done.out
 
 
 @pytest.mark.parametrize(

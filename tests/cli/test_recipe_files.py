@@ -80,7 +80,14 @@ def write(folder: Path, **files: str) -> Path:
 
 
 @pytest.mark.parametrize("name", [*CUTS, *(f"{name}_best" for name in CUTS)])
-def test_every_recipe_is_read_by_every_stage(name: str) -> None:
+def test_every_recipe_is_read_with_all_its_sections(name: str) -> None:
+    config = resolve("run", name)
+    for section in STAGES["run"].sections.split():
+        assert isinstance(config[section], SECTIONS[section])
+
+
+@pytest.mark.parametrize("name", ["deit_4.2g", pytest.param("convnext_4.2g_best", marks=pytest.mark.families)])
+def test_a_recipe_is_read_by_every_stage(name: str) -> None:
     for stage, (sections, *_) in STAGES.items():
         config = resolve(stage, name) if sections else {}
         for section in sections.split():

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from isoprune_hf.cli.main import main
+from isoprune_hf.__main__ import main
 
 
 class Ended(NamedTuple):

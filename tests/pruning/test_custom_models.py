@@ -1,13 +1,12 @@
 """Networks that a user wrote: opened through a registered class or builder, saved, pruned and opened again."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers.fresh_python import FreshPython
 from helpers.oracles import make_images, mask_error, permutation_error, prunable_share, randomize
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
@@ -169,12 +168,14 @@ def test_a_network_of_ones_own_goes_the_whole_road(library: str, how: str, tmp_p
         assert torch.equal(again(images).logits, pruned(images).logits)
 
 
-def test_a_folder_of_a_class_that_nobody_registered_says_what_to_import(tmp_path: Path) -> None:
+def test_a_folder_of_a_class_that_nobody_registered_says_what_to_import(
+    fresh_python: FreshPython, tmp_path: Path
+) -> None:
     register()
     model, processor = open_own("transformers", "split", tmp_path / "own")
     save_model_folder(tmp_path / "dense", model, processor)
     code = f"from isoprune_hf import load_base; load_base({str(tmp_path / 'dense')!r})"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    child = fresh_python.run(code)
     assert "import the module that registers it" in child.stderr.splitlines()[-1]
 
 

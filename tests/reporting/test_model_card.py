@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers.command_line import isoprune
+from helpers.fresh_python import FreshPython
 from helpers.pruned_models import LABELS, Pruned
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -344,8 +342,9 @@ def test_the_picture_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert "](widths.png)" in build_model_card(folder).text
 
 
-@pytest.mark.slow
-def test_the_three_uses_in_python_and_the_command_run(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+def test_the_three_uses_in_python_and_the_command_run(
+    pruned: Callable[[str], Pruned], fresh_python: FreshPython, tmp_path: Path
+) -> None:
     sample = pruned("vit")
     folder = shutil.copytree(sample.folder, tmp_path / "tiny")
     image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB")
@@ -357,12 +356,9 @@ def test_the_three_uses_in_python_and_the_command_run(pruned: Callable[[str], Pr
     alone, package, steps = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     last = 'classify("image.png")'
     shown = [snippet.replace(last, f"print({last}[0]['label'])") for snippet in (alone, package)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     blocked = "import sys; sys.modules['isoprune_hf'] = None\n"
     for code in (blocked + shown[0], shown[1] + steps):
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = fresh_python.run(code, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert set(done.stdout.split()) == {best}
     for color in ("ant", "bee", "cat", "dog", "eel", "fox", "gnu"):

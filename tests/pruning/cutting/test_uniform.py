@@ -1,9 +1,6 @@
 """The uniform layout: equal blocks, by hand-checked widths, and folders that stock transformers opens alone."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.fresh_python import FreshPython
 from helpers.tiny_models import TIMM, make_base, make_images
 from PIL import Image
 from safetensors.torch import save_file
@@ -183,7 +181,9 @@ answers["loaded"] = [name for name in sys.modules if name.partition(".")[0] in (
 
 
 @pytest.fixture(scope="module")
-def elsewhere(made, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def elsewhere(
+    made, fresh_python: FreshPython, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     """Open the folders in one process that can import neither this package nor timm."""
     root = tmp_path_factory.mktemp("elsewhere")
     (root / "expected").mkdir()
@@ -194,10 +194,7 @@ def elsewhere(made, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str,
         (root / "folders").mkdir(exist_ok=True)
         (root / "folders" / family).symlink_to(sample.folder)
         save_file({"images": sample.images, "logits": sample.logits}, root / "expected" / f"{family}.safetensors")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHONPATH"))}
-    environment |= {"HF_HOME": str(root / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", OPEN_ELSEWHERE, str(root)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = fresh_python.run(OPEN_ELSEWHERE, root, cwd=root)
     assert done.returncode == 0, done.stderr
     return json.loads((root / "answers.json").read_text()), root
 
