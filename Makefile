@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: setup demo test test-faults fuzz docs lint types dist-test clean
+.PHONY: setup demo test test-all test-faults fuzz docs lint types dist-test clean
 
 setup: $(STAMP)
 
@@ -15,9 +15,13 @@ $(STAMP): setup.cfg pyproject.toml
 demo: $(STAMP)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train_accelerate.py
 
-# Two workers, a file each: one thread for each of them.
+# Two workers of one thread each. The markers of pyproject.toml say what is left out here and run by `make test-all`.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# All but the trainings that are killed for a quarter of an hour; a test that needs a browser is skipped without one.
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
 
 # Trainings killed at every stage of their writing and at sixty random moments: about a quarter of an hour.
 test-faults: $(STAMP)
@@ -25,7 +29,7 @@ test-faults: $(STAMP)
 
 # Ten thousand damaged folders: about ten minutes.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s tests/checkpoint/test_fuzz.py
+	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s -m fuzz tests/checkpoint/test_fuzz.py
 
 # The site, into build/site, with no network; a broken link or reference is an error.
 docs: $(STAMP)
@@ -34,11 +38,12 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)
 	$(BIN)/mypy
 
-# The wheel beside the packages of .venv, in another environment; with CLEAN=1 everything is downloaded anew (6 GB).
+# The wheel with the packages of .venv, in another environment; with CLEAN=1 everything is downloaded anew (6 GB).
 dist-test: $(STAMP)
 	.ci/dist $(BIN)/python
 

@@ -70,7 +70,7 @@ def test_what_the_package_imports_is_required_or_of_an_extra(setup: configparser
                 assert top in core | set(EXTRAS) | set(sys.stdlib_module_names), f"{path}: {name}"
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_a_light_installation_opens_a_pruned_model_and_predicts(pruned: Callable[[str], Pruned]) -> None:
     made = pruned("vit")
     script = f"""{LIGHT}

@@ -73,7 +73,6 @@ def test_what_the_backward_pass_keeps_is_counted_once() -> None:
     assert count_kept_bytes(Small(), FinetuneRecipe()) == 4 * (12 + 5)
 
 
-@pytest.mark.slow
 def test_a_recipe_of_the_paper_can_be_planned() -> None:
     run = open_run(str(RECIPES / "deit_0.6g.yaml"))
     # 0.63 GMACs, three times, and RegNetY-16GF: 16.0 (both as published, to what random gradients give).

@@ -236,7 +236,6 @@ def test_inspect_lists_the_isomorphic_classes_and_draws_them(stage: str, pruned:
         assert opened.width > 500 and len(opened.convert("RGB").getcolors(2**24)) > 10
 
 
-@pytest.mark.slow
 def test_run_takes_the_whole_road_once(recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = succeed("run", "--config", recipe_file, "--output", out)

@@ -85,7 +85,6 @@ def test_every_size_is_the_cut_that_its_budget_makes(tmp_path: Path, monkeypatch
     assert read(tmp_path / "cut", "config.json")["cost"]["pruned"]["macs"] == int(rows[1]["macs"])
 
 
-@pytest.mark.slow
 def test_the_accuracy_is_that_of_the_folder_of_this_size(tmp_path: Path) -> None:
     data = ["--data.dataset", "digits", "--prune.calibration_batches", "2", "--prune.batch_size", "8"]
     succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")

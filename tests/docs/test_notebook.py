@@ -28,7 +28,7 @@ def test_the_notebook_has_ten_cells_and_no_outputs_of_an_old_run() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_the_notebook_runs_offline_and_leaves_a_pruned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))

@@ -48,10 +48,10 @@ def answers(target: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
     return torch.export.load(folder / "model.pt2").module()(pixels).detach().numpy()
 
 
-CASES = [("vit", "onnx"), ("vit", "openvino"), ("vit", "torch-export"), ("hf-swin", "onnx"), ("resnet", "openvino")]
+CASES = [("vit", "onnx"), ("vit", "openvino"), ("vit", "torch-export")]
+CASES += [pytest.param(*case, marks=pytest.mark.export) for case in (("hf-swin", "onnx"), ("resnet", "openvino"))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "target"), CASES)
 def test_exported_logits_match_pytorch_for_any_batch_size(
     family: str, target: str, pruned: Callable[[str], Pruned], tmp_path: Path
@@ -74,7 +74,6 @@ def test_exported_logits_match_pytorch_for_any_batch_size(
     assert (record["batches"], record["same_class"], record["quantize"]) == ([1, 4], 5, "none")
 
 
-@pytest.mark.slow
 def test_labels_and_processor_are_exported(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     sample = pruned("vit")
     export_model(sample.model, sample.processor, tmp_path / "out", target="onnx")
@@ -90,7 +89,7 @@ def test_labels_and_processor_are_exported(pruned: Callable[[str], Pruned], tmp_
     assert code[0] == code[1]
 
 
-@pytest.mark.slow
+@pytest.mark.export
 def test_documented_script_runs_without_isoprune_hf(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     sample = pruned("vit")
     export_model(sample.model, sample.processor, tmp_path / "exported", target="onnx")
@@ -108,8 +107,7 @@ def test_documented_script_runs_without_isoprune_hf(pruned: Callable[[str], Prun
     assert done.stdout.strip() == LABELS[int(logits.argmax())]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.export)])
 def test_eight_bit_weights_shrink_file_and_keep_classes(
     family: str, pruned: Callable[[str], Pruned], tmp_path: Path
 ) -> None:
@@ -133,7 +131,6 @@ def _weights(file: Path) -> list[np.ndarray]:
     return [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
 
 
-@pytest.mark.slow
 def test_differing_logits_are_an_error_and_write_nothing(
     pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -345,7 +345,7 @@ print(json.dumps(classify(Image.open(sys.argv[1]), top_k=7)))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_a_stranger_opens_what_was_pushed_with_and_without_the_package_by_revision_and_offline(
     pruned: Callable[[str], Pruned], hub: Hub, tmp_path: Path
 ) -> None:

@@ -99,7 +99,6 @@ def test_failing_compiler_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatc
         measure_latency({"base": nn.Conv2d(3, 4, 1)}, (3, 2, 2), backend="compile")
 
 
-@pytest.mark.slow
 def test_compiled_model_is_timed(tmp_path: Path) -> None:
     base = make_base("vit", tmp_path)
     times = measure_latency({"base": base}, (3, 16, 16), backend="compile", repeats=2, warmup=0)

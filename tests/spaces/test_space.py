@@ -149,7 +149,6 @@ def test_a_model_that_cannot_be_opened_ends_the_start_in_one_line(
     assert re.fullmatch(r"compare: error: no/such/place is neither [^\n]+\n", capsys.readouterr().err)
 
 
-@pytest.mark.slow
 def test_a_program_gets_the_same_answers(page: str, comparison: ModuleType, pair, tmp_path: Path) -> None:
     client = pytest.importorskip("gradio_client")
     file = tmp_path / "image.png"
@@ -161,13 +160,15 @@ def test_a_program_gets_the_same_answers(page: str, comparison: ModuleType, pair
         assert found["label"] in said
 
 
-@pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_visitor_uploads_an_image_and_sees_both_answers(
     width: int, page: str, comparison: ModuleType, pair, tmp_path: Path
 ) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no browser")
     good, bad, large = (tmp_path / name for name in ("good.png", "bad.png", "large.png"))
     good.write_bytes(png(40, 30))
     bad.write_bytes(b"no image")

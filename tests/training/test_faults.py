@@ -24,7 +24,6 @@ from safetensors.torch import load, load_file
 from isoprune_hf.data.augmentation import TransformedImages
 from isoprune_hf.training import epoch as epoch_module
 
-pytestmark = pytest.mark.slow
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 # An epoch of 48 images has six updates; stochastic depth, mixing and the moving average have to go on as they were.
 SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "best": "ema", "state_every": 2}

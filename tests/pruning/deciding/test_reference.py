@@ -135,7 +135,7 @@ def test_torch_pruning_keeps_the_same_channels_of_a_layer_norm_but_may_shuffle_t
         assert torch.equal(found.ours[name].sort().values, found.theirs[name].sort().values), name
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size_models_at_the_published_ratios_are_cut_alike(name: str, monkeypatch) -> None:
     model = load_base(name, False, seed=0).model
