@@ -22,10 +22,12 @@ from torch import nn
 from isoprune_hf import PruneRecipe, load_base, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.cli.recipe_files import read_recipe
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups, scoring_options
+from isoprune_hf.pruning.score import score_with_recipe
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = [
@@ -93,12 +95,12 @@ def rows(name: str) -> str:
 
 def score(base: IsoPruneForImageClassification, recipe: PruneRecipe) -> ImportanceScores:
     """Score a base by the criterion of its recipe, with random gradients."""
-    return score_groups(
+    return score_with_recipe(
         RandomGradients(base, recipe.seed),
+        recipe,
         trace_groups(base, recipe.signature),
-        batches=[(torch.zeros(1, *base.config.image_size), torch.zeros(1, dtype=torch.long))],
+        Calibration([(torch.zeros(1, *base.config.image_size), torch.zeros(1, dtype=torch.long))]),
         blocks=() if recipe.remove_blocks is None else find_blocks(base),
-        **scoring_options(recipe),
     )
 
 

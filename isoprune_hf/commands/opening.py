@@ -20,7 +20,7 @@ from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.processors import set_transform
-from isoprune_hf.pruning.calibration.resumable import KeptBatches
+from isoprune_hf.pruning.calibration.resumable import ResumableBatches
 from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe, FinetuneRecipe, PruneRecipe
@@ -114,7 +114,7 @@ def open_calibration(
     *,
     is_scored: bool = False,
     output: str | Path | None = None,
-) -> tuple[CalibrationBatches | KeptBatches | None, dict[str, Any]]:
+) -> tuple[CalibrationBatches | ResumableBatches | None, dict[str, Any]]:
     """Open the calibration sample; beside an output, what is added up over it is kept until that is written."""
     if prune.data_step is None and (is_scored or prune.criterion not in DATA_CRITERIA):
         return None, {}
@@ -138,7 +138,7 @@ def open_calibration(
         return batches, sample
     identity = {"sample": sample, "processor": processor.to_json_string(), "decoder": data.decoder, **share}
     identity["batch_size"] = prune.batch_size
-    return KeptBatches(batches, _scoring_folder(output, accelerator), identity, prune.state_minutes), sample
+    return ResumableBatches(batches, _scoring_folder(output, accelerator), identity, prune.state_minutes), sample
 
 
 def forget_scoring(output: str | Path, accelerator: Accelerator) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.measuring.backends import BACKENDS, Backend, Forward
+from isoprune_hf.recipes.values import Precision
 
-Precision = Literal["no", "bf16"]
 _MIN_ROUNDS = 5  # timed rounds before a time limit ends a measurement
 
 

@@ -53,6 +53,11 @@ class CoupledGroup:
         """Dims of each head; 0 for a group that is no attention."""
         return self.channels // self.num_heads if self.num_heads else 0
 
+    @property
+    def is_attention(self) -> bool:
+        """True if the channels are the dims of an attention, also of one whose heads were not found."""
+        return self.num_heads > 0 or self.signature.startswith("Attention:")
+
 
 @dataclass(frozen=True)
 class ResidualBlock:

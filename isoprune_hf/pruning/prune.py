@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
+from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, cost_model
 from isoprune_hf.pruning.cutting.cut import apply_plan
@@ -30,13 +31,17 @@ from isoprune_hf.pruning.latency_budget import fit_base, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.repair import repair
-from isoprune_hf.pruning.score import check_calibration, check_scores_of, of_base, rotate_base, score_as
-from isoprune_hf.pruning.scoring.scores import ImportanceScores
+from isoprune_hf.pruning.score import (
+    assign_to_base,
+    check_calibration,
+    check_scores,
+    rotate_base,
+    score_with_recipe,
+)
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
 
 logger = logging.getLogger(__name__)
-
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +88,7 @@ def prune_model(
     accelerator: Accelerator | None = None,
     *,
     scores: ImportanceScores | None = None,
-    sample: dict[str, object] | None = None,
+    sample: Sample | None = None,
 ) -> PruneResult:
     """Score, decide and cut.
 
@@ -106,13 +111,14 @@ def prune_model(
         recipe = recipe_of_scores(recipe, scores)
     check_calibration(recipe, calibration, scores)
     if scores is not None:
-        check_scores_of(model, recipe, scores)
-    rotated = _timed(seconds, "rotate", lambda: rotate_base(model, recipe, traced.groups, calibration, accelerator))
+        check_scores(model, recipe, scores)
+    images = None if calibration is None else Calibration(calibration, accelerator)
+    rotated = _timed(seconds, "rotate", lambda: rotate_base(model, recipe, traced.groups, images))
 
     def score(
         scored: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], blocks: tuple[ResidualBlock, ...]
     ) -> ImportanceScores:
-        return score_as(recipe, scored, groups, blocks, calibration, accelerator, sample)
+        return score_with_recipe(scored, recipe, groups, images, blocks=blocks, sample=sample)
 
     def decide(decided: PruneRecipe) -> PruningPlan:
         plan = make_plan(
@@ -125,7 +131,7 @@ def prune_model(
 
     if scores is None:
         first = _timed(seconds, "score", lambda: score(rotated.model, traced.groups, traced.blocks))
-        scores = of_base(first, model, recipe)
+        scores = assign_to_base(first, model, recipe)
         for step in range(1, recipe.steps):
             intermediate = recipe_of_step(recipe, step, traced.cost, traced.latency)
             plan = _timed(seconds, "solve", lambda now=intermediate: decide(now))

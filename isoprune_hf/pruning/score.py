@@ -1,20 +1,24 @@
-"""Scoring as a recipe asks for it: heads turned first where they shall be, scores that know their base."""
+"""Score a base according to a recipe: rotate attention heads first if requested, and record which base was scored.
 
-from collections.abc import Iterator
+`score_model` is the complete pipeline; `prune_model` uses its parts.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NoReturn, cast
 
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.calibration.gradients import Batches
+from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.repairing.rotation import Rotated, rotate_heads
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups, scoring_options
-from isoprune_hf.recipes import PruneRecipe
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample, score_groups
+from isoprune_hf.recipes import Criterion, PruneRecipe
 
 
 def score_model(
@@ -23,59 +27,88 @@ def score_model(
     calibration: Batches | None = None,
     accelerator: Accelerator | None = None,
     *,
-    sample: dict[str, object] | None = None,
+    sample: Sample | None = None,
 ) -> ImportanceScores:
-    """Score a base as `prune_model` does before its first cut; the arguments are the same.
+    """Score a base exactly as `prune_model` does before its first cut.
+
+    Args:
+        model: The base, of `load_base`; left untouched.
+        recipe: How to score, and whether to rotate the heads before.
+        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)), for recipes that read images.
+        accelerator: Ranks that share the images.
+        sample: Description of the batches, recorded with the scores.
 
     Raises:
         RecipeError, UnsupportedArchitectureError: See `score_groups`, `trace_groups` and `rotate_heads`.
     """
     check_calibration(recipe, calibration, None)
+    images = None if calibration is None else Calibration(calibration, accelerator)
     groups = trace_groups(model, recipe.signature, recipe.engine)
-    rotated = rotate_base(model, recipe, groups, calibration, accelerator)
-    scores = score_as(recipe, rotated.model, groups, find_blocks(model), calibration, accelerator, sample)
-    return of_base(scores, model, recipe)
+    rotated = rotate_base(model, recipe, groups, images)
+    scores = score_with_recipe(rotated.model, recipe, groups, images, blocks=find_blocks(model), sample=sample)
+    return assign_to_base(scores, model, recipe)
 
 
 def rotate_base(
     model: IsoPruneForImageClassification,
     recipe: PruneRecipe,
-    groups: tuple[CoupledGroup, ...],
-    calibration: Batches | None,
-    accelerator: Accelerator | None,
+    groups: Sequence[CoupledGroup],
+    calibration: Calibration | None,
 ) -> Rotated:
-    """Turn the heads of a base where the recipe asks for it."""
-    return rotate_heads(model, groups, calibration, accelerator) if recipe.rotate else Rotated(model, (), ())
+    """Rotate the heads of a base if the recipe requests it; return the base itself otherwise.
+
+    Raises:
+        RecipeError: See `check_calibration` and `rotate_heads`.
+    """
+    if not recipe.rotate:
+        return Rotated(model, (), ())
+    if calibration is None:
+        _refuse_missing_data("rotate")
+    return rotate_heads(model, groups, calibration.batches, calibration.accelerator)
 
 
-def score_as(
-    recipe: PruneRecipe,
+def score_with_recipe(
     model: IsoPruneForImageClassification,
-    groups: tuple[CoupledGroup, ...],
-    blocks: tuple[ResidualBlock, ...],
-    calibration: Batches | None,
-    accelerator: Accelerator | None,
-    sample: dict[str, object] | None,
+    recipe: PruneRecipe,
+    groups: Sequence[CoupledGroup],
+    calibration: Calibration | None = None,
+    *,
+    blocks: Sequence[ResidualBlock] = (),
+    sample: Sample | None = None,
 ) -> ImportanceScores:
-    """Score with what a recipe says of scoring."""
+    """Score groups and blocks with the settings of a recipe; its `scoring_precision` replaces the calibration's.
+
+    Raises:
+        RecipeError: See `score_groups`.
+    """
     return score_groups(
         model,
         groups,
-        blocks=blocks,
-        batches=calibration,
-        accelerator=accelerator,
+        criterion=cast("Criterion", recipe.criterion),  # None only until the recipe has applied its preset
+        batches=None if calibration is None else calibration.batches,
+        accelerator=None if calibration is None else calibration.accelerator,
+        seed=recipe.seed,
         sample=sample,
-        **scoring_options(recipe),
+        reduction=recipe.reduction,
+        score_batchnorm=recipe.score_batchnorm,
+        precision=recipe.scoring_precision,
+        blocks=blocks,
     )
 
 
-def of_base(scores: ImportanceScores, model: IsoPruneForImageClassification, recipe: PruneRecipe) -> ImportanceScores:
-    """Give the scores of a rotated model to the base that it was made from."""
+def assign_to_base(
+    scores: ImportanceScores, model: IsoPruneForImageClassification, recipe: PruneRecipe
+) -> ImportanceScores:
+    """Return scores of a rotated model with the fingerprint of the base; unchanged if the recipe does not rotate."""
     return replace(scores, fingerprint=fingerprint(model.model), rotated=True) if recipe.rotate else scores
 
 
-def check_scores_of(model: IsoPruneForImageClassification, recipe: PruneRecipe, scores: ImportanceScores) -> None:
-    """Refuse scores of another base, or of heads that were turned where these are not."""
+def check_scores(model: IsoPruneForImageClassification, recipe: PruneRecipe, scores: ImportanceScores) -> None:
+    """Check that scores belong to this base, and to heads that are rotated as in the recipe.
+
+    Raises:
+        RecipeError: They do not.
+    """
     if scores.fingerprint != fingerprint(model.model):
         raise RecipeError(
             "the scores were made from other weights than this base's; run `isoprune score` on this base"
@@ -86,15 +119,23 @@ def check_scores_of(model: IsoPruneForImageClassification, recipe: PruneRecipe, 
 
 
 def check_calibration(recipe: PruneRecipe, calibration: Batches | None, scores: ImportanceScores | None) -> None:
-    """Refuse a sample that the recipe cannot do with, and scores that contradict it."""
+    """Check that the calibration batches and the scores, if there are any, are what a recipe needs.
+
+    Raises:
+        RecipeError: Batches are missing, cannot be iterated over several times, or scores contradict `steps`.
+    """
     if recipe.steps > 1 and scores is not None:
         raise RecipeError(
-            f"prune.steps {recipe.steps} scores anew before each step: leave --scores out, or set it to 1"
+            f"prune.steps {recipe.steps} computes new scores before each step: omit --scores, or set it to 1"
         )
     if recipe.data_step is not None and calibration is None:
-        raise RecipeError(f"prune.{recipe.data_step} needs data: give --data.dataset, or leave it out")
+        _refuse_missing_data(recipe.data_step)
     if (recipe.steps > 1 or recipe.data_step is not None) and isinstance(calibration, Iterator):
         raise RecipeError(
-            f"prune.{'steps' if recipe.steps > 1 else recipe.data_step} goes through the calibration batches several "
+            f"prune.{'steps' if recipe.steps > 1 else recipe.data_step} iterates over the calibration batches several "
             "times: give a list or a loader, not an iterator"
         )
+
+
+def _refuse_missing_data(setting: str) -> NoReturn:
+    raise RecipeError(f"prune.{setting} needs data: give --data.dataset, or leave it out")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from isoprune_hf.errors import RecipeError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Precision = Literal["no", "bf16"]  # of a forward pass: fp32, or bf16
 # Field metadata of settings that do not change the result: a run resumes although they differ.
 IGNORED_FOR_RESUME = MappingProxyType({"ignored_for_resume": True})
 

@@ -495,7 +495,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
         ["prune", *L1, "--prune.seed", "3", "--scores", "@scores", *OUT],
         ["scores", "other weights"],
     ),
-    "no scores": (["prune", *L1, "--scores", "@pruned/model.safetensors", *OUT], ["no file of importance scores"]),
+    "no scores": (["prune", *L1, "--scores", "@pruned/model.safetensors", *OUT], ["not a file of importance scores"]),
     "scores that exist": (["score", *L1, "--output", "@scores"], ["--output", "exists", "--overwrite true"]),
     "scores below a file": (["score", *L1, "--output", "@pruned/config.json/scores"], ["config.json"]),
     "picture below a file": (

@@ -120,7 +120,7 @@ BAD = {
     "out of reach": (["--sizes", "0.5,0.001"], "cannot be reached"),
     "steps": (["--prune.steps", "2"], "set prune.steps to 1, not 2"),
     "no data": (["--prune.criterion", "taylor"], "criterion taylor needs data"),
-    "no scores": (["--scores", "none.safetensors"], "no file of importance scores"),
+    "no scores": (["--scores", "none.safetensors"], "not a file of importance scores"),
 }
 
 

@@ -81,10 +81,10 @@ def test_what_has_left_in_a_step_does_not_come_back(tmp_path: Path) -> None:
 
 def test_steps_need_batches_that_can_be_read_again(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
-    with pytest.raises(RecipeError, match=r"steps goes through the calibration batches several times: give a list"):
+    with pytest.raises(RecipeError, match=r"prune\.steps iterates"):
         prune_model(model, PruneRecipe(criterion="taylor", steps=2), iter(Batches(model)))
     scores = prune_model(model, PruneRecipe(criterion="l1")).scores
-    with pytest.raises(RecipeError, match="steps 2 scores anew before each step: leave --scores out"):
+    with pytest.raises(RecipeError, match=r"prune\.steps 2"):
         prune_model(model, PruneRecipe(criterion="taylor", steps=2), scores=scores)
 
 

@@ -1,91 +1,93 @@
-"""Gradients of the loss over the calibration images of all ranks, and the mode that a model is in for them."""
+"""Gradients of the loss over the calibration images of all ranks.
+
+`mean_gradients` is the complete computation; the other functions are the parts of it that the criteria and repairs
+reuse: the mode of the model, the loss, the sums in float64 and their reduction over ranks.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.calibration.resumable import left_for
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.resumable import remaining
+from isoprune_hf.recipes.values import Precision
 
-IMAGES = ".images"  # beside sums by name: no name of a module starts with a dot
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-Precision = Literal["no", "bf16"]
-Tensors = TypeVar("Tensors")
+IMAGES = ".images"  # key of the image count next to sums by module name: no module name starts with a dot
+Reducible = TypeVar("Reducible")  # a tensor, or tuples, lists and dictionaries of tensors
 
 
 def mean_gradients(
-    model: nn.Module,
-    names: Iterable[str],
-    batches: Batches,
-    accelerator: Accelerator | None = None,
-    precision: Precision = "no",
+    model: IsoPruneForImageClassification, names: Iterable[str], calibration: Calibration
 ) -> dict[str, torch.Tensor]:
-    """Take the mean gradient of the cross-entropy over all images of all ranks.
+    """Compute the mean gradient of the cross-entropy over all images of all ranks.
 
-    Sums are taken in float64, of the loss summed over a micro-batch, and added over ranks once at the end: the float32
-    result does not depend on how many ranks shared the batches. Absolute values come after that, never before.
+    The loss is summed over a micro-batch, its gradients are added up in float64, and the sums are reduced over ranks
+    once at the end: the float32 result does not depend on how many ranks shared the batches. Absolute values must
+    only be taken of this result.
 
     Args:
-        model: Its `model` owns the parameters; its forward returns `logits`. Left as it was.
+        model: Its `model` owns the parameters; its forward pass returns `logits`. Restored afterwards.
         names: Parameters, relative to `model.model`.
-        batches: This rank's micro-batches: images (B, C, H, W), labels (B,).
-        accelerator: Ranks that share the images.
-        precision: bf16 runs forward and backward under autocast; the sums stay float64.
+        calibration: Images and labels; a pass that was interrupted resumes if the batches are `ResumableBatches`.
 
     Returns:
-        Name -> gradient in float32, of the shape of the parameter; zero where the loss does not depend on it.
+        Name -> gradient in float32, of the shape of the parameter; zero if the loss does not depend on it.
 
     Raises:
         RecipeError: There is no image, or a gradient is not finite.
     """
     parameters = {name: model.model.get_parameter(name) for name in names}
-    sums, images = zero_sums(parameters), zero_images(model)
+    sums = zero_sums(parameters)
+    images = zero_images(model)
     with scoring_mode(model, requires_grad=True):
-        for pixel_values, labels in left_for({**sums, IMAGES: images}, batches):
-            loss = summed_loss(model, pixel_values.to(model.device), labels.to(model.device), precision)
+        for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration.batches):
+            loss = summed_loss(model, pixel_values.to(model.device), labels.to(model.device), calibration.precision)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
                     total += gradient
             images += len(labels)
-    return mean_over_ranks(sums, images, accelerator)
+    return mean_over_ranks(sums, images, calibration.accelerator)
 
 
 def summed_loss(
-    model: nn.Module,
+    model: IsoPruneForImageClassification,
     pixel_values: torch.Tensor,
     labels: torch.Tensor,
     precision: Precision,
-    instead: Mapping[str, torch.Tensor] | None = None,
+    replacements: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Sum the cross-entropy over the images: a scalar.
+    """Compute the cross-entropy summed over the images: a scalar.
 
     Args:
-        model: Its `model` owns the parameters; its forward returns `logits`.
+        model: Its `model` owns the parameters; its forward pass returns `logits`.
         pixel_values: (B, C, H, W).
         labels: (B,).
-        precision: bf16 runs under autocast.
-        instead: Tensors to use in the place of parameters of `model.model`.
+        precision: bf16 runs the forward pass under autocast.
+        replacements: Parameter of `model.model` -> tensor that is used instead of it.
     """
-    replaced = {f"model.{name}": value for name, value in (instead or {}).items()}
+    replaced = {f"model.{name}": value for name, value in (replacements or {}).items()}
     with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = torch.func.functional_call(model, replaced, (), {"pixel_values": pixel_values}).logits
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 @contextmanager
-def scoring_mode(model: nn.Module, *, requires_grad: bool) -> Iterator[None]:
-    """Put the model into eval mode, its parameters all with or all without gradient; afterwards it is as it was.
+def scoring_mode(model: IsoPruneForImageClassification, *, requires_grad: bool) -> Iterator[None]:
+    """Put the model into eval mode and set `requires_grad` of all its parameters; both are restored afterwards.
 
-    cuDNN neither searches for kernels nor rounds to TF32 meanwhile: the same images give the same bits on any rank.
+    Within the context, cuDNN neither searches for kernels nor rounds to TF32: the same images give the same bits on
+    every rank.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(False)
     for parameter in flags:
         parameter.requires_grad_(requires_grad)
     try:
@@ -104,46 +106,60 @@ def scoring_mode(model: nn.Module, *, requires_grad: bool) -> Iterator[None]:
 
 
 def zero_sums(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make a float64 sum for each parameter, where the parameter lies."""
+    """Return a float64 zero tensor for each parameter, of its shape and on its device."""
     return {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
 
 
-def zero_images(model: nn.Module) -> torch.Tensor:
-    """Make a count of images, which is kept beside the sums over them."""
+def zero_images(model: IsoPruneForImageClassification) -> torch.Tensor:
+    """Return a scalar int64 zero on the device of the model, to count images in."""
     return torch.zeros((), dtype=torch.int64, device=model.device)
 
 
 def mean_over_ranks(
     sums: Mapping[str, torch.Tensor], images: torch.Tensor, accelerator: Accelerator | None
 ) -> dict[str, torch.Tensor]:
-    """Add sums and image counts over all ranks, once, and divide: name -> mean in float32, equal on all ranks.
+    """Reduce sums and image counts over all ranks, once, and divide: name -> mean in float32, equal on all ranks.
 
     Raises:
         RecipeError: No rank has an image, or a mean is not finite.
     """
-    sums, count = sum_over_ranks((dict(sums), images), accelerator)
-    if not count:
-        raise RecipeError("the calibration sample holds no image: scoring needs at least one in the training split")
-    means = {name: (total / count).float() for name, total in sums.items()}
+    totals, count = sum_over_ranks((dict(sums), images), accelerator)
+    require_images(count)
+    means = {name: (total / count).float() for name, total in totals.items()}
     check_finite(means, "gradients")
     return means
 
 
-def sum_over_ranks(values: Tensors, accelerator: Accelerator | None) -> Tensors:
-    """Add tensors, in tuples, lists and dictionaries, over all ranks."""
-    return values if accelerator is None or accelerator.num_processes == 1 else accelerator.reduce(values, "sum")
+def require_images(count: torch.Tensor, setting: str = "scoring") -> None:
+    """Raise a RecipeError if the images of all ranks are none.
+
+    Args:
+        count: Number of images (or of rows computed from them) of all ranks: a scalar.
+        setting: What needs them: `scoring`, or the name of a setting.
+    """
+    if not count:
+        where = " in the training split" if setting == "scoring" else ""
+        raise RecipeError(f"the calibration sample holds no image: {setting} needs at least one{where}")
 
 
-def check_finite(values: Mapping[str, torch.Tensor], what: str) -> None:
-    """Refuse nan and inf.
+def sum_over_ranks(values: Reducible, accelerator: Accelerator | None) -> Reducible:
+    """Return the sums of tensors over all ranks, in the same tuples, lists and dictionaries."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return values
+    return cast("Reducible", accelerator.reduce(values, "sum"))  # accelerate annotates neither
 
-    Raises:
-        RecipeError: Names the first parameter or layer with such a value.
+
+def check_finite(values: Mapping[str, torch.Tensor], kind: str) -> None:
+    """Raise a RecipeError that names the first parameter, layer or group whose tensor contains nan or inf.
+
+    Args:
+        values: Name -> tensor.
+        kind: What the tensors are, in the plural.
     """
     for name, value in values.items():
-        # A sum is ten times faster, and infinite for a few finite values only.
+        # A sum is ten times faster than a test of every element, and rarely overflows for finite elements.
         if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise RecipeError(
-                f"the {what} of {name} hold nan or inf, so nothing can be ranked: check the weights of the base and "
+                f"the {kind} of {name} hold nan or inf, so nothing can be ranked: check the weights of the base and "
                 "the images, and score with --prune.scoring_precision no"
             )

@@ -1,8 +1,9 @@
-"""Sums over the calibration images that outlive their process: a scoring goes on where it was killed.
+"""Sums over the calibration images that survive their process, so that an interrupted scoring can be resumed.
 
-What is added up over micro-batches is written from time to time, with the number of those that are in it, as the
-snapshots of a training are: whole or not at all, verified when read. The same scoring adds the rest to it, in the same
-order, so the sums are the same to the bit. Each rank keeps its own.
+A criterion iterates over `remaining(sums, batches)` and adds every micro-batch to the sums in place. If the batches
+are `ResumableBatches`, the sums are written at intervals as a snapshot (atomically, verified when read) together with
+the number of micro-batches they contain. The same scoring started again reads them and adds the rest in the same
+order, so the final sums are equal bit for bit. Every rank writes its own snapshots.
 """
 
 import json
@@ -17,87 +18,92 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.snapshots import Snapshot, read_newest_snapshot, remove_snapshots, write_snapshot
 from isoprune_hf.errors import DamagedStateError
+from isoprune_hf.pruning.calibration.calibration import Batch
 
 logger = get_logger(__name__)
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-Sums = Mapping[str, torch.Tensor]
+RunningSums = Mapping[str, torch.Tensor]
 
 
 class Repeatable(Protocol):
-    """Micro-batches that every pass gives in the same order, from any of them on."""
+    """Micro-batches that come in the same order in every pass, and of which the first ones can be skipped."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def starting_at(self, number: int) -> Iterator[Batch]:
-        """Give them without the first ones."""
+        """Iterate from micro-batch `number` on (skip the first `number`)."""
 
 
-class KeptBatches:
-    """This rank's micro-batches, and a folder that keeps what is added up over them.
+class ResumableBatches:
+    """This rank's micro-batches, with a folder in which the sums over them are saved.
 
     Args:
         batches: The micro-batches.
-        folder: Of this rank; made when there is something to keep.
-        identity: What is added up, of which images and weights, as JSON can say it: nothing else goes on from it.
-        minutes: Time between two writings.
+        folder: Folder of this rank; created when something is saved.
+        identity: Description of the sums, the images and the weights as JSON values: a saved state is only resumed
+            if it has the same identity.
+        minutes: Time between two saved states.
     """
 
     def __init__(self, batches: Repeatable, folder: Path, identity: Mapping[str, Any], minutes: float):
-        self._batches, self._folder, self._identity, self._minutes = batches, folder, dict(identity), minutes
+        self._batches = batches
+        self._folder = folder
+        self._identity = dict(identity)
+        self._minutes = minutes
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
 
-    def of(self, **identity: Any) -> "KeptBatches":
-        """Give the same micro-batches for sums that more is known of."""
-        return KeptBatches(self._batches, self._folder, {**self._identity, **identity}, self._minutes)
+    def with_key(self, **identity: Any) -> "ResumableBatches":
+        """Return a copy whose identity also includes these entries."""
+        return ResumableBatches(self._batches, self._folder, {**self._identity, **identity}, self._minutes)
 
-    def left_for(self, sums: Sums) -> Iterator[Batch]:
-        """Give the micro-batches that are not in the sums yet; what was kept is put into them first.
+    def remaining(self, sums: RunningSums) -> Iterator[Batch]:
+        """Restore the saved sums, if there are any, and iterate over the micro-batches that they do not include yet.
 
-        The caller adds each micro-batch to the sums, in place, before it asks for the next.
+        The caller adds each micro-batch to `sums`, in place, before it requests the next one.
         """
         shapes = {name: [str(total.dtype), *total.shape] for name, total in sums.items()}
         known = {**self._identity, "sums": shapes, "torch": torch.__version__}
         run = xxhash.xxh3_128(json.dumps(known, sort_keys=True).encode()).hexdigest()
         folder = self._folder / run
-        number = written = self._read(folder, run, sums)
+        number = written = self._restore(folder, run, sums)
         last = time.monotonic()
         for number, batch in enumerate(self._batches.starting_at(written), start=written + 1):
             yield batch
             if time.monotonic() - last >= 60 * self._minutes:
-                written = self._write(folder, run, sums, number) or written
+                written = self._save(folder, run, sums, number) or written
                 last = time.monotonic()
-        if 0 < written < number:  # it took long: another scoring may follow before there is a result
-            self._write(folder, run, sums, number)
+        if 0 < written < number:  # a long pass: the next one, before there is any result, may be interrupted too
+            self._save(folder, run, sums, number)
 
-    def _read(self, folder: Path, run: str, sums: Sums) -> int:
+    def _restore(self, folder: Path, run: str, sums: RunningSums) -> int:
+        """Copy the newest intact state into the sums; return how many micro-batches it includes."""
         try:
             found = read_newest_snapshot(folder, run=run)
         except DamagedStateError:
-            logger.warning(f"the scoring begins anew: no state of it in {folder} is intact")
+            logger.warning(f"scoring restarts from the beginning: no saved state in {folder} is intact")
             remove_snapshots(folder)
             return 0
         if found is None:
             return 0
         for name, total in sums.items():
             total.copy_(found.tensors[name])
-        logger.info(f"the scoring goes on behind micro-batch {found.update}")
+        logger.info(f"scoring resumes after micro-batch {found.update}")
         return found.update
 
-    def _write(self, folder: Path, run: str, sums: Sums, number: int) -> int:
-        """Write the sums over so many micro-batches; returns 0 where that fails."""
+    def _save(self, folder: Path, run: str, sums: RunningSums, number: int) -> int:
+        """Write the sums over the first `number` micro-batches; return `number`, or 0 if writing failed."""
         tensors = {name: total.detach().cpu() for name, total in sums.items()}
         try:
             write_snapshot(folder, Snapshot(1, number, tensors, {}), run=run)
         except OSError as error:
             reason = error.strerror or error
-            logger.warning(f"the scores so far cannot be kept in {folder} ({reason}); scoring goes on")
+            logger.warning(f"cannot save the state of the scoring in {folder} ({reason}); scoring continues")
             return 0
         return number
 
 
-def left_for(sums: Sums, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Give the micro-batches that are still to be added to sums: all of them, where nothing is kept."""
-    return batches.left_for(sums) if isinstance(batches, KeptBatches) else iter(batches)
+def remaining(sums: RunningSums, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Iterate over the micro-batches not yet included in the sums: all of them, unless the batches are resumable."""
+    return batches.remaining(sums) if isinstance(batches, ResumableBatches) else iter(batches)

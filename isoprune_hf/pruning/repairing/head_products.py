@@ -18,7 +18,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.graph.copying import copy_modules
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.scoring.gate_fisher import End, find_ends, gate_gradients
+from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
+from isoprune_hf.pruning.scoring.gate_points import GatePoint, find_gate_points
 
 _IMAGES = 4  # that roles and equality are judged by
 KINDS = ("queries and keys", "values")
@@ -28,7 +29,7 @@ KINDS = ("queries and keys", "values")
 class Slot:
     """Where one layer holds each dim of each head once: one of the k positions of its channels."""
 
-    end: End
+    end: GatePoint
     column: int
 
     @property
@@ -62,7 +63,7 @@ def find_pairs(model: IsoPruneForImageClassification, groups: Sequence[CoupledGr
     """
     heads = [group for group in groups if group.num_heads and not group.dim_members and group.head_dim > 1]
     images = probe_images(model)
-    ends = [end for end in find_ends(model, heads)[0] if _is_held(model, end)]
+    ends = [end for end in find_gate_points(model, heads)[0] if _is_held(model, end)]
     if not ends:
         return []
     labels = torch.arange(_IMAGES, device=images.device) % model.config.num_labels
@@ -85,7 +86,7 @@ def probe_images(model: IsoPruneForImageClassification) -> torch.Tensor:
     return torch.randn(_IMAGES, *model.config.image_size, generator=generator).to(model.device)
 
 
-def _is_held(model: nn.Module, end: End) -> bool:
+def _is_held(model: nn.Module, end: GatePoint) -> bool:
     """Whether a layer that is called holds the channels, one position for each of its inputs or outputs."""
     layer = model.model.get_submodule(end.layer) if end.layer else None
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)

@@ -24,7 +24,8 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.calibration.gradients import Batches, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.calibration.calibration import Batches
+from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.repairing.least_squares import add_up, halves_of, holds_for_bias_alone, no_sums, solve
 from isoprune_hf.pruning.repairing.residual_stream import Stream

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.gradients import Batches
+from isoprune_hf.pruning.calibration.calibration import Batches
 from isoprune_hf.pruning.cutting.cut import keep_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan

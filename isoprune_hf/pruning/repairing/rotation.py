@@ -16,7 +16,8 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.calibration.gradients import Batches, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.calibration.calibration import Batches
+from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.repairing.head_products import (
     KINDS,

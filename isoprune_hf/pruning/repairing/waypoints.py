@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.gradients import Batches
+from isoprune_hf.pruning.calibration.calibration import Batches
 
 _BYTES = 2**32  # of held images or outputs of both networks, on each rank
 

@@ -1,7 +1,17 @@
-"""The diagonal of the (empirical Fisher) Hessian: the mean over all images of the squared gradient of each image.
+"""The diagonal of the empirical Fisher: the mean over all images of the squared gradient of each image.
 
-The loop of older scripts runs the backward pass of the whole micro-batch once for each image. Here one pass is enough
-for nearly all parameters (`squares.py`); the rest goes through `torch.func.vmap`, or image by image.
+`mean_squared_gradients` computes it. Scripts of other projects run one backward pass over a micro-batch for each image
+in it. Here one pass per micro-batch is enough for nearly all parameters.
+
+Design note: why there are three ways, and how one is chosen. The gradient of one image by the weight of a linear or a
+convolution is a small formula of the layer's input and of the gradient at its output, both of which a single pass over
+the whole micro-batch has (`layer_squares`, `streamed_squares`); only the per-sample gradients of one layer exist at a
+time. This is wrong for a weight that is tied, used without calling its layer, or owned by a layer that is called twice
+or whose samples do not lie on dim 0. `torch.func.vmap` of the whole model (`vmapped_squares`) is right for these, but
+holds the per-sample gradients of all its parameters at once, and it refuses models that branch on values. For them
+only a loop over images remains (`looped_squares`). None of this can be read from the modules, so `choose_ways`
+computes three random images in the first way, compares each parameter with the loop, and gives the rest to `vmap` or
+to the loop. Nothing is timed: every rank chooses the same.
 """
 
 import logging
@@ -10,37 +20,38 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import (
     IMAGES,
-    Batches,
-    Precision,
     mean_over_ranks,
     scoring_mode,
-    sum_over_ranks,
     zero_images,
     zero_sums,
 )
-from isoprune_hf.pruning.calibration.resumable import left_for
+from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.pruning.scoring.layer_squares import Squares
 from isoprune_hf.pruning.scoring.per_sample_gradients import looped_squares, streamed_squares, vmapped_squares
+from isoprune_hf.recipes.values import Precision
 
 logger = logging.getLogger(__name__)
 
 _PROBE_IMAGES = 3
+_RELATIVE_TOLERANCE = 1e-3
+_ROUNDING_SHARE = 1e-11  # of the largest squared gradient of a parameter: smaller ones consist of rounding errors
 
 
 @dataclass(frozen=True)
 class Ways:
-    """How the squared per-sample gradients of each parameter are found; names are relative to the base.
+    """How the squared per-sample gradients of each parameter are computed; names are relative to the base.
 
     Args:
         layers: Module -> leaves: from input and output gradient of the module (`module_squares`).
-        expanded: Parameters of shape (1, ...) that the forward pass takes as (B, ...): tokens and positions.
+        expanded: Parameters of shape (1, ...) that the forward pass accepts as (B, ...): tokens and positions.
         vmapped: By `torch.func.vmap` over the whole model.
-        looped: Image by image: always right, and slow.
+        looped: Image by image.
     """
 
     layers: Mapping[str, tuple[str, ...]]
@@ -50,20 +61,14 @@ class Ways:
 
 
 def mean_squared_gradients(
-    model: nn.Module,
-    names: Iterable[str],
-    batches: Batches,
-    accelerator: Accelerator | None = None,
-    precision: Precision = "no",
+    model: IsoPruneForImageClassification, names: Iterable[str], calibration: Calibration
 ) -> dict[str, torch.Tensor]:
-    """Take the mean over all images of all ranks of the squared gradient of the cross-entropy of each image.
+    """Compute the mean over all images of all ranks of the squared gradient of the cross-entropy of each image.
 
     Args:
-        model: Its `model` owns the parameters; its forward returns `logits`. Left as it was.
+        model: Its `model` owns the parameters; its forward pass returns `logits`. Restored afterwards.
         names: Parameters, relative to `model.model`.
-        batches: This rank's micro-batches: images (B, C, H, W), labels (B,).
-        accelerator: Ranks that share the images; their float64 sums are added once, at the end.
-        precision: bf16 runs forward and backward under autocast; the sums stay float64.
+        calibration: Images and labels; float64 sums are reduced over ranks once, at the end.
 
     Returns:
         Name -> E[g_n^2] in float32, of the shape of the parameter.
@@ -76,55 +81,30 @@ def mean_squared_gradients(
     """
     names = tuple(names)
     sums = zero_sums({name: model.model.get_parameter(name) for name in names})
-    images, ways = zero_images(model), None
+    images = zero_images(model)
+    ways: Ways | None = None
     with scoring_mode(model, requires_grad=False):
-        for pixel_values, labels in left_for({**sums, IMAGES: images}, batches):
-            pixel_values, labels = pixel_values.to(model.device), labels.to(model.device)
-            ways = ways or choose_ways(model, names, tuple(pixel_values.shape[1:]))
-            for name, square in squared_gradients(model, ways, pixel_values, labels, precision).items():
+        for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration.batches):
+            pixel_values = pixel_values.to(model.device)
+            labels = labels.to(model.device)
+            if ways is None:
+                ways = choose_ways(model, names, tuple(pixel_values.shape[1:]))
+            for name, square in squared_gradients(model, ways, pixel_values, labels, calibration.precision).items():
                 sums[name] += square
             images += len(labels)
-    return mean_over_ranks(sums, images, accelerator)
-
-
-def last_squared_gradient(
-    model: nn.Module,
-    names: Iterable[str],
-    batches: Batches,
-    accelerator: Accelerator | None = None,
-    precision: Precision = "no",
-) -> dict[str, torch.Tensor]:
-    """Take the squared gradient of the very last image alone: a known defect, kept for parity with old scripts.
-
-    torch-pruning 1.6.1 looks for the name of a parameter in a dictionary whose keys are parameters, so every image
-    overwrites what was there (`accumulate_grad`), and only the last one counts. The last micro-batch lies on the
-    highest of the ranks that have most of them: number k is on rank k % world.
-
-    Args, Returns and Raises as in `mean_squared_gradients`.
-    """
-    sums = zero_sums({name: model.model.get_parameter(name) for name in names})
-    count, last = 0, None
-    for count, last in enumerate(batches, start=1):  # noqa: B007
-        pass
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    counts = torch.zeros(world, dtype=torch.int64, device=model.device)
-    counts[rank] = count
-    counts = sum_over_ranks(counts, accelerator).tolist()
-    owner = max(range(world), key=lambda number: (counts[number], number))
-    if rank == owner and last is not None:
-        with scoring_mode(model, requires_grad=False):
-            image, label = (part[-1:].to(model.device) for part in last)
-            for name, square in looped_squares(model, tuple(sums), image, label, precision).items():
-                sums[name] += square
-    return mean_over_ranks(sums, zero_images(model) + int(rank == owner and last is not None), accelerator)
+    return mean_over_ranks(sums, images, calibration.accelerator)
 
 
 def squared_gradients(
-    model: nn.Module, ways: Ways, images: torch.Tensor, labels: torch.Tensor, precision: Precision = "no"
+    model: IsoPruneForImageClassification,
+    ways: Ways,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    precision: Precision = "no",
 ) -> Squares:
-    """Sum the squared per-sample gradients of one micro-batch; what the loss does not reach is left out.
+    """Compute the sum of the squared per-sample gradients of one micro-batch.
 
-    The model has to be in `scoring_mode` without gradients.
+    The model must be in `scoring_mode` without gradients. Parameters that the loss does not depend on are omitted.
     """
     squares: Squares = {}
     if ways.layers or ways.expanded:
@@ -136,12 +116,16 @@ def squared_gradients(
     return squares
 
 
-def choose_ways(model: nn.Module, names: Collection[str], image_size: tuple[int, ...]) -> Ways:
-    """Choose for each parameter the cheapest way that is right, the same on every rank: nothing is timed.
+def choose_ways(model: IsoPruneForImageClassification, names: Collection[str], image_size: tuple[int, ...]) -> Ways:
+    """Choose the cheapest correct way for each parameter (see the module); the choice is the same on every rank.
 
-    Three random images go through the layers and, as a proof, one by one. A parameter that differs (its layer is
-    called twice, its weight is used without the layer, its samples lie elsewhere than on dim 0) is left to vmap. Where
-    that holds more than half of all elements, all go through vmap: a second pass for the rest would cost more.
+    If the parameters that the layers get wrong have more than half of all elements, all parameters go through vmap:
+    a second pass for the others would cost more.
+
+    Args:
+        model: In `scoring_mode` without gradients.
+        names: Parameters, relative to `model.model`.
+        image_size: (C, H, W).
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_PROBE_IMAGES, *image_size, generator=generator).to(model.device)
@@ -150,18 +134,19 @@ def choose_ways(model: nn.Module, names: Collection[str], image_size: tuple[int,
     ways = _candidates(model.model, names)
     try:
         found = streamed_squares(model, ways.layers, ways.expanded, images, labels, is_probe=True)
-    except RuntimeError:  # the forward pass does not take one token for each sample
+    except RuntimeError:  # the forward pass does not accept one token for each sample
         found = streamed_squares(model, ways.layers, (), images, labels, is_probe=True)
-    floor = 1e-11 * max(_rms(square) for square in expected.values())  # below it, gradients are rounding alone
+    floor = _ROUNDING_SHARE * max(_rms(square) for square in expected.values())
     right = {
         name
         for name, square in expected.items()
-        if name in found and _rms(found[name] - square) <= 1e-3 * _rms(square) + floor
+        if name in found and _rms(found[name] - square) <= _RELATIVE_TOLERANCE * _rms(square) + floor
     }
     sizes = {name: model.model.get_parameter(name).numel() for name in names}
     rest = tuple(name for name in names if name not in right)
     if 2 * sum(sizes[name] for name in rest) > sum(sizes.values()):
-        rest, right = tuple(names), set()
+        rest = tuple(names)
+        right = set()
     layers = {
         path: tuple(leaf for leaf in leaves if f"{path}.{leaf}" in right) for path, leaves in ways.layers.items()
     }
@@ -178,6 +163,7 @@ def choose_ways(model: nn.Module, names: Collection[str], image_size: tuple[int,
 
 
 def _candidates(base: nn.Module, names: Collection[str]) -> Ways:
+    """Sort parameters that are not tied into those of layers and those that may be expanded to one for each sample."""
     uses = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
     layers: dict[str, list[str]] = {}
     expanded = []

@@ -1,7 +1,8 @@
-"""Three ways to the squared per-sample gradients of one micro-batch: by layers, by vmap, image by image.
+"""Three ways to compute the squared per-sample gradients of one micro-batch: by layers, by vmap, image by image.
 
-Every function sums over the B images, g_1^2 + ... + g_B^2 in float32, and expects the model in `scoring_mode` without
-gradients. A parameter that the loss does not depend on is left out or zero.
+Every function returns the sum over the B images, g_1^2 + ... + g_B^2 in float32, and expects the model in
+`scoring_mode` without gradients. A parameter that the loss does not depend on is omitted or zero. `fisher.choose_ways`
+chooses between them.
 """
 
 import warnings
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from isoprune_hf.pruning.calibration.gradients import Precision, summed_loss
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.gradients import summed_loss
 from isoprune_hf.pruning.scoring.layer_squares import Squares, first_tensor, module_squares, pieces
+from isoprune_hf.recipes.values import Precision
 
 
 def streamed_squares(
-    model: nn.Module,
+    model: IsoPruneForImageClassification,
     layers: Mapping[str, tuple[str, ...]],
     expanded: Collection[str],
     images: torch.Tensor,
@@ -28,38 +31,46 @@ def streamed_squares(
     *,
     is_probe: bool = False,
 ) -> Squares:
-    """Run one forward and one backward pass; every layer squares on the way.
+    """Run one forward and one backward pass, during which every layer computes its squares.
 
     Args:
         model: Its `model` owns the parameters.
-        layers: Module -> leaves of the parameters that are taken from the module's input and output gradient.
-        expanded: Parameters of shape (1, ...) that the forward pass takes as (B, ...).
+        layers: Module -> leaves of the parameters computed from the module's input and output gradient.
+        expanded: Parameters of shape (1, ...) that the forward pass accepts as (B, ...).
         images: (B, C, H, W).
         labels: (B,).
-        precision: Of the two passes.
-        is_probe: Leave a module out that cannot be done, instead of raising.
+        precision: Precision of the two passes.
+        is_probe: Omit a module whose squares cannot be computed instead of raising.
+
+    Raises:
+        RuntimeError: The model does not accept an expanded parameter, or, unless `is_probe`, the squares of a module
+            cannot be computed.
     """
     batch = len(images)
     copies = {
         name: model.model.get_parameter(name).detach().repeat_interleave(batch, 0).requires_grad_()
         for name in expanded
     }
-    with _LayerHooks(model.model, layers, batch, is_probe) as hooks:
+    with _LayerHooks(model.model, layers, batch, is_probe=is_probe) as hooks:
         loss = summed_loss(model, images, labels, precision, copies)
         if loss.requires_grad:
-            loss.backward()
+            torch.autograd.backward(loss)
     tokens = {name: copy.grad.square().sum(0, keepdim=True) for name, copy in copies.items() if copy.grad is not None}
     return hooks.squares | tokens
 
 
 def vmapped_squares(
-    model: nn.Module,
+    model: IsoPruneForImageClassification,
     names: Collection[str],
     images: torch.Tensor,
     labels: torch.Tensor,
     precision: Precision = "no",
 ) -> Squares:
-    """Take the gradients of several images at a time by `torch.func.vmap` over the whole model."""
+    """Compute the gradients of several images at a time by `torch.func.vmap` over the whole model.
+
+    Raises:
+        RuntimeError: `torch.func` cannot run the model.
+    """
     parameters = {name: model.model.get_parameter(name).detach() for name in names}
 
     def loss(values: Squares, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -77,16 +88,16 @@ def vmapped_squares(
 
 
 def looped_squares(
-    model: nn.Module,
+    model: IsoPruneForImageClassification,
     names: Collection[str],
     images: torch.Tensor,
     labels: torch.Tensor,
     precision: Precision = "no",
 ) -> Squares:
-    """Take the gradients of one image after the other: right for every model."""
+    """Compute the gradients of one image after the other: right for every model, and slow."""
     leaves = {name: model.model.get_parameter(name).detach().requires_grad_() for name in names}
     squares = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-    for image, label in zip(images.split(1), labels.split(1), strict=True):
+    for image, label in zip(torch.split(images, 1), torch.split(labels, 1), strict=True):
         loss = summed_loss(model, image, label, precision, leaves)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for square, gradient in zip(squares.values(), gradients, strict=True):
@@ -99,17 +110,18 @@ class _LayerHooks:
     """Hooks that turn the gradient at a module's output into the squares of its parameters, during one backward pass.
 
     Args:
-        base: Module whose submodules are watched.
+        base: Module whose submodules get hooks.
         layers: Module -> leaves.
         batch: Number of samples in the pass.
-        is_probe: Leave a module out that cannot be done, instead of raising.
+        is_probe: Omit a module whose squares cannot be computed instead of raising.
     """
 
-    def __init__(self, base: nn.Module, layers: Mapping[str, tuple[str, ...]], batch: int, is_probe: bool):
+    def __init__(self, base: nn.Module, layers: Mapping[str, tuple[str, ...]], batch: int, *, is_probe: bool):
         self.squares: Squares = {}
-        self._batch, self._is_probe = batch, is_probe
+        self._batch = batch
+        self._is_probe = is_probe
         self._calls: Counter[str] = Counter()
-        self._is_paused = False  # while a module runs once more on its own
+        self._is_paused = False  # while `module_squares` calls a module again
         self._handles = [
             base.get_submodule(path).register_forward_hook(partial(self._watch, path, leaves), with_kwargs=True)
             for path, leaves in layers.items()
@@ -123,19 +135,26 @@ class _LayerHooks:
             handle.remove()
 
     def _watch(
-        self, path: str, leaves: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict, output: Any
+        self,
+        path: str,
+        leaves: tuple[str, ...],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> Any:
+        """Register `_square` at the output of a module (forward hook); return a replacement of the output, or None."""
         result = output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) else None
         if self._is_paused or result is None or first_tensor(args, kwargs) is None:
             return None
         self._calls[path] += 1
-        is_start = not result.requires_grad  # nothing before it has a gradient: the backward pass ends here
+        is_start = not result.requires_grad  # no earlier parameter requires a gradient: the backward pass ends here
         if is_start:
             result = result.detach().requires_grad_()
         result.register_hook(partial(self._square, path, leaves, module, args, kwargs))
         if not is_start:
             return None
-        result = result.clone()  # a leaf may not be changed in place by what follows
+        result = result.clone()  # the following layers may work in place, which a leaf does not allow
         return result if isinstance(output, torch.Tensor) else (result, *output[1:])
 
     @torch.no_grad()
@@ -144,15 +163,16 @@ class _LayerHooks:
         path: str,
         leaves: tuple[str, ...],
         module: nn.Module,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
         gradient: torch.Tensor,
     ) -> None:
+        """Add the squares of a module's parameters (hook of the gradient at its output)."""
         self._is_paused = True
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the only attention that vmap can batch
                 squares = module_squares(module, leaves, args, kwargs, gradient, self._batch)
-            if self._calls[path] == 1:  # gradients of several calls had to be added before they are squared
+            if self._calls[path] == 1:  # gradients of several calls must be added before they are squared
                 self.squares |= {f"{path}.{leaf}": square for leaf, square in squares.items()}
         except RuntimeError:
             if not self._is_probe:

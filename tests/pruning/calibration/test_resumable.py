@@ -15,7 +15,7 @@ from helpers.command_line import succeed
 from helpers.ranks import Ended, Process, run, start_ranks, write_slowly
 from PIL import Image
 
-from isoprune_hf.pruning.calibration import resumable as keeping
+from isoprune_hf.pruning.calibration import resumable
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CRITERIA = ["taylor", "hessian", "gate_fisher_joint", "activation_variance"]
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    root = tmp_path_factory.mktemp("keeping")
+    root = tmp_path_factory.mktemp("resumable")
     rng = np.random.default_rng(0)
     for label in range(6):
         (root / "images" / "train" / f"class{label}").mkdir(parents=True)
@@ -60,7 +60,7 @@ def states(folder: Path, rank: int = 0) -> list[Path]:
 
 
 def kill_behind(command: list[str], folder: Path, number: int) -> None:
-    process = Process(command, folder / "log", before=partial(write_slowly, keeping, 0.05))
+    process = Process(command, folder / "log", before=partial(write_slowly, resumable, 0.05))
     assert process.wait_for(lambda: bool(states(folder)) and int(states(folder)[-1].name[5:]) >= number)
     process.send(signal.SIGKILL)
     assert process.wait().code == -signal.SIGKILL
@@ -82,7 +82,7 @@ def test_a_scoring_killed_twice_ends_in_the_bytes_of_one_that_was_not(
     for number in (2, 5):
         kill_behind(command, tmp_path, number)
     ended = run(command, tmp_path / "log")
-    assert "the scoring goes on behind micro-batch " in ended.out
+    assert "scoring resumes after micro-batch " in ended.out
     assert_same(ended, tmp_path, case.alone(criterion))
 
 
@@ -91,13 +91,13 @@ def test_two_ranks_go_on_each_from_where_it_was(case: Case, tmp_path: Path) -> N
     paired = start_ranks([*command, "--output", str(tmp_path / "paired")], tmp_path / "log")
     assert [rank.wait().code for rank in paired] == [0, 0]
     command += ["--output", str(tmp_path / "out")]
-    ranks = start_ranks(command, tmp_path / "log", before=partial(write_slowly, keeping, 0.05))
+    ranks = start_ranks(command, tmp_path / "log", before=partial(write_slowly, resumable, 0.05))
     assert ranks[0].wait_for(lambda: all(states(tmp_path, rank) for rank in (0, 1)))
     for rank in ranks:
         rank.send(signal.SIGKILL)
     assert [rank.wait().code for rank in ranks] == [-signal.SIGKILL] * 2
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log")]
-    assert "the scoring goes on behind micro-batch " in ended[0].out
+    assert "scoring resumes after micro-batch " in ended[0].out
     assert_same(ended[0], tmp_path, (tmp_path / "paired").read_bytes())
 
 
@@ -108,14 +108,14 @@ def test_a_damaged_state_gives_way_to_the_one_before_it_and_then_to_the_beginnin
     *_, older, newest = states(tmp_path)  # three, if it was killed before it took one away
     damage(newest)
     ended = run(command, tmp_path / "log")
-    assert f"the scoring goes on behind micro-batch {int(older.name[5:])}" in ended.out
+    assert f"scoring resumes after micro-batch {int(older.name[5:])}" in ended.out
     assert_same(ended, tmp_path, case.alone("taylor"))
     (tmp_path / "out").unlink()
     kill_behind(command, tmp_path, 3)
     for path in states(tmp_path):
         damage(path)
     ended = run(command, tmp_path / "log")
-    assert "the scoring begins anew: no state of it in " in ended.out and "goes on" not in ended.out
+    assert "scoring restarts from the beginning: no saved state in " in ended.out and "resumes" not in ended.out
     assert_same(ended, tmp_path, case.alone("taylor"))
 
 
@@ -133,7 +133,7 @@ def test_another_scoring_does_not_go_on_from_it(other: list[str], case: Case, tm
     kill_behind([*command, "--output", str(tmp_path / "out")], tmp_path, 2)
     succeed(*command, *other, "--output", tmp_path / "alone")
     ended = run([*command, *other, "--output", str(tmp_path / "out")], tmp_path / "log")
-    assert "goes on" not in ended.out
+    assert "resumes" not in ended.out
     assert_same(ended, tmp_path, (tmp_path / "alone").read_bytes())
 
 
@@ -145,13 +145,14 @@ def test_a_full_disk_costs_the_states_and_not_the_scoring(case: Case, tmp_path: 
     ended = run(
         [*command, "--output", str(tmp_path / "out")],
         tmp_path / "log",
-        before=lambda: setattr(keeping, "write_snapshot", full),
+        before=lambda: setattr(resumable, "write_snapshot", full),
     )
-    assert "cannot be kept in" in ended.out and "(No space left on device); scoring goes on" in ended.out
+    assert "cannot save the state of the scoring in" in ended.out
+    assert "(No space left on device); scoring continues" in ended.out
     assert_same(ended, tmp_path, case.alone("taylor"))
 
 
 def test_a_short_scoring_writes_no_states(case: Case, tmp_path: Path) -> None:
-    before = lambda: setattr(keeping, "write_snapshot", None)  # noqa: E731
+    before = lambda: setattr(resumable, "write_snapshot", None)  # noqa: E731
     command = [*case.command, "--prune.criterion", "taylor", "--output", str(tmp_path / "out")]
     assert_same(run(command, tmp_path / "log", before=before), tmp_path, case.alone("taylor"))

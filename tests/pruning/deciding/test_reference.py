@@ -15,14 +15,16 @@ from torch import nn
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.deciding.reference import threshold_counts
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.pruning.scoring import criteria
-from isoprune_hf.pruning.scoring.reference import counted_weights
-from isoprune_hf.pruning.scoring.scores import score_groups, scoring_options
+from isoprune_hf.pruning.score import score_with_recipe
+from isoprune_hf.pruning.scoring.criteria import taylor
+from isoprune_hf.pruning.scoring.criteria.reference import scored_by_reference
+from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 # Deeper than the tiny bases, so that classes hold several groups.
@@ -53,11 +55,11 @@ class Compared:
 
     def __init__(self, model, gradients, monkeypatch, *, round_to: int | None, **ratios: float):
         monkeypatch.setattr(
-            criteria, "mean_gradients", lambda _, names, *rest: {name: gradients[name] for name in names}
+            taylor, "mean_gradients", lambda _, names, *rest: {name: gradients[name] for name in names}
         )
         recipe = PruneRecipe(preset="reference", round_to=round_to or 1, **ratios)
         groups = trace_groups(model, recipe.signature)
-        scores = score_groups(model, groups, batches=(), **scoring_options(recipe))
+        scores = score_with_recipe(model, recipe, groups, Calibration(()))
         self.plan = make_plan(groups, scores, recipe)
         self.ours = apply_plan(model, self.plan, groups).model.state_dict()
         with warnings.catch_warnings():
@@ -197,14 +199,14 @@ def test_an_attention_below_the_threshold_whole_keeps_its_best_head() -> None:
 
 def test_weights_of_linears_convolutions_and_layer_norms_count_and_nothing_else(tmp_path) -> None:
     base = make_base("convnext", tmp_path).model
-    counted = counted_weights(base, dict(base.named_parameters()))
+    counted = scored_by_reference(base, dict(base.named_parameters()))
     assert {name for name in counted if name.startswith("stages.0.")} == {
         "stages.0.blocks.0.norm.weight",
         "stages.0.blocks.0.mlp.fc1.weight",
         "stages.0.blocks.0.mlp.fc2.weight",
     }
     base = make_base("resnet", tmp_path).model
-    counted = counted_weights(base, dict(base.named_parameters()))
+    counted = scored_by_reference(base, dict(base.named_parameters()))
     assert {name for name in counted if name.startswith("layer1.")} == {
         *(f"layer1.0.conv{number}.weight" for number in (1, 2, 3)),
         "layer1.0.downsample.0.weight",
@@ -266,5 +268,5 @@ def test_a_preset_that_is_not_known_and_scores_of_another_kind_are_refused(tmp_p
         scores = score_groups(model, trace_groups(model), batches=batches, **options)
         with pytest.raises(RecipeError, match=message):
             prune_model(model, recipe, scores=scores)
-    scores = score_groups(model, trace_groups(model), batches=batches, **scoring_options(recipe))
+    scores = score_with_recipe(model, recipe, trace_groups(model), Calibration(batches))
     assert prune_model(model, recipe, scores=scores).plan.settings["criterion"] == "taylor_reference"

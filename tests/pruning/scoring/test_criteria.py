@@ -11,7 +11,7 @@ from torch import nn
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
-from isoprune_hf.pruning.scoring.criteria import CRITERIA
+from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
 from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import DATA_CRITERIA, Criterion
 

@@ -8,8 +8,10 @@ from helpers.tiny_models import FAMILIES, make_base
 from torch import nn
 from torch.nn import functional
 
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
-from isoprune_hf.pruning.scoring.fisher import Ways, choose_ways, last_squared_gradient, mean_squared_gradients
+from isoprune_hf.pruning.scoring.criteria.reference import last_squared_gradient
+from isoprune_hf.pruning.scoring.fisher import Ways, choose_ways, mean_squared_gradients
 from isoprune_hf.pruning.scoring.per_sample_gradients import looped_squares, streamed_squares, vmapped_squares
 
 
@@ -43,7 +45,7 @@ def assert_exact(model: nn.Module, names=None, sizes=(4, 1, 3)) -> None:
     batches = batches_of(model, list(sizes))
     expected = mean_of_squares(model, batches)
     names = names or list(expected)
-    found = mean_squared_gradients(model, names, batches)
+    found = mean_squared_gradients(model, names, Calibration(batches))
     assert set(found) == set(names)
     # The gradient of a key's bias is zero but for rounding, because softmax does not see it.
     floor = 1e-12 * max(square.max().item() for square in expected.values())
@@ -215,7 +217,7 @@ def test_the_reference_keeps_the_last_image_alone(tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path)
     batches = batches_of(model, [3, 2])
     last = list(gradients_of_images(model, batches))[-1]
-    found = last_squared_gradient(model, list(last), batches)
+    found = last_squared_gradient(model, list(last), Calibration(batches))
     for name, gradient in last.items():
         assert_near(found[name], gradient**2, 1e-5, 0.0, name)
 
@@ -224,6 +226,6 @@ def test_an_error_in_the_forward_pass_leaves_no_hook_behind(tmp_path: Path) -> N
     model = make_base("vit", tmp_path)
     batches = [*batches_of(model, [2]), (torch.zeros(2, 3, 5, 5), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(AssertionError, match="Input height"):
-        mean_squared_gradients(model, ["blocks.0.mlp.fc1.weight"], batches)
+        mean_squared_gradients(model, ["blocks.0.mlp.fc1.weight"], Calibration(batches))
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -18,10 +18,13 @@ from torchvision.models import VisionTransformer
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.scoring import gate_fisher as gates
-from isoprune_hf.pruning.scoring.gate_fisher import find_ends, gate_fisher, gate_gradients
+from isoprune_hf.pruning.scoring import gate_gradients as gates
+from isoprune_hf.pruning.scoring.criteria.gate_fisher import gate_fisher
+from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
+from isoprune_hf.pruning.scoring.gate_points import find_gate_points
 from isoprune_hf.pruning.scoring.scores import score_groups
 
 STEP = 1e-6
@@ -78,7 +81,7 @@ def one_of_each_head(channel: int) -> list[int]:
 
 
 STREAM = [(f"blocks.{block}.{layer}.weight", 1) for block in (0, 1) for layer in ("attn.qkv", "mlp.fc1")]
-# What a gate multiplies. Queries and what reads the values stand for both ends of both products in an attention.
+# What a gate multiplies. Queries and what reads the values stand for both points of both products in an attention.
 CASES: dict[str, tuple[str, tuple[str, int], list[Place]]] = {
     "mlp": ("vit", ("blocks.0.mlp.fc1.weight", 0), [("blocks.0.mlp.fc2.weight", 1)]),
     "conv": ("resnet", ("layer2.0.conv1.weight", 0), [("layer2.0.conv2.weight", 1)]),
@@ -122,7 +125,7 @@ def test_a_score_is_half_the_mean_squared_slope_of_the_loss(case: str, tmp_path:
     model = (make_torchvision_vit() if family == "torchvision" else make_base(family, tmp_path)).double().eval()
     batches = [(images.double(), labels) for images, labels in batches_of(model, [2, 1])]
     group = group_with(trace_groups(model), parameter, dim)
-    score = gate_fisher(model, [group], batches)[group.name]
+    score = gate_fisher(model, [group], Calibration(batches))[group.name]
     assert score.shape == (group.channels,) and score.dtype == torch.float64
     channels = torch.linspace(0, group.channels - 1, 6).long().tolist()
     expected = [removal_loss(model, batches, places, channel) for channel in channels]
@@ -134,12 +137,12 @@ def test_a_score_is_half_the_mean_squared_slope_of_the_loss(case: str, tmp_path:
 def test_one_pass_for_a_batch_gives_what_image_by_image_does(family: str, tmp_path: Path, monkeypatch) -> None:
     model = make_base(family, tmp_path)
     groups, batches = trace_groups(model), batches_of(model, [3])
-    ends, _ = find_ends(model, groups)
-    ((quick, _),) = gate_gradients(model, ends, batches)
+    points, _ = find_gate_points(model, groups)
+    ((quick, _),) = gate_gradients(model, points, batches)
     called = []
     monkeypatch.setattr(gates, "_batch_gates", lambda *_: called.append("quick"))
-    monkeypatch.setattr(gates, "_is_quick", lambda *_: False)
-    ((slow, _),) = gate_gradients(model, ends, batches)
+    monkeypatch.setattr(gates, "_is_batch_way_right", lambda *_: False)
+    ((slow, _),) = gate_gradients(model, points, batches)
     assert not called
     largest = max(gradient.abs().max() for gradient in slow)
     for one, two in zip(quick, slow, strict=True):
@@ -150,10 +153,10 @@ def test_one_pass_for_a_batch_gives_what_image_by_image_does(family: str, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_scored_in_one_pass_for_a_batch(family: str, tmp_path: Path, monkeypatch) -> None:
     model = make_base(family, tmp_path)
-    ends, _ = find_ends(model, trace_groups(model))
+    points, _ = find_gate_points(model, trace_groups(model))
     sizes, original = [], gates._batch_gates
     monkeypatch.setattr(gates, "_batch_gates", lambda *args: sizes.append(len(args[2])) or original(*args))
-    assert len(list(gate_gradients(model, ends, batches_of(model, [2])))) == 1
+    assert len(list(gate_gradients(model, points, batches_of(model, [2])))) == 1
     assert sizes == [2, 2]  # the trial, and the batch itself
 
 
@@ -172,7 +175,7 @@ def test_a_layer_that_no_loss_reaches_scores_zero(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.blocks[1].mlp.fc2.weight[:, 5] = 0
     group = group_with(trace_groups(model), "blocks.1.mlp.fc1.weight", 0)
-    score = gate_fisher(model, [group], batches_of(model, [2]))[group.name]
+    score = gate_fisher(model, [group], Calibration(batches_of(model, [2])))[group.name]
     assert score[5] == 0 and (score > 0).sum() == 127
 
 
@@ -180,14 +183,16 @@ def test_scores_do_not_depend_on_the_split_into_micro_batches(tmp_path: Path) ->
     for family in ("vit", "resnet"):
         model = make_base(family, tmp_path)
         groups = trace_groups(model)
-        whole, parts = (gate_fisher(model, groups, batches_of(model, sizes)) for sizes in ([6], [1, 3, 2]))
+        whole, parts = (
+            gate_fisher(model, groups, Calibration(batches_of(model, sizes))) for sizes in ([6], [1, 3, 2])
+        )
         for name, score in whole.items():
             torch.testing.assert_close(parts[name], score, rtol=1e-3, atol=1e-5 * float(score.max()))
 
 
 def test_scoring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path).train()
-    gate_fisher(model, trace_groups(model), batches_of(model, [2]))
+    gate_fisher(model, trace_groups(model), Calibration(batches_of(model, [2])))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters()) and model.training
 
@@ -196,13 +201,13 @@ def test_no_image_and_no_layer_are_named(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     groups = trace_groups(model)
     with pytest.raises(RecipeError, match="the calibration sample holds no image"):
-        gate_fisher(model, groups, [])
+        gate_fisher(model, groups, Calibration([]))
     group = group_with(groups, "blocks.0.mlp.fc1.weight", 0)
     bare = CoupledGroup(
         "bare", group.signature, group.channels, tuple(m for m in group.members if "bias" in m.parameter)
     )
     with pytest.raises(RecipeError, match=r"finds no layer that reads or writes the channels of bare; take --prune"):
-        find_ends(model, [bare])
+        find_gate_points(model, [bare])
 
 
 def score_on(accelerator: Accelerator | None, folder: Path) -> dict[str, torch.Tensor]:
@@ -210,7 +215,7 @@ def score_on(accelerator: Accelerator | None, folder: Path) -> dict[str, torch.T
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     model = make_base("vit", folder)
     batches = batches_of(model, [3, 2, 1])[rank::world]
-    return gate_fisher(model, trace_groups(model), batches, accelerator)
+    return gate_fisher(model, trace_groups(model), Calibration(batches, accelerator))
 
 
 def save_scores(accelerator: Accelerator, folder: Path) -> None:

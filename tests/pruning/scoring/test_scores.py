@@ -20,8 +20,9 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.prune import prune_model
+from isoprune_hf.pruning.score import score_with_recipe
 from isoprune_hf.pruning.scoring.rank_correlation import correlate_ranks
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups, scoring_options
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
 from isoprune_hf.recipes import DATA_CRITERIA, PruneRecipe
 
 ROOT = Path(__file__).parents[3]
@@ -154,9 +155,7 @@ def test_a_recipe_says_how_to_score(tmp_path: Path) -> None:
     result = prune_model(model, recipe, batches_of(model, [2])).scores
     assert (result.criterion, result.reduction) == ("hessian", "mean")
     assert (result.score_batchnorm, result.precision) == (False, "bf16")
-    seeded = score_groups(
-        model, trace_groups(model), **scoring_options(PruneRecipe(criterion="random", seed=5))
-    ).scores
+    seeded = score_with_recipe(model, PruneRecipe(criterion="random", seed=5), trace_groups(model)).scores
     expected = score_groups(model, trace_groups(model), criterion="random", seed=5).scores
     assert all(torch.equal(seeded[name], score) for name, score in expected.items())
 
@@ -205,7 +204,7 @@ def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
     for number, record in enumerate(["{", "[" * 100_000]):
         save_file({"a": torch.ones(2)}, tmp_path / f"record {number}", metadata={"isoprune": record})
     for name in ("junk", "nothing", "no record", "record 0", "record 1", "."):
-        with pytest.raises(RecipeError, match="is no file of importance scores; write one with"):
+        with pytest.raises(RecipeError, match="not a file of importance scores"):
             ImportanceScores.load(tmp_path / name)
 
 
@@ -231,20 +230,20 @@ DAMAGES = {
     "number": ({"a": torch.ones(2)}, {**RECORD, "correlation": True}, "correlation is 'True'"),
     "rotated": ({"a": torch.ones(2)}, {**RECORD, "rotated": 0}, "rotated is '0'"),
     "nan": ({"a": torch.ones(2)}, {**RECORD, "correlation": float("nan")}, "correlation is nan"),
-    "sample": ({"a": torch.ones(2)}, {**RECORD, "sample": {"images": {}}}, "sample holds other values"),
-    "versions": ({"a": torch.ones(2)}, {**RECORD, "versions": {"torch": 2}}, "versions holds other values"),
+    "sample": ({"a": torch.ones(2)}, {**RECORD, "sample": {"images": {}}}, "sample contains values other"),
+    "versions": ({"a": torch.ones(2)}, {**RECORD, "versions": {"torch": 2}}, "versions contains values other"),
     "type": ({"a": torch.ones(2).double()}, RECORD, "'a' has the type torch.float64"),
     "dims": ({"a": torch.ones(2, 1)}, RECORD, r"the shape \[2, 1\]"),
     "empty": ({"a": torch.ones(0)}, RECORD, r"the shape \[0\]"),
-    "nan score": ({"a": torch.tensor([1, torch.nan])}, RECORD, "'a' holds values that are negative, nan or inf"),
-    "inf score": ({"a": torch.tensor([1, torch.inf])}, RECORD, "'a' holds values that are negative, nan or inf"),
-    "negative score": ({"a": torch.tensor([1.0, -1])}, RECORD, "'a' holds values that are negative, nan or inf"),
+    "nan score": ({"a": torch.tensor([1, torch.nan])}, RECORD, "'a' contains values that are negative, nan or inf"),
+    "inf score": ({"a": torch.tensor([1, torch.inf])}, RECORD, "'a' contains values that are negative, nan or inf"),
+    "negative score": ({"a": torch.tensor([1.0, -1])}, RECORD, "'a' contains values that are negative, nan or inf"),
     "block type": ({".block.b": torch.tensor(1.0)}, RECORD, "'.block.b' has the type torch.float32"),
     "block dims": ({".block.b": torch.ones(1).double()}, RECORD, "'.block.b' has the type"),
-    "block nan": ({".block.b": torch.tensor(torch.nan).double()}, RECORD, "'.block.b' holds values"),
+    "block nan": ({".block.b": torch.tensor(torch.nan).double()}, RECORD, "'.block.b' contains values"),
     "ids type": ({".sample.ids": torch.ones(2)}, RECORD, "'.sample.ids' has the type torch.float32"),
     "name": ({"a\nb" * 500: torch.ones(2).double()}, RECORD, r"has the type torch.float64"),
-    "ids negative": ({".sample.ids": torch.tensor([-1])}, RECORD, "'.sample.ids' holds values"),
+    "ids negative": ({".sample.ids": torch.tensor([-1])}, RECORD, "'.sample.ids' contains values"),
 }
 
 
@@ -253,7 +252,7 @@ def test_damaged_scores_are_refused_in_one_line(kind: str, tmp_path: Path) -> No
     tensors, record, message = DAMAGES[kind]
     path = tmp_path / "scores.safetensors"
     save_file(tensors, path, metadata={"isoprune": json.dumps(record)})
-    with pytest.raises(RecipeError, match=rf"holds damaged importance scores \(.*{message}.*\); write") as error:
+    with pytest.raises(RecipeError, match=rf"damaged importance scores \(.*{message}.*\);") as error:
         ImportanceScores.load(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 250 + len(str(path))
 
@@ -263,7 +262,7 @@ def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
     ImportanceScores({"a": torch.ones(2)}, "l1", "f", {}).save(path)
     assert torch.equal(ImportanceScores.load(path).scores["a"], torch.ones(2))
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(RecipeError, match="is no file of importance scores"):
+    with pytest.raises(RecipeError, match="not a file of importance scores"):
         ImportanceScores.load(path)
 
 

@@ -1,0 +1,150 @@
+"""`gate_fisher` and `gate_fisher_joint`: the loss that the removal of a channel costs, in nats.
+
+With g_n the derivative of the loss of image n by a gate that multiplies every use of a channel, E[g_n^2] / 2 is the
+loss that removing the channel costs, to second order, with the Fisher information instead of the Hessian. The joint
+variant also counts the products E[g_n g_n^T] with all channels of the group that are cheaper.
+
+Source:
+    Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.gradients import IMAGES, require_images, sum_over_ranks, zero_images
+from isoprune_hf.pruning.calibration.resumable import ResumableBatches, remaining
+from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
+from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
+from isoprune_hf.pruning.scoring.gate_points import find_gate_points
+from isoprune_hf.pruning.scoring.reduction import score_blocks
+
+
+class GateFisher:
+    """E[g_n^2] / 2: every channel as if it were removed on its own."""
+
+    name = "gate_fisher"
+    reads_images = True
+    in_loss_units = True
+
+    def score(self, task: ScoringTask) -> RawScores:
+        """Score all groups and blocks of a task."""
+        scores = gate_fisher(task.model, task.groups, task.calibration)
+        return RawScores(scores, score_blocks(task, scores))
+
+
+class GateFisherJoint:
+    """1_S^T E[g_n g_n^T] 1_S / 2 for the set S of a channel and all cheaper ones, minus that without the channel."""
+
+    name = "gate_fisher_joint"
+    reads_images = True
+    in_loss_units = True
+
+    def score(self, task: ScoringTask) -> RawScores:
+        """Score all groups and blocks of a task."""
+        scores = gate_fisher_joint(task.model, task.groups, task.calibration)
+        return RawScores(scores, score_blocks(task, scores))
+
+
+def gate_fisher(
+    model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], calibration: Calibration
+) -> dict[str, torch.Tensor]:
+    """Compute the loss that the removal of each channel costs: E[g_n^2] / 2.
+
+    Args:
+        model: Its `model` owns the layers; its forward pass returns `logits`. Restored afterwards.
+        groups: Groups of `trace_groups`.
+        calibration: Images and labels; float64 sums are added up over ranks once, at the end.
+
+    Returns:
+        Group -> (channels,) in float64, in nats.
+
+    Raises:
+        RecipeError: There is no image, or no layer uses the channels of a group.
+    """
+    sums = {group.name: _zeros(model, group.channels) for group in groups}
+    return _mean_losses(model, groups, calibration, sums, lambda gradient: gradient.square().sum(0))
+
+
+def gate_fisher_joint(
+    model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], calibration: Calibration
+) -> dict[str, torch.Tensor]:
+    """Compute the loss that each channel costs after all channels of its group that cost less have been removed.
+
+    Needs channels^2 float64 numbers for each group. Args, Returns and Raises as in `gate_fisher`.
+    """
+    sums = {group.name: _zeros(model, group.channels, group.channels) for group in groups}
+    losses = _mean_losses(model, groups, calibration, sums, lambda gradient: gradient.T @ gradient)
+    return {name: remove_in_turn(loss) for name, loss in losses.items()}
+
+
+def remove_in_turn(losses: torch.Tensor) -> torch.Tensor:
+    """Remove channels one after the other, always the currently cheapest one; return what each of them has cost.
+
+    Removing a set S costs 1_S^T F 1_S, so channel c costs F_cc + 2 sum of F_cs over the channels s removed before it,
+    and the first channels together cost the sum of their scores. A channel that costs less than one removed before it
+    gets the score of that one: sorting by score reproduces the order of removal.
+
+    Args:
+        losses: F = E[g_n g_n^T] / 2 of shape (channels, channels), in float64.
+
+    Returns:
+        (channels,) in float64; nan if losses are not finite.
+    """
+    if not losses.isfinite().all():
+        return torch.full_like(losses[0], torch.nan)
+    matrix = losses.numpy()
+    costs = matrix.diagonal().copy()
+    scores = np.zeros(len(matrix))
+    highest = 0.0
+    for _ in range(len(matrix)):
+        cheapest = int(costs.argmin())
+        highest = max(highest, costs[cheapest])
+        scores[cheapest] = highest
+        costs += 2 * matrix[:, cheapest]
+        costs[cheapest] = np.inf
+    return torch.from_numpy(scores)
+
+
+def _zeros(model: IsoPruneForImageClassification, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=model.device)
+
+
+def _mean_losses(
+    model: IsoPruneForImageClassification,
+    groups: Sequence[CoupledGroup],
+    calibration: Calibration,
+    sums: Mapping[str, torch.Tensor],
+    square: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Compute half the mean over all images of a square of the gate gradients, on the CPU.
+
+    Args:
+        model: The model.
+        groups: Groups of `trace_groups`.
+        calibration: Images and labels.
+        sums: Group -> zeros of the shape of the result; changed.
+        square: Turns gradients (B, channels) of a micro-batch into a sum over its images.
+    """
+    points, factors = find_gate_points(model, groups)
+    images = zero_images(model)
+    # A resumed scoring chooses between the two ways of `gate_gradients` by the same images as the interrupted one.
+    is_resumable = isinstance(calibration.batches, ResumableBatches)
+    probe = list(itertools.islice(iter(calibration.batches), 1)) if is_resumable else None
+    left = remaining({**sums, IMAGES: images}, calibration.batches)
+    for gradients, labels in gate_gradients(model, points, left, calibration.precision, probe):
+        totals: dict[str, torch.Tensor] = {}
+        for point, gradient in zip(points, gradients, strict=True):
+            part = factors[point.group] * gradient.double().sum(2)
+            totals[point.group] = totals[point.group] + part if point.group in totals else part
+        for name, total in totals.items():
+            sums[name].add_(square(total))
+        images += len(labels)
+    reduced, count = sum_over_ranks((dict(sums), images), calibration.accelerator)
+    require_images(count)
+    return {name: (total / (2 * count)).cpu() for name, total in reduced.items()}
