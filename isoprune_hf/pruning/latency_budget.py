@@ -7,7 +7,7 @@ from typing import Any
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.measuring.speed import measure_pair
-from isoprune_hf.pruning.cost.latency import LatencyModel, fit_latency
+from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency
 from isoprune_hf.pruning.cost.macs import CostModel, RemovedUnits
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
@@ -22,24 +22,36 @@ _MOST_CUTS = 6
 _CLOSE, _MARGIN = 0.93, 0.98
 
 
+def latency_settings(recipe: PruneRecipe) -> LatencySettings:
+    """Return the conditions under which a recipe times models."""
+    return LatencySettings(recipe.latency_batch_size, recipe.latency_precision, recipe.latency_backend)
+
+
 def fit_base(
-    model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], cost: CostModel, recipe: PruneRecipe
+    model: IsoPruneForImageClassification,
+    groups: Sequence[CoupledGroup],
+    cost: CostModel,
+    settings: LatencySettings,
+    *,
+    round_to: int,
 ) -> LatencyModel:
-    """Measure the base and three cuts of it, and fit what every layer takes; the scores do not matter for that."""
+    """Measure the base and three cuts of it by random scores, and fit a time to each layer.
+
+    Args:
+        model: The base; left untouched.
+        groups: Groups of `trace_groups(model)`.
+        cost: Cost of this base.
+        settings: Conditions of the measurement.
+        round_to: Widths of the cuts are multiples of this number.
+    """
     scores = score_groups(model, groups, criterion="random")
     variants = [(model, cost.layer_macs({}, {}))]
     for ratio in _FITTED_RATIOS:
         plan = make_plan(
-            groups, scores, PruneRecipe(criterion="random", scope="local", ratio=ratio, round_to=recipe.round_to)
+            groups, scores, PruneRecipe(criterion="random", scope="local", ratio=ratio, round_to=round_to)
         )
         variants.append((apply_plan(model, plan, groups), cost.layer_macs(*RemovedUnits.of_plan(plan, groups))))
-    return fit_latency(
-        model,
-        variants,
-        batch_size=recipe.latency_batch_size,
-        precision=recipe.latency_precision,
-        backend=recipe.latency_backend,
-    )
+    return fit_latency(model, variants, settings)
 
 
 def meet_latency(

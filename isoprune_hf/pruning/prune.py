@@ -27,7 +27,7 @@ from isoprune_hf.pruning.deciding.make_plan import make_plan, recipe_of_scores
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.latency_budget import fit_base, meet_latency
+from isoprune_hf.pruning.latency_budget import fit_base, latency_settings, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.repair import repair
@@ -188,7 +188,9 @@ def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerat
     cost = cost_model(model, groups, blocks)
     latency = None
     if recipe.target_latency is not None:
-        latency = _from_main(fit_base(model, groups, cost, recipe), accelerator)
+        latency = _from_main(
+            fit_base(model, groups, cost, latency_settings(recipe), round_to=recipe.round_to), accelerator
+        )
     check_budget(groups, recipe, cost, latency, blocks)
     return Traced(groups, blocks, cost, latency)
 

@@ -65,7 +65,5 @@ class Budget:
             return f"{self.value:.15g}%"
         if self.kind == "latency":
             return f"{self.value:.15g}ms"
-        unit = max(
-            (unit for unit, size in _COUNT_UNITS.items() if self.value >= size), key=_COUNT_UNITS.get, default=""
-        )
-        return f"{self.value / _COUNT_UNITS[unit]:.15g}{unit}"
+        size, unit = max((size, unit) for unit, size in _COUNT_UNITS.items() if size <= max(self.value, 1))
+        return f"{self.value / size:.15g}{unit}"

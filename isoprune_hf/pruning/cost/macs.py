@@ -12,21 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, light_copy
 from isoprune_hf.pruning.graph.find_groups import graph_of
-from isoprune_hf.pruning.graph.widths import Tie, Width, leaf_ties, widths_of
-from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.graph.widths import Tie, Unit, Width, leaf_ties, widths_of
+from isoprune_hf.pruning.groups import CoupledGroup, Member, ResidualBlock
 from isoprune_hf.pruning.plan import PruningPlan
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size of a model.
+    """MACs and parameters of a model.
 
     Args:
         macs: Multiply-accumulates for one image, counted by `torch.utils.flop_counter`: all matrix products and
-            convolutions, both products of attention included; additions, norms and activations are not.
+            convolutions, including both products of attention; additions, norms and activations do not count.
         params: Parameters.
     """
 
@@ -39,30 +40,32 @@ class ModelCost:
 
 
 def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] | None = None) -> ModelCost:
-    """Count multiply-accumulates and parameters on the meta device; the model's weights are not read.
+    """Count multiply-accumulates and parameters on the meta device, without reading weights.
 
     Args:
         model: A base or pruned model.
-        image_size: (channels, height, width) of the image; the default is the model's own.
+        image_size: (channels, height, width) of the image; by default that of the model.
 
     Raises:
-        UnsupportedArchitectureError: The architecture does not run: a cut has broken it.
+        UnsupportedArchitectureError: The forward pass fails, as after a cut that does not fit the architecture.
     """
-    image_size = image_size or model.config.image_size
+    size = image_size or image_size_of(model)
     try:
-        counter = _run_counter(light_copy(model.model), image_size)
+        counter = _run_counter(light_copy(model.model), size)
     except UnsupportedArchitectureError as error:
+        # A forward pass that reads values fails on the meta device; torch has no error type for that, but names the
+        # device in the message.
         if model.device.type == "meta" or "meta" not in str(error).lower():
-            raise  # else it is a forward pass that reads values
-        counter = _run_counter(copy_modules(model.model, torch.Tensor.detach, with_hooks=False), image_size)
+            raise
+        counter = _run_counter(copy_modules(model.model, torch.Tensor.detach, with_hooks=False), size)
     return ModelCost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMode:
     example = blank_image(network, image_size)
-    network = network.eval().requires_grad_(False)  # else the counter looks for gradients
+    network = network.eval().requires_grad_(False)  # with gradients the counter expects a backward pass
     counter = FlopCounterMode(display=False)
-    # The math backend spells attention out as two products; the fused kernels have no meta implementation to count.
+    # The math backend computes attention as two products; the fused kernels have no meta implementation to count.
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             network(example)
@@ -96,7 +99,7 @@ class Term(NamedTuple):
     """A product of sizes: elements of a parameter, or multiply-accumulates of a matrix product.
 
     Args:
-        module: Path of the module that has it.
+        module: Path of the module that owns the parameter or computes the product.
         widths: The factors.
     """
 
@@ -106,14 +109,14 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CostModel:
-    """Cost of any plan as a function of widths, equal to `count_cost` of the finished model.
+    """Cost of any cut as a function of widths; equal to `count_cost` of the cut model.
 
     Args:
         base: Cost of the dense model.
         products: Matrix products and convolutions.
         parameters: Parameters.
-        groups: Group -> (channels, heads), heads 0 where it is no attention.
-        blocks: Paths of the residual blocks that may leave.
+        groups: Group -> (channels, heads); 0 heads for groups other than attention.
+        blocks: Paths of the residual blocks that may be removed.
     """
 
     base: ModelCost
@@ -125,20 +128,14 @@ class CostModel:
     def cost(
         self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str] = ()
     ) -> ModelCost:
-        """Cost after a cut.
-
-        Args:
-            removed: Group -> channels that leave.
-            removed_heads: Attention group -> whole heads that leave (their channels are counted in `removed` too).
-            removed_blocks: Residual blocks that leave whole.
-        """
+        """Compute the cost after a cut; see `RemovedUnits` for the arguments."""
         macs, params = self._values(removed, removed_heads, removed_blocks)
         return ModelCost(int(macs.sum()), int(params.sum()))
 
     def layer_macs(
         self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str] = ()
     ) -> dict[str, int]:
-        """MACs of every layer after a cut: module -> MACs; an attention module stands for its two products."""
+        """Compute module -> MACs after a cut; the entry of an attention module is that of its two products."""
         macs, _ = self._values(removed, removed_heads, removed_blocks)
         found = dict.fromkeys((term.module for term in self.products), 0)
         for term, count in zip(self.products, macs.tolist(), strict=True):
@@ -148,40 +145,49 @@ class CostModel:
     @cached_property
     def _arrays(self) -> "_CostArrays":
         order = {name: position for position, name in enumerate(self.groups)}
-        units = {"channel": 0, "head": len(order), "dim": 2 * len(order)}
+        offsets = {"channel": 0, "head": len(order), "dim": 2 * len(order)}
         rows: dict[Width, int] = {Width(1): 0}
         terms = [*self.products, *self.parameters]
         for term in terms:
             for width in term.widths:
                 rows.setdefault(width, len(rows))
         ties = [
-            (row, units[tie.unit] + order[tie.group], tie.elements)
+            (row, offsets[tie.unit] + order[tie.group], tie.elements)
             for width, row in rows.items()
             for tie in width.ties
         ]
         longest = max((len(term.widths) for term in terms), default=0)
         factors = np.zeros((len(terms), longest), dtype=np.int64)
-        for at, term in enumerate(terms):
-            factors[at, : len(term.widths)] = [rows[width] for width in term.widths]
-        columns = np.array(ties, dtype=np.int64).reshape(-1, 3).T
+        for position, term in enumerate(terms):
+            factors[position, : len(term.widths)] = [rows[width] for width in term.widths]
+        tie_rows, units, elements = np.array(ties, dtype=np.int64).reshape(-1, 3).T
         inside = {
             block: np.array([f"{term.module}.".startswith(f"{block}.") for term in terms]) for block in self.blocks
         }
-        counts = np.array(list(self.groups.values()), dtype=np.int64).reshape(-1, 2).T
-        return _CostArrays(np.array([width.size for width in rows]), *columns, factors, inside, *counts)
+        channels, heads = np.array(list(self.groups.values()), dtype=np.int64).reshape(-1, 2).T
+        return _CostArrays(
+            sizes=np.array([width.size for width in rows]),
+            rows=tie_rows,
+            units=units,
+            elements=elements,
+            factors=factors,
+            inside=inside,
+            channels=channels,
+            heads=heads,
+        )
 
     def _values(
         self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """MACs of every product and elements of every parameter after a cut."""
+        """Compute the MACs of every product and the elements of every parameter after a cut."""
         arrays = self._arrays
         channels = np.array([removed.get(group, 0) for group in self.groups], dtype=np.int64)
         heads = np.array([removed_heads.get(group, 0) for group in self.groups], dtype=np.int64)
         dims = arrays.channels // np.maximum(arrays.heads, 1)
         dims = dims - (arrays.channels - channels) // np.maximum(arrays.heads - heads, 1)
         sizes = arrays.sizes.copy()
-        leaving = np.concatenate([channels, heads, dims])
-        np.subtract.at(sizes, arrays.rows, arrays.elements * leaving[arrays.units])
+        removed_units = np.concatenate([channels, heads, dims])
+        np.subtract.at(sizes, arrays.rows, arrays.elements * removed_units[arrays.units])
         values = sizes[arrays.factors].prod(axis=1)
         for block in removed_blocks:
             values[arrays.inside[block]] = 0
@@ -189,7 +195,18 @@ class CostModel:
 
 
 class _CostArrays(NamedTuple):
-    """The terms of a cost model as arrays: rows are different widths, entries their ties."""
+    """The terms of a cost model as arrays.
+
+    Args:
+        sizes: Distinct widths, (rows,); row 0 has the size 1.
+        rows: Row of each tie, (ties,).
+        units: Position of the tied unit in the concatenated counts of channels, heads and dims, (ties,).
+        elements: Elements removed with each unit, (ties,).
+        factors: Rows of the factors of each term, (terms, longest), padded with row 0.
+        inside: Block -> terms inside it, (terms,).
+        channels: Channels of each group, (groups,).
+        heads: Heads of each group, (groups,).
+    """
 
     sizes: np.ndarray
     rows: np.ndarray
@@ -204,32 +221,45 @@ class _CostArrays(NamedTuple):
 def cost_model(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], blocks: Sequence[ResidualBlock] = ()
 ) -> CostModel:
-    """Write down what every channel and every block costs, from the matrix products of one forward pass.
+    """Build the cost model of a model from the matrix products of one forward pass.
+
+    Args:
+        model: The base.
+        groups: Groups of `trace_groups(model)`.
+        blocks: Residual blocks that may be removed.
 
     Raises:
-        UnsupportedArchitectureError: MACs cannot be attributed to widths.
+        UnsupportedArchitectureError: The MACs of a product are not a function of widths.
     """
     graph = graph_of(model, groups)
     ties = leaf_ties(graph, groups)
     products = []
     for product in graph.trace.products:
-        widths = [widths_of(axis, ties) for axis in product.sizes]
-        if None in widths:
-            raise UnsupportedArchitectureError(
-                f"the MACs of {product.module or 'the model'} do not follow from widths"
-            )
-        products.append(Term(product.module, tuple(width for factor in widths for width in factor)))
+        widths: list[Width] = []
+        for axis in product.sizes:
+            factors = widths_of(axis, ties)
+            if factors is None:
+                raise UnsupportedArchitectureError(
+                    f"the MACs of {product.module or 'the model'} are not a function of widths"
+                )
+            widths += factors
+        products.append(Term(product.module, tuple(widths)))
     parameters = _parameters(model.model, groups)
     counts = {group.name: (group.channels, group.num_heads) for group in groups}
-    unknown = CostModel(ModelCost(0, 0), products, parameters, counts, [block.name for block in blocks])
-    return replace(unknown, base=unknown.cost({}, {}))
+    without_base = CostModel(ModelCost(0, 0), products, parameters, counts, [block.name for block in blocks])
+    return replace(without_base, base=without_base.cost({}, {}))
 
 
 def _parameters(network: nn.Module, groups: Sequence[CoupledGroup]) -> list[Term]:
+    """Write the elements of every parameter as a product of widths."""
     ties: dict[tuple[str, int], list[Tie]] = {}
     for group in groups:
-        kinds = (("channel", group.members), ("head", group.head_members), ("dim", group.dim_members))
-        for unit, members in kinds:
+        members_by_unit: dict[Unit, tuple[Member, ...]] = {
+            "channel": group.members,
+            "head": group.head_members,
+            "dim": group.dim_members,
+        }
+        for unit, members in members_by_unit.items():
             for member in members:
                 tie = Tie(group.name, member.index.shape[1], unit)
                 ties.setdefault((member.parameter, member.dim), []).append(tie)

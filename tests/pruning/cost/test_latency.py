@@ -10,7 +10,8 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.cost.latency import LatencyModel, fit_latency, fit_times, time_layers
+from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency, fit_times
+from isoprune_hf.pruning.cost.layer_times import time_layers
 from isoprune_hf.pruning.cost.macs import cost_model
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.prune import prune_model
@@ -130,7 +131,7 @@ def test_a_real_model_is_fitted_and_left_as_it_was(
     base = variants[0][0]
     base.train()
     base.model.head.eval()
-    fitted = fit_latency(base, variants, batch_size=2, precision="bf16", repeats=3)
+    fitted = fit_latency(base, variants, LatencySettings(batch_size=2, precision="bf16"), repeats=3)
     assert base.training and base.model.blocks[0].training and not base.model.head.training
     assert base.dtype == torch.float32
     base.eval()
@@ -155,7 +156,7 @@ def test_attention_counts_without_its_projections(monkeypatch: pytest.MonkeyPatc
     # adds two readings; so the whole attention takes 1 s for itself and 1 s for each of its modules, plus the gaps.
     base = make_base("vit", tmp_path)
     seconds = iter(range(10_000))
-    monkeypatch.setattr("isoprune_hf.pruning.cost.latency.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("isoprune_hf.pruning.cost.layer_times.time.perf_counter", lambda: next(seconds))
     times = time_layers([(base, {"blocks.0.attn": 1, "blocks.0.attn.qkv": 1, "head": 1})], (3, 16, 16), repeats=1)[0]
     called = []
     for name, module in base.model.blocks[0].attn.named_children():
