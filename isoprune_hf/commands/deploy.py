@@ -14,7 +14,7 @@ from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.export.comparison import Quantization
 from isoprune_hf.export.export import check_export, export_model
 from isoprune_hf.export.formats import Format
-from isoprune_hf.hub.push import check_wishes, describe_push, published_files, push_folder
+from isoprune_hf.hub.push import describe_push, published_files, push_folder, validate_push_options
 from isoprune_hf.measuring.cases import BenchmarkSettings, RuntimeName
 from isoprune_hf.measuring.runtimes import DType
 from isoprune_hf.models import load_base
@@ -90,7 +90,7 @@ def run_push(
     check: bool,
 ) -> str:
     """Upload a folder to the Hub; one that `doctor` would refuse stays here."""
-    check_wishes(repo, tag, create_pr, collection)
+    validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
     published_files(Path(folder))
     if check:
         _check_folder(Path(folder))
