@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
+from isoprune_hf import recipes
 from isoprune_hf.cli.table import SECTIONS, STAGES
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.terminal import suggest
@@ -20,10 +21,27 @@ EXPECTED = ("gmacs", "params_m", "top1")
 _SETTINGS = {name: {field.name for field in fields(section)} for name, section in SECTIONS.items()}
 _FLAGS = {flag[0] for stage in STAGES.values() for flag in stage.flags}
 _NOTES = ("extends", "source", "expect")
+# The published recipes: a wheel has them inside the package, a source tree in its top folder.
+_PUBLISHED = (Path(recipes.__file__).parent / "published", Path(recipes.__file__).parents[2] / "recipes")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the path of a recipe file: `name` itself, or the published recipe of that name if there is no such file.
+
+    Args:
+        name: A path, or the bare name of a published recipe, with or without `.yaml`.
+    """
+    path = Path(name)
+    if not path.is_file() and path.parent == Path() and path.name:
+        for folder in _PUBLISHED:
+            published = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+            if published.is_file():
+                return published
+    return path
 
 
 def read_recipe(file: str | Path) -> dict[str, Any]:
-    """Read a recipe file with all that it extends.
+    """Read a recipe file with all that it extends; `file` is a path or the name of a published recipe.
 
     Returns:
         Section -> its settings, as far as they are given; flags of stages; `source` and `expect`.
@@ -31,7 +49,7 @@ def read_recipe(file: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: A file cannot be read, extends itself, or holds what no stage knows; values are checked later.
     """
-    return _read(Path(file), ())
+    return _read(find_recipe(file), ())
 
 
 def select_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:

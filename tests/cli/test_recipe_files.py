@@ -79,6 +79,16 @@ def write(folder: Path, **files: str) -> Path:
 # The recipes that we ship
 
 
+def test_published_recipe_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    published = read_recipe(RECIPES / "deit_4.2g.yaml")
+    assert read_recipe("deit_4.2g") == read_recipe("deit_4.2g.yaml") == published
+    with pytest.raises(RecipeError, match=r"deit_9\.9g"):
+        read_recipe("deit_9.9g")
+    (tmp_path / "deit_4.2g.yaml").write_text("prune: {ratio: 0.1}", encoding="utf-8")
+    assert read_recipe("deit_4.2g.yaml") == {"prune": {"ratio": 0.1}}
+
+
 @pytest.mark.parametrize("name", [*CUTS, *(f"{name}_best" for name in CUTS)])
 def test_every_recipe_is_read_with_all_its_sections(name: str) -> None:
     config = resolve("run", name)

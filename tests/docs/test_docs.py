@@ -33,7 +33,7 @@ _BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<kind>\
 # The commands of these pages are carried out, not only parsed; a `text` block behind one is a part of what it prints.
 CARRIED_OUT = ("quickstart.md", "concepts.md")
 # Python of these pages that another test runs: in a process without this package.
-RUN_BY = {"export.md": "test_export.py"}
+RUN_BY = {"export.md": "export/test_export.py"}
 
 
 _PARSING = sys.modules[parse.__module__]
@@ -143,7 +143,7 @@ def test_every_block_is_run_or_says_why_not(
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_PARSING, "build_parser", functools.partial(strict_parser, _PARSING.build_parser))
-    printed = ""
+    printed = None  # no command yet: a text block is a drawing
     for block in blocks:
         where = f"{page.name}:{block.line}"
         is_run = block.reason is None
@@ -168,7 +168,9 @@ def test_every_block_is_run_or_says_why_not(
             check_citation(block.code)
         else:
             assert block.kind == "text", f"{where}: a block of {block.kind or 'no language'}"
-            assert not is_run or block.code in printed, f"{where}: not what the command above it prints"
+            assert not is_run or printed is None or block.code in printed, (
+                f"{where}: not what the command above it prints"
+            )
 
 
 def test_a_reason_is_for_what_needs_a_network_or_is_not_ours() -> None:
