@@ -161,7 +161,7 @@ def test_a_model_whose_classifier_is_a_convolution_is_cut() -> None:
 def test_a_plan_with_a_block_that_is_none_is_refused(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     for blocks in (("norm",), ("blocks",), ("blocks.0", "blocks.0")):
-        with pytest.raises(CheckpointError, match="is no residual block of this model that can leave"):
+        with pytest.raises(CheckpointError, match="is not a removable residual block"):
             apply_plan(model, PruningPlan({}, {}, blocks))
 
 

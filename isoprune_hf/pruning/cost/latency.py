@@ -9,8 +9,9 @@ import numpy as np
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.backends import Backend
-from isoprune_hf.measuring.speed import Precision, measure_latency, record_measurement
+from isoprune_hf.measuring.speed import measure_latency, record_measurement
 from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant, time_layers
+from isoprune_hf.recipes.values import Precision
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.measuring.speed import Precision, check_counts, draw_images, with_precision
+from isoprune_hf.measuring.speed import check_counts, draw_images, with_precision
+from isoprune_hf.recipes.values import Precision
 
 LayerMacs = Mapping[str, int]  # layer -> MACs for one image
 Variant = tuple[IsoPruneForImageClassification, LayerMacs]

@@ -1,7 +1,7 @@
-"""The numbers that modules keep about their tensors, after a cut."""
+"""Update the numbers that modules keep about their tensors after a cut: call `set_attributes`."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,77 +12,84 @@ from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.traced_int import ARITHMETIC, COMPARE, Attribute, Expression, Operation, atoms
 from isoprune_hf.pruning.graph.verify import axis_size
 
-_SCALES = re.compile(".*(scal|factor|norm|temperature).*")
-# Widths that are kept for information alone, so that no operation has shown what they are.
-_WIDTHS = re.compile(r"(.*_)?(dim|dims|dim_out|out_dim|features|channels|chs|planes|width|hidden_size|head_size)")
+# Names of attention scales, and of widths that no operation uses, so that the trace does not know their meaning.
+_SCALE_NAMES = re.compile(".*(scal|factor|norm|temperature).*")
+_WIDTH_NAMES = re.compile(r"(.*_)?(dim|dims|dim_out|out_dim|features|channels|chs|planes|width|hidden_size|head_size)")
+
+AttributeKeys = Collection[tuple[str, str]]  # (path of a module, name of an attribute)
+Modules = Mapping[str, nn.Module]
 
 
-def set_numbers(
-    graph: AxisGraph, sizes: Mapping[int, int], before: nn.Module, network: nn.Module, gone: tuple[str, ...]
+def set_attributes(
+    graph: AxisGraph, sizes: Mapping[int, int], before: nn.Module, network: nn.Module, removed: Sequence[str]
 ) -> None:
-    """Let the numbers of a cut network agree with its tensors, in place.
+    """Set the numbers that the modules of a cut network keep about their tensors, in place.
 
     Args:
         graph: The graph of the network before the cut.
         sizes: Sizes of its leaves after the cut.
         before: The network before the cut.
-        network: The network, its tensors cut.
-        gone: Prefixes of the modules that have left.
+        network: The network with cut tensors.
+        removed: Prefixes of the removed modules, each ending in a dot.
     """
-    modules = {path: module for path, module in network.named_modules() if not f"{path}.".startswith(gone or ("\0",))}
+    modules = {
+        path: module
+        for path, module in network.named_modules()
+        if not f"{path}.".startswith(tuple(removed) or ("\0",))
+    }
     solved = graph.solution.attributes
     for attribute, polynomial in solved.items():
         if attribute.module in modules:
-            _set(modules[attribute.module], attribute, evaluate(polynomial, sizes))
+            _set_attribute(modules[attribute.module], attribute, evaluate(polynomial, sizes))
     for module in modules.values():
-        _set_layer_numbers(module)
-        _forget_tensors(module)
-    _set_scales(graph, sizes, modules)
+        _set_layer_sizes(module)
+        _clear_tensor_tables(module)
+    _set_attention_scales(graph, sizes, modules)
     known = {(attribute.module, attribute.name) for attribute in solved}
-    for path, module in before.named_modules():
+    modules_before = dict(before.named_modules())
+    for path, module in modules_before.items():
         if path in modules:
-            _set_widths(path, module, modules[path], known)
-    _keep_comparisons(graph, sizes, dict(before.named_modules()), modules, known)
+            _set_unused_widths(path, module, modules[path], known)
+    _restore_compared_widths(graph, sizes, modules_before, modules, known)
 
 
-def _keep_comparisons(
-    graph: AxisGraph,
-    sizes: Mapping[int, int],
-    before: Mapping[str, nn.Module],
-    modules: Mapping[str, nn.Module],
-    known: Collection[tuple[str, str]],
+def _restore_compared_widths(
+    graph: AxisGraph, sizes: Mapping[int, int], before: Modules, modules: Modules, known: AttributeKeys
 ) -> None:
-    """Give a width that is there for information its old value back where a comparison would come out otherwise."""
+    """Restore the old value of a width that only informs, if a comparison of the forward pass changed its outcome."""
 
     def value(expression: Expression) -> int:
         if isinstance(expression, Attribute):
             number = vars(modules[expression.module])[expression.name]
-            return number if expression.entry is None else number[expression.entry]
+            return int(number if expression.entry is None else number[expression.entry])
         if isinstance(expression, Operation):
             return ARITHMETIC[expression.symbol](value(expression.left), value(expression.right))
         return expression if isinstance(expression, int) else axis_size(expression, sizes)
 
     for comparison in graph.trace.comparisons:
-        names = {atom for side in (comparison.left, comparison.right) for atom in atoms(side)}
-        names = {atom for atom in names if isinstance(atom, Attribute)}
-        if not names or any(name.module not in modules for name in names):
+        compared = {
+            atom for side in (comparison.left, comparison.right) for atom in atoms(side) if isinstance(atom, Attribute)
+        }
+        if not compared or any(attribute.module not in modules for attribute in compared):
             continue
         if COMPARE[comparison.symbol](value(comparison.left), value(comparison.right)) != comparison.outcome:
-            for name in names:
-                if (name.module, name.name) not in known:
-                    vars(modules[name.module])[name.name] = vars(before[name.module])[name.name]
+            for attribute in compared:
+                if (attribute.module, attribute.name) not in known:
+                    vars(modules[attribute.module])[attribute.name] = vars(before[attribute.module])[attribute.name]
 
 
-def _set(module: nn.Module, attribute: Attribute, value: int) -> None:
+def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
     if attribute.entry is None:
         module.__dict__[attribute.name] = value
     else:
-        entries = list(module.__dict__[attribute.name])
+        old = module.__dict__[attribute.name]
+        entries = list(old)
         entries[attribute.entry] = value
-        module.__dict__[attribute.name] = type(module.__dict__[attribute.name])(entries)
+        module.__dict__[attribute.name] = type(old)(entries)
 
 
-def _set_layer_numbers(module: nn.Module) -> None:
+def _set_layer_sizes(module: nn.Module) -> None:
+    """Set the sizes that layers of torch keep, from the shape of their weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, ConvNd):
@@ -99,44 +106,49 @@ def _set_layer_numbers(module: nn.Module) -> None:
         module.num_channels = module.weight.shape[0]
 
 
-def _set_scales(graph: AxisGraph, sizes: Mapping[int, int], modules: Mapping[str, nn.Module]) -> None:
-    """The scale of attention follows its dims: fused attention takes it from the tensors, eager from the module."""
+def _set_attention_scales(graph: AxisGraph, sizes: Mapping[int, int], modules: Modules) -> None:
+    """Set scales of attention to size**-0.5, which eager attention reads and fused attention computes."""
     for product in graph.trace.products:
         if product.has_weight or product.module not in modules:
             continue
         inner = product.sizes[-2]
         size = axis_size(inner, sizes)
-        for name, value in vars(modules[product.module]).items() if size != inner.size else ():
-            if type(value) is float and _SCALES.fullmatch(name) and abs(value * inner.size**0.5 - 1) < 1e-9:
-                vars(modules[product.module])[name] = size**-0.5
-
-
-def _set_widths(path: str, before: nn.Module, after: nn.Module, known: Collection[tuple[str, str]]) -> None:
-    """A width is what all dims of its old size in the tensors of the module and its children have become."""
-    for name, value in vars(before).items():
-        if (
-            type(value) is not int
-            or not _WIDTHS.fullmatch(name)
-            or (path, name) in known
-            or vars(after)[name] != value
-        ):
+        if size == inner.size:
             continue
-        found = {
-            new
-            for old, now in zip([before, *before.children()], [after, *after.children()], strict=False)
-            for old_tensor, new_tensor in zip(
-                old._parameters.values(), now._parameters.values() if len(now._parameters) else (), strict=False
-            )
-            if old_tensor is not None and new_tensor is not None
-            for size, new in zip(old_tensor.shape, new_tensor.shape, strict=True)
-            if size == value
-        }
+        attributes = vars(modules[product.module])
+        for name, value in attributes.items():
+            is_scale = type(value) is float and _SCALE_NAMES.fullmatch(name)
+            if is_scale and abs(value * inner.size**0.5 - 1) < 1e-9:
+                attributes[name] = size**-0.5
+
+
+def _set_unused_widths(path: str, before: nn.Module, after: nn.Module, known: AttributeKeys) -> None:
+    """Set widths that only inform: to the new size of all dims that had the old size, if it is unique.
+
+    The dims are those of the tensors of the module and of its children.
+    """
+    attributes = vars(after)
+    for name, value in vars(before).items():
+        if type(value) is not int or not _WIDTH_NAMES.fullmatch(name):
+            continue
+        if (path, name) in known or attributes[name] != value:
+            continue
+        found = {new for old, new in _changed_dims(before, after) if old == value}
         if len(found) == 1:
-            vars(after)[name] = found.pop()
+            attributes[name] = found.pop()
 
 
-def _forget_tensors(module: nn.Module) -> None:
-    """Tables of tensors that a module keeps from one pass to the next are of the old sizes."""
+def _changed_dims(before: nn.Module, after: nn.Module) -> Iterator[tuple[int, int]]:
+    """Yield (size before, size after) of every dim of the parameters of a module and its children."""
+    for old, new in zip([before, *before.children()], [after, *after.children()], strict=False):
+        # A removed child has a stand-in without parameters.
+        for old_tensor, new_tensor in zip(old._parameters.values(), new._parameters.values(), strict=False):
+            if old_tensor is not None and new_tensor is not None:
+                yield from zip(old_tensor.shape, new_tensor.shape, strict=True)
+
+
+def _clear_tensor_tables(module: nn.Module) -> None:
+    """Clear dicts of tensors that a module caches between forward passes: they have the old sizes."""
     for name, value in vars(module).items():
         is_table = not name.startswith("_") and isinstance(value, dict) and value
         if is_table and all(isinstance(entry, torch.Tensor) for entry in value.values()):

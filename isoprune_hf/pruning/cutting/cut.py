@@ -1,6 +1,7 @@
-"""The cut: carry a plan out on a model, first on its tensors, then on the numbers that modules keep about them."""
+"""Cut a model to a plan, first its tensors, then the numbers that modules keep about them: call `apply_plan`."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +9,10 @@ from torch import nn
 
 from isoprune_hf.checkpoint.difference import keep_cut_buffers
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
-from isoprune_hf.checkpoint.structure import capture_structure, meta_copy
+from isoprune_hf.checkpoint.structure import capture_structure, image_size_of, meta_copy
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.cost.macs import ModelCost
-from isoprune_hf.pruning.cutting.attributes import set_numbers
+from isoprune_hf.pruning.cutting.attributes import set_attributes
 from isoprune_hf.pruning.graph.copying import copy_modules
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
 from isoprune_hf.pruning.graph.verify import check_cut, sizes_after, total_macs
@@ -30,51 +31,59 @@ def apply_plan(
 
     Args:
         model: The base; left untouched.
-        plan: What stays.
-        groups: Groups of `trace_groups(model)`; traced anew when not given.
-        base_cost: Cost of `model`; counted when not given.
+        plan: What to keep.
+        groups: Groups of `trace_groups(model)`; traced if not given.
+        base_cost: Cost of `model`; counted if not given.
 
     Returns:
-        The pruned model, its config holding structure and cost, in the base's mode.
+        The pruned model in the mode of the base; its config has structure and cost.
 
     Raises:
         CheckpointError: The plan does not fit the model.
-        UnsupportedArchitectureError: The cut model does not run.
+        UnsupportedArchitectureError: The forward pass of the cut model fails.
     """
     groups = trace_groups(model) if groups is None else groups
     graph = graph_of(model, groups)
     stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
     check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
-    gone = tuple(f"{block}." for block in plan.removed_blocks)
+    removed = tuple(f"{block}." for block in plan.removed_blocks)
     masks = keep_masks(plan, groups, model.model)
-    sizes = sizes_after(graph, masks, gone)
+    sizes = sizes_after(graph, masks, removed)
     pruned = _copy_cut(model, masks, plan.removed_blocks, stand_ins)
-    set_numbers(graph, sizes, model.model, pruned.model, gone)
-    check_cut(graph, pruned.model, model.config.image_size, sizes, gone)
+    set_attributes(graph, sizes, model.model, pruned.model, removed)
+    check_cut(graph, pruned.model, image_size_of(model), sizes, removed)
+    _update_config(pruned, model)
+    if base_cost is None:
+        full = sum(parameter.numel() for parameter in model.parameters())
+        base_cost = ModelCost(total_macs(graph, {}, ()), full)
+    params = sum(parameter.numel() for parameter in pruned.parameters())
+    cost = ModelCost(total_macs(graph, sizes, removed), params)
+    dense_cost = pruned.config.cost["base"] if pruned.config.cost else base_cost.to_dict()
+    pruned.config.cost = {"base": dense_cost, "pruned": cost.to_dict()}
+    return pruned
+
+
+def _update_config(pruned: IsoPruneForImageClassification, model: IsoPruneForImageClassification) -> None:
+    """Record structure, stage and layout in the config of a cut model, in place."""
     config = pruned.config
     is_dense = not any((model.config.structure or {}).values())
     base = model.model if is_dense else meta_copy(model, dense=True).model
     config.structure = capture_structure(base, pruned.model)
-    _forget_state(config.structure["attributes"], (model.config.structure or {}).get("attributes") or {}, model.model)
+    known = (model.config.structure or {}).get("attributes") or {}
+    _drop_unchanged(config.structure["attributes"], known, model.model)
     keep_cut_buffers(pruned.model, config.structure)
-    config.stage, config.layout = "pruned", "per-layer"
-    params = sum(parameter.numel() for parameter in pruned.parameters())
-    if base_cost is None:
-        full = sum(parameter.numel() for parameter in model.parameters())
-        base_cost = ModelCost(total_macs(graph, {}, ()), full)
-    cost = ModelCost(total_macs(graph, sizes, gone), params)
-    config.cost = {"base": config.cost["base"] if config.cost else base_cost.to_dict(), "pruned": cost.to_dict()}
-    return pruned
+    config.stage = "pruned"
+    config.layout = "per-layer"
 
 
-def _forget_state(
-    attributes: dict[str, dict[str, object]], known: Mapping[str, Mapping[str, object]], before: nn.Module
+def _drop_unchanged(
+    attributes: dict[str, dict[str, Any]], known: Mapping[str, Mapping[str, Any]], before: nn.Module
 ) -> None:
-    """Drop, in place, what was not changed by the cut: some modules (Swin) note sizes of the last image they saw."""
+    """Drop, in place, attributes that the cut did not change: some modules (Swin) record sizes of the last image."""
     for path in list(attributes):
         owner = vars(before.get_submodule(path))
-        for name, value in list(attributes[path].items()):
-            value = tuple(value) if isinstance(owner.get(name), tuple) else value
+        for name, entry in list(attributes[path].items()):
+            value = tuple(entry) if isinstance(owner.get(name), tuple) else entry
             if owner.get(name) == value and name not in known.get(path, {}):
                 del attributes[path][name]
         if not attributes[path]:
@@ -82,18 +91,18 @@ def _forget_state(
 
 
 def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collection[str] = ()) -> None:
-    """Check that a plan fits the groups and the residual blocks of a model.
+    """Check that a plan fits the groups and the removable residual blocks of a model.
 
     Raises:
-        CheckpointError: Names the group or block that does not fit.
+        CheckpointError: It does not; the message names the group or block.
     """
     known = {group.name: group for group in groups}
     for name in plan.removed_blocks:
         if name not in blocks or plan.removed_blocks.count(name) > 1:
-            raise CheckpointError(f"pruning plan: {name!r} is no residual block of this model that can leave")
+            raise CheckpointError(f"pruning plan: {name!r} is not a removable residual block of this model")
     for name in plan.heads:
         if name not in plan.kept or not known.get(name, CoupledGroup("", "", 0, ())).num_heads:
-            raise CheckpointError(f"pruning plan: heads of {name!r}, which keeps no channels of an attention")
+            raise CheckpointError(f"pruning plan: heads names {name!r}, which is not an attention with kept channels")
     for name, kept in plan.kept.items():
         group = known.get(name)
         if group is None:
@@ -103,39 +112,46 @@ def check_plan(plan: PruningPlan, groups: Sequence[CoupledGroup], blocks: Collec
                 f"pruning plan: {name} must keep ascending channels from 0 to {group.channels - 1}, at least one"
             )
         if group.num_heads:
-            counts = np.bincount(np.asarray(kept) // group.head_dim, minlength=group.num_heads)
-            heads = tuple(np.flatnonzero(counts).tolist())
-            if heads != tuple(plan.heads.get(name, ())) or len(set(counts[list(heads)].tolist())) != 1:
-                raise CheckpointError(
-                    f"pruning plan: {name} must keep the same number of dims in each of its heads {list(heads)}"
-                )
-            if (
-                group.dim_members
-                and len({tuple(sorted(c % group.head_dim for c in kept if c // group.head_dim == h)) for h in heads})
-                > 1
-            ):
-                raise CheckpointError(f"pruning plan: {name} must keep the same dims in all of its heads")
+            _check_heads(plan, group)
+
+
+def _check_heads(plan: PruningPlan, group: CoupledGroup) -> None:
+    """Check that a plan keeps the same number of dims in all heads of an attention, and the same dims where it must.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    kept = np.asarray(plan.kept[group.name])
+    counts = np.bincount(kept // group.head_dim, minlength=group.num_heads)
+    heads = tuple(np.flatnonzero(counts).tolist())
+    if heads != tuple(plan.heads.get(group.name, ())) or len(set(counts[list(heads)].tolist())) != 1:
+        raise CheckpointError(
+            f"pruning plan: {group.name} must keep the same number of dims in each of its heads {list(heads)}"
+        )
+    dims_by_head = {tuple(sorted((kept[kept // group.head_dim == head] % group.head_dim).tolist())) for head in heads}
+    if group.dim_members and len(dims_by_head) > 1:
+        raise CheckpointError(f"pruning plan: {group.name} must keep the same dims in all of its heads")
 
 
 def keep_masks(
     plan: PruningPlan, groups: Sequence[CoupledGroup], base: nn.Module
 ) -> dict[tuple[str, int], np.ndarray]:
-    """Give (tensor, dim) -> whether each of its elements stays, for the tensors that a plan cuts."""
-    gone = tuple(f"{block}." for block in plan.removed_blocks)
+    """Return (tensor, dim) -> boolean mask of the elements to keep, for the tensors that a plan cuts."""
+    removed = tuple(f"{block}." for block in plan.removed_blocks)
     shapes = {name: tensor.shape for name, tensor in [*base.named_parameters(), *base.named_buffers()]}
     masks: dict[tuple[str, int], np.ndarray] = {}
     for group in groups:
         if group.name not in plan.kept:
             continue
-        leaving = np.delete(np.arange(group.channels), plan.kept[group.name])
+        channels = np.delete(np.arange(group.channels), plan.kept[group.name])
         heads = np.delete(np.arange(group.num_heads), plan.heads.get(group.name, ()))
         for members, units in (
-            (group.members, leaving),
+            (group.members, channels),
             (group.head_members, heads),
-            (group.dim_members, _leaving_dims(plan, group)),
+            (group.dim_members, _removed_dims(plan, group)),
         ):
             for member in members:
-                if not gone or not member.parameter.startswith(gone):
+                if not removed or not member.parameter.startswith(removed):
                     key = member.parameter, member.dim
                     if key not in masks:
                         masks[key] = np.ones(shapes[member.parameter][member.dim], dtype=bool)
@@ -143,8 +159,8 @@ def keep_masks(
     return masks
 
 
-def _leaving_dims(plan: PruningPlan, group: CoupledGroup) -> np.ndarray:
-    """Dims that leave every head."""
+def _removed_dims(plan: PruningPlan, group: CoupledGroup) -> np.ndarray:
+    """Return the dims that are removed from every head."""
     if not group.dim_members:
         return np.arange(0)
     return np.setdiff1d(np.arange(group.head_dim), np.unique(np.asarray(plan.kept[group.name]) % group.head_dim))
@@ -156,7 +172,7 @@ def _copy_cut(
     removed_blocks: Sequence[str],
     stand_ins: Mapping[str, nn.Module],
 ) -> IsoPruneForImageClassification:
-    """Copy a model with what leaves left out; weights that leave are never copied."""
+    """Copy a model without the removed weights, which are never copied."""
     names = {id(tensor): name for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]}
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for (name, dim), mask in masks.items():
@@ -165,7 +181,7 @@ def _copy_cut(
     @torch.no_grad()
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         part, name = tensor.detach(), names.get(id(tensor), "")
-        for dim, positions in sorted(kept.get(name, {}).items()):  # whole rows first: those are quick to copy
+        for dim, positions in sorted(kept.get(name, {}).items()):  # rows first: copying them is fast
             part = part.index_select(dim, positions.to(part.device))
         part = part if part.shape != tensor.shape else part.clone()
         return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

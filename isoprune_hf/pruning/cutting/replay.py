@@ -1,6 +1,7 @@
-"""The replay of a plan on a base."""
+"""Cut a base to a plan that was saved: call `replay_plan`."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
@@ -18,41 +19,41 @@ logger = logging.getLogger(__name__)
 def replay_plan(
     model: IsoPruneForImageClassification, plan: PruningPlan, *, ignore_fingerprint: bool = False
 ) -> tuple[IsoPruneForImageClassification, PruningPlan]:
-    """Cut a copy of a base to a plan that was made before.
+    """Cut a copy of a base to a plan that was made earlier.
 
     Args:
         model: The base; left untouched.
-        plan: Of this or another base.
-        ignore_fingerprint: Cut other weights than those the plan was made on, too.
+        plan: A plan of this base, or of another one with the same groups.
+        ignore_fingerprint: Also accept a plan that was made on other weights.
 
     Returns:
-        The pruned model, and the plan with the costs and the fingerprint of this base. On the base it was made on,
-        a plan that nobody edited comes back as it is, and the tensors are the same bit for bit.
+        The pruned model, and the plan with the costs and the fingerprint of this base. For the base of an unedited
+        plan both are equal to those of the first cut, bit for bit.
 
     Raises:
-        CheckpointError: The plan is of other weights or of turned heads, or does not fit the model.
+        CheckpointError: The plan belongs to other weights or to rotated heads, or does not fit the model.
     """
     if plan.settings.get("rotate"):
         raise CheckpointError(
-            "pruning plan: it was decided on rotated heads, whose dims are not those of the base; cut anew with the "
+            "pruning plan: it was made on rotated heads, whose dims are not those of the base; prune again with the "
             "recipe that made it (prune.rotate needs its calibration images)"
         )
     if plan.settings.get("reconstruct", "none") != "none":
         logger.warning(
-            f"the plan's model was repaired after the cut (prune.reconstruct {plan.settings['reconstruct']}), which "
-            "needs images: this is the cut alone"
+            f"the model of this plan was repaired after the cut (prune.reconstruct {plan.settings['reconstruct']}); "
+            "the repair needs images and is not repeated here"
         )
     found = fingerprint(model.model)
     if plan.fingerprint != found and not ignore_fingerprint:
         raise CheckpointError(
             f"pruning plan: it was made on other weights (fingerprint {_short(plan.fingerprint)}) than those of this "
-            f"base ({_short(found)}); open the base that it was made on, or go on with --ignore_fingerprint true"
+            f"base ({_short(found)}); open the base that it was made on, or set --ignore_fingerprint true"
         )
     groups = trace_groups(model)
     pruned = apply_plan(model, plan, groups)
-    if not is_cut(model.config):  # else the source names a base before this one
+    if not is_cut(model.config):  # the source of a cut model names its own base
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": found}
-    cost = pruned.config.cost
+    cost: Mapping[str, Mapping[str, float]] = pruned.config.cost or {}
     known = {name: {key: plan.achieved.get(name, {}).get(key) for key in figures} for name, figures in cost.items()}
     if plan.settings.get("layout") == "uniform":
         pruned = to_stock(pruned)

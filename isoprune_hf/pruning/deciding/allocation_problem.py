@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from isoprune_hf.pruning.cost.macs import RemovedUnits
 from isoprune_hf.pruning.deciding.allocation import Allocation, TiedGroups
@@ -47,10 +46,14 @@ class AllocationProblem:
         self.ratios = ratios
         self.rules: Mapping[str, GroupRule] = resolve_rules(groups, settings.patterns)
         self.blocks = {block.name: block for block in blocks}
-        if scores is None:
-            scores = ImportanceScores({group.name: torch.zeros(group.channels) for group in groups}, "", "", {})
-        self.block_scores = {block.name: scores.blocks.get(block.name, 0.0) for block in blocks}
-        self.scores = {g.name: _normalize(scores.scores[g.name].double().numpy(), settings.normalizer) for g in groups}
+        self.block_scores = {block.name: 0.0 for block in blocks}
+        self.scores = {group.name: np.zeros(group.channels) for group in groups}
+        if scores is not None:
+            self.block_scores = {block.name: scores.blocks.get(block.name, 0.0) for block in blocks}
+            self.scores = {
+                group.name: _normalize(scores.scores[group.name].double().numpy(), settings.normalizer)
+                for group in groups
+            }
         self._sorted_scores = {name: np.sort(values, kind="stable") for name, values in self.scores.items()}
         self._enclosing_block = {group.name: _find_block(group, blocks) for group in groups}
         self.fixed_blocks = choose_fixed_blocks(self.blocks, self.block_scores, settings.remove_blocks)

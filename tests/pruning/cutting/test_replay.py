@@ -76,7 +76,7 @@ def test_a_plan_edited_by_hand_is_cut_as_it_says_and_gets_its_own_costs(base, re
 
 def test_heads_of_what_is_no_attention_are_refused(base, result: PruneResult) -> None:
     name = "blocks.1.mlp.fc1"
-    with pytest.raises(CheckpointError, match=f"heads of '{name}'"):
+    with pytest.raises(CheckpointError, match=f"heads names '{name}'"):
         replay_plan(base, replace(result.plan, heads={**result.plan.heads, name: (0,)}))
 
 
