@@ -92,7 +92,7 @@ def _run_alone(name: str, record: Path, errors: Path) -> None:
 
 def read_rows(results: Path) -> dict[str, Row]:
     """Read the results; the last row of a model counts."""
-    lines = results.read_text().splitlines() if results.exists() else []
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     rows = [json.loads(line) for line in lines]
     return {row["name"]: row for row in rows}
 

@@ -163,7 +163,7 @@ def peak_rise(name: str, side: str) -> int:
 
 def read_memory(field: str) -> int:
     """Read a field of this process's memory in bytes; `ru_maxrss` would hold the peak of the parent process, too."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
 

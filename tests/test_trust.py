@@ -23,30 +23,33 @@ SOURCES = [
     *ROOT.glob("*.py"),
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
-RUNS_CODE = {"eval", "exec", "compile", "__import__"}
-READS_CODE = {("torch", "load"), ("pickle", "load"), ("pickle", "loads"), ("yaml", "load"), ("yaml", "unsafe_load")}
-READS_CODE |= {("yaml", "full_load"), ("marshal", "loads"), ("dill", "load"), ("joblib", "load"), ("os", "system")}
+# What the rules of ruff (pyproject.toml) do not know; they find eval, exec, pickle, marshal and unsafe YAML.
+CALLS = {"compile", "__import__"}
+READERS = {("torch", "load"), ("joblib", "load"), ("yaml", "full_load"), ("yaml", "unsafe_load")}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_runs_text_or_unpickles(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in RUNS_CODE, f"{path.name}:{node.lineno}"
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in READS_CODE, f"{path.name}:{node.lineno}"
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert not {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"} & set(names), path.name
-        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            assert isinstance(node.value, ast.Constant) and node.value.value is False, path.name
+def find_offences(path: Path) -> list[str]:
+    """Return the lines of a module that run text or read objects that may run code."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS
+        read = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        read = read and (node.value.id, node.attr) in READERS
+        pickled = isinstance(node, ast.keyword) and node.arg == "allow_pickle"
+        pickled = pickled and not (isinstance(node.value, ast.Constant) and node.value.value is False)
+        if called or read or pickled:
+            found.append(f"{path.name}:{node.lineno}")
+    return found
 
 
-def test_that_test_finds_what_it_looks_for(tmp_path: Path) -> None:
-    for text in ("eval('1')", "import pickle", "torch.load('x')", "yaml.load('x')", "f(allow_pickle=True)"):
-        (tmp_path / "bad.py").write_text(text)
-        with pytest.raises(AssertionError):
-            test_nothing_runs_text_or_unpickles(tmp_path / "bad.py")
+def test_no_module_runs_text_or_unpickles() -> None:
+    assert [offence for path in SOURCES for offence in find_offences(path)] == []
+
+
+def test_every_offence_is_found(tmp_path: Path) -> None:
+    lines = ["compile('1')", "__import__('a')", "torch.load('x')", "yaml.full_load('x')", "f(allow_pickle=True)"]
+    (tmp_path / "bad.py").write_text("\n".join([*lines, "f(allow_pickle=False)"]), encoding="utf-8")
+    assert sorted(find_offences(tmp_path / "bad.py")) == [f"bad.py:{number}" for number in range(1, 6)]
 
 
 def test_the_code_beside_the_weights_is_that_of_the_package(pruned: Callable[[str], Pruned]) -> None:

@@ -64,7 +64,7 @@ def _read(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in (path.resolve() for path in above):
         raise RecipeError(f"--config: {' extends '.join(str(path) for path in (*above, file))}, which never ends")
     try:
-        values = get_loader("yaml")(file.read_text())
+        values = get_loader("yaml")(file.read_text(encoding="utf-8"))
         json.dumps(values)  # plain values, and none that holds itself
     except OSError as error:
         reason = f"the recipe file {file} cannot be read ({error.strerror})"

@@ -256,7 +256,7 @@ def test_a_file_whose_writer_fails_stays_as_it_was(tmp_path: Path) -> None:
     path.write_text("old")
 
     def write(temporary: Path) -> None:
-        temporary.write_text("half")
+        temporary.write_text("half", encoding="utf-8")
         raise ValueError("no scores")
 
     with pytest.raises(ValueError, match="no scores"):

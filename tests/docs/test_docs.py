@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = [
         Block(block["kind"], block["code"], block["reason"], text[: block.start("kind")].count("\n") + 1)
         for block in _BLOCK.finditer(text)
@@ -197,7 +197,7 @@ def slug(heading: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
-    text = _BLOCK.sub("", page.read_text())
+    text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("https://"):
             continue
