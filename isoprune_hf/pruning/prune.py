@@ -168,7 +168,7 @@ def prune_model(
     notes = _timed(
         seconds,
         "repair",
-        lambda: repair(rotated, pruned, plan, traced.groups, recipe, calibration, accelerator),
+        lambda: repair(rotated, pruned, plan, traced.groups, recipe.reconstruct or "none", images),
     )
     plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
     if recipe.layout == "uniform":

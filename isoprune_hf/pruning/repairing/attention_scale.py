@@ -1,6 +1,6 @@
-"""The scale of attention scores after a cut of the dims inside rotated heads."""
+"""Restore the scale of attention scores after a cut of the dims inside rotated heads (`keep_scale`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -8,9 +8,9 @@ import torch
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.copying import copy_modules
-from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing.head_products import probe_images, read_logits, replace_tensor
+from isoprune_hf.pruning.repairing.head_products import ProductKind, probe_images, read_logits, replace_tensor
 from isoprune_hf.pruning.repairing.rotation import Rotated
 
 
@@ -20,24 +20,31 @@ def keep_scale(
     plan: PruningPlan,
     groups: Sequence[CoupledGroup],
 ) -> dict[str, torch.Tensor]:
-    """Make up, in place, for an attention scale that follows the number of dims: queries shrink by (n / d)^1/2.
+    """Scale queries by (n / d)^1/2, in place, if the model's attention scale depends on the number of dims.
 
-    After a rotation the dims that stay hold the product of all; dividing it by the root of their number n, and no
-    longer by that of the d dims before, would sharpen the attention. Done only where cut and scaled heads compute what
-    the base does with the same dims set to zero.
+    After a rotation the n kept dims carry the product of all d dims. Dividing it by the root of n instead of d, as
+    such a model does after the cut, would sharpen the attention. The factors are applied only if cut and scaled heads
+    compute what the base computes with the removed dims set to zero.
+
+    Args:
+        rotated: The model that was cut, and the products that were rotated.
+        pruned: The cut model.
+        plan: What was kept.
+        groups: Groups of the base.
 
     Returns:
-        Weight -> factor of each of its outputs in `pruned`; empty where the scale is fixed.
+        Weight -> factor of each of its outputs in `pruned`; empty if the attention scale is fixed.
     """
-    names = [group.name for group in groups if group.num_heads and group.name in plan.kept]
-    alone = PruningPlan({name: plan.kept[name] for name in names}, {name: plan.heads[name] for name in names})
     factors = _factors(rotated, plan, groups)
     if not factors:
         return {}
-    trial = apply_plan(rotated.model, alone, groups)
-    _scale_outputs(trial, rotated, _factors(rotated, alone, groups))
+    names = [group.name for group in groups if group.num_heads and group.name in plan.kept]
+    only_heads = PruningPlan({name: plan.kept[name] for name in names}, {name: plan.heads[name] for name in names})
+    trial = apply_plan(rotated.model, only_heads, groups)
+    _scale_outputs(trial, rotated, _factors(rotated, only_heads, groups))
     images = probe_images(rotated.model)
-    wanted = read_logits(_without(rotated.model, keep_masks(alone, groups, rotated.model.model)), images)
+    masked = _zero_removed(rotated.model, keep_masks(only_heads, groups, rotated.model.model))
+    wanted = read_logits(masked, images)
     if not torch.allclose(read_logits(trial, images), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max())):
         return {}
     _scale_outputs(pruned, rotated, factors)
@@ -45,39 +52,46 @@ def keep_scale(
 
 
 def _factors(rotated: Rotated, plan: PruningPlan, groups: Sequence[CoupledGroup]) -> dict[str, torch.Tensor]:
-    """Weight of queries -> (n / d)^1/2 for each of its rows that stay and are queries, 1 for the others."""
+    """Return weight of queries -> (n / d)^1/2 for each kept row that is a query, and 1 for each other kept row."""
     masks = keep_masks(plan, groups, rotated.model.model)
     factors: dict[str, torch.Tensor] = {}
     for pair in rotated.pairs:
         name = pair.group.name
-        if pair.kind == "queries and keys" and name in plan.kept:
+        if pair.kind is ProductKind.QUERIES_AND_KEYS and name in plan.kept:
             dims = len(plan.kept[name]) // len(plan.heads[name])
-            for slot in pair.left if dims < pair.group.head_dim else ():
-                key = slot.end.member.parameter, slot.end.member.dim
-                factor = factors.setdefault(key[0], torch.ones(len(masks[key])))
-                factor[slot.places] = (dims / pair.group.head_dim) ** 0.5
-    cut = {slot.end.member.parameter: slot.end.member.dim for pair in rotated.pairs for slot in pair.left}
-    return {name: factor[masks[name, cut[name]]].to(rotated.model.device) for name, factor in factors.items()}
+            for column in pair.left if dims < pair.group.head_dim else ():
+                member = column.point.member
+                factor = factors.setdefault(member.parameter, torch.ones(len(masks[member.parameter, member.dim])))
+                factor[column.places] = (dims / pair.group.head_dim) ** 0.5
+    dim_of = {member.parameter: member.dim for member in _left_members(rotated)}
+    return {name: factor[masks[name, dim_of[name]]].to(rotated.model.device) for name, factor in factors.items()}
+
+
+def _left_members(rotated: Rotated) -> Iterator[Member]:
+    for pair in rotated.pairs:
+        for column in pair.left:
+            yield column.point.member
 
 
 @torch.no_grad()
 def _scale_outputs(
     model: IsoPruneForImageClassification, rotated: Rotated, factors: Mapping[str, torch.Tensor]
 ) -> None:
-    slots = {slot.end.member.parameter: slot for pair in rotated.pairs for slot in pair.left}
+    """Multiply the rows of weights, and of their biases, by factors, in place."""
+    columns = {column.point.member.parameter: column for pair in rotated.pairs for column in pair.left}
     for weight, factor in factors.items():
-        for name, dim in slots[weight].parameters:
+        for name, dim in columns[weight].parameters:
             parameter = model.model.get_parameter(name)
             parameter.mul_(factor.view([-1 if at == dim else 1 for at in range(parameter.ndim)]))
 
 
-def _without(
+def _zero_removed(
     model: IsoPruneForImageClassification, masks: Mapping[tuple[str, int], np.ndarray]
 ) -> IsoPruneForImageClassification:
-    """Copy a model with what leaves set to zero."""
-    silent = copy_modules(model, lambda tensor: replace_tensor(tensor, tensor.detach().clone()))
-    tensors = {**dict(silent.model.named_parameters()), **dict(silent.model.named_buffers())}
+    """Copy a model and set the elements that masks remove to zero."""
+    zeroed = copy_modules(model, lambda tensor: replace_tensor(tensor, tensor.detach().clone()))
+    tensors = {**dict(zeroed.model.named_parameters()), **dict(zeroed.model.named_buffers())}
     with torch.no_grad():
         for (name, dim), mask in masks.items():
             tensors[name].index_fill_(dim, torch.from_numpy(np.flatnonzero(~mask)).to(model.device), 0)
-    return silent
+    return zeroed

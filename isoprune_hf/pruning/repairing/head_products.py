@@ -1,13 +1,16 @@
-"""The products inside the heads of an attention that are linear in both sides: queries with keys, values with what
-reads them.
+"""Bilinear products inside attention heads (`find_pairs`), re-parametrised by invertible matrices (`turn`).
 
-For any invertible T of a head, T on the left side and T^-T on the right one cancel. Which rows are queries, keys or
-values is seen from derivatives by gates: both sides of a product see all of it. It is believed only if random T change
-no logit, so nothing that lies between (rotary positions, norms of queries and keys) goes unnoticed, in any model.
+Queries with keys, and values with the layer that reads them, are products linear in both sides: for any invertible T
+of a head, T on the left side and T^-T on the right one cancel. Which rows are queries, keys or values follows from
+derivatives by gates, because both sides of a product have the same derivative. A pair is only used if random matrices
+T change no logit, so operations between the sides (rotary positions, norms of queries and keys) are detected in any
+model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -15,125 +18,87 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.graph.copying import copy_modules
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
 from isoprune_hf.pruning.scoring.gate_points import GatePoint, find_gate_points
 
-_IMAGES = 4  # that roles and equality are judged by
-KINDS = ("queries and keys", "values")
+_NUM_PROBE_IMAGES = 4  # from which the sides of products are recognised, and equal models
+
+
+class ProductKind(StrEnum):
+    """The two products inside the heads of an attention; the values are how notes name them."""
+
+    QUERIES_AND_KEYS = "queries and keys"
+    VALUES = "values"
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """Where one layer holds each dim of each head once: one of the k positions of its channels."""
+class HeadColumn:
+    """One of the k positions of each channel in one layer: it contains each dim of each head once."""
 
-    end: GatePoint
+    point: GatePoint
     column: int
 
     @property
     def places(self) -> np.ndarray:
         """Positions in the layer's input or output: (channels,)."""
-        return np.ascontiguousarray(self.end.places[:, self.column])
+        return np.ascontiguousarray(self.point.places[:, self.column])
 
     @property
     def parameters(self) -> Iterator[tuple[str, int]]:
-        """Parameters that turn with the slot, each with the dim that the heads lie on."""
-        yield self.end.member.parameter, self.end.member.dim
-        if self.end.bias is not None:
-            yield self.end.bias, 0
+        """Parameters that are multiplied by T, each with the dim of the heads."""
+        yield self.point.member.parameter, self.point.member.dim
+        if self.point.bias is not None:
+            yield self.point.bias, 0
 
 
-class Pair(NamedTuple):
-    """Both sides of a product inside the heads of an attention; several slots where query heads share keys."""
+class BilinearPair(NamedTuple):
+    """Both sides of a product inside the heads of an attention; several columns on the left if heads share keys."""
 
     group: CoupledGroup
-    kind: str
-    left: tuple[Slot, ...]
-    right: tuple[Slot, ...]
+    kind: ProductKind
+    left: tuple[HeadColumn, ...]
+    right: tuple[HeadColumn, ...]
 
 
-def find_pairs(model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup]) -> list[Pair]:
-    """Find the products of each attention whose sides may turn.
+def find_pairs(model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup]) -> list[BilinearPair]:
+    """Find the products of each attention that can be re-parametrised.
 
     Args:
         model: The base; left untouched.
-        groups: Groups of `trace_groups`; those without heads, or with norms inside them, have none.
+        groups: Groups of `trace_groups`; those without heads, or with norms inside the heads, have no pairs.
     """
     heads = [group for group in groups if group.num_heads and not group.dim_members and group.head_dim > 1]
     images = probe_images(model)
-    ends = [end for end in find_gate_points(model, heads)[0] if _is_held(model, end)]
-    if not ends:
+    points = [point for point in find_gate_points(model, heads)[0] if _is_called_layer(model, point)]
+    if not points:
         return []
-    labels = torch.arange(_IMAGES, device=images.device) % model.config.num_labels
-    gradients, _ = next(gate_gradients(model, ends, [(images, labels)]))
-    pairs = []
+    labels = torch.arange(_NUM_PROBE_IMAGES, device=images.device) % (model.config.num_labels or 1)
+    gradients, _ = next(gate_gradients(model, points, [(images, labels)]))
+    pairs: list[BilinearPair] = []
     for group in heads:
-        slots = {
-            Slot(end, column): gradient[:, :, column]
-            for end, gradient in zip(ends, gradients, strict=True)
-            if end.group == group.name
+        columns = {
+            HeadColumn(point, column): gradient[:, :, column]
+            for point, gradient in zip(points, gradients, strict=True)
+            if point.group == group.name
             for column in range(gradient.shape[2])
         }
-        pairs += _pair(group, slots)
-    return _check(model, pairs, images)
+        pairs += _pair_columns(group, columns)
+    return _drop_dependent(model, pairs, images)
 
 
 def probe_images(model: IsoPruneForImageClassification) -> torch.Tensor:
-    """Images of noise by which two forms of a model are compared: (4, C, H, W)."""
+    """Return random images on which two forms of a model are compared: (4, C, H, W)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_IMAGES, *model.config.image_size, generator=generator).to(model.device)
-
-
-def _is_held(model: nn.Module, end: GatePoint) -> bool:
-    """Whether a layer that is called holds the channels, one position for each of its inputs or outputs."""
-    layer = model.model.get_submodule(end.layer) if end.layer else None
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-
-
-def _pair(group: CoupledGroup, slots: Mapping[Slot, torch.Tensor]) -> Iterator[Pair]:
-    readers = tuple(slot for slot in slots if not slot.end.is_output)
-    writers = {slot: gradient for slot, gradient in slots.items() if slot.end.is_output}
-    read = sum(slots[slot] for slot in readers)
-    values = [slot for slot, gradient in writers.items() if readers and _is_close(gradient, read)]
-    if len(values) != 1:
-        return
-    yield Pair(group, "values", tuple(values), readers)
-    del writers[values[0]]
-    total = sum(writers.values())
-    keys = [slot for slot, gradient in writers.items() if _is_close(2 * gradient, total)]
-    if keys:  # of two equal sides either may be the right one
-        yield Pair(group, "queries and keys", tuple(slot for slot in writers if slot is not keys[-1]), (keys[-1],))
-
-
-def _is_close(first: torch.Tensor, second: torch.Tensor) -> bool:
-    largest = float(second.abs().max())
-    return largest > 0 and torch.allclose(first, second, rtol=0, atol=1e-3 * largest)
-
-
-def _check(model: IsoPruneForImageClassification, pairs: Sequence[Pair], images: torch.Tensor) -> list[Pair]:
-    """Keep the pairs that may turn: random T change no logit in float64."""
-    wide = copy_modules(model, lambda tensor: replace_tensor(tensor, _widen(tensor)), with_hooks=False)
-    images = images.double()
-    before = read_logits(wide, images)
-    generator = torch.Generator().manual_seed(0)
-
-    def is_free(chosen: Sequence[Pair]) -> bool:
-        turns = []
-        for pair in chosen:
-            size = pair.group.head_dim
-            noise = torch.randn(pair.group.num_heads, size, size, generator=generator, dtype=torch.float64)
-            turns.append((pair, (torch.eye(size) + 0.5 * noise / size**0.5).to(images.device)))
-        after = read_logits(turn(wide, turns), images)
-        return torch.allclose(after, before, rtol=0, atol=1e-7 * float(before.abs().max()))
-
-    return list(pairs) if is_free(pairs) else [pair for pair in pairs if is_free([pair])]
+    return torch.randn(_NUM_PROBE_IMAGES, *image_size_of(model), generator=generator).to(model.device)
 
 
 @torch.no_grad()
 def turn(
-    model: IsoPruneForImageClassification, turns: Sequence[tuple[Pair, torch.Tensor]]
+    model: IsoPruneForImageClassification, turns: Sequence[tuple[BilinearPair, torch.Tensor]]
 ) -> IsoPruneForImageClassification:
     """Copy a model with T on the left side and T^-T on the right side of each pair; other weights are shared.
 
@@ -146,13 +111,14 @@ def turn(
     for pair, matrix in turns:
         inverse = torch.linalg.inv(matrix).mT
         for side, factor in ((pair.left, matrix), (pair.right, inverse)):
-            for slot in side:
-                for name, dim in slot.parameters:
+            for column in side:
+                for name, dim in column.parameters:
                     value = turned.get(name, named[name].detach().double()).clone()
                     rows = value.movedim(dim, 0)
-                    places = torch.from_numpy(np.ascontiguousarray(slot.end.member.index[:, slot.column]))
-                    held = rows[places].unflatten(0, (pair.group.num_heads, pair.group.head_dim))
-                    rows[places] = torch.einsum("hij,hj...->hi...", factor, held).flatten(0, 1)
+                    index = column.point.member.index[:, column.column]
+                    places = torch.from_numpy(np.ascontiguousarray(index))
+                    heads = torch.unflatten(rows[places], 0, (pair.group.num_heads, pair.group.head_dim))
+                    rows[places] = torch.einsum("hij,hj...->hi...", factor, heads).flatten(0, 1)
                     turned[name] = value
     new = {id(named[name]): value for name, value in turned.items()}
     return copy_modules(
@@ -161,14 +127,68 @@ def turn(
 
 
 def replace_tensor(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Give a value the kind of the tensor that it takes the place of: a parameter, or not."""
+    """Return a value as a parameter if the tensor that it replaces is one, else unchanged."""
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def read_logits(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
-    """Logits in eval mode, without gradients: (B, labels)."""
+    """Compute logits in eval mode, without gradients: (B, labels)."""
     with scoring_mode(model, requires_grad=False), torch.no_grad():
-        return model(pixel_values=images).logits
+        logits: torch.Tensor = model(pixel_values=images).logits
+        return logits
+
+
+def _is_called_layer(model: IsoPruneForImageClassification, point: GatePoint) -> bool:
+    """Check whether a called layer has the channels at one position for each of its inputs or outputs."""
+    layer = model.model.get_submodule(point.layer) if point.layer else None
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def _pair_columns(group: CoupledGroup, columns: Mapping[HeadColumn, torch.Tensor]) -> Iterator[BilinearPair]:
+    """Recognise the sides of the products of one attention from the gate gradients (B, channels) of its columns."""
+    readers = tuple(column for column in columns if not column.point.is_output)
+    writers = {column: gradient for column, gradient in columns.items() if column.point.is_output}
+    if not readers:
+        return
+    read = reduce(torch.add, (columns[column] for column in readers))
+    values = [column for column, gradient in writers.items() if _is_close(gradient, read)]
+    if len(values) != 1:
+        return
+    yield BilinearPair(group, ProductKind.VALUES, tuple(values), readers)
+    del writers[values[0]]
+    if not writers:
+        return
+    total = reduce(torch.add, writers.values())
+    keys = [column for column, gradient in writers.items() if _is_close(2 * gradient, total)]
+    if keys:  # of two equal sides either may be the right one
+        left = tuple(column for column in writers if column is not keys[-1])
+        yield BilinearPair(group, ProductKind.QUERIES_AND_KEYS, left, (keys[-1],))
+
+
+def _is_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    largest = float(second.abs().max())
+    return largest > 0 and torch.allclose(first, second, rtol=0, atol=1e-3 * largest)
+
+
+def _drop_dependent(
+    model: IsoPruneForImageClassification, pairs: Sequence[BilinearPair], images: torch.Tensor
+) -> list[BilinearPair]:
+    """Drop the pairs for which random matrices T change the logits in float64."""
+    wide = copy_modules(model, lambda tensor: replace_tensor(tensor, _widen(tensor)), with_hooks=False)
+    images = images.double()
+    before = read_logits(wide, images)
+    generator = torch.Generator().manual_seed(0)
+
+    def is_free(chosen: Sequence[BilinearPair]) -> bool:
+        turns = []
+        for pair in chosen:
+            size = pair.group.head_dim
+            noise = torch.randn(pair.group.num_heads, size, size, generator=generator, dtype=torch.float64)
+            turns.append((pair, (torch.eye(size) + 0.5 * noise / size**0.5).to(images.device)))
+        after = read_logits(turn(wide, turns), images)
+        return torch.allclose(after, before, rtol=0, atol=1e-7 * float(before.abs().max()))
+
+    return list(pairs) if is_free(pairs) else [pair for pair in pairs if is_free([pair])]
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

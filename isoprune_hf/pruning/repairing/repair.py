@@ -1,19 +1,17 @@
-"""What is done to a model after the cut, without training: the scale of turned heads, statistics, fitted layers."""
+"""Repair a cut model without training (`repair`): the attention scale first, then the repair that was requested."""
 
 from collections.abc import Sequence
 
-from accelerate import Accelerator
-
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Batches
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import keep_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
-from isoprune_hf.pruning.repairing.batchnorm import recalibrate_batchnorm
-from isoprune_hf.pruning.repairing.reconstruct import fit_layers
+from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
+from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 from isoprune_hf.pruning.repairing.rotation import Rotated
-from isoprune_hf.recipes import PruneRecipe
 
 
 def repair(
@@ -21,32 +19,30 @@ def repair(
     pruned: IsoPruneForImageClassification,
     plan: PruningPlan,
     groups: Sequence[CoupledGroup],
-    recipe: PruneRecipe,
-    batches: Batches | None = None,
-    accelerator: Accelerator | None = None,
+    name: str,
+    calibration: Calibration | None = None,
 ) -> tuple[str, ...]:
-    """Repair a cut model in place, as the recipe's `reconstruct` says.
+    """Repair a cut model, in place.
 
     Args:
-        rotated: What was cut.
+        rotated: The model that was cut, with the heads that were rotated before.
         pruned: The cut model.
-        plan: What stays.
+        plan: What was kept.
         groups: Groups of the base.
-        recipe: Its `reconstruct`.
-        batches: This rank's micro-batches; gone through as often as the model has layers.
-        accelerator: Ranks that share the images.
+        name: The repair: a key of `REPAIRS`.
+        calibration: Images, for repairs that read them; iterated over as often as the model has layers.
 
     Returns:
-        Lines for what could not be repaired.
+        One line for each thing that could not be repaired.
 
     Raises:
-        RecipeError: There is no image.
+        RecipeError: The repair reads images, and there is none.
     """
     factors = keep_scale(rotated, pruned, plan, groups)
-    if recipe.reconstruct == "none" or not (plan.kept or plan.removed_blocks):
+    method = REPAIRS[name]
+    if not method.reads_images or not (plan.kept or plan.removed_blocks):
         return ()
-    if recipe.reconstruct == "bn":
-        return recalibrate_batchnorm(pruned, batches, accelerator)
+    if calibration is None:
+        raise RecipeError("prune.reconstruct needs data: give --data.dataset, or leave it out")
     masks = keep_masks(plan, groups, rotated.model.model)
-    is_bias_only = recipe.reconstruct == "bias"
-    return fit_layers(rotated.model, pruned, masks, batches, accelerator, factors=factors, is_bias_only=is_bias_only)
+    return method.repair(RepairTask(rotated.model, pruned, masks, factors, calibration))

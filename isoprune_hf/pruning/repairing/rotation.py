@@ -1,41 +1,46 @@
-"""Turning heads, before they are scored, into the basis in which few dims carry most; the model computes the same.
+"""Rotate attention heads, before they are scored, into the basis in which few dims carry most (`rotate_heads`).
 
-With L and R the second moments of both sides of a product over calibration images, and L^1/2 R^1/2 = U S V^T, the
-matrix T = S^1/2 U^T L^-1/2 of `heads.py` gives both sides the moment S: the product falls into dims of falling weight,
-and the first r of them are its best approximation of rank r in the metric of the activations (Eckart and Young, The
-approximation of one matrix by another of lower rank, 1936).
+The model computes the same. With L and R the second moments of both sides of a product over calibration images, and
+L^1/2 R^1/2 = U S V^T, the matrix T = S^1/2 U^T L^-1/2 (see `head_products.py`) gives both sides the moment S: the
+product becomes a sum over dims of decreasing weight, and the first r of them are its best approximation of rank r in
+the metric of the activations.
+
+Source:
+    Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, reduce
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches
-from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.repairing.head_products import (
-    KINDS,
-    Pair,
-    Slot,
-    find_pairs,
-    turn,
-)
+from isoprune_hf.pruning.repairing.head_products import BilinearPair, HeadColumn, ProductKind, find_pairs, turn
 
-_FLOOR = 1e-6  # of the mean moment, added to each: directions that no image uses stay invertible
-Sums = dict[tuple[int, str], torch.Tensor]
+_FLOOR_SHARE = 1e-6  # of the mean moment, added to each: directions that no image uses stay invertible
+_Side = Literal["left", "right"]
+_MomentSums = dict[tuple[int, _Side], torch.Tensor]  # number of the pair, side -> (num_heads, head_dim, head_dim)
 
 
 class Rotated(NamedTuple):
-    """A model with turned heads, what was turned, and a line for each product that could not be."""
+    """A model with rotated heads.
+
+    Args:
+        model: The model.
+        pairs: The products that were rotated.
+        notes: One line for each kind of product that could not be rotated somewhere.
+    """
 
     model: IsoPruneForImageClassification
-    pairs: tuple[Pair, ...]
+    pairs: tuple[BilinearPair, ...]
     notes: tuple[str, ...]
 
 
@@ -45,65 +50,108 @@ def rotate_heads(
     batches: Batches,
     accelerator: Accelerator | None = None,
 ) -> Rotated:
-    """Turn the heads of every attention into the basis in which few dims carry most.
+    """Rotate the heads of every attention into the basis in which few dims carry most.
 
     Args:
         model: The base; left untouched.
         groups: Groups of `trace_groups`.
         batches: This rank's micro-batches: images (B, C, H, W), labels (B,).
-        accelerator: Ranks that share the images; float64 moments are added over them once.
+        accelerator: Ranks that share the images; float64 moments are reduced over them once.
 
     Raises:
         RecipeError: There is no image, or an activation is not finite.
     """
     pairs = find_pairs(model, groups)
-    turned = {(pair.group.name, pair.kind) for pair in pairs}
-    notes = []
-    for kind in KINDS:
-        left = [group.name for group in groups if group.num_heads and (group.name, kind) not in turned]
-        if left:
-            notes.append(
-                f"{kind} of {len(left)} attentions, {left[0]} the first, are not rotated: norms, positions or other "
-                "operations lie between"
-            )
-    notes = tuple(notes)
+    notes = _notes(groups, pairs)
     if not pairs:
         return Rotated(model, (), notes)
     moments = _moments(model, pairs, batches, accelerator)
-    turns = [(pair, _basis(*moment)) for pair, moment in zip(pairs, moments, strict=True)]
+    turns = [(pair, _basis(left, right)) for pair, (left, right) in zip(pairs, moments, strict=True)]
     return Rotated(turn(model, turns), tuple(pairs), notes)
 
 
+def _notes(groups: Sequence[CoupledGroup], pairs: Sequence[BilinearPair]) -> tuple[str, ...]:
+    """Return a line for each kind of product that is not among the pairs of every attention."""
+    turned = {(pair.group.name, pair.kind) for pair in pairs}
+    notes = []
+    for kind in ProductKind:
+        missing = [group.name for group in groups if group.num_heads and (group.name, kind) not in turned]
+        if missing:
+            notes.append(
+                f"{kind} of {len(missing)} attentions, {missing[0]} the first, are not rotated: norms, positions or "
+                "other operations lie between"
+            )
+    return tuple(notes)
+
+
 def _basis(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """T of the module from both second moments, (num_heads, head_dim, head_dim) each."""
+    """Compute T of the module from both second moments, (num_heads, head_dim, head_dim) each."""
     root, inverse = _roots(left)
     other, _ = _roots(right)
     u, s, _ = torch.linalg.svd(root @ other)
-    return s.sqrt()[..., None] * (u.mT @ inverse)
+    basis: torch.Tensor = s.sqrt()[..., None] * (u.mT @ inverse)
+    return basis
 
 
 def _roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """M^1/2 and M^-1/2 of symmetric matrices."""
+    """Compute M^1/2 and M^-1/2 of symmetric matrices."""
     values, vectors = torch.linalg.eigh(moment)
-    floor = values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny) * _FLOOR
+    floor = values.mean(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny) * _FLOOR_SHARE
     roots = (values.clamp(min=0) + floor).sqrt()
     return (vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT
 
 
 def _moments(
-    model: IsoPruneForImageClassification, pairs: Sequence[Pair], batches: Batches, accelerator: Accelerator | None
+    model: IsoPruneForImageClassification,
+    pairs: Sequence[BilinearPair],
+    batches: Batches,
+    accelerator: Accelerator | None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Second moments of both sides: of queries and keys; of what the heads give, and of the weights that read it."""
-    sums: Sums = {}
-    handles = []
+    """Compute the second moments of both sides of each pair.
+
+    For queries and keys, both are moments of activations. For values, the left moment is that of the heads' outputs,
+    and the right one that of the weights that read them.
+
+    Raises:
+        RecipeError: There is no image, or an activation is not finite.
+    """
+    sums, images = _sum_activations(model, pairs, batches)
+    sums, images = sum_over_ranks((sums, images), accelerator)
+    require_images(images, "prune.rotate")
     for number, pair in enumerate(pairs):
-        sides = {"left": pair.right} if pair.kind == "values" else {"left": pair.left, "right": pair.right}
-        for side, slots in sides.items():
-            sums[number, side] = _zeros(pair.group, model.device)
-            for slot in slots:
-                layer = model.model.get_submodule(slot.end.layer)
-                register = layer.register_forward_hook if slot.end.is_output else layer.register_forward_pre_hook
-                handles.append(register(partial(_watch, sums[number, side], slot, pair.group)))
+        if pair.kind is ProductKind.VALUES:
+            parts = (_weight_moment(model, column, pair.group) for column in pair.right)
+            sums[number, "right"] = reduce(torch.add, parts)
+    for (number, _), moment in sums.items():
+        if not torch.isfinite(moment).all():
+            raise RecipeError(
+                f"the activations of {pairs[number].group.name} hold nan or inf: check the weights of the base and "
+                "the images"
+            )
+    return [(sums[number, "left"], sums[number, "right"]) for number in range(len(pairs))]
+
+
+def _sum_activations(
+    model: IsoPruneForImageClassification, pairs: Sequence[BilinearPair], batches: Batches
+) -> tuple[_MomentSums, torch.Tensor]:
+    """Sum the moments of the activations over this rank's images; return them with the number of images."""
+    sums: _MomentSums = {}
+    handles: list[RemovableHandle] = []
+    for number, pair in enumerate(pairs):
+        # The heads' outputs are read by the layer on the right side of the values.
+        sides: dict[_Side, tuple[HeadColumn, ...]] = {"left": pair.left, "right": pair.right}
+        if pair.kind is ProductKind.VALUES:
+            sides = {"left": pair.right}
+        for side, columns in sides.items():
+            shape = (pair.group.num_heads, pair.group.head_dim, pair.group.head_dim)
+            sums[number, side] = torch.zeros(shape, dtype=torch.float64, device=model.device)
+            for column in columns:
+                layer = model.model.get_submodule(column.point.layer)
+                hook = partial(_add_moment, sums[number, side], column, pair.group)
+                if column.point.is_output:
+                    handles.append(layer.register_forward_hook(hook))
+                else:
+                    handles.append(layer.register_forward_pre_hook(hook))
     images = 0
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
@@ -113,33 +161,23 @@ def _moments(
     finally:
         for handle in handles:
             handle.remove()
-    sums, count = sum_over_ranks((sums, torch.tensor(images, device=model.device)), accelerator)
-    if not count:
-        raise RecipeError("the calibration sample holds no image: prune.rotate needs at least one")
-    for number, pair in enumerate(pairs):
-        if pair.kind == "values":
-            sums[number, "right"] = sum(_read_moment(model, slot, pair.group) for slot in pair.right)
-    for (number, _), moment in sums.items():
-        if not torch.isfinite(moment).all():
-            raise RecipeError(f"the activations of {pairs[number].group.name} hold nan or inf: check the weights")
-    return [(sums[number, "left"], sums[number, "right"]) for number in range(len(pairs))]
+    return sums, torch.tensor(images, device=model.device)
 
 
-def _zeros(group: CoupledGroup, device: torch.device) -> torch.Tensor:
-    return torch.zeros(group.num_heads, group.head_dim, group.head_dim, dtype=torch.float64, device=device)
-
-
-def _watch(total: torch.Tensor, slot: Slot, group: CoupledGroup, layer: nn.Module, args: Any, *output: Any) -> None:
-    """Add the moment of the channels in a layer's input or output."""
-    x = output[0] if slot.end.is_output else args[0]
+def _add_moment(
+    total: torch.Tensor, column: HeadColumn, group: CoupledGroup, layer: nn.Module, args: Any, *output: Any
+) -> None:
+    """Add the moment of the channels in a layer's input (pre-hook) or output (hook) to `total`, in place."""
+    x = output[0] if column.point.is_output else args[0]
     channels = x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
-    part = channels[..., torch.from_numpy(slot.places).to(x.device)]
+    part = channels[..., torch.from_numpy(column.places).to(x.device)]
     part = part.reshape(-1, group.num_heads, group.head_dim).transpose(0, 1)
     total += torch.bmm(part.mT.double(), part.double())
 
 
-def _read_moment(model: nn.Module, slot: Slot, group: CoupledGroup) -> torch.Tensor:
-    member = slot.end.member
+def _weight_moment(model: IsoPruneForImageClassification, column: HeadColumn, group: CoupledGroup) -> torch.Tensor:
+    member = column.point.member
     weight = model.model.get_parameter(member.parameter).detach().double().movedim(member.dim, 0)
-    rows = weight[torch.from_numpy(slot.places)].reshape(group.num_heads, group.head_dim, -1)
-    return rows @ rows.mT
+    rows = weight[torch.from_numpy(column.places)].reshape(group.num_heads, group.head_dim, -1)
+    moment: torch.Tensor = rows @ rows.mT
+    return moment

@@ -1,27 +1,28 @@
-"""Forward passes that begin where the last ones ended: what makes a fit of all layers linear in the depth.
+"""Find the waypoints of a network (`find_waypoints`), store their outputs and start forward passes from them.
 
-A waypoint is a module whose output is all that the rest of the pass needs, as that of a residual block is. Two
-networks are compared layer by layer; once all layers up to a waypoint are done with, its outputs for all images are
-held, and later passes begin there. Whether a module is one is tried, and not guessed: with NaN for the outputs of all
-that ran before it, and zeros for the images, the network must give what it gave, bit for bit.
+A waypoint is a module whose output is all that the rest of a pass needs, as that of a residual block is. To start a
+pass at one (`replaced_outputs`), `forward` of the waypoint is replaced, for the duration of the pass, by a function
+that returns a stored output, and `forward` of the modules before it by functions that return blanks. Hooks cannot do
+this: a module with a forward hook still runs. The replacement is an attribute of the instance, so deleting it restores
+the method of the class.
+
+Which modules are waypoints is tested, because it cannot be read from them: with NaN for the outputs of all modules
+that ran before a waypoint, and zeros for the images, the network must return the same logits, bit for bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only  # no public name in torch 2.12
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Batches
-
-_BYTES = 2**32  # of held images or outputs of both networks, on each rank
-
-Begin = Callable[[IsoPruneForImageClassification], AbstractContextManager[None]]
+from isoprune_hf.checkpoint.structure import image_size_of
 
 
 class Waypoint(NamedTuple):
@@ -30,7 +31,7 @@ class Waypoint(NamedTuple):
     Args:
         name: Its path, the same in both networks.
         before: Modules that ran before it, the outermost ones; they need not run again.
-        end: When it ended, as `Passes` counts the calls and returns of modules.
+        end: Time of its return, counted in calls and returns of modules.
         size: Bytes of its outputs in both networks, for one image.
     """
 
@@ -40,113 +41,73 @@ class Waypoint(NamedTuple):
     size: int
 
 
-class Held(NamedTuple):
-    """The outputs that one network gave for one micro-batch: those of a waypoint, and blanks for what ran before."""
+class HeldOutput(NamedTuple):
+    """The outputs of one network for one micro-batch.
+
+    Args:
+        value: Output of the waypoint, on the CPU.
+        blanks: Module that ran before it -> its output on the meta device.
+    """
 
     value: Any
     blanks: Mapping[str, Any]
 
 
-class Reached(Exception):
-    """The forward pass has come to a module, and need not go on."""
-
-
-class Passes:
-    """Micro-batches for passes through a dense and a cut network, which begin as late as they may.
-
-    Iterating gives the images of each micro-batch with a context for each network: within it, a pass over these images
-    runs no module that ended before the waypoint last reached.
+class Observation(NamedTuple):
+    """When the modules of a network ran in one forward pass.
 
     Args:
-        dense: The network before the cut.
-        pruned: The cut network, with modules of the same names.
-        batches: This rank's micro-batches: images (B, C, H, W), labels (B,).
-        bytes_held: The most that images or outputs may take.
+        starts: Module -> time of its first call, counted in calls and returns of modules.
+        ends: Module -> time of its last return.
+        sizes: Module that was called once and returned floating-point tensors -> their bytes.
+        logits: The logits.
     """
 
-    def __init__(
-        self,
-        dense: IsoPruneForImageClassification,
-        pruned: IsoPruneForImageClassification,
-        batches: Batches,
-        bytes_held: int = _BYTES,
-    ):
-        self._networks, self._batches, self._bytes_held = (dense, pruned), batches, bytes_held
-        self._starts, self._waypoints = _find_waypoints(dense, pruned)
-        self._at: Waypoint | None = None
-        self._held: list[tuple[torch.Tensor, tuple[Held, ...]]] | None = None
-        self._count = 0
-        size, images = 0, []
-        for pixels, _ in batches:
-            self._count += len(pixels)
-            size += pixels.nbytes
-            images = [*images, (pixels, None)] if size <= bytes_held else []
-        if size <= bytes_held:
-            self._batches = images
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, Begin]]:
-        device = self._networks[0].device
-        if self._at is None:
-            for images, _ in self._batches:
-                yield images.to(device), lambda network: _replaced(network, {})
-            return
-        for blank, held in self._held:
-            yield torch.zeros_like(blank, device=device), partial(self._begin, held)
-
-    def reach(self, layer: str) -> None:
-        """Let passes begin at the last waypoint before a layer, where its outputs may be held.
-
-        All layers that run before must have been changed for the last time.
-        """
-        past, start = -1 if self._at is None else self._at.end, self._starts.get(layer, -1)
-        passed = [way for way in self._waypoints if past < way.end < start]
-        passed = [way for way in passed if way.size * self._count <= self._bytes_held]
-        if not passed:
-            return
-        way = max(passed, key=lambda way: way.end)
-        held = []
-        for images, begin in self:
-            parts = []
-            for network in self._networks:
-                with begin(network):
-                    parts.append(_hold(network, way, images))
-            held.append((images.to("meta"), tuple(parts)))
-        self._at, self._held = way, held
-
-    def _begin(self, held: tuple[Held, ...], network: IsoPruneForImageClassification) -> AbstractContextManager[None]:
-        value, blanks = held[self._networks.index(network)]
-        return _replaced(network, {**blanks, self._at.name: value})
+    starts: dict[str, int]
+    ends: dict[str, int]
+    sizes: dict[str, int]
+    logits: torch.Tensor
 
 
-def _find_waypoints(*networks: IsoPruneForImageClassification) -> tuple[dict[str, int], list[Waypoint]]:
-    """When modules were first called, in the last network, and the waypoints of all of them."""
-    found: dict[str, Waypoint] | None = None
-    for network in networks:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(1, *network.config.image_size, generator=generator).to(network.device)
-        starts, ends, sizes, wanted = _watch(network, images)
-        ways = {}
-        for name in sizes if found is None else found.keys() & sizes.keys():
-            before = [other for other in sizes if ends[other] < starts[name]]
-            outermost = tuple(other for other in before if not any(other.startswith(f"{up}.") for up in before))
-            size = sizes[name] + (0 if found is None else found[name].size)
-            way = Waypoint(name, outermost, ends[name], size)
-            has_parts = next(network.model.get_submodule(name).children(), None) is not None
-            if outermost and has_parts and _holds(network, way, images, wanted):
-                ways[name] = way
-        found = ways
-    return starts, sorted(found.values(), key=lambda way: way.end)
+class PassStopped(Exception):
+    """Raised by a hook to stop a forward pass early."""
 
 
-def _watch(
-    network: IsoPruneForImageClassification, images: torch.Tensor
-) -> tuple[dict[str, int], dict[str, int], dict[str, int], torch.Tensor]:
-    """First calls and last returns of modules, bytes of the outputs of those called once, and the logits."""
+def find_waypoints(
+    dense: IsoPruneForImageClassification, pruned: IsoPruneForImageClassification
+) -> tuple[dict[str, int], list[Waypoint]]:
+    """Find the first calls of the modules of the cut network, and the common waypoints of both, in their order."""
+    _, of_dense = _waypoints_of(dense)
+    starts, of_pruned = _waypoints_of(pruned, among=of_dense)
+    common = [way._replace(size=way.size + of_dense[name].size) for name, way in of_pruned.items()]
+    return starts, sorted(common, key=lambda way: way.end)
+
+
+def _waypoints_of(
+    network: IsoPruneForImageClassification, among: Mapping[str, Waypoint] | None = None
+) -> tuple[dict[str, int], dict[str, Waypoint]]:
+    """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, *image_size_of(network), generator=generator).to(network.device)
+    starts, ends, sizes, logits = _observe(network, images)
+    ways = {}
+    for name in sizes if among is None else among.keys() & sizes.keys():
+        before = [other for other in sizes if ends[other] < starts[name]]
+        outermost = tuple(other for other in before if not any(other.startswith(f"{up}.") for up in before))
+        way = Waypoint(name, outermost, ends[name], sizes[name])
+        has_parts = next(network.model.get_submodule(name).children(), None) is not None
+        if outermost and has_parts and _is_waypoint(network, way, images, logits):
+            ways[name] = way
+    return starts, ways
+
+
+def _observe(network: IsoPruneForImageClassification, images: torch.Tensor) -> Observation:
+    """Run a forward pass and record when modules start and end, and what they return."""
     starts: dict[str, int] = {}
     ends: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    clock = iter(range(2**62))
     calls: dict[str, int] = {}
+    clock = count()
 
     def before(name: str, module: nn.Module, args: Any) -> None:
         starts.setdefault(name, next(clock))
@@ -170,53 +131,59 @@ def _watch(
     finally:
         for handle in handles:
             handle.remove()
-    return starts, ends, {name: size for name, size in sizes.items() if calls[name] == 1}, logits
+    return Observation(starts, ends, {name: size for name, size in sizes.items() if calls[name] == 1}, logits)
 
 
-def _holds(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, wanted: torch.Tensor) -> bool:
+def _is_waypoint(
+    network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, logits: torch.Tensor
+) -> bool:
+    """Check whether the network returns the same logits if nothing before the waypoint is computed."""
     try:
-        value, blanks = _hold(network, way, images)
-        with _replaced(network, {**blanks, way.name: value}):
-            return torch.equal(network(pixel_values=torch.zeros_like(images)).logits, wanted)
-    except LIBRARY_ERRORS:  # what ran before is used otherwise, as NaN cannot be
+        value, blanks = run_until(network, way, images)
+        with replaced_outputs(network, {**blanks, way.name: value}):
+            return torch.equal(network(pixel_values=torch.zeros_like(images)).logits, logits)
+    except LIBRARY_ERRORS:  # an earlier output is used in a way that NaN does not allow
         return False
 
 
-def _hold(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor) -> Held:
-    """Run until a waypoint, and keep its output with the forms of those before it."""
+def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor) -> HeldOutput:
+    """Run until the end of a waypoint; return its output, and blanks for the outputs of the modules before it."""
     found: dict[str, Any] = {}
 
-    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def keep_blank(name: str, module: nn.Module, args: Any, output: Any) -> None:
         found[name] = tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), output)
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         found[way.name] = tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
-        raise Reached
+        raise PassStopped
 
-    handles = [network.model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in way.before]
+    handles = [
+        network.model.get_submodule(name).register_forward_hook(partial(keep_blank, name)) for name in way.before
+    ]
     handles.append(network.model.get_submodule(way.name).register_forward_hook(stop))
     try:
         network(pixel_values=images)
-    except Reached:
+    except PassStopped:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return Held(found.pop(way.name), found)
+    return HeldOutput(found.pop(way.name), found)
 
 
 @contextmanager
-def _replaced(network: IsoPruneForImageClassification, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let modules give these outputs, NaN for what is on meta, instead of running."""
+def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let modules return these outputs, with NaN for tensors on the meta device, instead of running."""
     modules = {name: network.model.get_submodule(name) for name in outputs}
 
-    def give(output: Any) -> Any:
-        # A new tensor each time: what comes after may write into it.
+    def return_copy(output: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # A new tensor for each call: the following modules may write into it.
         return tree_map_only(torch.Tensor, lambda leaf: _filled(leaf, network.device), output)
 
     try:
         for name, module in modules.items():
-            module.forward = lambda *args, output=outputs[name], **kwargs: give(output)
+            # Stored in the module's __dict__, where it hides the method of the class.
+            vars(module)["forward"] = partial(return_copy, outputs[name])
         yield
     finally:
         for module in modules.values():

@@ -12,11 +12,12 @@ from helpers.tiny_models import make_base
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing import reconstruct
-from isoprune_hf.pruning.repairing.waypoints import Passes
+from isoprune_hf.pruning.repairing import fit_layers as fitting
+from isoprune_hf.pruning.repairing.passes import Passes
 
 Model = IsoPruneForImageClassification
 EVERYWHERE = 2**32
@@ -43,10 +44,10 @@ def test_a_fit_from_waypoints_is_the_fit_of_whole_passes_bit_for_bit(
     batches, fitted, calls = batches_of(dense, [3, 1, 2]), [], []
     count = lambda module, args, output: calls.append(1)  # noqa: E731
     for size in (NEVER, EVERYWHERE):
-        monkeypatch.setattr(reconstruct, "Passes", functools.partial(Passes, bytes_held=size))
+        monkeypatch.setattr(fitting, "Passes", functools.partial(Passes, max_bytes=size))
         network = copy.deepcopy(pruned)
         handles = [part.register_forward_hook(count) for part in network.model.modules() if not [*part.children()]]
-        reconstruct.fit_layers(dense, network, masks, batches, is_bias_only=is_bias_only)
+        fitting.fit_layers(dense, network, masks, Calibration(batches), is_bias_only=is_bias_only)
         for handle in handles:
             handle.remove()
         fitted.append((network.state_dict(), len(calls)))
@@ -138,4 +139,4 @@ def test_outputs_that_take_more_than_is_allowed_are_not_held(tmp_path: Path) -> 
         passes = Passes(model, copy.deepcopy(model), batches, allowed)
         with torch.no_grad():
             passes.reach("second.0")
-        assert (passes._at and passes._at.name) == starts
+        assert (passes._current and passes._current.name) == starts

@@ -1,0 +1,160 @@
+"""Fit a cut network to the dense one, layer by layer and without training (`fit_layers`).
+
+In the order of execution each linear, convolution and cut LayerNorm gets the weights that bring its outputs nearest to
+those of the dense layer, given the inputs that the layers before it (already fitted) produce. With x the inputs of all
+images and positions, y the dense outputs of the channels that were kept, and W the weights after the cut:
+
+    W' = W + (sum (y - W x) x^T) (sum x x^T + D)^-1,    D = ridge x diag(sum x x^T) + a floor
+
+The ridge keeps W' near W and not near 0, so directions that the sample does not determine keep the weights of the cut.
+If there are few rows for the features, or a bias fitted to half of the images does better on the other half than
+weights do, as in a wide layer that saw few images, only the bias is fitted; a layer without one is left as it is.
+Labels are not used.
+
+Source:
+    He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
+from isoprune_hf.pruning.repairing.normal_equations import (
+    FitSums,
+    FittedModule,
+    fit_sums,
+    pieces_of_halves,
+    prefers_bias,
+    solve_fit,
+    zero_fit_sums,
+)
+from isoprune_hf.pruning.repairing.passes import Passes
+
+_NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
+
+
+def fit_layers(
+    dense: IsoPruneForImageClassification,
+    pruned: IsoPruneForImageClassification,
+    masks: Mapping[tuple[str, int], np.ndarray],
+    calibration: Calibration,
+    *,
+    factors: Mapping[str, torch.Tensor] | None = None,
+    is_bias_only: bool = False,
+) -> tuple[str, ...]:
+    """Fit the layers of a cut network, in place, to those of the dense one.
+
+    Args:
+        dense: The network before the cut; left untouched.
+        pruned: The cut network.
+        masks: (parameter, dim) -> which of its elements were kept.
+        calibration: Images. There is one pass for each layer, which starts at the last waypoint before it; float64
+            sums are reduced over ranks once for every layer.
+        factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
+        is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
+
+    Returns:
+        One line for the layers that could not be fitted.
+
+    Raises:
+        RecipeError: There is no image.
+    """
+    with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
+        layers, unsupported = find_layers(pruned, masks, factors or {})
+        passes = Passes(dense, pruned, calibration.batches)
+        for layer in layers:
+            passes.reach(layer.name)
+            halves = _sum_over_images(dense, pruned, layer, passes)
+            first, second = (sum_over_ranks(sums, calibration.accelerator) for sums in halves)
+            _fit(layer, first, second, is_bias_only=is_bias_only)
+    if not unsupported:
+        return ()
+    return (f"prune.reconstruct does not repair {', '.join(unsupported)}: layers of types that it cannot fit",)
+
+
+def _sum_over_images(
+    dense: IsoPruneForImageClassification,
+    pruned: IsoPruneForImageClassification,
+    layer: FittedLayer,
+    passes: Passes,
+) -> tuple[FitSums, FitSums]:
+    """Compute the sums of a fit over both halves of this rank's images."""
+    module = layer.module
+    halves = (zero_fit_sums(module, pruned.device), zero_fit_sums(module, pruned.device))
+    for images, begin in passes:
+        with begin(dense), begin(pruned):
+            wanted_calls = observe_calls(dense, layer, images)
+            found_calls = observe_calls(pruned, layer, images)
+        for wanted, found in zip(wanted_calls, found_calls, strict=True):
+            dim = _channel_dim(module, wanted.output, found.output)
+            missing = _missing_output(layer, wanted, found, dim)
+            for half, part in pieces_of_halves(module, found.inputs):
+                added = fit_sums(module, found.inputs[part], found.output[part], missing[part], dim)
+                for key, value in added.items():
+                    halves[half][key] += value
+    return halves
+
+
+def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: bool) -> None:
+    """Fit one layer, in place, to the sums over both halves of the images of all ranks.
+
+    Raises:
+        RecipeError: There is no image.
+    """
+    sums = {key: first[key] + second[key] for key in first}
+    require_images(sums["count"], "prune.reconstruct")
+    if sums["residual"] <= _NEGLIGIBLE_RESIDUAL_SHARE * sums["energy"]:
+        return
+    change = solve_fit(sums, is_bias_only=is_bias_only or prefers_bias(first, second))
+    _apply_change(layer, change)
+
+
+def _missing_output(layer: FittedLayer, wanted: LayerCall, found: LayerCall, dim: int) -> torch.Tensor:
+    """Compute the difference between the dense outputs and those of the cut layer.
+
+    For a layer whose output is added to a residual stream, this is the difference between the sums: the layer also
+    corrects the error that earlier layers left in the stream.
+    """
+    target = _select_kept(wanted.output, layer, dim)
+    if layer.factor is not None:
+        target = target * layer.factor.view([-1 if at == dim else 1 for at in range(target.ndim)])
+    missing = target - found.output
+    if found.stream is None or wanted.stream is None:
+        return missing
+    return missing + (_select_kept(wanted.stream, layer, dim) - found.stream)
+
+
+def _select_kept(values: torch.Tensor, layer: FittedLayer, dim: int) -> torch.Tensor:
+    return values if layer.kept is None else values.index_select(dim, layer.kept)
+
+
+def _channel_dim(module: FittedModule, dense: torch.Tensor, output: torch.Tensor) -> int:
+    """Return the dim of the channels; a norm is only fitted if it has lost channels, so there the sizes differ."""
+    if isinstance(module, nn.LayerNorm):
+        return next(dim for dim in range(output.ndim) if dense.shape[dim] != output.shape[dim])
+    return 1 if isinstance(module, nn.Conv2d) else output.ndim - 1
+
+
+def _apply_change(layer: FittedLayer, change: torch.Tensor) -> None:
+    """Add the solution of a fit to weights and biases, in place: (G, F + 1, O), or only its last row."""
+    module = layer.module
+    has_weights = change.shape[1] > 1
+    if has_weights and isinstance(module, nn.LayerNorm):
+        scale = 1 + change[:, 0, 0]
+        module.weight.copy_(module.weight * scale)
+        if module.bias is not None:
+            module.bias.copy_(module.bias * scale)
+    elif has_weights:
+        module.weight.add_(change[:, :-1].mT.reshape(module.weight.shape).to(module.weight.dtype))
+    shift = change[:, -1].flatten()
+    if module.bias is not None:
+        module.bias.add_(shift.to(module.bias.dtype))
+    elif layer.norm is not None:  # the BatchNorm subtracts its mean
+        mean = layer.norm.get_buffer("running_mean")
+        mean.sub_(shift.to(mean.dtype))

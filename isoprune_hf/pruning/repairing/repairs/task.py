@@ -1,0 +1,55 @@
+"""`Repair`: what every repair of a cut model implements, with the type of its argument."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+
+
+@dataclass(frozen=True, eq=False)
+class RepairTask:
+    """The argument of a repair.
+
+    Args:
+        dense: The network before the cut; left untouched.
+        pruned: The cut network, which a repair changes in place.
+        masks: (parameter, dim) -> which of its elements were kept.
+        factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
+        calibration: Images.
+    """
+
+    dense: IsoPruneForImageClassification
+    pruned: IsoPruneForImageClassification
+    masks: Mapping[tuple[str, int], np.ndarray]
+    factors: Mapping[str, torch.Tensor]
+    calibration: Calibration
+
+
+class Repair(Protocol):
+    """A change of a cut network that brings it nearer to the dense one, without labels.
+
+    Attributes:
+        name: Its value of the setting `prune.reconstruct`.
+        reads_images: It changes weights or statistics by means of images; false only if it changes nothing.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reads_images(self) -> bool: ...
+
+    def repair(self, task: RepairTask) -> tuple[str, ...]:
+        """Repair `task.pruned`, in place.
+
+        Returns:
+            One line for each thing that could not be repaired.
+
+        Raises:
+            RecipeError: There is no image.
+        """
