@@ -36,7 +36,7 @@ _WEIGHT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # Exceptions that torch, timm, torchvision and transformers raise for arguments, configs or inputs that they cannot
 # use. They hardly validate, so the type is that of the first operation that fails. Wrap only calls into these
 # libraries: around code of this package the tuple would hide bugs.
-LIBRARY_ERRORS: tuple[type[Exception], ...] = (
+LIBRARY_ERRORS = (
     ArithmeticError,  # division by a size of 0
     AssertionError,  # checks of timm, such as an embed_dim that num_heads does not divide
     AttributeError,  # a string or number in place of a config or module

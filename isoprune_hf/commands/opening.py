@@ -19,7 +19,7 @@ from isoprune_hf.data.loading import CalibrationBatches, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
-from isoprune_hf.models.processors import set_transform
+from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.calibration.resumable import ResumableBatches
 from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
@@ -101,7 +101,7 @@ def open_base(
 
 def see_through(base: BaseModel, data: DataRecipe) -> BaseModel:
     """Give a model the evaluation transform that the data ask for; the same object where that is its own."""
-    processor = set_transform(base.processor, resize=data.resize, interpolation=data.interpolation)
+    processor = with_transform(base.processor, resize=data.resize, interpolation=data.interpolation)
     return base if processor is base.processor else BaseModel(base.model, processor)
 
 
@@ -129,7 +129,7 @@ def open_calibration(
     }
     transform = {"resize": data.resize, "interpolation": prune.interpolation or data.interpolation}
     sample |= {name: value for name, value in transform.items() if value is not None}
-    processor = set_transform(processor, interpolation=prune.interpolation)
+    processor = with_transform(processor, interpolation=prune.interpolation)
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     options |= {"num_workers": data.num_workers, "decoding": images.decoding}

@@ -1,6 +1,7 @@
-"""What the bases of all libraries share: the wrapped model, drawn weights, labels, and the words of an error."""
+"""Build, wrap and label a base model; shared by the openers of all libraries."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,37 +11,37 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, build_base
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 
-OTHER_TASK = "not an image classifier; give a model with a classification head"
+OTHER_TASK = "not an image classifier; choose a model with a classification head"
 
 
 class BaseModel(NamedTuple):
-    """A model and the image processor that gives it the pixels it was trained on."""
+    """A model and the image processor that produces its input."""
 
     model: IsoPruneForImageClassification
     processor: BaseImageProcessor
 
 
-def draw(config: IsoPruneConfig, seed: int) -> nn.Module:
-    """Build the base of `config` with weights drawn from `seed`; the caller's random state is left alone.
+def draw_base(config: IsoPruneConfig, seed: int) -> nn.Module:
+    """Build the base of `config` with random weights from `seed`; the global random state is not changed.
 
     Raises:
-        RecipeError: The library cannot build it.
+        RecipeError: The library cannot build the base.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             return build_base(config)
         except CheckpointError as error:
-            raise RecipeError(f"prune.model or model_args: {error}") from error
+            raise RecipeError(f"prune.model or prune.model_args: {error}") from error
 
 
-def wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassification:
-    """Put a library's model, in eval mode, into ours.
+def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassification:
+    """Wrap the model of a library, and set it to eval mode.
 
     Raises:
-        UnsupportedArchitectureError: `config` does not describe it: it could not be opened again.
+        UnsupportedArchitectureError: `config` builds another model, so a saved folder could not be opened.
     """
-    # Built on meta: on a real device transformers would draw every weight anew.
+    # On meta: on a real device transformers would initialise all weights again.
     with torch.device("meta"):
         model = IsoPruneForImageClassification(config)
     built = {key: tensor.shape for key, tensor in model.model.state_dict().items()}
@@ -49,28 +50,34 @@ def wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassific
             f"{type(module).__name__} cannot be rebuilt from its name and arguments alone"
         )
     model.model = module
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
+    return model
 
 
-def label_fields(names: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """Give the two label maps of a config."""
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """Return the two label maps of a config."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
-def one_line(error: Exception) -> str:
-    """Give the message of a library's error without its line breaks."""
+def default_labels(count: int) -> tuple[str, ...]:
+    """Return the label names that transformers uses when none are given."""
+    return tuple(f"LABEL_{index}" for index in range(count))
+
+
+def single_line(error: Exception) -> str:
+    """Return the message of a library's exception as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
-def not_opened(name: str, error: Exception) -> RecipeError:
-    """Give the error for weights or a config that cannot be read: out of reach on the Hub, or damaged in a folder."""
-    if os.path.isdir(name):
+def unreadable(place: str, error: Exception) -> RecipeError:
+    """Return the error for weights or a config that cannot be read from a folder or fetched from the Hub."""
+    if os.path.isdir(place):
         return RecipeError(
-            f"model: the weights or config in {name} cannot be opened: {one_line(error)}; "
-            "to draw random weights, give --prune.pretrained false"
+            f"model: the weights or config in {place} cannot be opened: {single_line(error)}; "
+            "for random weights, use --prune.pretrained false"
         )
     return RecipeError(
-        f"model: the weights or config of {name!r} are not on this machine and could not be fetched "
-        f"({type(error).__name__}); check the name and the network, or draw random weights with "
+        f"model: the weights or config of {place!r} are not on this machine and could not be fetched "
+        f"({type(error).__name__}); check the name and the network, or use random weights with "
         "--prune.pretrained false"
     )

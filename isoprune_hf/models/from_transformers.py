@@ -1,6 +1,4 @@
-"""Open an image classifier of transformers, from a folder or the Hub."""
-
-from pathlib import Path
+"""Open an image classifier of transformers from a folder or the Hub."""
 
 import torch
 from safetensors import SafetensorError
@@ -10,65 +8,96 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
-from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw, label_fields, not_opened, one_line, wrap
+from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
+from isoprune_hf.models.base import (
+    OTHER_TASK,
+    BaseModel,
+    default_labels,
+    draw_base,
+    label_fields,
+    single_line,
+    unreadable,
+    wrap_module,
+)
+from isoprune_hf.models.identify import BaseSource
+from isoprune_hf.models.opener import LoadOptions
 from isoprune_hf.models.processors import transformers_image_size, transformers_processor
 
 
-def open_transformers(name: str, pretrained: bool, seed: int) -> BaseModel:
+def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     """Open a folder that transformers wrote, or a Hub id.
 
     Raises:
-        RecipeError: It is of another task, or the weights do not fit or could not be fetched.
+        RecipeError: The model is of another task, or its weights do not fit or could not be fetched.
+        CheckpointError: The image processor cannot be opened.
+        UnsupportedArchitectureError: The model reads tokens.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, *LIBRARY_ERRORS) as error:
-        if Path(name).is_dir():
-            raise RecipeError(
-                f"model: {name} is no folder of isoprune, transformers or timm: {one_line(error)}"
-            ) from error
-        raise not_opened(name, error) from error
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise RecipeError(f"model: {name} is of type {config.model_type}, {OTHER_TASK}")
-    _require_pixels(config)
-    try:
-        processor = transformers_processor(name, config)
-        labels = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
-        names = [labels[index] for index in range(config.num_labels)]
-        image_size = transformers_image_size(config, processor)
-    except CheckpointError:
-        raise  # of the processor
-    except LIBRARY_ERRORS as error:
-        raise RecipeError(
-            f"model: {name}/config.json has no usable labels or image_size: {one_line(error)}"
-        ) from error
+    config = _read_config(source)
+    _check_task(source, config)
+    processor = transformers_processor(source.place, config)
+    labels = _label_names(source, config)
     values = config.to_diff_dict() | {"model_type": config.model_type}
-    ours = entry_fields(values.pop(ENTRY, None))
-    base = {"library": "transformers", "config": values}
-    outer = IsoPruneConfig(base=base, image_size=image_size, **label_fields(names), **ours)
-    if not pretrained and ours:
-        raise RecipeError(f"model: {name} is pruned already; drawn weights need a dense base")
-    if not pretrained:
-        return BaseModel(wrap(outer, draw(outer, seed)), processor)
-    with torch.device("meta"):  # refuses what nobody should wait for
-        build_base(outer)
+    # A stock model with a uniform layout has an entry of isoprune_hf in its config.
+    fields = entry_fields(values.pop(ENTRY, None))
+    outer = IsoPruneConfig(
+        base={"library": "transformers", "config": values},
+        image_size=transformers_image_size(config, processor),
+        **label_fields(labels),
+        **fields,
+    )
+    if options.pretrained:
+        with torch.device("meta"):  # refuses an oversized model before its weights are read
+            build_base(outer)
+        module = _read_model(source)
+    elif fields:
+        raise RecipeError(f"model: {source.place} is pruned; random weights need a dense base")
+    else:
+        module = draw_base(outer, options.seed)
+    return BaseModel(wrap_module(outer, module), processor)
+
+
+def _read_config(source: BaseSource) -> PreTrainedConfig:
     try:
-        module, info = AutoModelForImageClassification.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, SafetensorError, *LIBRARY_ERRORS) as error:
-        raise not_opened(name, error) from error
-    if info["missing_keys"]:
-        raise RecipeError(f"model: {name} has no trained {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}")
-    return BaseModel(wrap(outer, module), processor)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, trust_remote_code=False)
+    except (OSError, *LIBRARY_ERRORS) as error:
+        if source.kind == "folder":
+            raise RecipeError(
+                f"model: {source.place} is not a folder of isoprune, transformers or timm: {single_line(error)}"
+            ) from error
+        raise unreadable(source.place, error) from error
+    return config
 
 
-def _require_pixels(config: PreTrainedConfig) -> None:
-    """Refuse what reads tokens: such a class names them as its main input."""
+def _check_task(source: BaseSource, config: PreTrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise RecipeError(f"model: {source.place} is of type {config.model_type}, {OTHER_TASK}")
     classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     first = classes[0] if isinstance(classes, tuple) else classes
-    if first.main_input_name == "input_ids":
+    if first is not None and first.main_input_name == "input_ids":
         raise UnsupportedArchitectureError(
-            f"{first.__name__} reads tokens (input_ids); supported are classifiers that take images alone"
+            f"{first.__name__} reads tokens (input_ids); only classifiers that take images are supported"
         )
+
+
+def _label_names(source: BaseSource, config: PreTrainedConfig) -> list[str]:
+    labels = config.id2label or dict(enumerate(default_labels(config.num_labels or 0)))
+    named = {int(index): name for index, name in labels.items()}
+    if set(named) != set(range(len(named))):
+        raise RecipeError(f"model: {source.place}/config.json: id2label must name the classes 0 to {len(named) - 1}")
+    return [named[index] for index in range(len(named))]
+
+
+def _read_model(source: BaseSource) -> torch.nn.Module:
+    try:
+        loaded = AutoModelForImageClassification.from_pretrained(
+            source.place, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, SafetensorError, *LIBRARY_ERRORS) as error:
+        raise unreadable(source.place, error) from error
+    module: torch.nn.Module
+    module, info = loaded
+    if info["missing_keys"]:
+        raise RecipeError(
+            f"model: {source.place} has no trained weights for {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}"
+        )
+    return module

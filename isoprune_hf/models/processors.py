@@ -1,14 +1,21 @@
-"""The image processor of each kind of base: it gives the pixels of the base's own evaluation transform."""
+"""Image processors of base models, which reproduce the evaluation transforms of their libraries.
+
+`timm_processor`, `torchvision_processor` and `transformers_processor` build the processor of a base, `saved_processor`
+opens one, and `with_transform` changes resize or interpolation.
+"""
 
 import copy
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from PIL import Image
-from torchvision.transforms._presets import ImageClassification
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, ViTImageProcessor
+
+# Undocumented; as of transformers 5.23: config class -> {"torchvision": class, "pil": class}.
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
@@ -17,13 +24,24 @@ from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitec
 from isoprune_hf.recipes import Interpolation
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+_MAX_IMAGE_SIDE = 2**14  # pixels
+
+
+class TorchvisionPreset(Protocol):
+    """The evaluation transform of torchvision's classification weights."""
+
+    crop_size: list[int]
+    resize_size: list[int]
+    mean: list[float]
+    std: list[float]
+    interpolation: Any
 
 
 def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
     """Build the processor of a timm data config.
 
     Raises:
-        UnsupportedArchitectureError: The transform is none that the processor can give exactly.
+        UnsupportedArchitectureError: The processor cannot reproduce the transform exactly.
     """
     _, height, width = data["input_size"]
     if height != width or data["crop_mode"] not in ("center", "squash"):
@@ -38,106 +56,128 @@ def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
     return _processor(size, height, _RESAMPLE[data["interpolation"]], data["mean"], data["std"])
 
 
-def torchvision_processor(transform: ImageClassification) -> IsoImageProcessor:
+def torchvision_processor(transform: TorchvisionPreset) -> IsoImageProcessor:
     """Build the processor of a torchvision preset."""
-    size, crop = {"shortest_edge": transform.resize_size[0]}, transform.crop_size[0]
-    return _processor(size, crop, _RESAMPLE[transform.interpolation.value], transform.mean, transform.std)
+    size = {"shortest_edge": transform.resize_size[0]}
+    resample = _RESAMPLE[transform.interpolation.value]
+    return _processor(size, transform.crop_size[0], resample, transform.mean, transform.std)
 
 
-def transformers_processor(name: str, config: PreTrainedConfig) -> BaseImageProcessor:
-    """Open the processor of a transformers model; where only a config lies, the default of its kind and size.
+def transformers_processor(place: str, config: PreTrainedConfig) -> BaseImageProcessor:
+    """Open the processor of a transformers model; if only a config exists, build the default of its type and size.
 
     Raises:
-        CheckpointError: There is one, but it cannot be opened.
+        CheckpointError: The saved processor cannot be opened.
+        RecipeError: The default cannot be built for the size in the config.
     """
-    if not os.path.isdir(name) or (Path(name) / "preprocessor_config.json").exists():
+    if not os.path.isdir(place) or (Path(place) / "preprocessor_config.json").exists():
         try:
-            return saved_processor(name)
+            return saved_processor(place)
         except CheckpointError:
-            if os.path.isdir(name):
+            if os.path.isdir(place):
                 raise
     height, width = _config_size(config) or (224, 224)
-    kind = ViTImageProcessor  # resizes and normalises: for a type that has none of its own
+    kind: type[BaseImageProcessor] = ViTImageProcessor  # resizes and normalises: for types without a processor
     if type(config) in IMAGE_PROCESSOR_MAPPING:
-        kind = IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]
-    is_edge = "shortest_edge" in (getattr(kind, "size", None) or {})
-    size = {"shortest_edge": min(height, width)} if is_edge else {"height": height, "width": width}
-    return kind(size=size, crop_size={"height": height, "width": width})
+        by_backend: Any = IMAGE_PROCESSOR_MAPPING[type(config)]  # annotated as a tuple, but a mapping
+        kind = by_backend["torchvision"]
+    by_edge = "shortest_edge" in (getattr(kind, "size", None) or {})
+    size = {"shortest_edge": min(height, width)} if by_edge else {"height": height, "width": width}
+    try:
+        return kind(size=size, crop_size={"height": height, "width": width})
+    except LIBRARY_ERRORS as error:
+        raise RecipeError(
+            f"model: no image processor for image_size {[height, width]}: {describe_error(error)}"
+        ) from error
 
 
-def saved_processor(name: str) -> BaseImageProcessor:
+def saved_processor(place: str) -> BaseImageProcessor:
     """Open the processor of a folder or a Hub id.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        CheckpointError: The processor is missing or damaged.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            place, trust_remote_code=False
+        )
     except (OSError, *LIBRARY_ERRORS) as error:
         raise CheckpointError(
-            f"preprocessor_config.json of {name}: no image processor ({describe_error(error)})"
+            f"preprocessor_config.json of {place}: not a readable image processor ({describe_error(error)})"
         ) from error
+    return processor
 
 
-def try_processor(name: str, processor: BaseImageProcessor) -> list[int]:
-    """Give (channels, height, width) of the pixels that a processor makes of an image.
-
-    Raises:
-        CheckpointError: It makes none.
-    """
-    sizes = [dict(getattr(processor, part, None) or {}) for part in ("size", "crop_size")]
-    numbers = [number for size in sizes for number in size.values() if number is not None]
-    try:
-        if not all(1 <= number <= 2**14 for number in numbers):
-            raise ValueError(f"sizes of {numbers}")
-        pixels = processor(Image.new("RGB", (9, 7), "white"), return_tensors="pt").pixel_values
-        if pixels.ndim != 4:
-            raise ValueError(f"patches of shape {list(pixels.shape)}, not images of (1, channels, height, width)")
-        if not pixels.isfinite().all():
-            raise ValueError("values that are not finite")
-        _, channels, height, width = pixels.shape
-    except LIBRARY_ERRORS as error:
-        raise CheckpointError(
-            f"preprocessor_config.json of {name}: makes no pixels ({describe_error(error)})"
-        ) from error
-    return [channels, height, width]
-
-
-def set_transform(
-    processor: BaseImageProcessor, *, resize: int | None = None, interpolation: Interpolation | None = None
-) -> BaseImageProcessor:
-    """Give a processor another resize before its centre crop, or another interpolation; its pixels keep their size.
+def processed_size(name: str, processor: BaseImageProcessor) -> list[int]:
+    """Return (channels, height, width) of the images that a processor produces.
 
     Args:
-        processor: It is left untouched.
-        resize: Pixels of the shorter side after the resize. With it the transform is that of torchvision on PIL
-            images, also where the processor had another one.
-        interpolation: Of the resize.
+        name: Name of the model, for error messages.
+        processor: Image processor.
+
+    Raises:
+        CheckpointError: The processor does not produce finite images.
+    """
+    complaint = f"preprocessor_config.json of {name}: the processor fails on an image"
+    try:
+        sizes = [dict(getattr(processor, part, None) or {}) for part in ("size", "crop_size")]
+        sides = [side for size in sizes for side in size.values() if side is not None]
+        if not all(1 <= side <= _MAX_IMAGE_SIDE for side in sides):
+            raise ValueError(f"sizes of {sides}")
+        pixels: torch.Tensor = processor(Image.new("RGB", (9, 7), "white"), return_tensors="pt").pixel_values
+    except LIBRARY_ERRORS as error:
+        raise CheckpointError(f"{complaint} ({describe_error(error)})") from error
+    if pixels.ndim != 4:
+        raise CheckpointError(
+            f"{complaint} (patches of shape {list(pixels.shape)} instead of images (1, channels, height, width))"
+        )
+    if not pixels.isfinite().all():
+        raise CheckpointError(f"{complaint} (values that are not finite)")
+    return list(pixels.shape[1:])
+
+
+def with_transform(
+    processor: BaseImageProcessor, *, resize: int | None = None, interpolation: Interpolation | None = None
+) -> BaseImageProcessor:
+    """Return the processor with another resize before its centre crop, or another interpolation.
+
+    The size of its output does not change.
+
+    Args:
+        processor: Image processor; left untouched.
+        resize: Length of the shorter side after the resize, in pixels. If given, the result is the transform of
+            torchvision on PIL images, even if the processor had another one.
+        interpolation: Interpolation of the resize.
 
     Returns:
-        The same object where nothing changes.
+        A new processor, or the same object if nothing changes.
 
     Raises:
         RecipeError: The resize is smaller than the crop.
     """
-    if interpolation is not None and _RESAMPLE[interpolation] != processor.resample:
+    if interpolation is not None and _RESAMPLE[interpolation] != _setting(processor, "resample"):
         processor = copy.deepcopy(processor)
-        processor.resample = _RESAMPLE[interpolation]
+        vars(processor)["resample"] = _RESAMPLE[interpolation]
     if resize is None:
         return processor
-    _, height, width = try_processor("the model", processor)
+    _, height, width = processed_size("the model", processor)
     if resize < max(height, width):
         raise RecipeError(
-            f"data.resize must be at least the {max(height, width)} pixels that the model takes, got {resize}"
+            f"data.resize must be at least the image size of the model, {max(height, width)} pixels, got {resize}"
         )
-    size, crop = {"shortest_edge": resize}, {"height": height, "width": width}
-    if isinstance(processor, IsoImageProcessor) and (_plain(processor.size), _plain(processor.crop_size)) == (
-        size,
-        crop,
-    ):
-        return processor
+    size = {"shortest_edge": resize}
+    crop = {"height": height, "width": width}
+    if isinstance(processor, IsoImageProcessor):
+        is_same = _plain(processor.size) == size and _plain(processor.crop_size) == crop
+        if is_same:
+            return processor
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    return IsoImageProcessor(size=size, crop_size=crop, **{name: getattr(processor, name) for name in kept})
+    return IsoImageProcessor(size=size, crop_size=crop, **{name: _setting(processor, name) for name in kept})
+
+
+def _setting(processor: BaseImageProcessor, name: str) -> Any:
+    """Return a setting that transformers declares only in the concrete classes."""
+    return getattr(processor, name)
 
 
 def _plain(size: Any) -> dict[str, int]:
@@ -145,24 +185,38 @@ def _plain(size: Any) -> dict[str, int]:
 
 
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:
-    """Return (channels, height, width) of the pixels that a transformers model takes."""
+    """Return (channels, height, width) of the images that a transformers model takes.
+
+    Raises:
+        RecipeError: Neither the config nor the processor has a usable size.
+    """
     named = _config_size(config)
     if named is None:
-        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        cropped = getattr(processor, "do_center_crop", False)
+        size = _plain(_setting(processor, "crop_size" if cropped else "size") or {})
         side = size.get("height") or size.get("shortest_edge")
+        if side is None:
+            raise RecipeError(f"model: no image size in config.json, nor in the image processor: {size}")
         named = (side, size.get("width") or side)
     return [getattr(config, "num_channels", 3), *named]
 
 
 def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Return (height, width) of the images that a config names; None where it names none."""
-    vision = getattr(config, "vision_config", None)  # of two towers, images go to this one
+    """Return (height, width) of the images in a config, or None if it has no image size."""
+    vision = getattr(config, "vision_config", None)  # of two towers, this one takes the images
     side = getattr(config, "image_size", getattr(vision, "image_size", None))
-    height, width = (side, side) if side is None or isinstance(side, int) else side
-    return None if side is None else (height, width)
+    if side is None:
+        return None
+    sides = [side, side] if isinstance(side, int) else side
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise RecipeError(f"model: image_size in config.json must be one or two integers, got {side!r:.99}")
+    height, width = sides
+    return height, width
 
 
-def _processor(size: dict[str, int], crop: int, resample: int, mean: tuple, std: tuple) -> IsoImageProcessor:
+def _processor(
+    size: dict[str, int], crop: int, resample: int, mean: Sequence[float], std: Sequence[float]
+) -> IsoImageProcessor:
     return IsoImageProcessor(
         size=size,
         crop_size={"height": crop, "width": crop},

@@ -230,7 +230,7 @@ def test_a_model_of_transformers_and_a_converted_one_are_evaluated(images: Path,
         (["--data.resize", "0"], ["data.resize must be between 1 and 16384, got 0"]),
         (["--data.resize", "half"], ["data.resize", "half"]),
         (["--data.interpolation", "area"], ["data.interpolation", "area", "nearest", "bilinear", "bicubic"]),
-        (["--pretrained", "false"], ["is pruned already; drawn weights need a dense base"]),
+        (["--pretrained", "false"], ["is pruned; random weights need a dense base"]),
     ],
 )
 def test_what_cannot_be_evaluated_so_is_one_line(

@@ -9,7 +9,7 @@ from transformers import BaseImageProcessor, ConvNextImageProcessor, ViTImagePro
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.processors import set_transform
+from isoprune_hf.models.processors import with_transform
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 NORMAL = {"image_mean": list(MEAN), "image_std": list(STD)}
@@ -42,7 +42,7 @@ THEIRS = {
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("kind", THEIRS)
 def test_resize_and_interpolation_give_the_pixels_of_torchvision(kind: str, interpolation: str) -> None:
-    asked = set_transform(THEIRS[kind](), resize=40, interpolation=interpolation)
+    asked = with_transform(THEIRS[kind](), resize=40, interpolation=interpolation)
     assert torch.allclose(pixels(asked), by_torchvision(40, interpolation), atol=1e-6)
 
 
@@ -50,32 +50,32 @@ def test_resize_and_interpolation_give_the_pixels_of_torchvision(kind: str, inte
 def test_the_interpolation_alone_leaves_the_rest_and_the_processor_as_they_were(kind: str) -> None:
     processor = THEIRS[kind]()
     before, resample = pixels(processor), processor.resample
-    asked = set_transform(processor, interpolation="nearest")
+    asked = with_transform(processor, interpolation="nearest")
     assert type(asked) is type(processor) and asked.resample == Image.Resampling.NEAREST
     assert pixels(asked).shape == before.shape and not torch.equal(pixels(asked), before)
     assert torch.equal(pixels(processor), before) and processor.resample == resample
 
 
 def test_our_own_processor_keeps_its_resize_where_the_interpolation_alone_is_asked_for() -> None:
-    assert torch.allclose(pixels(set_transform(ours(), interpolation="bilinear")), by_torchvision(36, "bilinear"))
+    assert torch.allclose(pixels(with_transform(ours(), interpolation="bilinear")), by_torchvision(36, "bilinear"))
 
 
 def test_what_is_so_already_changes_nothing() -> None:
     processor = ours()
-    assert set_transform(processor) is processor
-    assert set_transform(processor, resize=36, interpolation="bicubic") is processor
-    assert set_transform(processor, resize=37) is not processor
+    assert with_transform(processor) is processor
+    assert with_transform(processor, resize=36, interpolation="bicubic") is processor
+    assert with_transform(processor, resize=37) is not processor
 
 
 def test_a_saved_processor_has_the_transform_that_was_asked_for(tmp_path) -> None:
-    asked = set_transform(ours(), resize=40, interpolation="bilinear")
+    asked = with_transform(ours(), resize=40, interpolation="bilinear")
     asked.save_pretrained(tmp_path)
     again = IsoImageProcessor.from_pretrained(tmp_path)
-    assert set_transform(again, resize=40, interpolation="bilinear") is again
+    assert with_transform(again, resize=40, interpolation="bilinear") is again
     assert torch.equal(pixels(again), pixels(asked))
 
 
 def test_a_resize_below_the_crop_is_refused_with_the_size_of_the_model() -> None:
-    with pytest.raises(RecipeError, match=r"data.resize must be at least the 32 pixels that the model takes, got 31$"):
-        set_transform(ours(), resize=31)
-    assert pixels(set_transform(ours(), resize=32)).shape == (3, 32, 32)
+    with pytest.raises(RecipeError, match=r"data\.resize .* 32 .* 31$"):
+        with_transform(ours(), resize=31)
+    assert pixels(with_transform(ours(), resize=32)).shape == (3, 32, 32)

@@ -362,7 +362,7 @@ def test_a_stock_model_that_computes_something_else_is_not_made(made, tmp_path: 
 
 
 def test_random_weights_of_a_pruned_folder_are_refused(made) -> None:
-    with pytest.raises(RecipeError, match="is pruned already"):
+    with pytest.raises(RecipeError, match="is pruned"):
         load_base(str(made("vit").folder), False)
 
 
