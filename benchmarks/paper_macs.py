@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.graph.copying import light_copy
+from isoprune_hf.pruning.graph.copying import copy_simplified
 
 Count = Callable[[nn.Module, torch.Tensor, torch.Tensor], int]
 
@@ -37,7 +37,7 @@ def paper_macs(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     Source:
         torch-pruning 1.6.1, `torch_pruning/utils/op_counter.py`, without its recurrent layers.
     """
-    network = light_copy(model.model)
+    network = copy_simplified(model.model)
     counts: dict[nn.Module, int] = {}
     for module in network.modules():
         if type(module) in _COUNTS:

@@ -20,11 +20,10 @@ from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError
 from isoprune_hf.pruning.cost.macs import CostModel, cost_model, count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.cutting.uniform import to_stock
-from isoprune_hf.pruning.graph.axis import is_frozen
+from isoprune_hf.pruning.graph.axis import is_frozen, reason_of
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
 from isoprune_hf.pruning.graph.layers import ConvNd
-from isoprune_hf.pruning.graph.trace import reason_of
 from isoprune_hf.pruning.plan import PruningPlan
 
 _IMAGES = 2

@@ -10,7 +10,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.pruning.graph.torch_pruning.architectures import Attention
-from isoprune_hf.pruning.graph.torch_pruning.tracing import loose_parameters, traced_copy
+from isoprune_hf.pruning.graph.torch_pruning.stand_ins import loose_parameters, traced_copy
 
 # A group as plain values: name, signature, channels, [(parameter, dim, positions of every channel)].
 PlainGroup = tuple[str, str, int, list[tuple[str, int, list[list[int]]]]]

@@ -119,7 +119,7 @@ def test_both_oracles_see_members_that_changed_groups(family: str, base) -> None
     for group, other in (pair, pair[::-1]):
         faulty = change(faulty, group.name, (*group.members[:-1], other.members[-1]))
     assert permutation_error(model, faulty, images) > 1e-9
-    with pytest.raises(CheckpointError, match="would keep other elements than"):
+    with pytest.raises(CheckpointError, match="would keep other channels than"):
         cut(model, faulty, scope="local")  # widths stay alike
     plan, pruned = cut(model, groups, scope="local")
     assert mask_error(model, pruned, faulty, plan, images) > 1e-6

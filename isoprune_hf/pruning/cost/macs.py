@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, light_copy
+from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_simplified
 from isoprune_hf.pruning.graph.find_groups import graph_of
 from isoprune_hf.pruning.graph.widths import Tie, Unit, Width, leaf_ties, widths_of
 from isoprune_hf.pruning.groups import CoupledGroup, Member, ResidualBlock
@@ -51,7 +51,7 @@ def count_cost(model: IsoPruneForImageClassification, image_size: Sequence[int] 
     """
     size = image_size or image_size_of(model)
     try:
-        counter = _run_counter(light_copy(model.model), size)
+        counter = _run_counter(copy_simplified(model.model), size)
     except UnsupportedArchitectureError as error:
         # A forward pass that reads values fails on the meta device; torch has no error type for that, but names the
         # device in the message.
@@ -234,7 +234,7 @@ def cost_model(
     graph = graph_of(model, groups)
     ties = leaf_ties(graph, groups)
     products = []
-    for product in graph.trace.products:
+    for product in graph.trace.matrix_products:
         widths: list[Width] = []
         for axis in product.sizes:
             factors = widths_of(axis, ties)

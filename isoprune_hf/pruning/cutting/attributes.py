@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
-from isoprune_hf.pruning.graph.equations import evaluate
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
+from isoprune_hf.pruning.graph.polynomial import evaluate
 from isoprune_hf.pruning.graph.traced_int import ARITHMETIC, COMPARE, Attribute, Expression, Operation, atoms
 from isoprune_hf.pruning.graph.verify import axis_size
 
@@ -108,7 +108,7 @@ def _set_layer_sizes(module: nn.Module) -> None:
 
 def _set_attention_scales(graph: AxisGraph, sizes: Mapping[int, int], modules: Modules) -> None:
     """Set scales of attention to size**-0.5, which eager attention reads and fused attention computes."""
-    for product in graph.trace.products:
+    for product in graph.trace.matrix_products:
         if product.has_weight or product.module not in modules:
             continue
         inner = product.sizes[-2]

@@ -1,1 +1,24 @@
-"""Graph."""
+"""Which channels belong together: from a model to its coupled groups, for any architecture.
+
+    trace    tracer.trace_network(network, image) -> Trace        one forward pass; `rules/` has a rule per operation
+    unify    unify.unify(axis, axis) -> Axis                      the rules make axes the same, split or freeze them
+    solve    equations.solve_equations(trace, values) -> Solution attributes that follow sizes; linked widths
+    leaves   axis_graph.build_axis_graph(model) -> AxisGraph      free leaves, heads and their dims
+    groups   members.couple_axes(graph, ...) -> CoupledGroups     the elements of each leaf, by parameter and index
+    verify   verify.check_cut(graph, cut network, ...)            the cut network runs as the trace predicts
+
+A dim of a tensor is an `Axis`: a leaf, a product of factors, or a sum of pieces. A leaf that may be pruned is free;
+every other leaf is frozen with a reason. An operation without a rule freezes what it touches, so a group may be
+missing but is never wrong. docs/axes.md explains the method.
+
+Functions for other folders:
+
+    find_groups.trace_groups, find_groups.graph_of   the groups of a model, and its axis graph
+    blocks.find_blocks                               residual blocks that can be removed whole
+    widths.leaf_ties, widths.widths_of               sizes of matrix products as functions of widths
+    verify.sizes_after, check_cut, total_macs        after a cut
+    copying, layers                                  copies of module trees; layer classes by kind
+
+`torch_pruning/` finds groups independently, with the library of that name. Nothing here knows scores, budgets, plans
+or files.
+"""

@@ -1,4 +1,4 @@
-"""The axis graph of a network: which leaves are free, which of them are heads and dims of heads, which are linked."""
+"""The axis graph of a network: `build_axis_graph` traces it and finds its free, linked and head leaves."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,28 +9,30 @@ import torch
 from torch import nn
 
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.graph.axis import Axis, find, freeze, unify
-from isoprune_hf.pruning.graph.cells import Cell, cells
+from isoprune_hf.pruning.graph.axis import Axis, find, freeze
+from isoprune_hf.pruning.graph.cells import Cell, find_cells
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
 from isoprune_hf.pruning.graph.equations import Solution, freeze_compared, solve_equations
 from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute
 from isoprune_hf.pruning.graph.tracer import trace_network
+from isoprune_hf.pruning.graph.unify import unify
 
-# What a network may raise where its forward pass reads values, which the meta device does not have.
-RUN_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-_SEQUENCES = tuple, list
+# The errors that the code of a network may raise when it reads values, which the meta device does not have, or when it
+# does not support the size of the image. It is code of any author, so no narrower list is right.
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+_COLLECTIONS = (tuple, list)
 
 
 @dataclass(frozen=True, eq=False)
 class AxisGraph:
-    """What can leave a network.
+    """The axes of a network and the leaves that can be pruned.
 
     Args:
-        trace: The forward pass that has shown it.
-        solution: Numbers of modules that follow from sizes, and linked leaves.
-        heads: Dim of the heads of an attention -> its heads: leaves, by identity.
-        on_meta: The network runs on the meta device; otherwise its forward pass reads values.
+        trace: The forward pass that the graph was found by.
+        solution: The attributes that depend on sizes, and the linked leaves.
+        heads: Leaf of head dims, by identity -> the leaf of their heads.
+        on_meta: The network runs on the meta device; else its forward pass reads values.
     """
 
     trace: Trace
@@ -40,28 +42,34 @@ class AxisGraph:
 
     @cached_property
     def members(self) -> dict[int, dict[tuple[str, int], list[Cell]]]:
-        """Free leaf, by identity -> (tensor, dim) -> the elements that belong to it."""
+        """Free leaf, by identity -> (tensor, dim) -> the elements that belong to the leaf."""
         known: dict[int, list[Cell]] = {}
         found: dict[int, dict[tuple[str, int], list[Cell]]] = {}
         for name, axes in self.trace.tensors.items():
             for dim, axis in enumerate(axes):
-                for cell in cells(axis, known):
+                for cell in find_cells(axis, known):
                     for leaf in cell.labels:
                         found.setdefault(leaf, {}).setdefault((name, dim), []).append(cell)
         return found
 
-    def free(self) -> dict[int, Axis]:
-        """Leaves that lie in parameters or buffers and may lose elements, by identity, in the order of the trace."""
+    def free_leaves(self) -> dict[int, Axis]:
+        """Return the free leaves of parameters and buffers, by identity, in the order of the trace."""
         found: dict[int, Axis] = {}
         for axes in self.trace.tensors.values():
             for axis in axes:
-                for path in paths(axis):
+                for path in leaf_paths(axis):
                     found.update((id(leaf), leaf) for leaf in path)
         return found
 
 
-def follow_axes(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
-    """Trace a network; reads shapes only, unless its forward pass depends on values, and leaves it untouched.
+def build_axis_graph(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
+    """Trace a network and build its axis graph; leaves the network untouched.
+
+    The network runs on the meta device, without values. Only if that fails does a copy run with values.
+
+    Args:
+        base: The network.
+        image_size: Of one image, (C, H, W).
 
     Raises:
         UnsupportedArchitectureError: The network does not run on an image of `image_size`.
@@ -70,24 +78,33 @@ def follow_axes(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
     try:
         network = copy_shapes(base, dtype=torch.float32).eval()
         trace = trace_network(network, blank_image(network, image_size))
-    except RUN_ERRORS as error:
-        network, trace = _trace_real(base, image_size, error)
+    except FORWARD_ERRORS as error:
+        network, trace = _trace_with_values(base, image_size, error)
         on_meta = False
-    values = _numbers(network)
+    values = _integer_attributes(network)
     while True:
+        # Freezing or tying a leaf changes which leaves are linked and which are heads, so both are found again.
+        # Every repetition reduces the number of free leaves, so the loop ends.
         solution = solve_equations(trace, values)
-        heads = _find_heads(trace, solution)
-        if heads is not None and not freeze_compared(trace, solution):
-            return AxisGraph(trace, solution, heads, on_meta)
+        paths = _composite_paths(trace)
+        if not _resolve_head_conflict(paths, solution) and not freeze_compared(trace, solution):
+            return AxisGraph(trace, solution, {id(dim): head for head, dim in paths}, on_meta)
 
 
-def _trace_real(base: nn.Module, image_size: Sequence[int], on_meta: Exception) -> tuple[nn.Module, Trace]:
+def _trace_with_values(base: nn.Module, image_size: Sequence[int], on_meta: Exception) -> tuple[nn.Module, Trace]:
+    """Trace a copy with weights.
+
+    Args:
+        base: The network.
+        image_size: Of one image, (C, H, W).
+        on_meta: The error that the network raised on the meta device.
+    """
     if any(parameter.is_meta for parameter in base.parameters()):
         raise _does_not_run(base, on_meta) from on_meta
     try:
         network = copy_modules(base, torch.clone, with_hooks=False).eval()
         return network, trace_network(network, blank_image(network, image_size))
-    except RUN_ERRORS as error:
+    except FORWARD_ERRORS as error:
         raise _does_not_run(base, error) from error
 
 
@@ -96,73 +113,98 @@ def _does_not_run(base: nn.Module, error: Exception) -> UnsupportedArchitectureE
     return UnsupportedArchitectureError(f"{type(base).__name__} does not run ({type(error).__name__}: {reason:.300})")
 
 
-def _numbers(network: nn.Module) -> dict[Attribute, int]:
-    """The integers that modules keep."""
-    numbers: dict[Attribute, int] = {}
+def _integer_attributes(network: nn.Module) -> dict[Attribute, int]:
+    """Return the values of all integer attributes of modules, entries of tuples and lists included."""
+    found: dict[Attribute, int] = {}
     for path, module in network.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, int):
-                numbers[Attribute(path, name)] = int(value)
-            elif isinstance(value, _SEQUENCES) and all(isinstance(entry, int) for entry in value):
-                numbers.update((Attribute(path, name, at), int(entry)) for at, entry in enumerate(value))
-    return numbers
+                found[Attribute(path, name)] = int(value)
+            elif isinstance(value, _COLLECTIONS) and all(isinstance(entry, int) for entry in value):
+                found.update((Attribute(path, name, at), int(entry)) for at, entry in enumerate(value))
+    return found
 
 
-def paths(axis: Axis) -> Iterator[tuple[Axis, ...]]:
-    """Yield the free leaves that each kind of element of an axis belongs to, the outermost first."""
+def leaf_paths(axis: Axis) -> Iterator[tuple[Axis, ...]]:
+    """Yield, for each kind of element of an axis, the free leaves that such an element belongs to, outermost first.
+
+    An axis of heads x dims yields (heads, dims); a concatenation yields the paths of all its pieces.
+    """
     axis = find(axis)
     if axis.kind == "leaf":
         yield () if axis.frozen is not None or axis.size == 1 else (axis,)
     elif axis.kind == "sum":
         for part in axis.parts:
-            yield from paths(part)
+            yield from leaf_paths(part)
     else:
-        for choice in itertools.product(*(list(paths(part)) for part in axis.parts)):
+        for choice in itertools.product(*(list(leaf_paths(part)) for part in axis.parts)):
             yield tuple(leaf for path in choice for leaf in path)
 
 
-def _find_heads(trace: Trace, solution: Solution) -> dict[int, Axis] | None:
-    """Pair dims with heads; None where something had to be frozen or tied for that, so that all changes."""
-    partners: dict[int, dict[int, Axis]] = {}
-    owners: dict[int, dict[int, Axis]] = {}
-    by_id: dict[int, Axis] = {}
-    for *outer, dim in _mixed_paths(trace):
-        held = [leaf for leaf in outer if not leaf.is_batch or leaf is dim]
-        if len(outer) > 1:  # of several, copies stay before heads do
-            held = held or [leaf for leaf in outer if leaf.is_copy] or outer
-        if held:
-            freeze(held[0], "it is a part of channels that leave by another part")
-            return None
-        (head,) = outer
-        by_id[id(head)], by_id[id(dim)] = head, dim
-        partners.setdefault(id(head), {})[id(dim)] = dim
-        owners.setdefault(id(dim), {})[id(head)] = head
-    for head, dims in partners.items():
-        sizes = {dim.size for dim in dims.values()}
-        if len(dims) > 1 and len(sizes) == 1 and not dims.keys() & partners.keys():
-            first, *others = dims.values()
-            for other in others:  # the same dims leave queries, keys and values
-                unify(first, other)
-            return None
-        if len(dims) > 1:
-            freeze(by_id[head], "its dims are of different kinds")
-            return None
-    linked = set().union(*solution.links)
-    for dim, heads in owners.items():
-        if len(heads) > 1 or dim in partners or linked & {dim, *heads}:
-            for head in heads.values():
-                freeze(head, "its dims leave with other widths")
-            return None
-    return {dim: next(iter(heads.values())) for dim, heads in owners.items()}
-
-
-def _mixed_paths(trace: Trace) -> list[tuple[Axis, ...]]:
-    """Paths of more than one leaf."""
+def _composite_paths(trace: Trace) -> list[tuple[Axis, ...]]:
+    """Return the different paths of more than one leaf."""
     seen: set[int] = set()
     found: dict[tuple[int, ...], tuple[Axis, ...]] = {}
     for axes in trace.tensors.values():
         for axis in map(find, axes):
             if axis.kind != "leaf" and id(axis) not in seen:
                 seen.add(id(axis))
-                found.update((tuple(map(id, path)), path) for path in paths(axis) if len(path) > 1)
+                found.update((tuple(map(id, path)), path) for path in leaf_paths(axis) if len(path) > 1)
     return list(found.values())
+
+
+def _resolve_head_conflict(paths: Sequence[tuple[Axis, ...]], solution: Solution) -> bool:
+    """Freeze or tie, in place, a leaf that keeps the paths from being pairs of heads and their dims.
+
+    Returns:
+        Whether there was such a leaf. If not, each path is (heads, dims), and each leaf of dims has one leaf of heads.
+    """
+    return (
+        any(_freeze_outer_factor(path) for path in paths)
+        or _unite_dims_of_heads(paths)
+        or _freeze_shared_dims(paths, solution)
+    )
+
+
+def _freeze_outer_factor(path: tuple[Axis, ...]) -> bool:
+    """Freeze an outer leaf that is not a single leaf of heads; returns whether there was one."""
+    *outer, dim = path
+    candidates = [leaf for leaf in outer if not leaf.is_batch or leaf is dim]
+    if len(outer) > 1 and not candidates:  # several leaves of heads: freeze a copy rather than heads
+        candidates = [leaf for leaf in outer if leaf.is_copy] or outer
+    if candidates:
+        freeze(candidates[0], "its channels are pruned along another factor")
+    return bool(candidates)
+
+
+def _unite_dims_of_heads(paths: Sequence[tuple[Axis, ...]]) -> bool:
+    """Tie the different dims of the same heads, or freeze the heads; returns whether there were any."""
+    dims_of: dict[int, dict[int, Axis]] = {}
+    for head, dim in paths:
+        dims_of.setdefault(id(head), {})[id(dim)] = dim
+    for head, _ in paths:
+        first, *others = dims_of[id(head)].values()
+        if not others:
+            continue
+        if all(dim.size == first.size for dim in others) and not dims_of[id(head)].keys() & dims_of.keys():
+            for other in others:  # the same dims are pruned in queries, keys and values
+                unify(first, other)
+        else:
+            freeze(head, "its dims are of different kinds")
+        return True
+    return False
+
+
+def _freeze_shared_dims(paths: Sequence[tuple[Axis, ...]], solution: Solution) -> bool:
+    """Freeze the heads of dims that belong to several heads, or that are linked; returns whether there were any."""
+    heads_of: dict[int, dict[int, Axis]] = {}
+    for head, dim in paths:
+        heads_of.setdefault(id(dim), {})[id(head)] = head
+    all_heads = {id(head) for head, _ in paths}
+    linked: set[int] = set().union(*solution.links)
+    for dim_id, heads in heads_of.items():
+        if len(heads) > 1 or dim_id in all_heads or linked & {dim_id, *heads}:
+            for head in heads.values():
+                freeze(head, "its dims are tied to other widths")
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""Residual blocks that can leave whole: what they put out is what they were given plus what they compute."""
+"""Residual blocks that can be removed whole: `find_blocks`."""
 
 from collections.abc import Mapping
 
@@ -9,10 +9,11 @@ from isoprune_hf.pruning.groups import ResidualBlock
 
 
 def find_blocks(model: IsoPruneForImageClassification) -> tuple[ResidualBlock, ...]:
-    """Find the residual blocks of a model that can leave; reads shapes only and leaves the model untouched.
+    """Find the residual blocks of a model that can be removed; reads shapes only and leaves the model untouched.
 
-    They are those that loading accepts as removed (`skippable_blocks`), as far as they are still there and have a
-    sibling of their class. Stems, patch embeddings, downsampling, classifiers and whole stages are never among them.
+    These are the blocks whose output is their input plus a computed term (`skippable_blocks`), that were not removed
+    before, and that have a sibling of their class. Stems, patch embeddings, downsampling, classifiers and whole stages
+    are never among them.
 
     Returns:
         Blocks in the order of `named_modules`; their signature is the name of their class.
@@ -21,8 +22,8 @@ def find_blocks(model: IsoPruneForImageClassification) -> tuple[ResidualBlock, .
         CheckpointError: The model does not run on the meta device.
     """
     modules = dict(model.model.named_modules())
-    gone = set((model.config.structure or {}).get("removed") or ())
-    paths = [path for path in skippable_blocks(model.config) if path not in gone]
+    removed = set((model.config.structure or {}).get("removed") or ())
+    paths = [path for path in skippable_blocks(model.config) if path not in removed]
     return tuple(
         ResidualBlock(
             path,
@@ -36,7 +37,7 @@ def find_blocks(model: IsoPruneForImageClassification) -> tuple[ResidualBlock, .
 
 
 def _siblings(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Paths of the other modules of the same class in the list that holds a block."""
+    """Return the paths of the other modules of the same class in the parent of a block."""
     parent = path.rpartition(".")[0]
     names = (f"{parent}.{name}" if parent else name for name, _ in modules[parent].named_children())
     return [name for name in names if name != path and type(modules[name]) is type(modules[path])]

@@ -1,6 +1,7 @@
-"""Copies of a module tree: without its weights, or with other tensors in their place.
+"""Copies of a module tree: `copy_modules`, `copy_shapes` without weights, and `copy_simplified` for counting.
 
-Like `copy.deepcopy`, which spends most of its time on tables of modules and on tuples of numbers.
+`copy.deepcopy` would do the same as `copy_modules`, but spends most of its time on empty hook tables and on tuples of
+numbers.
 """
 
 import copy
@@ -9,29 +10,33 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isoprune_hf.pruning.graph.layers import NORMS
+from isoprune_hf.pruning.graph.torch_private import own_buffers, own_modules, own_parameters
 
+# Modules that define the activations of each library.
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, torch.dtype))
 _TABLES = frozenset((dict, OrderedDict))
-_CACHED = functools._lru_cache_wrapper
+_CACHED = functools._lru_cache_wrapper  # the type of a function with functools.lru_cache, as read in Python 3.11
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
 
 def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Copy a module tree without its weights: every tensor becomes an empty one on the meta device; hooks stay behind.
+    """Copy a module tree without its weights and hooks: every tensor becomes an empty tensor on the meta device.
 
-    Unlike a fresh build, this needs no config, draws no initial weights and keeps whatever was cut or set since.
+    Unlike a fresh build, this needs no config, draws no initial weights, and keeps all changes made to the modules.
 
     Args:
-        module: The tree.
-        dtype: What floating tensors become; they keep their own when not given.
+        module: The root of the tree.
+        dtype: Dtype of the copies of floating-point tensors; by default each keeps its own.
     """
 
-    def empty(tensor: torch.Tensor) -> torch.Tensor:
+    def empty(tensor: Tensor) -> Tensor:
         kind = dtype if tensor.is_floating_point() else None
         blank = torch.empty_like(tensor, device="meta", dtype=kind, requires_grad=False)
         return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
@@ -39,105 +44,112 @@ def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     return copy_modules(module, empty, with_hooks=False)
 
 
-def light_copy(base: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor] | None = None) -> nn.Module:
-    """Copy a base to run on the meta device for its shapes and matrix products alone: float32, in eval mode.
+def copy_simplified(base: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """Copy a network to the meta device, in float32 and eval mode, with stand-ins for its norms and activations.
 
-    Norms still check that all their tensors are as wide as what they are given.
+    These keep shapes and make no matrix products, and the meta device runs them slowly. The stand-in of a norm still
+    checks that the norm has as many channels as its input. Activations with parameters and `nn.GLU` are kept.
 
     Args:
         base: The network.
-        stand_in: What norms and activations do, instead of nothing at all.
+        stand_in: Function that replaces norms and activations; by default the identity.
     """
     network = copy_shapes(base, dtype=torch.float32).eval()
-    stand_in = stand_in or _pass_on
+    function = stand_in or _identity
     for module in network.modules():
         if isinstance(module, NORMS):
-            module.forward = partial(_check_width, module, stand_in)
-        elif type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU) and not _has_weights(module):
-            module.forward = stand_in
+            _replace_forward(module, partial(_check_width, module, function))
+        elif _is_activation(module) and next(module.parameters(), None) is None:
+            _replace_forward(module, function)
     return network
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
+def _is_activation(module: nn.Module) -> bool:
+    """Check whether a module keeps the shape of its input, which `nn.GLU` does not."""
+    return type(module).__module__ in _ACTIVATIONS and not isinstance(module, nn.GLU)
 
 
-def _pass_on(hidden: torch.Tensor) -> torch.Tensor:
+def _replace_forward(module: nn.Module, function: Callable[..., Tensor]) -> None:
+    """Replace the forward method of one module in place."""
+    vars(module)["forward"] = function
+
+
+def _identity(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _check_width(
-    norm: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
-) -> torch.Tensor:
-    """Stand for a norm: refuse what it would refuse."""
-    tensors = [*norm._parameters.values(), *norm._buffers.values()]
+def _check_width(norm: nn.Module, stand_in: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Apply `stand_in` in place of a norm; raises a RuntimeError for an input that the norm would reject."""
+    tensors = [*own_parameters(norm).values(), *own_buffers(norm).values()]
     widths = {tensor.numel() for tensor in tensors if tensor is not None and tensor.ndim}
-    is_layer_norm = isinstance(norm, nn.LayerNorm)
-    last = math.prod(hidden.shape[-len(norm.normalized_shape) :]) if is_layer_norm else hidden.shape[1]
+    last = hidden.shape[1]
+    if isinstance(norm, nn.LayerNorm):
+        last = math.prod(tuple(hidden.shape[-len(norm.normalized_shape) :]))
     if widths - {last} and widths - {hidden.shape[1]}:
         raise RuntimeError(f"a {type(norm).__name__} of {sorted(widths)} channels is given {list(hidden.shape)}")
     return stand_in(hidden)
 
 
-def blank_image(network: nn.Module, image_size: Sequence[int]) -> torch.Tensor:
-    """Make an image for a network, on its device and in its dtype: (1, C, H, W)."""
+def blank_image(network: nn.Module, image_size: Sequence[int]) -> Tensor:
+    """Create an image of zeros on the device and in the dtype of a network: (1, C, H, W)."""
     weight = next(network.parameters())
     return torch.zeros(1, *image_size, device=weight.device, dtype=weight.dtype)
 
 
 def copy_modules(
-    root: nn.Module,
-    copy_tensor: Callable[[torch.Tensor], torch.Tensor],
+    root: _ModuleT,
+    copy_tensor: Callable[[Tensor], Tensor],
     *,
     replaced: Mapping[nn.Module, nn.Module] | None = None,
     with_hooks: bool = True,
-) -> nn.Module:
-    """Copy a module tree; what is shared in it is shared in the copy.
+) -> _ModuleT:
+    """Copy a module tree; objects that are shared in the tree are shared in the copy.
 
     Args:
-        root: The tree.
-        copy_tensor: Makes the copy of a parameter, buffer or other tensor; called once for each.
-        replaced: Modules that are not copied -> what takes their place.
-        with_hooks: Hand on the hooks, too.
+        root: The root of the tree.
+        copy_tensor: Function that copies a parameter, buffer or other tensor; called once for each.
+        replaced: Modules that are not copied -> the modules that take their places.
+        with_hooks: Copy the hooks, too.
     """
-    memo: dict[int, object] = {id(old): new for old, new in (replaced or {}).items()}
+    memo: dict[int, Any] = {id(old): new for old, new in (replaced or {}).items()}
     modules = _walk(root, set(memo))
     for old in modules:
         memo[id(old)] = old.__new__(type(old))
-        for tensor in [*vars(old).values(), *old._parameters.values(), *old._buffers.values()]:
-            if type(tensor) not in _IMMUTABLE and isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+        for tensor in [*vars(old).values(), *own_parameters(old).values(), *own_buffers(old).values()]:
+            if type(tensor) not in _IMMUTABLE and isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = copy_tensor(tensor)
     for old in modules:
-        values = memo[id(old)].__dict__
+        values = vars(memo[id(old)])
         for name, value in vars(old).items():
             if type(value) in _IMMUTABLE:
                 values[name] = value
             elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):
                 values[name] = type(value)()
-            elif not isinstance(getattr(value, "__func__", None), _CACHED):  # these are full of the old tensors
+            elif not isinstance(getattr(value, "__func__", None), _CACHED):  # a cache refers to the old tensors
                 values[name] = _copy_value(value, memo)
-    return memo[id(root)]
+    copied: _ModuleT = memo[id(root)]
+    return copied
 
 
 def _walk(module: nn.Module, seen: set[int]) -> list[nn.Module]:
-    """Modules in the order of `named_modules`, without those in `seen` and what only they hold."""
+    """Return the modules in the order of `named_modules`, without those in `seen` and their children."""
     found = [module]
     seen.add(id(module))
-    for child in module._modules.values():
+    for child in own_modules(module).values():
         if child is not None and id(child) not in seen:
             found += _walk(child, seen)
     return found
 
 
-def _copy_value(value: object, memo: dict[int, object]) -> object:
+def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in _IMMUTABLE:
         return value
     if id(value) in memo:
         return memo[id(value)]
     if type(value) in _TABLES:
-        memo[id(value)] = copied = type(value)()
-        copied.update((name, _copy_value(part, memo)) for name, part in value.items())
-        return copied
+        table = memo[id(value)] = type(value)()
+        table.update((name, _copy_value(part, memo)) for name, part in value.items())
+        return table
     if type(value) is set:
         memo[id(value)] = copied = {_copy_value(part, memo) for part in value}
         return copied

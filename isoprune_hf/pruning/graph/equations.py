@@ -1,34 +1,44 @@
-"""Which widths the code of a network allows: the equations of a trace, solved for the numbers that modules keep.
+"""The widths that the code of a network allows: `solve_equations` solves the equations of a trace for attributes.
 
-A size is a polynomial in the free leaves. An attribute that is the size of an axis follows that axis. What is left are
-equations between sizes, as C = heads x dims where the code divides a width by a number of heads: then all leaves in
-them are linked (they leave in the same proportion), or, where no proportion can fulfil them, frozen.
+The code of a network states that an expression of attributes and sizes is the size of an axis. Sizes are polynomials
+in the free leaves (`polynomial.py`), so:
+
+- An attribute that is the size of an axis becomes a polynomial: it is recomputed from the widths after a cut.
+- An equation without an unknown attribute, such as C = heads x dims in code that divides a width by a number of heads,
+  links its leaves: they are pruned in the same proportion.
+- Leaves of an equation that no proportion satisfies are frozen.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from isoprune_hf.pruning.graph.axis import Axis, find, freeze
+from isoprune_hf.pruning.graph.axis import Axis, freeze
+from isoprune_hf.pruning.graph.polynomial import (
+    CONSTANT,
+    Monomial,
+    Polynomial,
+    Unsolvable,
+    combine,
+    evaluate,
+    invert,
+    size_polynomial,
+)
 from isoprune_hf.pruning.graph.trace import Equation, Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute, Comparison, Expression, Operation, atoms
 
-# Monomials (leaves by identity, sorted) -> coefficients; the constant has the empty monomial.
-Polynomial = dict[tuple[int, ...], int]
-_CONSTANT = ()
-
-
-class Unsolvable(Exception):
-    """An expression that is no polynomial."""
+# Terms of a dividend and of a divisor -> the size of their quotient.
+_Quotients = dict[tuple[tuple[tuple[Monomial, int], ...], ...], Axis]
 
 
 @dataclass
 class Solution:
-    """What numbers of modules follow from sizes, and which sizes must keep their proportion.
+    """The attributes that depend on sizes, and the leaves that are linked.
 
     Args:
-        attributes: Attribute -> its size as a polynomial, where that is no constant.
-        links: Sets of leaves that leave in the same proportion, by identity.
+        attributes: Attribute -> its value as a polynomial; attributes with a constant value are left out.
+        links: Sets of leaves, by identity, that are pruned in the same proportion.
         by_id: Identity -> leaf.
     """
 
@@ -37,264 +47,238 @@ class Solution:
     by_id: dict[int, Axis] = field(default_factory=dict)
 
 
+class _SolvedEquation(NamedTuple):
+    """An equation with both sides as polynomials."""
+
+    left: Polynomial
+    right: Polynomial
+    equation: Equation
+
+
 def solve_equations(trace: Trace, values: Mapping[Attribute, int]) -> Solution:
-    """Solve the equations of a trace; freezes, in place, what no proportion can fulfil.
+    """Solve the equations of a trace; freezes, in place, the leaves of equations that no proportion satisfies.
 
     Args:
         trace: The trace.
-        values: Attribute -> the number that it is now.
+        values: Attribute -> its value in the network that was traced.
     """
-    equations = [*trace.equations, *_from_comparisons(trace.comparisons)]
-    quotients: dict[tuple, Axis] = {}
-    while True:  # each round freezes something, or is the last
-        solution = Solution()
-        solver = _Solver(solution, values, quotients)
-        rest = solver.define(equations)
-        if not solver.link(rest):
-            return solution
+    equations = [*trace.equations, *_equalities(trace.comparisons)]
+    quotients: _Quotients = {}
+    while True:
+        # A leaf that gets frozen becomes a constant in every equation, so everything is solved again. Each round but
+        # the last freezes at least one leaf, so the loop ends.
+        solver = _Solver(values, quotients)
+        remaining = solver.define_attributes(equations)
+        if not solver.link_leaves(remaining):
+            return solver.solution
 
 
-def _from_comparisons(comparisons: Iterable[Comparison]) -> Iterable[Equation]:
-    """What was compared and equal stays equal."""
+def _equalities(comparisons: Iterable[Comparison]) -> Iterator[Equation]:
+    """Yield an equation for each pair of expressions that the code compared and found equal."""
     for comparison in comparisons:
-        if comparison.outcome == (comparison.symbol in ("==", "<=", ">=")) and comparison.symbol in ("==", "!="):
+        if (comparison.symbol, comparison.outcome) in (("==", True), ("!=", False)):
             yield Equation(comparison.left, comparison.right, "")
 
 
 class _Solver:
-    def __init__(self, solution: Solution, values: Mapping[Attribute, int], quotients: dict[tuple, Axis]):
-        self.solution = solution
+    """One round of `solve_equations`."""
+
+    def __init__(self, values: Mapping[Attribute, int], quotients: _Quotients):
+        self.solution = Solution()
         self.values = values
         self.quotients = quotients
-        self.divided: list[tuple[Polynomial, Polynomial, Equation]] = []
         self.known: dict[Attribute, Polynomial] = {}
+        # left == quotient x right, for every quotient that is a size of its own
+        self.divisions: list[_SolvedEquation] = []
 
-    def define(self, equations: Iterable[Equation]) -> list[tuple[Polynomial, Polynomial, Equation]]:
-        """Let attributes follow sizes, until nothing new is learnt; give the equations that are left."""
+    def define_attributes(self, equations: Iterable[Equation]) -> list[_SolvedEquation]:
+        """Solve equations for attributes until no equation has an unknown one; returns those solved for none."""
         pending = list(equations)
-        rest: list[tuple[Polynomial, Polynomial, Equation]] = []
-        learns = True
+        remaining: list[_SolvedEquation] = []
+        has_learnt = True
         while pending:
             waiting = []
             for equation in pending:
-                unknown = {atom for side in equation[:2] for atom in atoms(side) if isinstance(atom, Attribute)}
-                unknown -= self.known.keys()
+                unknown = self._unknown_attributes(equation)
                 try:
                     if not unknown:
-                        rest.append((self.value(equation.left), self.value(equation.right), equation))
+                        sides = self.polynomial(equation.left), self.polynomial(equation.right)
+                        remaining.append(_SolvedEquation(*sides, equation))
                     elif len(unknown) == 1:
-                        self._solve(equation, next(iter(unknown)))
-                        learns = True
+                        self._solve_for(unknown.pop(), equation)
+                        has_learnt = True
                     else:
                         waiting.append(equation)
                 except Unsolvable as problem:
-                    self.freeze(equation, str(problem))
-            if not learns and waiting:  # what no equation names alone stays as it is
-                unknown = {atom for side in waiting[0][:2] for atom in atoms(side) if isinstance(atom, Attribute)}
-                attribute = min(unknown - self.known.keys(), key=str)
-                self.known[attribute] = {_CONSTANT: self.values[attribute]}
-            pending, learns = waiting, False
+                    self._freeze_sizes(equation, str(problem))
+            if not has_learnt and waiting:
+                # Every equation has several unknown attributes. One of them keeps its value, so that the rest can be
+                # solved; the choice by text makes the result independent of the order of a set.
+                attribute = min(self._unknown_attributes(waiting[0]), key=str)
+                self.known[attribute] = {CONSTANT: self.values[attribute]}
+            pending = waiting
+            has_learnt = False
         self.solution.attributes = {
-            attribute: polynomial for attribute, polynomial in self.known.items() if set(polynomial) != {_CONSTANT}
+            attribute: polynomial for attribute, polynomial in self.known.items() if set(polynomial) != {CONSTANT}
         }
-        return [*rest, *self.divided]
+        return [*remaining, *self.divisions]
 
-    def freeze(self, equation: Equation, reason: str) -> None:
-        """Let all sizes of an equation stay."""
+    def _unknown_attributes(self, equation: Equation) -> set[Attribute]:
+        sides = (*atoms(equation.left), *atoms(equation.right))
+        return {atom for atom in sides if isinstance(atom, Attribute)} - self.known.keys()
+
+    def _freeze_sizes(self, equation: Equation, reason: str) -> None:
+        """Freeze all sizes of an equation in place."""
         where = equation.module or "the model"
-        for side in equation[:2]:
-            for atom in atoms(side):
-                if isinstance(atom, Axis):
-                    freeze(atom, f"{where} computes a size that cannot be followed ({reason})")
-                else:
-                    for leaf in {leaf for monomial in self.known.get(atom, {}) for leaf in monomial}:
-                        freeze(self.solution.by_id[leaf], f"{where} needs {atom.name} as it is ({reason})")
+        for atom in (*atoms(equation.left), *atoms(equation.right)):
+            if isinstance(atom, Axis):
+                freeze(atom, f"{where} computes a size that cannot be traced ({reason})")
+            else:
+                for leaf in _leaves_of(self.known.get(atom, {})):
+                    freeze(self.solution.by_id[leaf], f"{where} depends on {atom.name} ({reason})")
 
-    def _solve(self, equation: Equation, attribute: Attribute) -> None:
-        """Learn the one unknown attribute of an equation."""
-        left, right = equation[:2]
-        if any(atom == attribute for atom in atoms(right)):
+    def _solve_for(self, attribute: Attribute, equation: Equation) -> None:
+        """Solve an equation for its only unknown attribute.
+
+        Raises:
+            Unsolvable: The attribute occurs several times, is no polynomial, or does not have the value that results.
+        """
+        left, right = equation.left, equation.right
+        if _contains(right, attribute):
             left, right = right, left
-        if any(atom == attribute for atom in atoms(right)):
+        if _contains(right, attribute):
             raise Unsolvable("it occurs on both sides")
-        size = self.value(right)
-        while isinstance(left, Operation):
-            in_left = any(atom == attribute for atom in atoms(left.left))
-            if in_left and any(atom == attribute for atom in atoms(left.right)):
+        size = self.polynomial(right)
+        while isinstance(left, Operation):  # move one operation after the other to the right side
+            in_left = _contains(left.left, attribute)
+            if in_left and _contains(left.right, attribute):
                 raise Unsolvable("it occurs twice")
-            other = self.value(left.right if in_left else left.left)
+            other = self.polynomial(left.right if in_left else left.left)
             try:
-                size = _invert(left.symbol, size, other, in_left=in_left)
+                size = invert(left.symbol, size, other, in_left=in_left)
             except Unsolvable:
                 if left.symbol != "*":
                     raise
-                size = self.quotient(size, other, left)
+                size = self._quotient(size, other, left)
             left = left.left if in_left else left.right
-        now = self.evaluate_now(size)
-        if now != self.values[attribute]:  # a quotient that was rounded
-            raise Unsolvable(f"{attribute.name} is {self.values[attribute]}, not {now}")
+        value = self._current_value(size)
+        if value != self.values[attribute]:  # the code rounded a quotient
+            raise Unsolvable(f"{attribute.name} is {self.values[attribute]}, not {value}")
         self.known[attribute] = size
 
-    def evaluate_now(self, polynomial: Polynomial) -> int:
-        """The number that a polynomial is before any cut."""
+    def _current_value(self, polynomial: Polynomial) -> int:
+        """Compute a polynomial for the widths of the network that was traced."""
         return evaluate(polynomial, {leaf: axis.size for leaf, axis in self.solution.by_id.items()})
 
-    def value(self, expression: Expression) -> Polynomial:
-        """Write an expression as a polynomial."""
+    def polynomial(self, expression: Expression) -> Polynomial:
+        """Write an expression of known attributes as a polynomial.
+
+        Raises:
+            Unsolvable: It is no polynomial.
+        """
         if isinstance(expression, Attribute):
             return self.known[expression]
         if isinstance(expression, Operation):
-            left, right = self.value(expression.left), self.value(expression.right)
+            left, right = self.polynomial(expression.left), self.polynomial(expression.right)
             try:
-                return _combine(expression.symbol, left, right)
+                return combine(expression.symbol, left, right)
             except Unsolvable:
                 if expression.symbol != "//":
                     raise
-                return self.quotient(left, right, expression)
+                return self._quotient(left, right, expression)
         if isinstance(expression, int):
-            return {_CONSTANT: int(expression)}
-        return self.size(expression)
+            return {CONSTANT: int(expression)}
+        return size_polynomial(expression, self.solution.by_id)
 
-    def quotient(self, left: Polynomial, right: Polynomial, expression: Operation) -> Polynomial:
-        """A quotient that is no polynomial as a size of its own: left == quotient x right."""
-        value, rest = divmod(self.evaluate_now(left), self.evaluate_now(right))
-        if rest:
-            raise Unsolvable("a division with a rest")
+    def _quotient(self, left: Polynomial, right: Polynomial, expression: Operation) -> Polynomial:
+        """Represent a quotient that is no polynomial by a leaf of its own, with the equation left == leaf x right."""
+        value, remainder = divmod(self._current_value(left), self._current_value(right))
+        if remainder:
+            raise Unsolvable("a division with a remainder")
         key = tuple(sorted(left.items())), tuple(sorted(right.items()))
         axis = self.quotients.setdefault(key, Axis(value))
-        size = self.size(axis)
-        self.divided.append((left, _combine("*", size, right), Equation(expression, axis, "")))
+        size = size_polynomial(axis, self.solution.by_id)
+        self.divisions.append(_SolvedEquation(left, combine("*", size, right), Equation(expression, axis, "")))
         return size
 
-    def size(self, axis: Axis) -> Polynomial:
-        """Write the size of an axis as a polynomial."""
-        return size_polynomial(axis, self.solution.by_id)
-
-    def link(self, rest: Iterable[tuple[Polynomial, Polynomial, Equation]]) -> bool:
-        """Link the leaves of equations that are left; whether something had to be frozen, so that all changes."""
+    def link_leaves(self, equations: Iterable[_SolvedEquation]) -> bool:
+        """Link the leaves of each equation, or freeze them in place; returns whether a leaf was frozen."""
         has_frozen = False
-        links = self.solution.links
-        for left, right, equation in rest:
-            difference = _combine("-", left, right)
+        for left, right, equation in equations:
+            difference = combine("-", left, right)
             if not difference:
                 continue
             where = f"{equation.module or 'the model'} computes sizes"
-            members = {leaf for monomial in difference for leaf in monomial}
+            leaves = _leaves_of(difference)
             if mixed := [monomial for monomial in difference if len(monomial) > 1]:
-                # C = heads x dims: the heads stay, and C follows the dims.
-                for monomial in mixed:
-                    for leaf in _held(monomial, self.solution.by_id):
-                        freeze(self.solution.by_id[leaf], f"{where} from it and another width")
+                # C = heads x dims: the heads are frozen, then C follows the dims.
+                for leaf in (leaf for monomial in mixed for leaf in _leaves_to_freeze(monomial, self.solution.by_id)):
+                    freeze(self.solution.by_id[leaf], f"{where} from it and another width")
                 has_frozen = True
-            elif _CONSTANT in difference:
-                for leaf in members:
-                    freeze(self.solution.by_id[leaf], f"{where} that no other width fulfils")
-                has_frozen = has_frozen or bool(members)
+            elif CONSTANT in difference:
+                for leaf in leaves:
+                    freeze(self.solution.by_id[leaf], f"{where} that are right for the current width only")
+                has_frozen = has_frozen or bool(leaves)
             else:
-                touching = [link for link in links if link & members]
-                links[:] = [link for link in links if not link & members]
-                links.append(members.union(*touching))
-        for link in links:
-            own = [self.solution.by_id[leaf] for leaf in link]
-            if math.gcd(*(leaf.size for leaf in own)) < 2:
+                self._link(leaves)
+        return self._freeze_indivisible_links() or has_frozen
+
+    def _link(self, leaves: set[int]) -> None:
+        """Add a link, merged with all links that share a leaf with it."""
+        links = self.solution.links
+        overlapping = [link for link in links if link & leaves]
+        links[:] = [link for link in links if not link & leaves]
+        links.append(leaves.union(*overlapping))
+
+    def _freeze_indivisible_links(self) -> bool:
+        """Freeze, in place, the links whose sizes share no divisor: no proportion but 1 keeps them whole."""
+        has_frozen = False
+        for link in self.solution.links:
+            linked = [self.solution.by_id[leaf] for leaf in link]
+            if math.gcd(*(leaf.size for leaf in linked)) < 2:
                 has_frozen = True
-                for leaf in own:
-                    freeze(leaf, "widths that are linked have no common divisor")
+                for leaf in linked:
+                    freeze(leaf, "linked widths have no common divisor")
         return has_frozen
 
 
-def _held(monomial: tuple[int, ...], by_id: Mapping[int, Axis]) -> list[int]:
-    """All but one factor of a product: heads and copies stay, the largest of the others may change."""
+def _contains(expression: Expression, attribute: Attribute) -> bool:
+    return any(atom == attribute for atom in atoms(expression))
+
+
+def _leaves_of(polynomial: Polynomial) -> set[int]:
+    return {leaf for monomial in polynomial for leaf in monomial}
+
+
+def _leaves_to_freeze(monomial: Monomial, by_id: Mapping[int, Axis]) -> list[int]:
+    """Return all leaves of a product but one: the largest that is neither a copy nor a number of heads stays free."""
     order = sorted(set(monomial), key=lambda leaf: (by_id[leaf].is_copy, by_id[leaf].is_batch, -by_id[leaf].size))
     return order[1:] or order
 
 
-def size_polynomial(axis: Axis, by_id: dict[int, Axis]) -> Polynomial:
-    """Write the size of an axis as a polynomial in its free leaves, which are added to `by_id`."""
-    axis = find(axis)
-    if axis.kind == "leaf":
-        if axis.frozen is not None or axis.size == 1:
-            return {_CONSTANT: axis.size}
-        by_id[id(axis)] = axis
-        return {(id(axis),): 1}
-    total = size_polynomial(axis.parts[0], by_id)
-    for part in axis.parts[1:]:
-        total = _combine("*" if axis.kind == "product" else "+", total, size_polynomial(part, by_id))
-    return total
-
-
-def _combine(symbol: str, left: Polynomial, right: Polynomial) -> Polynomial:
-    if symbol in "+-":
-        sign = 1 if symbol == "+" else -1
-        total = dict(left)
-        for monomial, count in right.items():
-            total[monomial] = total.get(monomial, 0) + sign * count
-        return {monomial: count for monomial, count in total.items() if count}
-    if symbol == "*":
-        total = {}
-        for first, one in left.items():
-            for second, two in right.items():
-                monomial = tuple(sorted(first + second))
-                total[monomial] = total.get(monomial, 0) + one * two
-        return {monomial: count for monomial, count in total.items() if count}
-    if set(left) <= {_CONSTANT} and set(right) == {_CONSTANT}:
-        one, two = left.get(_CONSTANT, 0), right[_CONSTANT]
-        value = one // two if symbol == "//" else one % two
-        return {_CONSTANT: value} if value else {}
-    quotient = _divide(left, right)
-    return quotient if symbol == "//" else {}
-
-
-def _divide(left: Polynomial, right: Polynomial) -> Polynomial:
-    """Divide by a monomial, without rest."""
-    if len(right) != 1:
-        raise Unsolvable("a division by a sum")
-    (divisor, factor), quotient = next(iter(right.items())), {}
-    for monomial, count in left.items():
-        remaining = list(monomial)
-        for leaf in divisor:
-            if leaf not in remaining:
-                raise Unsolvable("a division with a rest")
-            remaining.remove(leaf)
-        if count % factor:
-            raise Unsolvable("a division with a rest")
-        quotient[tuple(remaining)] = count // factor
-    return quotient
-
-
-def _invert(symbol: str, size: Polynomial, other: Polynomial, *, in_left: bool) -> Polynomial:
-    """Solve `x symbol other == size`, or `other symbol x == size`, for x."""
-    if symbol == "+":
-        return _combine("-", size, other)
-    if symbol == "-":
-        return _combine("+", size, other) if in_left else _combine("-", other, size)
-    if symbol == "*":
-        return _divide(size, other)
-    if symbol == "//":
-        return _combine("*", size, other) if in_left else _divide(other, size)
-    raise Unsolvable("a remainder")
-
-
-def evaluate(polynomial: Polynomial, sizes: Mapping[int, int]) -> int:
-    """The number that a polynomial is for sizes of leaves, by identity."""
-    return sum(count * math.prod(sizes[leaf] for leaf in monomial) for monomial, count in polynomial.items())
-
-
 def freeze_compared(trace: Trace, solution: Solution) -> bool:
-    """Freeze, in place, sizes that are compared with a number that lies between 1 and them; whether there was one."""
-    found = False
+    """Freeze, in place, sizes that the code compares with a literal of at least 2; returns whether there was one.
+
+    A smaller size could change the outcome of the comparison, and with it the operations that run.
+    """
+    has_frozen = False
     for comparison in trace.comparisons:
-        sides = [comparison.left, comparison.right]
-        numbers = [side for side in sides if isinstance(side, int)]
-        others = [side for side in sides if not isinstance(side, int)]
-        if len(numbers) != 1 or comparison.symbol in ("==", "!=") or numbers[0] < 2:
+        if comparison.symbol in ("==", "!="):
             continue
-        for atom in atoms(others[0]):
-            polynomial = (
-                size_polynomial(atom, solution.by_id) if isinstance(atom, Axis) else solution.attributes.get(atom, {})
-            )
-            for leaf in {leaf for monomial in polynomial for leaf in monomial}:
+        if isinstance(comparison.left, int) == isinstance(comparison.right, int):
+            continue
+        literal, other = comparison.left, comparison.right
+        if isinstance(other, int):
+            literal, other = other, literal
+        if not isinstance(literal, int) or literal < 2:
+            continue
+        for atom in atoms(other):
+            if isinstance(atom, Axis):
+                polynomial = size_polynomial(atom, solution.by_id)
+            else:
+                polynomial = solution.attributes.get(atom, {})
+            for leaf in _leaves_of(polynomial):
                 if solution.by_id[leaf].frozen is None:
-                    freeze(solution.by_id[leaf], f"the code compares it with {numbers[0]}")
-                    found = True
-    return found
+                    freeze(solution.by_id[leaf], f"the code compares it with {literal}")
+                    has_frozen = True
+    return has_frozen

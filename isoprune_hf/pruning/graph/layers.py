@@ -1,7 +1,7 @@
-"""Layer classes by kind, for `isinstance` checks and annotations, and `is_depthwise`.
+"""Layer classes by kind, for `isinstance` checks and annotations, and properties of convolutions.
 
 `torch.nn` has no public name for "a convolution of any number of dims". Its private base classes, as read in torch
-2.12, are named in this module only.
+2.14, are named in this module only.
 """
 
 from typing import TypeGuard
@@ -23,3 +23,11 @@ LAYERS = (nn.Linear, ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Gr
 def is_depthwise(layer: object) -> TypeGuard[ConvNd]:
     """Check whether a layer is a convolution with one input and one output channel per group."""
     return isinstance(layer, ConvNd) and 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
+def convolution_settings(layer: object) -> str:
+    """Return the kernel, stride and groups of a convolution, as in a strict signature; empty for any other layer."""
+    if not isinstance(layer, ConvNd):
+        return ""
+    kernel, stride = ("x".join(map(str, sizes)) for sizes in (layer.kernel_size, layer.stride))
+    return f"(kernel {kernel}, stride {stride}, groups {'all' if is_depthwise(layer) else layer.groups})"

@@ -1,4 +1,4 @@
-"""From the axis graph to coupled groups: which elements of which tensors belong to each free leaf."""
+"""The coupled groups of an axis graph: `couple_axes` names the elements that belong to each free leaf."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -10,124 +10,140 @@ from torch import nn
 
 from isoprune_hf.pruning.graph.axis import Axis, find, leaves
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
-from isoprune_hf.pruning.graph.cells import Cell, rows
+from isoprune_hf.pruning.graph.cells import Cell, unit_positions
 from isoprune_hf.pruning.graph.layers import LAYERS, ConvTransposeNd
-from isoprune_hf.pruning.graph.signatures import Entry, edges, list_entries
+from isoprune_hf.pruning.graph.signatures import Entry, flow_edges, list_entries
+from isoprune_hf.pruning.graph.torch_private import own_buffers, own_parameters
 from isoprune_hf.pruning.groups import CoupledGroup, Member
+
+_Place = tuple[str, int]  # a tensor and one of its dims
 
 
 def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]) -> tuple[CoupledGroup, ...]:
-    """Name the elements of every channel that can leave, in the order of `named_modules`."""
-    builder = _Builder(graph, base, signature)
-    free, found, done = graph.free(), [], set()
+    """Build the coupled groups of a network, in the order of `named_modules`."""
+    builder = _GroupBuilder(graph, base, signature)
+    free = graph.free_leaves()
+    found = []
+    done: set[int] = set()
     for leaf, axis in free.items():
         if leaf in done or leaf in graph.heads:
             continue
         dims = [dim for dim, head in graph.heads.items() if find(head) is axis]
         link = next((link for link in graph.solution.links if leaf in link), None)
         if dims:
-            group = builder.attention(axis, free[dims[0]])
-        elif link:
-            group = builder.linked([free[other] for other in free if other in link])
+            found.append(builder.attention_group(axis, free[dims[0]]))
+            continue
+        if link:
+            group = builder.linked_group([free[other] for other in free if other in link])
             done |= link
         else:
-            group = builder.plain(axis)
+            group = builder.single_group(axis)
         if group is not None:
             found.append(group)
-    return builder.ordered(found)
+    return builder.sort_and_number(found)
 
 
-class _Builder:
+class _GroupBuilder:
+    """Builds groups from leaves; knows the modules of the network and their order."""
+
     def __init__(self, graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]):
         self.graph = graph
         self.signature = signature
         self.members = graph.members
         self.modules = dict(base.named_modules())
         self.order = {name: position for position, name in enumerate(self.modules)}
-        # Leaf -> the module that multiplies two activations along it: the dims of an attention.
+        # Leaf -> the module that multiplies two activations along it, which makes it the dims of an attention.
         self.attended = {
             id(leaf): product.module
-            for product in graph.trace.products
+            for product in graph.trace.matrix_products
             if not product.has_weight
             for axis in product.sizes[-2:]
             for leaf in leaves(axis)
             if leaf.frozen is None
         }
 
-    def plain(self, leaf: Axis) -> CoupledGroup | None:
-        """A group of one leaf."""
-        return self._group([(leaf, leaf.size)], leaf.size)
+    def single_group(self, leaf: Axis) -> CoupledGroup | None:
+        """Build the group of one leaf; None if no layer reads its channels."""
+        return self._group([leaf], leaf.size)
 
-    def linked(self, leaves: list[Axis]) -> CoupledGroup | None:
-        """A group of leaves that must leave in the same proportion: each unit holds as large a share of each."""
-        units = int(np.gcd.reduce([leaf.size for leaf in leaves]))
-        return self._group([(leaf, units) for leaf in leaves], units)
+    def linked_group(self, linked: list[Axis]) -> CoupledGroup | None:
+        """Build the group of linked leaves; each unit holds an equal share of each. None if no layer reads them."""
+        return self._group(linked, int(np.gcd.reduce([leaf.size for leaf in linked])))
 
-    def _group(self, parts: list[tuple[Axis, int]], units: int) -> CoupledGroup | None:
-        index: dict[tuple[str, int], list[np.ndarray]] = {}
-        for leaf, _ in parts:
-            for key, found in self.members.get(id(leaf), {}).items():
-                index.setdefault(key, []).append(rows(found, {id(leaf): 1}, leaf.size).reshape(units, -1))
-        members = self._sorted({key: np.concatenate(parts, axis=1) for key, parts in index.items()})
+    def _group(self, own: list[Axis], units: int) -> CoupledGroup | None:
+        index: dict[_Place, list[np.ndarray]] = {}
+        for leaf in own:
+            for place, found in self.members.get(id(leaf), {}).items():
+                positions = unit_positions(found, {id(leaf): 1}, leaf.size)
+                index.setdefault(place, []).append(positions.reshape(units, -1))
+        members = self._sorted_members({place: np.concatenate(parts, axis=1) for place, parts in index.items()})
         entries = list_entries(members, self.modules)
         if all(entry.side == "out" for entry in entries):
-            return None  # nothing reads them
-        own = [leaf for leaf, _ in parts]
+            return None
         inside = f"{self.attended.get(id(own[0]), '-')}."
         if len(own) == 1 and all(member.parameter.startswith(inside) for member in members):
-            # One head, or heads that stay: still dims of an attention, which compete with their kind.
+            # An attention with a single head, or with frozen heads: its dims compete with those of other attentions.
             heads = int(min(member.index.shape[1] for member in members) == 1)
-            label = "|".join(entry.label for entry in entries)
-            path = _common_path(member.parameter.rpartition(".")[0] for member in members)
-            return CoupledGroup(path, f"Attention:{label}", units, members, heads)
+            return CoupledGroup(_common_path(_owners(members)), _attention_signature(entries), units, members, heads)
         return CoupledGroup(self._writer(members), self._sign(entries, own), units, members)
 
     def _sign(self, entries: list[Entry], leaves: list[Axis]) -> str:
         if self.signature == "paper":
             return "|".join(entry.label for entry in entries)
-        return "|".join(entry.strict for entry in entries) + "#" + edges(self.graph, entries, leaves)
+        return "|".join(entry.strict for entry in entries) + "#" + flow_edges(self.graph, entries, leaves)
 
-    def attention(self, head: Axis, dim: Axis) -> CoupledGroup:
-        """A group of heads and their dims."""
-        both: dict[tuple[str, int], list[Cell]] = {}
-        alone: dict[int, dict[tuple[str, int], list[Cell]]] = {id(head): {}, id(dim): {}}
-        for leaf, other in ((head, dim), (dim, head)):
-            for key, found in self.members[id(leaf)].items():
-                for cell in found:
-                    if id(other) not in cell.labels:
-                        alone[id(leaf)].setdefault(key, []).append(cell)
-                    elif leaf is head:
-                        both.setdefault(key, []).append(cell)
+    def attention_group(self, head: Axis, dim: Axis) -> CoupledGroup:
+        """Build the group of heads and their dims."""
+        shared, head_only, dim_only = self._split_members(head, dim)
         channels = head.size * dim.size
-        labels = {id(head): dim.size, id(dim): 1}
-        members = self._sorted({key: rows(found, labels, channels) for key, found in both.items()})
-        whole, dims = (
-            self._sorted({key: rows(found, {id(leaf): 1}, leaf.size) for key, found in alone[id(leaf)].items()})
-            for leaf in (head, dim)
+        strides = {id(head): dim.size, id(dim): 1}
+        members = self._sorted_members(
+            {place: unit_positions(found, strides, channels) for place, found in shared.items()}
         )
-        own = {member.parameter.rpartition(".")[0] for member in (*members, *whole, *dims)}
-        path = _common_path(own)
-        entries = list_entries((*members, *whole, *dims), self.modules)
-        label = "|".join(entry.label for entry in entries)
-        return CoupledGroup(path, f"Attention:{label}", channels, members, head.size, whole, dims)
+        head_members, dim_members = (
+            self._sorted_members(
+                {place: unit_positions(found, {id(leaf): 1}, leaf.size) for place, found in own.items()}
+            )
+            for leaf, own in ((head, head_only), (dim, dim_only))
+        )
+        everything = (*members, *head_members, *dim_members)
+        signature = _attention_signature(list_entries(everything, self.modules))
+        path = _common_path(set(_owners(everything)))
+        return CoupledGroup(path, signature, channels, members, head.size, head_members, dim_members)
 
-    def _sorted(self, index: Mapping[tuple[str, int], np.ndarray]) -> tuple[Member, ...]:
-        def place(key: tuple[str, int]) -> tuple[int, int, int]:
-            return self.order[key[0].rpartition(".")[0]], key[1] if self._is_layer(key[0]) else 0, self._rank(key[0])
+    def _split_members(
+        self, head: Axis, dim: Axis
+    ) -> tuple[dict[_Place, list[Cell]], dict[_Place, list[Cell]], dict[_Place, list[Cell]]]:
+        """Return the cells of both leaves, of the heads only, and of the dims only."""
+        shared: dict[_Place, list[Cell]] = {}
+        head_only: dict[_Place, list[Cell]] = {}
+        dim_only: dict[_Place, list[Cell]] = {}
+        for place, found in self.members[id(head)].items():
+            for cell in found:
+                (shared if id(dim) in cell.labels else head_only).setdefault(place, []).append(cell)
+        for place, found in self.members[id(dim)].items():
+            for cell in found:
+                if id(head) not in cell.labels:
+                    dim_only.setdefault(place, []).append(cell)
+        return shared, head_only, dim_only
 
-        return tuple(Member(name, dim, index[name, dim]) for name, dim in sorted(index, key=place))
+    def _sorted_members(self, index: Mapping[_Place, np.ndarray]) -> tuple[Member, ...]:
+        """Return members by module, then by dim for layers, then by the order of a module's tensors."""
 
-    def _rank(self, name: str) -> int:
-        owner = self.modules[name.rpartition(".")[0]]
-        leaf = name.rpartition(".")[2]
-        names = [*owner._parameters, *owner._buffers]
+        def rank(place: _Place) -> tuple[int, int, int]:
+            name, dim = place
+            owner = name.rpartition(".")[0]
+            return self.order[owner], dim if isinstance(self.modules[owner], LAYERS) else 0, self._tensor_rank(name)
+
+        return tuple(Member(name, dim, index[name, dim]) for name, dim in sorted(index, key=rank))
+
+    def _tensor_rank(self, name: str) -> int:
+        path, _, leaf = name.rpartition(".")
+        names = [*own_parameters(self.modules[path]), *own_buffers(self.modules[path])]
         return names.index(leaf) if leaf in names else len(names)
 
-    def _is_layer(self, name: str) -> bool:
-        return isinstance(self.modules[name.rpartition(".")[0]], LAYERS)
-
     def _writer(self, members: Iterable[Member]) -> str:
-        """The first layer that writes the channels; else the first that holds them."""
+        """Return the first layer that writes the channels, else the first module that has them."""
         members = list(members)
         for member in members:
             path, _, leaf = member.parameter.rpartition(".")
@@ -137,8 +153,8 @@ class _Builder:
                 return path
         return members[0].parameter.rpartition(".")[0] or members[0].parameter
 
-    def ordered(self, groups: list[CoupledGroup]) -> tuple[CoupledGroup, ...]:
-        """Sort by module, and tell groups of one module apart by a number."""
+    def sort_and_number(self, groups: list[CoupledGroup]) -> tuple[CoupledGroup, ...]:
+        """Sort groups by module; the second and later groups of a module get a number behind their names."""
         count: dict[str, int] = {}
         named = []
         for group in sorted(groups, key=lambda group: self.order.get(group.name, -1)):
@@ -148,8 +164,16 @@ class _Builder:
         return tuple(named)
 
 
+def _attention_signature(entries: Iterable[Entry]) -> str:
+    return "Attention:" + "|".join(entry.label for entry in entries)
+
+
+def _owners(members: Iterable[Member]) -> list[str]:
+    return [member.parameter.rpartition(".")[0] for member in members]
+
+
 def _common_path(paths: Iterable[str]) -> str:
-    """The innermost module that holds all of these."""
+    """Return the path of the innermost module that contains all of these modules."""
     shared = itertools.takewhile(
         lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False)
     )

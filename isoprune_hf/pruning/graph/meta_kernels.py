@@ -1,25 +1,27 @@
-"""Outputs of common operations on the meta device, made directly.
+"""Fast meta-device kernels of common operations: `run_op`.
 
-A kernel of the meta device takes as long as a real one of a small model, most of it for checks of types and strides; a
-trace needs the shape alone. Where arguments are not of the plain kind, there is no shortcut.
+A kernel of torch on the meta device takes as long as a real one of a small model, mostly for checks of types and
+strides, while a trace only needs the shape of the output. Each function here returns the output of one operation, or
+None for arguments that it does not cover; these go to the kernel of torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
+from isoprune_hf.pruning.graph.torch_private import OpOverload, aten
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
-    """A contiguous output; `new_empty` and `empty_like` run Python code on the meta device."""
+    """Return a contiguous output; `new_empty` and `empty_like` would run Python code on the meta device."""
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 def _like(x: Tensor) -> Tensor:
-    """An output that lies in memory as its input."""
+    """Return an output with the memory layout of its input."""
     return _empty(x, *x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
@@ -31,8 +33,8 @@ def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
-def _meets(x: Any, y: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the output is as x, whatever y is."""
+def _broadcasts_into(x: Any, y: Any, kwargs: dict[str, Any]) -> bool:
+    """Check whether the output of a binary operation has the shape and dtype of x."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or kwargs.keys() - {"alpha"}:
         return False
     if not isinstance(y, Tensor):
@@ -42,11 +44,11 @@ def _meets(x: Any, y: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _binary(x: Any, y: Any, **kwargs: Any) -> Tensor | None:
-    return _like(x) if _meets(x, y, kwargs) else None
+    return _like(x) if _broadcasts_into(x, y, kwargs) else None
 
 
 def _binary_in_place(x: Tensor, y: Any, **kwargs: Any) -> Tensor | None:
-    return x if _meets(x, y, kwargs) else None
+    return x if _broadcasts_into(x, y, kwargs) else None
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
@@ -87,19 +89,19 @@ def _convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
     transposed: bool,
-    _: Any,
+    output_padding: Any,
     groups: int,
 ) -> Tensor | None:
     sides = x.ndim - 2
-    if not transposed and weight.shape[0] % groups:  # the kernel of the meta device does not mind
+    if not transposed and weight.shape[0] % groups:  # torch's kernel on the meta device does not check this
         raise RuntimeError(f"{weight.shape[0]} outputs of a convolution do not divide into {groups} groups")
     fits = x.shape[1] == weight.shape[1] * groups
     if transposed or not fits or (bias is not None and bias.shape != weight.shape[:1]):
         return None
-    stride, padding, dilation = (v if len(v) == sides else list(v) * sides for v in (stride, padding, dilation))
+    strides, pads, holes = (v if len(v) == sides else list(v) * sides for v in (stride, padding, dilation))
     shape = [
         (size + 2 * pad - hole * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, hole in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for size, kernel, step, pad, hole in zip(x.shape[2:], weight.shape[2:], strides, pads, holes, strict=True)
     ]
     return _empty(x, x.shape[0], weight.shape[0], *shape) if min(shape) > 0 else None
 
@@ -107,7 +109,7 @@ def _convolution(
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...] | None:
     fits = list(x.shape[-len(shape) :]) == list(shape)
     fits = fits and all(part is None or list(part.shape) == list(shape) for part in (weight, bias))
-    # A contiguous output, as the real kernel gives, whatever the input is.
+    # The output is contiguous, whatever the input is, as that of the real kernel.
     return (_empty(x, *x.shape), _empty(x, 1), _empty(x, 1)) if fits else None
 
 
@@ -117,45 +119,32 @@ def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
     return (_like(x), _empty(x, 0), _empty(x, 0)) if fits and not is_training else None
 
 
-SHORTCUTS: dict[Any, Callable[..., Any]] = {
-    **{
-        getattr(_aten, name).default: _unary
-        for name in (
-            "gelu",
-            "relu",
-            "sigmoid",
-            "silu",
-            "tanh",
-            "hardswish",
-            "hardsigmoid",
-            "exp",
-            "hardtanh",
-            "_softmax",
-        )
-    },
-    **{
-        getattr(_aten, name).default: _in_place
-        for name in ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")
-    },
-    **{getattr(_aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
-    **{getattr(_aten, name).Tensor: _binary_in_place for name in ("add_", "sub_", "mul_", "div_")},
-    _aten.cat.default: _cat,
-    _aten.roll.default: _roll,
-    _aten.mm.default: _mm,
-    _aten.addmm.default: _addmm,
-    _aten.bmm.default: _bmm,
-    _aten.convolution.default: _convolution,
-    _aten.native_layer_norm.default: _layer_norm,
-    _aten.native_batch_norm.default: _batch_norm,
-    _aten._native_batch_norm_legit_no_training.default: _batch_norm,
-}
+_UNARY = ("gelu", "relu", "sigmoid", "silu", "tanh", "hardswish", "hardsigmoid", "exp", "hardtanh", "_softmax")
+_UNARY_IN_PLACE = ("relu_", "silu_", "hardswish_", "hardsigmoid_", "hardtanh_")
+_KERNELS: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType(
+    {
+        **{getattr(aten, name).default: _unary for name in _UNARY},
+        **{getattr(aten, name).default: _in_place for name in _UNARY_IN_PLACE},
+        **{getattr(aten, name).Tensor: _binary for name in ("add", "sub", "mul", "div")},
+        **{getattr(aten, name).Tensor: _binary_in_place for name in ("add_", "sub_", "mul_", "div_")},
+        aten.cat.default: _cat,
+        aten.roll.default: _roll,
+        aten.mm.default: _mm,
+        aten.addmm.default: _addmm,
+        aten.bmm.default: _bmm,
+        aten.convolution.default: _convolution,
+        aten.native_layer_norm.default: _layer_norm,
+        aten.native_batch_norm.default: _batch_norm,
+        aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    }
+)
 
 
-def run(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> Any:
-    """Run an operation, on the meta device by a shortcut where there is one."""
-    shortcut = SHORTCUTS.get(func)
-    if shortcut is not None and all(part.is_meta for part in args if isinstance(part, Tensor)):
-        out = shortcut(*args, **(kwargs or {}))
+def run_op(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an aten operation; on the meta device by a kernel of this module if there is one for its arguments."""
+    kernel = _KERNELS.get(func)
+    if kernel is not None and all(part.is_meta for part in args if isinstance(part, Tensor)):
+        out = kernel(*args, **kwargs)
         if out is not None:
             return out
-    return func(*args, **(kwargs or {}))
+    return func(*args, **kwargs)

@@ -1,4 +1,8 @@
-"""Signatures: what a coupled group is built of, so that equal groups can compete."""
+"""Signatures of coupled groups: `list_entries` and `flow_edges`.
+
+Groups with equal signatures form one isomorphic class, within which channels compete. A signature has one entry for
+each layer, and the side of the layer, that the channels of a group touch.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -7,8 +11,8 @@ from torch import nn
 
 from isoprune_hf.pruning.graph.axis import Axis, leaves
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
-from isoprune_hf.pruning.graph.layers import LAYERS, ConvNd, ConvTransposeNd, is_depthwise
-from isoprune_hf.pruning.graph.trace import Step
+from isoprune_hf.pruning.graph.layers import LAYERS, ConvNd, ConvTransposeNd, convolution_settings, is_depthwise
+from isoprune_hf.pruning.graph.trace import TracedOp
 from isoprune_hf.pruning.groups import Member
 
 
@@ -16,10 +20,10 @@ class Entry(NamedTuple):
     """One entry of a signature.
 
     Args:
-        owner: Path of the layer, or name of the loose parameter.
+        owner: Path of the layer, or name of a parameter that belongs to no layer (a loose parameter).
         side: out, in, or depthwise; empty for a loose parameter.
-        label: What the paper's signature says.
-        strict: What the strict one says.
+        label: Text of the entry in a paper signature.
+        strict: Text of the entry in a strict signature.
     """
 
     owner: str
@@ -29,7 +33,7 @@ class Entry(NamedTuple):
 
 
 def list_entries(members: Iterable[Member], modules: Mapping[str, nn.Module]) -> list[Entry]:
-    """One entry for each side of a layer that is touched, and for each loose parameter."""
+    """Return one entry for each side of a layer among the members, and for each loose parameter."""
     seen: dict[tuple[str, str], Entry] = {}
     for member in members:
         path, _, leaf = member.parameter.rpartition(".")
@@ -39,7 +43,7 @@ def list_entries(members: Iterable[Member], modules: Mapping[str, nn.Module]) ->
             continue
         side = _side(layer, leaf, member.dim)
         label = f"{type(layer).__name__}.{side}"
-        seen.setdefault((path, side), Entry(path, side, label, label + _build(layer)))
+        seen.setdefault((path, side), Entry(path, side, label, label + convolution_settings(layer)))
     return list(seen.values())
 
 
@@ -50,63 +54,66 @@ def _side(layer: nn.Module, leaf: str, dim: int) -> str:
     return "in" if reads and isinstance(layer, nn.Linear | ConvNd) else "out"
 
 
-def _build(layer: nn.Module) -> str:
-    if not isinstance(layer, ConvNd):
-        return ""
-    kernel, stride = ("x".join(map(str, sizes)) for sizes in (layer.kernel_size, layer.stride))
-    return f"(kernel {kernel}, stride {stride}, groups {'all' if is_depthwise(layer) else layer.groups})"
+def flow_edges(graph: AxisGraph, entries: Sequence[Entry], axes: Sequence[Axis]) -> str:
+    """Return the edges of a strict signature, as `0>1,1>2`.
 
+    There is an edge where channels flow from one entry to another and pass no other entry. Loose parameters only
+    begin edges, because the operation that reads one passes its other input on.
 
-def edges(graph: AxisGraph, entries: Sequence[Entry], axes: Sequence[Axis]) -> str:
-    """Pairs of entries that are joined without another of them in between, as `0>1,1>2`.
-
-    Loose parameters only begin an edge: the operation that reads them hands its input on.
+    Args:
+        graph: The graph of the network.
+        entries: Entries of the group.
+        axes: Leaves of the group.
     """
-    steps, wanted = graph.trace.steps, set(map(id, axes))
+    ops = graph.trace.ops
+    wanted = set(map(id, axes))
     readers: dict[int, list[int]] = {}
-    for number, step in enumerate(steps):
-        for source in step.source.steps:
+    for number, op in enumerate(ops):
+        for source in op.source.ops:
             readers.setdefault(source, []).append(number)
-    place = {(entry.owner, entry.side): position for position, entry in enumerate(entries)}
-    found = set()
-    for number, step in enumerate(steps):
-        begins = _entries_of(step, place, ("out", "depthwise", ""))
-        if begins and _holds(step, wanted):
-            found |= {(begin, end) for begin in begins for end in _reached(number, steps, readers, place, wanted)}
-    return ",".join(f"{begin}>{end}" for begin, end in sorted(found))
+    places = {(entry.owner, entry.side): position for position, entry in enumerate(entries)}
+    edges = set()
+    for number, op in enumerate(ops):
+        begins = _entries_of(op, places, ("out", "depthwise", ""))
+        if begins and _carries(op, wanted):
+            ends = _entries_after(number, ops, readers, places, wanted)
+            edges |= {(begin, end) for begin in begins for end in ends}
+    return ",".join(f"{begin}>{end}" for begin, end in sorted(edges))
 
 
-def _entries_of(step: Step, place: Mapping[tuple[str, str], int], sides: Sequence[str]) -> list[int]:
-    """Entries of the tensors that a step reads, of the first of the sides that each has."""
+def _entries_of(op: TracedOp, places: Mapping[tuple[str, str], int], sides: Sequence[str]) -> list[int]:
+    """Return the entry of each tensor that an operation reads: that of the first of `sides` that has one."""
     found = []
-    for name in step.source.tensors:
+    for name in op.source.tensors:
         keys = [(name, side) if side == "" else (name.rpartition(".")[0], side) for side in sides]
-        found += [place[key] for key in keys if key in place][:1]
+        found += [places[key] for key in keys if key in places][:1]
     return found
 
 
-def _reached(
+def _entries_after(
     start: int,
-    steps: Sequence[Step],
+    ops: Sequence[TracedOp],
     readers: Mapping[int, Sequence[int]],
-    place: Mapping[tuple[str, str], int],
+    places: Mapping[tuple[str, str], int],
     wanted: set[int],
 ) -> set[int]:
-    """Entries where channels of a step arrive."""
-    reached, pending, seen = set(), [start], {start}
+    """Return the entries that the channels of operation `start` reach first."""
+    reached: set[int] = set()
+    pending = [start]
+    seen = {start}
     while pending:
         for number in readers.get(pending.pop(), ()):
             if number in seen:
                 continue
             seen.add(number)
-            ends = _entries_of(steps[number], place, ("in", "depthwise", "out"))
+            ends = _entries_of(ops[number], places, ("in", "depthwise", "out"))
             if ends:
                 reached |= set(ends)
-            elif _holds(steps[number], wanted):
+            elif _carries(ops[number], wanted):
                 pending.append(number)
     return reached
 
 
-def _holds(step: Step, wanted: set[int]) -> bool:
-    """Whether the channels lie in an output."""
-    return any(id(leaf) in wanted for axes in step.outputs for axis in axes for leaf in leaves(axis))
+def _carries(op: TracedOp, wanted: set[int]) -> bool:
+    """Check whether an output of an operation has one of the leaves."""
+    return any(id(leaf) in wanted for axes in op.outputs for axis in axes for leaf in leaves(axis))

@@ -1,4 +1,7 @@
-"""What one forward pass has shown: axes of tensors, equations between sizes, matrix products, operations."""
+"""The record of one forward pass: axes of tensors, equations between sizes, matrix products, operations.
+
+`tracer.trace_network` fills a `Trace`. The rules of operations call its methods, which tie, split and freeze axes.
+"""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -7,30 +10,30 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from isoprune_hf.pruning.graph.axis import Axis, Conflict, cut, find, freeze, frozen, is_frozen, unify
+from isoprune_hf.pruning.graph.axis import Axis, find, freeze, frozen_axis, is_frozen, reason_of
+from isoprune_hf.pruning.graph.tensor_notes import Source, read_note
 from isoprune_hf.pruning.graph.traced_int import Comparison, Expression
+from isoprune_hf.pruning.graph.unify import Conflict, split_at, unify
 
 Axes = tuple[Axis, ...]
-ONE = frozen(1, "one element")
-_UNKNOWN = (None, ())
-_NOWHERE = (None, None)
+ONE = frozen_axis(1, "one element")
 
 
 class Equation(NamedTuple):
-    """Two expressions that are the same number, and the module that said so."""
+    """Two expressions with the same value, and the path of the module whose code states it."""
 
     left: Expression
     right: Expression
     module: str
 
 
-class Product(NamedTuple):
-    """A matrix product or convolution: as many multiply-accumulates as the product of the sizes.
+class MatrixProduct(NamedTuple):
+    """A matrix product or convolution; it makes as many multiply-accumulates as the product of its sizes.
 
     Args:
-        module: Path of the module that makes it.
-        sizes: Axes; an element of each factor is used with each of the others.
-        has_weight: One side is a parameter.
+        module: Path of the module that computes it.
+        sizes: Axes of the rows, columns and so on; the last but one is summed over in a product of two activations.
+        has_weight: One side is a parameter or buffer.
     """
 
     module: str
@@ -38,18 +41,15 @@ class Product(NamedTuple):
     has_weight: bool
 
 
-class Source(NamedTuple):
-    """Where the values of a tensor come from: numbers of the steps that made it, and tensors of the network.
+class TracedOp(NamedTuple):
+    """An operation that computes values.
 
-    The image is step -1. What has neither does not come from the image or the network.
+    Args:
+        name: Its name in aten.
+        module: Path of the module that ran it.
+        outputs: The axes of each output.
+        source: Where its inputs come from.
     """
-
-    steps: frozenset[int] = frozenset()
-    tensors: frozenset[str] = frozenset()
-
-
-class Step(NamedTuple):
-    """An operation as it was run: its name, its module, the axes of its outputs, and what it was given."""
 
     name: str
     module: str
@@ -59,129 +59,127 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Trace:
-    """What one forward pass has shown.
+    """The record of one forward pass.
 
     Args:
-        tensors: Parameter or buffer -> its axes; those that no operation has read are not there.
-        equations: What numbers in the code say about sizes.
-        comparisons: Numbers that the code has compared.
-        products: All matrix products and convolutions.
-        steps: All operations that compute, in order.
-        unknown: Operations that no rule knows; all that they touch is frozen.
-        names: Tensor of the network, by identity -> its name.
-        modules: Paths of the modules that run, the innermost last.
+        tensors: Parameter or buffer -> its axes; tensors that no operation read are missing.
+        equations: Statements of the code about sizes.
+        comparisons: Comparisons of traced integers made by the code.
+        matrix_products: All matrix products and convolutions.
+        ops: All operations that compute values, in order.
+        unknown: Operation without a rule -> number of calls; all axes that it touched are frozen.
+        group_axis: The groups of the last convolution or norm that has groups; `ONE` if each group is all channels.
+        names: Identity of a tensor of the network -> (name, tensor); the tensor is kept so that its identity stays.
+        modules: Paths of the modules that are running, the innermost last.
     """
 
     tensors: dict[str, Axes] = field(default_factory=dict)
     equations: list[Equation] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
-    products: list[Product] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    matrix_products: list[MatrixProduct] = field(default_factory=list)
+    ops: list[TracedOp] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
-    groups: Axis = ONE  # of the last convolution or norm that has groups
-    names: dict[int, tuple[str, Tensor]] = field(default_factory=dict)  # the tensors are held, so that ids stay
+    group_axis: Axis = ONE
+    names: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=lambda: [""])
 
     def axes(self, x: Tensor) -> Axes:
-        """The axes of a tensor, resolved."""
-        owner, axes = getattr(x, "_axes", _UNKNOWN)
-        if owner is not self:  # none, or those of another trace in a tensor that somebody keeps
-            name, _ = self.names.get(id(x), (None, None))
-            if name is None:
-                return tuple(frozen(size, "a constant") if size != 1 else ONE for size in x.shape)
-            axes = self.tensors.get(name)
-            if axes is None:
-                axes = self.tensors[name] = tuple(Axis(size) if size != 1 else ONE for size in x.shape)
+        """Return the axes of a tensor, after all unifications so far."""
+        note = read_note(x)
+        if note.owner is self:
+            return tuple(map(find, note.axes))
+        name, _ = self.names.get(id(x), (None, None))
+        if name is None:
+            return self.frozen_axes(x, "a constant")
+        axes = self.tensors.get(name)
+        if axes is None:
+            axes = self.tensors[name] = tuple(Axis(size) if size != 1 else ONE for size in x.shape)
         return tuple(map(find, axes))
 
     def tie(self, axes: Iterable[Axis]) -> Axis:
-        """Make axes the same one; where they cannot be, freeze them. Size 1 meets anything."""
+        """Make axes the same axis and return it; those that cannot be are frozen. Axes of size 1 are skipped."""
         axes = [find(axis) for axis in axes]
         first = max(axes, key=lambda axis: axis.size)
         for axis in axes:
             if axis.size == first.size and find(axis) is not find(first):
                 if is_frozen(first) or is_frozen(axis):
-                    known, other = (first, axis) if is_frozen(first) else (axis, first)
-                    freeze(other, reason_of(known))
+                    fixed, other = (first, axis) if is_frozen(first) else (axis, first)
+                    freeze(other, reason_of(fixed))
                     continue
                 try:
                     unify(first, axis)
                 except Conflict as conflict:
                     for one in (first, axis):
-                        freeze(one, f"parts that do not fit ({conflict})")
+                        freeze(one, f"its parts do not align ({conflict})")
         return find(first)
 
-    def cut(self, axis: Axis, points: Sequence[int]) -> list[Axis]:
-        """Cut an axis at points; where it cannot be, freeze it."""
+    def split_at(self, axis: Axis, points: Sequence[int]) -> list[Axis]:
+        """Split an axis at points and return its parts; freezes the axis if it cannot be split."""
         points = sorted({0, *points, axis.size})
         if not is_frozen(axis):
             try:
-                return cut(axis, points)
+                return split_at(axis, points)
             except Conflict as conflict:
                 freeze(axis, str(conflict))
         reason = reason_of(axis)
-        return [frozen(high - low, reason) for low, high in itertools.pairwise(points)]
+        return [frozen_axis(high - low, reason) for low, high in itertools.pairwise(points)]
 
-    def fresh(self, out: Tensor, reason: str) -> Axes:
-        """Axes that nothing can leave from."""
-        return tuple(frozen(size, reason) if size != 1 else ONE for size in out.shape)
+    def frozen_axes(self, out: Tensor, reason: str) -> Axes:
+        """Return new frozen axes for a tensor."""
+        return tuple(frozen_axis(size, reason) if size != 1 else ONE for size in out.shape)
 
-    def give_up(self, tensors: Iterable[Tensor], out: Any, reason: str) -> Axes | list[Axes]:
-        """Freeze all that an operation touches."""
-        for tensor in tensors:
+    def freeze_inputs(self, inputs: Iterable[Tensor], reason: str) -> None:
+        """Freeze all axes of tensors."""
+        for tensor in inputs:
             for axis in self.axes(tensor):
                 freeze(axis, reason)
-        if isinstance(out, Tensor):
-            return self.fresh(out, reason)
-        return [self.fresh(part, reason) for part in out if isinstance(part, Tensor)]
 
-    def outputs(self, out: Any, axes: Axes) -> Axes | list[Axes]:
-        """The same axes for the outputs of their shape; statistics beside them stay as they are."""
+    def freeze_all(self, inputs: Iterable[Tensor], out: Any, reason: str) -> Axes | list[Axes]:
+        """Freeze all axes of the inputs of an operation, and return frozen axes for its outputs."""
+        self.freeze_inputs(inputs, reason)
+        if isinstance(out, Tensor):
+            return self.frozen_axes(out, reason)
+        return [self.frozen_axes(part, reason) for part in out if isinstance(part, Tensor)]
+
+    def output_axes(self, out: Any, axes: Axes) -> Axes | list[Axes]:
+        """Return `axes` for every output of their shape, and frozen axes for the other outputs (statistics)."""
         if isinstance(out, Tensor):
             return axes
         shape = [axis.size for axis in axes]
         return [
-            axes if list(part.shape) == shape else self.fresh(part, "statistics")
+            axes if list(part.shape) == shape else self.frozen_axes(part, "statistics")
             for part in out
             if isinstance(part, Tensor)
         ]
 
-    def state(self, size: Expression, axis: Axis) -> None:
-        """Note that a number is the size of an axis; a literal freezes it."""
+    def equate_size(self, size: Expression, axis: Axis) -> None:
+        """Record that an expression is the size of an axis; a literal freezes the axis."""
         axis = find(axis)
         if isinstance(size, Axis) and find(size) is axis:
             return
         if isinstance(size, int):
             if size == axis.size:
-                freeze(axis, f"the code of {self.modules[-1] or 'the model'} says {size}")
+                freeze(axis, f"the code of {self.modules[-1] or 'the model'} uses the literal {size}")
         elif not is_frozen(axis) or not isinstance(size, Axis) or not is_frozen(size):
-            self.equations.append(Equation(size, axis, self.modules[-1]))
+            self.equate(size, axis)
 
     def equate(self, left: Expression, right: Expression) -> None:
-        """Note that two numbers are the same."""
+        """Record that two expressions have the same value."""
         self.equations.append(Equation(left, right, self.modules[-1]))
 
-    def count(self, sides: Sequence[Tensor], sizes: Axes) -> None:
-        """Note a matrix product or convolution."""
+    def add_matrix_product(self, sides: Sequence[Tensor], sizes: Axes) -> None:
+        """Record a matrix product or convolution of two tensors."""
         has_weight = any(self.is_weight(side) for side in sides)
-        self.products.append(Product(self.modules[-1], sizes, has_weight))
+        self.matrix_products.append(MatrixProduct(self.modules[-1], sizes, has_weight))
 
     def source(self, x: Tensor) -> Source:
-        """Where the values of a tensor come from."""
+        """Return the source of a tensor; it is empty for tensors from outside the image and the network."""
         if id(x) in self.names:
             return Source(tensors=frozenset((self.names[id(x)][0],)))
-        owner, source = getattr(x, "_source", _NOWHERE)
-        return source if owner is self else Source()
+        note = read_note(x)
+        return note.source if note.owner is self else Source()
 
     def is_weight(self, x: Tensor) -> bool:
-        """Whether a tensor is one of the network, or a view of one."""
+        """Check whether a tensor is a parameter or buffer of the network, or a view of one."""
         source = self.source(x)
-        return bool(source.tensors) and not source.steps
-
-
-def reason_of(axis: Axis) -> str:
-    """Why nothing can leave from a frozen axis."""
-    axis = find(axis)
-    while axis.kind != "leaf":
-        axis = find(axis.parts[0])
-    return axis.frozen or "one element"
+        return bool(source.tensors) and not source.ops

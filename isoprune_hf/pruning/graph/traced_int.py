@@ -1,27 +1,47 @@
-"""Integers that remember where they come from: an attribute of a module, the size of an axis, or arithmetic on these.
+"""Integers that record where they come from: `TracedInt`, and `mark_attributes` to put them into a network.
 
-A module computes sizes from numbers that it keeps (`num_heads`) and from shapes (`x.shape`), and hands them to views
-and splits. An `Integer` is an int like any other, so the code runs as it is; what it hands over says which attribute,
-or which axis, the number was.
+A module computes sizes from its integer attributes (`num_heads`) and from shapes (`x.shape`), and passes them to views
+and splits. A `TracedInt` is an int with the expression that it was computed by, so the code of the network runs
+unchanged and the tracer can read which attribute or axis each size came from. The operators `+ - * // %` extend the
+expression; comparisons are recorded. Any other operation returns a plain number.
 """
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from isoprune_hf.pruning.graph.axis import Axis
 
+ArithmeticSymbol = Literal["+", "-", "*", "//", "%"]
+ComparisonSymbol = Literal["==", "!=", "<", "<=", ">", ">="]
+ARITHMETIC: Mapping[ArithmeticSymbol, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+COMPARE: Mapping[ComparisonSymbol, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_COLLECTIONS = (tuple, list)
+
 
 class Attribute(NamedTuple):
-    """A number that a module keeps, or an entry of a tuple of numbers.
+    """An integer attribute of a module, or an entry of a tuple or list of integers.
 
     Args:
         module: Path of the module.
-        name: The attribute.
-        entry: Position in the tuple; None for a plain number.
+        name: Name of the attribute.
+        entry: Position in the tuple or list; None for a plain integer.
     """
 
     module: str
@@ -32,7 +52,7 @@ class Attribute(NamedTuple):
 class Operation(NamedTuple):
     """Arithmetic on two expressions."""
 
-    symbol: Literal["+", "-", "*", "//", "%"]
+    symbol: ArithmeticSymbol
     left: "Expression"
     right: "Expression"
 
@@ -41,85 +61,106 @@ Expression = Attribute | Axis | Operation | int
 
 
 class Comparison(NamedTuple):
-    """A comparison that the code has made, and what came out."""
+    """A comparison made by the code of a network, with its outcome."""
 
-    symbol: Literal["==", "!=", "<", "<=", ">", ">="]
+    symbol: ComparisonSymbol
     left: Expression
     right: Expression
     outcome: bool
 
 
-class Integer(int):
-    """An int with its expression; comparisons are noted in `comparisons`, shared by all of one trace."""
+class TracedInt(int):
+    """An int with its expression. All traced integers of one trace append to the same list `comparisons`."""
 
     expression: Expression
     comparisons: list[Comparison]
 
-    def __new__(cls, value: int, expression: Expression, comparisons: list[Comparison]) -> "Integer":
+    def __new__(cls, value: int, expression: Expression, comparisons: list[Comparison]) -> "TracedInt":
         made = super().__new__(cls, value)
         made.expression = expression
         made.comparisons = comparisons
         return made
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
-    __hash__ = int.__hash__
+    __hash__ = int.__hash__  # Python drops the inherited hash of a class that defines __eq__
+
+    def __add__(self, other: int) -> int:
+        return self._compute("+", self, other)
+
+    def __radd__(self, other: int) -> int:
+        return self._compute("+", other, self)
+
+    def __sub__(self, other: int) -> int:
+        return self._compute("-", self, other)
+
+    def __rsub__(self, other: int) -> int:
+        return self._compute("-", other, self)
+
+    def __mul__(self, other: int) -> int:
+        return self._compute("*", self, other)
+
+    def __rmul__(self, other: int) -> int:
+        return self._compute("*", other, self)
+
+    def __floordiv__(self, other: int) -> int:
+        return self._compute("//", self, other)
+
+    def __rfloordiv__(self, other: int) -> int:
+        return self._compute("//", other, self)
+
+    def __mod__(self, other: int) -> int:
+        return self._compute("%", self, other)
+
+    def __rmod__(self, other: int) -> int:
+        return self._compute("%", other, self)
+
+    def __eq__(self, other: object) -> bool:
+        return self._compare("==", other)
+
+    def __ne__(self, other: object) -> bool:
+        return self._compare("!=", other)
+
+    def __lt__(self, other: int) -> bool:
+        return self._compare("<", other)
+
+    def __le__(self, other: int) -> bool:
+        return self._compare("<=", other)
+
+    def __gt__(self, other: int) -> bool:
+        return self._compare(">", other)
+
+    def __ge__(self, other: int) -> bool:
+        return self._compare(">=", other)
+
+    def _compute(self, symbol: ArithmeticSymbol, left: int, right: int) -> int:
+        """Compute `left symbol right`, one of which is `self`, with its expression."""
+        other = right if left is self else left
+        if type(other) is bool or not isinstance(other, int):
+            return NotImplemented  # type: ignore[no-any-return]  # mypy allows it only inside the operator itself
+        value = ARITHMETIC[symbol](int(left), int(right))
+        return TracedInt(value, Operation(symbol, expression_of(left), expression_of(right)), self.comparisons)
+
+    def _compare(self, symbol: ComparisonSymbol, other: object) -> bool:
+        """Compute `self symbol other`, and record it if it is a comparison of integers."""
+        if isinstance(other, float) and math.isfinite(other) and symbol not in ("==", "!="):
+            # For whole numbers, a fraction as a bound is the same as the next whole number.
+            other = math.ceil(other) if symbol in ("<", ">=") else math.floor(other)
+        if not isinstance(other, int):
+            return COMPARE[symbol](int(self), other)
+        outcome = COMPARE[symbol](int(self), int(other))
+        self.comparisons.append(Comparison(symbol, self.expression, expression_of(other), outcome))
+        return outcome
 
 
 def expression_of(value: int) -> Expression:
-    """The expression of an integer; a plain one is a literal."""
-    return value.expression if isinstance(value, Integer) else int(value)
-
-
-def _arithmetic(symbol: str, compute: Callable[[int, int], int], *, is_reflected: bool) -> Callable[..., Any]:
-    def apply(own: Integer, other: Any) -> Any:
-        if type(other) is bool or not isinstance(other, int):
-            return NotImplemented
-        pair = (int(other), int(own)) if is_reflected else (int(own), int(other))
-        expressions = (expression_of(other), own.expression)[:: 1 if is_reflected else -1]
-        return Integer(compute(*pair), Operation(symbol, *expressions), own.comparisons)
-
-    return apply
-
-
-def _comparing(symbol: str, compare: Callable[[int, int], bool]) -> Callable[..., Any]:
-    def apply(own: Integer, other: Any) -> Any:
-        if isinstance(other, float) and math.isfinite(other) and symbol not in ("==", "!="):
-            other = math.ceil(other) if symbol in ("<", ">=") else math.floor(other)  # the same for whole numbers
-        if not isinstance(other, int):
-            return compare(int(own), other)
-        outcome = compare(int(own), int(other))
-        own.comparisons.append(Comparison(symbol, own.expression, expression_of(other), outcome))
-        return outcome
-
-    return apply
-
-
-ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "//": operator.floordiv,
-    "%": operator.mod,
-}
-for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
-    setattr(Integer, f"__{_name}__", _arithmetic(_symbol, ARITHMETIC[_symbol], is_reflected=False))
-    setattr(Integer, f"__r{_name}__", _arithmetic(_symbol, ARITHMETIC[_symbol], is_reflected=True))
-COMPARE: dict[str, Callable[[int, int], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-for _name, _symbol in (("eq", "=="), ("ne", "!="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
-    setattr(Integer, f"__{_name}__", _comparing(_symbol, COMPARE[_symbol]))
+    """Return the expression of an integer; a plain int is a literal."""
+    return value.expression if isinstance(value, TracedInt) else int(value)
 
 
 def atoms(expression: Expression) -> Iterator[Attribute | Axis]:
-    """Yield the attributes and axes of an expression."""
+    """Yield the attributes and axes of an expression, from left to right."""
     if isinstance(expression, Operation):
         yield from atoms(expression.left)
         yield from atoms(expression.right)
@@ -127,26 +168,22 @@ def atoms(expression: Expression) -> Iterator[Attribute | Axis]:
         yield expression
 
 
-_NUMBERS = frozenset((int, tuple, list))
-
-
 def mark_attributes(network: nn.Module) -> list[Comparison]:
-    """Let all integers that modules keep remember their place, in place.
+    """Replace the integer attributes of all modules by traced integers, in place; names with a leading `_` are kept.
 
     Returns:
-        The list that will hold what the code compares them with.
+        The list to which all comparisons with these integers will be appended.
     """
     comparisons: list[Comparison] = []
     for path, module in network.named_modules():
         for name, value in vars(module).items():
-            kind = type(value)
-            if kind not in _NUMBERS or name.startswith("_"):
+            if name.startswith("_"):
                 continue
-            if kind is int:
-                module.__dict__[name] = Integer(value, Attribute(path, name), comparisons)
-            elif value and all(type(entry) is int for entry in value):
-                module.__dict__[name] = kind(
-                    Integer(entry, Attribute(path, name, position), comparisons)
+            if type(value) is int:
+                vars(module)[name] = TracedInt(value, Attribute(path, name), comparisons)
+            elif type(value) in _COLLECTIONS and value and all(type(entry) is int for entry in value):
+                vars(module)[name] = type(value)(
+                    TracedInt(entry, Attribute(path, name, position), comparisons)
                     for position, entry in enumerate(value)
                 )
     return comparisons

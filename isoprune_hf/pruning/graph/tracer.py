@@ -1,4 +1,9 @@
-"""A forward pass that follows the axes of every tensor: the rules are applied to each operation that runs."""
+"""A forward pass that traces the axes of every tensor: `trace_network`.
+
+Two modes of torch are active during the pass. `_CallTracer` sees each call of a Python function of torch, where sizes
+are still traced integers, and applies the size rules. `_OpTracer` sees the aten operations that the calls consist of,
+and applies the axis rules.
+"""
 
 from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,38 +13,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from isoprune_hf.pruning.graph.axis import freeze, frozen
-from isoprune_hf.pruning.graph.meta_kernels import run
-from isoprune_hf.pruning.graph.rules import compute, indexing
-from isoprune_hf.pruning.graph.rules import views as layout
-from isoprune_hf.pruning.graph.rules.sizes import PLAIN, SIZES, hold, shape_with_axes
-from isoprune_hf.pruning.graph.trace import ONE, Source, Step, Trace
-from isoprune_hf.pruning.graph.traced_int import Integer, mark_attributes
+from isoprune_hf.pruning.graph.axis import freeze, frozen_axis
+from isoprune_hf.pruning.graph.meta_kernels import run_op
+from isoprune_hf.pruning.graph.rules.pointwise import pointwise
+from isoprune_hf.pruning.graph.rules.registry import AxisRule
+from isoprune_hf.pruning.graph.rules.sizes import CALLS_WITHOUT_SIZES, assume_constant, traced_shape
+from isoprune_hf.pruning.graph.rules.tables import AXIS_RULES, SIZE_RULES
+from isoprune_hf.pruning.graph.tensor_notes import Note, Source, attach_note
+from isoprune_hf.pruning.graph.torch_private import GET_SHAPE, DispatchMode, OpOverload, op_name
+from isoprune_hf.pruning.graph.trace import ONE, Trace, TracedOp
+from isoprune_hf.pruning.graph.traced_int import TracedInt, mark_attributes
 
-_MODULES = layout, indexing, compute  # importing one registers its rules
+# Operations that change the layout of a tensor but none of its values. Which of them run depends on strides, so a
+# trace neither lists nor compares them.
+_LAYOUT_OPS = frozenset(
+    (
+        "_reshape_alias",
+        "_to_copy",
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "as_strided_",
+        "clone",
+        "contiguous",
+        "detach",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unsqueeze",
+        "view",
+    )
+)
+# A linear layer runs one or the other, depending on its input's strides.
+_EQUIVALENT_OPS = {"addmm": "mm"}
+_COLLECTIONS = list, tuple
 
 
-class _Operations(TorchDispatchMode):
-    """Applies the rules to each aten operation."""
+class _OpTracer(DispatchMode):
+    """Applies the axis rule of each aten operation."""
 
     def __init__(self, trace: Trace):
         super().__init__()
         self.trace = trace
-        self.rules: dict[Any, tuple[str, Any]] = {}
+        self.rules: dict[OpOverload, tuple[str, AxisRule | None]] = {}  # a cache of `_find_rule`
 
-    def _source(self, tensors: Iterable[Tensor]) -> Source:
-        sources = [self.trace.source(tensor) for tensor in tensors]
-        if len(sources) == 1:
-            return sources[0]
-        return Source(
-            frozenset().union(*(source.steps for source in sources)),
-            frozenset().union(*(source.tensors for source in sources)),
-        )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = run(func, args, kwargs)
+    def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, apply its rule, and attach notes to its outputs."""
+        out = run_op(func, args, kwargs)
         known = self.rules.get(func)
         if known is None:
             known = self.rules[func] = _find_rule(func)
@@ -47,164 +75,165 @@ class _Operations(TorchDispatchMode):
         outs = list(tensors_in([out]))
         if not outs:
             return out
-        trace, given = self.trace, list(tensors_in((*args, *(kwargs or {}).values())))
+        trace, given = self.trace, list(tensors_in((*args, *kwargs.values())))
         if rule is None:
             trace.unknown[name] = trace.unknown.get(name, 0) + 1
-            found = trace.give_up(given, out, f"the operation {name} is not known")
+            ruled = trace.freeze_all(given, out, f"there is no rule for the operation {name}")
         else:
-            found = rule(trace, out, *args, **(kwargs or {}))
-        found = [found] if isinstance(found, tuple) else found
-        source = self._source(given)
-        is_live = bool(source.steps or source.tensors)
+            ruled = rule(trace, out, *args, **kwargs)
+        found = [ruled] if isinstance(ruled, tuple) else ruled
+        source = self._source_of(given)
         if is_bias(name, args, trace.names):
-            source = Source(source.steps)
-        elif name not in _UNSEEN and is_live:
-            trace.steps.append(Step(_SAME.get(name, name), trace.modules[-1], tuple(found), source))
-            source = Source(frozenset((len(trace.steps) - 1,)))
+            source = Source(source.ops)  # a bias is not an input of the operation in its own right
+        elif name not in _LAYOUT_OPS and (source.ops or source.tensors):
+            trace.ops.append(TracedOp(_EQUIVALENT_OPS.get(name, name), trace.modules[-1], tuple(found), source))
+            source = Source(frozenset((len(trace.ops) - 1,)))
         for part, axes in zip(outs, found, strict=True):
             if len(axes) != part.ndim or any(a.size != s for a, s in zip(axes, part.shape, strict=True)):
-                axes = trace.give_up(tensors_in(args), part, f"the operation {name} is not as expected")
+                reason = f"an output of the operation {name} does not match its rule"
+                trace.freeze_inputs(tensors_in(args), reason)
+                axes = trace.frozen_axes(part, reason)
             if id(part) not in trace.names:
-                part._axes = trace, axes
-                part._source = trace, source
+                attach_note(part, Note(trace, axes, source))
         return out
 
-
-_WEIGHT_VIEWS = frozenset(
-    (
-        "t",
-        "transpose",
-        "view",
-        "permute",
-        "expand",
-        "unsqueeze",
-        "_unsafe_view",
-        "clone",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "alias",
-        "detach",
-        "squeeze",
-    )
-)
-_SAME = {"addmm": "mm"}
-_LISTS = list, tuple
-# Which of these are run depends on how the memory lies.
-_UNSEEN = _WEIGHT_VIEWS | {"_to_copy", "_reshape_alias", "as_strided", "as_strided_", "contiguous", "unbind", "select"}
+    def _source_of(self, tensors: Iterable[Tensor]) -> Source:
+        """Return the union of the sources of tensors."""
+        sources = [self.trace.source(tensor) for tensor in tensors]
+        if len(sources) == 1:
+            return sources[0]
+        return Source(
+            frozenset().union(*(source.ops for source in sources)),
+            frozenset().union(*(source.tensors for source in sources)),
+        )
 
 
-def is_seen(func: Any) -> str | None:
-    """Name of an operation that computes; None where it only lays out memory."""
-    name = func._schema.name.removeprefix("aten::")
+def traced_name(func: OpOverload) -> str | None:
+    """Return the name of an operation as a trace lists it; None for an operation that only changes the layout."""
+    name = op_name(func)
     name = name if name == "as_strided_" else name.removesuffix("_")
-    return None if name in _UNSEEN else _SAME.get(name, name)
+    return None if name in _LAYOUT_OPS else _EQUIVALENT_OPS.get(name, name)
 
 
-def is_bias(name: str, args: tuple, known: Container[int]) -> bool:
-    """Whether an operation adds a bias: a linear does it with its product or after it, as its input lies in memory."""
+def is_bias(name: str, args: tuple[Any, ...], known: Container[int]) -> bool:
+    """Check whether an operation adds a bias, which a linear layer does in its product or after it.
+
+    Args:
+        name: The operation.
+        args: Its arguments.
+        known: Identities of the tensors of the network.
+    """
     return name == "add" and any(isinstance(arg, Tensor) and arg.ndim == 1 and id(arg) in known for arg in args)
 
 
-def _find_rule(func: Any) -> tuple[str, Any]:
-    name = func._schema.name.removeprefix("aten::")
+def _find_rule(func: OpOverload) -> tuple[str, AxisRule | None]:
+    """Return the name of an operation without the `_` of an in-place variant, and its rule."""
+    name = op_name(func)
     plain = name.removesuffix("_")
-    rule = layout.RULES.get(name) or layout.RULES.get(plain)
+    rule = AXIS_RULES.get(name) or AXIS_RULES.get(plain)
     if rule is None and (torch.Tag.pointwise in func.tags or _is_pointwise(plain)):
-        rule = compute.pointwise
+        rule = pointwise
     return plain if name != "as_strided_" else name, rule
 
 
 def _is_pointwise(name: str) -> bool:
+    """Check whether torch tags any overload of an operation as pointwise; in-place variants often lack the tag."""
     packet = getattr(torch.ops.aten, name, None)
     overloads = () if packet is None else packet.overloads()
     return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in values and in nested lists and tuples of values."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, _LISTS):
+        elif isinstance(value, _COLLECTIONS):
             yield from tensors_in(value)
 
 
-class _Calls(TorchFunctionMode):
-    """Reads the numbers in each call of a torch function."""
+class _CallTracer(TorchFunctionMode):
+    """Applies the size rule of each call of a torch function, and makes the entries of shapes traced integers."""
 
     def __init__(self, trace: Trace):
         super().__init__()
         self.trace = trace
-        self.shape = Tensor.shape.__get__
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "multi_head_attention_forward":  # Python code that checks its numbers, out of sight
-            out = func(*map(_plain, args), **{key: _plain(value) for key, value in (kwargs or {}).items()})
+        if name == "multi_head_attention_forward":
+            # Its checks of sizes would be recorded as comparisons made by the network.
+            out = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         else:
-            out = func(*args, **(kwargs or {}))
-        if func == self.shape or name == "size":
+            out = func(*args, **kwargs)
+        if func == GET_SHAPE or name == "size":
             if isinstance(out, torch.Size):
-                return shape_with_axes(self.trace, args[0], out)
+                return traced_shape(self.trace, args[0], out)
             if name == "size" and out > 1:
                 dim = args[1] if len(args) > 1 else kwargs["dim"]
-                return shape_with_axes(self.trace, args[0], args[0].shape)[dim]
+                return traced_shape(self.trace, args[0], args[0].shape)[dim]
             return out
-        said = SIZES.get(name)
-        if said is not None:
-            said(self.trace, out, *args, **(kwargs or {}))
-        elif name not in PLAIN:
-            hold(self.trace, args)
-            hold(self.trace, (kwargs or {}).values())
+        rule = SIZE_RULES.get(name)
+        if rule is not None:
+            rule(self.trace, out, *args, **kwargs)
+        elif name not in CALLS_WITHOUT_SIZES:
+            assume_constant(self.trace, (*args, *kwargs.values()))
         return out
 
 
 def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, Integer) else value
+    return int(value) if isinstance(value, TracedInt) else value
 
 
 def trace_network(network: nn.Module, image: Tensor) -> Trace:
-    """Run a network once and follow the axes of every tensor; marks the integers that its modules keep, in place.
+    """Run a network once and trace the axes of every tensor; replaces its integer attributes in place.
 
     Args:
         network: A copy in eval mode that nothing else will use, on the device of `image`.
         image: Of shape (1, C, H, W).
 
     Raises:
-        Whatever the network raises.
+        Exception: Any error that the network raises.
     """
     trace = Trace()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         trace.names.setdefault(id(tensor), (name, tensor))
     trace.comparisons = mark_attributes(network)
-    image._source = trace, Source(frozenset((-1,)))
-    image._axes = trace, tuple(frozen(size, "the image") if size > 1 else ONE for size in image.shape)
-    settings = torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention(), _paths(network, trace.modules)
+    axes = tuple(frozen_axis(size, "the image") if size > 1 else ONE for size in image.shape)
+    attach_note(image, Note(trace, axes, Source(frozenset((-1,)))))
     with ExitStack() as stack:
-        for context in (*settings, _Operations(trace), _Calls(trace)):
+        for context in (torch.no_grad(), decomposed_attention(), _running_modules(network, trace.modules)):
             stack.enter_context(context)
+        stack.enter_context(_OpTracer(trace))
+        stack.enter_context(_CallTracer(trace))
         output = network(image)
-    for tensor in (
-        [output]
-        if isinstance(output, Tensor)
-        else [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
-    ):
+    for tensor in _logits_in(output):
         for axis in trace.axes(tensor):
             freeze(axis, "outputs of the classifier")
     return trace
 
 
-@contextmanager
-def _paths(network: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the module that runs on top of a stack."""
-    handles = []
+def _logits_in(output: Any) -> list[Tensor]:
+    """Return the logits of a classifier: its output itself, or the fields of an output of transformers."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
 
-    def leave() -> None:
+
+@contextmanager
+def _running_modules(network: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the paths of the modules that are running on a stack, the innermost last."""
+
+    def leave(*_: object) -> None:
         stack.pop()
 
+    handles = []
     for path, module in network.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
-        handles.append(module.register_forward_hook(lambda *_: leave()))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield
     finally:
@@ -213,11 +242,15 @@ def _paths(network: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def slow_attention() -> Iterator[None]:
-    """Let `nn.MultiheadAttention` be made of operations that can be followed."""
+def decomposed_attention() -> Iterator[None]:
+    """Make all attention consist of operations with a rule, by the math kernel and without fused fast paths.
+
+    The fast path of `nn.MultiheadAttention` is a switch of the process; its value is restored at the end.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

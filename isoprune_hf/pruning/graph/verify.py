@@ -1,4 +1,4 @@
-"""After a cut: what sizes its leaves have, and whether the network still runs as the trace says."""
+"""Verification of a cut: `sizes_after` computes the sizes of leaves, `check_cut` runs the cut network against them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -7,88 +7,105 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.axis import Axis, find
-from isoprune_hf.pruning.graph.axis_graph import RUN_ERRORS, AxisGraph
+from isoprune_hf.pruning.graph.axis_graph import FORWARD_ERRORS, AxisGraph
 from isoprune_hf.pruning.graph.cells import Cell
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
-from isoprune_hf.pruning.graph.meta_kernels import run
-from isoprune_hf.pruning.graph.tracer import is_bias, is_seen, slow_attention, tensors_in
+from isoprune_hf.pruning.graph.meta_kernels import run_op
+from isoprune_hf.pruning.graph.tensor_notes import is_live, mark_live
+from isoprune_hf.pruning.graph.torch_private import DispatchMode, OpOverload
+from isoprune_hf.pruning.graph.tracer import decomposed_attention, is_bias, tensors_in, traced_name
+
+_Masks = Mapping[tuple[str, int], np.ndarray]
 
 
-class Ran(NamedTuple):
-    """An operation and the shapes of its outputs."""
+class ObservedOp(NamedTuple):
+    """An operation of a cut network, and the shapes of its outputs."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
 
 
-def sizes_after(
-    graph: AxisGraph, masks: Mapping[tuple[str, int], np.ndarray], gone: tuple[str, ...]
-) -> dict[int, int]:
-    """Sizes of all free leaves after a cut, by identity.
+def sizes_after(graph: AxisGraph, masks: _Masks, gone: tuple[str, ...]) -> dict[int, int]:
+    """Compute the sizes of all free leaves after a cut, by identity.
 
     Args:
         graph: The graph of the network before the cut.
-        masks: (tensor, dim) -> which of its elements stay; those that are not there stay whole.
-        gone: Prefixes of the tensors that leave whole.
+        masks: (tensor, dim) -> which of its elements are kept; missing dims are kept whole.
+        gone: Prefixes of the tensors that are removed whole.
 
     Raises:
-        CheckpointError: An element stays in one tensor and leaves in another that is tied to it.
+        CheckpointError: An element is kept in one tensor and removed from another that is tied to it.
     """
     sizes = {leaf: axis.size for leaf, axis in graph.solution.by_id.items()}
-    for leaf, found in graph.members.items():
-        counts: dict[int, str] = {}
-        kept: dict[bytes, str] = {}
-        usual: np.ndarray | None = None  # whether each element stays, as the first tensor has it
-        for (name, dim), parts in found.items():
-            mask = masks.get((name, dim))
-            for cell in () if name.startswith(gone or ("\0",)) else parts:
-                labels = cell.labels[leaf]
-                stays = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
-                if usual is not None and (usual[labels] == stays).all():
-                    continue
-                count, elements = _staying(graph, leaf, stays, cell, name)
-                counts.setdefault(count, name)
-                if elements is not None:
-                    kept.setdefault(elements.tobytes(), name)
-                    usual = np.zeros(labels.max() + 1, dtype=bool)
-                    usual[elements] = True
-        if len(counts) > 1:
-            (first, name), (second, other) = list(counts.items())[:2]
-            raise CheckpointError(f"pruning plan: {name} would keep {first} of what {other} keeps {second} of")
-        if len(kept) > 1:
-            name, other = list(kept.values())[:2]
-            raise CheckpointError(f"pruning plan: {name} would keep other elements than {other}, which is tied to it")
-        sizes[leaf] = next(iter(counts), sizes.get(leaf, 1))
-    for link in graph.solution.links:  # a quotient lies in no tensor: it keeps the proportion
-        real = next((leaf for leaf in link if leaf in graph.members), None)
-        for leaf in link - graph.members.keys() if real is not None else ():
-            whole = graph.solution.by_id
-            sizes[leaf] = whole[leaf].size * sizes[real] // whole[real].size
+    for leaf in graph.members:
+        sizes[leaf] = _leaf_size_after(graph, leaf, masks, gone, sizes.get(leaf, 1))
+    for link in graph.solution.links:
+        # A leaf that stands for a quotient is in no tensor. It keeps its proportion to the leaves that are.
+        known = next((leaf for leaf in link if leaf in graph.members), None)
+        if known is not None:
+            by_id = graph.solution.by_id
+            for leaf in link - graph.members.keys():
+                sizes[leaf] = by_id[leaf].size * sizes[known] // by_id[known].size
     return sizes
 
 
-def _staying(graph: AxisGraph, leaf: int, stays: np.ndarray, cell: Cell, name: str) -> tuple[int, np.ndarray | None]:
-    """How many elements of a leaf stay in a tensor, and which; None for dims in heads: each head may keep others."""
-    labels, partner = cell.labels[leaf], _partner(graph, leaf, cell.labels)
-    kept = np.unique(labels[stays])
-    ways = len(labels) // (int(labels.max()) + 1)  # elements of the tensor for each of the leaf
+def _leaf_size_after(graph: AxisGraph, leaf: int, masks: _Masks, gone: tuple[str, ...], default: int) -> int:
+    """Compute the size of one leaf after a cut, and check that all its tensors keep the same elements."""
+    counts: dict[int, str] = {}  # number of kept elements -> the first tensor that keeps as many
+    kept: dict[bytes, str] = {}  # kept elements -> the first tensor that keeps these
+    usual: np.ndarray | None = None  # whether each element is kept in the last tensor that was read
+    for (name, dim), cells in graph.members[leaf].items():
+        if name.startswith(gone):
+            continue
+        mask = masks.get((name, dim))
+        for cell in cells:
+            labels = cell.labels[leaf]
+            is_kept = np.ones(len(labels), dtype=bool) if mask is None else mask[cell.positions]
+            if usual is not None and (usual[labels] == is_kept).all():
+                continue
+            count, elements = _kept_elements(graph, leaf, is_kept, cell, name)
+            counts.setdefault(count, name)
+            if elements is not None:
+                kept.setdefault(elements.tobytes(), name)
+                usual = np.zeros(labels.max() + 1, dtype=bool)
+                usual[elements] = True
+    if len(counts) > 1:
+        (first, name), (second, other) = list(counts.items())[:2]
+        raise CheckpointError(
+            f"pruning plan: {name} would keep {first} channels and {other}, which is tied to it, {second}"
+        )
+    if len(kept) > 1:
+        name, other = list(kept.values())[:2]
+        raise CheckpointError(f"pruning plan: {name} would keep other channels than {other}, which is tied to it")
+    return next(iter(counts), default)
+
+
+def _kept_elements(
+    graph: AxisGraph, leaf: int, is_kept: np.ndarray, cell: Cell, name: str
+) -> tuple[int, np.ndarray | None]:
+    """Return how many elements of a leaf are kept in a cell, and which.
+
+    Each head may keep other dims, so for dims of heads the second value is None.
+    """
+    labels = cell.labels[leaf]
+    partner = _partner(graph, leaf, cell.labels)
+    kept = np.unique(labels[is_kept])
+    repeats = len(labels) // (int(labels.max()) + 1)  # positions of the cell for each element of the leaf
     if partner is None:
-        if len(kept) * ways != stays.sum():
+        if len(kept) * repeats != is_kept.sum():
             raise CheckpointError(f"pruning plan: {name} would keep a part of a channel")
     elif leaf in graph.heads:
         heads = cell.labels[partner]
-        ways //= int(heads.max()) + 1
-        return int(stays.sum()) // max(len(np.unique(heads[stays])) * ways, 1), None
+        repeats //= int(heads.max()) + 1
+        return int(is_kept.sum()) // max(len(np.unique(heads[is_kept])) * repeats, 1), None
     return len(kept), kept
 
 
 def _partner(graph: AxisGraph, leaf: int, labels: Mapping[int, np.ndarray]) -> int | None:
-    """The dims of heads, or the heads of dims, in the same elements."""
+    """Return the dims of a leaf of heads, or the heads of a leaf of dims, if the same elements belong to both."""
     if leaf in graph.heads:
         head = id(find(graph.heads[leaf]))
         return head if head in labels else None
@@ -96,7 +113,7 @@ def _partner(graph: AxisGraph, leaf: int, labels: Mapping[int, np.ndarray]) -> i
 
 
 def axis_size(axis: Axis, sizes: Mapping[int, int]) -> int:
-    """Size of an axis for sizes of its leaves."""
+    """Compute the size of an axis for given sizes of its leaves, by identity; missing leaves keep their sizes."""
     axis = find(axis)
     if axis.kind == "leaf":
         return sizes.get(id(axis), axis.size) if axis.frozen is None else axis.size
@@ -107,17 +124,24 @@ def axis_size(axis: Axis, sizes: Mapping[int, int]) -> int:
 def check_cut(
     graph: AxisGraph, network: nn.Module, image_size: Sequence[int], sizes: Mapping[int, int], gone: tuple[str, ...]
 ) -> None:
-    """Run a cut network and compare each operation and each shape with what the graph predicts.
+    """Run a cut network and compare each operation and each shape with the prediction of the graph.
+
+    Args:
+        graph: The graph of the network before the cut.
+        network: The cut network.
+        image_size: Of one image, (C, H, W).
+        sizes: Sizes of the leaves after the cut, by identity.
+        gone: Prefixes of the modules that are removed whole.
 
     Raises:
-        UnsupportedArchitectureError: The network does not run, or runs otherwise.
+        UnsupportedArchitectureError: The network does not run, or runs other operations or shapes.
     """
     try:
-        ran = record_run(network, image_size, on_meta=graph.on_meta)
-    except RUN_ERRORS as error:
+        observed = observe_run(network, image_size, on_meta=graph.on_meta)
+    except FORWARD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(
-            f"the cut {type(network).__name__} does not run ({reason:.300}); nothing was changed"
+            f"the cut {type(network).__name__} does not run ({reason:.300}); the base is unchanged"
         ) from error
     known: dict[int, int] = {}
 
@@ -126,61 +150,70 @@ def check_cut(
             known[id(axis)] = axis_size(axis, sizes)
         return known[id(axis)]
 
-    steps = [step for step in graph.trace.steps if not f"{step.module}.".startswith(gone or ("\0",))]
-    for step, now in zip_longest(steps, ran):
-        expected = None if step is None else Ran(step.name, tuple(tuple(map(size, axes)) for axes in step.outputs))
+    ops = [op for op in graph.trace.ops if not f"{op.module}.".startswith(gone)]
+    for op, now in zip_longest(ops, observed):
+        expected = None if op is None else ObservedOp(op.name, tuple(tuple(map(size, axes)) for axes in op.outputs))
         if expected != now:
-            where = (step.module if step is not None else "") or "the model"
+            where = (op.module if op is not None else "") or "the model"
             raise UnsupportedArchitectureError(
-                f"{where} does not run as before after this cut: {_text(now)} instead of {_text(expected)}; exclude "
-                "its channels with prune.exclude"
+                f"{where} does not run as before after this cut: {_describe(now)} instead of {_describe(expected)}; "
+                "exclude its channels with prune.exclude"
             )
 
 
-def _text(ran: Ran | None) -> str:
-    return "the end" if ran is None else f"{ran.name} to {' and '.join(str(list(shape)) for shape in ran.shapes[:1])}"
+def _describe(op: ObservedOp | None) -> str:
+    return "the end" if op is None else f"{op.name} to {' and '.join(str(list(shape)) for shape in op.shapes[:1])}"
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes operations on what comes from the image or the network; the rest may be kept from pass to pass."""
+class _Observer(DispatchMode):
+    """Lists the operations on tensors that depend on the image or the network.
+
+    Other operations compute constants, which a network may keep from one pass to the next.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]):
         super().__init__()
-        self.ran: list[Ran] = []
-        self.live = {id(tensor): tensor for tensor in tensors}  # held, so that ids stay
+        self.ops: list[ObservedOp] = []
+        self.live = {id(tensor): tensor for tensor in tensors}  # the tensors are kept so that their identities stay
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = run(func, args, kwargs)
+    def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = run_op(func, args, kwargs)
         outs = [part for part in tensors_in([out]) if id(part) not in self.live]
-        given = tensors_in((*args, *(kwargs or {}).values()))
-        if any(id(part) in self.live or getattr(part, "_is_live", False) for part in given):
+        given = tensors_in((*args, *kwargs.values()))
+        if any(id(part) in self.live or is_live(part) for part in given):
             for part in outs:
-                part._is_live = True
-            name = is_seen(func)
+                mark_live(part)
+            name = traced_name(func)
             shapes = tuple(tuple(part.shape) for part in tensors_in([out]))
             if name is not None and shapes and not is_bias(name, args, self.live):
-                self.ran.append(Ran(name, shapes))
+                self.ops.append(ObservedOp(name, shapes))
         return out
 
 
-def record_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) -> list[Ran]:
-    """Run a copy of a network and note its operations."""
+def observe_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) -> list[ObservedOp]:
+    """Run a copy of a network on a blank image and return its operations."""
     if on_meta:
         copied = copy_shapes(network, dtype=torch.float32)
     else:
         copied = copy_modules(network, lambda tensor: tensor, with_hooks=False)
     image = blank_image(copied, image_size)
-    recorder = _Recorder([image, *copied.parameters(), *copied.buffers()])
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), slow_attention(), recorder:
+    observer = _Observer([image, *copied.parameters(), *copied.buffers()])
+    with torch.no_grad(), decomposed_attention(), observer:
         copied.eval()(image)
-    return recorder.ran
+    return observer.ops
 
 
 def total_macs(graph: AxisGraph, sizes: Mapping[int, int], gone: Iterable[str]) -> int:
-    """Multiply-accumulates of all matrix products and convolutions for sizes of leaves."""
-    gone = tuple(gone) or ("\0",)
+    """Count the multiply-accumulates of all matrix products and convolutions for given sizes of leaves.
+
+    Args:
+        graph: The graph of the network before the cut.
+        sizes: Sizes of the leaves, by identity.
+        gone: Prefixes of the modules that are removed whole.
+    """
+    prefixes = tuple(gone)
     return sum(
         int(np.prod([axis_size(axis, sizes) for axis in product.sizes], dtype=np.int64))
-        for product in graph.trace.products
-        if not f"{product.module}.".startswith(gone)
+        for product in graph.trace.matrix_products
+        if not f"{product.module}.".startswith(prefixes)
     )

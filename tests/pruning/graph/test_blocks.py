@@ -46,19 +46,19 @@ def transformers(config: object) -> dict[str, object]:
     ],
     ids=lambda value: value.get("architecture") or value["config"]["model_type"] if isinstance(value, dict) else None,
 )
-def test_the_blocks_of_a_family_are_counted_by_hand(base: dict[str, object], count: int, signature: str) -> None:
+def test_families_have_hand_counted_blocks(base: dict[str, object], count: int, signature: str) -> None:
     blocks = find_blocks(build(base))
     assert len(blocks) == len({block.name for block in blocks}) == count
     assert {block.signature for block in blocks} == {signature}
 
 
-def test_the_blocks_of_a_mobilenet_are_those_that_use_their_shortcut() -> None:
+def test_mobilenet_blocks_are_those_with_shortcut() -> None:
     model = build(library("torchvision", "mobilenet_v2"))
     expected = [f"features.{number}" for number in range(1, 18) if model.model.features[number].use_res_connect]
     assert [block.name for block in find_blocks(model)] == expected
 
 
-def test_the_blocks_of_a_resnet_are_those_without_a_projection() -> None:
+def test_resnet_blocks_are_those_without_projection() -> None:
     model = build(library("timm", "resnet50"))
     expected = [
         f"layer{stage}.{number}"
@@ -69,7 +69,7 @@ def test_the_blocks_of_a_resnet_are_those_without_a_projection() -> None:
     assert [block.name for block in find_blocks(model)] == expected
 
 
-def test_a_block_names_all_its_parameters() -> None:
+def test_block_lists_all_its_parameters() -> None:
     model = make_timm("vit_tiny_patch16_224", img_size=32, depth=2)
     blocks = find_blocks(model)
     names = [name for name, _ in model.model.named_parameters()]
@@ -79,14 +79,14 @@ def test_a_block_names_all_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["vgg11", "densenet121"])
-def test_repeated_layers_that_add_nothing_to_their_input_are_not_offered(
+def test_networks_without_shortcuts_have_no_blocks(
     architecture: str,
 ) -> None:
     assert find_blocks(build(library("timm", architecture))) == ()
 
 
 @pytest.mark.parametrize("family", ["convnext", "hf-convnext", "resnet", "hf-resnet"])
-def test_a_stage_is_not_offered_where_its_one_block_has_no_sibling(family: str, tmp_path: Path) -> None:
+def test_block_without_sibling_is_excluded(family: str, tmp_path: Path) -> None:
     assert find_blocks(make_base(family, tmp_path)) == ()
 
 
@@ -104,7 +104,7 @@ DEEPER = {
 
 
 @pytest.mark.parametrize("family", [*DEEPER, "mobilenet_v2", "hf-vit", "hf-deit", "hf-swin"])
-def test_a_block_without_its_parameters_hands_on_what_it_was_given(family: str, tmp_path: Path) -> None:
+def test_block_with_zero_parameters_is_the_identity(family: str, tmp_path: Path) -> None:
     if family in DEEPER:
         architecture, image_size, args = DEEPER[family]
         model = make_timm(architecture, image_size, **args)
@@ -130,7 +130,7 @@ def test_a_block_without_its_parameters_hands_on_what_it_was_given(family: str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_finding_blocks_leaves_the_model_alone(family: str, tmp_path: Path) -> None:
+def test_finding_blocks_leaves_model_unchanged(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -176,11 +176,11 @@ def unlike_net(num_classes: int = 1000, **_: object) -> nn.Module:
     return Net()
 
 
-def test_only_a_block_that_adds_to_its_input_each_time_that_it_is_called_is_offered() -> None:
+def test_block_must_add_to_input_in_every_call() -> None:
     assert [block.name for block in find_blocks(make_timm("unlike_net", 8))] == ["blocks.5", "blocks.6"]
 
 
-def test_a_model_that_does_not_run_is_refused_in_one_line() -> None:
+def test_model_that_does_not_run_is_rejected() -> None:
     with pytest.raises(CheckpointError, match="the model does not run on") as error:
         find_blocks(make_timm("unlike_net", 2))
     assert "\n" not in str(error.value)

@@ -163,7 +163,7 @@ def _copied(m: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_axes_meet_where_elements_do(name: str) -> None:
+def test_operations_tie_the_expected_axes(name: str) -> None:
     function, values, expected = FOLLOWED[name]
     trace = trace_function(function, **values)
     solve(trace, **values)
@@ -197,7 +197,7 @@ REDUCED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int | None, ...]]] = 
 
 
 @pytest.mark.parametrize("name", REDUCED)
-def test_a_reduction_keeps_the_other_dims(name: str) -> None:
+def test_reduction_keeps_other_dims(name: str) -> None:
     reduce, dims = REDUCED[name]
     shape = (3, 4, 5)
     kept = tuple(1 if dim is None else shape[dim] for dim in dims)
@@ -207,9 +207,9 @@ def test_a_reduction_keeps_the_other_dims(name: str) -> None:
     assert not trace.unknown
 
 
-def test_frozen_axes_say_why() -> None:
+def test_frozen_axes_have_reasons() -> None:
     x = {"x": IMAGE}
-    assert reasons(trace_function(lambda m: F.max_pool2d(m.x, 2), **x)) == {"a window moves over it"}
+    assert reasons(trace_function(lambda m: F.max_pool2d(m.x, 2), **x)) == {"a window slides over it"}
     assert reasons(trace_function(lambda m: F.conv2d(m.x, m.w), w=(6, 8, 3, 3), **x)) == {PIXELS}
     grouped = trace_function(lambda m: F.conv2d(m.x, m.w, groups=2), w=(12, 4, 1, 1), **x)
     assert reasons(grouped) == {"groups of a convolution"}
@@ -217,29 +217,29 @@ def test_frozen_axes_say_why() -> None:
     assert "outputs of a group" in reasons(multiplied)
     assert reasons(trace_function(lambda m: F.group_norm(m.x, 2), **x)) == {"groups of a norm"}
     uneven = trace_function(lambda m: F.group_norm(torch.cat([m.a, m.b], 1), 2), a=(1, 3, 4), b=(1, 5, 4))
-    assert reasons(uneven) == {"groups of a norm (a cut at [3] lies inside a digit)"}
+    assert reasons(uneven) == {"groups of a norm (a split at [3] lies inside a factor)"}
 
 
-def test_an_unknown_operation_freezes_all_that_it_touches_and_is_listed() -> None:
+def test_operation_without_rule_freezes_its_axes() -> None:
     trace = trace_function(lambda m: torch.linalg.inv_ex(m.a)[0] + m.b, a=(4, 4), b=(4, 4))
     assert spell(trace) == "4! 4!, 4! 4!"
     assert trace.unknown == {"linalg_inv_ex": 1}
-    assert reasons(trace) == {"the operation linalg_inv_ex is not known"}
+    assert reasons(trace) == {"there is no rule for the operation linalg_inv_ex"}
 
 
-def test_heads_of_attention_are_the_batch_of_a_product_of_two_activations() -> None:
+def test_batch_dim_of_activation_product_is_marked() -> None:
     trace = trace_function(lambda m: m.a @ m.b, a=(2, 4, 6), b=(2, 6, 5))
     head, *others = [find(axis) for axis in trace.tensors["a"]]
     assert head.is_batch and not any(axis.is_batch for axis in others)
 
 
-def test_products_are_counted_by_their_sizes() -> None:
+def test_matrix_products_record_their_sizes() -> None:
     trace = trace_function(
         lambda m: F.conv2d(m.x, m.w, groups=2) + m.a @ m.b, x=IMAGE, w=(12, 4, 3, 3), a=(3, 7), b=(7, 3)
     )
-    sizes = [torch.Size([axis.size for axis in product.sizes]).numel() for product in trace.products]
+    sizes = [torch.Size([axis.size for axis in product.sizes]).numel() for product in trace.matrix_products]
     assert sorted(sizes) == sorted([12 * 4 * 9 * 9, 3 * 7 * 3])
-    assert all(product.has_weight for product in trace.products)
+    assert all(product.has_weight for product in trace.matrix_products)
 
 
 def trace_module(module: nn.Module, forward: Callable[[Any], Tensor], **values: Any) -> Trace:
@@ -249,7 +249,7 @@ def trace_module(module: nn.Module, forward: Callable[[Any], Tensor], **values: 
     return trace_network(network.eval().to("meta"), torch.zeros(1, 3, 4, 4, device="meta"))
 
 
-def test_attention_of_torch_has_heads_and_dims() -> None:
+def test_torch_attention_has_heads_and_dims() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     trace = trace_module(attention, lambda m: m.layer(m.x, m.x, m.x, need_weights=False)[0], x=(1, 5, 8))
     assert spell(trace) == "(3!*(A*B)), (3!*(A*B)) C, D, D (A*B), 1 E C"
@@ -257,7 +257,7 @@ def test_attention_of_torch_has_heads_and_dims() -> None:
     assert (head.size, dim.size, head.is_batch, dim.is_batch) == (2, 4, True, False)
 
 
-def test_a_recurrent_layer_ties_its_gates() -> None:
+def test_recurrent_layer_ties_its_gates() -> None:
     trace = trace_module(nn.LSTM(8, 6, batch_first=True), lambda m: m.layer(m.x)[0], x=(1, 3, 8))
     gates = spell(trace, "layer.weight_ih_l0", "layer.weight_hh_l0", "layer.bias_ih_l0")
     assert gates == "(A+A+A+A) B, (A+A+A+A) A, (A+A+A+A)"

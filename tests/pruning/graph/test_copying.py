@@ -10,9 +10,7 @@ from isoprune_hf.pruning.graph.copying import copy_modules, copy_shapes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_copy_of_shapes_has_every_tensor_of_the_model_on_meta_and_none_of_its_hooks(
-    family: str, tmp_path: Path
-) -> None:
+def test_copy_shapes_is_on_meta_without_hooks(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path).model
     handle = base.register_forward_hook(lambda *_: pytest.fail("a hook of the base was called"))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -28,7 +26,7 @@ def test_a_copy_of_shapes_has_every_tensor_of_the_model_on_meta_and_none_of_its_
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
-def test_a_copy_of_shapes_keeps_what_was_set_and_shares_what_was_shared() -> None:
+def test_copy_shapes_keeps_attributes_and_sharing() -> None:
     layer = torch.nn.Linear(4, 4).double()
     layer.weight.requires_grad_(False)
     pair = torch.nn.Sequential(layer, torch.nn.Linear(4, 4), layer)
@@ -40,7 +38,7 @@ def test_a_copy_of_shapes_keeps_what_was_set_and_shares_what_was_shared() -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_copy_with_its_tensors_computes_what_the_model_computes(family: str, tmp_path: Path) -> None:
+def test_copy_with_tensors_computes_same_logits(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path)
     copied = copy_modules(
         base, lambda tensor: nn.Parameter(tensor.clone()) if tensor.requires_grad else tensor.clone()
@@ -51,7 +49,7 @@ def test_a_copy_with_its_tensors_computes_what_the_model_computes(family: str, t
     assert not mine & {tensor.data_ptr() for tensor in copied.state_dict().values()}
 
 
-def test_hooks_go_along_when_asked_for_and_belong_to_the_copy_alone() -> None:
+def test_copied_hooks_belong_to_the_copy() -> None:
     layer, calls = nn.Linear(2, 2), []
     layer.register_forward_hook(lambda *_: calls.append("called"))
     copied = copy_modules(layer, torch.clone)
@@ -63,7 +61,7 @@ def test_hooks_go_along_when_asked_for_and_belong_to_the_copy_alone() -> None:
     assert calls == ["called", "mine"]
 
 
-def test_a_replaced_module_is_neither_copied_nor_are_its_tensors() -> None:
+def test_replaced_module_and_its_tensors_are_skipped() -> None:
     gone, stand_in = nn.Linear(2, 3), nn.Identity()
     pair = nn.Sequential(gone, nn.ReLU())
     asked = []

@@ -16,7 +16,7 @@ def make_images() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def test_a_channel_is_a_dim_of_a_key_head_and_of_all_query_heads_that_share_it() -> None:
+def test_channel_has_dims_of_all_sharing_query_heads() -> None:
     group = next(group for group in trace_groups(make_model()) if group.name == "blocks.1.attn")
     assert (group.channels, group.num_heads, group.head_dim) == (8, 2, 4)
     members = {(m.parameter.removeprefix("blocks.1.attn."), m.dim): m.index for m in group.members}
@@ -30,7 +30,7 @@ def test_a_channel_is_a_dim_of_a_key_head_and_of_all_query_heads_that_share_it()
     assert len(members) == 6
 
 
-def test_shuffling_heads_and_dims_leaves_the_output_alone() -> None:
+def test_shuffling_heads_and_dims_keeps_the_output() -> None:
     model = make_model()
     with torch.no_grad():
         expected, found = model(make_images()).logits, shuffle(model)(make_images()).logits
@@ -38,7 +38,7 @@ def test_shuffling_heads_and_dims_leaves_the_output_alone() -> None:
 
 
 @pytest.mark.parametrize("keys", [1, 2, 3, 6])
-def test_the_cut_equals_the_base_with_the_removed_elements_zeroed(keys: int) -> None:
+def test_cut_equals_base_with_removed_elements_zeroed(keys: int) -> None:
     model = make_model(num_kv_heads=keys)
     groups, plan = plan_random(model, head_ratio=0.4, head_dim_ratio=0.3)
     pruned = apply_plan(model, plan, groups)
@@ -51,7 +51,7 @@ def test_the_cut_equals_the_base_with_the_removed_elements_zeroed(keys: int) -> 
 
 
 @pytest.mark.parametrize("head_ratio", [0.0, 0.5, 1.0])
-def test_numbers_of_heads_keep_their_ratio_and_never_reach_zero(head_ratio: float) -> None:
+def test_head_counts_keep_their_ratio(head_ratio: float) -> None:
     groups, plan = plan_random(make_model(), head_ratio=head_ratio, head_dim_ratio=0.5, max_ratio=1.0)
     pruned = apply_plan(make_model(), plan, groups)
     kept = []

@@ -1,7 +1,8 @@
-"""Thirteen faults put into the rules, one at a time: each must be seen by an oracle on some small network."""
+"""Mutation tests of the oracles: each of thirteen faults in a rule must be detected on a small network."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +15,10 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.errors import IsoPruneError
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph import tracer
 from isoprune_hf.pruning.graph.axis import Axis, mark_batch, product
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-from isoprune_hf.pruning.graph.rules import compute
-from isoprune_hf.pruning.graph.rules import views as layout
-from isoprune_hf.pruning.graph.rules.views import RULES
+from isoprune_hf.pruning.graph.rules import convolution, pointwise, products, views
 from isoprune_hf.pruning.graph.trace import ONE
 from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import PruneRecipe
@@ -36,7 +36,7 @@ class Residual(nn.Module):
 
 
 class Norm(nn.Module):
-    """A norm on both sides of a layer, so that its weights are all that ties."""
+    """A norm whose weights are the only tie of its channels to the next layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Slices(nn.Module):
 
 
 class Kinds(nn.Module):
-    """A weight and a gate for each token, that lie in one layer."""
+    """A weight and a gate per token, computed by the same layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Order(nn.Module):
 
 
 class Pixels(nn.Module):
-    """A layer of pixels between those of tokens."""
+    """A layer on an image, between layers on tokens."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -107,7 +107,7 @@ class Pixels(nn.Module):
         return self.out(self.layer(pixels).relu().flatten(2).transpose(1, 2))
 
 
-# Network -> its body, and the channels of its groups: as many as nothing but what must be is tied.
+# Network -> its body, and the channels of its groups if nothing is tied without need.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "residual": (Residual, [8, 12]),
     "norm": (Norm, [6, 8]),
@@ -146,7 +146,7 @@ def open_network(body: str) -> IsoPruneForImageClassification:
 
 
 def judge(body: str) -> Iterator[str]:
-    """Yield what sees a fault: counts, permutation, cut."""
+    """Yield the oracles that detect a fault: counts, permutation, cut."""
     model = open_network(body)
     groups, images = trace_groups(model), make_images(model)
     if sorted(count for counts in axis_counts(groups).values() for count in counts) != NETWORKS[body][1]:
@@ -163,13 +163,13 @@ def judge(body: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("body", NETWORKS)
-def test_without_a_fault_no_oracle_objects(body: str) -> None:
+def test_oracles_accept_correct_rules(body: str) -> None:
     assert list(judge(body)) == []
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, the network that has such a case, and the oracle that must see it."""
+    """A fault, a network that it affects, and the oracle that must detect it."""
 
     put: Callable[[pytest.MonkeyPatch], None]
     body: str
@@ -177,12 +177,12 @@ class Fault:
 
 
 def replace_rule(*names: str) -> Callable[[Callable[..., Any]], Callable[[pytest.MonkeyPatch], None]]:
-    """Let a rule be another one; it takes the right rule first."""
+    """Return a function that replaces the rules of operations by one that takes the right rule first."""
 
     def make(wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
         def put(patch: pytest.MonkeyPatch) -> None:
-            for name in names:
-                patch.setitem(RULES, name, lambda *args, right=RULES[name], **kwargs: wrong(right, *args, **kwargs))
+            rules = {name: partial(wrong, tracer.AXIS_RULES[name]) for name in names}
+            patch.setattr(tracer, "AXIS_RULES", {**tracer.AXIS_RULES, **rules})
 
         return put
 
@@ -198,20 +198,19 @@ def no_broadcast_tie(patch: pytest.MonkeyPatch) -> None:
         ]
         return tuple(met[0] if met else ONE for met in at)[::-1]
 
-    patch.setattr(compute, "broadcast", wrong)
+    patch.setattr(pointwise, "broadcast", wrong)
 
 
 def no_contraction_tie(patch: pytest.MonkeyPatch) -> None:
     def wrong(trace: Any, out: Tensor, left: Tensor, right: Tensor) -> tuple[Axis, ...]:
         return (*trace.axes(left)[:-1], trace.axes(right)[-1])
 
-    patch.setattr(compute, "_matmul", wrong)
-    for name in ("mm", "bmm"):
-        patch.setitem(RULES, name, wrong)
+    patch.setattr(products, "_matmul", wrong)  # called by the rule of addmm
+    patch.setattr(tracer, "AXIS_RULES", {**tracer.AXIS_RULES, "mm": wrong, "bmm": wrong})
 
 
 def swapped_view(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(layout, "product", lambda parts: product(parts[::-1]))
+    patch.setattr(views, "product", lambda parts: product(parts[::-1]))
 
 
 @replace_rule("native_layer_norm")
@@ -240,14 +239,14 @@ def reversed_cat(right: Any, trace: Any, out: Tensor, tensors: Any, dim: int = 0
 
 
 def untied_groups(*, is_depthwise: bool) -> Callable[[pytest.MonkeyPatch], None]:
-    right = compute._convolve_groups
+    right = convolution._convolve_groups
 
     def wrong(trace: Any, channels: Axis, weight: Any, groups: int, *, transposed: bool) -> Axis:
         if (channels.size == groups) is is_depthwise:
             return weight[0]
         return right(trace, channels, weight, groups, transposed=transposed)
 
-    return lambda patch: patch.setattr(compute, "_convolve_groups", wrong)
+    return lambda patch: patch.setattr(convolution, "_convolve_groups", wrong)
 
 
 @replace_rule("native_group_norm")
@@ -293,7 +292,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_a_rule_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faulty_rule_is_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
     fault.put(monkeypatch)
     assert any(seen == fault.seen_by for seen in judge(fault.body))

@@ -11,8 +11,8 @@ from isoprune_hf.pruning.graph.traced_int import (
     COMPARE,
     Attribute,
     Comparison,
-    Integer,
     Operation,
+    TracedInt,
     atoms,
     expression_of,
     mark_attributes,
@@ -21,12 +21,12 @@ from isoprune_hf.pruning.graph.traced_int import (
 HEADS, WIDTH = Attribute("block", "heads"), Axis(12)
 
 
-def make(value: int, expression, comparisons: list[Comparison] | None = None) -> Integer:
-    return Integer(value, expression, [] if comparisons is None else comparisons)
+def make(value: int, expression, comparisons: list[Comparison] | None = None) -> TracedInt:
+    return TracedInt(value, expression, [] if comparisons is None else comparisons)
 
 
 @pytest.mark.parametrize("symbol", ARITHMETIC)
-def test_arithmetic_gives_the_number_and_remembers_both_sides(symbol: str) -> None:
+def test_arithmetic_records_both_operands(symbol: str) -> None:
     heads, width = make(3, HEADS), make(12, WIDTH)
     found = ARITHMETIC[symbol](width, heads)
     assert found == ARITHMETIC[symbol](12, 3)
@@ -34,12 +34,12 @@ def test_arithmetic_gives_the_number_and_remembers_both_sides(symbol: str) -> No
 
 
 @pytest.mark.parametrize("symbol", ARITHMETIC)
-def test_a_literal_on_either_side_is_kept_in_its_place(symbol: str) -> None:
+def test_literal_operand_keeps_its_side(symbol: str) -> None:
     assert ARITHMETIC[symbol](make(12, WIDTH), 5).expression == Operation(symbol, WIDTH, 5)
     assert ARITHMETIC[symbol](17, make(12, WIDTH)).expression == Operation(symbol, 17, WIDTH)
 
 
-def test_what_leaves_the_integers_is_a_plain_number() -> None:
+def test_other_operations_return_plain_numbers() -> None:
     heads = make(3, HEADS)
     for plain in (heads * 0.5, heads**-0.5, heads / 3, float(heads)):
         assert type(plain) is float
@@ -48,7 +48,7 @@ def test_what_leaves_the_integers_is_a_plain_number() -> None:
 
 
 @pytest.mark.parametrize("symbol", COMPARE)
-def test_a_comparison_is_noted_with_its_outcome(symbol: str) -> None:
+def test_comparison_is_recorded_with_outcome(symbol: str) -> None:
     noted: list[Comparison] = []
     assert COMPARE[symbol](make(3, HEADS, noted), 4) is COMPARE[symbol](3, 4)
     assert noted == [Comparison(symbol, HEADS, 4, COMPARE[symbol](3, 4))]
@@ -57,7 +57,7 @@ def test_a_comparison_is_noted_with_its_outcome(symbol: str) -> None:
 @pytest.mark.parametrize(
     ("symbol", "bound"), [("<", 3), ("<=", 2), (">", 2), (">=", 3)], ids=["less", "at most", "more", "at least"]
 )
-def test_a_comparison_with_a_fraction_is_one_with_a_whole_number(symbol: str, bound: int) -> None:
+def test_comparison_with_fraction_is_rounded(symbol: str, bound: int) -> None:
     for value in (1, 2, 3, 4):
         noted: list[Comparison] = []
         outcome = COMPARE[symbol](make(value, HEADS, noted), 2.5)
@@ -65,14 +65,14 @@ def test_a_comparison_with_a_fraction_is_one_with_a_whole_number(symbol: str, bo
         assert noted == [Comparison(symbol, HEADS, bound, outcome)]
 
 
-def test_no_number_is_compared_with_what_is_none() -> None:
+def test_comparison_with_other_types_is_not_recorded() -> None:
     noted: list[Comparison] = []
     heads = make(3, HEADS, noted)
     assert not heads == "3" and heads != None and heads < float("inf")  # noqa: E711, SIM201
     assert noted == []
 
 
-def test_an_integer_is_a_key_like_its_number_and_is_stored_as_one() -> None:
+def test_traced_int_hashes_and_pickles_as_int() -> None:
     heads = make(3, HEADS)
     assert {3: "three"}[heads] == "three"
     for copied in (copy.deepcopy(heads), pickle.loads(pickle.dumps(heads))):
@@ -80,13 +80,13 @@ def test_an_integer_is_a_key_like_its_number_and_is_stored_as_one() -> None:
     assert torch.zeros(heads, heads).shape == (3, 3)
 
 
-def test_the_atoms_of_an_expression_are_its_attributes_and_axes() -> None:
+def test_atoms_are_attributes_and_axes() -> None:
     expression = Operation("*", Operation("+", HEADS, 2), Operation("//", WIDTH, HEADS))
     assert list(atoms(expression)) == [HEADS, WIDTH, HEADS]
     assert list(atoms(7)) == []
 
 
-def test_all_numbers_of_modules_remember_their_place() -> None:
+def test_integer_attributes_of_modules_are_traced() -> None:
     network = nn.Sequential(nn.Linear(3, 4))
     layer = network[0]
     layer.sizes, layer.pair, layer.name, layer.rate, layer.is_on, layer.mixed = (

@@ -20,7 +20,7 @@ from isoprune_hf.recipes import PruneRecipe
 
 
 class Numbers(nn.Module):
-    """A layer that keeps its width as a number, in a tuple and in a list, and a scale of its dims."""
+    """A layer with its width as an attribute, in a tuple and in a list, and with a scale computed from its dims."""
 
     def __init__(self, kind: str, num_classes: int):
         super().__init__()
@@ -40,7 +40,7 @@ class Numbers(nn.Module):
             mid, key = torch.cat([mid, key], -1).split(self.sizes, -1)
         elif self.kind == "scale":
             mid = (mid @ key.transpose(1, 2) * self.scale).softmax(-1) @ key
-        elif self.kind == "flow" and len(range(mid.shape[-1])) < 12:  # a comparison that no number has seen
+        elif self.kind == "flow" and len(range(mid.shape[-1])) < 12:  # a comparison that no traced integer records
             mid = mid.relu()
         return self.head((mid + key).mean(1))
 
@@ -71,7 +71,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_follow_the_cut(kind: str) -> None:
+def test_integer_attributes_follow_the_cut(kind: str) -> None:
     model = open_network(kind)
     groups, images = trace_groups(model), make_images(model)
     assert permutation_error(model, groups, images) <= 1e-9
@@ -84,12 +84,12 @@ def test_numbers_follow_the_cut(kind: str) -> None:
         assert getattr(model.model, name) != value
 
 
-def test_a_network_that_runs_otherwise_after_a_cut_is_refused_in_one_line() -> None:
+def test_network_that_runs_differently_is_rejected() -> None:
     model = open_network("flow")
     groups, before = trace_groups(model), {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(UnsupportedArchitectureError, match="does not run as before after this cut: relu to") as caught:
+    with pytest.raises(UnsupportedArchitectureError, match=r"prune\.exclude") as caught:
         apply_plan(model, decide(model, groups), groups)
-    assert "\n" not in str(caught.value) and "prune.exclude" in str(caught.value)
+    assert "\n" not in str(caught.value) and "relu to" in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.model.mid.out_features == 16 and model.config.structure is None
 
@@ -103,25 +103,25 @@ def masks_of(groups: TracedGroups, name: str, kept: int) -> dict[tuple[str, int]
     return masks
 
 
-def test_a_plan_that_keeps_what_a_tied_tensor_drops_is_refused() -> None:
+def test_unequal_counts_in_tied_tensors_are_rejected() -> None:
     model = open_network("")
     groups = trace_groups(model)
     masks = masks_of(groups, "stem", 5)
     leaf = next(leaf for leaf, size in sizes_after(groups.graph, masks, ()).items() if size == 5)
-    assert groups.graph.free()[leaf].size == 8
+    assert groups.graph.free_leaves()[leaf].size == 8
     fewer = {**masks, ("mid.weight", 1): np.arange(8) < 4}
-    with pytest.raises(CheckpointError, match=r"pruning plan: stem.weight would keep 5 of what mid.weight keeps 4 of"):
+    with pytest.raises(CheckpointError, match=r"stem\.weight would keep 5 .* mid\.weight, .* 4"):
         sizes_after(groups.graph, fewer, ())
 
 
-def test_a_plan_that_keeps_others_in_a_tied_tensor_is_refused() -> None:
+def test_unequal_channels_in_tied_tensors_are_rejected() -> None:
     groups = trace_groups(open_network(""))
     others = {**masks_of(groups, "stem", 5), ("mid.weight", 1): np.arange(8) >= 3}
-    with pytest.raises(CheckpointError, match="would keep other elements than"):
+    with pytest.raises(CheckpointError, match=r"stem\.weight .* mid\.weight"):
         sizes_after(groups.graph, others, ())
 
 
-def test_groups_that_forget_a_member_are_refused() -> None:
+def test_groups_without_a_member_are_rejected() -> None:
     model = open_network("")
     groups = trace_groups(model)
     faulty = tuple(replace(g, members=g.members[:-1]) if g.name == "stem" else g for g in groups)

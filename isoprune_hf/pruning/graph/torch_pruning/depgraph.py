@@ -1,10 +1,10 @@
-"""Coupled groups as torch-pruning's dependency graph has them: the independent reference of the axis graph.
+"""Coupled groups from torch-pruning's dependency graph: `couple_nodes`.
 
-Only the graph is torch-pruning's. Its groups hold one Python object for each channel of each edge, and every one
-recomputes the index maps of the whole graph; the walk here carries arrays instead and finds the same groups.
+Only the graph is torch-pruning's. Its own search for groups makes one Python object per channel of each edge and
+recomputes the index maps of the whole graph for every group; `_Walk` carries arrays and finds the same groups.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,27 +12,34 @@ import numpy as np
 import torch
 import torch_pruning
 from torch import nn
-from torch_pruning.dependency import Node, index_mapping
+from torch_pruning.dependency import Node
 
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.layers import ConvNd
 from isoprune_hf.pruning.graph.torch_pruning.architectures import Attention
-from isoprune_hf.pruning.graph.torch_pruning.coupling import Coupling, Touched, couple, couple_attention
-from isoprune_hf.pruning.graph.torch_pruning.tracing import loose_parameters, traced_copy
+from isoprune_hf.pruning.graph.torch_pruning.coupling import Coupling, TouchedLayer, couple, couple_attention
+from isoprune_hf.pruning.graph.torch_pruning.index_maps import Positions, apply_mapping
+from isoprune_hf.pruning.graph.torch_pruning.stand_ins import loose_parameters, traced_copy
 from isoprune_hf.pruning.groups import CoupledGroup
 
-# What torch-pruning raises where it cannot follow a model.
+# The errors that torch-pruning raises for a model that it does not support; it has no class of its own for them.
 _ENGINE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
 _ROOTS = (ConvNd, nn.Linear)
+_Key = tuple[Node, int]  # a node of the graph and one of its sides
 
 
 def couple_nodes(
     base: nn.Module, image_size: tuple[int, ...], signature: Literal["paper", "strict"]
 ) -> list[CoupledGroup]:
-    """Find the coupled groups of a network; reads shapes only and leaves it untouched.
+    """Find the coupled groups of a network; reads shapes only and leaves the network untouched.
+
+    Args:
+        base: The network.
+        image_size: Of one image, (C, H, W).
+        signature: As in `trace_groups`.
 
     Raises:
-        UnsupportedArchitectureError: The network cannot be traced, or holds a part of an unknown build.
+        UnsupportedArchitectureError: torch-pruning does not support the network, or a part of it.
     """
     traced = traced_copy(base)
     order = {name: position for position, (name, _) in enumerate(traced.network.named_modules())}
@@ -43,7 +50,8 @@ def couple_nodes(
     for member in (member for group in groups for member in group.members):
         if member.index.max() >= tensors[member.parameter].shape[member.dim]:
             raise UnsupportedArchitectureError(
-                f"the channels of {member.parameter} were taken for those of another layer"
+                f"torch-pruning assigned the channels of another layer to {member.parameter}; "
+                "use prune.engine: axes for this model"
             )
     return groups
 
@@ -55,89 +63,27 @@ def _find_couplings(network: nn.Module, image_size: tuple[int, ...], *, with_flo
             graph.build_dependency(
                 network,
                 example_inputs=torch.zeros(1, *image_size, device="meta"),
-                # Without a forward_fn, a call that fails is tried a second way, and that one's error is shown.
+                # Without a forward_fn, torch-pruning retries a failing call in another way and reports the error of
+                # the second call only.
                 forward_fn=lambda model, images: model(images),
                 output_transform=lambda output: output if isinstance(output, torch.Tensor) else output.logits,
                 unwrapped_parameters=loose_parameters(network),
                 verbose=False,
             )
         return list(_Walk(graph, network).couplings(with_flows=with_flows))
+    except UnsupportedArchitectureError:
+        raise
     except _ENGINE_ERRORS as error:
-        if isinstance(error, UnsupportedArchitectureError):
-            raise
         reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(
-            f"the channels of {type(network).__name__} cannot be followed ({type(error).__name__}: {reason}); "
-            "supported are ViT, DeiT, Swin, ConvNeXt, ResNet, MobileNetV2 and models built alike"
+            f"torch-pruning cannot trace the channels of {type(network).__name__} ({type(error).__name__}: {reason}); "
+            "it supports ViT, DeiT, Swin, ConvNeXt, ResNet, MobileNetV2 and models of the same structure"
         ) from error
 
 
 @dataclass(frozen=True, eq=False)
-class Positions:
-    """Channels as they lie in one tensor: their positions there, and which channel of the group each is."""
-
-    idx: np.ndarray
-    root: np.ndarray
-    low: int
-    high: int
-
-    @classmethod
-    def of(cls, idx: np.ndarray, root: np.ndarray) -> "Positions":
-        return cls(idx, root, int(idx.min()), int(idx.max()) + 1) if len(idx) else cls(idx, root, 0, 0)
-
-    def shifted(self, offset: int) -> "Positions":
-        return Positions(self.idx + offset, self.root, self.low + offset, self.high + offset) if offset else self
-
-    def within(self, low: int, high: int) -> "Positions":
-        """Those in [low, high), counted from `low`."""
-        if self.low >= high or self.high <= low:
-            return _NOWHERE
-        if self.low >= low and self.high <= high:
-            return self.shifted(-low)
-        inside = (self.idx >= low) & (self.idx < high)
-        return Positions.of(self.idx[inside] - low, self.root[inside])
-
-
-_NOWHERE = Positions.of(np.arange(0), np.arange(0))
-
-
-def _concat(mapping: index_mapping._ConcatIndexMapping, at: Positions) -> Positions:
-    low, high = mapping.offset
-    return at.within(low, high) if mapping.reverse else at.shifted(low)
-
-
-def _split(mapping: index_mapping._SplitIndexMapping, at: Positions) -> Positions:
-    low, high = mapping.offset
-    return at.shifted(low) if mapping.reverse else at.within(low, high)
-
-
-def _slice(mapping: index_mapping._SliceIndexMapping, at: Positions) -> Positions:
-    if mapping.reverse:
-        return Positions.of(at.idx * mapping.step + mapping.start, at.root)
-    at = at.within(mapping.start, mapping.end)
-    hit = at.idx % mapping.step == 0
-    return Positions.of(at.idx[hit] // mapping.step, at.root[hit])
-
-
-def _flatten(mapping: index_mapping._FlattenIndexMapping, at: Positions) -> Positions:
-    stride = mapping._stride
-    if mapping.reverse:
-        pairs = np.unique(np.stack([at.idx // stride, at.root]), axis=1)
-        return Positions.of(pairs[0], pairs[1])
-    return Positions.of((at.idx[:, None] * stride + np.arange(stride)).ravel(), np.repeat(at.root, stride))
-
-
-_MAPPINGS: dict[type, Callable[..., Positions]] = {
-    index_mapping._ConcatIndexMapping: _concat,
-    index_mapping._SplitIndexMapping: _split,
-    index_mapping._SliceIndexMapping: _slice,
-    index_mapping._FlattenIndexMapping: _flatten,
-}
-
-
-@dataclass(frozen=True, eq=False)
 class _Edge:
-    """A dependency: what is taken from `trigger` of its source is taken by `handler` of its target."""
+    """A dependency: channels removed on side `trigger` of its source are removed on side `handler` of its target."""
 
     trigger: int
     target: Node
@@ -146,7 +92,10 @@ class _Edge:
 
 
 class _Walk:
-    """Follows the channels of every root through the graph; sides (pruning functions) are numbers here."""
+    """Follows the channels of every root through the graph.
+
+    A side of a node, its input or output channels, is torch-pruning's function that prunes it; here it is a number.
+    """
 
     def __init__(self, graph: torch_pruning.DependencyGraph, network: nn.Module):
         self.graph = graph
@@ -171,7 +120,7 @@ class _Walk:
         return self.sides.setdefault(fn, len(self.sides))
 
     def couplings(self, *, with_flows: bool) -> Iterator[Coupling]:
-        """Yield what is coupled, once, starting at each layer that writes channels."""
+        """Yield each set of coupled channels once, starting at each layer that writes channels."""
         done: set[Node] = set()
         for module, node in self.graph.module2node.items():
             if not isinstance(module, _ROOTS) or node in done:
@@ -184,12 +133,17 @@ class _Walk:
             touched = [self._touched(node, side, found[node, side], channels) for node, side in keys]
             yield Coupling(channels, touched, self._flows(keys, found.keys()) if with_flows else None)
 
-    def _follow(self, root: Node, side: int, channels: int) -> dict[tuple[Node, int], list[Positions]]:
-        """Find all that is reached, in the order and with the positions of torch-pruning's `get_pruning_group`."""
+    def _follow(self, root: Node, side: int, channels: int) -> dict[_Key, list[Positions]]:
+        """Return all sides that the channels of a root reach, and their positions there.
+
+        The order and the positions are those of torch-pruning's `get_pruning_group`.
+        """
         start = Positions.of(np.arange(channels), np.arange(channels))
-        same = {_key(start): start}
-        found = {(root, side): [start]}
-        seen, visited, stack = {(root, side, id(start))}, set(), [(root, side, start)]
+        same = {_content(start): start}  # one object for equal positions, so that they compare by identity
+        found: dict[_Key, list[Positions]] = {(root, side): [start]}
+        seen = {(root, side, id(start))}
+        visited: set[Node] = set()
+        stack = [(root, side, start)]
         while stack:
             node, side, here = stack.pop()
             visited.add(node)
@@ -202,7 +156,7 @@ class _Walk:
                 if there.low == there.high:
                     continue
                 if there is not here:
-                    there = same.setdefault(_key(there), there)
+                    there = same.setdefault(_content(there), there)
                 key = (edge.target, edge.handler, id(there))
                 if key in seen and edge.target in visited:
                     continue
@@ -212,57 +166,46 @@ class _Walk:
                 stack.append((edge.target, edge.handler, there))
         return found
 
-    def _touched(self, node: Node, side: int, parts: list[Positions], channels: int) -> Touched:
+    def _touched(self, node: Node, side: int, parts: list[Positions], channels: int) -> TouchedLayer:
         name = self.names[node.module]
         is_input = side in self.read and side not in self.written
-        return Touched(name, node.module, node.pruning_dim, is_input, _by_channel(parts, channels, name))
+        return TouchedLayer(name, node.module, node.pruning_dim, is_input, _by_channel(parts, channels, name))
 
-    def _flows(self, keys: list[tuple[Node, int]], found: set[tuple[Node, int]]) -> list[tuple[int, int]]:
-        """Pairs of positions in `keys` that are joined without another of them in between."""
-        place = {key: position for position, key in enumerate(keys)}
+    def _flows(self, keys: list[_Key], found: Set[_Key]) -> list[tuple[int, int]]:
+        """Return the pairs of positions in `keys` between which channels flow and pass no other of `keys`."""
+        places = {key: position for position, key in enumerate(keys)}
         flows = []
         for key in keys:
             if key[1] not in self.written:
                 continue
-            stack, visited = [key[0]], {key[0]}
+            stack = [key[0]]
+            visited = {key[0]}
             while stack:
                 for node in stack.pop().outputs:
                     reached = (node, self._side(self.graph.get_pruner_of_module(node.module).prune_in_channels))
                     if reached not in found or node in visited:
                         continue
                     visited.add(node)
-                    if reached in place:
-                        flows.append((place[key], place[reached]))
+                    if reached in places:
+                        flows.append((places[key], places[reached]))
                     else:
                         stack.append(node)
         return flows
 
 
-def apply_mapping(mapping: object, at: Positions) -> Positions:
-    """Send positions through one of torch-pruning's index maps.
-
-    Raises:
-        UnsupportedArchitectureError: The map is of an unknown kind; the message names it.
-    """
-    known = _MAPPINGS.get(type(mapping))
-    if known is None:
-        raise UnsupportedArchitectureError(
-            f"the channels pass an operation that cannot be followed ({type(mapping).__name__.strip('_')})"
-        )
-    return known(mapping, at)
-
-
-def _key(at: Positions) -> tuple[bytes, bytes]:
+def _content(at: Positions) -> tuple[bytes, bytes]:
     return at.idx.tobytes(), at.root.tobytes()
 
 
 def _by_channel(parts: list[Positions], channels: int, name: str) -> np.ndarray:
-    """Positions of every channel in a layer, (channels, k); a position that is reached twice counts the first time."""
+    """Return the positions of every channel in a layer, (channels, k); repeated positions count the first time."""
     positions = np.concatenate([part.idx for part in parts]) if len(parts) > 1 else parts[0].idx
     roots = np.concatenate([part.root for part in parts]) if len(parts) > 1 else parts[0].root
     if len(parts) > 1:
         first = np.sort(np.unique(positions, return_index=True)[1])
         positions, roots = positions[first], roots[first]
     if len(positions) % channels or not (np.bincount(roots, minlength=channels) == len(positions) // channels).all():
-        raise UnsupportedArchitectureError(f"the channels of {name} are coupled unevenly, which is not supported")
+        raise UnsupportedArchitectureError(
+            f"the channels of {name} have unequal numbers of elements, which torch-pruning's engine does not support"
+        )
     return positions[np.argsort(roots, kind="stable")].reshape(channels, -1)

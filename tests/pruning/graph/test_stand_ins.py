@@ -5,11 +5,11 @@ import torch
 from helpers.tiny_models import make_base
 from torch import nn
 
-from isoprune_hf.pruning.graph.copying import light_copy
-from isoprune_hf.pruning.graph.torch_pruning.tracing import loose_parameters, traced_copy
+from isoprune_hf.pruning.graph.copying import copy_simplified
+from isoprune_hf.pruning.graph.torch_pruning.stand_ins import loose_parameters, traced_copy
 
 
-def test_what_is_traced_asks_for_gradients_whatever_the_base_does(tmp_path: Path) -> None:
+def test_traced_copy_requires_gradients(tmp_path: Path) -> None:
     base = make_base("swin", tmp_path).half().requires_grad_(False).train().model
     network = traced_copy(base).network
     assert all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
@@ -17,7 +17,7 @@ def test_what_is_traced_asks_for_gradients_whatever_the_base_does(tmp_path: Path
     assert base.training and base.head.fc.weight.dtype == torch.float16
 
 
-def test_loose_parameters_are_tokens_positions_and_layer_scale(tmp_path: Path) -> None:
+def test_loose_parameters_are_tokens_positions_layer_scale(tmp_path: Path) -> None:
     network = make_base("vit", tmp_path).model
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     assert {names[id(parameter)]: dim for parameter, dim in loose_parameters(network)} == {
@@ -30,9 +30,9 @@ def test_loose_parameters_are_tokens_positions_and_layer_scale(tmp_path: Path) -
     }
 
 
-def test_what_stands_for_an_activation_hides_no_parameter_that_is_too_narrow() -> None:
+def test_simplified_copy_still_checks_prelu_width() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PReLU(4), nn.GELU(), nn.GLU(1))
     with pytest.raises(RuntimeError):
-        light_copy(network)(torch.zeros(1, 3, 2, 2, device="meta"))
+        copy_simplified(network)(torch.zeros(1, 3, 2, 2, device="meta"))
     network[1] = nn.PReLU(8)
-    assert light_copy(network)(torch.zeros(1, 3, 2, 2, device="meta")).shape == (1, 4, 2, 2)
+    assert copy_simplified(network)(torch.zeros(1, 3, 2, 2, device="meta")).shape == (1, 4, 2, 2)
