@@ -27,7 +27,8 @@ from isoprune_hf import DataRecipe, FinetuneRecipe
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.augmentation import train_transform
 from isoprune_hf.data.dataset import load_data
-from isoprune_hf.data.loading import eval_loader, train_batches
+from isoprune_hf.data.epochs import EpochOrder, train_batches
+from isoprune_hf.data.loading import ImageBatch, ImageLoader, LoaderOptions, eval_loader
 from isoprune_hf.data.pixels import normalised
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -106,18 +107,18 @@ def reference_loader(folder: Path, stage: str) -> DataLoader:
     return DataLoader(ImageFolder(str(folder / "val"), transforms.Compose([*head, *tail])), batch_size=BATCH)
 
 
-def our_loader(folder: Path, stage: str, processor: IsoImageProcessor, decoder: str) -> DataLoader:
+def our_loader(folder: Path, stage: str, processor: IsoImageProcessor, decoder: str) -> ImageLoader:
     data = load_data(DataRecipe(dataset=str(folder), decoder=decoder))
-    ranks = {"num_workers": 0, "rank": 0, "world": 1, "decoding": data.decoding}
+    options = LoaderOptions(BATCH, decoding=data.decoding)
     if stage == "evaluation":
-        return eval_loader(data.evaluation, processor, batch_size=BATCH, **ranks)
+        return eval_loader(data.evaluation, processor, options)
     transform = train_transform(processor, FinetuneRecipe(), decoding=data.decoding)
-    return train_batches(data.train, transform, batch_size=BATCH, parts=1, seed=0, epoch=1, **ranks).loader
+    return train_batches(data.train, transform, EpochOrder(seed=0, epoch=1, parts=1), options).loader
 
 
-def read(loader: DataLoader) -> list[Tensor]:
-    """Read an epoch; the pixels come first of two, or second of three."""
-    return [batch[-2] for batch in loader]
+def read(loader: DataLoader | ImageLoader) -> list[Tensor]:
+    """Read the pixels of an epoch."""
+    return [batch.pixels if isinstance(batch, ImageBatch) else batch[0] for batch in loader]
 
 
 if __name__ == "__main__":

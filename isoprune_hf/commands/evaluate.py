@@ -12,8 +12,9 @@ from isoprune_hf.checkpoint.stock import isoprune_fields, stock_config_text
 from isoprune_hf.commands.opening import open_data, see_through
 from isoprune_hf.commands.results import Answer
 from isoprune_hf.data.labels import check_labels
+from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.evaluation.evaluate import compute_figures, score_split, tabulate_classes
+from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
@@ -51,12 +52,16 @@ def run_evaluate(
     transform = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
     transform = transform if base is not found else "the model's own"
     logger.info(f"evaluate {model} on {len(images.evaluation)} images, transform: {transform}")
-    options = {"batch_size": data.batch_size, "num_workers": data.num_workers, "accelerator": accelerator}
-    options["decoding"] = images.decoding
-    scores = score_split(base.model.to(accelerator.device), images.evaluation, base.processor, **options)
-    figures = compute_figures(scores)
+    predictions = predict_split(
+        base.model.to(accelerator.device),
+        images.evaluation,
+        base.processor,
+        LoaderOptions(data.batch_size, data.num_workers, images.decoding),
+        accelerator=accelerator,
+    )
+    figures = compute_figures(predictions)
     if per_class is not None and accelerator.is_main_process:
-        write_file(Path(per_class), tabulate_classes(scores, names))
+        write_file(Path(per_class), tabulate_classes(predictions, names))
     recorded = (config.recipe or {}).get("data")
     known = read_json(model, "config.json")
     is_ours = known is not None and isoprune_fields(known) is not None

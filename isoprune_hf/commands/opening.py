@@ -15,7 +15,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.stock import stock_processor
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.labels import check_labels
-from isoprune_hf.data.loading import CalibrationBatches, calibration_ids
+from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
@@ -132,8 +132,14 @@ def open_calibration(
     processor = with_transform(processor, interpolation=prune.interpolation)
     logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    options |= {"num_workers": data.num_workers, "decoding": images.decoding}
-    batches = CalibrationBatches(train, processor, **options, **share)
+    batches = CalibrationBatches(
+        train,
+        processor,
+        LoaderOptions(prune.batch_size, data.num_workers, images.decoding),
+        batches=prune.calibration_batches,
+        seed=prune.seed,
+        ranks=Ranks(**share),
+    )
     if output is None:
         return batches, sample
     identity = {"sample": sample, "processor": processor.to_json_string(), "decoder": data.decoder, **share}

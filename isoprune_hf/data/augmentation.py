@@ -1,16 +1,20 @@
-"""Image transforms for training, from the image processor that travels with the weights, and their random numbers."""
+"""Training transforms of a recipe, and the seeds that make each sample independent of workers and ranks.
+
+`train_transform` builds the transform; `seeded_generators` seeds the generators that it draws from.
+"""
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import (
     AugMix,
@@ -25,14 +29,22 @@ from torchvision.transforms import (
 )
 from transformers import BaseImageProcessor
 
-from isoprune_hf.data.dataset import leave_encoded
-from isoprune_hf.data.decoding import Decoding, describe_broken, read_or_replace
-from isoprune_hf.data.pixels import EvaluationTransform, PixelTransform, RandomCrop, normalisation, normalised
+from isoprune_hf.data.dataset import with_encoded_images
+from isoprune_hf.data.decoding import Decoding, Rows, describe_broken, read_or_replace
+from isoprune_hf.data.pixels import (
+    EvaluationTransform,
+    PixelTransform,
+    RandomCrop,
+    Transform,
+    normalisation,
+    normalised,
+    settings_of,
+)
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 
-_BINS = 31  # steps of torchvision's strengths
-Transform = Callable[[Image.Image | torch.Tensor], torch.Tensor]
+_MAGNITUDE_BINS = 31  # levels of strength of torchvision's RandAugment
+_TORCHVISION_POLICIES = {"tv-auto": AutoAugment, "tv-trivial": TrivialAugmentWide, "tv-augmix": AugMix}
 
 
 def train_transform(
@@ -40,12 +52,11 @@ def train_transform(
 ) -> Transform:
     """Build the training transform: RGB image to pixel values of shape (C, H, W).
 
-    For the decoder `torchvision` it takes pixels and gives 8 bits, which `normalised` makes pixel values of; with
-    random erasing, which fills with normalised numbers, pixel values. The random numbers are the same.
+    For the decoder `torchvision` it maps uint8 pixels to uint8 pixels, which `normalised` completes; with random
+    erasing, which fills with normalised numbers, to pixel values. The random numbers are the same for both decoders.
 
-    Size, interpolation, mean and standard deviation are the processor's. With `crop_scale` (1, 1) nothing is cropped
-    at random: the image passes through the evaluation transform, between the flip and policy before it and the erasing
-    after it.
+    Size, interpolation, mean and std are the processor's. With `crop_scale` (1, 1) there is no random crop: the image
+    passes through the evaluation transform, after flip and policy and before random erasing.
 
     Raises:
         RecipeError: timm, or torchvision for `tv-`, does not know the policy of `auto_augment`.
@@ -53,12 +64,32 @@ def train_transform(
     Note:
         It draws from the global generators of Python, NumPy and torch: call it within `seeded_generators`.
     """
-    is_fast = decoding is not None and decoding.decoder == "torchvision"
-    evaluation = EvaluationTransform(processor)
-    height, width = evaluation(Image.new("RGB", (64, 64))).shape[-2:]
+    crop, augment, normalise = _timm_transforms(processor, recipe)
+    if recipe.auto_augment is not None and recipe.auto_augment.startswith("tv-"):
+        augment = _torchvision_policy(recipe.auto_augment, _interpolation(processor, recipe))
+    is_cropped = tuple(recipe.crop_scale) != (1.0, 1.0)
+    erasing = normalise.transforms[2:]  # after the conversion to a tensor and the normalisation
+    flip = [RandomHorizontalFlip(recipe.hflip)] if recipe.hflip else []
+    transform: Transform
+    if decoding is not None and decoding.decoder == "torchvision":
+        # Policies run on Pillow images: those of torchvision give slightly different results on tensors.
+        policy = [ToPILImage(), augment, PILToTensor()] if recipe.auto_augment else []
+        to_values = [partial(normalised, processor=processor), *erasing] if erasing else []
+        if is_cropped:
+            transform = Compose([RandomCrop(crop.transforms[0]), *crop.transforms[1:], *policy, *to_values])
+        else:
+            transform = Compose([*flip, *policy, PixelTransform(processor), *to_values])
+    elif is_cropped:
+        transform = Compose([crop, augment, normalise])
+    else:
+        transform = Compose([*flip, augment, EvaluationTransform(processor), *erasing])
+    return transform
+
+
+def _timm_transforms(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> tuple[Compose, Transform, Compose]:
+    """Return timm's random crop, policy, and normalisation with random erasing."""
+    height, width = EvaluationTransform(processor)(Image.new("RGB", (64, 64))).shape[-2:]
     mean, std = normalisation(processor)
-    resample = Image.Resampling.BILINEAR if processor.resample is None else Image.Resampling(processor.resample)
-    interpolation = recipe.interpolation or resample.name.lower()
     is_torchvision = (recipe.auto_augment or "").startswith("tv-")
     try:
         crop, augment, normalise = create_transform(
@@ -67,9 +98,9 @@ def train_transform(
             separate=True,
             scale=recipe.crop_scale,
             hflip=recipe.hflip,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm accepts None, its annotation does not
             auto_augment=None if is_torchvision else recipe.auto_augment,
-            interpolation=interpolation,
+            interpolation=_interpolation(processor, recipe),
             mean=mean,
             std=std,
             re_prob=recipe.random_erasing,
@@ -78,53 +109,49 @@ def train_transform(
     except (AssertionError, KeyError, ValueError) as error:
         raise RecipeError(
             f"finetune.auto_augment: timm has no policy {recipe.auto_augment!r} ({error}); "
-            "give one such as rand-m9-mstd0.5-inc1, original or augmix-m3-w3, or none"
+            "set a policy such as rand-m9-mstd0.5-inc1, original or augmix-m3-w3, or null"
         ) from error
-    if is_torchvision:
-        augment = _torchvision_policy(recipe.auto_augment, interpolation)
-    is_cropped = tuple(recipe.crop_scale) != (1.0, 1.0)
-    erasing = normalise.transforms[2:]  # after the conversion to a tensor and the normalisation
-    flip = [RandomHorizontalFlip(recipe.hflip)] if recipe.hflip else []
-    if is_fast:
-        # Policies work on images of Pillow, since those of torchvision do not do quite the same with tensors.
-        policy = [ToPILImage(), augment, PILToTensor()] if recipe.auto_augment else []
-        ending = [partial(normalised, processor=processor), *erasing] if erasing else []
-        cropping = [RandomCrop(crop.transforms[0]), *crop.transforms[1:]]
-        begin, end = (cropping, []) if is_cropped else (flip, [PixelTransform(processor)])
-        return Compose([*begin, *policy, *end, *ending])
-    if is_cropped:
-        return Compose([crop, augment, normalise])
-    return Compose([*flip, augment, evaluation, *erasing])
+    return crop, augment, normalise
+
+
+def _interpolation(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> str:
+    resample = settings_of(processor).resample
+    own = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+    return recipe.interpolation or own.name.lower()
 
 
 def _torchvision_policy(name: str, interpolation: str) -> Transform:
-    """Build a policy of torchvision: its strengths are others than those of timm's policies of the same names."""
+    """Build a policy of torchvision; its strengths differ from timm's policies of the same names."""
     mode = InterpolationMode.BILINEAR if interpolation == "random" else InterpolationMode(interpolation)
+    policy: Transform
     rand = re.fullmatch(r"tv-rand-n(\d+)-m(\d+)", name)
-    if rand and int(rand[1]) > 0 and int(rand[2]) < _BINS:
-        return RandAugment(int(rand[1]), int(rand[2]), num_magnitude_bins=_BINS, interpolation=mode)
-    kinds = {"tv-auto": AutoAugment, "tv-trivial": TrivialAugmentWide, "tv-augmix": AugMix}
-    if name in kinds:
-        return kinds[name](interpolation=mode)
-    raise RecipeError(
-        f"finetune.auto_augment: torchvision has no policy {name!r}; give tv-rand-nN-mM with M below {_BINS}, as "
-        f"tv-rand-n2-m9, or one of {', '.join(kinds)}"
-    )
+    if rand and int(rand[1]) > 0 and int(rand[2]) < _MAGNITUDE_BINS:
+        policy = RandAugment(int(rand[1]), int(rand[2]), num_magnitude_bins=_MAGNITUDE_BINS, interpolation=mode)
+    elif name in _TORCHVISION_POLICIES:
+        policy = _TORCHVISION_POLICIES[name](interpolation=mode)
+    else:
+        raise RecipeError(
+            f"finetune.auto_augment: torchvision has no policy {name!r}; set tv-rand-nN-mM with N above 0 and M below "
+            f"{_MAGNITUDE_BINS}, such as tv-rand-n2-m9, or one of {', '.join(_TORCHVISION_POLICIES)}"
+        )
+    return policy
 
 
 def seed_from(*numbers: int) -> int:
-    """Mix numbers such as (seed, epoch, index) into one 64-bit seed; near numbers give unrelated seeds."""
+    """Mix numbers such as (seed, epoch, index) into one 64-bit seed; close numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextmanager
 def seeded_generators(*numbers: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and torch (CPU) inside the block and put their states back after it.
+    """Seed the generators of Python, NumPy and torch (CPU) inside the block, and restore their states after it.
 
     A sample seeded by (seed, epoch, index) is augmented the same in any worker, on any rank and after a restart.
     """
     seed = seed_from(*numbers)
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed dropout on the accelerator too
@@ -136,37 +163,80 @@ def seeded_generators(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-class TransformedImages(Dataset):
-    """Gives (position, pixel values, label) at a position, or at (position, number of the copy).
+class Sample(NamedTuple):
+    """A transformed image.
 
-    With seeds, a transform draws from (*seeds, position) alone, and from the number of a copy behind the first. Where
-    the image could not be read and another one is in its place, the position comes as its complement, `~position`.
+    Args:
+        position: Position in the split.
+        pixels: Output of the transform.
+        label: Index of the class.
+        is_replacement: The image at this position could not be read, so pixels and label belong to the replacement.
+    """
+
+    position: int
+    pixels: Tensor
+    label: int
+    is_replacement: bool
+
+
+class ImageSource(Dataset[Sample]):
+    """Transforms the rows of a split or of a stream into samples.
+
+    Args:
+        transform: Makes the pixels of an image.
+        seeds: If given, the transform draws only from generators seeded by (*seeds, position), and by the number of
+            the copy for all copies after the first.
+        decoding: How images are read.
+        keep_labels: Never replace a row by another one; see `read_or_replace`.
     """
 
     def __init__(
         self,
-        split: Sequence[dict[str, Any]],
         transform: Transform,
         seeds: tuple[int, ...] | None = None,
         *,
         decoding: Decoding | None = None,
-        is_counted: bool = False,
+        keep_labels: bool = False,
     ):
-        self.split, self.transform, self.seeds = leave_encoded(split), transform, seeds
-        self.decoding, self._is_counted = decoding or Decoding(), is_counted
+        self.transform = transform
+        self.seeds = seeds
+        self.decoding = decoding or Decoding()
+        self._keep_labels = keep_labels
+
+    def load(self, rows: Rows, position: int, copy: int = 0) -> Sample:
+        """Read and transform one row."""
+        image, label, is_replacement = read_or_replace(rows, position, self.decoding, keep_label=self._keep_labels)
+        if self.seeds is None:
+            return Sample(position, self.transform(image), label, is_replacement)
+        with seeded_generators(*self.seeds, position, *([copy] if copy else [])):
+            return Sample(position, self.transform(image), label, is_replacement)
+
+    def describe(self, position: int) -> str:
+        """Return why the image at a position cannot be read."""
+        raise NotImplementedError
+
+
+class TransformedImages(ImageSource):
+    """Samples of a split, by position or by (position, number of the copy); see `ImageSource` for the arguments."""
+
+    def __init__(
+        self,
+        split: Rows,
+        transform: Transform,
+        seeds: tuple[int, ...] | None = None,
+        *,
+        decoding: Decoding | None = None,
+        keep_labels: bool = False,
+    ):
+        super().__init__(transform, seeds, decoding=decoding, keep_labels=keep_labels)
+        self.split = with_encoded_images(split)
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, at: int | tuple[int, int]) -> tuple[int, torch.Tensor, int]:
+    def __getitem__(self, at: int | tuple[int, int]) -> Sample:
         position, copy = at if isinstance(at, tuple) else (at, 0)
-        image, label, is_itself = read_or_replace(self.split, position, self.decoding, is_counted=self._is_counted)
-        noted = position if is_itself else ~position
-        if self.seeds is None:
-            return noted, self.transform(image), label
-        with seeded_generators(*self.seeds, position, *[copy] * bool(copy)):
-            return noted, self.transform(image), label
+        return self.load(self.split, position, copy)
 
     def describe(self, position: int) -> str:
-        """Say why the image at a position cannot be read."""
         return describe_broken(self.split, position, self.decoding)

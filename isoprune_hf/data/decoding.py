@@ -1,15 +1,15 @@
-"""From the bytes of a file to an upright image in RGB, and what is done about files that are no such thing.
+"""Decode image files into upright RGB images, and apply the policy for files that cannot be decoded.
 
-The decoder `pil` gives images of Pillow, the decoder `torchvision` their pixels as tensors (3, H, W) of 8 bits.
+`read_image` reads one row of a split; `read_or_replace` also applies the policy `data.broken`. The decoder `pil`
+returns images of Pillow, the decoder `torchvision` returns their pixels as uint8 tensors of shape (3, H, W).
 """
 
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +21,33 @@ from torchvision.transforms.v2 import functional
 from isoprune_hf.checkpoint.modeling_isoprune import check_pixels
 from isoprune_hf.errors import DatasetError
 
-_GREY = Image.new("RGB", (224, 224), (128, 128, 128))
-# What Pillow raises for damaged files; its limit on pixels (decompression bombs) among it.
-DAMAGES = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError)
-DAMAGES += (struct.error, zlib.error, Image.DecompressionBombError)
+Row = dict[str, Any]
+
+
+class Rows(Protocol):
+    """Rows with the columns `image` and `label`, by position."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Row: ...
+
+
+_GREY_IMAGE = Image.new("RGB", (224, 224), (128, 128, 128))
+_ADVICE = "; fix or remove the file, or set data.broken: skip"
+# Raised by Pillow for damaged files; `DecompressionBombError` is its limit on the number of pixels.
+DECODE_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +55,11 @@ class Decoding:
     """How images are read.
 
     Args:
-        broken: What is done about one that cannot be read: error; skip takes the next readable one of the split in
-            its place, or leaves it out of an evaluation; grey takes a grey one in its place.
-        max_broken: More of them in an epoch or an evaluation are an error.
+        broken: Policy for an image that cannot be read. `error` raises. `skip` uses the next readable image of the
+            split instead, or leaves the image out of an evaluation. `grey` uses a grey image instead.
+        max_broken: Number of unreadable images in an epoch or an evaluation above which an error is raised.
         exif: Turn images upright by their EXIF tag.
-        decoder: pil gives images, torchvision tensors.
+        decoder: `pil` returns images, `torchvision` returns tensors.
     """
 
     broken: Literal["error", "skip", "grey"] = "error"
@@ -45,15 +68,29 @@ class Decoding:
     decoder: Literal["pil", "torchvision"] = "pil"
 
 
+class LabelledImage(NamedTuple):
+    """An RGB image, or its pixels of shape (3, H, W), with its label.
+
+    Args:
+        image: The image.
+        label: Index of its class.
+        is_replacement: The row itself could not be read, and this is the image that the policy uses instead.
+    """
+
+    image: Image.Image | Tensor
+    label: int
+    is_replacement: bool = False
+
+
 def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
     """Decode an image file into RGB; of an animation, the first frame.
 
-    Transparency is dropped, and 16 bits of grey become their upper 8, as Pillow does with 16 bits of colour; its own
-    conversion of such grey would clip nearly all of it to white.
+    Transparency is dropped. 16-bit grey is reduced to its upper 8 bits, as Pillow does with 16-bit colour; its own
+    conversion of 16-bit grey would clip nearly all of it to white.
 
     Raises:
-        OSError: There is no image in it, or only a part of one; and the other errors of Pillow (`DAMAGES`).
-        ImageError: It has too many pixels; they are not decoded.
+        OSError: The bytes are not an image, or only a part of one. Pillow's other errors are in `DECODE_ERRORS`.
+        ImageError: The image has too many pixels; they are not decoded.
     """
     image = _open(encoded)
     image.load()
@@ -65,9 +102,10 @@ def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
 
 
 def decode_pixels(encoded: bytes, *, exif: bool = True) -> Tensor:
-    """Decode an image file into the pixels of `decode_image`, (3, H, W).
+    """Decode an image file into the pixels of `decode_image`, of shape (3, H, W).
 
-    torchvision decodes upright JPEGs in grey or RGB. All others, and what it finds damaged, are left to Pillow.
+    torchvision decodes upright JPEG files in grey or RGB. Pillow decodes all other files, and the JPEG files that
+    torchvision rejects.
 
     Raises:
         OSError: As `decode_image`.
@@ -75,102 +113,107 @@ def decode_pixels(encoded: bytes, *, exif: bool = True) -> Tensor:
     image = _open(encoded)
     is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     if is_plain and not (exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1):
+        content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            pixels: Tensor = decode_jpeg(content, mode=ImageReadMode.RGB)
         except RuntimeError:
-            pass
+            pass  # damaged: Pillow reads more of such files, and its errors are the ones reported
+        else:
+            return pixels
     return to_pixels(decode_image(encoded, exif=exif))
 
 
 def to_pixels(image: Image.Image | Tensor) -> Tensor:
-    """Give the pixels of an RGB image, (3, H, W) of 8 bits; pixels stay as they are."""
-    return image if isinstance(image, Tensor) else functional.pil_to_tensor(image)
+    """Return the pixels of an RGB image as uint8 of shape (3, H, W); return tensors unchanged."""
+    if isinstance(image, Tensor):
+        return image
+    pixels: Tensor = functional.pil_to_tensor(image)
+    return pixels
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """Read the header of an image file, and refuse one of too many pixels."""
+    """Read the header of an image file, and raise if it has too many pixels."""
     try:
         image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
-        kind = "an image of a known format" if encoded else "anything"
-        raise OSError(f"there is not {kind} in it") from error
+        raise OSError("not an image of a known format" if encoded else "the file is empty") from error
     check_pixels(image)
     return image
 
 
-def read_image(split: Sequence[dict[str, Any]], position: int, decoding: Decoding) -> tuple[Image.Image | Tensor, int]:
-    """Read one row of a split whose images are encoded; returns the image in RGB, or its pixels, and its label.
+def read_image(split: Rows, position: int, decoding: Decoding) -> LabelledImage:
+    """Read one row of a split whose images are encoded.
 
     Raises:
-        DatasetError: The image is damaged; names its file where it has one.
+        DatasetError: The image cannot be decoded; the message names its file if it has one.
     """
     where = f"image {position} of its split"
     try:
         row = split[position]
         image, label = row["image"], row["label"]
         if isinstance(image, Image.Image):
-            return _as_decoded(image.convert("RGB"), decoding), label
+            return LabelledImage(_for_decoder(image.convert("RGB"), decoding), label)
         if image is None:
-            raise OSError("it is missing")
+            raise OSError("the image is missing")
         where = image["path"] or where
         encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         decode = decode_pixels if decoding.decoder == "torchvision" else decode_image
-        return decode(encoded, exif=decoding.exif), label
-    except DAMAGES as error:
+        return LabelledImage(decode(encoded, exif=decoding.exif), label)
+    except DECODE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = (reason.splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"data: {where} cannot be read ({reason}); mend it or take it out") from error
+        raise DatasetError(f"data: {where} cannot be read ({reason}){_ADVICE}") from error
 
 
-def read_or_replace(
-    split: Sequence[dict[str, Any]], position: int, decoding: Decoding, *, is_counted: bool = False
-) -> tuple[Image.Image | Tensor, int, bool]:
-    """Read one row, or what the policy puts in its place: a function of the position alone.
+def read_or_replace(split: Rows, position: int, decoding: Decoding, *, keep_label: bool = False) -> LabelledImage:
+    """Read one row, or its replacement by the policy; the result depends on the position only.
 
     Args:
         split: Rows with encoded images.
-        position: Of the row.
-        decoding: Has the policy.
-        is_counted: Each row counts as itself, as in an evaluation: no other one may take its place.
-
-    Returns:
-        The image in RGB or its pixels, its label, and whether the row itself could be read.
+        position: Position of the row.
+        decoding: The policy and the decoder.
+        keep_label: Never replace the row by another one: an evaluation counts each row by its own label, and drops
+            the unreadable ones itself.
 
     Raises:
-        DatasetError: It is damaged, and the policy is error, or so are all that could take its place.
+        DatasetError: The image cannot be read, and the policy is `error` or no replacement can be read either.
     """
     try:
-        return *read_image(split, position, decoding), True
+        return read_image(split, position, decoding)
     except DatasetError:
         if decoding.broken == "error":
             raise
-    if decoding.broken == "grey" or is_counted:
-        return _as_decoded(_GREY, decoding), split[position]["label"], False
+    if decoding.broken == "grey" or keep_label:
+        return LabelledImage(_for_decoder(_GREY_IMAGE, decoding), split[position]["label"], is_replacement=True)
     for step in range(1, min(len(split), decoding.max_broken + 2)):
         try:
-            return *read_image(split, (position + step) % len(split), decoding), False
+            found = read_image(split, (position + step) % len(split), decoding)
         except DatasetError:
             continue
-    raise DatasetError(f"data: image {position} of its split cannot be read, and neither can those behind it")
+        return found._replace(is_replacement=True)
+    raise DatasetError(
+        f"data: image {position} of its split cannot be read, and neither can the images after it; fix or remove the "
+        "files"
+    )
 
 
-def _as_decoded(image: Image.Image, decoding: Decoding) -> Image.Image | Tensor:
+def _for_decoder(image: Image.Image, decoding: Decoding) -> Image.Image | Tensor:
     return to_pixels(image) if decoding.decoder == "torchvision" else image
 
 
-def describe_broken(split: Sequence[dict[str, Any]], position: int, decoding: Decoding) -> str:
-    """Say what is wrong with a row by reading it again."""
+def describe_broken(split: Rows, position: int, decoding: Decoding) -> str:
+    """Return why the image of a row cannot be read, by reading it again."""
     try:
         read_image(split, position, decoding)
     except DatasetError as error:
-        return str(error).removesuffix("; mend it or take it out").removeprefix("data: ")
+        return str(error).removesuffix(_ADVICE).removeprefix("data: ")
     return f"image {position} of its split could not be read at first"
 
 
-def check_broken(count: int, decoding: Decoding, what: str) -> None:
-    """Raise a DatasetError where more images than the policy allows could not be read."""
+def check_broken(count: int, decoding: Decoding, place: str) -> None:
+    """Raise a DatasetError if `count` unreadable images of `place` are more than the policy allows."""
     if count > decoding.max_broken:
         raise DatasetError(
-            f"data: {count} images of {what} cannot be read, more than data.max_broken {decoding.max_broken}; mend "
-            "them, take them out, or allow more"
+            f"data: {count} images of {place} cannot be read, more than data.max_broken {decoding.max_broken}; fix or "
+            "remove the files, or raise data.max_broken"
         )

@@ -1,21 +1,22 @@
-"""Whether the labels of data are those of a model."""
+"""Check that the classes of a data set are the classes of a model: call `check_labels`."""
 
 import re
 from collections.abc import Sequence
 
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 
 from isoprune_hf.errors import DatasetError
 
-_SYNSET = re.compile(r"n\d{8}")
+_WORDNET_ID = re.compile(r"n\d{8}")
+_MAX_DIFFERING_SHARE = 0.1  # of the class names; spellings differ between sources
 
 
 def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:
     """Check that index i means the same class in the data and in the model.
 
-    Generic names of the model ("LABEL_3", "3") fit anything, and so do data whose labels are numbers alone. Names are
-    compared in lower case up to the first comma; WordNet ids of the data are read as their ImageNet words where the
-    model speaks words.
+    Generic names of the model ("LABEL_3", "3") fit any data, and data whose classes are only numbers fit any model.
+    Names are compared in lower case up to the first comma. WordNet ids in the data are translated to ImageNet words
+    if the model uses words.
 
     Raises:
         DatasetError: The number of classes or their order differs.
@@ -23,31 +24,31 @@ def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:
     if len(label_names) != len(id2label):
         raise DatasetError(
             f"the data has {len(label_names)} classes, the model has {len(id2label)}; "
-            "give `--prune.num_labels data` for a new head"
+            "set `--prune.num_labels data` for a new head"
         )
     model_names = [id2label[index] for index in range(len(id2label))]
     if all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(model_names)):
         return
     data_names = list(label_names)
-    if data_names == [
-        str(index) for index in range(len(data_names))
-    ]:  # numbers alone, which have no order of their own
-        return
-    if all(map(_SYNSET.fullmatch, data_names)) and not any(map(_SYNSET.fullmatch, model_names)):
-        words = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
-        data_names = [words.get(name, name) for name in data_names]
-    data_keys, model_keys = map(_normalise, data_names), [_normalise(name) for name in model_names]
-    differing, crossed = [], False
-    for index, key in enumerate(data_keys):
-        if key != model_keys[index]:
-            differing.append(index)
-            crossed = crossed or key in model_keys
-    if crossed or len(differing) > 0.1 * len(model_names):
+    if data_names == [str(index) for index in range(len(data_names))]:
+        return  # plain numbers say nothing about the meaning of a class
+    if all(map(_WORDNET_ID.fullmatch, data_names)) and not any(map(_WORDNET_ID.fullmatch, model_names)):
+        data_names = _translate(data_names)
+    data_keys = [_normalise(name) for name in data_names]
+    model_keys = [_normalise(name) for name in model_names]
+    differing = [index for index, key in enumerate(data_keys) if key != model_keys[index]]
+    is_reordered = any(data_keys[index] in model_keys for index in differing)
+    if is_reordered or len(differing) > _MAX_DIFFERING_SHARE * len(model_names):
         examples = "; ".join(f"index {i}: data {data_names[i]!r}, model {model_names[i]!r}" for i in differing[:3])
         raise DatasetError(
-            f"the classes of the data are not those of the model at {len(differing)} of {len(model_names)} places: "
-            f"{examples}; bring the data into the model's order, or give `--prune.num_labels data` for a new head"
+            f"the classes of the data and of the model differ at {len(differing)} of {len(model_names)} places: "
+            f"{examples}; reorder the classes of the data, or set `--prune.num_labels data` for a new head"
         )
+
+
+def _translate(wordnet_ids: list[str]) -> list[str]:
+    words = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
+    return [words.get(name, name) if isinstance(words, dict) else name for name in wordnet_ids]
 
 
 def _normalise(name: str) -> str:

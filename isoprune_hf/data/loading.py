@@ -1,229 +1,223 @@
-"""Who gets which image when: the batches of calibration, evaluation and training for each rank."""
+"""Load batches of images, and divide the images of a calibration or an evaluation among the ranks.
 
-import itertools
+`CalibrationBatches`, `eval_loader` and `view_loader` decide which rank loads which images; `ImageLoader` loads them.
+The batches of a training epoch are in `epochs.py`.
+"""
+
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from isoprune_hf.data.augmentation import Transform, TransformedImages, seed_from
-from isoprune_hf.data.dataset import Dataset
-from isoprune_hf.data.decoding import Decoding, check_broken
-from isoprune_hf.data.pixels import evaluation_transform, normalised
+from isoprune_hf.data.augmentation import ImageSource, Sample, TransformedImages
+from isoprune_hf.data.decoding import Decoding, Rows, check_broken
+from isoprune_hf.data.pixels import Transform, evaluation_transform, normalised
 from isoprune_hf.errors import DatasetError, LoaderError
 
-logger = logging.getLogger(__name__)  # also where there is no accelerator
+logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
 
-class _Loader(DataLoader):
-    """Hands on what is wrong with an image in one line; from a loader process it comes with that process's stack."""
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes that share the work.
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    Args:
+        rank: Number of this process; 0 is the main process.
+        world: Number of processes.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How images are loaded.
+
+    Args:
+        batch_size: Images of a batch on each rank; in training, images of an update over all ranks.
+        num_workers: Loader processes on each rank.
+        decoding: How images are read; by default, an image that cannot be read is an error.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 0
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+class ImageBatch(NamedTuple):
+    """A batch of samples.
+
+    Args:
+        positions: Positions in the split, of shape (B,).
+        pixels: Pixel values, or uint8 pixels that `normalised` completes, of shape (B, C, H, W).
+        labels: Class indices, of shape (B,).
+        is_replacement: Whether the image at the position could not be read, of shape (B,). A tensor of its own, so
+            that it passes through loader processes and pinned memory as the others do.
+    """
+
+    positions: Tensor
+    pixels: Tensor
+    labels: Tensor
+    is_replacement: Tensor
+
+    @property
+    def broken(self) -> list[int]:
+        """Positions of the images that could not be read."""
+        return self.positions[self.is_replacement].tolist()
+
+
+class ImageLoader:
+    """Loads batches of images, in this process or in loader processes.
+
+    Args:
+        images: The images.
+        batches: Indices into `images`, batch by batch.
+        num_workers: Loader processes.
+    """
+
+    def __init__(self, images: ImageSource, batches: Iterable[Sequence[Any]], *, num_workers: int):
+        self.images = images
+        self.num_workers = num_workers
+        self._loader = DataLoader(
+            images,
+            batch_sampler=batches,  # type: ignore[arg-type]  # torch annotates lists; any sequence will do
+            num_workers=num_workers,
+            # Its own generator: a loader draws a seed from the global one otherwise, which dropout uses.
+            generator=torch.Generator().manual_seed(0),
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_main_process,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """Iterate over the batches.
+
+        Raises:
+            DatasetError: An image cannot be read; one line, also from a loader process.
+            LoaderError: A loader process ended.
+        """
         try:
-            yield from super().__iter__()
+            yield from self._loader
         except DatasetError as error:
-            raise DatasetError(
-                str(error).strip().splitlines()[-1].partition("DatasetError: ")[2] or str(error)
-            ) from error
+            # torch puts the worker's traceback into the message; the last line is the error itself.
+            reason = str(error).strip().splitlines()[-1].partition("DatasetError: ")[2] or str(error)
+            raise DatasetError(reason) from error
         except RuntimeError as error:
+            # torch has no type of its own for this error.
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise LoaderError(
-                f"data: a loader process was lost ({' '.join(str(error).split())}); where memory was short, lower "
-                f"data.num_workers (now {self.num_workers}) or finetune.batch_size"
+                f"data: a loader process ended unexpectedly ({' '.join(str(error).split())}); if it ran out of "
+                f"memory, lower data.num_workers (now {self.num_workers}) or finetune.batch_size"
             ) from error
 
 
-def _collate(samples: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stack samples; 8 bits as they lie in memory, pixel after pixel, since to pull their colours apart takes long."""
-    positions, pixels, labels = zip(*samples, strict=True)
+def _collate(samples: Sequence[Sample]) -> ImageBatch:
+    """Stack samples; uint8 pixels are stacked in channels-last order, as they lie in memory, which is faster."""
+    positions, pixels, labels, is_replacement = zip(*samples, strict=True)
     if pixels[0].dtype == torch.uint8:
         stacked = torch.stack([image.movedim(0, -1) for image in pixels]).movedim(-1, 1)
     else:
         stacked = torch.stack(pixels)
-    return torch.tensor(positions), stacked, torch.tensor(labels)
+    return ImageBatch(torch.tensor(positions), stacked, torch.tensor(labels), torch.tensor(is_replacement))
 
 
-def load_batches(images: TransformedImages, batches: Iterable[Sequence[object]], num_workers: int) -> DataLoader:
-    """Load batches of what `images` is indexed with."""
-    # A generator of its own, since a loader draws from the global one, which dropout uses.
-    generator = torch.Generator().manual_seed(0)
-    return _Loader(
-        images,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        generator=generator,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_signals,
-    )
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Ignore, in a loader process, signals that the main process handles; a second SIGTERM ends the process."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def calibration_ids(n: int, *, batches: int, batch_size: int, seed: int) -> list[int]:
-    """Draw the positions of the calibration sample out of `n`, without repetition; no rank changes them."""
+    """Draw the positions of the calibration sample out of `n`, without repetition; the same on every rank."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: batches * batch_size].tolist()
 
 
 class CalibrationBatches:
-    """This rank's micro-batches of the calibration sample: number k goes to rank k % world.
+    """This rank's micro-batches of the calibration sample: number k belongs to rank k % world.
 
-    Each pass over it gives the same batches, so that every step of a cut can score anew: pixel values of shape (B, C,
-    H, W) and labels of shape (B,), on the CPU; the last ones may be fewer.
+    Every iteration yields the same batches on the CPU: pixel values of shape (B, C, H, W) and labels of shape (B,).
+    The last batch may be smaller.
+
+    Args:
+        split: Images with the columns `image` and `label`.
+        processor: Makes the pixel values.
+        options: How they are loaded.
+        batches: Micro-batches over all ranks.
+        seed: Of the sample.
+        ranks: The ranks that share the sample.
     """
 
     def __init__(
         self,
-        split: Dataset,
+        split: Rows,
         processor: BaseImageProcessor,
+        options: LoaderOptions,
         *,
         batches: int,
-        batch_size: int,
         seed: int,
-        num_workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        decoding: Decoding | None = None,
+        ranks: Ranks = ALONE,
     ):
-        ids = calibration_ids(len(split), batches=batches, batch_size=batch_size, seed=seed)
-        micro_batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        decoding, self._processor = decoding or Decoding(), processor
-        self._images = TransformedImages(split, evaluation_transform(processor, decoding), decoding=decoding)
-        self._micro_batches, self._num_workers = micro_batches[rank::world], num_workers
+        size = options.batch_size
+        ids = calibration_ids(len(split), batches=batches, batch_size=size, seed=seed)
+        micro_batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        transform = evaluation_transform(processor, options.decoding)
+        self._processor = processor
+        self._images = TransformedImages(split, transform, decoding=options.decoding)
+        self._micro_batches = micro_batches[ranks.rank :: ranks.world]
+        self._num_workers = options.num_workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
 
     def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the micro-batches without the first ones."""
+        """Iterate from micro-batch `number` on (skip the first `number`)."""
         broken = 0
-        for positions, pixel_values, labels in load_batches(
-            self._images, self._micro_batches[number:], self._num_workers
-        ):
-            for position in broken_positions(positions):
+        for batch in ImageLoader(self._images, self._micro_batches[number:], num_workers=self._num_workers):
+            for position in batch.broken:
                 broken += 1
-                # No warning, since those of the other ranks are not shown.
+                # Not a warning: warnings of ranks other than the main process are hidden.
                 logger.error(f"calibration: {self._images.describe(position)}")
             check_broken(broken, self._images.decoding, "the calibration sample")
-            yield normalised(pixel_values, self._processor), labels
-
-
-def broken_positions(positions: Tensor) -> list[int]:
-    """Return the positions of a batch at which another image stands for one that could not be read."""
-    return [~position for position in positions.tolist() if position < 0]
+            yield normalised(batch.pixels, self._processor), batch.labels
 
 
 def eval_loader(
-    split: Dataset,
+    split: Rows,
     processor: BaseImageProcessor,
-    *,
-    batch_size: int,
-    num_workers: int,
-    rank: int,
-    world: int,
-    decoding: Decoding | None = None,
-) -> DataLoader:
-    """Load this rank's strided shard: batches of positions (B,), pixel values (B, C, H, W) and labels (B,).
+    options: LoaderOptions,
+    ranks: Ranks = ALONE,
+) -> ImageLoader:
+    """Load every `world`-th image of a split, from image `rank` on, in the evaluation transform.
 
-    The decoder `torchvision` gives 8 bits for pixel values, which `normalised` makes such.
+    The decoder `torchvision` yields uint8 pixels, which `normalised` completes.
     """
-    decoding = decoding or Decoding()
-    shard = list(range(rank, len(split), world))
-    batches = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
-    transform = evaluation_transform(processor, decoding)
-    images = TransformedImages(split, transform, decoding=decoding, is_counted=True)
-    return load_batches(images, batches, num_workers)
+    shard = list(range(ranks.rank, len(split), ranks.world))
+    size = options.batch_size
+    batches = [shard[start : start + size] for start in range(0, len(shard), size)]
+    transform = evaluation_transform(processor, options.decoding)
+    images = TransformedImages(split, transform, decoding=options.decoding, keep_labels=True)
+    return ImageLoader(images, batches, num_workers=options.num_workers)
 
 
 def view_loader(
-    split: Dataset,
-    batches: Sequence[Sequence[int]],
-    *,
-    transform: Transform,
-    decoding: Decoding,
-    num_workers: int,
-) -> DataLoader:
-    """Load the images at some positions in the given batches, as training sees them where nothing is random."""
-    return load_batches(TransformedImages(split, transform, (0,), decoding=decoding), batches, num_workers)
-
-
-@dataclass(frozen=True, eq=False)
-class TrainBatches:
-    """This rank's share of one epoch.
-
-    Args:
-        loader: Its parts of the updates from `start` on, one after the other: positions, pixel values and labels.
-        sizes: Samples of each part of the epoch that count: all of it, or none where a short last batch has too few
-            samples for all parts; that part then holds a sample that does not count.
-        totals: Samples of each update of the epoch over all ranks.
-    """
-
-    loader: DataLoader
-    sizes: list[int]
-    totals: list[int]
-
-
-def train_batches(
-    split: Dataset,
-    transform: Transform,
-    *,
-    batch_size: int,
-    parts: int,
-    seed: int,
-    epoch: int,
-    num_workers: int,
-    rank: int,
-    world: int,
-    start: int = 0,
-    repeats: int = 1,
-    steps: int | None = None,
-    drop_last: bool = True,
-    decoding: Decoding | None = None,
-) -> TrainBatches:
-    """Load this rank's parts of the batches of one epoch.
-
-    The order is a permutation from (seed, epoch), with each image `repeats` times in a row, as long as the split. Each
-    `batch_size` of it make one update, up to `steps` of them. The copies of an image move to different ends of it;
-    then it is cut into `parts` that the ranks take in turn. Images of the updates before `start` are not read.
-    """
-    generator = torch.Generator().manual_seed(seed_from(seed, epoch))
-    order = torch.randperm(len(split), generator=generator).tolist()
-    samples = [(position, copy) for position in order for copy in range(repeats)][: len(split)]
-    samples = samples[: None if steps is None else steps * batch_size]
-    cut = {"batch_size": batch_size, "parts": parts, "rank": rank, "world": world, "drop_last": drop_last}
-    micro_batches, sizes, totals = cut_updates(samples, **cut)
-    images = TransformedImages(split, transform, (seed, epoch), decoding=decoding)
-    return TrainBatches(load_batches(images, micro_batches[start * parts // world :], num_workers), sizes, totals)
-
-
-def cut_updates(
-    samples: Sequence[tuple[int, int]], *, batch_size: int, parts: int, rank: int, world: int, drop_last: bool = True
-) -> tuple[list[list[tuple[int, int]]], list[int], list[int]]:
-    """Cut the samples of an epoch, (position, copy), into updates and their parts.
-
-    Returns:
-        This rank's parts, the samples of each that count, and the samples of each update over all ranks.
-    """
-    micro_batches, sizes, totals = [], [], []
-    for first in range(0, len(samples), batch_size):
-        update = samples[first : first + batch_size]
-        if len(update) < batch_size and drop_last:
-            break
-        update.sort(key=lambda sample: sample[1])  # stable: first copies first
-        bounds = [len(update) * part // parts for part in range(parts + 1)]
-        pieces = [update[low:high] for low, high in itertools.pairwise(bounds)]
-        totals.append(len(update))
-        sizes += [len(piece) for piece in pieces[rank::world]]
-        micro_batches += [piece or 2 * update[:1] for piece in pieces[rank::world]]
-    return micro_batches, sizes, totals
-
-
-def _outlive_signals(worker: int) -> None:
-    """Let a loader process leave it to the main process to end the work; a second SIGTERM ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    split: Rows, batches: Sequence[Sequence[int]], transform: Transform, options: LoaderOptions
+) -> ImageLoader:
+    """Load the given batches of positions in a training transform without randomness."""
+    images = TransformedImages(split, transform, (0,), decoding=options.decoding)
+    return ImageLoader(images, batches, num_workers=options.num_workers)

@@ -1,9 +1,12 @@
-"""From an RGB image to the pixel values of the model's image processor: by the processor itself, or on 8 bits.
+"""From an RGB image to the pixel values of the model's image processor.
 
-On 8 bits the loader only resizes and crops; a batch is normalised where the model is.
+`evaluation_transform` returns the processor's own transform, or for the decoder `torchvision` a faster one that only
+resizes and crops uint8 pixels; `normalised` then normalises a whole batch on the model's device.
 """
 
 import random
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -13,12 +16,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from transformers import BaseImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import SizeDict
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.decoding import Decoding, to_pixels
 from isoprune_hf.errors import RecipeError
 
-# What torchvision scales tensors by as Pillow does; its `nearest` takes other pixels.
+Transform = Callable[[Image.Image | Tensor], Tensor]
+# Modes in which torchvision scales tensors as Pillow scales images; its `nearest` selects other pixels.
 _MODES = {
     Image.Resampling.BILINEAR: InterpolationMode.BILINEAR,
     Image.Resampling.BICUBIC: InterpolationMode.BICUBIC,
@@ -26,80 +31,115 @@ _MODES = {
 }
 
 
+class ProcessorSettings(Protocol):
+    """Settings that the image processors of transformers have in common."""
+
+    resample: Image.Resampling | None
+    do_resize: bool
+    size: SizeDict
+    do_center_crop: bool
+    crop_size: SizeDict
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+
+def settings_of(processor: BaseImageProcessor) -> ProcessorSettings:
+    """Return the processor, typed by its settings: transformers declares them on no common base class."""
+    return cast(ProcessorSettings, processor)
+
+
 class EvaluationTransform:
-    """The processor's own transform for one RGB image; an object, because loader processes pickle it."""
+    """The processor's own transform for one RGB image; a class, because loader processes pickle it."""
 
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """Return pixel values of shape (C, H, W)."""
-        return self.processor([image], return_tensors="pt")["pixel_values"][0]
+        images: Any = [image]  # transformers annotates no list of a union
+        pixel_values: Tensor = self.processor(images, return_tensors="pt")["pixel_values"][0]
+        return pixel_values
 
 
 class PixelTransform:
-    """Resize and crop of the processor on 8 bits, without its normalisation.
+    """The processor's resize and crop on uint8 pixels, without its normalisation.
 
-    Of the values from 0 to 255 that the processor normalises, they differ by 1, or at sharp edges by 2.
+    The result differs from the values that the processor normalises by at most 1 of 255, at sharp edges by 2.
 
     Raises:
-        RecipeError: The processor scales in a way that torchvision does not have for tensors.
+        RecipeError: torchvision cannot scale tensors in the processor's interpolation mode.
     """
 
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
-        is_own = isinstance(processor, IsoImageProcessor) and processor.resample in _MODES
+        resample = settings_of(processor).resample
+        is_own = isinstance(processor, IsoImageProcessor) and resample in _MODES
         if not is_own and not isinstance(processor, TorchvisionBackend):
             raise RecipeError(
-                f"data.decoder torchvision: {type(processor).__name__} with resample {processor.resample} has no "
-                "transform on tensors; set data.decoder: pil"
+                f"data.decoder torchvision: {type(processor).__name__} with resample {resample} has no transform on "
+                "tensors; set data.decoder: pil"
             )
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """Return 8 bits of shape (3, H, W) of an RGB image, or of its pixels (3, H, W)."""
+        """Return uint8 pixels of shape (3, H, W) for an RGB image or its pixels (3, H, W)."""
         pixels, processor = to_pixels(image), self.processor
         if isinstance(processor, TorchvisionBackend):
-            return processor([pixels], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
-        if processor.do_resize:
-            size = processor.size
+            scaled: Tensor = processor([pixels], return_tensors="pt", do_rescale=False, do_normalize=False)[
+                "pixel_values"
+            ][0]
+            return scaled
+        settings = settings_of(processor)
+        if settings.do_resize:
+            size = settings.size
             sides = [size.shortest_edge] if size.shortest_edge else [size.height, size.width]
-            pixels = functional.resize(pixels, sides, interpolation=_MODES[processor.resample], antialias=True)
-        if processor.do_center_crop:
-            pixels = functional.center_crop(pixels, [processor.crop_size.height, processor.crop_size.width])
+            mode = _MODES[Image.Resampling.BILINEAR if settings.resample is None else settings.resample]
+            pixels = functional.resize(pixels, sides, interpolation=mode, antialias=True)
+        if settings.do_center_crop:
+            pixels = functional.center_crop(pixels, [settings.crop_size.height, settings.crop_size.width])
         return pixels
 
 
 class RandomCrop:
-    """timm's random crop on 8 bits: the same random numbers, and no detour through floats as it makes for tensors."""
+    """timm's random crop on uint8 pixels: the same random numbers, without timm's conversion of tensors to float."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):
         self.crop = crop
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Crop pixels (3, H, W), and scale them to the size of the crop."""
+        """Return a random crop of pixels (3, H, W), scaled to the size of the transform."""
         crop = self.crop
-        top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)
+        top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)  # type: ignore[no-untyped-call]  # timm
         mode = random.choice(crop.interpolation) if isinstance(crop.interpolation, tuple) else crop.interpolation
-        # A copy whose pixels lie one after the other, as those of a whole image do: scaling it takes half the time.
+        # A copy with the pixels in the order of a whole image: resizing it takes half the time.
         rows = pixels.movedim(0, -1)[top : top + height, left : left + width].contiguous()
-        return functional.resize(rows.movedim(-1, 0), list(crop.size), interpolation=mode, antialias=True)
+        resized: Tensor = functional.resize(rows.movedim(-1, 0), list(crop.size), interpolation=mode, antialias=True)
+        return resized
 
 
-def evaluation_transform(processor: BaseImageProcessor, decoding: Decoding) -> EvaluationTransform | PixelTransform:
-    """Choose the transform for what the decoder gives; behind it comes `normalised`."""
+def evaluation_transform(processor: BaseImageProcessor, decoding: Decoding) -> Transform:
+    """Return the evaluation transform for the output of the decoder; `normalised` completes it."""
     return (PixelTransform if decoding.decoder == "torchvision" else EvaluationTransform)(processor)
 
 
 def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation for pixels from 0 to 1, which is what timm normalises."""
-    factor = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    """Return the mean and std for pixels scaled to [0, 1] (timm's convention)."""
+    settings = settings_of(processor)
+    factor = 255 * settings.rescale_factor if settings.do_rescale else 255.0
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
+    if settings.do_normalize:
+        mean, std = settings.image_mean, settings.image_std
     return tuple(value / factor for value in mean), tuple(value / factor for value in std)
 
 
 def normalised(pixels: Tensor, processor: BaseImageProcessor) -> Tensor:
-    """Make pixel values of images (..., 3, H, W) of 8 bits, on their device; what is no such thing stays as it is."""
+    """Return the pixel values of uint8 images (..., 3, H, W), on their device; return other types unchanged."""
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = normalisation(processor)
-    return functional.normalize(pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255), mean, std)
+    shares = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    pixel_values: Tensor = functional.normalize(shares, list(mean), list(std))
+    return pixel_values

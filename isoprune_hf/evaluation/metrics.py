@@ -1,4 +1,4 @@
-"""The figures of an image classifier, as metrics for `evaluate`: over all images, and of each class."""
+"""Metrics of an image classifier for the `evaluate` library: over all images, and for each class."""
 
 import csv
 import io
@@ -9,15 +9,15 @@ import numpy as np
 
 from isoprune_hf.data.dataset import prediction_features
 
-TOP = 5
+TOP = 5  # classes per image in `predictions`
 BINS = 15
 _INPUTS = (
-    "predictions: top class ids, best first; references: labels; losses: one an image; confidences: the probability "
-    "of the top class."
+    "predictions: ids of the top classes, best first; references: labels; losses: loss of each image; confidences: "
+    "probability of the top class."
 )
 
 
-class ImageClassificationMetric(evaluate.Metric):
+class ImageClassificationMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
     """Top-1 and top-5 accuracy (fractions), mean loss, expected calibration error and number of images."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -45,14 +45,14 @@ class ImageClassificationMetric(evaluate.Metric):
         }
 
 
-class PerClassMetric(evaluate.Metric):
-    """The same for the images of each class, and how often each class is predicted; lists by class id."""
+class PerClassMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
+    """Number of images, accuracy, mean loss, mean confidence and number of predictions; lists by class id."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Accuracy, mean loss and mean confidence of an image classifier for each class.",
             citation="",
-            inputs_description=f"{_INPUTS} num_classes: how many there are.",
+            inputs_description=f"{_INPUTS} num_classes: number of classes.",
             features=prediction_features(),
         )
 
@@ -64,13 +64,15 @@ class PerClassMetric(evaluate.Metric):
         confidences: list[float],
         num_classes: int,
     ) -> dict[str, list[float | int]]:
-        labels, tops = np.asarray(references), np.asarray(predictions)
+        labels = np.asarray(references)
+        tops = np.asarray(predictions)
         hits = tops == labels[:, None]
         images = np.bincount(labels, minlength=num_classes)
 
         def mean(values: np.ndarray) -> list[float]:
             sums = np.bincount(labels, weights=values, minlength=num_classes)
-            return np.divide(sums, images, out=np.full(num_classes, np.nan), where=images > 0).tolist()
+            means: list[float] = np.divide(sums, images, out=np.full(num_classes, np.nan), where=images > 0).tolist()
+            return means
 
         return {
             "images": images.tolist(),
@@ -87,10 +89,10 @@ def calibration_error(confidences: np.ndarray, hits: np.ndarray) -> float:
 
     Args:
         confidences: Probabilities of the top class, of shape (N,).
-        hits: Whether it was the label, of shape (N,).
+        hits: Whether the top class is the label, of shape (N,).
 
     Returns:
-        Mean distance of confidence and accuracy over the bins, each weighted by its images; from 0 to 1.
+        Mean absolute difference of confidence and accuracy over the bins, weighted by their images; from 0 to 1.
 
     Source:
         Guo et al., On calibration of modern neural networks, ICML 2017 (arXiv 1706.04599), eq. 3, after Naeini et al.,
@@ -102,7 +104,7 @@ def calibration_error(confidences: np.ndarray, hits: np.ndarray) -> float:
 
 
 def per_class_table(figures: dict[str, list[float | int]], label_names: Sequence[str]) -> str:
-    """Write the figures of `PerClassMetric` as CSV; what a class without images does not have is empty."""
+    """Return the figures of `PerClassMetric` as CSV; undefined figures of a class without images are empty."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["class", "name", *figures])

@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf import CheckpointError, IsoPruneError, IsoPruneForImageClassification, load_base
 from isoprune_hf.commands.opening import open_source
-from isoprune_hf.data.decoding import DAMAGES, decode_image
+from isoprune_hf.data.decoding import DECODE_ERRORS, decode_image
 from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.reporting.widths import PICTURE, draw_widths, layer_widths
 
@@ -94,7 +94,7 @@ def compare(pair: Pair, encoded: bytes) -> Comparison:
         image = decode_image(encoded)
     except IsoPruneError:
         raise
-    except DAMAGES as error:
+    except DECODE_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise IsoPruneError(f"this file cannot be read as an image ({reason}); try a JPEG or a PNG") from error
     answers = {}

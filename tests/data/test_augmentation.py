@@ -112,7 +112,7 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone():
     def load(order: list[int], epoch: int, workers: int) -> dict[int, torch.Tensor]:
         images = pickle.loads(pickle.dumps(TransformedImages(split, transform, (0, epoch))))
         loader = DataLoader(images, sampler=order, batch_size=2, num_workers=workers)
-        return {int(p): image for positions, batch, _ in loader for p, image in zip(positions, batch, strict=True)}
+        return {int(p): image for positions, batch, *_ in loader for p, image in zip(positions, batch, strict=True)}
 
     first = load([0, 1, 2, 3, 4, 5], epoch=1, workers=0)
     second = load([4, 2, 5, 0, 3, 1], epoch=1, workers=2)
@@ -141,7 +141,7 @@ def test_the_policies_of_torchvision_are_its_own(name, policy):
 
 @pytest.mark.parametrize("name", ["tv-rand-n2-m31", "tv-rand-n0-m9", "tv-best", "tv-"])
 def test_an_unknown_policy_of_torchvision_is_a_clear_error(name):
-    with pytest.raises(RecipeError, match=f"torchvision has no policy {name!r}; give tv-rand-nN-mM with M below 31"):
+    with pytest.raises(RecipeError, match=f"torchvision has no policy {name!r}"):
         train_transform(make_processor(), no_augmentation(auto_augment=name))
 
 

@@ -2,6 +2,7 @@ import pickle
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data import sources as opening_module
 from isoprune_hf.data.dataset import load_data
+from isoprune_hf.data.epochs import EpochOrder, train_batches
 from isoprune_hf.data.labels import check_labels
-from isoprune_hf.data.loading import CalibrationBatches, calibration_ids, eval_loader, train_batches
+from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids, eval_loader
 from isoprune_hf.data.pixels import EvaluationTransform
 from isoprune_hf.errors import DatasetError, MissingExtraError
 from isoprune_hf.recipes import DataRecipe
@@ -143,7 +145,7 @@ def test_tar_files_with_other_names_say_what_is_there(tmp_path):
     message = message_of(DataRecipe(dataset=str(tmp_path)))
     assert (
         "data.image_column: split 'train'" in message
-        and "no column 'image', it has __key__, __url__, tif, cls" in message
+        and "no column 'image'; its columns are __key__, __url__, tif, cls" in message
     )
     loaded = load_data(DataRecipe(dataset=str(tmp_path), image_column="tif"))
     assert loaded.train[0]["image"].size == (6, 5)
@@ -155,7 +157,7 @@ def test_a_list_of_classes_that_is_too_short_is_one_line(tmp_path):
     write_tar(tmp_path / "train-0.tar", {"a": 0, "b": 3})
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     message = message_of(DataRecipe(dataset=str(tmp_path)))
-    assert "classes.txt names 2 classes, the labels of split 'train' go from 0 to 3" in message
+    assert "classes.txt names 2 classes, but the labels of split 'train' range from 0 to 3" in message
 
 
 def test_dense_whole_numbers_become_classes(tmp_path):
@@ -202,7 +204,8 @@ def test_errors_say_what_is_wrong_with_the_place(tmp_path, monkeypatch):
     monkeypatch.setattr(opening_module, "load_dataset", no_network)
     message = message_of(DataRecipe(dataset="some/where"))
     assert (
-        "'some/where' cannot be opened (Couldn't reach 'some/where' on the Hub)" in message and "a Hub id" in message
+        "'some/where' cannot be opened (Couldn't reach 'some/where' on the Hub)" in message
+        and "the id of a Hub data set" in message
     )
     assert "no parquet, no tar files and no split folders" in message_of(DataRecipe(dataset=str(tmp_path)))
 
@@ -216,7 +219,8 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path):
     recipe = save_splits(tmp_path, train=make_split([0]))
     message = message_of(DataRecipe(dataset=recipe.dataset, label_column="fine"))
     assert (
-        message.startswith("data.label_column: split 'train'") and "no column 'fine', it has image, label" in message
+        message.startswith("data.label_column: split 'train'")
+        and "no column 'fine'; its columns are image, label" in message
     )
     message = message_of(DataRecipe(dataset=recipe.dataset, image_column="img"))
     assert message.startswith("data.image_column") and "no column 'img'" in message
@@ -224,7 +228,7 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path):
 
 def test_a_column_that_holds_no_images_is_refused(tmp_path):
     recipe = save_splits(tmp_path, train=make_split([0]))
-    assert "must hold images, got" in message_of(DataRecipe(dataset=recipe.dataset, image_column="label"))
+    assert "must contain images, got" in message_of(DataRecipe(dataset=recipe.dataset, image_column="label"))
 
 
 def test_an_empty_split_is_refused(tmp_path):
@@ -239,7 +243,7 @@ def test_an_empty_split_is_refused(tmp_path):
 )
 def test_labels_that_are_no_classes_are_refused(tmp_path, labels, kind, got):
     message = message_of(save_splits(tmp_path, train=make_split(labels, datasets.Value(kind))))
-    assert "must hold class labels or the whole numbers 0 to n-1" in message and got in message
+    assert "must contain class labels or the whole numbers 0 to n-1" in message and got in message
 
 
 def test_images_without_a_label_are_refused(tmp_path):
@@ -264,7 +268,7 @@ def test_labels_that_agree_are_accepted():
 
 
 def test_another_number_of_classes_offers_a_new_head():
-    with pytest.raises(DatasetError, match=r"has 2 classes, the model has 3; give `--prune.num_labels data`"):
+    with pytest.raises(DatasetError, match=r"has 2 classes, the model has 3; set `--prune.num_labels data`"):
         check_labels(["a", "b"], {0: "a", 1: "b", 2: "c"})
 
 
@@ -293,8 +297,8 @@ def test_the_calibration_sample_is_drawn_once_and_shared_by_the_ranks():
     assert ids != calibration_ids(20, batches=5, batch_size=3, seed=2)
 
     def load(rank: int, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        options = {"batches": 5, "batch_size": 3, "seed": 1, "rank": rank, "world": world}
-        return list(CalibrationBatches(split, PROCESSOR, **options))
+        options, ranks = LoaderOptions(batch_size=3), Ranks(rank, world)
+        return list(CalibrationBatches(split, PROCESSOR, options, batches=5, seed=1, ranks=ranks))
 
     alone, shards = load(0, 1), [load(rank, 3) for rank in range(3)]
     assert [len(shard) for shard in shards] == [2, 2, 1]
@@ -306,17 +310,19 @@ def test_the_calibration_sample_is_drawn_once_and_shared_by_the_ranks():
 
 def test_a_small_split_gives_a_partial_micro_batch():
     split = make_split([0, 1, 2, 0, 1])
-    sizes = [len(labels) for _, labels in CalibrationBatches(split, PROCESSOR, batches=9, batch_size=2, seed=0)]
+    batches = CalibrationBatches(split, PROCESSOR, LoaderOptions(batch_size=2), batches=9, seed=0)
+    sizes = [len(labels) for _, labels in batches]
     assert sizes == [2, 2, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_evaluation_shards_are_strided_and_complete(workers):
     split = make_split([0, 1, 2, 0, 1, 2, 0])
-    options = {"batch_size": 2, "num_workers": workers, "world": 3}
-    shards = [list(eval_loader(split, PROCESSOR, rank=rank, **options)) for rank in range(3)]
+    options = LoaderOptions(batch_size=2, num_workers=workers)
+    shards = [list(eval_loader(split, PROCESSOR, options, Ranks(rank, world=3))) for rank in range(3)]
     assert [torch.cat([batch[0] for batch in shard]).tolist() for shard in shards] == [[0, 3, 6], [1, 4], [2, 5]]
-    positions, pixel_values, labels = shards[0][1]
+    positions, pixel_values, labels, is_replacement = shards[0][1]
+    assert is_replacement.dtype == torch.bool and shards[0][1].broken == []
     assert positions.dtype == labels.dtype == torch.int64 and labels.tolist() == [0]
     assert torch.equal(pixel_values, PROCESSOR([make_image(6)], return_tensors="pt")["pixel_values"])
 
@@ -329,7 +335,7 @@ class DrawnTransform:
 
 
 def test_a_rank_without_images_gets_no_batches():
-    loader = eval_loader(make_split([0]), PROCESSOR, batch_size=2, num_workers=0, rank=1, world=2)
+    loader = eval_loader(make_split([0]), PROCESSOR, LoaderOptions(batch_size=2), Ranks(rank=1, world=2))
     assert list(loader) == []
 
 
@@ -337,8 +343,8 @@ def test_ranks_and_accumulation_share_one_order_of_the_epoch():
     split, transform = make_split([index % 3 for index in range(11)]), EvaluationTransform(PROCESSOR)
 
     def load(rank: int, world: int, micro: int, epoch: int = 1) -> list[list[int]]:
-        options = {"batch_size": 4, "parts": 4 // micro, "seed": 0, "epoch": epoch, "num_workers": 0}
-        batches = train_batches(split, transform, rank=rank, world=world, **options)
+        order = EpochOrder(seed=0, epoch=epoch, parts=4 // micro)
+        batches = train_batches(split, transform, order, LoaderOptions(batch_size=4), Ranks(rank, world))
         assert batches.totals == [4, 4] and batches.sizes == [micro] * (8 // micro // world)
         return [batch[0].tolist() for batch in batches.loader]
 
@@ -350,12 +356,10 @@ def test_ranks_and_accumulation_share_one_order_of_the_epoch():
 
 
 def test_copies_of_an_image_are_augmented_differently_and_lie_in_different_parts():
-    def load(rank: int = 0, world: int = 1, **options: int | bool) -> list[tuple[list[int], list[float]]]:
-        split = make_split([0] * 12)
-        transform = DrawnTransform()
-        common = {"batch_size": 8, "seed": 0, "epoch": 1, "num_workers": 0, "rank": rank, "world": world}
-        batches = train_batches(split, transform, **{**common, "parts": 2, **options})
-        return [(batch[0].tolist(), batch[1].tolist()) for batch in batches.loader]
+    def load(*, parts: int = 2, **changes: Any) -> list[tuple[list[int], list[float]]]:
+        order = EpochOrder(seed=0, epoch=1, parts=parts, **changes)
+        batches = train_batches(make_split([0] * 12), DrawnTransform(), order, LoaderOptions(batch_size=8))
+        return [(batch.positions.tolist(), batch.pixels.tolist()) for batch in batches.loader]
 
     parts = load(repeats=2, drop_last=False)
     assert [len(positions) for positions, _ in parts] == [4, 4, 2, 2]
@@ -370,8 +374,8 @@ def test_copies_of_an_image_are_augmented_differently_and_lie_in_different_parts
 
 def test_a_short_last_batch_gives_every_rank_as_many_parts():
     split, transform = make_split([0] * 9), EvaluationTransform(PROCESSOR)
-    options = {"batch_size": 8, "parts": 4, "seed": 0, "epoch": 1, "num_workers": 0, "world": 2, "drop_last": False}
-    ranks = [train_batches(split, transform, rank=rank, **options) for rank in range(2)]
+    order, options = EpochOrder(seed=0, epoch=1, parts=4, drop_last=False), LoaderOptions(batch_size=8)
+    ranks = [train_batches(split, transform, order, options, Ranks(rank, world=2)) for rank in range(2)]
     assert [batches.totals for batches in ranks] == [[8, 1]] * 2
     assert [batches.sizes for batches in ranks] == [[2, 2, 0, 0], [2, 2, 0, 1]]
     shares = [zip(batches.loader, batches.sizes, strict=True) for batches in ranks]
@@ -383,7 +387,7 @@ def test_loading_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(eval_loader(make_split([0, 1]), PROCESSOR, batch_size=1, num_workers=0, rank=0, world=1))
+    list(eval_loader(make_split([0, 1]), PROCESSOR, LoaderOptions(batch_size=1)))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -395,9 +399,9 @@ def test_a_damaged_image_is_named_by_its_file_in_one_line(content, workers, tmp_
     damaged.write_bytes(damaged.read_bytes()[:40] if content is None else content)
     split = load_data(DataRecipe(dataset=str(root))).evaluation
     with pytest.raises(DatasetError) as caught:
-        list(eval_loader(split, PROCESSOR, batch_size=1, num_workers=workers, rank=0, world=1))
+        list(eval_loader(split, PROCESSOR, LoaderOptions(batch_size=1, num_workers=workers)))
     assert str(caught.value).startswith(f"data: {damaged} cannot be read (")
-    assert str(caught.value).endswith("mend it or take it out") and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("data.broken: skip") and "\n" not in str(caught.value)
 
 
 def test_a_damaged_image_without_a_file_is_named_by_its_place():
@@ -406,4 +410,4 @@ def test_a_damaged_image_without_a_file_is_named_by_its_place():
         features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}),
     )
     with pytest.raises(DatasetError, match="data: image 0 of its split cannot be read"):
-        list(eval_loader(split, PROCESSOR, batch_size=1, num_workers=0, rank=0, world=1))
+        list(eval_loader(split, PROCESSOR, LoaderOptions(batch_size=1)))

@@ -17,12 +17,12 @@ from transformers import ConvNextImageProcessor, ViTImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.augmentation import TransformedImages, seeded_generators, train_transform
 from isoprune_hf.data.decoding import Decoding, decode_image, decode_pixels
-from isoprune_hf.data.loading import CalibrationBatches
+from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.data.pixels import EvaluationTransform, PixelTransform, normalisation, normalised
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.finetune import finetune
 
 FAST = Decoding(decoder="torchvision")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -89,13 +89,13 @@ def test_damaged_jpegs_are_read_or_refused_as_by_pillow() -> None:
             damaged[place] = rng.integers(0, 256)
         damaged = bytes(damaged[: rng.integers(len(damaged) - 100, len(damaged) + 1)])
         split = [{"image": {"path": None, "bytes": damaged}, "label": 0}]
-        noted = [
+        samples = [
             TransformedImages(split, lambda image: image, decoding=Decoding("grey", decoder=decoder))[0]
             for decoder in ("pil", "torchvision")
         ]
-        assert noted[0][0] == noted[1][0]
-        refused += noted[0][0] < 0
-        assert np.array_equal(noted[1][1].numpy(), np.asarray(noted[0][1]).transpose(2, 0, 1))
+        assert samples[0].is_replacement == samples[1].is_replacement
+        refused += samples[0].is_replacement
+        assert np.array_equal(samples[1].pixels.numpy(), np.asarray(samples[0].pixels).transpose(2, 0, 1))
     assert 0 < refused < 300
 
 
@@ -179,7 +179,8 @@ def test_both_decoders_score_evaluate_and_train_alike(tmp_path: Path) -> None:
     for decoder in ("pil", "torchvision"):
         data = open_images(root, decoder=decoder)
         processor = IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
-        batches = CalibrationBatches(data.train, processor, batches=2, batch_size=3, seed=0, decoding=data.decoding)
+        options = LoaderOptions(batch_size=3, decoding=data.decoding)
+        batches = CalibrationBatches(data.train, processor, options, batches=2, seed=0)
         net = make_net(classes=3)
         figures = evaluate_model(net, data.evaluation, processor, decoding=data.decoding)
         recipe = FinetuneRecipe(epochs=2, batch_size=6, distillation="none", crop_scale=(1.0, 1.0))

@@ -17,6 +17,7 @@ from helpers.ranks import run, start_ranks, write_slowly
 from PIL import Image
 
 from isoprune_hf.data.dataset import load_data
+from isoprune_hf.data.loading import Ranks
 from isoprune_hf.data.streaming import StreamedSplit
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
@@ -61,9 +62,9 @@ def numbered() -> list[tuple[int, int]]:
 
 def test_ranks_see_different_images_and_all_of_them_and_begin_anew_at_the_end(tars: Path) -> None:
     split = streamed(tars)
-    parts = [names(split.rows(0, 1, rank=rank, world=2)) for rank in (0, 1)]
+    parts = [names(split.rows(0, 1, Ranks(rank, world=2))) for rank in (0, 1)]
     assert not set(parts[0]) & set(parts[1]) and len(parts[0]) + len(parts[1]) == 11
-    again = names(itertools.islice(split.endless(0, 1, rank=0, world=2), 2 * len(parts[0])))
+    again = names(itertools.islice(split.endless(0, 1, Ranks(0, world=2)), 2 * len(parts[0])))
     assert again[: len(parts[0])] == parts[0]
     assert len(Counter(again)) >= 5
     assert len(split.take(5, 0)) == 5 and len(split.take(50, 0)) == 11
@@ -71,13 +72,13 @@ def test_ranks_see_different_images_and_all_of_them_and_begin_anew_at_the_end(ta
 
 def test_a_label_that_is_no_class_is_named_when_it_comes(tars: Path) -> None:
     split = StreamedSplit(streamed(tars).stream, 2, 4)
-    with pytest.raises(DatasetError, match="an image of the stream has the label 2, the classes are 0 to 1"):
+    with pytest.raises(DatasetError, match="has the label 2; the classes are 0 to 1"):
         list(split.rows(0, 1))
 
 
 def test_numbers_alone_without_an_evaluation_split_are_refused(tars: Path) -> None:
     (tars / "val-0.tar").unlink()
-    with pytest.raises(DatasetError, match="a stream does not say how many: name the classes"):
+    with pytest.raises(DatasetError, match=r"data\.label_column: .* name the classes"):
         load_data(DataRecipe(dataset=str(tars), streaming=True))
     (tars / "classes.txt").write_text("cat\ndog\nowl\n")
     loaded = load_data(DataRecipe(dataset=str(tars), streaming=True))
@@ -133,9 +134,9 @@ def test_a_killed_run_ends_in_the_same_bytes_with_any_number_of_loader_processes
     again = [*command, "--data.num_workers", "2", "--output", out]
     ended = [rank.wait() for rank in start_ranks(again, tmp_path / "log", world)]
     assert [end.code for end in ended] == [0] * world, ended[0].err
-    assert "continuing behind update" in ended[0].out
+    assert "resuming after update" in ended[0].out
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
-    assert "a stream promises less" in ended[0].out
+    assert "training on a stream" in ended[0].out
 
 
 def test_a_broken_image_of_a_stream_is_one_line(command: list[str], tmp_path: Path, tars: Path) -> None:
@@ -153,10 +154,10 @@ def test_a_broken_image_of_a_stream_is_one_line(command: list[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--finetune.repeated_augmentation", "2"], "finetune.repeated_augmentation needs a data set that lies here"),
-        (CACHED, "finetune.teacher_cache needs a data set that lies here"),
-        (["--data.broken", "skip"], "data.broken skip needs a data set that lies here"),
-        (["--finetune.steps_per_epoch", "null"], "set finetune.steps_per_epoch"),
+        (["--finetune.repeated_augmentation", "2"], "finetune.repeated_augmentation does not work with a stream"),
+        (CACHED, "finetune.teacher_cache does not work with a stream"),
+        (["--data.broken", "skip"], "data.broken skip does not work with a stream"),
+        (["--finetune.steps_per_epoch", "null"], "finetune.steps_per_epoch is not set"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(flags: list[str], words: str, command: list[str], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def huge_png() -> bytes:
 BROKEN = {
     "a JPEG cut in its header": (encode(noise(), "JPEG")[:100], "."),
     "a JPEG cut in its scan": (encode(noise((64, 64)), "JPEG")[:-700], "truncated"),
-    "zero bytes": (b"", "there is not anything in it"),
+    "zero bytes": (b"", "the file is empty"),
     "a page of text": (b"<html>404 Not Found</html>", "not an image of a known format"),
     "a PNG with a wrong checksum": (encode(noise()).replace(b"IHDR\x00", b"IHDR\x01", 1), "."),
     "too many pixels": (huge_png(), "exceeds limit"),
