@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/gpu_training.py recipes/deit_0.6g.yaml --peak 989 [--batch_sizes 256 512]
 
 The model is cut by the recipe with random weights, the teacher has random weights, and the images lie on the GPU, so
-neither a loader nor a network is part of it. What is timed is `train_epoch` itself: mixup, forward passes of student
+neither a loader nor a network is part of it. It times `Trainer.epoch` itself: mixup, forward passes of student
 and teacher, backward pass, step, and the log's figures. MFU counts the operations of both models, as the log does.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torch import nn
 from isoprune_hf import FinetuneRecipe, PruneRecipe, load_base, prune_model
 from isoprune_hf.cli.recipe_files import read_recipe
 from isoprune_hf.commands.finetune import count_training_flops
-from isoprune_hf.data.loading import TrainBatches
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.epochs import TrainBatches
+from isoprune_hf.data.loading import ImageBatch, LoaderOptions
 from isoprune_hf.models import BaseModel
-from isoprune_hf.training.acceleration import Teacher, accelerated
-from isoprune_hf.training.distillation import two_heads
-from isoprune_hf.training.epoch import Progress, Training, train_epoch
-from isoprune_hf.training.optimisation import build_optimizer
-from isoprune_hf.training.replicas import AveragedStatistics
+from isoprune_hf.training.progress import Progress
+from isoprune_hf.training.student import open_student
+from isoprune_hf.training.teacher import Teacher
+from isoprune_hf.training.trainer import Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "no"},
@@ -54,44 +56,40 @@ CLASSES = 1000
 
 
 @contextlib.contextmanager
-def training_of(
-    student: BaseModel, teacher: nn.Module | None, recipe: FinetuneRecipe, accelerator: Accelerator
-) -> Iterator[Training]:
-    """What `finetune` makes of a recipe on one GPU."""
-    model, device = student.model, accelerator.device
-    is_taught = recipe.distillation != "none"
-    heads = two_heads(model) if recipe.distillation_head == "token" else contextlib.nullcontext()
-    with heads as found, accelerated(model, recipe) as network:
-        yield Training(
-            model=model,
-            processor=student.processor,
-            network=network,
-            num_classes=CLASSES,
-            recipe=recipe,
-            accelerator=accelerator,
-            teacher=Teacher(teacher, recipe, device=device, processors=None) if is_taught else None,
-            heads=found,
-            optimizer=build_optimizer(model, recipe),
-            scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
-            ema=None,
-            statistics=AveragedStatistics(model, accelerator),
-            interrupted_by=lambda: None,
-        )
+def trainer_of(
+    student: BaseModel, teacher: nn.Module, recipe: FinetuneRecipe, accelerator: Accelerator
+) -> Iterator[Trainer]:
+    """Build the trainer that `finetune` builds for a recipe on one GPU."""
+    names = tuple(map(str, range(CLASSES)))
+    data = ImageData(None, None, names, "random", "0")
+    trainer = Trainer(student.model, data, student.processor, recipe, accelerator=accelerator, options=LoaderOptions())
+    open_teacher = None
+    if recipe.distillation != "none":
+        open_teacher = partial(Teacher, teacher, recipe, device=accelerator.device)
+    with open_student(
+        student.model,
+        student.processor,
+        recipe,
+        accelerator,
+        num_classes=CLASSES,
+        open_teacher=open_teacher,
+    ) as trainer.student:
+        yield trainer
 
 
-def time_step(training: Training, batch_size: int, *, warmup: int, updates: int) -> tuple[float, int]:
+def time_step(trainer: Trainer, batch_size: int, *, warmup: int, updates: int) -> tuple[float, int]:
     """Give the seconds of an update, and the most bytes that were allocated."""
-    device = training.accelerator.device
+    device = trainer.accelerator.device
     generator = torch.Generator(device.type).manual_seed(0)
-    images = torch.randn(batch_size, *training.model.config.image_size, device=device, generator=generator)
+    images = torch.randn(batch_size, *trainer.model.config.image_size, device=device, generator=generator)
     labels = torch.randint(CLASSES, (batch_size,), device=device, generator=generator)
+    batch = ImageBatch(labels, images, labels, torch.zeros(batch_size, dtype=torch.bool, device=device))
 
     def train(count: int) -> float:
         sizes = [batch_size] * count
         start = time.perf_counter()
-        train_epoch(
-            training, TrainBatches([(labels, images, labels)] * count, sizes, sizes), Progress(), lambda _: True
-        )
+        trainer.progress = Progress()
+        trainer.epoch(TrainBatches([batch] * count, sizes, sizes))
         synchronize(device)
         return time.perf_counter() - start
 
@@ -137,9 +135,9 @@ def main() -> None:
         settings = {**VARIANTS[variant], "batch_size": batch_size, "virtual_replicas": None, "epochs": 10**6}
         changed = replace(recipe, **settings)
         torch._dynamo.reset()
-        with training_of(BaseModel(cut, base.processor), teacher, changed, accelerator) as training:
-            seconds, memory = time_step(training, batch_size, warmup=4, updates=options.updates)
-            training.optimizer.zero_grad()
+        with trainer_of(BaseModel(cut, base.processor), teacher, changed, accelerator) as trainer:
+            seconds, memory = time_step(trainer, batch_size, warmup=4, updates=options.updates)
+            trainer.student.optimizer.zero_grad()
         speed = batch_size / seconds
         tflops = speed * flops[changed.distillation == "none"] / 1e12
         cells = [variant, batch_size, f"{speed:.0f}", f"{tflops:.0f}", f"{tflops / options.peak:.3f}"]

@@ -16,10 +16,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf import FinetuneRecipe, load_base
-from isoprune_hf.data.loading import TrainBatches
-from isoprune_hf.training.epoch import Progress, Training, train_epoch
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.epochs import TrainBatches
+from isoprune_hf.data.loading import ImageBatch, LoaderOptions
 from isoprune_hf.training.optimisation import build_optimizer
-from isoprune_hf.training.replicas import AveragedStatistics
+from isoprune_hf.training.progress import Progress
+from isoprune_hf.training.student import open_student
+from isoprune_hf.training.trainer import Trainer
 
 UPDATES = 2
 
@@ -33,46 +36,42 @@ def main(name: str = "timm/deit_tiny_patch16_224", batch_size: str = "16", round
     shape = models[0].config.image_size
     images = torch.randn(recipe.batch_size, *shape, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(recipe.batch_size) % 100
-    optimizers = [build_optimizer(model, recipe) for model in models]
-    training = Training(
-        model=models[1],
-        processor=bases[1].processor,
-        network=models[1],
-        num_classes=100,
-        recipe=recipe,
+    optimizer = build_optimizer(models[0], recipe)
+    classes = tuple(map(str, range(100)))
+    trainer = Trainer(
+        models[1],
+        ImageData(None, None, classes, "random", "0"),
+        bases[1].processor,
+        recipe,
         accelerator=accelerator,
-        teacher=None,
-        heads=None,
-        optimizer=optimizers[1],
-        scaler=torch.amp.GradScaler(device.type, enabled=False),
-        ema=None,
-        statistics=AveragedStatistics(models[1], accelerator),
-        interrupted_by=lambda: None,
+        options=LoaderOptions(),
     )
     sizes = [recipe.batch_size] * UPDATES
 
     def train_bare() -> None:
         models[0].train()
         for _ in range(UPDATES):
-            optimizers[0].zero_grad()
+            optimizer.zero_grad()
             logits = models[0](pixel_values=images.to(device)).logits
             loss = nn.functional.cross_entropy(logits, labels.to(device), label_smoothing=recipe.label_smoothing)
             loss.backward()
-            optimizers[0].step()
+            optimizer.step()
             loss.item()
 
     def train_ours() -> None:
-        batches = TrainBatches([(labels, images, labels)] * UPDATES, sizes, sizes)
-        train_epoch(training, batches, Progress(), lambda update: True)
+        batch = ImageBatch(labels, images, labels, torch.zeros(len(labels), dtype=torch.bool))
+        trainer.progress = Progress()
+        trainer.epoch(TrainBatches([batch] * UPDATES, sizes, sizes))
 
-    train_bare(), train_ours()  # warm up
-    times = {train: ([], []) for train in (train_bare, train_ours)}
-    for _ in range(int(rounds)):
-        for train, (walls, works) in times.items():
-            wall, work = time.perf_counter(), time.process_time()
-            train()
-            walls.append((time.perf_counter() - wall) / UPDATES)
-            works.append((time.process_time() - work) / UPDATES)
+    with open_student(models[1], bases[1].processor, recipe, accelerator, num_classes=100) as trainer.student:
+        train_bare(), train_ours()  # warm up
+        times = {train: ([], []) for train in (train_bare, train_ours)}
+        for _ in range(int(rounds)):
+            for train, (walls, works) in times.items():
+                wall, work = time.perf_counter(), time.process_time()
+                train()
+                walls.append((time.perf_counter() - wall) / UPDATES)
+                works.append((time.process_time() - work) / UPDATES)
     print(f"{name}, {recipe.batch_size} images, {device.type}, {torch.get_num_threads()} threads, {rounds} rounds")
     for kind, place in (("wall time", 0), ("CPU time", 1)):
         bare, ours = times[train_bare][place], times[train_ours][place]

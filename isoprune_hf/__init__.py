@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from isoprune_hf.pruning.prune import prune_model
     from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
     from isoprune_hf.reporting.model_card import build_model_card
-    from isoprune_hf.training.loop import finetune
+    from isoprune_hf.training.finetune import finetune
 
 # The heavy half is imported when it is first asked for: opening a pruned model needs none of it.
 _LAZY = {
@@ -54,7 +54,7 @@ _LAZY = {
     "build_model_card": "reporting.model_card",
     "load_data": "data.dataset",
     "evaluate_model": "evaluation.evaluate",
-    "finetune": "training.loop",
+    "finetune": "training.finetune",
 }
 
 __all__ = [

@@ -131,7 +131,7 @@ def test_a_stage_names_the_extra_that_it_needs(
 
 
 def test_a_public_name_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "isoprune_hf.training.loop", raising=False)
+    monkeypatch.delitem(sys.modules, "isoprune_hf.training.finetune", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingExtraError, match=r"^finetune needs accelerate, .*: pip install isoprune-hf\[prune\]$"):
         _ = isoprune_hf.finetune

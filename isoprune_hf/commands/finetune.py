@@ -19,8 +19,8 @@ from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict
-from isoprune_hf.training.loop import finetune
-from isoprune_hf.training.run import TrainingRun
+from isoprune_hf.training.finetune import finetune
+from isoprune_hf.training.run import RunSettings, TrainingRun
 
 logger = get_logger(__name__)
 
@@ -66,14 +66,16 @@ def open_run(
         folder / CHECKPOINTS,
         identity,
         accelerator,
+        RunSettings(
+            snapshot_every=recipe.state_every,
+            snapshot_minutes=recipe.state_minutes,
+            max_minutes=recipe.max_minutes,
+            log_every=recipe.log_every,
+            tracker=recipe.tracker,
+            flops=count_training_flops(student.model, None if teacher is None or is_cached else teacher.model),
+            peak_tflops=recipe.peak_tflops,
+        ),
         overwrite=overwrite,
-        every=recipe.state_every,
-        minutes=recipe.state_minutes,
-        max_minutes=recipe.max_minutes,
-        log_every=recipe.log_every,
-        tracker=recipe.tracker,
-        flops=count_training_flops(student.model, None if teacher is None or is_cached else teacher.model),
-        peak_tflops=recipe.peak_tflops,
     )
 
 

@@ -11,6 +11,7 @@ from isoprune_hf.data.augmentation import TransformedImages, seed_from
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import ALONE, ImageLoader, LoaderOptions, Ranks
 from isoprune_hf.data.pixels import Transform
+from isoprune_hf.recipes import FinetuneRecipe
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,18 @@ class EpochOrder:
     repeats: int = 1
     steps: int | None = None
     drop_last: bool = True
+
+    @classmethod
+    def of(cls, recipe: FinetuneRecipe, *, epoch: int, parts: int) -> "EpochOrder":
+        """Return the order of an epoch of a recipe."""
+        return cls(
+            recipe.seed,
+            epoch,
+            parts,
+            repeats=recipe.repeated_augmentation,
+            steps=recipe.steps_per_epoch,
+            drop_last=recipe.drop_last,
+        )
 
 
 @dataclass(frozen=True, eq=False)

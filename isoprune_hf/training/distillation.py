@@ -1,7 +1,7 @@
-"""The training loss: labels, and what the teacher adds."""
+"""The training loss of labels and teacher, and the two heads of models with a distillation token."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes import FinetuneRecipe
 
-# Classifiers of the class token and of the distillation token: timm, transformers.
+# Returns the logits of the class token and of the distillation token, (B, C) each, of the last forward pass.
+HeadLogits = Callable[[], tuple[Tensor, Tensor]]
+
+# Names of the classifiers of the class token and of the distillation token: in timm, in transformers.
 _HEADS = (("head", "head_dist"), ("cls_classifier", "distillation_classifier"))
 
 
@@ -29,15 +33,15 @@ def training_loss(
     """Compute the loss of each sample in fp32.
 
     Args:
-        logits: The student's, of shape (B, C).
+        logits: Logits of the student, of shape (B, C).
         labels: Class indices of shape (B,), or targets of shape (B, C).
-        teacher_logits: The teacher's, of shape (B, C); without them the loss is the cross-entropy alone.
-        label_smoothing: Share of the label's target that goes to all classes.
-        distillation: soft compares the two distributions, hard takes the teacher's top class as a second label.
-        weight: Share of the teacher, from 0 to 1.
-        temperature: Divides both logits of soft distillation; hard has none.
-        taught_logits: Those that the teacher speaks to, of shape (B, C), where they are others than `logits`.
-        teacher_label_smoothing: The same as `label_smoothing` for the teacher's top class.
+        teacher_logits: Logits of the teacher, of shape (B, C); without them the loss is the cross-entropy.
+        label_smoothing: Share of the target that is spread over all classes.
+        distillation: `soft` compares the two distributions, `hard` uses the teacher's top class as a second label.
+        weight: Weight of the teacher's loss, from 0 to 1.
+        temperature: Divides both logits in soft distillation; unused in hard distillation.
+        taught_logits: Logits of the student that are compared with the teacher, of shape (B, C); `logits` by default.
+        teacher_label_smoothing: `label_smoothing` for the teacher's top class.
 
     Returns:
         Losses of shape (B,).
@@ -64,12 +68,28 @@ def training_loss(
     return (1 - weight) * loss + weight * teacher_loss
 
 
+def distillation_heads(
+    model: nn.Module, recipe: FinetuneRecipe, *, has_teacher: bool
+) -> AbstractContextManager[HeadLogits | None]:
+    """Return the context of `two_heads` if the recipe trains the distillation token, else an empty context.
+
+    Raises:
+        RecipeError: There is no teacher, or the model has no distillation token.
+    """
+    if recipe.distillation_head == "logits":
+        return nullcontext()
+    if not has_teacher:
+        raise RecipeError("finetune.distillation_head token needs a teacher: set finetune.teacher, or logits")
+    return two_heads(model)
+
+
 @contextmanager
-def two_heads(model: nn.Module) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-    """Inside the block, give what the two heads of a distilled model put out in its last forward pass.
+def two_heads(model: nn.Module) -> Iterator[HeadLogits]:
+    """Record, inside the block, the outputs of the two heads of a model with a distillation token.
 
     Yields:
-        A function that returns the logits of the class token and of the distillation token, (B, C) each.
+        A function that returns the logits of the class token and of the distillation token, (B, C) each, of the last
+        forward pass.
 
     Raises:
         RecipeError: The model has no distillation token.
@@ -82,10 +102,10 @@ def two_heads(model: nn.Module) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]
         )
     last: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda module, inputs, output: last.update({name: output})
 
-    hooks = [getattr(network, name).register_forward_hook(keep(name)) for name in names]
+    hooks = [getattr(network, name).register_forward_hook(record(name)) for name in names]
     try:
         yield lambda: (last[names[0]], last[names[1]])
     finally:

@@ -1,75 +1,95 @@
-"""Signals that end a training: SIGTERM and SIGUSR1 from schedulers, SIGINT from Ctrl-C, SIGALRM when time is up."""
+"""Signals that end a training: SIGTERM and SIGUSR1 of schedulers, SIGINT of Ctrl-C, and the end of the time limit."""
 
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 from isoprune_hf.errors import Cancelled, Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
-# A launcher passes on what a terminal or a scheduler has sent to its processes already.
+_Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+
+# Those that the platform has: Windows has neither SIGUSR1 nor SIGALRM.
+_SIGNALS: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGALRM") if hasattr(signal, name)
+)
+_HAS_TIMER = hasattr(signal, "setitimer")
+# A launcher forwards signals that a terminal or a scheduler has already sent to all of its processes.
 _ECHO_SECONDS = 2.0
 
 
 class Interruption:
-    """Inside its block, a signal ends the work at once, or where it is deferred, at the end of an update.
+    """Handles signals inside its block: a signal raises Interrupted, at once or at the end of a deferred part.
 
-    A second signal, more than two seconds after the first, ends the process at once. Loader processes outlive a signal
-    that is sent to the whole group, since the update needs them.
+    A second signal, more than two seconds after the first, ends the process immediately. Loader processes ignore
+    signals that are sent to the whole process group, since the current update still needs them.
 
     Args:
-        minutes: After them the block is sent SIGALRM.
+        minutes: Time limit of the block, which has the effect of a signal. On platforms without a timer, `received`
+            checks it.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
-        self._minutes = minutes
+        self._seconds = None if minutes is None else 60 * minutes
         self.signal: signal.Signals | None = None
-        self.where = "no update was under way; the same command continues"
+        self.position = "no update was running; rerun the same command to resume"
         self._is_deferred = False
-        self._received = 0.0
-        self._before: dict[signal.Signals, object] = {}
+        self._is_time_up = False
+        self._deadline: float | None = None
+        self._received_at = 0.0
+        self._old_handlers: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # no other thread may listen
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-            signal.setitimer(signal.ITIMER_REAL, 0 if self._minutes is None else 60 * self._minutes)
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
+            self._old_handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            if _HAS_TIMER:
+                signal.setitimer(signal.ITIMER_REAL, self._seconds or 0)
+            elif self._seconds is not None:
+                self._deadline = time.monotonic() + self._seconds
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._before:
+        if self._old_handlers and _HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside the block a signal is noted as `signal` and raised at its end; `where` says what was done by then."""
+        """Defer signals inside the block, and raise Interrupted at its end; set `position` before that."""
         self._is_deferred = True
         try:
             yield
         finally:
             self._is_deferred = False
         if self.signal is not None:
-            raise _interrupted_by(self.signal, self.where)
+            raise self._error(self.signal)
+
+    def received(self) -> signal.Signals | None:
+        """Return the signal that this process has received, if any."""
+        if self.signal is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._is_time_up = True
+            self.signal = signal.SIGTERM
+        return self.signal
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is not None:
-            if now - self._received < _ECHO_SECONDS:
+            if now - self._received_at < _ECHO_SECONDS:
                 return
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             return
-        self.signal, self._received = signal.Signals(number), now
+        self.signal = signal.Signals(number)
+        self._is_time_up = self.signal.name == "SIGALRM"
+        self._received_at = now
         if not self._is_deferred:
-            raise _interrupted_by(self.signal, self.where)
+            raise self._error(self.signal)
 
-
-def _interrupted_by(number: signal.Signals, where: str) -> Interrupted:
-    kind = Cancelled if number == signal.SIGINT else Interrupted
-    what = "finetune.max_minutes" if number == signal.SIGALRM else number.name
-    return kind(f"stopped by {what}: {where}")
+    def _error(self, number: signal.Signals) -> Interrupted:
+        kind = Cancelled if number == signal.SIGINT else Interrupted
+        reason = "finetune.max_minutes" if self._is_time_up else number.name
+        return kind(f"stopped by {reason}: {self.position}")

@@ -1,4 +1,4 @@
-"""What a training says of itself: a file of JSON lines, the same as CSV, a picture of the curves, and a tracker."""
+"""The log of a training: JSON lines, the same as CSV, a picture of the curves, and a tracker; see `TrainingLog`."""
 
 import csv
 import io
@@ -9,52 +9,57 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from isoprune_hf.checkpoint.folder import replace_file, write_file
+from isoprune_hf.training.progress import Entry
 
 logger = get_logger(__name__)
 
-LINES, TABLE, CURVES = "log.jsonl", "log.csv", "curves.png"
-Entry = dict[str, Any]
+LINES = "log.jsonl"
+TABLE = "log.csv"
+CURVES = "curves.png"
 
 
 class TrainingLog:
-    """Keeps the entries of a run in its folder; on the main process alone.
+    """Writes the entries of a run to files in its folder and to a tracker; used on the main process only.
 
-    An entry of an update has `epoch` and `update`, counted from 1; one of an epoch has `epoch` alone. Nothing that
-    fails here ends the training.
+    The entry of an update has `epoch` and `update`, counted from 1; the entry of an epoch has only `epoch`. A failure
+    to write is logged as a warning and does not end the training.
 
     Args:
-        folder: Where the files are.
-        tracker: Name of a tracker of accelerate, as tensorboard, trackio or wandb.
-        settings: What the tracker is told of the run: plain values.
+        folder: Folder of the files.
+        tracker: Name of a tracker of accelerate, such as tensorboard, trackio or wandb.
+        settings: Settings of the run that the tracker records.
     """
 
     def __init__(self, folder: Path, *, tracker: str | None = None, settings: dict[str, Any] | None = None):
-        self._folder, self._name, self._settings = folder, tracker, settings or {}
-        self._tracker: Any = None
+        self._folder = folder
+        self._tracker_name = tracker
+        self._settings = settings or {}
+        self._tracker: GeneralTracker | None = None
 
     def open(self, epoch: int, update: int) -> None:
-        """Go on behind an update: entries that a killed process has left beyond it leave, they come again."""
-        place = (epoch, update)
-        entries = [entry for entry in read_log(self._folder) if _place(entry) <= place]
-        self._attempt(
-            lambda: write_file(self._folder / LINES, "".join(json.dumps(entry) + "\n" for entry in entries)), "the log"
-        )
-        if self._name is not None:
-            self._attempt(self._start_tracker, f"the tracker {self._name}")
+        """Resume after `update`: drop entries written past it by a killed process; they will be written again."""
+        position = (epoch, update)
+        entries = [entry for entry in read_log(self._folder) if _position(entry) <= position]
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        self._attempt_file(lambda: write_file(self._folder / LINES, text))
+        if self._tracker_name is not None:
+            name = self._tracker_name
+            self._attempt_tracker(lambda: self._start_tracker(name))
 
     def write(self, entry: Entry, *, step: int) -> None:
-        """Add an entry, numbered by the updates of the whole training for the tracker."""
+        """Add an entry; the tracker gets `step`, the number of updates of the whole training."""
 
         def append() -> None:
-            with (self._folder / LINES).open("a") as file:
+            with (self._folder / LINES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
-        self._attempt(append, "the log")
-        if self._tracker is not None:
-            self._attempt(lambda: self._tracker.log(entry, step=step), f"the tracker {self._name}")
+        self._attempt_file(append)
+        tracker = self._tracker
+        if tracker is not None:
+            self._attempt_tracker(lambda: tracker.log(entry, step=step))
 
     def write_table(self) -> None:
         """Write all entries as CSV, one column for each name."""
@@ -64,22 +69,23 @@ class TrainingLog:
         table = csv.DictWriter(text, names, lineterminator="\n")
         table.writeheader()
         table.writerows(entries)
-        self._attempt(lambda: write_file(self._folder / TABLE, text.getvalue()), "the log")
+        self._attempt_file(lambda: write_file(self._folder / TABLE, text.getvalue()))
 
     def draw(self) -> None:
-        """Draw the curves of the epochs, where matplotlib is installed."""
-        self._attempt(self._draw, "the picture of the curves")
+        """Draw the curves of the epochs, if matplotlib is installed."""
+        self._attempt_file(self._draw, "the picture of the curves")
 
     def close(self) -> None:
-        """End the tracker."""
+        """Close the tracker."""
         if self._tracker is not None:
-            self._attempt(self._tracker.finish, f"the tracker {self._name}")
+            self._attempt_tracker(self._tracker.finish)
             self._tracker = None
 
-    def _start_tracker(self) -> None:
-        kind = LOGGER_TYPE_TO_CLASS[self._name]
-        options = {"logging_dir": str(self._folder)} if kind.requires_logging_directory else {}
-        self._tracker = kind("isoprune", **options)
+    def _start_tracker(self, name: str) -> None:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        self._tracker = (
+            kind("isoprune", logging_dir=str(self._folder)) if kind.requires_logging_directory else kind("isoprune")
+        )
         self._tracker.start()
         plain = {n: v if isinstance(v, int | float | str | bool) else str(v) for n, v in self._settings.items()}
         self._tracker.store_init_configuration(plain)
@@ -102,22 +108,31 @@ class TrainingLog:
                 axes.legend()
         replace_file(self._folder / CURVES, lambda path: picture.savefig(path, format="png", dpi=120))
 
-    def _attempt(self, work: Callable[[], object], what: str) -> None:
+    def _attempt_file(self, write: Callable[[], object], name: str = "the log") -> None:
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001 - matplotlib may raise anything, and the training must continue
+            _warn(name, error)
+
+    def _attempt_tracker(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and the training is worth more
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            logger.warning(f"{what} failed ({type(error).__name__}: {reason}); training goes on")
-            if what.startswith("the tracker"):
-                self._tracker = None
+        except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and the training must continue
+            _warn(f"the tracker {self._tracker_name}", error)
+            self._tracker = None
+
+
+def _warn(name: str, error: Exception) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    logger.warning(f"{name} failed ({type(error).__name__}: {reason}); training continues")
 
 
 def read_log(folder: Path) -> list[Entry]:
-    """Read the entries; a last line that a kill has cut off does not count."""
+    """Read the entries of a log, up to the first line that a killed process left incomplete."""
     if not (folder / LINES).is_file():
         return []
     entries = []
-    for line in (folder / LINES).read_text().splitlines():
+    for line in (folder / LINES).read_text(encoding="utf-8").splitlines():
         try:
             entries.append(json.loads(line))
         except ValueError:
@@ -125,20 +140,21 @@ def read_log(folder: Path) -> list[Entry]:
     return entries
 
 
-def _place(entry: Entry) -> tuple[int, float]:
-    """An epoch's own entry comes behind those of its updates."""
+def _position(entry: Entry) -> tuple[int, float]:
+    """Return epoch and update of an entry; an epoch's own entry comes after its updates."""
     return entry["epoch"], entry.get("update", float("inf"))
 
 
 class Clock:
-    """Tells how much longer a training takes, from the updates of this process."""
+    """Estimates the remaining time of a training from the updates since its creation."""
 
     def __init__(self) -> None:
-        self._start, self._updates = time.monotonic(), 0
+        self._start = time.monotonic()
+        self._updates = 0
 
-    def describe(self, entry: Entry, *, left: int) -> str:
-        """Write the line of an update, with the time that `left` further ones will take."""
-        seconds = left * (time.monotonic() - self._start) / max(1, self._updates)
+    def describe(self, entry: Entry, *, remaining: int) -> str:
+        """Return the log line of an update, with the time that `remaining` further updates will take."""
+        seconds = remaining * (time.monotonic() - self._start) / max(1, self._updates)
         speed = f"{entry['images_per_second']:.0f} images/s, {entry['data_wait']:.0%} of the time waiting for data"
         speed += f", {entry['mfu']:.0%} of the peak" if "mfu" in entry else ""
         return (
@@ -147,11 +163,18 @@ class Clock:
         )
 
     def count(self) -> None:
+        """Count a finished update."""
         self._updates += 1
 
 
+def describe_epoch(entry: Entry) -> str:
+    """Return the log line of an epoch."""
+    numbers = [f"{name} {value:.4g}" for name, value in entry.items() if name != "epoch"]
+    return f"epoch {entry['epoch']}: " + ", ".join(numbers)
+
+
 def format_seconds(seconds: float) -> str:
-    """Write a time as people say it: 42 s, 12 min, 3.5 h, 2.1 days."""
+    """Format a time for people: 42 s, 12 min, 3.5 h, 2.1 days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     for unit, size, below in (("min", 60, 100), ("h", 3600, 48)):

@@ -1,14 +1,12 @@
-"""A training that outlives its process: who trains in a folder, what, how far it has come, and what it has logged."""
+"""The folder of a resumable training: who trains there, with which settings, its snapshots and its log."""
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TypedDict, cast
 
 import torch
 import xxhash
@@ -36,33 +34,59 @@ from isoprune_hf.errors import (
 )
 from isoprune_hf.training.interruption import Interruption
 from isoprune_hf.training.log import TrainingLog
+from isoprune_hf.training.run_lock import LOCK_FILES, RunLock, was_locked
 
 logger = get_logger(__name__)
 
 RUN_FOLDER = "training"  # inside the checkpoints of an output
-_RUN, _LOCK = "run.json", "lock"
+_RUN = "run.json"
 _VERSION = 1
 
 
+class RunState(TypedDict):
+    """Content of `run.json`."""
+
+    format_version: int
+    finished: bool
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run that do not change the weights.
+
+    Args:
+        snapshot_every: Updates between two snapshots, besides those at the end of each epoch.
+        snapshot_minutes: Time between two snapshots.
+        max_minutes: Time after which the run ends as by a signal.
+        log_every: Updates between two entries of the log.
+        tracker: Name of a tracker of accelerate for the log, besides its files.
+        flops: Floating-point operations of training on one image, including the teacher's, for the log.
+        peak_tflops: Peak of one device in 10^12 floating-point operations per second, for the log.
+    """
+
+    snapshot_every: int | None = None
+    snapshot_minutes: float | None = None
+    max_minutes: float | None = None
+    log_every: int = 50
+    tracker: str | None = None
+    flops: float | None = None
+    peak_tflops: float | None = None
+
+
 class TrainingRun:
-    """Holds the folder of a run while its block lasts; all ranks open it, the main process alone writes.
+    """Owns the folder of a run inside its block; all ranks open it, only the main process writes.
 
     Args:
         checkpoints: Folder of the model's checkpoints; the run is in `training` inside it.
-        identity: What is trained, by the names of the settings: a run goes on only with the same.
+        identity: Everything that determines the weights, by setting: a run is resumed only with the same identity.
         accelerator: The ranks.
-        overwrite: Another run that is there is replaced instead of refused.
-        every: Updates between two snapshots, beside those at the end of each epoch.
-        minutes: The same in time.
-        max_minutes: Time after which the run ends as by a signal.
-        log_every: Updates between two that are logged.
-        tracker: Name of a tracker for the log, beside its files.
-        flops: Floating-point operations that training on one image takes, the teacher's among them, for the log.
-        peak_tflops: What one device could do, in 10^12 of them in a second.
+        settings: Everything else.
+        overwrite: Replace an unfinished run with another identity, instead of raising.
 
     Raises:
-        OccupiedError: Another process trains there, or nothing can be written there.
-        RecipeError: The run that is there, and not finished, trains something else.
+        OccupiedError: Another process trains there, or the folder cannot be written.
+        RecipeError: The folder has an unfinished run with another identity.
     """
 
     def __init__(
@@ -70,33 +94,33 @@ class TrainingRun:
         checkpoints: Path,
         identity: dict[str, Any],
         accelerator: Accelerator,
+        settings: RunSettings | None = None,
         *,
         overwrite: bool = False,
-        every: int | None = None,
-        minutes: float | None = None,
-        max_minutes: float | None = None,
-        log_every: int = 50,
-        tracker: str | None = None,
-        flops: float | None = None,
-        peak_tflops: float | None = None,
     ):
-        self.checkpoints, self.folder = checkpoints, checkpoints / RUN_FOLDER
-        self.interruption = Interruption(max_minutes)
-        self._identity = json.loads(json.dumps(identity))  # as it is read again
-        self._accelerator, self._overwrite = accelerator, overwrite
-        self._every, self._minutes, self._last = every, minutes, time.monotonic()
+        self.checkpoints = checkpoints
+        self.folder = checkpoints / RUN_FOLDER
+        self.settings = settings or RunSettings()
+        self.interruption = Interruption(self.settings.max_minutes)
+        self._identity = json.loads(json.dumps(identity))  # as it is read from the file
+        self.log = TrainingLog(self.folder, tracker=self.settings.tracker, settings=self._identity)
+        self._accelerator = accelerator
+        self._overwrite = overwrite
         self._digest = xxhash.xxh3_128(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._lock: TextIO | None = None
-        self.log_every = log_every
-        self._flops, self._peak = flops, peak_tflops
-        self.log = TrainingLog(self.folder, tracker=tracker, settings=self._identity)
+        self._lock = RunLock(self.folder)
+        self._last_snapshot = time.monotonic()
 
     def __enter__(self) -> "TrainingRun":
-        self._accelerator.wait_for_everyone()  # each has looked at what is there
+        self._accelerator.wait_for_everyone()  # all ranks have read the folder
         if self._accelerator.is_main_process:
             try:
-                self._take()
-                self._begin()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(f"--output {self.checkpoints.parent}")
+                try:
+                    self._begin()
+                except BaseException:
+                    self._lock.release()
+                    raise
             except OSError as error:
                 raise OccupiedError(f"--output: {self.folder} cannot be written ({error.strerror})") from error
         self._accelerator.wait_for_everyone()
@@ -105,55 +129,38 @@ class TrainingRun:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.interruption.__exit__(kind, error, trace)
-        if self._lock is None:
+        if not self._lock.is_held:
             return
         if isinstance(error, IsoPruneError) and not self.is_finished and not has_snapshots(self.folder):
-            # Nothing was done that could be continued, so nothing is left.
+            # Nothing can be resumed, so nothing is kept.
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in (self.checkpoints, self.checkpoints.parent):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         self.log.close()
-        self._lock.close()
-        self._lock = None
+        self._lock.release()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the result of this very run has been written."""
+        """Whether the result of a run with this identity was written."""
         state = read_run(self.checkpoints)
         return state is not None and state["finished"] and state["identity"] == self._identity
 
-    def _take(self) -> None:
-        """Take the lock; the system gives it back when the process ends, however it ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / _LOCK).open("a+")
-        try:
-            # Of the process, not of the open file: loader processes that outlive a killed one do not hold it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise OccupiedError(f"--output {self.checkpoints.parent}: {holder} is training there") from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        self._lock = lock
-
     def _begin(self) -> None:
-        """Continue the run that is there, or begin one."""
+        """Prepare the folder for the unfinished run in it, or for a new one."""
         state = read_run(self.checkpoints)
-        is_begun = state is not None and not state["finished"] and has_snapshots(self.folder)
-        if is_begun and state["identity"] != self._identity and not self._overwrite:
-            self._refuse(state["identity"])
+        is_unfinished = state is not None and not state["finished"]
+        is_same = state is not None and state["identity"] == self._identity
+        if state is not None and is_unfinished and has_snapshots(self.folder) and not is_same and not self._overwrite:
+            raise RecipeError(self._difference(state["identity"]))
         remove_leftovers(self.folder)
         output = self.checkpoints.parent
         for parent, name in ((self.checkpoints, "*"), (output.parent, output.name)):  # of killed writers
             for path in (*parent.glob(f".{name}.*.tmp"), *parent.glob(f".{name}.*.old")):
                 shutil.rmtree(path, ignore_errors=True)
-        if state is not None and not state["finished"] and state["identity"] == self._identity:
+        if is_unfinished and is_same:
             return
-        # This is the moment from which the snapshots of an older run count no more.
+        # From here on, snapshots of an older run are invalid.
         self._write_state(finished=False)
         for path in self.checkpoints.iterdir():
             if path.name != RUN_FOLDER:
@@ -161,80 +168,82 @@ class TrainingRun:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name not in (_RUN, _LOCK):
+            elif path.name not in (_RUN, *LOCK_FILES):
                 path.unlink()
 
-    def _refuse(self, known: dict[str, Any]) -> None:
-        changed = [name for name in sorted({*known, *self._identity}) if known.get(name) != self._identity.get(name)]
+    def _difference(self, known: dict[str, Any]) -> str:
+        """Return the message about an unfinished run with another identity."""
+        names = sorted({*known, *self._identity})
+        changed = [name for name in names if known.get(name) != self._identity.get(name)]
         values = "; ".join(f"{name} was {known.get(name)}, got {self._identity.get(name)}" for name in changed[:3])
-        self._lock.close()
-        self._lock = None
-        raise RecipeError(
-            f"--output {self.checkpoints.parent} holds an unfinished run with other settings: {values}; give the old "
-            "values to continue it, choose another folder, or replace it with --overwrite true"
+        return (
+            f"--output {self.checkpoints.parent} contains an unfinished run with other settings: {values}; restore "
+            "the old values to resume it, choose another folder, or replace it with --overwrite true"
         )
 
     def _write_state(self, *, finished: bool) -> None:
-        state = {"format_version": _VERSION, "finished": finished, "identity": self._identity}
+        state: RunState = {"format_version": _VERSION, "finished": finished, "identity": self._identity}
         write_file(self.folder / _RUN, json.dumps(state, indent=2, sort_keys=True) + "\n")
 
-    def read(self) -> Snapshot | None:
-        """Read the newest intact snapshot, the same on all ranks; None at the beginning of a run.
+    def newest_snapshot(self) -> Snapshot | None:
+        """Read the newest intact snapshot, the same on all ranks; None if there is no snapshot.
 
         Raises:
             DamagedStateError: There are snapshots, and none is intact.
         """
-        place, found = torch.full((2,), -1, device=self._accelerator.device), None
+        position = torch.full((2,), -1, device=self._accelerator.device)
+        found = None
         if self._accelerator.is_main_process:
             try:
                 found = read_newest_snapshot(self.folder, run=self._digest)
             except DamagedStateError:
                 if not self._overwrite:
                     raise
-                logger.warning(f"no training state in {self.folder} is intact: beginning anew, as --overwrite says")
+                logger.warning(f"no training state in {self.folder} is intact: starting over, as --overwrite is set")
                 remove_snapshots(self.folder)
             if found is not None:
-                place.copy_(torch.tensor([found.epoch, found.update]))
-        epoch, update = broadcast(place).tolist()
+                position.copy_(torch.tensor([found.epoch, found.update]))
+        epoch, update = broadcast(position).tolist()
         if epoch < 0 or self._accelerator.is_main_process:
             return found
         return read_snapshot(self.folder, epoch, update)
 
     def measure_compute(self, images_per_second: float) -> dict[str, float]:
-        """Say what a speed is in 10^12 operations a second (`tflops`), and as a share of all devices' peak (`mfu`).
+        """Return a speed in 10^12 operations per second (`tflops`), and as a share of all devices' peak (`mfu`).
 
         Source:
-            Chowdhery et al., PaLM, 2022 (arXiv 2204.02311), section 4.1: what is recomputed does not count.
+            Chowdhery et al., PaLM, 2022 (arXiv 2204.02311), section 4.1: recomputed operations do not count.
         """
-        if self._flops is None:
+        if self.settings.flops is None:
             return {}
-        tflops = images_per_second * self._flops / 1e12
-        if self._peak is None:
+        tflops = images_per_second * self.settings.flops / 1e12
+        if self.settings.peak_tflops is None:
             return {"tflops": tflops}
-        return {"tflops": tflops, "mfu": tflops / (self._peak * self._accelerator.num_processes)}
+        return {"tflops": tflops, "mfu": tflops / (self.settings.peak_tflops * self._accelerator.num_processes)}
 
-    def is_due(self, update: int) -> bool:
-        """Say whether a snapshot is due after so many updates of an epoch; asked on the main process."""
-        late = self._minutes is not None and time.monotonic() - self._last >= 60 * self._minutes
-        return late or (self._every is not None and update % self._every == 0)
+    def is_snapshot_due(self, update: int) -> bool:
+        """Return whether a snapshot is due after `update` updates of an epoch; called on the main process."""
+        minutes, every = self.settings.snapshot_minutes, self.settings.snapshot_every
+        is_late = minutes is not None and time.monotonic() - self._last_snapshot >= 60 * minutes
+        return is_late or (every is not None and update % every == 0)
 
-    def write(self, snapshot: Snapshot, *, is_last: bool = False) -> None:
-        """Write a snapshot; a disk that is full costs no more than a warning, unless it is the last one.
+    def save_snapshot(self, snapshot: Snapshot, *, is_last: bool = False) -> None:
+        """Write a snapshot; a failure is only a warning, unless it is the last snapshot.
 
         Raises:
-            WriteError: The last one cannot be written.
+            WriteError: The last snapshot cannot be written.
         """
         try:
             write_snapshot(self.folder, snapshot, run=self._digest)
         except OSError as error:
             text = f"the training state {snapshot.name} cannot be written to {self.folder} ({error.strerror or error})"
             if is_last:
-                raise WriteError(f"{text}; the one before it is still there") from error
-            logger.warning(f"{text}; training goes on, and it is tried again at the next one")
-        self._last = time.monotonic()
+                raise WriteError(f"{text}; the previous state is still there") from error
+            logger.warning(f"{text}; training continues without it")
+        self._last_snapshot = time.monotonic()
 
     def finish(self) -> None:
-        """Note that the result is written, and remove the snapshots; the log stays."""
+        """Mark the run as finished, and remove its snapshots; the log stays. Call it when the result is written."""
         if self._accelerator.is_main_process:
             self._write_state(finished=True)
             remove_snapshots(self.folder)
@@ -243,17 +252,17 @@ class TrainingRun:
 
 
 def is_begun(checkpoints: Path) -> bool:
-    """Say whether a run was ever begun in a folder, be it finished or killed at its first file."""
-    return (checkpoints / RUN_FOLDER / _LOCK).is_file()
+    """Return whether a run was ever started in a folder, even if it was killed before its first file."""
+    return was_locked(checkpoints / RUN_FOLDER)
 
 
-def read_run(checkpoints: Path) -> dict[str, Any] | None:
-    """Read what is trained in a folder, and whether it is finished; None where nothing was begun.
+def read_run(checkpoints: Path) -> RunState | None:
+    """Read the identity of the run in a folder, and whether it is finished; None if there is no run.
 
     Raises:
-        CheckpointError: The file is of no version that is known.
+        CheckpointError: The file has an unknown version.
     """
     state = read_json(checkpoints / RUN_FOLDER, _RUN)
     if state is not None and (state.get("format_version") != _VERSION or {"finished", "identity"} - state.keys()):
         raise CheckpointError(f"{checkpoints / RUN_FOLDER / _RUN}: format_version must be {_VERSION}")
-    return state
+    return cast(RunState | None, state)

@@ -1,46 +1,68 @@
-"""What a snapshot holds of a training: all that the next update depends on, and nothing of one rank alone."""
+"""Capture the state of a training in a snapshot, and restore it: everything that the next update depends on."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from isoprune_hf.checkpoint.snapshots import Snapshot
-from isoprune_hf.training.epoch import Progress, Training
+from isoprune_hf.training.progress import Progress
 
 
-def capture(training: Training, progress: Progress, **notes: Any) -> Snapshot:
+class Stateful(Protocol):
+    """A model in training; `Student` is one."""
+
+    @property
+    def model(self) -> Module: ...
+    @property
+    def ema(self) -> ModelEmaV3 | None: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def scaler(self) -> GradScaler: ...
+
+
+def capture(student: Stateful, progress: Progress, **notes: Any) -> Snapshot:
     """Copy the state of a training to the CPU.
 
-    Random numbers have no state: order, augmentation, mixing and dropout are drawn from (seed, epoch, update, part or
-    image). Weights, optimizer and average are equal on all ranks, so those of one are enough.
+    Random generators are not part of it: order, augmentation, mixing and dropout are drawn from (seed, epoch, update,
+    part or image). Weights, optimizer and average are equal on all ranks, so the state of one rank is enough.
+
+    Args:
+        student: The model in student.
+        progress: Its position.
+        notes: Further values of the snapshot.
     """
-    groups = {"model": training.model.state_dict()}
-    if training.ema is not None:
-        groups["ema"] = training.ema.module.state_dict()
+    groups = {"model": student.model.state_dict()}
+    if student.ema is not None:
+        groups["ema"] = student.ema.module.state_dict()
     numbers: dict[str, dict[str, Any]] = {}
-    for part, values in _optimizer_parts(training.optimizer.state_dict()):
+    for part, values in _optimizer_parts(student.optimizer.state_dict()):
         groups[part] = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         numbers[part] = {name: value for name, value in values.items() if isinstance(value, int | float)}
-    # A copy, since tied weights share their memory and safetensors holds no two tensors that do.
+    # A copy, since tied weights share memory, which safetensors does not allow.
     tensors = {
         f"{group}.{name}": value.detach().to("cpu", copy=True)
         for group, values in groups.items()
         for name, value in values.items()
     }
-    values = {"progress": asdict(progress), "scaler": training.scaler.state_dict(), "optimizer": numbers, **notes}
+    values = {"progress": asdict(progress), "scaler": student.scaler.state_dict(), "optimizer": numbers, **notes}
     return Snapshot(progress.epoch, progress.update, tensors, values)
 
 
-def restore(training: Training, snapshot: Snapshot) -> Progress:
-    """Put a state into `training`, in place; returns where it stands."""
-    _load(training.model, _group(snapshot.tensors, "model"))
-    if training.ema is not None:
-        _load(training.ema.module, _group(snapshot.tensors, "ema"))
-    # The groups are those of the recipe, which is the same, but for what their optimizer counts in them.
-    state, groups = {}, training.optimizer.state_dict()["param_groups"]
+def restore(student: Stateful, snapshot: Snapshot) -> Progress:
+    """Restore a snapshot into `student` in place; return its progress."""
+    _load(student.model, _group(snapshot.tensors, "model"))
+    if student.ema is not None:
+        _load(student.ema.module, _group(snapshot.tensors, "ema"))
+    # The groups come from the recipe, which is the same; some optimizers also keep counters in them.
+    state: dict[int, dict[str, Any]] = {}
+    groups = student.optimizer.state_dict()["param_groups"]
     for part, numbers in snapshot.values["optimizer"].items():
         kind, _, number = part.rpartition(".")
         values = {**numbers, **_group(snapshot.tensors, part)}
@@ -48,20 +70,20 @@ def restore(training: Training, snapshot: Snapshot) -> Progress:
             groups[int(number)] |= values
         elif values:
             state[int(number)] = values
-    training.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    training.scaler.load_state_dict(snapshot.values["scaler"])
+    student.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    student.scaler.load_state_dict(snapshot.values["scaler"])
     return Progress(**snapshot.values["progress"])
 
 
 def _load(module: Module, tensors: dict[str, Tensor]) -> None:
     state = module.state_dict()
-    state.clear()  # but for the versions that it carries: torchvision's MNASNet loads nothing without them
+    state.clear()  # keeps its metadata with the versions of the modules, which torchvision's MNASNet needs
     state.update(tensors)
     module.load_state_dict(state)
 
 
 def _optimizer_parts(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give what an optimizer keeps for each parameter, and what it keeps in each group, with names."""
+    """Yield the optimizer's state of each parameter and of each group, with a name."""
     for number, values in state["state"].items():
         yield f"optimizer.parameter.{number}", values
     for number, values in enumerate(state["param_groups"]):

@@ -13,7 +13,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.finetune import finetune
 
 ACCELERATOR = Accelerator(cpu=True)
 

@@ -16,13 +16,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from helpers.command_line import contents, isoprune, leftovers, refuse, succeed
 from helpers.ranks import Ended, Process, run, start_ranks
 from PIL import Image
 from safetensors.torch import load, load_file
 
 from isoprune_hf.data.augmentation import TransformedImages
-from isoprune_hf.training import epoch as epoch_module
+from isoprune_hf.data.loading import ImageBatch
+from isoprune_hf.training.part_loss import PartLoss
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 # An epoch of 48 images has six updates; stochastic depth, mixing and the moving average have to go on as they were.
@@ -222,13 +224,13 @@ def test_signals_stop_a_run_after_an_update_and_it_goes_on_behind_it(case: Case,
         before = states(out)
         ended = stop(Process([*case.command, "--output", out], tmp_path / "log"), out, number, before)
         assert ended.code == code
-        pattern = rf"isoprune: stopped by {number.name}: update (\d) of 6 of epoch (\d) is saved; the same command.*\n"
+        pattern = rf"isoprune: stopped by {number.name}: update (\d) of 6 of epoch (\d) is saved; rerun.*\n"
         place = re.fullmatch(pattern, ended.err)
         assert place, ended.err
         assert states(out)[-1] == f"{int(place[2]):04d}-{int(place[1]):08d}"
         if before:
             epoch, update = before[-1].split("-")
-            assert f"continuing behind update {int(update)} of epoch {int(epoch)}" in ended.out
+            assert f"resuming after update {int(update)} of epoch {int(epoch)}" in ended.out
     finish(case, out)
 
 
@@ -236,7 +238,7 @@ def test_a_run_whose_time_is_up_is_saved_and_goes_on(case: Case, tmp_path: Path)
     out = tmp_path / "out"
     ended = run([*case.command, "--finetune.max_minutes", "0.003", "--output", out], tmp_path / "log")
     assert ended.code == 75
-    assert re.fullmatch(r"isoprune: stopped by finetune\.max_minutes: .*; the same command continues\n", ended.err)
+    assert re.fullmatch(r"isoprune: stopped by finetune\.max_minutes: .*; rerun the same command.*\n", ended.err)
     finish(case, out)
 
 
@@ -261,7 +263,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(case: Case, stopp
     ranks = start_ranks([*case.command, "--output", out], tmp_path / "log")
     ended = [rank.wait() for rank in ranks]
     assert [end.code for end in ended] == [0, 0], ended[0].err
-    assert "2 ranks continue what 1 have begun: the same images in the same order" in ended[0].out
+    assert "the run was started on 1 ranks and resumes on 2: the same images in the same order" in ended[0].out
     torch.testing.assert_close(load(weights_of(out)), load(case.alone), atol=1e-5, rtol=1e-4)
     assert weights_of(out) != b""
 
@@ -324,7 +326,7 @@ def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tm
     out = copy(stopped, tmp_path)
     free = ["--finetune.state_every", "5", "--finetune.save_every", "1", "--data.num_workers", "1"]
     ended = run([*case.command, *free, "--data.batch_size", "3", "--output", out], tmp_path / "log")
-    assert ended.code == 0 and "continuing behind update" in ended.out
+    assert ended.code == 0 and "resuming after update" in ended.out
     assert weights_of(out) == case.alone
 
 
@@ -346,7 +348,7 @@ def test_without_an_intact_state_nothing_begins_anew(case: Case, stopped: Path, 
     assert ended.code == 65 and "none of the 2 training states" in ended.err and ended.err.count("\n") == 1
     assert len(states(out)) == 2
     ended = run([*case.command, "--overwrite", "true", "--output", out], tmp_path / "log")
-    assert ended.code == 0 and "beginning anew, as --overwrite says" in ended.out
+    assert ended.code == 0 and "starting over, as --overwrite is set" in ended.out
     assert weights_of(out) == case.alone
 
 
@@ -391,7 +393,8 @@ def limit_files(size: int) -> Callable[[], None]:
 
 
 def test_a_full_disk_costs_snapshots_but_not_the_training(case: Case, tmp_path: Path) -> None:
-    size = len(case.alone) + 20000  # the model fits; a snapshot, which is several times as large, does not
+    files = [path for path in (case.root / "alone").iterdir() if path.is_file()]
+    size = max(path.stat().st_size for path in files) + 2000  # every file of the result fits, a snapshot does not
     ended = run([*case.command, "--output", tmp_path / "out"], tmp_path / "log", before=limit_files(size))
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.count("the training state 000") == 9 and "File too large" in ended.out
@@ -440,7 +443,7 @@ def test_a_loader_process_that_is_killed_is_one_line_and_the_run_goes_on(case: C
     ended = run(command, tmp_path / "log", before=prepare)
     assert ended.code == 74, ended.err
     assert re.fullmatch(
-        r"isoprune: error: data: a loader process was lost \(DataLoader worker .*; .* data.num_workers \(now 1\).*\n",
+        r"isoprune: error: data: a loader process ended .*; .* data.num_workers \(now 1\).*\n",
         ended.err,
     )
     assert states(tmp_path / "out")[-1] == "0001-00000006"
@@ -459,14 +462,14 @@ def poison(rank: int, updates: set[int]) -> Callable[[], None]:
     """Make the loss of one rank NaN in some updates of the second epoch."""
 
     def prepare() -> None:
-        part_loss = epoch_module._part_loss
+        part_loss = PartLoss.__call__
 
-        def poisoned(training: Any, *images: torch.Tensor, seeds: tuple[int, ...]) -> torch.Tensor:
-            loss = part_loss(training, *images, seeds=seeds)
-            is_meant = training.accelerator.process_index == rank and seeds[1] == 2 and seeds[2] in updates
+        def poisoned(self: PartLoss, batch: ImageBatch, seeds: tuple[int, ...]) -> torch.Tensor:
+            loss = part_loss(self, batch, seeds)
+            is_meant = PartialState().process_index == rank and seeds[1] == 2 and seeds[2] in updates
             return loss * float("nan") if is_meant else loss
 
-        epoch_module._part_loss = poisoned
+        PartLoss.__call__ = poisoned
 
     return prepare
 
@@ -487,7 +490,7 @@ def test_bad_steps_are_left_out_on_all_ranks_up_to_a_number(case: Case, tmp_path
     ranks = start_ranks([*command, "--output", out], tmp_path / "log", before=poison(1, {1, 2, 4}))
     ended = [rank.wait() for rank in ranks]
     assert [end.code for end in ended] == [0, 0], ended[0].err
-    assert "the loss is nan at update 2 of epoch 2: it is left out (2 of 2 in a row)\n" in ended[0].out
+    assert "the loss is nan at update 2 of epoch 2: the update is skipped (2 of 2 in a row)\n" in ended[0].out
     log = logged(out)
     faults = [(entry["epoch"], entry["update"]) for entry in log if "fault" in entry]
     assert faults == [(2, 2), (2, 3), (2, 5)]

@@ -97,7 +97,7 @@ def test_a_tracker_gets_every_entry_and_its_failure_is_one_warning(
         record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records if record.levelno == logging.WARNING
     ]
     if failing:
-        assert warnings == ["the tracker trackio failed (ConnectionError: the server is down); training goes on"]
+        assert warnings == ["the tracker trackio failed (ConnectionError: the server is down); training continues"]
     else:
         assert warnings == []
         assert Tracker.calls[:3] == (
@@ -119,7 +119,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(
 ) -> None:
     (tmp_path / "log.jsonl").mkdir()
     fill(TrainingLog(tmp_path))
-    assert "the log failed (" in caplog.text and "training goes on" in caplog.text
+    assert "the log failed (" in caplog.text and "training continues" in caplog.text
 
 
 def test_a_line_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_a_line_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(10):
         clock.count()
     entry = {"epoch": 2, "update": 10, "loss": 1.5, "lr": 0.1, "images_per_second": 811.6, "data_wait": 0.034}
-    line = clock.describe(entry, left=400)
+    line = clock.describe(entry, remaining=400)
     assert line == ("epoch 2 update 10: loss 1.5, lr 0.1, 812 images/s, 3% of the time waiting for data, 20 min left")
 
 

@@ -15,16 +15,16 @@ def make_recipe(**changes: Any) -> FinetuneRecipe:
 
 
 def test_a_batch_that_cannot_be_split_lists_the_nearest_legal_numbers():
-    with pytest.raises(RecipeError, match=r"= 2 x 3, got 32; give 30 or 36"):
+    with pytest.raises(RecipeError, match=r"finetune\.batch_size .*= 2 x 3, got 32; set it to 30 or 36"):
         fit_batch_size(1000, make_recipe(grad_accumulation=3), world=2)
-    with pytest.raises(RecipeError, match=r"= 2 x 32, got 32; give 64$"):
+    with pytest.raises(RecipeError, match=r"= 2 x 32, got 32; set it to 64$"):
         fit_batch_size(1000, make_recipe(grad_accumulation=32), world=2)
 
 
 def test_a_small_split_shrinks_the_batch_and_says_so(caplog):
     assert fit_batch_size(32, make_recipe(grad_accumulation=4), world=2) == 32
     assert fit_batch_size(31, make_recipe(grad_accumulation=4), world=2) == 24
-    assert "32 is more than the 31 training images, using 24" in caplog.text
+    assert "32 is more than the 31 training images; using 24" in caplog.text
 
 
 def test_too_few_images_for_the_parts_are_a_clear_error():
@@ -35,13 +35,13 @@ def test_too_few_images_for_the_parts_are_a_clear_error():
 def test_parts_that_the_ranks_cannot_share_list_the_numbers_that_can():
     assert count_parts(make_recipe(virtual_replicas=8), world=4) == 8
     assert count_parts(make_recipe(grad_accumulation=3), world=4) == 12
-    with pytest.raises(RecipeError, match="virtual_replicas is 8, which 1 or 2 or 4 or 8 ranks can share, got 3"):
+    with pytest.raises(RecipeError, match=r"finetune\.virtual_replicas 8 .* 3 ranks; start 1 or 2 or 4 or 8 ranks"):
         fit_batch_size(1000, make_recipe(virtual_replicas=8), world=3)
-    with pytest.raises(RecipeError, match="a multiple of virtual_replicas = 5, got 32; give 30 or 35"):
+    with pytest.raises(RecipeError, match="a multiple of virtual_replicas = 5, got 32; set it to 30 or 35"):
         fit_batch_size(1000, make_recipe(virtual_replicas=5), world=1)
 
 
 def test_paired_images_need_even_parts():
-    with pytest.raises(RecipeError, match=r"2 x virtual_replicas = 32 \(mixup_pairing flip .*got 32; give 64"):
+    with pytest.raises(RecipeError, match=r"2 x virtual_replicas = 32 \(mixup_pairing flip .*got 32; set it to 64"):
         fit_batch_size(1000, make_recipe(virtual_replicas=32, mixup=0.2), world=1)
     assert fit_batch_size(1000, make_recipe(virtual_replicas=32, mixup=0.2, mixup_pairing="roll"), world=1) == 32

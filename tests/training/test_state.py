@@ -11,14 +11,15 @@ from helpers.training import make_data, make_normed, make_processor, make_recipe
 
 from isoprune_hf.checkpoint.snapshots import read_newest_snapshot, write_snapshot
 from isoprune_hf.data.augmentation import train_transform
-from isoprune_hf.data.loading import train_batches
+from isoprune_hf.data.epochs import EpochOrder, train_batches
+from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.models import load_base
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.recipes.finetune import list_optimizers
-from isoprune_hf.training.epoch import Progress
-from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.finetune import finetune
 from isoprune_hf.training.optimisation import build_optimizer
-from isoprune_hf.training.run import TrainingRun
+from isoprune_hf.training.progress import Progress
+from isoprune_hf.training.run import RunSettings, TrainingRun
 from isoprune_hf.training.state import capture, restore
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -40,16 +41,16 @@ def test_going_on_behind_any_update_gives_the_same_bits(kind: str, tmp_path) -> 
     data, recipe = make_data(train=24), make_recipe(batch_size=8, state_every=1, **KINDS[kind])
 
     def train(net: torch.nn.Module, folder: str, stop_after: int | None = None) -> list[dict[str, Any]]:
-        run = TrainingRun(tmp_path / folder, {"kind": kind}, ACCELERATOR, every=1)
+        run = TrainingRun(tmp_path / folder, {"kind": kind}, ACCELERATOR, RunSettings(snapshot_every=1))
         written = []
 
         def write(snapshot, **options: Any) -> None:
-            TrainingRun.write(run, snapshot, **options)
+            TrainingRun.save_snapshot(run, snapshot, **options)
             written.append(snapshot.name)
             if len(written) == stop_after:
                 raise KeyboardInterrupt
 
-        run.write = write
+        run.save_snapshot = write
         with run:
             try:
                 return finetune(net, data, make_processor(), recipe, accelerator=ACCELERATOR, run=run)["history"]
@@ -114,10 +115,10 @@ def test_updates_before_the_start_are_not_read(start: int) -> None:
             return data.train[position]
 
     transform = train_transform(make_processor(), recipe)
-    place = {"batch_size": 8, "parts": 2, "seed": 0, "epoch": 1, "num_workers": 0, "rank": 0, "world": 1}
-    whole = [batch[0].tolist() for batch in train_batches(data.train, transform, **place).loader]
-    rest = train_batches(Watched(), transform, start=start, **place)
-    assert [batch[0].tolist() for batch in rest.loader] == whole[2 * start :]
+    order, options = EpochOrder(seed=0, epoch=1, parts=2), LoaderOptions(batch_size=8)
+    whole = [batch.positions.tolist() for batch in train_batches(data.train, transform, order, options).loader]
+    rest = train_batches(Watched(), transform, order, options, start=start)
+    assert [batch.positions.tolist() for batch in rest.loader] == whole[2 * start :]
     assert read == [position for part in whole[2 * start :] for position in part]
     assert rest.totals == [8, 8, 8] and len(rest.sizes) == 6
 

@@ -32,12 +32,13 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
 )
 from isoprune_hf.data.augmentation import TransformedImages, seed_from, train_transform
 from isoprune_hf.data.dataset import ImageData, load_data
-from isoprune_hf.data.loading import TrainBatches, train_batches
+from isoprune_hf.data.epochs import EpochOrder, TrainBatches, train_batches
+from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
-from isoprune_hf.training.loop import finetune
+from isoprune_hf.training.finetune import finetune
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import build_optimizer
 
@@ -132,9 +133,9 @@ def test_without_an_evaluation_split_the_last_epoch_is_the_best():
 
 
 def test_each_epoch_is_one_log_line_with_its_numbers(caplog):
-    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.loop"):
+    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.trainer"):
         train(make_net(), make_recipe(epochs=1))
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [text for record in caplog.records if "bottleneck" not in (text := record.getMessage())]
     assert len(lines) == 2 and "epoch 1: train_loss " in lines[1] and "images_per_second" in lines[1]
 
 
@@ -156,11 +157,13 @@ def test_a_loader_that_holds_up_the_training_is_named(seconds, said, caplog, mon
         return load(images, at)
 
     monkeypatch.setattr(TransformedImages, "__getitem__", read)
-    monkeypatch.setattr("isoprune_hf.training.epoch.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for module in ("trainer", "student"):
+        mocked = SimpleNamespace(perf_counter=lambda: clock[0])
+        monkeypatch.setattr(f"isoprune_hf.training.{module}.time", mocked)
     net.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 24))
-    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.epoch"):
+    with caplog.at_level(logging.INFO, logger="isoprune_hf.training.trainer"):
         train(net, make_recipe(epochs=1, batch_size=8), data=make_data(evaluation=0))
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if "bottleneck" in record.getMessage()]
     text = f"the loader is the bottleneck, {said}% of the time is waiting for data; raise data.num_workers (now 0)"
     assert (len(lines) == 1 and text in lines[0]) if said else not lines
 
@@ -176,9 +179,9 @@ def test_a_loss_that_is_not_finite_is_a_clear_error():
 
 
 def first_epoch(data: ImageData, recipe: FinetuneRecipe, *, parts: int) -> TrainBatches:
-    place = {"seed": recipe.seed, "epoch": 1, "num_workers": 0, "rank": 0, "world": 1}
-    shape = {"batch_size": recipe.batch_size, "parts": parts, "drop_last": recipe.drop_last}
-    return train_batches(data.train, train_transform(make_processor(), recipe), **shape, **place)
+    order = EpochOrder(recipe.seed, epoch=1, parts=parts, drop_last=recipe.drop_last)
+    transform = train_transform(make_processor(), recipe)
+    return train_batches(data.train, transform, order, LoaderOptions(recipe.batch_size))
 
 
 def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
@@ -192,7 +195,7 @@ def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
     start = [reference.norm.running_mean.clone(), reference.norm.running_var.clone()]
     means = []
     with torch.random.fork_rng():
-        for part, (_, images, labels) in enumerate(batches.loader):
+        for part, (_, images, labels, _) in enumerate(batches.loader):
             reference.norm.running_mean.copy_(start[0])
             reference.norm.running_var.copy_(start[1])
             torch.manual_seed(seed_from(0, 1, 0, part, 1))
@@ -218,7 +221,7 @@ def test_a_short_last_batch_is_trained_with_the_mean_of_its_samples():
     batches = first_epoch(data, recipe, parts=1)
     reference, losses = make_net(), []
     optimizer = build_optimizer(reference, recipe)
-    for (_, images, labels), size in zip(batches.loader, (8, 2), strict=True):
+    for (_, images, labels, _), size in zip(batches.loader, (8, 2), strict=True):
         loss = nn.functional.cross_entropy(reference(images).logits, labels, label_smoothing=0.1)
         reference.zero_grad()
         loss.backward()

@@ -1,0 +1,89 @@
+"""Train a model by a recipe: call `finetune`."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import BaseImageProcessor
+
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.loading import LoaderOptions
+from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.callbacks import (
+    Callback,
+    CheckpointCallback,
+    LogCallback,
+    SaveCheckpoint,
+    SignalCallback,
+    SnapshotCallback,
+)
+from isoprune_hf.training.run import TrainingRun
+from isoprune_hf.training.teacher import TeacherModel
+from isoprune_hf.training.trainer import Trainer
+
+
+def finetune(
+    model: nn.Module,
+    data: ImageData,
+    processor: BaseImageProcessor,
+    recipe: FinetuneRecipe,
+    *,
+    accelerator: Accelerator,
+    teacher: nn.Module | None = None,
+    teacher_processor: BaseImageProcessor | None = None,
+    eval_batch_size: int = 64,
+    num_workers: int = 0,
+    save: SaveCheckpoint | None = None,
+    run: TrainingRun | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place, on the accelerator's device, and leave it in eval mode and without gradients.
+
+    All ranks call this with equal weights and end with equal weights. A batch is divided into parts
+    (`virtual_replicas`), which the ranks take in turn; their losses are summed. BatchNorm, mixup and dropout see one
+    part at a time, with random numbers that depend on (seed, epoch, update, part), so the number of ranks does not
+    change the result.
+
+    Args:
+        model: Returns `.logits` of shape (B, C) for `pixel_values`; not wrapped.
+        data: The `train` split is trained on. The `evaluation` split, if there is one, is evaluated before the first
+            epoch, after every `recipe.evaluate_every`-th epoch and after the last.
+        processor: Makes the pixel values; the training transform uses its size and normalisation.
+        recipe: How to train.
+        accelerator: The ranks. Its precision and its gradient accumulation are ignored; the recipe has its own.
+        teacher: Returns logits of the same classes; moved to the device, frozen and put in eval mode.
+        teacher_processor: Image processor of the teacher, if it normalises differently from the student's.
+        eval_batch_size: Images in an evaluation batch on each rank.
+        num_workers: Loader processes on each rank.
+        save: Called on all ranks with a name, a model and the epoch's entry of the history: "last" after each epoch
+            (and "ema", with the averaged weights), "best" if top-1 is the best of the trained epochs, "epoch-010" and
+            so on for `save_every`. `recipe.best` selects the weights of "best", and those that `model` ends with.
+        run: An open folder for snapshots and the log; an unfinished run in it is resumed.
+
+    Returns:
+        `history`: for each epoch `epoch`, `train_loss`, `lr` (of the last update), `images_per_second` and the figures
+        of `evaluate_model`; epoch 0, before training, has only these figures. `best_epoch`: the trained epoch with the
+        best top-1, or the last one without an evaluation split.
+
+    Raises:
+        RecipeError: The batch cannot be divided equally, or the model does not support a setting.
+        DivergedError: The loss or the gradient is not finite.
+        Interrupted: A signal stopped the training; `run` has a snapshot of the last update.
+        DatasetError: There is no training split, or it has fewer images than an update has parts.
+    """
+    callbacks: list[Callback] = []
+    if run is not None:
+        callbacks += [LogCallback(run), SignalCallback(run.interruption), SnapshotCallback(run)]
+    if save is not None:
+        callbacks.append(CheckpointCallback(save))
+    trainer = Trainer(
+        model,
+        data,
+        processor,
+        recipe,
+        accelerator=accelerator,
+        options=LoaderOptions(eval_batch_size, num_workers, data.decoding),
+        teacher=None if teacher is None else TeacherModel(teacher, teacher_processor),
+        callbacks=callbacks,
+    )
+    history = trainer.fit()
+    return {"history": history, "best_epoch": trainer.progress.best_epoch}

@@ -1,0 +1,86 @@
+"""The teacher of a distillation, computed for each batch; `teacher_cache.py` reads its logits from files instead."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from isoprune_hf.data.pixels import normalisation
+from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.training.acceleration import PRECISIONS
+
+# Returns logits (B, C) for the student's pixel values (B, 3, H, W) and the positions of the images (B,).
+TeacherLogits = Callable[[Tensor, Tensor], Tensor]
+
+
+class TeacherModel(NamedTuple):
+    """A teacher as the caller passes it.
+
+    Args:
+        model: Returns logits of the student's classes.
+        processor: Its image processor; None if it normalises as the student does.
+    """
+
+    model: nn.Module
+    processor: BaseImageProcessor | None = None
+
+
+class Teacher:
+    """Computes the logits of a teacher, which is frozen, in eval mode, never wrapped and never saved.
+
+    Args:
+        model: Moved to the device, frozen and put in eval mode; its weights stay unchanged.
+        recipe: Precision, memory format and compilation.
+        device: Device that it runs on.
+        processors: The image processors of the student, whose pixels it receives, and of the teacher, if these may
+            normalise differently.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: FinetuneRecipe,
+        *,
+        device: torch.device,
+        processors: tuple[BaseImageProcessor, BaseImageProcessor] | None = None,
+    ):
+        model.to(device).eval().requires_grad_(False)
+        self._precision = recipe.teacher_precision
+        self._device = device
+        self._dtype = PRECISIONS.get(recipe.teacher_precision or "no", torch.float32)
+        if self._dtype != torch.float32 or recipe.channels_last:
+            model = copy.deepcopy(model)
+            model.to(dtype=self._dtype)
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self._network = torch.compile(model) if recipe.torch_compile else model
+        self._renormalise = None if processors is None else _renormalisation(*processors, device=device)
+
+    def __call__(self, pixel_values: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return logits of shape (B, C) for the student's pixel values (B, 3, H, W); positions are not needed."""
+        with torch.inference_mode():
+            if self._renormalise is not None:
+                pixel_values = self._renormalise(pixel_values)
+            if self._precision is None:  # that of the student: run within its autocast
+                logits: Tensor = self._network(pixel_values=pixel_values).logits
+            else:
+                with torch.autocast(self._device.type, enabled=False):
+                    logits = self._network(pixel_values=pixel_values.to(self._dtype)).logits
+        return logits.clone()  # a tensor outside inference mode, which the loss may save for its backward pass
+
+
+def _renormalisation(
+    student: BaseImageProcessor, teacher: BaseImageProcessor, *, device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """Return a function from the student's pixel values to the teacher's, or None if both are the same."""
+    student_values, teacher_values = normalisation(student), normalisation(teacher)
+    if student_values == teacher_values:
+        return None
+    mean, std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in student_values)
+    teacher_mean, teacher_std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in teacher_values)
+    scale = std / teacher_std
+    shift = (mean - teacher_mean) / teacher_std
+    return lambda pixel_values: pixel_values * scale + shift
