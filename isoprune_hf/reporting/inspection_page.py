@@ -1,4 +1,7 @@
-"""What is known of a model, and what several plans would make of it: tables, and a page with plots."""
+"""Show the groups of a model and the effect of several plans: as tables in a terminal or as a page with plots.
+
+Collect the values in an `Inspected`, then call `show_inspected` (text) or `build_page` (HTML).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
-from isoprune_hf.reporting.pictures import draw_bars, draw_scales, draw_scores
+from isoprune_hf.reporting.page_plots import draw_bars, draw_scales, draw_scores
 from isoprune_hf.reporting.tables import align_columns, format_figure, shorten
 
 _TEMPLATE = Path(__file__).with_name("inspection_page.html")
@@ -24,15 +27,15 @@ Table = list[list[str]]  # the first row is the heading
 
 @dataclass(frozen=True, eq=False)
 class Inspected:
-    """What is known of a model.
+    """A model with its groups, and the plans to compare.
 
     Args:
-        name: The model.
+        name: Name of the model.
         groups: Its coupled groups, in the order of the network.
-        plans: Name -> a plan of these groups; may be empty.
-        scores: What the plans were decided from, where they are known.
-        cost: Cost of the model before any of the plans, where it was counted.
-        budget: What the plans have in common.
+        plans: Name -> a plan for these groups; may be empty.
+        scores: Scores that the plans were decided from, or None if they are not known.
+        cost: Cost of the unpruned model, or None if it was not counted.
+        budget: Heading that states the budget that all plans share.
     """
 
     name: str
@@ -51,25 +54,31 @@ class Inspected:
         return found
 
     def kept(self, plan: str, group: CoupledGroup) -> Sequence[int]:
-        """Channels of a group that stay: all of one that a plan does not name, none of one in a block that leaves."""
-        gone = tuple(f"{block}." for block in self.plans[plan].removed_blocks)
-        if gone and all(member.parameter.startswith(gone) for member in group.members):
+        """Return the kept channels of a group: all if the plan does not name it, none if its block is removed."""
+        removed = tuple(f"{block}." for block in self.plans[plan].removed_blocks)
+        if removed and all(member.parameter.startswith(removed) for member in group.members):
             return ()
         return self.plans[plan].kept.get(group.name, range(group.channels))
 
     def share(self, plan: str, groups: Sequence[CoupledGroup]) -> float:
-        """Fraction of the channels of some groups that stays."""
+        """Return the kept fraction of the channels of some groups."""
         return sum(len(self.kept(plan, group)) for group in groups) / sum(group.channels for group in groups)
 
     def scores_of(self, groups: Sequence[CoupledGroup], plan: str | None = None) -> np.ndarray:
-        """Scores of the channels of some groups, all or those that a plan keeps: (channels,)."""
+        """Return the scores of the channels of some groups, (channels,); with a plan only of those that it keeps.
+
+        Raises:
+            ValueError: The model has no scores.
+        """
+        if self.scores is None:
+            raise ValueError(f"{self.name} has no scores")
         values = [self.scores.scores[group.name].double().numpy() for group in groups]
         if plan is not None:
             values = [value[list(self.kept(plan, group))] for value, group in zip(values, groups, strict=True)]
         return np.concatenate(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the same for a program: costs of base and plans, and what each plan keeps of classes and groups."""
+        """Return the tables as plain values: costs of base and plans, and the kept channels of classes and groups."""
 
         def widths(groups: Sequence[CoupledGroup]) -> dict[str, Any]:
             kept = {plan: sum(len(self.kept(plan, group)) for group in groups) for plan in self.plans}
@@ -88,14 +97,14 @@ class Inspected:
 
     @property
     def heading(self) -> str:
-        """Name and size in one line."""
+        """Name and size of the model in one line."""
         classes = f"{len(self.groups)} coupled groups in {len(self.classes)} isomorphic classes"
         size = "" if self.cost is None else f", {_macs(self.cost.macs)} GMACs, {_params(self.cost.params)} M params"
         return f"{self.name}: {classes}{size}"
 
 
 def tabulate_classes(model: Inspected) -> Table:
-    """A row for each class: its groups, channels and widths, and the share of its channels that each plan keeps."""
+    """Return a row for each class: its groups, channels and widths, and the share that each plan keeps."""
     rows = [["class", "groups", "channels", "widths", *(f"{plan} keeps" for plan in model.plans), "built of"]]
     for number, (signature, groups) in enumerate(model.classes.items(), 1):
         widths = list(dict.fromkeys(_size(group, range(group.channels)) for group in groups))
@@ -107,7 +116,7 @@ def tabulate_classes(model: Inspected) -> Table:
 
 
 def tabulate_plans(model: Inspected) -> Table:
-    """A row for each plan: what it costs, how many groups it cuts, and which it leaves the smallest share."""
+    """Return a row for each plan: its cost, the number of pruned groups, and the group with the smallest share."""
     rows = [["plan", "GMACs", "M params", "groups cut", "narrowest", "which is of"]]
     if model.cost is not None:
         rows.append(["before", _macs(model.cost.macs), _params(model.cost.params), "", "", ""])
@@ -115,14 +124,15 @@ def tabulate_plans(model: Inspected) -> Table:
         cost = plan.achieved.get("pruned", {})
         cut = [group for group in model.groups if len(model.kept(name, group)) < group.channels]
         rows.append([name, _macs(cost.get("macs")), _params(cost.get("params")), str(len(cut))])
-        least = min(model.groups, key=lambda group, name=name: model.share(name, [group]))
-        share = f"{model.share(name, [least]):.0%}"
-        rows[-1] += [f"{len(model.kept(name, least))} of {least.channels} ({share})", least.name]
+        shares = [model.share(name, [group]) for group in model.groups]
+        narrowest = model.groups[shares.index(min(shares))]
+        width = f"{len(model.kept(name, narrowest))} of {narrowest.channels} ({min(shares):.0%})"
+        rows[-1] += [width, narrowest.name]
     return rows
 
 
 def tabulate_scores(model: Inspected) -> Table:
-    """A row for each class: quantiles of its scores, and how many of its channels score nothing at all."""
+    """Return a row for each class: quantiles of its scores, and the number of channels with the score 0."""
     rows = [["class", *_QUANTILES, "score 0"]]
     for number, groups in enumerate(model.classes.values(), 1):
         values = model.scores_of(groups)
@@ -132,7 +142,7 @@ def tabulate_scores(model: Inspected) -> Table:
 
 
 def tabulate_groups(model: Inspected) -> Table:
-    """A row for each group: its width, and its width by each plan; in attention, heads x dims of each head."""
+    """Return a row for each group: its width before and with each plan; for attention, heads x dims of a head."""
     number = {signature: str(place) for place, signature in enumerate(model.classes, 1)}
     rows = [["group", "class", "before", *model.plans]]
     for group in model.groups:
@@ -142,7 +152,7 @@ def tabulate_groups(model: Inspected) -> Table:
 
 
 def show_inspected(model: Inspected) -> str:
-    """Write all tables for a terminal."""
+    """Return all tables as text for a terminal."""
     classes = [[f"{row[0]:>2}  {shorten(row[-1], 48)}", *row[1:-1]] for row in tabulate_classes(model)]
     parts = [model.heading, align_columns(classes)]
     if model.scores is not None:
@@ -154,13 +164,13 @@ def show_inspected(model: Inspected) -> str:
 
 
 def build_page(model: Inspected) -> str:
-    """Make a page of HTML that holds all it needs: no script, no font, no picture from elsewhere.
+    """Return an HTML page that loads nothing: no script, and no font or picture from elsewhere.
 
     Returns:
-        A document that an XML parser can read, too; all texts are escaped.
+        A document that is also well-formed XML; all texts are escaped.
 
     Raises:
-        IsoPruneError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     cards = []
@@ -207,12 +217,12 @@ def _plot_widths(model: Inspected, number: int) -> str:
 
 
 def _safe(plots: Sequence[tuple[str, str]]) -> list[tuple[str, Markup]]:
-    """Mark pictures, in which matplotlib has escaped all texts, as HTML."""
+    """Mark pictures as HTML; matplotlib has escaped their texts."""
     return [(title, Markup(picture)) for title, picture in plots]
 
 
 def _size(group: CoupledGroup, kept: Sequence[int]) -> str:
-    """Channels, or heads x dims of each."""
+    """Return the number of channels, or heads x dims of a head."""
     if not group.num_heads or not kept:
         return str(len(kept))
     heads = len({channel // group.head_dim for channel in kept})

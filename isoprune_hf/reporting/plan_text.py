@@ -1,4 +1,4 @@
-"""A plan as people read it: what stays, and in what two plans differ."""
+"""Show a plan as text (`show_plan`) and the differences of two plans (`diff_plans`)."""
 
 import json
 import re
@@ -14,12 +14,12 @@ _WIDTH = 100
 
 
 def show_plan(plan: PruningPlan, *, title: str, sizes: Mapping[str, tuple[int, int]] | None = None) -> str:
-    """Write what a plan keeps.
+    """Return a plan as text: settings, costs, kept channels and heads, removed blocks, margins and notes.
 
     Args:
         plan: The plan.
-        title: What the plan is of.
-        sizes: Group -> (channels, heads) of the base, where they are known.
+        title: Name of the plan in the first line.
+        sizes: Group -> (channels, heads) of the base; without them only kept numbers are shown.
     """
     weights = plan.fingerprint[:12] or "without a fingerprint"
     parts = [f"plan of {title}, version {plan.version}, made on weights {weights}"]
@@ -41,12 +41,12 @@ def show_plan(plan: PruningPlan, *, title: str, sizes: Mapping[str, tuple[int, i
 
 
 def diff_plans(first: PruningPlan, second: PruningPlan, names: tuple[str, str]) -> str:
-    """Write in what two plans differ; nothing where they are equal.
+    """Return the differences of two plans as text, or an empty text if the plans are equal.
 
     Args:
-        first: A plan.
-        second: Another.
-        names: What they are called.
+        first: Plan A.
+        second: Plan B.
+        names: Names of both plans.
     """
     left, right = (json.loads(plan.to_json()) for plan in (first, second))
     if left == right:
@@ -96,7 +96,7 @@ def _groups(plan: PruningPlan, sizes: Mapping[str, tuple[int, int]]) -> str:
     if not plan.kept:
         return "no group is cut"
     rows = [["groups that are cut", "channels", "stay", "heads", "dims of a head"]]
-    order = {name: position for position, name in enumerate(sizes)}  # that of the network, where it is known
+    order = {name: position for position, name in enumerate(sizes)}  # order of the network, if the sizes are given
     for name in sorted(plan.kept, key=lambda name: (order.get(name, len(order)), _natural(name))):
         channels, all_heads = sizes.get(name, (0, 0))
         kept, heads = len(plan.kept[name]), len(plan.heads.get(name, ()))
@@ -114,7 +114,7 @@ def _of(kept: int, size: int) -> str:
 
 
 def _overlap(first: Sequence[int] | None, second: Sequence[int] | None) -> list[str]:
-    if first is None or second is None:  # a group that a plan does not name keeps all
+    if first is None or second is None:  # a group that a plan does not name keeps all channels
         known = len(first or second or ())
         return [*("all" if kept is None else str(known) for kept in (first, second)), str(known), ""]
     both, either = len({*first} & {*second}), len({*first} | {*second})
@@ -129,7 +129,7 @@ def _differing(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Settings by dotted names; what is not set is left out."""
+    """Yield settings with dotted names; unset ones are omitted."""
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -145,6 +145,7 @@ def _shown(value: Any) -> str:
 
 
 def _paragraph(heading: str, entries: Iterable[str]) -> str:
+    """Return a wrapped, comma-separated list of entries."""
     text = heading + ", ".join(entries)
     return textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
@@ -158,5 +159,5 @@ def _shorten(name: str) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Order blocks.2 before blocks.10."""
+    """Return a sort key that orders blocks.2 before blocks.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

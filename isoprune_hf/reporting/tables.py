@@ -1,17 +1,17 @@
-"""Figures as people read them: in the units of their columns, and in tables for the terminal."""
+"""Format figures in the units of their columns, and align tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def format_figure(key: str, value: float | None, missing: str = "-") -> str:
-    """Write a figure in the unit its column names.
+    """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (to 10^9), params (to 10^6), top1, top5 (fractions, to percent), loss, ece, latency_ms,
+        key: macs (shown in 10^9), params (in 10^6), top1, top5 (fractions, shown in percent), loss, ece, latency_ms,
             file_mb, images or broken.
-        value: The figure in its own unit, or nothing where it was not measured.
-        missing: Stands for a figure that was not measured.
+        value: The figure, or None if it was not measured.
+        missing: Text for a figure that was not measured.
     """
     if value is None:
         return missing
@@ -25,14 +25,20 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
 
 
 def results_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Align the figures of base, pruned and finetuned model for a terminal.
+    """Return the figures of base, pruned and finetuned model as a table for a terminal.
 
     Args:
-        rows: Figures by model: macs (or gmacs), params, top1, top5 (fractions), loss, latency_ms.
-            A missing one becomes a dash.
+        rows: Model -> its figures: macs (or gmacs), params, top1, top5 (fractions), loss, latency_ms. A missing figure
+            is shown as a dash.
     """
-    columns = {"macs": "GMACs", "params": "params", "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
-    columns["latency_ms"] = "latency ms"
+    columns = {
+        "macs": "GMACs",
+        "params": "params",
+        "top1": "top-1 %",
+        "top5": "top-5 %",
+        "loss": "loss",
+        "latency_ms": "latency ms",
+    }
     table = [["model", *columns.values()]]
     for name, row in rows.items():
         figures = dict(row)
@@ -46,16 +52,19 @@ def results_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def align_columns(table: Sequence[Sequence[str]]) -> str:
-    """Write rows under each other, the first column flush left and the others flush right."""
-    widths = [max(len(line[index]) for line in table) for index in range(len(table[0]))]
-    lines = [
-        "  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in table)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    """Return the rows of a table as aligned lines: the first column to the left, all others to the right."""
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def shorten(text: str, length: int) -> str:
-    """Take the middle out of a text that is longer than `length`."""
+    """Return a text of at most `length` characters; a longer text loses its middle."""
     half = (length - 1) // 2
     return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
