@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
+from isoprune_hf.checkpoint.dense import describe_error
 from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.errors import ExportError, RecipeError
 from isoprune_hf.export.comparison import Export, Quantization, compare_logits, load_photographs
 from isoprune_hf.export.formats import FORMATS, Format
-from isoprune_hf.export.tracing import labels_of, plain_copy, trace_model
+from isoprune_hf.export.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
 from isoprune_hf.extras import require_package
 
 
@@ -63,7 +63,7 @@ def export_model(
             if quantize == "dynamic" and rewrite is not None:
                 run = rewrite(file)
             found = [run(pixels) for pixels in batches]
-        except (*LIBRARY_ERRORS, OSError) as error:
+        except EXPORT_ERRORS as error:
             raise ExportError(f"the model cannot be exported to {target}: {describe_error(error)}") from error
         results.append(compare_logits(expected, found, target=target, quantize=quantize))
         _write_config_and_processor(temporary, plain, processor)

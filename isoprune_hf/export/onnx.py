@@ -8,11 +8,11 @@ from typing import cast
 
 import torch
 
-from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
+from isoprune_hf.checkpoint.dense import describe_error
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import ExportError
-from isoprune_hf.export.tracing import labels_of, plain_copy, trace_model
+from isoprune_hf.export.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
 from isoprune_hf.measuring.runtimes import Run, open_onnx
 from isoprune_hf.measuring.speed import draw_images
 
@@ -61,7 +61,7 @@ def write_onnx(model: IsoPruneForImageClassification, file: Path, *, threads: in
         program = trace_model(plain, draw_images(plain, image_size_of(plain), 2))
         OnnxFormat().write(program, file, labels_of(plain))
         return open_onnx(file, threads=threads)
-    except (*LIBRARY_ERRORS, OSError) as error:
+    except EXPORT_ERRORS as error:
         raise ExportError(f"the model cannot be exported to onnx: {describe_error(error)}") from error
 
 

@@ -5,7 +5,11 @@ import copy
 import torch
 from torch import nn
 
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+
+# Errors of torch and of the runtimes for a model that they cannot trace, convert or open.
+EXPORT_ERRORS: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, OSError)
 
 
 def plain_copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:

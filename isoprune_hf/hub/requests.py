@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is imported there but not exported
     HfHubHTTPError,
-    HTTPError,  # type: ignore[attr-defined]  # of the HTTP client in use; not re-exported
+    HTTPError,
     LocalTokenNotFoundError,
 )
 

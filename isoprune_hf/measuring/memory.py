@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from isoprune_hf.measuring.speed import Precision, draw_images, with_precision
+from isoprune_hf.measuring.speed import draw_images, with_precision
+from isoprune_hf.recipes.values import Precision
 
 
 def peak_memory(

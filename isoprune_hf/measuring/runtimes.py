@@ -18,7 +18,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.backends import Backend
 from isoprune_hf.measuring.memory import peak_memory
-from isoprune_hf.measuring.speed import Precision, Rounds, draw_images, time_calls, time_models
+from isoprune_hf.measuring.speed import Rounds, draw_images, time_calls, time_models
+from isoprune_hf.recipes.values import Precision
 
 DType = Literal["fp32", "bf16"]
 Models = Mapping[str, IsoPruneForImageClassification]

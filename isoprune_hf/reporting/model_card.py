@@ -1,4 +1,7 @@
-"""The model card: its figures are read from the folder it describes; what the folder does not know is left out."""
+"""Build the model card of a folder; call `build_model_card`.
+
+All figures are read from the files of the folder; figures that it does not contain are omitted.
+"""
 
 import hashlib
 import json
@@ -20,10 +23,18 @@ from isoprune_hf.reporting.widths import PICTURE
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _STAGES = ("base", "pruned", "finetuned")
-_COLUMNS = {"macs": "GMACs", "params": "params (M)", "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}
-_COLUMNS |= {"latency_ms": "latency (ms)", "images": "images", "file_mb": "weights (MB)"}
+_COLUMNS = {
+    "macs": "GMACs",
+    "params": "params (M)",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "loss": "loss",
+    "latency_ms": "latency (ms)",
+    "images": "images",
+    "file_mb": "weights (MB)",
+}
 _HASHED = ("model.safetensors", "pruning_plan.json", "modeling_isoprune.py")
-_MOST_NAMES = 20
+_MAX_NAMED_CLASSES = 20
 _SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "finetune": FinetuneRecipe}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LIBRARIES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "torch-pruning", "huggingface_hub")
@@ -34,10 +45,10 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
 
     Args:
         folder: Folder of a pruned model.
-        repo: `user/name` that the snippets open; the name of the folder where there is none yet.
+        repo: `user/name` that the code examples open; without it they open the name of the folder.
 
     Raises:
-        CheckpointError: The folder is not one of a pruned model, or one of its JSON files is damaged.
+        CheckpointError: The folder is not that of a pruned model, or one of its JSON files is damaged.
     """
     folder = Path(folder)
     read = _read_json(folder / "config.json")
@@ -53,7 +64,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
     hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
     weights = folder / "model.safetensors"
     size = weights.stat().st_size / 1e6 if weights.is_file() else None
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         _describe(config, recipe.get("data") or {}, metrics.get(stage) or {}, cost, name.rpartition("/")[2]),
         template_path=str(_TEMPLATE),
         name=name,
@@ -74,6 +85,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         versions=_list_versions(),
         show=_show,
     )
+    return card
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -82,9 +94,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name} is missing; a card is built from the folder of a pruned model") from error
     except ValueError as error:
-        raise CheckpointError(f"{path.name}: not readable as JSON ({error})") from error
+        raise CheckpointError(f"{path.name}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name}: must hold a mapping, got {type(value).__name__}")
+        raise CheckpointError(f"{path.name}: must contain a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -127,7 +139,7 @@ def _describe(
 
 
 def _find_license(source: dict[str, Any], library: str | None) -> str | None:
-    """Find the licence that timm records for the trained weights of the base; None where none is known."""
+    """Return the licence that timm records for the pretrained weights of the base, or None."""
     name = source.get("name")
     if library != "timm" or not source.get("pretrained") or not isinstance(name, str):
         return None
@@ -136,7 +148,7 @@ def _find_license(source: dict[str, Any], library: str | None) -> str | None:
 
 
 def _commands(recipe: dict[str, Any], stage: str) -> list[str]:
-    """Write the commands that make this model by the settings that are not the defaults."""
+    """Return the commands that produce this model, with the settings that differ from the defaults."""
     stages = [("prune", ["prune", "data"])] if recipe.get("prune") else []
     if stage == "finetuned" and recipe.get("finetune"):
         stages.append(("finetune --model output/pruned", ["data", "finetune"]))
@@ -160,8 +172,10 @@ def _flags(section: str, recipe: dict[str, Any]) -> list[str]:
 
 def _name_labels(labels: dict[str, str]) -> str:
     names = [labels[key] for key in sorted(labels, key=int)]
-    more = f" and {len(names) - _MOST_NAMES:,} more, all in config.json" if len(names) > _MOST_NAMES else ""
-    return ", ".join(_show(name) for name in names[:_MOST_NAMES]) + more
+    more = (
+        f" and {len(names) - _MAX_NAMED_CLASSES:,} more, all in config.json" if len(names) > _MAX_NAMED_CLASSES else ""
+    )
+    return ", ".join(_show(name) for name in names[:_MAX_NAMED_CLASSES]) + more
 
 
 def _is_hub_id(name: Any) -> bool:
@@ -171,11 +185,11 @@ def _is_hub_id(name: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    """Write a value for one table cell; of a path only the last part, since a card is public."""
+    """Return a value as text of a table cell; a path loses all but its last part, because cards are public."""
     text = value if isinstance(value, str) else json.dumps(value)
     parts = re.split(r"[/\\]+", text.rstrip("/\\"))
     if parts != [text] and not isinstance(value, str):
-        text = "not shown, since it holds a path"
+        text = "not shown, because it contains a path"
     elif parts != [text] and parts[0] != "torchvision" and not _is_hub_id(text):
         text = f"a local folder ({parts[-1]})"
     return " ".join(text.split()).replace("|", "\\|")
@@ -197,7 +211,7 @@ def _tabulate(
 
 
 def _compare(cost: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """Give size before, size after and percent removed, for macs and params; nothing where a size is not known."""
+    """Return (before, after, percent removed) for macs and params, or nothing if a size is not known."""
     base, pruned = cost.get("base") or {}, cost.get("pruned") or {}
     if not all(side.get(key) for side in (base, pruned) for key in ("macs", "params")):
         return {}

@@ -1,4 +1,4 @@
-"""The tables and the page of `inspect`, from groups and plans that were made by hand."""
+"""Tables and page of `inspect`, for groups and plans written by hand."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ from isoprune_hf.reporting.inspection_page import (
     tabulate_scores,
 )
 
-NASTY = "block.<b>&amp;'\"$x_1$"
+SPECIAL_NAME = "block.<b>&amp;'\"$x_1$"
 COST = {"pruned": {"macs": 1_500_000_000, "params": 2_000_000}}
 
 
@@ -35,20 +35,20 @@ GROUPS = (
     make_group("stem", "Conv2d.out", 8),
     make_group("block.0.attn", "Attention", 8, heads=2),
     make_group("block.0.fc", "Linear.out", 4),
-    make_group(NASTY, "Linear.out", 4),
+    make_group(SPECIAL_NAME, "Linear.out", 4),
 )
 PLANS = {
     "first": PruningPlan(
         kept={"stem": (0, 2), "block.0.attn": (4, 5)}, heads={"block.0.attn": (1,)}, achieved=COST, notes=("a <note>",)
     ),
-    "second": PruningPlan(kept={NASTY: (0,)}, heads={}, removed_blocks=("block.0",)),
+    "second": PruningPlan(kept={SPECIAL_NAME: (0,)}, heads={}, removed_blocks=("block.0",)),
 }
 SCORES = ImportanceScores(
     {
         "stem": torch.arange(1.0, 9.0),
         "block.0.attn": torch.ones(8),
         "block.0.fc": torch.tensor([0.0, 0.0, 1e-3, 1e-2]),
-        NASTY: torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        SPECIAL_NAME: torch.tensor([1.0, 2.0, 3.0, 4.0]),
     },
     "l1",
     "",
@@ -57,13 +57,13 @@ SCORES = ImportanceScores(
 MODEL = Inspected("a <model>", GROUPS, PLANS, SCORES, ModelCost(3_000_000_000, 5_000_000), "At 1.5 GMACs")
 
 
-def test_the_tables_hold_what_the_plans_keep() -> None:
+def test_tables_show_channels_kept_by_each_plan() -> None:
     assert tabulate_groups(MODEL) == [
         ["group", "class", "before", "first", "second"],
         ["stem", "1", "8", "2", "8"],
         ["block.0.attn", "2", "2 x 4", "1 x 2", "0"],
         ["block.0.fc", "3", "4", "4", "0"],
-        [NASTY, "3", "4", "4", "1"],
+        [SPECIAL_NAME, "3", "4", "4", "1"],
     ]
     assert tabulate_classes(MODEL) == [
         ["class", "groups", "channels", "widths", "first keeps", "second keeps", "built of"],
@@ -79,7 +79,7 @@ def test_the_tables_hold_what_the_plans_keep() -> None:
     ]
 
 
-def test_the_scores_are_summarised_by_class() -> None:
+def test_scores_are_summarised_by_class() -> None:
     assert tabulate_scores(MODEL) == [
         ["class", "lowest", "25 %", "median", "75 %", "highest", "score 0"],
         ["1", "1", "2.75", "4.5", "6.25", "8", "0"],
@@ -91,7 +91,7 @@ def test_the_scores_are_summarised_by_class() -> None:
     assert MODEL.scores_of([GROUPS[1]], "second").tolist() == []
 
 
-def test_the_terminal_gets_all_tables_and_no_trailing_blanks() -> None:
+def test_text_has_all_tables_and_no_trailing_blanks() -> None:
     shown = show_inspected(MODEL)
     assert shown.startswith("a <model>: 4 coupled groups in 3 isomorphic classes, 3.00 GMACs, 5.00 M params\n")
     assert "scores by l1\n" in shown and "At 1.5 GMACs\n" in shown
@@ -102,20 +102,20 @@ PAGES = {"all": MODEL, "no scores": Inspected("m", GROUPS, {"plan": PLANS["first
 
 
 @pytest.mark.parametrize("kind", PAGES)
-def test_the_page_is_well_formed_and_holds_every_group(kind: str) -> None:
+def test_page_is_well_formed_and_names_every_group(kind: str) -> None:
     page = build_page(PAGES[kind])
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     cells = [cell.text for cell in root.iter("th")]
     assert all(cells.count(group.name) >= 1 for group in GROUPS)
     ids = Counter(element.get("id") for element in root.iter() if element.get("id"))
     assert ids and set(ids.values()) == {1}
-    # What a picture refers to is in the page.
+    # Every id that a picture refers to exists in the page.
     wanted = {name for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page) for name in pair if name}
     assert wanted <= ids.keys()
 
 
 @pytest.mark.parametrize("kind", PAGES)
-def test_the_page_loads_nothing_and_runs_nothing(kind: str) -> None:
+def test_page_loads_and_runs_nothing(kind: str) -> None:
     page = build_page(PAGES[kind])
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     tags = {element.tag.rpartition("}")[2] for element in root.iter()}

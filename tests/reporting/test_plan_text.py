@@ -1,4 +1,4 @@
-"""What a reader is told of a plan, and of two."""
+"""Plans and their differences as text."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ PLAN = PruningPlan(
 )
 
 
-def test_a_plan_alone_shows_what_stays() -> None:
+def test_plan_without_sizes_shows_kept_numbers() -> None:
     assert show_plan(PLAN, title="plan.json") == "\n".join(
         [
             "plan of plan.json, version 1, made on weights 0123456789ab",
@@ -46,7 +46,7 @@ def test_a_plan_alone_shows_what_stays() -> None:
     )
 
 
-def test_with_the_sizes_of_the_base_a_plan_shows_of_how_many_in_the_order_of_the_network() -> None:
+def test_plan_with_sizes_shows_shares_in_network_order() -> None:
     sizes = {"stem": (8, 0), "blocks.10.mlp": (12, 0), "blocks.2.attn": (16, 4), "blocks.2.mlp": (8, 0)}
     lines = show_plan(PLAN, title="here", sizes=sizes).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("groups"))
@@ -59,7 +59,7 @@ def test_with_the_sizes_of_the_base_a_plan_shows_of_how_many_in_the_order_of_the
     ]
 
 
-def test_a_plan_that_cuts_nothing_says_so() -> None:
+def test_plan_without_pruned_groups_says_so() -> None:
     assert show_plan(PruningPlan(kept={}, heads={}), title="x").splitlines() == [
         "plan of x, version 1, made on weights without a fingerprint",
         "",
@@ -71,7 +71,7 @@ def test_equal_plans_have_no_difference() -> None:
     assert diff_plans(PLAN, PruningPlan.from_json(PLAN.to_json()), ("a", "b")) == ""
 
 
-def test_a_difference_counts_what_both_keep() -> None:
+def test_difference_counts_channels_kept_by_both() -> None:
     other = replace(
         PLAN,
         kept={"blocks.2.mlp": (4, 5), "blocks.2.attn": (0, 1, 4, 5, 8, 9), "blocks.10.mlp": (2, 3)},
@@ -105,7 +105,7 @@ def test_a_difference_counts_what_both_keep() -> None:
     )
 
 
-def test_a_group_that_one_plan_does_not_name_keeps_all_there() -> None:
+def test_group_that_one_plan_omits_keeps_all() -> None:
     other = replace(PLAN, kept={name: kept for name, kept in PLAN.kept.items() if name != "blocks.2.mlp"})
     assert diff_plans(PLAN, other, ("a", "b")).splitlines()[3:5] == [
         "channels that stay  A    B  in both  Jaccard",
@@ -113,8 +113,8 @@ def test_a_group_that_one_plan_does_not_name_keeps_all_there() -> None:
     ]
 
 
-def test_a_small_difference_of_any_entry_is_a_difference() -> None:
-    hair = replace(PLAN, settings={**PLAN.settings, "ratio": 0.5 + 1e-12})
-    assert "settings.ratio" in diff_plans(PLAN, hair, ("a", "b"))
+def test_any_small_difference_is_shown() -> None:
+    close = replace(PLAN, settings={**PLAN.settings, "ratio": 0.5 + 1e-12})
+    assert "settings.ratio" in diff_plans(PLAN, close, ("a", "b"))
     assert "also different: notes" in diff_plans(PLAN, replace(PLAN, notes=()), ("a", "b"))
     assert "also different: margins" in diff_plans(PLAN, replace(PLAN, margins={}), ("a", "b"))

@@ -1,9 +1,9 @@
-"""Tables."""
+"""Figures and tables as text."""
 
 from isoprune_hf.reporting.tables import results_table, shorten
 
 
-def test_the_table_is_aligned_and_a_missing_figure_is_a_dash() -> None:
+def test_table_is_aligned_and_missing_figures_are_dashes() -> None:
     rows = {
         "base": {"macs": 4_608_338_304, "params": 22_050_664, "top1": 0.79854, "top5": 0.9495, "loss": 0.91231},
         "pruned": {"gmacs": 1.25, "params": 123_456, "latency_ms": 3.14159},
@@ -17,10 +17,10 @@ def test_the_table_is_aligned_and_a_missing_figure_is_a_dash() -> None:
     ]
 
 
-def test_a_table_of_nothing_is_its_heading() -> None:
+def test_empty_table_is_its_heading() -> None:
     assert results_table({}) == "model  GMACs  params  top-1 %  top-5 %  loss  latency ms"
 
 
-def test_a_long_name_loses_its_middle() -> None:
+def test_long_name_loses_its_middle() -> None:
     assert shorten("abcdefghij", 10) == "abcdefghij"
     assert shorten("abcdefghijk", 7) == "abc…ijk"

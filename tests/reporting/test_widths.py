@@ -1,4 +1,4 @@
-"""Widths of layers before and after a cut, and their picture."""
+"""Widths of layers before and after pruning, and their picture."""
 
 import sys
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from matplotlib.image import imread
 
 from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.reporting import widths
+from isoprune_hf.reporting.figures import REMOVED_COLOR
 from isoprune_hf.reporting.widths import draw_widths, layer_widths
 
 
-def test_widths_are_those_of_the_base_and_of_the_cut(pruned: Callable[[str], Pruned]) -> None:
+def test_widths_are_those_of_base_and_pruned_model(pruned: Callable[[str], Pruned]) -> None:
     model = pruned("vit").model
     found = layer_widths(model)
     # By hand: a stream of 32, queries, keys and values of 32 each, an MLP of 128, 7 classes.
@@ -27,15 +28,17 @@ def test_widths_are_those_of_the_base_and_of_the_cut(pruned: Callable[[str], Pru
     assert found["blocks.0.mlp.fc1"][1] < 128 and found["head"] == (7, 7)
 
 
-def test_a_bar_is_blue_as_far_as_it_stays_and_grey_above(tmp_path: Path) -> None:
+def test_kept_part_of_a_bar_is_blue(tmp_path: Path) -> None:
     draw_widths({"a": (100, 100), "b": (100, 25), "c": (100, 0)}, tmp_path / "w.png", title="cut")
     pixels = imread(tmp_path / "w.png")[..., :3]
-    blue, grey = (float((abs(pixels - to_rgb(c)).max(axis=2) < 0.02).sum()) for c in (widths._KEPT, widths._REMOVED))
+    blue, grey = (
+        float((abs(pixels - to_rgb(c)).max(axis=2) < 0.02).sum()) for c in (widths._KEPT_COLOR, REMOVED_COLOR)
+    )
     assert blue / (blue + grey) == pytest.approx(125 / 300, abs=0.04)
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not widths.can_draw()
-    with pytest.raises(MissingExtraError, match=r"pip install isoprune-hf\[publish\]"):
+    with pytest.raises(MissingExtraError, match=r"matplotlib.*isoprune-hf\[publish\]"):
         draw_widths({}, tmp_path / "none.png", title="none")
