@@ -103,6 +103,6 @@ def test_a_training_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> 
             killed.kill()
     assert killed.wait() == -9
     done = subprocess.run([*train, tmp_path / "killed"], check=True, capture_output=True, text=True, timeout=300)
-    assert "continuing behind update" in done.stdout + done.stderr
+    assert "resuming after update" in done.stdout + done.stderr
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
