@@ -42,13 +42,13 @@ def test_no_augmentation_is_the_evaluation_transform():
     assert torch.equal(train_transform(processor, no_augmentation())(image), expected)
 
 
-def test_a_certain_flip_mirrors_the_evaluation_transform_of_a_whole_image():
+def test_certain_flip_mirrors_the_evaluation_transform():
     image, processor = make_image(size=(16, 16)), make_processor(size={"height": 16, "width": 16})
     expected = EvaluationTransform(processor)(image).flip(-1)
     assert torch.equal(train_transform(processor, no_augmentation(hflip=1.0))(image), expected)
 
 
-def test_size_interpolation_mean_and_std_are_those_of_the_processor():
+def test_crop_uses_the_settings_of_the_processor():
     # A random crop of (nearly) the whole of a square image is a plain resize, done here by torchvision.
     image, processor = make_image(size=(32, 32)), make_processor(resample=Image.Resampling.BILINEAR)
     recipe = FinetuneRecipe(crop_scale=(0.999999, 1.0), hflip=0.0)
@@ -66,19 +66,19 @@ def test_pixels_are_scaled_as_the_processor_scales_them(changes):
     torch.testing.assert_close(train_transform(processor, recipe)(image), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_processor_without_a_crop_gives_its_own_size():
+def test_processor_without_crop_keeps_its_size():
     processor = ViTImageProcessor(size={"height": 12, "width": 20})
     assert train_transform(processor, FinetuneRecipe())(make_image()).shape == (3, 12, 20)
 
 
-def test_policy_and_erasing_change_the_image_and_keep_its_shape():
+def test_policy_and_erasing_keep_the_shape():
     processor = make_processor()
     recipe = no_augmentation(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=1.0)
     transformed = train_transform(processor, recipe)(make_image())
     assert transformed.shape == (3, 16, 16) and (transformed == 0).any()
 
 
-def test_an_unknown_policy_is_a_clear_error():
+def test_unknown_timm_policy_raises():
     with pytest.raises(
         RecipeError, match=r"finetune.auto_augment: timm has no policy 'nonsense'.*rand-m9-mstd0.5-inc1"
     ):
@@ -140,7 +140,7 @@ def test_the_policies_of_torchvision_are_its_own(name, policy):
 
 
 @pytest.mark.parametrize("name", ["tv-rand-n2-m31", "tv-rand-n0-m9", "tv-best", "tv-"])
-def test_an_unknown_policy_of_torchvision_is_a_clear_error(name):
+def test_unknown_torchvision_policy_raises(name):
     with pytest.raises(RecipeError, match=f"torchvision has no policy {name!r}"):
         train_transform(make_processor(), no_augmentation(auto_augment=name))
 

@@ -54,7 +54,7 @@ def message_of(recipe: DataRecipe) -> str:
     return str(caught.value)
 
 
-def test_digits_are_all_real_digits_in_a_fixed_stratified_split():
+def test_digits_have_a_fixed_stratified_split():
     loaded = load_data(DataRecipe(dataset="digits"))
     assert (len(loaded.train), len(loaded.evaluation)) == (1347, 450)
     assert loaded.label_names == tuple("0123456789") and loaded.name == "digits"
@@ -70,7 +70,7 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
         load_data(DataRecipe(dataset="digits"))
 
 
-def test_a_folder_of_classes_has_sorted_names_and_val_is_validation(tmp_path):
+def test_class_folders_are_sorted_and_val_is_validation(tmp_path):
     loaded = load_data(DataRecipe(dataset=str(write_folder(tmp_path, {"train": SYNSETS, "val": SYNSETS}))))
     assert loaded.label_names == SYNSETS
     assert loaded.train.column_names == ["image", "label"] and len(loaded.train) == len(loaded.evaluation) == 6
@@ -84,7 +84,7 @@ def test_a_folder_of_one_class_keeps_its_label(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "data"])
-def test_a_folder_of_parquet_files_is_read_by_their_first_word(tmp_path, below):
+def test_parquet_files_are_split_by_first_word(tmp_path, below):
     (tmp_path / below).mkdir(exist_ok=True)
     split = make_split([0, 1, 2, 0])
     split.select([0, 1]).to_parquet(tmp_path / below / "train-00000-of-00002.parquet")
@@ -97,7 +97,7 @@ def test_a_folder_of_parquet_files_is_read_by_their_first_word(tmp_path, below):
 
 
 @pytest.mark.parametrize("names", [("a-train-{}.tar", "a-val-{}.tar"), ("train/{}.tar", "validation/{}.tar")])
-def test_tar_files_give_the_images_of_a_folder_of_classes(names, tmp_path):
+def test_tar_files_equal_a_folder_of_classes(names, tmp_path):
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "classes.txt").write_text("\n".join(SYNSETS) + "\n")
     write_tar(tmp_path / "tars" / names[0].format("0000"), {"test-0": 0, "test-1": 0, "x/test-2": 1})
@@ -115,7 +115,7 @@ def test_tar_files_give_the_images_of_a_folder_of_classes(names, tmp_path):
     check_labels(loaded.label_names, {0: "tench", 1: "goldfish", 2: "great white shark"})  # what bare numbers mean
 
 
-def test_members_of_tar_files_are_neither_unpickled_nor_written(tmp_path, monkeypatch):
+def test_tar_members_are_never_unpickled_or_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planted = pickle.dumps(Planted(str(tmp_path / "planted")))
     write_tar(tmp_path / "d" / "train-0.tar", {"../../up": 0, "/abs/key": 1}, pth=planted, pyd=planted, json=b"{")
@@ -140,7 +140,7 @@ class Planted:
         return Path.touch, (Path(self.path),)
 
 
-def test_tar_files_with_other_names_say_what_is_there(tmp_path):
+def test_unknown_tar_members_list_the_columns(tmp_path):
     write_tar(tmp_path / "train-0.tar", {"a": 0}, ending="tif")
     message = message_of(DataRecipe(dataset=str(tmp_path)))
     assert (
@@ -153,7 +153,7 @@ def test_tar_files_with_other_names_say_what_is_there(tmp_path):
     assert "cannot be opened" in message_of(DataRecipe(dataset=str(tmp_path)))
 
 
-def test_a_list_of_classes_that_is_too_short_is_one_line(tmp_path):
+def test_too_short_class_list_raises(tmp_path):
     write_tar(tmp_path / "train-0.tar", {"a": 0, "b": 3})
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     message = message_of(DataRecipe(dataset=str(tmp_path)))
@@ -226,12 +226,12 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path):
     assert message.startswith("data.image_column") and "no column 'img'" in message
 
 
-def test_a_column_that_holds_no_images_is_refused(tmp_path):
+def test_column_without_images_raises(tmp_path):
     recipe = save_splits(tmp_path, train=make_split([0]))
     assert "must contain images, got" in message_of(DataRecipe(dataset=recipe.dataset, image_column="label"))
 
 
-def test_an_empty_split_is_refused(tmp_path):
+def test_empty_split_raises(tmp_path):
     make_split([]).to_parquet(tmp_path / "train.parquet")
     message = message_of(DataRecipe(dataset=str(tmp_path)))
     assert 'cannot be opened (Instruction "train" corresponds to no data!)' in message
@@ -241,17 +241,17 @@ def test_an_empty_split_is_refused(tmp_path):
     ("labels", "kind", "got"),
     [(["a", "b"], "string", "got Value('string')"), ([0, 2], "int64", "got 0, 2"), ([-1, 0], "int64", "got -1, 0")],
 )
-def test_labels_that_are_no_classes_are_refused(tmp_path, labels, kind, got):
+def test_labels_that_are_not_classes_raise(tmp_path, labels, kind, got):
     message = message_of(save_splits(tmp_path, train=make_split(labels, datasets.Value(kind))))
     assert "must contain class labels or the whole numbers 0 to n-1" in message and got in message
 
 
-def test_images_without_a_label_are_refused(tmp_path):
+def test_images_without_a_label_raise(tmp_path):
     message = message_of(save_splits(tmp_path, train=make_split([0, -1, None])))
     assert "2 of 3 images of split 'train' have no label" in message
 
 
-def test_splits_with_different_classes_are_refused(tmp_path):
+def test_splits_with_different_classes_raise(tmp_path):
     folder = write_folder(tmp_path, {"train": ("cat", "dog"), "val": ("cat", "owl")})
     message = message_of(DataRecipe(dataset=str(folder)))
     assert "the classes of 'train' and 'validation' differ: cat, dog and cat, owl" in message
@@ -279,18 +279,18 @@ def test_another_order_names_the_first_differences():
         check_labels(swapped, dict(enumerate(names)))
 
 
-def test_other_names_at_more_than_a_tenth_of_the_places_are_refused():
+def test_more_than_a_tenth_of_other_names_raises():
     names = [f"class {index}" for index in range(10)]
     with pytest.raises(DatasetError, match=r"at 2 of 10 places: index 0: data 'x', model 'class 0'"):
         check_labels(["x", "y", *names[2:]], dict(enumerate(names)))
 
 
-def test_synsets_in_another_order_than_the_model_are_refused():
+def test_reordered_wordnet_ids_raise():
     with pytest.raises(DatasetError, match=r"index 0: data 'tench, Tinca tinca', model 'goldfish'"):
         check_labels(SYNSETS, {0: "goldfish", 1: "tench", 2: "great white shark"})
 
 
-def test_the_calibration_sample_is_drawn_once_and_shared_by_the_ranks():
+def test_ranks_share_one_calibration_sample():
     split = make_split([index % 3 for index in range(20)])
     ids = calibration_ids(20, batches=5, batch_size=3, seed=1)
     assert len(set(ids)) == 15 and ids == calibration_ids(20, batches=5, batch_size=3, seed=1)
@@ -339,7 +339,7 @@ def test_a_rank_without_images_gets_no_batches():
     assert list(loader) == []
 
 
-def test_ranks_and_accumulation_share_one_order_of_the_epoch():
+def test_ranks_and_accumulation_share_one_epoch_order():
     split, transform = make_split([index % 3 for index in range(11)]), EvaluationTransform(PROCESSOR)
 
     def load(rank: int, world: int, micro: int, epoch: int = 1) -> list[list[int]]:
@@ -355,7 +355,7 @@ def test_ranks_and_accumulation_share_one_order_of_the_epoch():
     assert load(0, 1, 4, epoch=2) != alone
 
 
-def test_copies_of_an_image_are_augmented_differently_and_lie_in_different_parts():
+def test_copies_are_augmented_differently_in_different_parts():
     def load(*, parts: int = 2, **changes: Any) -> list[tuple[list[int], list[float]]]:
         order = EpochOrder(seed=0, epoch=1, parts=parts, **changes)
         batches = train_batches(make_split([0] * 12), DrawnTransform(), order, LoaderOptions(batch_size=8))
@@ -372,7 +372,7 @@ def test_copies_of_an_image_are_augmented_differently_and_lie_in_different_parts
     assert shared and all(first[position] == both[position] for position in shared)  # the first copy as without copies
 
 
-def test_a_short_last_batch_gives_every_rank_as_many_parts():
+def test_short_last_batch_has_equal_parts_per_rank():
     split, transform = make_split([0] * 9), EvaluationTransform(PROCESSOR)
     order, options = EpochOrder(seed=0, epoch=1, parts=4, drop_last=False), LoaderOptions(batch_size=8)
     ranks = [train_batches(split, transform, order, options, Ranks(rank, world=2)) for rank in range(2)]
@@ -393,7 +393,7 @@ def test_loading_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_a_damaged_image_is_named_by_its_file_in_one_line(content, workers, tmp_path):
+def test_damaged_image_is_named_by_its_file(content, workers, tmp_path):
     root = write_folder(tmp_path / "images", {"train": ("a", "b"), "val": ("a", "b")})
     damaged = root / "val" / "b" / "test-1.PNG"
     damaged.write_bytes(damaged.read_bytes()[:40] if content is None else content)
@@ -404,7 +404,7 @@ def test_a_damaged_image_is_named_by_its_file_in_one_line(content, workers, tmp_
     assert str(caught.value).endswith("data.broken: skip") and "\n" not in str(caught.value)
 
 
-def test_a_damaged_image_without_a_file_is_named_by_its_place():
+def test_damaged_image_without_file_is_named_by_position():
     split = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"no image", "path": None}], "label": [0]},
         features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}),

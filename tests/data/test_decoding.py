@@ -26,7 +26,7 @@ RED, GREEN = (255, 0, 0), (0, 255, 0)
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_broken_is_an_error_in_one_line_that_names_it(kind: str, tmp_path: Path) -> None:
+def test_broken_image_is_a_one_line_error(kind: str, tmp_path: Path) -> None:
     content, reason = BROKEN[kind]
     (tmp_path / "a.jpg").write_bytes(content)
     split = [{"image": {"path": str(tmp_path / "a.jpg"), "bytes": None}, "label": 0}]
@@ -36,7 +36,7 @@ def test_what_is_broken_is_an_error_in_one_line_that_names_it(kind: str, tmp_pat
     assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_missing_image_are_named() -> None:
+def test_missing_file_and_missing_image_are_named() -> None:
     split = [{"image": {"path": "/no/such.jpg", "bytes": None}, "label": 0}, {"image": None, "label": 0}]
     images = TransformedImages(split, lambda image: image)
     with pytest.raises(DatasetError, match=r"data: /no/such.jpg cannot be read \(No such file or directory\)"):
@@ -45,7 +45,7 @@ def test_a_missing_file_and_a_missing_image_are_named() -> None:
         images[1]
 
 
-def test_no_damage_gets_past_the_policy() -> None:
+def test_every_damage_is_caught() -> None:
     rng = np.random.default_rng(0)
     originals = [encode(noise(), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")]
     read = 0
@@ -60,7 +60,7 @@ def test_no_damage_gets_past_the_policy() -> None:
     assert read == 360
 
 
-def test_odd_images_become_rgb_as_by_hand() -> None:
+def test_unusual_modes_become_rgb() -> None:
     def pixel(content: bytes) -> tuple[int, ...]:
         image = decode_image(content)
         assert image.mode == "RGB"
@@ -91,7 +91,7 @@ CORNERS = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1)
 
 
 @pytest.mark.parametrize("value", CORNERS)
-def test_images_are_turned_upright_unless_they_are_wanted_as_stored(value: int) -> None:
+def test_exif_orientation_is_applied_unless_disabled(value: int) -> None:
     image = Image.new("RGB", (3, 2))
     image.putpixel((0, 0), RED)
     upright = np.asarray(decode_image(with_orientation(image, value)))
@@ -101,7 +101,7 @@ def test_images_are_turned_upright_unless_they_are_wanted_as_stored(value: int) 
     assert np.array_equal(stored, np.asarray(image))
 
 
-def test_a_skipped_image_has_the_next_one_in_its_place_and_is_marked(tmp_path: Path) -> None:
+def test_skipped_image_is_replaced_by_the_next(tmp_path: Path) -> None:
     data = open_images(write_images(tmp_path / "images", {"train": {3, 4, 11}}), broken="skip")
     images = TransformedImages(data.train, np.asarray, decoding=data.decoding)
     rows = [images[at] for at in range(12)]
@@ -111,19 +111,19 @@ def test_a_skipped_image_has_the_next_one_in_its_place_and_is_marked(tmp_path: P
     assert all(np.array_equal(rows[at][1], rows[other][1]) for at, other in ((3, 5), (4, 5), (11, 0)))
 
 
-def test_a_grey_image_keeps_its_label(tmp_path: Path) -> None:
+def test_grey_replacement_keeps_the_label(tmp_path: Path) -> None:
     data = open_images(write_images(tmp_path / "images", {"train": {3}}), broken="grey")
     sample = TransformedImages(data.train, np.asarray, decoding=data.decoding)[3]
     assert (sample.position, sample.label, sample.is_replacement) == (3, 0, True) and (sample.pixels == 128).all()
 
 
-def test_when_nothing_can_be_read_skipping_ends() -> None:
+def test_skipping_ends_if_nothing_is_readable() -> None:
     split = [{"image": {"path": None, "bytes": b""}, "label": 0}] * 3
     with pytest.raises(DatasetError, match="image 1 of its split cannot be read, and neither can the images after it"):
         TransformedImages(split, np.asarray, decoding=Decoding(broken="skip"))[1]
 
 
-def test_an_evaluation_says_what_it_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_reports_skipped_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_images(tmp_path / "images", {"val": {2, 7}})
     whole = open_images(write_images(tmp_path / "whole", {})).evaluation
     net, options = make_net(classes=3), {"batch_size": 5}
@@ -158,7 +158,7 @@ def test_more_broken_images_than_allowed_are_an_error(tmp_path: Path) -> None:
         list(CalibrationBatches(data.train, make_processor(), options, batches=3, seed=0))
 
 
-def test_calibration_takes_the_next_image_and_names_the_broken_one(tmp_path, caplog) -> None:
+def test_calibration_replaces_and_names_a_broken_image(tmp_path, caplog) -> None:
     data = open_images(write_images(tmp_path / "images", {"train": {5}}), broken="skip")
     options = LoaderOptions(batch_size=4, decoding=data.decoding)
     batches = CalibrationBatches(data.train, make_processor(), options, batches=3, seed=0)
@@ -168,7 +168,7 @@ def test_calibration_takes_the_next_image_and_names_the_broken_one(tmp_path, cap
     assert [record.getMessage() for record in caplog.records if "class1/05.png cannot be read" in record.getMessage()]
 
 
-def test_training_on_broken_images_is_training_on_those_in_their_place(tmp_path: Path, caplog) -> None:
+def test_training_on_broken_images_uses_their_replacements(tmp_path: Path, caplog) -> None:
     broken = open_images(write_images(tmp_path / "images", {"train": {3, 8}}), broken="skip")
     mended = load_data(DataRecipe(dataset=str(write_images(tmp_path / "whole", {}))))
     order = [4 if at == 3 else 9 if at == 8 else at for at in range(12)]
@@ -194,7 +194,7 @@ def train_on_ranks(accelerator: Accelerator, folder: Path) -> None:
     (folder / name).write_text(json.dumps([history[-1]["broken"], history[-1]["images"], weights]), encoding="utf-8")
 
 
-def test_two_ranks_put_the_same_images_in_the_place_of_broken_ones(tmp_path: Path) -> None:
+def test_two_ranks_replace_broken_images_alike(tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"train": {3, 8}, "val": {0, 1, 5}})
     call_on_ranks(functools.partial(train_on_ranks, folder=tmp_path), tmp_path / "log")
     train_on_ranks(Accelerator(cpu=True), tmp_path)

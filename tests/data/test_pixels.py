@@ -40,7 +40,7 @@ def smooth(size: tuple[int, int] = (100, 75)) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"quality": 95, "subsampling": 0}, {"progressive": True}])
-def test_every_kind_of_jpeg_gives_the_pixels_of_pillow(mode: str, options: dict[str, Any]) -> None:
+def test_every_jpeg_kind_equals_pillow(mode: str, options: dict[str, Any]) -> None:
     content = encode(noise((51, 38), mode), "JPEG", **options)
     expected = np.asarray(decode_image(content)).transpose(2, 0, 1)
     assert np.array_equal(decode_pixels(content).numpy(), expected)
@@ -80,7 +80,7 @@ def test_broken_images_have_the_errors_of_pillow(kind: str, tmp_path: Path) -> N
     assert TransformedImages(split, lambda image: image, decoding=grey)[0][1].unique().tolist() == [128]
 
 
-def test_damaged_jpegs_are_read_or_refused_as_by_pillow() -> None:
+def test_damaged_jpegs_are_handled_as_by_pillow() -> None:
     rng = np.random.default_rng(0)
     original, refused = encode(smooth(), "JPEG"), 0
     for _ in range(300):
@@ -108,7 +108,7 @@ def difference(image: Image.Image, processor: IsoImageProcessor) -> torch.Tensor
 
 @pytest.mark.parametrize("resample", [1, 2, 3])
 @pytest.mark.parametrize("size", [(100, 75), (75, 100), (90, 90)])
-def test_evaluation_is_that_of_the_processor_but_for_some_roundings(resample: int, size: tuple[int, int]) -> None:
+def test_pixel_transform_differs_only_by_rounding(resample: int, size: tuple[int, int]) -> None:
     differing = difference(smooth(size), make_processor(resample=resample))
     assert differing.max() < 2.01 and differing.mean() < 0.1 and (differing > 1.01).float().mean() < 0.005
 
@@ -121,7 +121,7 @@ def test_noise_differs_by_two_at_most() -> None:
 @pytest.mark.parametrize(
     "changes", [{}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}, {"do_rescale": False}]
 )
-def test_a_batch_is_normalised_as_the_processor_does_it(changes: dict[str, Any]) -> None:
+def test_batch_normalisation_equals_the_processor(changes: dict[str, Any]) -> None:
     processor = make_processor(do_resize=False, do_center_crop=False, **changes)
     images = [noise((8, 8)), smooth((10, 10)).crop((0, 0, 8, 8))]
     expected = torch.stack([EvaluationTransform(processor)(image) for image in images])
@@ -139,7 +139,7 @@ def test_processors_of_transformers_give_their_own_pixels(kind: type) -> None:
     torch.testing.assert_close(normalised(fast, processor), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_processor_that_torchvision_cannot_follow_is_refused() -> None:
+def test_unsupported_interpolation_raises() -> None:
     with pytest.raises(RecipeError, match="torchvision: IsoImageProcessor with resample 0 has no transform"):
         PixelTransform(make_processor(resample=0))
 
@@ -193,5 +193,5 @@ def test_both_decoders_score_evaluate_and_train_alike(tmp_path: Path) -> None:
     assert results[0][0].dtype == torch.float32
 
 
-def test_the_mean_and_deviation_are_those_of_pixels_up_to_one() -> None:
+def test_normalisation_is_for_pixels_up_to_one() -> None:
     assert normalisation(make_processor()) == (MEAN, STD)

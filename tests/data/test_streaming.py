@@ -47,7 +47,7 @@ def streamed(tars: Path, buffer: int = 4) -> StreamedSplit:
     return StreamedSplit(loaded.train, 3, buffer)
 
 
-def test_a_pass_has_each_image_once_in_an_order_of_seed_and_epoch(tars: Path) -> None:
+def test_stream_pass_has_each_image_once(tars: Path) -> None:
     split = streamed(tars)
     first = names(split.rows(0, 1))
     assert sorted(first) == sorted({f"train-{shard}-{number}.png" for shard, number in numbered()})
@@ -60,7 +60,7 @@ def numbered() -> list[tuple[int, int]]:
     return [(0, number) for number in range(6)] + [(1, number) for number in range(6, 11)]
 
 
-def test_ranks_see_different_images_and_all_of_them_and_begin_anew_at_the_end(tars: Path) -> None:
+def test_ranks_share_a_stream_and_start_over(tars: Path) -> None:
     split = streamed(tars)
     parts = [names(split.rows(0, 1, Ranks(rank, world=2))) for rank in (0, 1)]
     assert not set(parts[0]) & set(parts[1]) and len(parts[0]) + len(parts[1]) == 11
@@ -70,13 +70,13 @@ def test_ranks_see_different_images_and_all_of_them_and_begin_anew_at_the_end(ta
     assert len(split.take(5, 0)) == 5 and len(split.take(50, 0)) == 11
 
 
-def test_a_label_that_is_no_class_is_named_when_it_comes(tars: Path) -> None:
+def test_stream_label_out_of_range_raises(tars: Path) -> None:
     split = StreamedSplit(streamed(tars).stream, 2, 4)
     with pytest.raises(DatasetError, match="has the label 2; the classes are 0 to 1"):
         list(split.rows(0, 1))
 
 
-def test_numbers_alone_without_an_evaluation_split_are_refused(tars: Path) -> None:
+def test_stream_of_numbers_needs_class_names(tars: Path) -> None:
     (tars / "val-0.tar").unlink()
     with pytest.raises(DatasetError, match=r"data\.label_column: .* name the classes"):
         load_data(DataRecipe(dataset=str(tars), streaming=True))
@@ -118,9 +118,7 @@ def command(tmp_path: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_run_ends_in_the_same_bytes_with_any_number_of_loader_processes(
-    world: int, command: list[str], tmp_path: Path
-) -> None:
+def test_killed_stream_run_resumes_with_any_workers(world: int, command: list[str], tmp_path: Path) -> None:
     ended = [rank.wait() for rank in start_ranks([*command, "--output", tmp_path / "alone"], tmp_path / "log", world)]
     assert [end.code for end in ended] == [0] * world, ended[0].err
     out = tmp_path / "out"
@@ -139,7 +137,7 @@ def test_a_killed_run_ends_in_the_same_bytes_with_any_number_of_loader_processes
     assert "training on a stream" in ended[0].out
 
 
-def test_a_broken_image_of_a_stream_is_one_line(command: list[str], tmp_path: Path, tars: Path) -> None:
+def test_broken_stream_image_is_one_line(command: list[str], tmp_path: Path, tars: Path) -> None:
     (tars / "train-1.tar").unlink()
     write_tar(tars / "train-1.tar", {"good": 0}, other=b"x")
     with (tars / "train-1.tar").open("r+b") as file:  # the first image's pixels
@@ -160,12 +158,12 @@ def test_a_broken_image_of_a_stream_is_one_line(command: list[str], tmp_path: Pa
         (["--finetune.steps_per_epoch", "null"], "finetune.steps_per_epoch is not set"),
     ],
 )
-def test_what_a_stream_cannot_do_is_refused(flags: list[str], words: str, command: list[str], tmp_path: Path) -> None:
+def test_unsupported_stream_settings_raise(flags: list[str], words: str, command: list[str], tmp_path: Path) -> None:
     assert words in refuse(*command, *flags, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_per_epoch_shorten_an_epoch_of_a_whole_data_set(command: list[str], tmp_path: Path) -> None:
+def test_steps_per_epoch_shorten_a_map_style_epoch(command: list[str], tmp_path: Path) -> None:
     wanted = [*command, "--data.streaming", "false", "--finetune.steps_per_epoch", "1", "--output", tmp_path / "out"]
     succeed(*wanted, "--finetune.log_every", "1")
     lines = (tmp_path / "out" / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()

@@ -38,7 +38,7 @@ def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, floa
     return {**means, "ece": calibration_error_by_hand(confidences, hits), "images": len(split)}
 
 
-def test_the_metric_counts_by_hand():
+def test_metric_equals_a_count_by_hand():
     metrics = ImageClassificationMetric(keep_in_memory=True).compute(
         predictions=[[1, 0, 2, 3, 4], [1, 0, 2, 3, 4], [5, 4, 3, 2, 1], [0, 1, 2, 3, 4]],
         references=[1, 4, 0, 0],
@@ -57,7 +57,7 @@ def test_a_bin_of_confidences_includes_its_upper_end():
     assert calibration_error(np.asarray([1.0, 1.0]), np.asarray([True, False])) == 0.5
 
 
-def test_the_figures_of_a_class_are_those_of_its_images():
+def test_class_figures_equal_figures_of_its_images():
     net, split = make_net(), make_split(13)
     lines = tabulate_classes(
         predict_split(net, split, make_processor(), LoaderOptions()), [f"class {n}" for n in range(8)]
@@ -77,21 +77,21 @@ def test_the_figures_of_a_class_are_those_of_its_images():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_it_equals_a_loop_over_single_images(batch_size):
+def test_evaluation_equals_a_loop_over_images(batch_size):
     net, split = make_net(), make_split(13)
     metrics = evaluate_model(net, split, make_processor(), batch_size=batch_size)
     assert metrics == pytest.approx(evaluate_one_by_one(net, split), rel=1e-6)
     assert 0 < metrics["top1"] < metrics["top5"] < 1
 
 
-def test_fewer_than_five_classes_give_a_top5_of_one():
+def test_top5_is_one_below_five_classes():
     net, split = make_net(classes=3), make_split(9, classes=3)
     metrics = evaluate_model(net, split, make_processor(), batch_size=2)
     assert metrics["top5"] == 1.0
     assert metrics == pytest.approx(evaluate_one_by_one(net, split), rel=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_evaluation_leaves_the_model_unchanged():
     net = make_net().train()
     net.norm.eval()
     net.head.weight.grad = torch.ones_like(net.head.weight)
@@ -110,7 +110,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("stream", "rank", "is_shown"), [(Terminal, 0, True), (io.StringIO, 0, False), (Terminal, 1, False)]
 )
-def test_a_bar_is_on_the_terminal_of_the_main_process_alone(monkeypatch, stream, rank, is_shown):
+def test_only_the_main_terminal_shows_a_bar(monkeypatch, stream, rank, is_shown):
     monkeypatch.setattr(sys, "stderr", stream())
     accelerator = SimpleNamespace(process_index=rank, num_processes=1, unwrap_model=lambda model: model)
     evaluate_model(make_net(), make_split(5), make_processor(), accelerator=accelerator, batch_size=2)

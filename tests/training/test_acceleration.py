@@ -28,7 +28,7 @@ def train_model(model: nn.Module, side: int, **options: object) -> dict:
 
 
 @pytest.mark.parametrize(("family", "side"), [("resnet", 64), ("vit", 16)])
-def test_channels_last_trains_the_same_and_leaves_nothing_behind(family: str, side: int, tmp_path: Path):
+def test_channels_last_trains_same_weights_and_is_undone(family: str, side: int, tmp_path: Path):
     plain, model = (make_base(family, tmp_path, labels=3) for _ in range(2))
     formats = []
     conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -42,7 +42,7 @@ def test_channels_last_trains_the_same_and_leaves_nothing_behind(family: str, si
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), atol=1e-4, rtol=1e-3)
 
 
-def test_a_checkpoint_in_channels_last_opens_as_any_other(tmp_path: Path):
+def test_channels_last_checkpoint_opens_normally(tmp_path: Path):
     model = make_base("resnet", tmp_path, labels=3)
     images = make_images(model)
     with torch.no_grad():
@@ -70,12 +70,12 @@ def test_checkpointing_recomputes_the_blocks_and_changes_no_weight(family: str, 
     torch.testing.assert_close(states[0], states[1], atol=1e-6, rtol=1e-5)
 
 
-def test_a_network_that_cannot_recompute_is_refused(tmp_path: Path):
+def test_network_without_checkpointing_support_raises(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"finetune.grad_checkpointing: MobileNetV2"):
         train_model(make_base("mobilenet_v2", tmp_path, labels=3), 64, grad_checkpointing=True)
 
 
-def test_student_and_teacher_are_compiled_and_train_as_before(monkeypatch: pytest.MonkeyPatch):
+def test_compiled_models_train_the_same_weights(monkeypatch: pytest.MonkeyPatch):
     compiled, compile_ = [], functools.partial(torch.compile, backend="eager")
 
     def record(module: nn.Module) -> nn.Module:
@@ -90,7 +90,7 @@ def test_student_and_teacher_are_compiled_and_train_as_before(monkeypatch: pytes
     torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), atol=1e-6, rtol=1e-5)
 
 
-def test_a_teacher_in_bf16_has_weights_of_its_own_and_needs_no_autocast():
+def test_bf16_teacher_is_a_copy_without_autocast():
     model, images = make_net(), torch.randn(5, 3, 4, 4)
     exact = Teacher(model, FinetuneRecipe(), device=CPU)(images)
     half = Teacher(model, FinetuneRecipe(teacher_precision="bf16", channels_last=True), device=CPU)(images)
@@ -103,7 +103,7 @@ def test_a_teacher_in_bf16_has_weights_of_its_own_and_needs_no_autocast():
     assert not exact.is_inference() and not exact.requires_grad
 
 
-def test_a_teacher_sees_pixels_of_its_own_normalisation():
+def test_teacher_gets_its_own_normalisation():
     student = IsoImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
     own = IsoImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
     raw = torch.rand(2, 3, 4, 4)

@@ -34,14 +34,14 @@ def test_soft_distillation_adds_the_divergence_from_the_teacher():
     assert loss_of(distillation="soft", weight=0.3) == pytest.approx(expected, rel=1e-6)
 
 
-def test_temperature_softens_both_and_keeps_the_size_of_the_gradient():
+def test_temperature_softens_both_and_scales_by_square():
     # At T = 2 the odds become their square roots: sqrt(3) : 1 and 1 : 2.
     student = (math.sqrt(3) / (1 + math.sqrt(3)), 1 / (1 + math.sqrt(3)))
     divergence = (1 / 3) * math.log((1 / 3) / student[0]) + (2 / 3) * math.log((2 / 3) / student[1])
     assert loss_of(distillation="soft", weight=1.0, temperature=2.0) == pytest.approx(4 * divergence, rel=1e-5)
 
 
-def test_hard_distillation_takes_the_top_class_of_the_teacher_without_smoothing():
+def test_hard_distillation_uses_the_unsmoothed_top_class():
     smoothed = -0.95 * math.log(3 / 4) - 0.05 * math.log(1 / 4)
     expected = 0.5 * smoothed + 0.5 * -math.log(1 / 4)
     assert loss_of(distillation="hard", label_smoothing=0.1) == pytest.approx(expected)
@@ -54,14 +54,14 @@ def test_each_sample_has_its_own_loss_in_fp32():
     assert losses.shape == (2,) and losses.dtype == torch.float32 and losses[0] < losses[1]
 
 
-def test_the_gradient_of_a_student_equal_to_its_teacher_is_zero():
+def test_gradient_is_zero_if_student_equals_teacher():
     logits = LOGITS.clone().requires_grad_()
     options = {"label_smoothing": 0.1, "distillation": "soft", "weight": 1.0, "temperature": 3.0}
     training_loss(logits, LABELS, LOGITS, **options).sum().backward()
     torch.testing.assert_close(logits.grad, torch.zeros_like(LOGITS), atol=1e-6, rtol=0)
 
 
-def test_the_teacher_may_speak_to_logits_of_its_own_and_be_smoothed():
+def test_taught_logits_and_teacher_smoothing_change_the_loss():
     taught = torch.tensor([[0.0, math.log(9.0)]])  # softmax: 1/10, 9/10
     options = {"distillation": "hard", "taught_logits": taught}
     label = -math.log(3 / 4)

@@ -127,7 +127,7 @@ def kill_at_random(case: Case, output: Path, kills: int, seed: int, world: int =
     return met
 
 
-def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_one_that_was_not(case: Case, tmp_path: Path) -> None:
+def test_run_killed_at_random_resumes_byte_for_byte(case: Case, tmp_path: Path) -> None:
     assert kill_at_random(case, tmp_path / "out", kills=3, seed=0) >= 1
     finish(case, tmp_path / "out")
 
@@ -203,7 +203,7 @@ def test_a_kill_within_writing_loses_nothing(call: int, case: Case, tmp_path: Pa
 
 
 @pytest.mark.faults
-def test_a_kill_before_any_call_that_writes_loses_nothing(case: Case, tmp_path: Path) -> None:
+def test_kill_before_any_write_loses_nothing(case: Case, tmp_path: Path) -> None:
     call = 1
     while check_kill_in_writing(case, tmp_path / f"out{call}", call):
         call += 3
@@ -218,7 +218,7 @@ def stop(process: Process, output: Path, number: int, above: list[str]) -> Ended
     return process.wait()
 
 
-def test_signals_stop_a_run_after_an_update_and_it_goes_on_behind_it(case: Case, tmp_path: Path) -> None:
+def test_signals_stop_a_run_after_an_update(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for number, code in ((signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGTERM, 75)):
         before = states(out)
@@ -234,7 +234,7 @@ def test_signals_stop_a_run_after_an_update_and_it_goes_on_behind_it(case: Case,
     finish(case, out)
 
 
-def test_a_run_whose_time_is_up_is_saved_and_goes_on(case: Case, tmp_path: Path) -> None:
+def test_run_is_saved_when_time_is_up(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = run([*case.command, "--finetune.max_minutes", "0.003", "--output", out], tmp_path / "log")
     assert ended.code == 75
@@ -242,7 +242,7 @@ def test_a_run_whose_time_is_up_is_saved_and_goes_on(case: Case, tmp_path: Path)
     finish(case, out)
 
 
-def test_two_ranks_agree_on_where_to_stop_and_go_on_bit_by_bit(case: Case, tmp_path: Path) -> None:
+def test_two_ranks_stop_together_and_resume_exactly(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
     ranks = start_ranks(command, tmp_path / "log")
     assert stop(ranks[1], out, signal.SIGTERM, []).code == 75
@@ -258,7 +258,7 @@ def test_two_ranks_agree_on_where_to_stop_and_go_on_bit_by_bit(case: Case, tmp_p
     assert weights_of(out) == case.paired
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_samples(case: Case, stopped: Path, tmp_path: Path) -> None:
+def test_other_number_of_ranks_resumes_same_samples(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     ranks = start_ranks([*case.command, "--output", out], tmp_path / "log")
     ended = [rank.wait() for rank in ranks]
@@ -330,7 +330,7 @@ def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tm
     assert weights_of(out) == case.alone
 
 
-def test_a_damaged_state_gives_way_to_the_one_before_it(case: Case, stopped: Path, tmp_path: Path) -> None:
+def test_damaged_state_is_replaced_by_the_previous(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     older, newer = states(out)
     flip(out / "checkpoints" / "training" / newer / "tensors.safetensors")
@@ -367,7 +367,7 @@ def test_a_finished_run_says_so_and_does_nothing(case: Case) -> None:
     assert "exists and is not empty" in line and contents(case.root / "alone") == before
 
 
-def test_a_second_run_in_the_same_folder_is_refused(case: Case, tmp_path: Path) -> None:
+def test_second_run_in_a_folder_raises(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = Process([*case.command, "--output", out], tmp_path / "log")
     assert process.wait_for(lambda: bool(states(out)))
@@ -392,7 +392,7 @@ def limit_files(size: int) -> Callable[[], None]:
     return prepare
 
 
-def test_a_full_disk_costs_snapshots_but_not_the_training(case: Case, tmp_path: Path) -> None:
+def test_full_disk_loses_snapshots_only(case: Case, tmp_path: Path) -> None:
     files = [path for path in (case.root / "alone").iterdir() if path.is_file()]
     size = max(path.stat().st_size for path in files) + 2000  # every file of the result fits, a snapshot does not
     ended = run([*case.command, "--output", tmp_path / "out"], tmp_path / "log", before=limit_files(size))
@@ -401,9 +401,7 @@ def test_a_full_disk_costs_snapshots_but_not_the_training(case: Case, tmp_path: 
     assert weights_of(tmp_path / "out") == case.alone and leftovers(tmp_path) == []
 
 
-def test_a_result_that_cannot_be_written_is_one_line_and_comes_with_the_same_command(
-    case: Case, stopped: Path, tmp_path: Path
-) -> None:
+def test_unwritable_result_is_written_by_a_rerun(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     limit = limit_files(len(case.alone) // 2)
     ended = run([*case.command, "--output", out], tmp_path / "log", before=limit)
@@ -413,7 +411,7 @@ def test_a_result_that_cannot_be_written_is_one_line_and_comes_with_the_same_com
     finish(case, out)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_before_any_update(case: Case, tmp_path: Path) -> None:
+def test_unwritable_folder_is_one_line_before_training(case: Case, tmp_path: Path) -> None:
     def prepare() -> None:
         def refuse_folder(*args: Any, **kwargs: Any) -> None:
             raise OSError(errno.EROFS, "Read-only file system")
@@ -425,7 +423,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_any_update(case: Cas
     assert re.fullmatch(r"isoprune: error: .* cannot be written \(Read-only file system\)\n", ended.err)
 
 
-def test_a_loader_process_that_is_killed_is_one_line_and_the_run_goes_on(case: Case, tmp_path: Path) -> None:
+def test_killed_loader_process_is_one_line_and_resumable(case: Case, tmp_path: Path) -> None:
     mark, parent = tmp_path / "killed", os.getpid()
 
     def prepare() -> None:
@@ -450,7 +448,7 @@ def test_a_loader_process_that_is_killed_is_one_line_and_the_run_goes_on(case: C
     finish(case, tmp_path / "out")
 
 
-def test_a_training_that_diverges_ends_with_70_and_leaves_no_broken_state(case: Case, tmp_path: Path) -> None:
+def test_diverging_training_leaves_only_finite_states(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = isoprune(*case.command, "--finetune.optimizer", "sgd", "--finetune.learning_rate", "1e30", "--output", out)
     assert ended.code == 70 and re.fullmatch(r"isoprune: error: finetune: the .* is (nan|inf) at .*\n", ended.err)
@@ -474,7 +472,7 @@ def poison(rank: int, updates: set[int]) -> Callable[[], None]:
     return prepare
 
 
-def test_a_loss_that_is_nan_on_one_rank_ends_all_with_70_and_the_states_stay(case: Case, tmp_path: Path) -> None:
+def test_nan_loss_on_one_rank_stops_all(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log", before=poison(1, {3}))]
     assert [end.code for end in ended] == [70, 70]
@@ -484,7 +482,7 @@ def test_a_loss_that_is_nan_on_one_rank_ends_all_with_70_and_the_states_stay(cas
     assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired
 
 
-def test_bad_steps_are_left_out_on_all_ranks_up_to_a_number(case: Case, tmp_path: Path) -> None:
+def test_bad_steps_are_skipped_on_all_ranks(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*case.command, "--finetune.max_bad_steps", "2"]
     ranks = start_ranks([*command, "--output", out], tmp_path / "log", before=poison(1, {1, 2, 4}))
@@ -503,7 +501,7 @@ def test_bad_steps_are_left_out_on_all_ranks_up_to_a_number(case: Case, tmp_path
     assert "the loss is nan at update 3 of epoch 2, 3 times in a row" in "".join(end.err for end in ended)
 
 
-def test_a_rank_that_hangs_ends_the_others_with_one_line(case: Case, tmp_path: Path) -> None:
+def test_hanging_rank_stops_the_others(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*case.command, "--finetune.rank_minutes", "0.05", "--output", out]
     ranks = start_ranks(command, tmp_path / "log")

@@ -44,7 +44,7 @@ def test_the_lines_and_the_table_hold_every_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "kept"), [((0, 0), 0), ((1, 0), 1), ((1, 1), 2), ((1, 2), 3), ((2, 0), 4), ((2, 9), 5)]
 )
-def test_going_on_behind_an_update_drops_what_comes_again(place: tuple[int, int], kept: int, tmp_path: Path) -> None:
+def test_resuming_drops_later_log_entries(place: tuple[int, int], kept: int, tmp_path: Path) -> None:
     fill(TrainingLog(tmp_path))
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 2, "upd')  # a kill has cut it off
@@ -83,7 +83,7 @@ class Tracker:
 
 
 @pytest.mark.parametrize("failing", ["", "init", "start", "settings", "log", "finish"])
-def test_a_tracker_gets_every_entry_and_its_failure_is_one_warning(
+def test_tracker_gets_every_entry_or_warns_once(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Tracker)
@@ -108,21 +108,19 @@ def test_a_tracker_gets_every_entry_and_its_failure_is_one_warning(
         assert Tracker.calls[3:] == (*[("log", entry, step) for step, entry in enumerate(ENTRIES)], ("finish",))
 
 
-def test_a_tracker_that_is_not_installed_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_tracker_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(TrainingLog(tmp_path, tracker="wandb")).close()
     assert read_log(tmp_path) == ENTRIES
     assert caplog.text.count("the tracker wandb failed (ModuleNotFoundError") == 1
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_log_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "log.jsonl").mkdir()
     fill(TrainingLog(tmp_path))
     assert "the log failed (" in caplog.text and "training continues" in caplog.text
 
 
-def test_a_line_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_line_estimates_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 130.0])
     monkeypatch.setattr("time.monotonic", lambda: next(times))
     clock = Clock()
@@ -133,6 +131,6 @@ def test_a_line_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line == ("epoch 2 update 10: loss 1.5, lr 0.1, 812 images/s, 3% of the time waiting for data, 20 min left")
 
 
-def test_times_are_written_as_people_say_them() -> None:
+def test_times_are_formatted_for_people() -> None:
     said = {42: "42 s", 750: "12 min", 12600: "3.5 h", 181440: "2.1 days"}
     assert {seconds: format_seconds(seconds) for seconds in said} == said

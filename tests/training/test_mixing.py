@@ -29,7 +29,7 @@ def test_mixup_pairs_images_and_targets_alike(pairing: str, partners: list[int])
 
 
 @pytest.mark.parametrize("pairing", ["flip", "roll"])
-def test_cutmix_shares_targets_by_the_area_of_the_box(pairing: str):
+def test_cutmix_weights_targets_by_box_area(pairing: str):
     recipe = FinetuneRecipe(cutmix=1.0, mixup_pairing=pairing)
     for seed in range(5):
         images, targets = mix(IMAGES.clone(), LABELS, recipe, num_classes=3, seeds=(seed,))
@@ -38,7 +38,7 @@ def test_cutmix_shares_targets_by_the_area_of_the_box(pairing: str):
         assert targets.sum(1).tolist() == pytest.approx([1.0] * 4)
 
 
-def test_the_seeds_alone_decide_and_the_global_generators_are_left_alone():
+def test_mixing_depends_on_its_seeds_only():
     recipe = FinetuneRecipe(mixup=0.8, cutmix=1.0, mixup_pairing="roll")
     torch.manual_seed(0)
     np.random.seed(0)
@@ -53,7 +53,7 @@ def test_the_seeds_alone_decide_and_the_global_generators_are_left_alone():
     assert not all(torch.equal(first[1], other) for other in others)
 
 
-def test_smoothing_in_the_loss_equals_the_smoothed_targets_of_timm():
+def test_smoothing_in_the_loss_equals_timm_targets():
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     recipe = FinetuneRecipe(mixup=0.8)
     _, targets = mix(IMAGES.clone(), LABELS, recipe, num_classes=3, seeds=(5,))

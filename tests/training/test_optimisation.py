@@ -17,7 +17,7 @@ class TinyNet(nn.Module):
         self.stem, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
 
 
-def test_only_parameters_with_two_dims_decay_and_frozen_ones_stay_out():
+def test_only_trainable_matrices_have_weight_decay():
     net = TinyNet()
     net.stem.requires_grad_(False)
     optimizer = build_optimizer(net, FinetuneRecipe(weight_decay=0.3))
@@ -50,7 +50,7 @@ def test_all_parameters_decay_where_the_rule_says_so():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 6
 
 
-def test_tokens_and_positions_do_not_decay_by_the_rule_of_timm(tmp_path: Path):
+def test_timm_rule_excludes_tokens_and_positions(tmp_path: Path):
     model = make_base("deit", tmp_path)
     optimizer = build_optimizer(model, FinetuneRecipe(weight_decay=0.3, weight_decay_rule="timm"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -62,7 +62,7 @@ def test_tokens_and_positions_do_not_decay_by_the_rule_of_timm(tmp_path: Path):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
-def test_the_learning_rate_of_epochs_is_that_of_torch():
+def test_epoch_schedule_equals_torch():
     recipe = FinetuneRecipe(epochs=5, learning_rate=1.0, min_learning_rate=0.2, schedule_unit="epoch")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=0.2)
@@ -86,7 +86,7 @@ def test_the_learning_rate_falls_from_layer_to_layer(tmp_path: Path):
     assert scales["patch_embed.proj.weight"] == (0.125, 0.3) and scales["pos_embed"] == (0.125, 0.0)
 
 
-def test_layer_decay_needs_a_network_that_names_its_layers(tmp_path: Path):
+def test_layer_decay_needs_named_layers(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"finetune.layer_decay: ViTForImageClassification does not name its layers"):
         build_optimizer(make_base("hf-vit", tmp_path), FinetuneRecipe(layer_decay=0.5))
 
@@ -98,7 +98,7 @@ def lamb_by_hand(weight: float, gradient: float, *, rate: float, decay: float) -
     return weight - rate * trust * direction
 
 
-def test_optimizers_of_timm_come_by_name_with_the_decay_of_the_rule():
+def test_timm_optimizers_follow_the_weight_decay_rule():
     net = TinyNet()
     optimizer = build_optimizer(net, FinetuneRecipe(optimizer="lamb", weight_decay=0.3, learning_rate=0.1))
     assert type(optimizer).__name__ == "Lamb" and [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
@@ -127,6 +127,6 @@ def test_plain_names_are_the_optimizers_of_torch():
 
 
 @pytest.mark.parametrize("name", ["adamx", "bnbadamw", "kron", "adahessian", "fusedlamb"])
-def test_an_optimizer_that_is_not_offered_is_refused(name: str):
+def test_unknown_optimizer_raises(name: str):
     with pytest.raises(RecipeError, match=rf"finetune.optimizer must be adamw, sgd or one of .*lamb.*, got '{name}'"):
         FinetuneRecipe(optimizer=name)

@@ -26,7 +26,7 @@ def norm_of(tensors: list[torch.Tensor]) -> float:
     return sum(tensor.double().square().sum().item() for tensor in tensors) ** 0.5
 
 
-def test_the_norm_is_clipped_and_that_before_is_returned():
+def test_norm_is_clipped_and_old_norm_returned():
     net = make_net()
     before = gradients(net)
     assert clip_gradient(net, FinetuneRecipe(clip_grad=0.5)) == pytest.approx(norm_of(before), rel=1e-5)
@@ -42,7 +42,7 @@ def test_values_are_clipped_one_by_one():
     assert all(torch.equal(mine, was.clamp(-0.5, 0.5)) for mine, was in zip(gradients(net), before, strict=True))
 
 
-def test_agc_is_that_of_timm_without_the_last_layer_and_bounds_each_unit():
+def test_agc_equals_timm_and_excludes_the_last_layer():
     net, reference = make_net(), make_net()
     before = gradients(net)
     clip_gradient(net, FinetuneRecipe(clip_grad=0.05, clip_mode="agc"))
@@ -65,7 +65,7 @@ def test_a_step_that_is_not_finite_changes_nothing(loss: float, poison: float):
     assert not optimizer.state
 
 
-def test_fp16_may_overflow_on_its_way_to_a_scale_but_not_for_ever():
+def test_fp16_may_overflow_24_times_in_a_row():
     net, recipe = make_net(), FinetuneRecipe(precision="fp16", clip_grad=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -20,7 +20,7 @@ from isoprune_hf.training.regularisation import regularised
         ("swin_tiny_patch4_window7_224", {"depths": [2, 2, 2], "num_heads": [1, 2, 2], "embed_dim": 16}),
     ],
 )
-def test_rates_are_those_that_timm_gives_a_new_network(name: str, args: dict) -> None:
+def test_drop_rates_equal_a_new_timm_network(name: str, args: dict) -> None:
     new = create_model(name, drop_path_rate=0.3, drop_rate=0.2, **args)
     network = create_model(name, **args)
     before = [repr(module) for module in network.modules()]
@@ -37,7 +37,7 @@ def test_rates_are_those_that_timm_gives_a_new_network(name: str, args: dict) ->
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2"])
-def test_dropout_before_the_classifier_works_while_training_and_is_gone_after_it(family: str, tmp_path: Path) -> None:
+def test_dropout_is_active_only_inside_the_block(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     images = torch.randn(2, 3, 64, 64)
     plain = model.eval()(images).logits
@@ -50,14 +50,14 @@ def test_dropout_before_the_classifier_works_while_training_and_is_gone_after_it
     assert torch.equal(model.eval()(images).logits, plain)
 
 
-def test_blocks_that_have_left_count_where_the_rate_grows(tmp_path: Path) -> None:
+def test_removed_blocks_count_in_the_drop_rates(tmp_path: Path) -> None:
     base = make_base("vit", tmp_path)
     pruned = prune_model(base, PruneRecipe(criterion="l1", ratio=0, remove_blocks=["blocks.0"])).model
     with regularised(pruned, FinetuneRecipe(drop_path=0.4)):
         assert [m.drop_prob for m in pruned.modules() if isinstance(m, DropPath)] == [0.4, 0.4]
 
 
-def test_a_model_without_a_place_for_them_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_model_without_dropout_or_depth_raises(tmp_path: Path) -> None:
     resnet = make_base("hf-resnet", tmp_path)
     no_depth, no_dropout = r"drop_path 0.1: \w+ has no stochastic depth", r"dropout 0.1: \w+ has no dropout before"
     with pytest.raises(RecipeError, match=no_depth), regularised(resnet, FinetuneRecipe(drop_path=0.1)):

@@ -14,25 +14,25 @@ def make_recipe(**changes: Any) -> FinetuneRecipe:
     return FinetuneRecipe(**{"batch_size": 32, **changes})
 
 
-def test_a_batch_that_cannot_be_split_lists_the_nearest_legal_numbers():
+def test_indivisible_batch_lists_the_nearest_valid_sizes():
     with pytest.raises(RecipeError, match=r"finetune\.batch_size .*= 2 x 3, got 32; set it to 30 or 36"):
         fit_batch_size(1000, make_recipe(grad_accumulation=3), world=2)
     with pytest.raises(RecipeError, match=r"= 2 x 32, got 32; set it to 64$"):
         fit_batch_size(1000, make_recipe(grad_accumulation=32), world=2)
 
 
-def test_a_small_split_shrinks_the_batch_and_says_so(caplog):
+def test_small_split_shrinks_the_batch(caplog):
     assert fit_batch_size(32, make_recipe(grad_accumulation=4), world=2) == 32
     assert fit_batch_size(31, make_recipe(grad_accumulation=4), world=2) == 24
     assert "32 is more than the 31 training images; using 24" in caplog.text
 
 
-def test_too_few_images_for_the_parts_are_a_clear_error():
+def test_fewer_images_than_parts_raises():
     with pytest.raises(DatasetError, match=r"7 training images are fewer than ranks x grad_accumulation = 2 x 4"):
         fit_batch_size(7, make_recipe(grad_accumulation=4), world=2)
 
 
-def test_parts_that_the_ranks_cannot_share_list_the_numbers_that_can():
+def test_indivisible_parts_list_the_valid_ranks():
     assert count_parts(make_recipe(virtual_replicas=8), world=4) == 8
     assert count_parts(make_recipe(grad_accumulation=3), world=4) == 12
     with pytest.raises(RecipeError, match=r"finetune\.virtual_replicas 8 .* 3 ranks; start 1 or 2 or 4 or 8 ranks"):

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_going_on_behind_any_update_gives_the_same_bits(kind: str, tmp_path) -> None:
+def test_resuming_after_any_update_is_exact(kind: str, tmp_path) -> None:
     data, recipe = make_data(train=24), make_recipe(batch_size=8, state_every=1, **KINDS[kind])
 
     def train(net: torch.nn.Module, folder: str, stop_after: int | None = None) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def test_going_on_behind_any_update_gives_the_same_bits(kind: str, tmp_path) -> 
 
 
 @pytest.mark.parametrize("name", list_optimizers())
-def test_every_optimizer_steps_from_its_files_as_from_memory(name: str, tmp_path: Path) -> None:
+def test_every_optimizer_resumes_from_its_snapshot(name: str, tmp_path: Path) -> None:
     recipe = FinetuneRecipe(optimizer=name, learning_rate=1e-2)
 
     def begin(seed: int) -> SimpleNamespace:
@@ -123,7 +123,7 @@ def test_updates_before_the_start_are_not_read(start: int) -> None:
     assert rest.totals == [8, 8, 8] and len(rest.sizes) == 6
 
 
-def test_a_network_that_asks_for_the_version_of_its_state_gets_it(tmp_path: Path) -> None:
+def test_restored_state_keeps_its_module_versions(tmp_path: Path) -> None:
     first, second = (load_base("torchvision/mnasnet0_5", False, num_labels=3, seed=seed).model for seed in (0, 1))
     trainings = [
         SimpleNamespace(

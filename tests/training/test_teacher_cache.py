@@ -44,7 +44,7 @@ def open_cache(folder: Path, net: TinyNet, data: ImageData, **changes: Any) -> C
     return CachedTeacher(TeacherModel(net), data, transform, make_processor(), recipe, accelerator, options)
 
 
-def test_the_shards_hold_what_the_teacher_says_of_each_image(tmp_path: Path) -> None:
+def test_shards_contain_the_teacher_logits(tmp_path: Path) -> None:
     data, net = make_data(train=70), make_net(seed=1)
     cache = open_cache(tmp_path, net, data)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_the_shards_hold_what_the_teacher_says_of_each_image(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("distillation", ["soft", "hard"])
-def test_a_training_with_read_logits_is_that_with_computed_ones(distillation: str, tmp_path: Path) -> None:
+def test_cached_logits_train_the_same_weights(distillation: str, tmp_path: Path) -> None:
     recipe = make_recipe(**FIXED, distillation=distillation, repeated_augmentation=2, epochs=3)
     nets = [make_net() for _ in range(3)]
     caching = dataclasses.replace(recipe, teacher_cache=str(tmp_path))
@@ -73,13 +73,13 @@ def test_a_training_with_read_logits_is_that_with_computed_ones(distillation: st
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_logits_keep_the_type_in_which_the_teacher_gives_them(precision: str, tmp_path: Path) -> None:
+def test_cached_logits_keep_their_dtype(precision: str, tmp_path: Path) -> None:
     cache = open_cache(tmp_path, make_net(seed=1), make_data(train=10), precision=precision)
     stored = load_file(cache.folder / "logits-00000.safetensors")["logits"]
     assert stored.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def test_other_teachers_images_and_views_have_other_folders(tmp_path: Path) -> None:
+def test_other_teachers_images_or_views_change_folder(tmp_path: Path) -> None:
     data, net = make_data(train=20), make_net(seed=1)
     columns = {"image": [image.rotate(180) for image in data.train["image"]], "label": data.train["label"]}
     other = dataclasses.replace(data, train=datasets.Dataset.from_dict(columns, features=data.train.features))
@@ -95,7 +95,7 @@ def test_other_teachers_images_and_views_have_other_folders(tmp_path: Path) -> N
     assert open_cache(tmp_path, net, data, seed=9, learning_rate=3.0).folder == caches[0].folder
 
 
-def test_missing_and_damaged_shards_alone_are_computed_again(tmp_path: Path) -> None:
+def test_only_missing_and_damaged_shards_are_recomputed(tmp_path: Path) -> None:
     data, net = make_data(train=70), make_net(seed=1)
     folder = open_cache(tmp_path, net, data).folder
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -112,7 +112,7 @@ def train_with_cache(accelerator: Accelerator, folder: Path) -> None:
     train(make_net(), recipe, accelerator, teacher=make_net(seed=1))
 
 
-def test_two_ranks_share_the_work_and_write_what_one_does(tmp_path: Path) -> None:
+def test_two_ranks_write_the_cache_of_one(tmp_path: Path) -> None:
     call_on_ranks(functools.partial(train_with_cache, folder=tmp_path / "logits"), tmp_path / "log")
     net, data = make_net(seed=1), make_data()
     train(make_net(), make_recipe(**FIXED, teacher_cache=str(tmp_path / "alone")), teacher=net, data=data)
@@ -124,7 +124,7 @@ def test_two_ranks_share_the_work_and_write_what_one_does(tmp_path: Path) -> Non
     torch.testing.assert_close(shared, alone)
 
 
-def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+def test_unwritable_cache_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"logits-00000.safetensors cannot be written"):
         open_cache(tmp_path / "file", make_net(), make_data(train=10))
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_views_that_change_are_refused(changes: dict[str, Any], text: str) -> None:
+def test_changing_views_raise(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(RecipeError, match=f"finetune.teacher_cache needs the same view .* {text}"):
         FinetuneRecipe(**{**FIXED, "teacher_cache": "logits", **changes})
     assert FinetuneRecipe(**{**FIXED, "crop_scale": [1, 1], "hflip": 1.0}, teacher_cache="logits")

@@ -52,7 +52,7 @@ class SimpleTeacher(nn.Module):
         return SimpleNamespace(logits=torch.tensor([[0.0, 0.0, 1.0]]).expand(len(pixel_values), 3))
 
 
-def test_one_update_is_one_step_along_the_gradient_of_the_mean_loss():
+def test_update_steps_along_the_mean_gradient():
     data, net, teacher = make_data(train=12, evaluation=0), make_net(), make_net(seed=1)
     options = {"epochs": 1, "batch_size": 12, "clip_grad": None, "crop_scale": (1.0, 1.0), "hflip": 0.0}
     recipe = make_recipe(**options, weight_decay=0.01, momentum=0.0, label_smoothing=0.0, distillation="hard")
@@ -80,7 +80,7 @@ def test_accumulation_changes_nothing():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+def test_weights_depend_on_the_seed():
     nets = [make_net(dropout=0.5) for _ in range(3)]
     for net, seed, draws in zip(nets, (0, 0, 1), (0, 5, 0), strict=True):
         torch.rand(draws)
@@ -98,7 +98,7 @@ def test_training_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_it_ends_in_eval_mode_without_gradients_and_freezes_the_teacher():
+def test_training_ends_in_eval_mode_without_gradients():
     net, teacher = make_net(), make_net(seed=1).train()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     train(net, make_recipe(), teacher=teacher)
@@ -107,7 +107,7 @@ def test_it_ends_in_eval_mode_without_gradients_and_freezes_the_teacher():
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
-def test_each_epoch_is_saved_and_the_best_when_top1_rises():
+def test_each_epoch_and_each_best_are_saved():
     saved, net = [], make_net()
 
     def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
@@ -125,14 +125,14 @@ def test_each_epoch_is_saved_and_the_best_when_top1_rises():
     assert result["best_epoch"] == rises[-1]
 
 
-def test_without_an_evaluation_split_the_last_epoch_is_the_best():
+def test_last_epoch_is_best_without_evaluation_split():
     saved = []
     result = train(make_net(), make_recipe(), data=make_data(evaluation=0), save=lambda name, *_: saved.append(name))
     assert result["best_epoch"] == 2 and saved == ["last", "last"]
     assert [entry["epoch"] for entry in result["history"]] == [1, 2]
 
 
-def test_each_epoch_is_one_log_line_with_its_numbers(caplog):
+def test_each_epoch_is_one_log_line(caplog):
     with caplog.at_level(logging.INFO, logger="isoprune_hf.training.trainer"):
         train(make_net(), make_recipe(epochs=1))
     lines = [text for record in caplog.records if "bottleneck" not in (text := record.getMessage())]
@@ -148,7 +148,7 @@ def test_bf16_trains_fp32_weights_near_those_of_fp32():
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(1, 25), (0.3, None)])
-def test_a_loader_that_holds_up_the_training_is_named(seconds, said, caplog, monkeypatch):
+def test_slow_loader_is_reported(seconds, said, caplog, monkeypatch):
     """A clock that reading an image moves on, and a batch of 8 by 24 seconds: 8 of 32 seconds are waiting, or 2.4."""
     clock, load, net = [0.0], TransformedImages.__getitem__, make_net()
 
@@ -168,7 +168,7 @@ def test_a_loader_that_holds_up_the_training_is_named(seconds, said, caplog, mon
     assert (len(lines) == 1 and text in lines[0]) if said else not lines
 
 
-def test_a_loss_that_is_not_finite_is_a_clear_error():
+def test_nonfinite_loss_raises():
     net = make_net()
     nn.init.constant_(net.head.bias, math.inf)
     with pytest.raises(
@@ -184,7 +184,7 @@ def first_epoch(data: ImageData, recipe: FinetuneRecipe, *, parts: int) -> Train
     return train_batches(data.train, transform, order, LoaderOptions(recipe.batch_size))
 
 
-def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
+def test_parts_have_own_statistics_that_are_averaged():
     """Four parts in one pass each, with mixup, dropout and BatchNorm, against the same sums made by hand."""
     data, net, reference = make_data(train=16, evaluation=0), make_normed(), make_normed()
     options = {"epochs": 1, "batch_size": 16, "clip_grad": None, "momentum": 0.0, "weight_decay": 0.0}
@@ -211,7 +211,7 @@ def test_parts_see_their_own_statistics_and_randomness_and_the_batch_its_mean():
     assert net.norm.num_batches_tracked == 1
 
 
-def test_a_short_last_batch_is_trained_with_the_mean_of_its_samples():
+def test_short_last_batch_uses_its_own_mean():
     short = make_net()
     options = {"epochs": 1, "distillation": "none", "crop_scale": (1.0, 1.0), "hflip": 0.0, "clip_grad": None}
     # Two samples for four parts: two parts hold nothing that counts.
@@ -231,7 +231,7 @@ def test_a_short_last_batch_is_trained_with_the_mean_of_its_samples():
     assert_equal_weights(short, reference, atol=1e-6)
 
 
-def test_the_average_of_the_weights_is_evaluated_saved_and_what_remains():
+def test_averaged_weights_are_evaluated_saved_and_kept():
     net, steps, saved = make_net(), [], {}
     weights = net.state_dict()["stem.weight"].clone()
 
@@ -262,7 +262,7 @@ def test_fp16_scales_the_loss_and_trains_near_fp32():
 
 
 @pytest.mark.parametrize("family", ["deit", "hf-deit"])
-def test_the_teacher_speaks_to_the_distillation_token_and_the_labels_to_the_class_token(family, tmp_path):
+def test_teacher_trains_only_the_distillation_token(family, tmp_path):
     model = make_base(family, tmp_path, labels=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     teacher = SimpleTeacher()
@@ -278,14 +278,14 @@ def test_the_teacher_speaks_to_the_distillation_token_and_the_labels_to_the_clas
     assert not torch.equal(change[f"model.{names[0]}.bias"], change[f"model.{names[1]}.bias"])
 
 
-def test_a_head_of_its_own_for_the_teacher_needs_a_token_and_a_teacher():
+def test_distillation_head_needs_a_token_and_a_teacher():
     with pytest.raises(RecipeError, match="distillation_head token: TinyNet has no distillation token"):
         train(make_net(), make_recipe(distillation_head="token"), teacher=make_net(seed=1))
     with pytest.raises(RecipeError, match="distillation_head token needs a teacher"):
         train(make_net(), make_recipe(distillation_head="token"))
 
 
-def test_a_pruned_convnext_trains_with_stochastic_depth_and_average_and_opens_as_before(tmp_path):
+def test_pruned_convnext_trains_with_regularisation_and_reopens(tmp_path):
     base = make_base("convnext", tmp_path, labels=3)
     model = prune_model(base, PruneRecipe(criterion="l1", ratio=0.5, round_to=1)).model
     recipe = make_recipe(epochs=1, batch_size=4, drop_path=0.3, dropout=0.1, ema_decay=0.9, best="ema")
@@ -297,7 +297,7 @@ def test_a_pruned_convnext_trains_with_stochastic_depth_and_average_and_opens_as
     assert not any(isinstance(module, DropPath) for module in model.modules())
 
 
-def test_no_training_split_is_a_clear_error():
+def test_missing_training_split_raises():
     with pytest.raises(DatasetError, match=r"'random' has no training split; set data.train_split"):
         train(make_net(), make_recipe(), data=make_data(train=0))
 
