@@ -1,4 +1,4 @@
-"""Put an old model into ours: its base, what differs from it, and its tensors."""
+"""Convert an old checkpoint to a model described by its base and its differences from it: `convert_file`."""
 
 import copy
 from collections.abc import Iterator
@@ -14,16 +14,37 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.legacy.archive import LegacyArchive
-from isoprune_hf.legacy.tree import OldModel, Weights, find_model, is_plain
+from isoprune_hf.legacy.tree import OldModel, OldModule, Weights, find_model, is_plain
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost.macs import count_cost
 
-# Modules that hand their input on when a model is not trained.
-_IDLE = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "StochasticDepth"}
-# What only training asks for: reported and recorded, and no part of the structure.
-_RATES = {"p", "drop_prob", "drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"}
-_FLAGS = {"training", "inplace", "fused_attn", "grad_checkpointing", "scale_by_keep", "distilled_training", "fix_init"}
-_FLAGS |= {"weight_init_mode", "weight_init", "memory_efficient", "output_fmt", "momentum"}
+# Modules that return their input in eval mode.
+_IDENTITIES = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "StochasticDepth"}
+# Attributes that matter only in training: recorded in the config, but not part of the structure.
+_TRAINING_RATES = {
+    "attn_drop_rate",
+    "drop_path_rate",
+    "drop_prob",
+    "drop_rate",
+    "p",
+    "pos_drop_rate",
+    "proj_drop_rate",
+}
+# Attributes that may differ from those of the base without an effect on the outputs.
+_IGNORED_ATTRIBUTES = {
+    "distilled_training",
+    "fix_init",
+    "fused_attn",
+    "grad_checkpointing",
+    "inplace",
+    "memory_efficient",
+    "momentum",
+    "output_fmt",
+    "scale_by_keep",
+    "training",
+    "weight_init",
+    "weight_init_mode",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +54,7 @@ class Converted:
     Args:
         model: The model.
         processor: The image processor of its base.
-        notes: What was found and checked, a line each.
+        notes: Findings and checks, one line each.
     """
 
     model: IsoPruneForImageClassification
@@ -48,17 +69,17 @@ def convert_file(
     model_args: dict[str, Any] | None = None,
     weights: Weights = "raw",
 ) -> Converted:
-    """Read a pickled whole module of timm or torchvision without executing anything of it.
+    """Convert a pickled module of timm or torchvision, without executing anything in the file.
 
     Args:
-        file: A file that torch.save wrote of a module, or of a mapping with a module at "model".
-        base: Name of the dense base as for `load_base`, where the file does not tell.
-        model_args: Arguments of the base's architecture, as {"img_size": 64}.
-        weights: The trained weights themselves, or their moving average.
+        file: File that torch.save wrote, with a module or a mapping with a module at "model".
+        base: Name of the dense base as for `load_base`; needed if the file does not name it.
+        model_args: Arguments of the base's architecture, such as {"img_size": 64}.
+        weights: Take the trained weights themselves (raw), or their moving average (ema).
 
     Raises:
-        CheckpointError: The file is damaged, holds what is not allowed, or does not fit the base.
-        RecipeError: The file is not there, or the base must be given.
+        CheckpointError: The file is damaged, contains something that is not allowed, or does not fit the base.
+        RecipeError: The file does not exist, or the base must be given.
     """
     try:
         with LegacyArchive(file) as archive:
@@ -72,59 +93,71 @@ def convert_file(
     except IsoPruneError as error:
         kind = RecipeError if isinstance(error, RecipeError) else CheckpointError
         raise kind(f"convert: {file} {error}") from error
-    rates = config.recipe["convert"]["rates"]
-    count = len(config.structure["removed"])
+    return Converted(model, dense.processor, _notes(file, old, model))
+
+
+def _notes(file: str | Path, old: OldModel, model: IsoPruneForImageClassification) -> tuple[str, ...]:
+    config = model.config
+    base = config.base or {}
+    structure = config.structure or {}
+    count = len(structure["removed"])
     removed = f"{count or 'no'} block{'s' * (count != 1)} removed"
     taken = f"{old.weights} weights in {str(model.dtype).removeprefix('torch.')}, stage {config.stage}"
     if config.source:
-        taken += ", taken for one cut from the trained weights of that base"
-    notes = (
-        f"{file}: a {old.modules[''].kind}, {len(old.modules)} modules; nothing of it was executed",
-        f"base: {config.base['library']}/{config.base['architecture']}; {removed}, "
-        f"{len(config.structure['shapes'])} tensors smaller; {taken}",
-        f"rates of training, not part of the model: {_show_rates(rates)}",
-        "checked: every tensor's name and shape, the class of every layer, every number and flag that it shares with "
-        "the base, one run without weights; not checked: the logits, since the old module would have to be executed",
+        taken += ", assumed to be cut from the trained weights of that base"
+    return (
+        f"{file}: a {old.modules[''].kind}, {len(old.modules)} modules; nothing in it was executed",
+        f"base: {base['library']}/{base['architecture']}; {removed}, "
+        f"{len(structure['shapes'])} tensors smaller; {taken}",
+        f"rates of training, not part of the model: {_show_rates(_rates(old))}",
+        "checked: the name and shape of every tensor, the class of every layer, every number and flag shared with the "
+        "base, one run without weights; not checked: the logits, since that would execute the old module",
     )
-    return Converted(model, dense.processor, notes)
 
 
 def _open_base(old: OldModel, given: str | None, model_args: dict[str, Any]) -> BaseModel:
     name = given or old.base
     if name is None:
         raise RecipeError(
-            f"is a {old.modules[''].kind:.99}, and does not tell its base; give --base timm/NAME or torchvision/NAME"
+            f"is a {old.modules[''].kind:.99} and does not name its base; give --base timm/NAME or torchvision/NAME"
         )
     library, _, short = name.rpartition("/")
     architecture = short.partition(".")[0]
     if given is None and library == "timm" and short not in timm.list_pretrained(f"{architecture}.*"):
-        name = f"timm/{architecture}"  # tags come and go
-    base = load_base(name, False, model_args=model_args)
-    # The released models were cut from trained weights; of other architectures and heads there are none.
+        name = f"timm/{architecture}"  # the tag of an older timm that is gone
+    base = load_base(name, pretrained=False, model_args=model_args)
+    # Released models were cut from trained weights; other arguments or heads have no trained weights.
     pretrained = not model_args and old.num_labels in (None, base.model.config.num_labels)
     if not pretrained:
-        base = load_base(name, False, model_args=model_args, num_labels=old.num_labels)
+        base = load_base(name, pretrained=False, model_args=model_args, num_labels=old.num_labels)
     source = {"name": name, "pretrained": True, "seed": 0, "model_args": {}} if pretrained else {}
     base.model.config.source = source
     return base
 
 
 def _describe(old: OldModel, base: BaseModel) -> IsoPruneForImageClassification:
-    """Build the old model's architecture on the meta device, with a config that holds all that is known."""
+    """Build the architecture of the old model on the meta device, with its complete config."""
     dense = base.model
-    tensors, modules = dense.model.state_dict(), dict(dense.model.named_modules())
+    tensors = dense.model.state_dict()
+    modules = dict(dense.model.named_modules())
     missing = [path for path in modules if path not in old.modules]
     removed: list[str] = []
     if any(next(modules[path].parameters(), None) is not None for path in missing):
-        # Blocks of a list move up when one leaves, so the last ones are those that are missing.
+        # Blocks of a list are renumbered when one is removed, so the missing ones are always the last.
         removed = [path for path in skippable_blocks(dense.config) if path in missing]
-    gone = tuple(f"{path}." for path in removed)
-    present = {path: module for path, module in modules.items() if path not in removed and not path.startswith(gone)}
+    removed_prefixes = tuple(f"{path}." for path in removed)
+    present = {
+        path: module
+        for path, module in modules.items()
+        if path not in removed and not path.startswith(removed_prefixes)
+    }
     _check_modules(old, present)
     shapes = {
         name: list(old.tensors[name].shape)
         for name, tensor in tensors.items()
-        if name in old.tensors and old.tensors[name].shape != tuple(tensor.shape) and not name.startswith(gone)
+        if name in old.tensors
+        and old.tensors[name].shape != tuple(tensor.shape)
+        and not name.startswith(removed_prefixes)
     }
     attributes = {path: found for path, module in present.items() if (found := _attributes(old, path, module))}
     config = copy.deepcopy(dense.config)
@@ -140,23 +173,30 @@ def _describe(old: OldModel, base: BaseModel) -> IsoPruneForImageClassification:
 
 
 def _check_modules(old: OldModel, present: dict[str, nn.Module]) -> None:
-    """Check that both have modules of the same classes, in the same order where that is the order they run in."""
+    """Check that both models have modules of the same classes, and sequences in the same order."""
     for path in [*present, *(path for path in old.modules if path not in present)]:
-        mine, theirs = present.get(path), old.modules.get(path)
-        kinds = [type(mine).__name__ if mine is not None else None, theirs.name if theirs else None]
+        mine = present.get(path)
+        theirs = old.modules.get(path)
+        in_base = type(mine).__name__ if mine is not None else None
+        in_file = theirs.name if theirs is not None else None
         is_leaf = (mine is None or not any(mine.children())) and (theirs is None or not theirs.children)
-        if kinds[0] != kinds[1] and not (is_leaf and _IDLE.issuperset(kind for kind in kinds if kind)):
+        is_identity = _IDENTITIES.issuperset(kind for kind in (in_base, in_file) if kind)
+        if in_base != in_file and not (is_leaf and is_identity):
             raise CheckpointError(
-                f"does not fit the base: {path or 'the model'!r:.99} is {_article(kinds[1])} in the file and "
-                f"{_article(kinds[0])} in the base; give another --base or --model_args"
+                f"does not fit the base: {path or 'the model'!r:.99} is {_article(in_file)} in the file and "
+                f"{_article(in_base)} in the base; give another --base or --model_args"
             )
-        if isinstance(mine, nn.Sequential):
-            order = [name for name, _ in mine.named_children() if f"{path}.{name}".lstrip(".") in old.modules]
-            if [name for name in theirs.children if name in order] != order:
-                raise CheckpointError(
-                    f"does not fit the base: {path or 'the model'!r:.99} runs its modules in the order "
-                    f"{', '.join(theirs.children):.99}, and the base in the order {', '.join(order):.99}"
-                )
+        if isinstance(mine, nn.Sequential) and theirs is not None:
+            _check_order(path, mine, theirs, old)
+
+
+def _check_order(path: str, mine: nn.Sequential, theirs: OldModule, old: OldModel) -> None:
+    order = [name for name, _ in mine.named_children() if f"{path}.{name}".lstrip(".") in old.modules]
+    if [name for name in theirs.children if name in order] != order:
+        raise CheckpointError(
+            f"does not fit the base: {path or 'the model'!r:.99} runs its modules in the order "
+            f"{', '.join(theirs.children):.99}, and the base in the order {', '.join(order):.99}"
+        )
 
 
 def _article(kind: str | None) -> str:
@@ -164,11 +204,12 @@ def _article(kind: str | None) -> str:
 
 
 def _attributes(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
-    """Find the numbers of a module that differ from the base's; other plain values must not differ."""
-    theirs, found = _current(old, path, module), {}
+    """Return the numbers of a module that differ from the base; raise if another plain value differs."""
+    theirs = _current_attributes(old, path, module)
+    found: dict[str, Any] = {}
     for name, value in vars(module).items():
         now = theirs.get(name, value)
-        if name.startswith("_") or now == value or name in _RATES or name in _FLAGS:
+        if name.startswith("_") or now == value or name in _TRAINING_RATES or name in _IGNORED_ATTRIBUTES:
             continue
         if _are_numbers(value) and _are_numbers(now):
             found[name] = list(now) if isinstance(now, tuple) else now
@@ -180,16 +221,16 @@ def _attributes(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _current(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
-    """Give a module's attributes; those that an earlier library did not have follow from the others."""
+def _current_attributes(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module, with those that its earlier library version did not have."""
     theirs = dict(old.modules[path].attributes)
-    heads, own = theirs.get("num_heads"), vars(module)
+    heads = theirs.get("num_heads")
+    own = vars(module)
     qkv = old.tensors.get(f"{path}.qkv.weight")
     if type(heads) is int and heads > 0 and qkv is not None and qkv.shape[0] % (3 * heads) == 0:
         head_dim = qkv.shape[0] // (3 * heads)
-        theirs |= {
-            name: value for name, value in (("head_dim", head_dim), ("attn_dim", heads * head_dim)) if name in own
-        }
+        derived = {"head_dim": head_dim, "attn_dim": heads * head_dim}
+        theirs |= {name: value for name, value in derived.items() if name in own}
     return theirs
 
 
@@ -206,15 +247,15 @@ def _check_tensors(old: OldModel, model: IsoPruneForImageClassification) -> None
     if wrong:
         has, lacks = ("the base", "the file") if wrong[0] in expected else ("the file", "the base")
         raise CheckpointError(
-            f"does not fit the base: {has} has a tensor {wrong[0]!r:.99} and {lacks} has not; give another --base"
+            f"does not fit the base: {has} has a tensor {wrong[0]!r:.99}, but {lacks} has not; give another --base"
         )
 
 
 def _rates(old: OldModel) -> dict[str, dict[str, float]]:
-    """Collect the rates of dropout and the like, above 0 and at most 1, which only training asks for."""
+    """Return the dropout rates, above 0 and at most 1, of each module."""
     found = {}
     for path, module in old.modules.items():
-        noted = {name: value for name, value in module.attributes.items() if name in _RATES}
+        noted = {name: value for name, value in module.attributes.items() if name in _TRAINING_RATES}
         rates = {name: float(value) for name, value in noted.items() if type(value) in (int, float) and 0 < value <= 1}
         if rates:
             found[path] = rates

@@ -1,24 +1,33 @@
-"""Find the old model in what a checkpoint holds: its modules, their plain attributes and tensors, and its base."""
+"""Find the model in the content of a checkpoint: its modules, their plain attributes, tensors, and base."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from isoprune_hf.checkpoint.dense import MAX_MODULES
 from isoprune_hf.errors import CheckpointError, RecipeError
-from isoprune_hf.legacy.inert import Inert, StoredTensor
+from isoprune_hf.legacy.pickle_reader import ObjectRecord, StoredTensor
 
 Weights = Literal["raw", "ema"]
-_RAW_KEYS = ("model", "state_dict")  # the second one is that of timm's script
+_RAW_KEYS = ("model", "state_dict")  # the second is used by the training script of timm
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
-# Modules around a model, and where in them it lies.
-_WRAPPERS = dict.fromkeys(("DataParallel", "DistributedDataParallel", "ModelEmaV2", "ModelEmaV3"), "module")
-_WRAPPERS |= dict.fromkeys(("AveragedModel", "ExponentialMovingAverage"), "module")
-# The same layer, as long as a model is not trained.
+# Modules that wrap a model -> attribute with the model.
+_WRAPPERS = {
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "ExponentialMovingAverage": "module",
+    "ModelEmaV2": "module",
+    "ModelEmaV3": "module",
+}
+# Layers of distributed training -> the same layer in eval mode.
 _SYNCHRONISED = {"SyncBatchNorm": "BatchNorm2d", "SyncBatchNormAct": "BatchNormAct2d"}
-_LONGEST_NAME = 200
-_RESNETS = {
+_MAX_WRAPPERS = 8
+_MAX_NAME_LENGTH = 200
+_MAX_MODULE_DEPTH = 64
+# (block, blocks of each stage, groups, base_width) -> architecture of torchvision.
+_RESNETS: dict[tuple[object, ...], str] = {
     ("BasicBlock", (2, 2, 2, 2), 1, 64): "resnet18",
     ("BasicBlock", (3, 4, 6, 3), 1, 64): "resnet34",
     ("Bottleneck", (3, 4, 6, 3), 1, 64): "resnet50",
@@ -37,8 +46,8 @@ class OldModule:
 
     Args:
         kind: Full name of its class.
-        attributes: Its numbers, strings, flags and tuples of them.
-        children: Names of the modules in it, in their order.
+        attributes: Numbers, strings, flags and tuples of these.
+        children: Names of its direct submodules, in their order.
     """
 
     kind: str
@@ -47,7 +56,7 @@ class OldModule:
 
     @property
     def name(self) -> str:
-        """Name of the class alone: libraries move classes between their modules."""
+        """Name of the class without its module: libraries move classes between modules."""
         name = self.kind.rpartition(".")[2]
         return _SYNCHRONISED.get(name, name)
 
@@ -59,10 +68,10 @@ class OldModel:
     Args:
         modules: Path -> module; the model itself has the path "".
         tensors: Path -> parameter or buffer.
-        base: Name of the dense base for `load_base`; None where the file does not tell.
-        num_labels: Size of its head; None where the file does not tell.
-        is_trained: Whether it lies in a checkpoint of training, and not alone as it was cut.
-        weights: Which of the two sets of weights was taken.
+        base: Name of the dense base for `load_base`; None if the file does not name it.
+        num_labels: Size of the head; None if the file does not contain it.
+        is_trained: The model is part of a training checkpoint; otherwise it was saved right after the cut.
+        weights: The set of weights that was read.
     """
 
     modules: dict[str, OldModule]
@@ -74,23 +83,25 @@ class OldModel:
 
 
 def find_model(content: Any, weights: Weights) -> OldModel:
-    """Find the model that is to be converted.
+    """Find the model in the content of a checkpoint.
 
     Args:
-        content: What the file holds, of `read_inert`.
-        weights: The trained weights themselves, or their moving average.
+        content: Result of `read_pickle`.
+        weights: Take the trained weights themselves (raw), or their moving average (ema).
 
     Raises:
-        CheckpointError: There is no module in it, or one that cannot be followed.
-        RecipeError: The average is asked for and there is none.
+        CheckpointError: The checkpoint contains no module, or a module that cannot be read.
+        RecipeError: The average is asked for, but missing.
     """
     root, average = _choose(content, weights)
-    modules, tensors, unsaved = {}, {}, set()
+    modules: dict[str, OldModule] = {}
+    tensors: dict[str, StoredTensor] = {}
+    unsaved: set[str] = set()
     for path, node in _walk(root):
         state = node.state
         hooks = [name for name in ("_forward_hooks", "_forward_pre_hooks") if state.get(name)]
         if hooks:
-            raise CheckpointError(f"has {hooks[0]} at {path or 'the model'!r}, which cannot be taken over")
+            raise CheckpointError(f"has {hooks[0]} at {path or 'the model'!r}, which cannot be converted")
         prefix = f"{path}." if path else ""
         attributes = {key: value for key, value in state.items() if isinstance(key, str) and is_plain(value)}
         modules[path] = OldModule(node.kind, attributes, tuple(_children(node)))
@@ -105,76 +116,78 @@ def find_model(content: Any, weights: Weights) -> OldModel:
     return OldModel(modules, tensors, base, _count_labels(modules, tensors), isinstance(content, dict), weights)
 
 
-def _choose(content: Any, weights: Weights) -> tuple[Inert, dict[str, Any] | None]:
-    """Give the module, and the tensors of its average where only these were saved."""
+def _choose(content: Any, weights: Weights) -> tuple[ObjectRecord, dict[str, Any] | None]:
+    """Return the module, and the tensors of its average if these were saved without a module."""
     if _is_module(content):
         root, wrappers = _unwrap(content)
         is_average = any("Ema" in kind or "Average" in kind for kind in wrappers)
         if weights == "ema" and not is_average:
-            raise RecipeError("holds one module and no average of its weights; leave --weights ema out")
+            raise RecipeError("contains one module and no average of its weights; omit --weights ema")
         return root, None
     if not isinstance(content, dict):
-        raise CheckpointError(f"holds {_describe(content)}, and no module and no mapping with one")
-    raw = next((content[key] for key in _RAW_KEYS if _is_module(content.get(key))), content.get("model"))
+        raise CheckpointError(f"contains {_describe(content)} instead of a module or a mapping with one")
+    raw: Any = next((content[key] for key in _RAW_KEYS if _is_module(content.get(key))), content.get("model"))
     if weights == "ema":
-        found = [(key, content[key]) for key in _EMA_KEYS if isinstance(content.get(key), dict | Inert)]
+        found = [(key, content[key]) for key in _EMA_KEYS if isinstance(content.get(key), dict | ObjectRecord)]
         if not found:
-            raise RecipeError(f"holds no average of weights ({_keys(content)}); leave --weights ema out")
+            raise RecipeError(f"contains no average of weights ({_keys(content)}); omit --weights ema")
         key, average = found[0]
         if _is_module(average):
             return _unwrap(average)[0], None
         if not isinstance(average, dict) or not _is_module(raw):
-            raise CheckpointError(f"holds only tensors at {key!r}, and no module at 'model' that they belong to")
+            raise CheckpointError(f"contains only tensors at {key!r}, and no module at 'model' to which they belong")
         return _unwrap(raw)[0], average
     if _is_module(raw):
         return _unwrap(raw)[0], None
     if any(isinstance(value, StoredTensor) for value in (raw if isinstance(raw, dict) else content).values()):
         raise CheckpointError(
-            "holds a state_dict and no module, and the head counts of a pruned model are not in its tensors; load it "
-            "into the module that it belongs to, save that module whole with torch.save, and convert that file"
+            "contains a state_dict and no module, but the tensors of a pruned model do not determine its number of "
+            "heads; load the state_dict into its module, save the whole module with torch.save, and convert that file"
         )
-    raise CheckpointError(f"holds no module at 'model' ({_keys(content)})")
+    raise CheckpointError(f"contains no module at 'model' ({_keys(content)})")
 
 
-def _unwrap(node: Inert) -> tuple[Inert, list[str]]:
+def _unwrap(node: ObjectRecord) -> tuple[ObjectRecord, list[str]]:
     kinds: list[str] = []
-    while node.kind.rpartition(".")[2] in _WRAPPERS and len(kinds) < 8:
+    while node.kind.rpartition(".")[2] in _WRAPPERS and len(kinds) < _MAX_WRAPPERS:
         kinds.append(node.kind.rpartition(".")[2])
-        inner = _mapping(node.state, "_modules").get(_WRAPPERS[kinds[-1]])
+        inner: Any = _mapping(node.state, "_modules").get(_WRAPPERS[kinds[-1]])
         if not _is_module(inner):
-            raise CheckpointError(f"holds a {kinds[-1]} without a module in it")
+            raise CheckpointError(f"contains a {kinds[-1]} without a module in it")
         node = inner
     return node, kinds
 
 
 def _average(average: dict[Any, Any], tensors: dict[str, StoredTensor], unsaved: set[str]) -> dict[str, StoredTensor]:
-    """Take the tensors of a saved average in place of those of the module."""
+    """Return the tensors of the module, replaced by those of a saved average."""
     named = {key: value for key, value in average.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
     named.pop("n_averaged", None)
     while named and all(key.startswith("module.") for key in named):
         named = {key.removeprefix("module."): value for key, value in named.items()}
     for name, tensor in named.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
-            raise CheckpointError(f"holds an average whose tensor {name!r:.99} is not one of the module")
+            raise CheckpointError(
+                f"contains an average whose tensor {name!r:.99} is not in the module, or has another shape there"
+            )
     missing = sorted(tensors.keys() - named.keys() - unsaved)
     if missing:
-        raise CheckpointError(f"holds an average without the tensor {missing[0]!r:.99} of the module")
+        raise CheckpointError(f"contains an average without the tensor {missing[0]!r:.99} of the module")
     return tensors | named
 
 
-def _walk(root: Inert) -> Iterator[tuple[str, Inert]]:
+def _walk(root: ObjectRecord) -> Iterator[tuple[str, ObjectRecord]]:
     pending, count = [("", root)], 0
     while pending:
         path, node = pending.pop()
         count += 1
         children = _children(node).items()
-        if count + len(pending) + len(children) > MAX_MODULES or path.count(".") > 64:
-            raise CheckpointError(f"holds more than {MAX_MODULES} modules, or modules in a circle")
+        if count + len(pending) + len(children) > MAX_MODULES or path.count(".") > _MAX_MODULE_DEPTH:
+            raise CheckpointError(f"contains more than {MAX_MODULES} modules, or a module inside itself")
         yield path, node
         pending += reversed([(f"{path}.{name}" if path else name, child) for name, child in children])
 
 
-def _children(node: Inert) -> dict[str, Inert]:
+def _children(node: ObjectRecord) -> dict[str, ObjectRecord]:
     children = {name: child for name, child in _mapping(node.state, "_modules").items() if child is not None}
     for name, child in children.items():
         if not _is_module(child):
@@ -185,31 +198,31 @@ def _children(node: Inert) -> dict[str, Inert]:
 def _mapping(state: dict[str, Any], name: str) -> dict[str, Any]:
     values = state.get(name)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise CheckpointError(f"is damaged: {name} of a module is no mapping of names")
+        raise CheckpointError(f"is damaged: {name} of a module is not a mapping of names")
     longest = max(map(len, values), default=0)
-    if longest > _LONGEST_NAME:
+    if longest > _MAX_NAME_LENGTH:
         raise CheckpointError(f"is damaged: {name} of a module has a name of {longest} characters")
     return values
 
 
 def _names(value: Any) -> list[str]:
-    """Give the strings of a set, which is a list here, or a call with one."""
-    items = value.args[0] if isinstance(value, Inert) and value.args else value
+    """Return the strings in a set, which the reader returns as a list or as a call with a list."""
+    items = value.args[0] if isinstance(value, ObjectRecord) and value.args else value
     return [item for item in items if isinstance(item, str)] if isinstance(items, list) else []
 
 
-def _is_module(value: Any) -> bool:
-    return isinstance(value, Inert) and isinstance(value.state.get("_modules"), dict)
+def _is_module(value: Any) -> TypeGuard[ObjectRecord]:
+    return isinstance(value, ObjectRecord) and isinstance(value.state.get("_modules"), dict)
 
 
 def is_plain(value: Any) -> bool:
-    """Say whether a value is a number, text, a flag, None or a tuple of these."""
+    """Return whether a value is a number, text, a flag, None or a tuple of these."""
     values = value if isinstance(value, tuple) else (value,)
     return all(isinstance(item, int | float | str | None) for item in values)
 
 
 def _describe(value: Any) -> str:
-    return f"a {value.kind:.99}" if isinstance(value, Inert) else f"a {type(value).__name__}"
+    return f"a {value.kind:.99}" if isinstance(value, ObjectRecord) else f"a {type(value).__name__}"
 
 
 def _keys(content: dict[Any, Any]) -> str:
@@ -217,11 +230,11 @@ def _keys(content: dict[Any, Any]) -> str:
     return f"its entries are {', '.join(shown) or 'none'}"
 
 
-def _timm_base(root: Inert) -> str | None:
-    """Read the architecture, and the tag of the weights, that timm notes on each model."""
+def _timm_base(root: ObjectRecord) -> str | None:
+    """Return the name of the base from the architecture and weight tag that timm stores on each model."""
     for name in ("pretrained_cfg", "default_cfg"):
         noted = root.state.get(name)
-        noted = noted.state if isinstance(noted, Inert) else noted
+        noted = noted.state if isinstance(noted, ObjectRecord) else noted
         if isinstance(noted, dict) and isinstance(noted.get("architecture"), str):
             tag = noted.get("tag")
             text = f"timm/{noted['architecture']}" + (f".{tag}" if isinstance(tag, str) and tag else "")

@@ -1,11 +1,10 @@
-"""Read a pickle as data: what it speaks of is written down, and nothing of it is imported, called or executed.
+"""Parse a pickle as data: `read_pickle` imports, calls and executes nothing.
 
-The house rule is: no pickle loading, ever. This module keeps it. It does not use Python's unpickler, restricted or
-not, but goes through the opcodes that `pickletools` lists and notes what they build: plain values stay plain, an
-object becomes an `Inert` record of its class's name and state, and a tensor becomes a `StoredTensor`, its place in
-the file. A class is a string here: none is looked up, so there is no `__reduce__`, `__setstate__` or
-`__init__` that could run. Opcodes that torch.save does not emit, and names that a checkpoint of a vision model has no
-need of, are refused all the same, so that a hostile file ends with a clear line and not with a converted model.
+Python's unpickler is not used, not even a restricted one. The opcodes that `pickletools` lists are interpreted here:
+plain values stay plain, an object becomes an `ObjectRecord` with the name of its class and its state, and a tensor
+becomes a `StoredTensor`, its position in the file. A class is a string and is never looked up, so no `__reduce__`,
+`__setstate__` or `__init__` can run. Opcodes that torch.save does not write, and names that a checkpoint of a vision
+model does not need, are refused all the same: a hostile file ends in a clear message and not in a converted model.
 """
 
 import pickletools
@@ -19,9 +18,9 @@ import torch
 
 from isoprune_hf.errors import CheckpointError
 
-# What a checkpoint may speak of. A name is a module of this list plus one identifier: no way leads through a dot.
-_CLASSES = re.compile(r"(torch\.nn|timm|torchvision)(\.[A-Za-z_]\w*)+", re.ASCII)
-_OTHERS = {
+# Names that a checkpoint may contain: a module of these packages plus one identifier, never an attribute of a class.
+_CLASS_NAMES = re.compile(r"(torch\.nn|timm|torchvision)(\.[A-Za-z_]\w*)+", re.ASCII)
+_OTHER_NAMES = {
     "__builtin__.set",
     "_codecs.encode",
     "argparse.Namespace",
@@ -42,7 +41,7 @@ _OTHERS = {
     "torch.optim.swa_utils.AveragedModel",
     "utils.ExponentialMovingAverage",
 }
-_STORAGES = {
+_STORAGE_DTYPES = {
     "torch.BFloat16Storage": torch.bfloat16,
     "torch.BoolStorage": torch.bool,
     "torch.ByteStorage": torch.uint8,
@@ -54,9 +53,10 @@ _STORAGES = {
     "torch.LongStorage": torch.int64,
     "torch.ShortStorage": torch.int16,
 }
-_DTYPES = re.compile(r"torch\.(bfloat16|bool|float(16|32|64)|u?int(8|16|32|64))")
-_MOST_STEPS = 2_000_000  # a ResNet-152 with its average and AdamW takes 234,368
-_MOST_DIMS = 8
+_DTYPE_NAMES = re.compile(r"torch\.(bfloat16|bool|float(16|32|64)|u?int(8|16|32|64))")
+_MAX_STEPS = 2_000_000  # a ResNet-152 with its average and AdamW takes 234,368
+_MAX_DIMENSIONS = 8
+_MAX_TENSOR_NUMBER = 2**48  # of offsets, sizes and strides
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,23 @@ class Name:
 
 
 @dataclass(eq=False)
-class Inert:
-    """An object that the file describes.
+class ObjectRecord:
+    """The description of an object.
 
     Args:
-        kind: Name of its class, or of the function that would have made it.
-        args: What that would have been given.
-        state: Its attributes.
+        kind: Name of its class, or of the function that would have created it.
+        args: Arguments of that call.
+        state: Attributes of the object.
     """
 
     kind: str
-    args: tuple = ()
+    args: tuple[Any, ...] = ()
     state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the numbers of tensors lie in the file."""
+    """The numbers of one or more tensors: key, type and count of an entry of the file."""
 
     key: str
     dtype: torch.dtype
@@ -92,7 +92,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor that has not been read yet; it lies within its storage and is not larger."""
+    """A tensor that has not been read yet; all of its numbers are within its storage."""
 
     storage: Storage
     offset: int
@@ -100,28 +100,29 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
-def refuse(what: str) -> CheckpointError:
-    """Give the error for something that a converted file must not hold."""
+def not_allowed(what: str) -> CheckpointError:
+    """Return the error for content that a checkpoint must not have."""
     return CheckpointError(
-        f"holds {what}, which is not allowed; only tensors and modules of torch, timm and torchvision are read, and "
-        "nothing of a file is ever executed"
+        f"contains {what}, which is not allowed; only tensors and modules of torch, timm and torchvision are read, "
+        "and nothing in a file is executed"
     )
 
 
-def read_inert(data: bytes) -> Any:
-    """Give what a pickle describes, as plain values and records.
+def read_pickle(data: bytes) -> Any:
+    """Return the content of a pickle as plain values and records.
 
     Args:
         data: The pickle.
 
     Raises:
-        CheckpointError: It is damaged, or holds an opcode or a name that is not allowed; the message names it.
+        CheckpointError: The pickle is damaged, or contains an opcode or a name that is not allowed.
     """
-    machine = _Machine()
+    machine = _StackMachine()
     try:
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if step > _MOST_STEPS:
-                raise CheckpointError(f"takes more than {_MOST_STEPS} steps to read")
+        operations = pickletools.genops(data)
+        for step, (opcode, argument, _) in enumerate(operations):
+            if step > _MAX_STEPS:
+                raise CheckpointError(f"takes more than {_MAX_STEPS} steps to read")
             if opcode.name == "STOP":
                 (result,) = machine.stack
                 return result
@@ -133,12 +134,12 @@ def read_inert(data: bytes) -> Any:
     raise CheckpointError("is damaged: its data.pkl has no end")
 
 
-class _Machine:
-    """The stack and the memo of a pickle; knows the opcodes that torch.save emits, and no others."""
+class _StackMachine:
+    """Interpreter of the opcodes that torch.save writes, with the stack and the memo of a pickle."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # the stacks below the marks
+        self.below: list[list[Any]] = []  # the stacks that were interrupted by marks
         self.memo: dict[int, Any] = {}
 
     def step(self, opcode: str, argument: Any) -> None:
@@ -147,7 +148,7 @@ class _Machine:
         elif opcode in _STEPS:
             _STEPS[opcode](self, argument)
         elif opcode not in ("PROTO", "FRAME"):
-            raise refuse(f"the pickle opcode {opcode}")
+            raise not_allowed(f"the pickle opcode {opcode}")
 
     def memoize(self, argument: int | None) -> None:
         self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
@@ -159,7 +160,7 @@ class _Machine:
         self.below.append(self.stack)
         self.stack = []
 
-    def since_mark(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
@@ -170,7 +171,7 @@ class _Machine:
         del self.stack[-count:]
         return items
 
-    def tuple_of(self, items: list[Any]) -> None:
+    def push_tuple(self, items: list[Any]) -> None:
         self.stack.append(tuple(items))
 
     def append(self, items: list[Any]) -> None:
@@ -184,52 +185,57 @@ class _Machine:
         if not isinstance(target, dict):
             raise TypeError
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # To hash a tuple of tuples of tuples could take for ever.
-            if not isinstance(key, str | int | float | None | Inert):
-                raise refuse(f"a mapping with a {type(key).__name__} for a key")
+            # Hashing deeply nested tuples could take forever.
+            if not isinstance(key, str | int | float | None | ObjectRecord):
+                raise not_allowed(f"a mapping with a {type(key).__name__} for a key")
             target[key] = value
 
-    def name(self, module: Any, name: Any) -> None:
+    def push_name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
         text = f"{module}.{name}"
-        known = text in _OTHERS or text in _STORAGES or _DTYPES.fullmatch(text) or _CLASSES.fullmatch(text)
+        known = (
+            text in _OTHER_NAMES
+            or text in _STORAGE_DTYPES
+            or _DTYPE_NAMES.fullmatch(text)
+            or _CLASS_NAMES.fullmatch(text)
+        )
         if not known or not name.isidentifier():
-            raise refuse(text if text.isprintable() and len(text) < 100 else repr(text[:99]))
+            raise not_allowed(text if text.isprintable() and len(text) < 100 else repr(text[:99]))
         self.stack.append(Name(text))
 
     def reduce(self, _: None) -> None:
         function, args = self.pop(2)
         if not isinstance(function, Name) or not isinstance(args, tuple):
-            raise refuse("a call of what is no name")
-        self.stack.append(_CALLS.get(function.text, lambda *args: Inert(function.text, args))(*args))
+            raise not_allowed("a call of something that is not a name")
+        call = _CALLS.get(function.text)
+        self.stack.append(ObjectRecord(function.text, args) if call is None else call(*args))
 
     def build(self, _: None) -> None:
         (state,) = self.pop(1)
         target = self.stack[-1]
-        states = state if isinstance(state, tuple) else (state,)  # with __slots__: two mappings
-        if isinstance(target, Inert):
+        states = state if isinstance(state, tuple) else (state,)  # of an object with __slots__: two mappings
+        if isinstance(target, ObjectRecord):
             for part in states:
                 if isinstance(part, dict):
                     target.state.update(part)
-        elif not isinstance(target, dict):  # of a state_dict: its _metadata
-            raise refuse(f"a state for a {type(target).__name__}")
+        elif not isinstance(target, dict):  # the _metadata of a state_dict
+            raise not_allowed(f"a state for a {type(target).__name__}")
 
 
 def _storage(identifier: Any) -> Storage:
     kind, name, key, _, count = identifier
-    dtype = _STORAGES.get(name.text)
+    dtype = _STORAGE_DTYPES.get(name.text)
     if kind != "storage" or dtype is None or not isinstance(key, str) or type(count) is not int or count < 0:
-        raise refuse("a reference to something other than a storage of numbers")
+        raise not_allowed("a reference that is not to a storage of numbers")
     return Storage(key, dtype, count)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
     numbers = (offset, *shape, *stride)
-    holds = isinstance(storage, Storage) and len(shape) == len(stride) <= _MOST_DIMS
-    holds = holds and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
-    if not holds:
-        raise refuse("a tensor without a storage, a shape and strides")
+    is_sized = all(type(number) is int and 0 <= number < _MAX_TENSOR_NUMBER for number in numbers)
+    if not isinstance(storage, Storage) or not len(shape) == len(stride) <= _MAX_DIMENSIONS or not is_sized:
+        raise not_allowed("a tensor without a storage, a shape and strides")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if prod(shape) > storage.count or (prod(shape) and last >= storage.count):
         raise CheckpointError(f"is damaged: a tensor of shape {list(shape)} does not fit {storage.count} numbers")
@@ -238,22 +244,22 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stor
 
 def _parameter(data: Any, *_: Any) -> StoredTensor:
     if not isinstance(data, StoredTensor):
-        raise refuse("a parameter that is no tensor")
+        raise not_allowed("a parameter that is not a tensor")
     return data
 
 
-def _ordered(*args: Any) -> dict:
+def _ordered_dict(*args: Any) -> dict[Any, Any]:
     if any(args):
-        raise refuse("an OrderedDict that is made from a call")
+        raise not_allowed("an OrderedDict with arguments")
     return {}
 
 
-_CALLS: dict[str, Callable] = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _ordered,
+    "collections.OrderedDict": _ordered_dict,
 }
-_VALUES: dict[str, Callable] = {
+_VALUES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(
         ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"), lambda value: value
     ),
@@ -266,24 +272,24 @@ _VALUES: dict[str, Callable] = {
     "EMPTY_SET": lambda _: [],
     "EMPTY_DICT": lambda _: {},
 }
-_STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.memoize),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), _Machine.reduce),
-    "MARK": _Machine.mark,
+_STEPS: dict[str, Callable[[_StackMachine, Any], Any]] = {
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _StackMachine.memoize),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _StackMachine.get),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _StackMachine.reduce),
+    "MARK": _StackMachine.mark,
     "POP": lambda machine, _: machine.pop(1),
-    "POP_MARK": lambda machine, _: machine.since_mark(),
-    "TUPLE": lambda machine, _: machine.tuple_of(machine.since_mark()),
-    "TUPLE1": lambda machine, _: machine.tuple_of(machine.pop(1)),
-    "TUPLE2": lambda machine, _: machine.tuple_of(machine.pop(2)),
-    "TUPLE3": lambda machine, _: machine.tuple_of(machine.pop(3)),
+    "POP_MARK": lambda machine, _: machine.pop_to_mark(),
+    "TUPLE": lambda machine, _: machine.push_tuple(machine.pop_to_mark()),
+    "TUPLE1": lambda machine, _: machine.push_tuple(machine.pop(1)),
+    "TUPLE2": lambda machine, _: machine.push_tuple(machine.pop(2)),
+    "TUPLE3": lambda machine, _: machine.push_tuple(machine.pop(3)),
     "APPEND": lambda machine, _: machine.append(machine.pop(1)),
-    "APPENDS": lambda machine, _: machine.append(machine.since_mark()),
-    "ADDITEMS": lambda machine, _: machine.append(machine.since_mark()),
+    "APPENDS": lambda machine, _: machine.append(machine.pop_to_mark()),
+    "ADDITEMS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
-    "GLOBAL": lambda machine, argument: machine.name(*argument.split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.name(*machine.pop(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
+    "GLOBAL": lambda machine, argument: machine.push_name(*argument.split(" ", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.push_name(*machine.pop(2)),
     "BINPERSID": lambda machine, _: machine.stack.append(_storage(*machine.pop(1))),
-    "BUILD": _Machine.build,
+    "BUILD": _StackMachine.build,
 }
