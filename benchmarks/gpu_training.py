@@ -22,7 +22,7 @@ from torch import nn
 
 from isoprune_hf import FinetuneRecipe, PruneRecipe, load_base, prune_model
 from isoprune_hf.cli.recipe_files import read_recipe
-from isoprune_hf.commands.finetune import count_training_flops
+from isoprune_hf.commands.steps.training import count_training_flops
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.epochs import TrainBatches
 from isoprune_hf.data.loading import ImageBatch, LoaderOptions

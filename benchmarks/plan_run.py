@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from isoprune_hf import FinetuneRecipe, PruneRecipe, load_base, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.cli.recipe_files import read_recipe
-from isoprune_hf.commands.finetune import count_training_flops
+from isoprune_hf.commands.steps.training import count_training_flops
 from isoprune_hf.pruning.cost.macs import count_cost
 
 TRAIN_IMAGES, EVAL_IMAGES = 1_281_167, 50_000  # ImageNet-1K

@@ -1,4 +1,4 @@
-"""Where the command line starts: `isoprune`, `python -m isoprune_hf`; without extras it says what is missing."""
+"""Entry point of `isoprune` and `python -m isoprune_hf`; see `main`."""
 
 import os
 import sys
@@ -8,9 +8,14 @@ from isoprune_hf.cli.help import answer_of
 from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.extras import require_package
 
+_SIGPIPE_CODE = 141  # of a shell, for a process that SIGPIPE has ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer `--version` and `--help`, run a stage, or say which extra it needs; see `isoprune_hf.cli.main.main`."""
+    """Answer `--version` and `--help`, or run a stage; see `isoprune_hf.cli.main.main`.
+
+    A light installation answers the first two; for a stage it names the extra that is missing and returns 2.
+    """
     answer = answer_of(list(sys.argv[1:] if arguments is None else arguments))
     if answer is not None:
         sys.stdout.write(answer)
@@ -20,14 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         sys.stderr.write(f"isoprune: error: {error}\n")
         return 2
-    from isoprune_hf.cli import main as cli
+    from isoprune_hf.cli import main as cli  # needs the extra [prune]
 
     try:
         code = cli.main(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as after SIGPIPE
+        return _SIGPIPE_CODE
     return code
 
 

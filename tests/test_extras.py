@@ -1,4 +1,4 @@
-"""What is needed for what: a light installation opens models, and says in one line which extra brings the rest."""
+"""Optional packages: a light installation opens models, and names the extra that the other work needs."""
 
 import ast
 import configparser
@@ -40,7 +40,7 @@ sys.meta_path = [Light if finder is PathFinder else finder for finder in sys.met
 
 
 def names(text: str) -> set[str]:
-    """The distributions that a list of requirements names."""
+    """Return the names of the distributions in a list of requirements."""
     return {re.split(r"[\[<>=~!; ]", line)[0].lower().replace("_", "-") for line in text.split("\n") if line.strip()}
 
 
@@ -51,14 +51,14 @@ def setup() -> configparser.ConfigParser:
     return parser
 
 
-def test_each_package_is_in_the_extra_that_is_named(setup: configparser.ConfigParser) -> None:
+def test_each_package_is_in_its_named_extra(setup: configparser.ConfigParser) -> None:
     distributions = packages_distributions() | {"pyarrow": ["datasets"]}  # datasets brings it
     extras = setup["options.extras_require"]
     for package, extra in EXTRAS.items():
         assert {name.lower().replace("_", "-") for name in distributions[package]} & names(extras[extra]), package
 
 
-def test_what_the_package_imports_is_required_or_of_an_extra(setup: configparser.ConfigParser) -> None:
+def test_every_import_is_required_or_optional(setup: configparser.ConfigParser) -> None:
     core = names(setup["options"]["install_requires"]) - {"pillow"} | {"PIL", "yaml", "markupsafe", "isoprune_hf"}
     core = {name.replace("-", "_") for name in core}  # yaml comes with timm, markupsafe with torch
     for path in (ROOT / "isoprune_hf").rglob("*.py"):
@@ -71,7 +71,7 @@ def test_what_the_package_imports_is_required_or_of_an_extra(setup: configparser
 
 
 @pytest.mark.launch
-def test_a_light_installation_opens_a_pruned_model_and_predicts(pruned: Callable[[str], Pruned]) -> None:
+def test_light_installation_opens_model_and_predicts(pruned: Callable[[str], Pruned]) -> None:
     made = pruned("vit")
     script = f"""{LIGHT}
 from PIL import Image
@@ -88,7 +88,7 @@ print(len(answers), answers[0]["label"], sum(p.numel() for p in model.parameters
     assert int(params) == sum(parameter.numel() for parameter in made.model.parameters())
 
 
-def test_a_light_installation_names_the_extra_in_one_line_for_every_stage() -> None:
+def test_light_installation_names_extra_of_every_stage() -> None:
     calls = [name.split() for name in STAGES] + [[], ["prune", "--help"], ["--completion", "bash"]]
     script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nprint([main(words) for words in {calls}])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
@@ -98,7 +98,7 @@ def test_a_light_installation_names_the_extra_in_one_line_for_every_stage() -> N
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["--quiet", "-h"]], ids=" ".join)
-def test_a_light_installation_says_what_it_is_and_what_there_is(arguments: list[str]) -> None:
+def test_light_installation_answers_help_and_version(arguments: list[str]) -> None:
     script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nsys.exit(main({arguments}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
@@ -116,12 +116,12 @@ def test_a_light_installation_says_what_it_is_and_what_there_is(arguments: list[
         ("matplotlib", ["inspect", "timm/test_vit", "--html", "page.html"], "publish"),
     ],
 )
-def test_a_stage_names_the_extra_that_it_needs(
+def test_stage_names_its_missing_extra(
     package: str, arguments: list[str], extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for name in [*sys.modules]:
-        if name.startswith(("isoprune_hf.commands.run", "isoprune_hf.training.", f"{package}.")):
+        if name.startswith(("isoprune_hf.commands.steps", "isoprune_hf.evaluation.", f"{package}.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stopped:
@@ -130,20 +130,20 @@ def test_a_stage_names_the_extra_that_it_needs(
     assert re.fullmatch(rf"isoprune: error: .* needs {package}, .*\[{extra}\]\n", capsys.readouterr().err)
 
 
-def test_a_public_name_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_name_names_its_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "isoprune_hf.training.finetune", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingExtraError, match=r"^finetune needs accelerate, .*: pip install isoprune-hf\[prune\]$"):
         _ = isoprune_hf.finetune
 
 
-def test_a_missing_package_of_no_extra_stays_what_it_is() -> None:
+def test_missing_package_without_extra_stays_as_is() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_package") as found, naming_extra("this"):
         require_package("no_such_package", "this")
     assert not isinstance(found.value, MissingExtraError)
 
 
-def test_the_import_brings_its_light_half_and_no_other_library(fresh_python: FreshPython) -> None:
+def test_import_loads_only_light_half(fresh_python: FreshPython) -> None:
     script = """
 import sys
 import torch

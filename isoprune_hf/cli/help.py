@@ -1,9 +1,9 @@
-"""What the command line says of itself before a stage is named; it needs no extra."""
+"""Text of `isoprune --help` and `--version`, for which no extra must be installed; see `answer_of`."""
 
 import sys
 import textwrap
 
-from isoprune_hf.cli.table import ACTIONS, EXIT_CODES, GROUPS, STAGES, SWITCHES
+from isoprune_hf.cli.table import EXIT_CODES, GROUPS, HEADINGS, STAGES, SWITCHES
 from isoprune_hf.terminal import paint
 from isoprune_hf.version import __version__
 
@@ -16,22 +16,22 @@ _EXAMPLES = """  isoprune
   accelerate launch train_accelerate.py --config recipe.yaml --data.dataset ILSVRC/imagenet-1k
       score, cut and finetune on every GPU of the machine"""
 _OPTIONS = {
-    "-h, --help": "This text; isoprune STAGE --help lists the flags of a stage.",
-    "--version": "The version.",
-    "--completion SHELL": 'Completion for bash or zsh: eval "$(isoprune --completion bash)"',
+    "-h, --help": "Show this text; isoprune STAGE --help lists the flags of a stage.",
+    "--version": "Show the version.",
+    "--completion SHELL": 'Print completion for bash or zsh: eval "$(isoprune --completion bash)"',
     **{f"STAGE --{name}": text for name, text in SWITCHES.items()},
 }
-_WIDTH = 100
+_LINE_LENGTH = 100
 
 
 def take_switches(arguments: list[str]) -> tuple[list[str], set[str]]:
-    """Take the switches that every stage has out of the arguments."""
+    """Return the arguments without the switches that every stage has, and the names of the given switches."""
     flags = {f"--{name}" for name in SWITCHES}
     return [word for word in arguments if word not in flags], {word[2:] for word in arguments if word in flags}
 
 
 def answer_of(arguments: list[str]) -> str | None:
-    """Give the text that is asked for in place of a stage: help or version; None where there is work to do."""
+    """Return help or version if the arguments ask for it, and None if they name a stage to run."""
     words, _ = take_switches(arguments)
     if words[:1] == ["--version"]:
         return f"isoprune {__version__}\n"
@@ -39,12 +39,10 @@ def answer_of(arguments: list[str]) -> str | None:
 
 
 def describe_stages() -> str:
-    """List the stages in their groups, the options, examples and exit codes."""
-    names = dict.fromkeys(name.split()[0] for name in STAGES)
-    texts = {name: STAGES[name].text if name in STAGES else ACTIONS[name] for name in names}
+    """Return the help: stages by heading, options, examples and exit codes."""
     parts = [f"usage: {USAGE}\n\n{TEXT}"]
-    for title, members in GROUPS.items():
-        parts.append(_section(title, {name: texts[name] for name in members}))
+    for title, members in HEADINGS.items():
+        parts.append(_section(title, {name: (GROUPS.get(name) or STAGES[name]).text for name in members}))
     parts.append(_section("options", _OPTIONS))
     parts.append(f"{_heading('examples')}\n{_EXAMPLES}")
     parts.append(_section("exit codes", {str(code): text for code, text in EXIT_CODES.items()}))
@@ -59,5 +57,6 @@ def _section(title: str, texts: dict[str, str]) -> str:
     indent = " " * (6 + max(map(len, texts)))
     lines = []
     for name, text in texts.items():
-        lines += textwrap.wrap(text, _WIDTH, initial_indent=f"    {name}".ljust(len(indent)), subsequent_indent=indent)
+        first = f"    {name}".ljust(len(indent))
+        lines += textwrap.wrap(text, _LINE_LENGTH, initial_indent=first, subsequent_indent=indent)
     return "\n".join([_heading(title), *lines])

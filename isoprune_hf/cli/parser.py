@@ -1,4 +1,4 @@
-"""How the command line is read: stage, recipe files and flags."""
+"""Parse the command line: stage, recipe files and flags; see `parse`."""
 
 import argparse
 import itertools
@@ -6,26 +6,29 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 from isoprune_hf.cli.help import TEXT, USAGE, describe_stages
 from isoprune_hf.cli.recipe_files import read_recipe, select_stage
-from isoprune_hf.cli.table import ACTIONS, SECTIONS, STAGES, SWITCHES, Stage
+from isoprune_hf.cli.table import GROUPS, HEADINGS, SECTIONS, STAGES, SWITCHES
+from isoprune_hf.commands.stage import Stage, StageGroup
 from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.recipes import recipe_to_dict
 from isoprune_hf.terminal import suggest
 from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
-_ABOVE_STAGES = ("-h", "--help", "--version", "--completion")
+_OPTIONS_WITHOUT_STAGE = ("-h", "--help", "--version", "--completion")
+_STAGES_WITH_EMBEDDED_RECIPE = ("run", "score", "prune")
 
 
 class _Parser(ArgumentParser):
-    """Says in one line what is wrong."""
+    """Raises an error of one line, and prints resolved recipes."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message as an IsoPruneError, with a suggestion for an unknown flag."""
         message = " ".join(message.split())
         unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
         if unknown:
@@ -33,38 +36,40 @@ class _Parser(ArgumentParser):
         raise IsoPruneError(message)
 
     def dump(self, namespace: Namespace, *arguments: Any, **options: Any) -> str:
-        """Write what a recipe resolves to, not what it was given: presets and defaults give settings values."""
+        """Return the values that a recipe resolves to, with those of presets and defaults."""
         resolved = self.instantiate_classes(namespace)
         for name in SECTIONS:
             if name in resolved:
-                resolved[name] = Namespace(recipe_to_dict(resolved[name]))
-        return super().dump(resolved, *arguments, **options)
+                resolved[name] = _namespace(recipe_to_dict(resolved[name]))
+        return str(super().dump(resolved, *arguments, **options))
 
 
 class _TopParser(_Parser):
-    """Has the help that needs no parser."""
+    """Prints the help of `isoprune --help`, which needs no parser."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Return the help of all stages."""
         return describe_stages()
 
 
 class _Completion(argparse.Action):
-    """Prints a script for a shell."""
+    """Prints a completion script for a shell."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        """Print the script and end the process: making it uses the parser up."""
         sys.stdout.write(parser.get_completion_script(f"shtab-{values}"))
-        sys.exit(0)  # the script has used the parser up
+        sys.exit(0)
 
 
 def parse(arguments: list[str]) -> tuple[str, Namespace]:
-    """Turn arguments into a stage, and its recipes and flags.
+    """Parse arguments into the name of a stage, and its recipe sections and flags.
 
     Raises:
         RecipeError: A value is out of its range, or a recipe file cannot be read.
     """
     stage, flags = _split_stage(arguments)
     if stage in STAGES:
-        flags = _recipe_first(stage, _bracket_lists(stage, _name_positionals(stage, flags)))
+        flags = _recipes_first(stage, _bracket_lists(stage, _name_positionals(stage, flags)))
     parser = build_parser()
     config = parser.instantiate_classes(parser.parse_args([*stage.split(), *flags]))
     for word in stage.split():
@@ -73,26 +78,28 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
 
 
 def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
-    """Take the stage, of one word or two, from the front; without one it is `run`."""
+    """Split off the stage, one or two words at the front; without one it is `run`."""
     first = arguments[0] if arguments else ""
-    if first.partition("=")[0] in _ABOVE_STAGES:
+    if first.partition("=")[0] in _OPTIONS_WITHOUT_STAGE:
         return "", arguments
     if first.startswith("-") or not first:
         return "run", arguments
     if first in STAGES:
         return first, arguments[1:]
-    known = [stage for stage in STAGES if " " not in stage] + list(ACTIONS)
-    if first not in ACTIONS:
+    if first not in GROUPS:
+        known = [name for names in HEADINGS.values() for name in names]
         raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{suggest(first, known, limit=1)}")
     second = arguments[1] if len(arguments) > 1 else ""
-    if second in ("-h", "--help") or f"{first} {second}" in STAGES:
-        is_help = second.startswith("-")
-        return (first, arguments[1:]) if is_help else (f"{first} {second}", arguments[2:])
-    actions = [stage.split()[1] for stage in STAGES if stage.startswith(f"{first} ")]
+    if second in ("-h", "--help"):
+        return first, arguments[1:]
+    if f"{first} {second}" in STAGES:
+        return f"{first} {second}", arguments[2:]
+    actions = [stage.name.split()[1] for stage in GROUPS[first].stages]
     raise RecipeError(f"{first} needs one of {', '.join(actions)}, got {second!r}{suggest(second, actions, limit=1)}")
 
 
 def _name_positionals(stage: str, flags: list[str]) -> list[str]:
+    """Put the names of positional flags before their values."""
     named: list[str] = []
     for name, value in zip(STAGES[stage].positional, flags, strict=False):
         if value.startswith("-"):
@@ -102,22 +109,22 @@ def _name_positionals(stage: str, flags: list[str]) -> list[str]:
 
 
 def _bracket_lists(stage: str, flags: list[str]) -> list[str]:
-    """Let lists be written as people write them: 1,16 for [1,16]."""
-    names = {f"--{name}" for name, kind, *_ in STAGES[stage].flags if get_origin(kind) is list}
-    written = []
+    """Put the brackets around lists that are given without them: 1,16 becomes [1,16]."""
+    names = {f"--{flag.name}" for flag in STAGES[stage].flags if flag.is_list}
+    bracketed = []
     for before, word in itertools.pairwise(["", *flags]):
         name, is_joined, value = word.partition("=")
         if before in names and not word.startswith(("[", "-")):
             word = f"[{word}]"
         elif is_joined and name in names and not value.startswith("["):
             word = f"{name}=[{value}]"
-        written.append(word)
-    return written
+        bracketed.append(word)
+    return bracketed
 
 
-def _recipe_first(stage: str, arguments: list[str]) -> list[str]:
-    """Put the content of recipe files before all flags, so that a flag wins wherever it stands."""
-    if stage in ("run", "score", "prune") and not any(
+def _recipes_first(stage: str, arguments: list[str]) -> list[str]:
+    """Put the content of recipe files before all flags, so that a flag wins on either side of the file."""
+    if stage in _STAGES_WITH_EMBEDDED_RECIPE and not any(
         re.match(r"--(config|prune\.model|prune)(=|$)|-h$|--help$", argument) for argument in arguments
     ):
         arguments = ["--config", str(EMBEDDED_RECIPE), *arguments]
@@ -138,35 +145,41 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"isoprune {__version__}")
     parser.add_argument("--completion", action=_Completion, choices=["bash", "zsh"], default=argparse.SUPPRESS)
     stages = parser.add_subcommands(dest="stage", title="stages", description="", metavar="STAGE")
-    actions = {}
-    for name, stage in STAGES.items():
-        first, _, action = name.partition(" ")
-        if not action:
-            stages.add_subcommand(first, _stage_parser(name, stage), help=stage.text)
-            continue
-        if first not in actions:
-            above = _Parser(description=ACTIONS[first], usage=f"isoprune {first} ACTION [FLAGS]")
-            stages.add_subcommand(first, above, help=ACTIONS[first])
-            actions[first] = above.add_subcommands(dest="action", title="actions", description="", metavar="ACTION")
-        actions[first].add_subcommand(action, _stage_parser(name, stage), help=stage.text)
+    for name in (name for names in HEADINGS.values() for name in names):
+        if name in GROUPS:
+            _add_group(stages, GROUPS[name])
+        else:
+            stages.add_subcommand(name, _stage_parser(STAGES[name]), help=STAGES[name].text)
     return parser
 
 
-def _stage_parser(name: str, stage: Stage) -> ArgumentParser:
-    words = [f"isoprune {name}", *map(str.upper, stage.positional)]
-    parser = _Parser(
-        description=stage.text, usage=" ".join([*words, *["[--config RECIPE.yaml]"] * bool(stage.sections), "[FLAGS]"])
-    )
+def _add_group(stages: Any, group: StageGroup) -> None:
+    """Add a sub-command with a sub-command for each action; jsonargparse wants the outer one first."""
+    parser = _Parser(description=group.text, usage=f"isoprune {group.name} ACTION [FLAGS]")
+    stages.add_subcommand(group.name, parser, help=group.text)
+    actions = parser.add_subcommands(dest="action", title="actions", description="", metavar="ACTION")
+    for stage in group.stages:
+        actions.add_subcommand(stage.name.split()[1], _stage_parser(stage), help=stage.text)
+
+
+def _stage_parser(stage: Stage) -> ArgumentParser:
+    words = [f"isoprune {stage.name}", *map(str.upper, stage.positional)]
+    words += ["[--config RECIPE.yaml]"] if stage.sections else []
+    parser = _Parser(description=stage.text, usage=" ".join([*words, "[FLAGS]"]))
     if stage.sections:
-        parser.add_argument("--config", action="config", help="Recipe file; a flag wins over it.")
-    for flag, kind, default, help_text in stage.flags:
-        if default is None and kind is str:
-            parser.add_argument(f"--{flag}", type=kind, required=True, help=help_text)
+        parser.add_argument("--config", action="config", help="Recipe file; flags override its values.")
+    for flag in stage.flags:
+        if flag.required:
+            parser.add_argument(f"--{flag.name}", type=flag.type, required=True, help=flag.text)
         else:
-            parser.add_argument(f"--{flag}", type=kind, default=default, help=help_text)
+            parser.add_argument(f"--{flag.name}", type=flag.type, default=flag.default, help=flag.text)
     for name, text in SWITCHES.items():
         if name != "json" or stage.has_figures:
             parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
-    for section in stage.sections.split():
+    for section in stage.sections:
         parser.add_class_arguments(SECTIONS[section], section)
     return parser
+
+
+def _namespace(values: dict[str, Any]) -> Namespace:
+    return Namespace(values)  # type: ignore[no-untyped-call]  # jsonargparse does not annotate it

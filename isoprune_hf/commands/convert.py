@@ -1,27 +1,51 @@
-"""The stage that reads checkpoints of the reference implementation."""
+"""The stage `convert`: turn a checkpoint of the reference implementation into a folder."""
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from accelerate import Accelerator
+from isoprune_hf.commands.flags import OVERWRITE, output_flag
+from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
 
-from isoprune_hf.checkpoint.folder import check_output
-from isoprune_hf.commands.results import Answer, summarize, write_folder
-from isoprune_hf.legacy.convert import convert_file
-from isoprune_hf.legacy.tree import Weights
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
-def run_convert(
-    accelerator: Accelerator,
+def run(
+    *,
+    accelerator: "Accelerator",
     file: str,
     output: str,
     base: str | None,
     model_args: dict[str, Any],
-    weights: Weights,
+    weights: Literal["raw", "ema"],
     overwrite: bool,
 ) -> Answer:
-    """Convert a pickled module, without executing it, and write the folder OUTPUT."""
+    """Convert a pickled module, whose pickle is read as data, and write the folder OUTPUT."""
+    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.commands.steps.results import summarize, write_folder
+    from isoprune_hf.legacy.convert import convert_file
+
     folder = check_output(output, overwrite=overwrite)
     converted = convert_file(file, base=base, model_args=model_args, weights=weights)
     write_folder(folder, converted.model, converted.processor, accelerator)
     answer = summarize(converted.model, {}, {}, folder)
-    return answer._replace(text="\n".join([*converted.notes, "", answer.text]))
+    return replace(answer, text="\n".join([*converted.notes, "", answer.text]))
+
+
+STAGE = Stage(
+    name="convert",
+    run=run,
+    text="Convert a pruned module of the reference implementation, without executing its pickle, and write the folder "
+    "OUTPUT.",
+    heading=Heading.SHRINK,
+    order=5,
+    flags=(
+        Flag("file", str, None, "File of torch.save that holds a module of timm or torchvision.", required=True),
+        output_flag("output/converted"),
+        Flag("base", str | None, None, "The dense base, such as timm/NAME, if the file does not name it."),
+        Flag("model_args", dict[str, Any], {}, 'Arguments of the base\'s architecture, such as {"img_size": 64}.'),
+        Flag("weights", Literal["raw", "ema"], "raw", "Convert the weights, or their moving average."),
+        OVERWRITE,
+    ),
+    positional=("file",),
+)

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from isoprune_hf import CheckpointError, IsoPruneError, IsoPruneForImageClassification, load_base
-from isoprune_hf.commands.opening import open_source
+from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.data.decoding import DECODE_ERRORS, decode_image
 from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.reporting.widths import PICTURE, draw_widths, layer_widths

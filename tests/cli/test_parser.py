@@ -1,4 +1,4 @@
-"""How the command line is read and what it says of itself: help, completion, --quiet and --json, colours."""
+"""Help, completion, --quiet, --json, colours, and lists on the command line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from helpers.ranks import run
 
 from isoprune_hf import errors
 from isoprune_hf.cli.parser import parse
-from isoprune_hf.cli.table import EXIT_CODES, GROUPS, STAGES
+from isoprune_hf.cli.table import EXIT_CODES, HEADINGS, STAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,16 +27,16 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def section(title: str) -> str:
-    """Part of the help under a title."""
+    """Return the part of the help under a heading."""
     return re.search(rf"^{title}:\n(.*?)(?:\n\n|\Z)", succeed("--help"), re.MULTILINE | re.DOTALL)[1]
 
 
-def test_the_help_puts_each_stage_into_one_group() -> None:
-    listed = [name for title in GROUPS for name in re.findall(r"^    (\w+) ", section(title), re.MULTILINE)]
+def test_help_lists_each_stage_once() -> None:
+    listed = [name for title in HEADINGS for name in re.findall(r"^    (\w+) ", section(title), re.MULTILINE)]
     assert sorted(listed) == sorted({stage.split()[0] for stage in STAGES})
 
 
-def test_the_help_has_three_examples_that_are_read_as_they_stand() -> None:
+def test_examples_of_help_can_be_parsed() -> None:
     examples = [line.split() for line in section("examples").splitlines() if not line.startswith("   ")]
     assert [words[0] for words in examples] == ["isoprune", "isoprune", "accelerate"]
     for words in examples[:2]:
@@ -44,7 +44,7 @@ def test_the_help_has_three_examples_that_are_read_as_they_stand() -> None:
     assert set(re.findall(r"--([\w.]+)", " ".join(examples[2]))) == {"config", "data.dataset"}
 
 
-def test_the_help_has_every_exit_code() -> None:
+def test_help_has_every_exit_code() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")]
     used = {kind.exit_code for kind in kinds if kind is not errors.TrainingFault} | {0, 1, 2}
     assert set(EXIT_CODES) == used == {int(code) for code in re.findall(r"^    (\d+) ", section("exit codes"), re.M)}
@@ -58,7 +58,7 @@ def test_bash_completes_stages_and_flags(words: str, offers: str, tmp_path: Path
     script.write_text(succeed("--completion", "bash"))
     words = f"isoprune {words}"
     count = len(words.split())
-    # As bash itself calls it when TAB is pressed behind the words.
+    # The call that bash makes when TAB is pressed after the words.
     lines = f"source {script}; COMP_WORDS=({words}); COMP_CWORD={count - 1}; COMP_LINE='{words}'"
     lines += f"; COMP_POINT={len(words)}; $(complete -p isoprune | sed 's/.*-F \\([^ ]*\\).*/\\1/') isoprune"
     lines += " ${COMP_WORDS[-1]}; echo ${COMPREPLY[@]}"
@@ -67,12 +67,12 @@ def test_bash_completes_stages_and_flags(words: str, offers: str, tmp_path: Path
     assert offers in done.stdout
 
 
-def test_zsh_has_a_script_too_and_other_shells_are_refused() -> None:
+def test_zsh_has_script_and_fish_is_refused() -> None:
     assert succeed("--completion", "zsh").startswith("#compdef isoprune")
     assert "fish" in refuse("--completion", "fish")
 
 
-def test_doctor_gives_its_findings_as_json(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+def test_doctor_prints_findings_as_json(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     folder = pruned("vit").folder
     found = json.loads(succeed("doctor", folder, "--json"))
     assert found["folder"] == str(folder) and found["failed"] == 0
@@ -83,7 +83,7 @@ def test_doctor_gives_its_findings_as_json(pruned: Callable[[str], Pruned], tmp_
     assert done.code == 2 and done.out == "" and re.fullmatch(r"isoprune: error: [^\n]+\n", done.err)
 
 
-def test_inspect_gives_classes_and_groups_as_json(pruned: Callable[[str], Pruned]) -> None:
+def test_inspect_prints_classes_and_groups_as_json(pruned: Callable[[str], Pruned]) -> None:
     folder = pruned("vit").folder
     found = json.loads(succeed("inspect", folder, "--json"))
     kept = read(folder, "pruning_plan.json")["kept"]
@@ -95,7 +95,7 @@ def test_inspect_gives_classes_and_groups_as_json(pruned: Callable[[str], Pruned
     assert found["plans"]["plan"] == read(folder, "config.json")["cost"]["pruned"]
 
 
-def test_prune_gives_sizes_as_json_and_its_log_elsewhere(tmp_path: Path) -> None:
+def test_prune_prints_json_and_logs_to_stderr(tmp_path: Path) -> None:
     vit = ["--prune.model", "timm/test_vit", "--prune.pretrained", "false", "--prune.criterion", "l1"]
     done = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "out", "--json")
     cost = read(tmp_path / "out", "config.json")["cost"]
@@ -107,7 +107,7 @@ def test_prune_gives_sizes_as_json_and_its_log_elsewhere(tmp_path: Path) -> None
     assert loud.out.startswith("pruned ") and loud.out.partition("\n")[2].startswith("model ")
 
 
-def test_evaluate_gives_its_figures_as_json() -> None:
+def test_evaluate_prints_figures_as_json() -> None:
     args = ["--model", "timm/vit_tiny_patch16_224", "--pretrained", "false", "--num_labels", "10"]
     args += ["--model_args", '{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}']
     args += ["--data.dataset", "digits"]
@@ -119,19 +119,17 @@ def test_evaluate_gives_its_figures_as_json() -> None:
 
 
 @pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if not stage.has_figures])
-def test_a_stage_without_figures_refuses_json(stage: str, pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+def test_stage_without_figures_refuses_json(stage: str, pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     folder = str(pruned("vit").folder)
     given = {"score": [], "plan show": [folder], "plan diff": [folder, folder], "push": [folder, "--repo", "a/b"]}
-    assert f"isoprune {stage} has no --json" in refuse(*stage.split(), *given[stage], "--json")
+    assert f"isoprune {stage} does not support --json" in refuse(*stage.split(), *given[stage], "--json")
     assert "--json" not in succeed(*stage.split(), "--help") and "--quiet" in succeed(*stage.split(), "--help")
 
 
 @pytest.mark.parametrize(
     ("settings", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )
-def test_colours_are_for_a_terminal_that_wants_them(
-    settings: dict[str, str], is_coloured: bool, tmp_path: Path
-) -> None:
+def test_colours_need_terminal_that_allows_them(settings: dict[str, str], is_coloured: bool, tmp_path: Path) -> None:
     main, terminal = pty.openpty()
 
     def use_terminal() -> None:
@@ -148,7 +146,7 @@ def test_colours_are_for_a_terminal_that_wants_them(
     assert said.startswith("isoprune: \033[31;1merror:\033[0m " if is_coloured else "isoprune: error: ")
 
 
-def test_a_file_gets_no_colours(tmp_path: Path) -> None:
+def test_file_gets_no_colours(tmp_path: Path) -> None:
     done = run(["--help"], tmp_path / "log")
     assert done.code == 0 and done.out and "\033" not in done.out
 
@@ -157,10 +155,10 @@ def test_a_file_gets_no_colours(tmp_path: Path) -> None:
     "flags",
     [["--batch_sizes", "1,64"], ["--batch_sizes=1,64"], ["--batch_sizes", "[1, 64]"], ["--batch_sizes=[1,64]"]],
 )
-def test_a_list_needs_no_brackets(flags: list[str]) -> None:
+def test_list_needs_no_brackets(flags: list[str]) -> None:
     _, config = parse(["benchmark", "out", *flags, "--runtimes", "eager"])
     assert (config.batch_sizes, config.runtimes, config.dtypes) == ([1, 64], ["eager"], ["fp32", "bf16"])
 
 
-def test_a_value_in_a_list_that_is_not_allowed_is_refused() -> None:
+def test_unknown_value_in_list_is_refused() -> None:
     assert "runtimes" in refuse("benchmark", "out", "--runtimes", "eager,tensorrt")

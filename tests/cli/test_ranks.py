@@ -55,7 +55,7 @@ def check_figures(out: str, pruned: Path) -> None:
     assert json.loads(figures)["images"] == 20
 
 
-def test_two_ranks_make_the_plan_of_one(images: Path, pruned: Path, tmp_path: Path) -> None:
+def test_two_ranks_make_plan_of_one(images: Path, pruned: Path, tmp_path: Path) -> None:
     command = ["prune", *TAYLOR, "--data.dataset", images, "--output", tmp_path / "two"]
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log")]
     assert [end.code for end in ended] == [0, 0], ended[0].err
@@ -69,7 +69,7 @@ def test_two_ranks_make_the_plan_of_one(images: Path, pruned: Path, tmp_path: Pa
     assert printed.count("The model is in") == 1
 
 
-def test_two_ranks_evaluate_to_the_figures_of_one(images: Path, pruned: Path, tmp_path: Path) -> None:
+def test_two_ranks_evaluate_like_one(images: Path, pruned: Path, tmp_path: Path) -> None:
     shutil.copytree(pruned, tmp_path / "evaluated")
     command = ["evaluate", "--model", tmp_path / "evaluated", "--data.dataset", images]
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log")]
@@ -149,7 +149,7 @@ def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.launch
-def test_torchrun_makes_the_plan_of_one_rank(launched: dict[str, Launched], pruned: Path) -> None:
+def test_torchrun_makes_plan_of_one_rank(launched: dict[str, Launched], pruned: Path) -> None:
     one, two = launched["one"], launched["two"]
     assert one.code == 0, one.err
     assert two.code == 0, two.err
@@ -167,7 +167,7 @@ def test_torchrun_makes_the_plan_of_one_rank(launched: dict[str, Launched], prun
 
 
 @pytest.mark.launch
-def test_accelerate_launch_evaluates_as_one_rank(launched: dict[str, Launched], pruned: Path) -> None:
+def test_accelerate_launch_evaluates_like_one_rank(launched: dict[str, Launched], pruned: Path) -> None:
     finished = launched["evaluate"]
     assert finished.code == 0, finished.err
     assert finished.ranks == {"0": "2", "1": "2"}

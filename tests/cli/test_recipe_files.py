@@ -1,3 +1,5 @@
+"""Recipe files: the published ones, files that extend others, and files that are refused."""
+
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,19 +66,19 @@ NEEDED = {"finetune": ["--model", "m"], "evaluate": ["--model", "m"], "plan appl
 
 @cache
 def resolve(stage: str, name: str) -> Any:
-    """Parse a shipped recipe for a stage, as the command line does."""
+    """Parse a published recipe for a stage, as the command line does."""
     return parse([*stage.split(), "--config", str(RECIPES / f"{name}.yaml"), *NEEDED.get(stage, [])])[1]
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Write recipe files; returns the first one."""
+    """Write recipe files and return the first one."""
     paths = [folder / f"{name}.yaml" for name in files]
     for path, text in zip(paths, files.values(), strict=True):
         path.write_text(text)
     return paths[0]
 
 
-# The recipes that we ship
+# Published recipes
 
 
 def test_published_recipe_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,22 +92,22 @@ def test_published_recipe_is_found_by_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", [*CUTS, *(f"{name}_best" for name in CUTS)])
-def test_every_recipe_is_read_with_all_its_sections(name: str) -> None:
+def test_every_recipe_is_read_with_all_sections(name: str) -> None:
     config = resolve("run", name)
-    for section in STAGES["run"].sections.split():
+    for section in STAGES["run"].sections:
         assert isinstance(config[section], SECTIONS[section])
 
 
 @pytest.mark.parametrize("name", ["deit_4.2g", pytest.param("convnext_4.2g_best", marks=pytest.mark.families)])
-def test_a_recipe_is_read_by_every_stage(name: str) -> None:
-    for stage, (sections, *_) in STAGES.items():
-        config = resolve(stage, name) if sections else {}
-        for section in sections.split():
+def test_every_stage_reads_a_recipe(name: str) -> None:
+    for stage, declared in STAGES.items():
+        config = resolve(stage, name) if declared.sections else {}
+        for section in declared.sections:
             assert isinstance(config[section], SECTIONS[section])
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_a_recipe_cuts_as_the_script_of_its_name(name: str) -> None:
+def test_recipe_cuts_like_script_of_its_name(name: str) -> None:
     cut = resolve("prune", name).prune
     assert (cut.model, cut.ratio, cut.head_ratio, cut.head_dim_ratio, cut.calibration_batches) == CUTS[name]
     assert (cut.criterion, cut.reduction, cut.normalizer, cut.score_batchnorm) == ("taylor", "mean", "mean", False)
@@ -114,7 +116,7 @@ def test_a_recipe_cuts_as_the_script_of_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FINETUNES)
-def test_a_recipe_finetunes_as_the_script_of_its_name(name: str) -> None:
+def test_recipe_finetunes_like_script_of_its_name(name: str) -> None:
     tuning = resolve("run", name).finetune
     assert (
         tuning.optimizer,
@@ -169,7 +171,7 @@ def test_a_recipe_finetunes_as_the_script_of_its_name(name: str) -> None:
         ),
     ],
 )
-def test_a_family_shares_the_rest(family: str, values: dict[str, Any]) -> None:
+def test_family_shares_remaining_settings(family: str, values: dict[str, Any]) -> None:
     names = [name for name in CUTS if name.startswith(family)]
     for name in names:
         tuning = recipe_to_dict(resolve("run", name).finetune)
@@ -177,7 +179,7 @@ def test_a_family_shares_the_rest(family: str, values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_twin_of_the_preset_best_differs_in_the_cut_alone(name: str) -> None:
+def test_best_twin_differs_only_in_cut(name: str) -> None:
     published, best = resolve("run", name), resolve("run", f"{name}_best")
     first, second = recipe_to_dict(published.prune), recipe_to_dict(best.prune)
     assert {key: value for key, value in second.items() if first[key] != value} == {
@@ -195,7 +197,7 @@ def test_the_twin_of_the_preset_best_differs_in_the_cut_alone(name: str) -> None
     assert (best.data, best.pretrain, best.finetune) == (published.data, published.pretrain, published.finetune)
 
 
-def test_the_twins_have_the_published_size_and_no_published_accuracy() -> None:
+def test_best_twins_expect_size_without_accuracy() -> None:
     assert {path.stem for path in RECIPES.glob("*_best.yaml")} == {f"{name}_best" for name in CUTS}
     for name in CUTS:
         assert float(TARGETS[name].removesuffix("G")) == read_recipe(RECIPES / f"{name}.yaml")["expect"]["gmacs"]
@@ -203,7 +205,7 @@ def test_the_twins_have_the_published_size_and_no_published_accuracy() -> None:
         assert "expect" not in recipe and "not trained here" in recipe["source"]
 
 
-def test_a_recipe_evaluates_at_256_to_224_pixels_as_the_script_of_its_name() -> None:
+def test_recipe_evaluates_like_script_of_its_name() -> None:
     for name in CUTS:
         bilinear = name.startswith(("resnet", "mobilenet"))
         data = resolve("evaluate", name).data
@@ -212,12 +214,12 @@ def test_a_recipe_evaluates_at_256_to_224_pixels_as_the_script_of_its_name() -> 
         assert resolve("prune", name).prune.interpolation == ("bicubic" if name == "resnet50_2.0g" else None), name
 
 
-def test_the_crops_of_the_two_convnexts_differ() -> None:
+def test_crops_of_two_convnexts_differ() -> None:
     found = {name: resolve("run", name).finetune.interpolation for name in CUTS if name.startswith("convnext")}
     assert found == {"convnext_8.5g": "bicubic", "convnext_4.2g": "random"}
 
 
-def test_every_recipe_names_its_source_and_the_published_figures() -> None:
+def test_every_recipe_names_source_and_published_figures() -> None:
     named = {path.stem for path in RECIPES.glob("*_*g.yaml") if not path.stem.startswith("_")}
     assert named == CUTS.keys()
     for name in named:
@@ -226,7 +228,7 @@ def test_every_recipe_names_its_source_and_the_published_figures() -> None:
         assert ("our own proposal" in recipe["source"]) == (name == "swin_4.5g")
 
 
-def test_a_printed_config_shows_all_values_and_is_a_recipe(tmp_path: Path) -> None:
+def test_printed_config_is_complete_recipe(tmp_path: Path) -> None:
     printed = succeed("run", "--config", RECIPES / "deit_4.2g.yaml", "--print_config", "--finetune.epochs", "9")
     shown = yaml.safe_load(printed)
     pushes = {"push_to_hub", "push_every"}
@@ -250,7 +252,7 @@ def test_a_printed_config_shows_all_values_and_is_a_recipe(tmp_path: Path) -> No
         ("preset: reference", ("taylor_reference", "class", False, "none", "mean", "mean")),
     ],
 )
-def test_a_printed_config_has_the_values_that_a_preset_gives(settings: str, taken: tuple, tmp_path: Path) -> None:
+def test_printed_config_has_values_of_preset(settings: str, taken: tuple, tmp_path: Path) -> None:
     file = write(tmp_path, given=f"prune: {{model: a, ratios: {{x.*: 0.1}}, {settings}}}")
     printed = succeed("prune", "--config", file, "--print_config")
     shown = yaml.safe_load(printed)["prune"]
@@ -263,15 +265,15 @@ def test_a_printed_config_has_the_values_that_a_preset_gives(settings: str, take
     assert (second, second.taken_preset) == (first, first.taken_preset)
 
 
-def test_a_config_that_contradicts_its_preset_is_not_printed() -> None:
+def test_config_contradicting_preset_is_refused() -> None:
     line = refuse("prune", "--prune.preset", "best", "--prune.criterion", "l1", "--print_config")
     assert "prune.preset best takes prune.criterion gate_fisher_joint, got l1" in line
 
 
-# Files of files
+# Files that extend others
 
 
-def test_a_file_says_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+def test_extending_file_overrides_its_base(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     write(
         tmp_path / "shared",
@@ -287,7 +289,7 @@ def test_a_file_says_what_differs_from_the_one_that_it_extends(tmp_path: Path) -
     }
 
 
-def test_a_stage_is_given_its_own_sections_alone() -> None:
+def test_stage_gets_only_its_own_sections() -> None:
     recipe = {"prune": {}, "data": {}, "finetune": {}, "output": "o", "source": "s", "expect": {}}
     assert select_stage(recipe, "run").keys() == {"prune", "data", "finetune", "output"}
     assert select_stage(recipe, "finetune").keys() == {"data", "finetune"}
@@ -295,7 +297,7 @@ def test_a_stage_is_given_its_own_sections_alone() -> None:
     assert select_stage(recipe, "doctor") == {}
 
 
-def test_the_embedded_recipe_is_one_of_these_files() -> None:
+def test_embedded_recipe_is_read_by_read_recipe() -> None:
     assert read_recipe(EMBEDDED_RECIPE)["data"]["dataset"] == "digits"
 
 
@@ -324,17 +326,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_of_several_is_one_clear_line(kind: str, tmp_path: Path) -> None:
+def test_bad_extended_file_is_one_line(kind: str, tmp_path: Path) -> None:
     files, words = BAD[kind]
     line = refuse("prune", "--config", write(tmp_path, **files))
     assert [word for word in words if word not in line] == [], line
 
 
-def test_a_good_file_may_be_extended_twice_by_two_others(tmp_path: Path) -> None:
+def test_file_may_be_extended_by_two_others(tmp_path: Path) -> None:
     write(tmp_path, base="prune: {model: a}", left="extends: base.yaml", right="extends: base.yaml")
     assert read_recipe(tmp_path / "left.yaml") == read_recipe(tmp_path / "right.yaml") == {"prune": {"model": "a"}}
 
 
-def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.yaml cannot be read \(No such file or directory\)$"):
         read_recipe(tmp_path / "none.yaml")

@@ -1,4 +1,4 @@
-"""Evaluate on the command line: any model, with its own transform or another, and what a folder keeps of it."""
+"""The stage evaluate: any model, its own transform or another, and the figures that its folder stores."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where data/imagenet lies: noise of 10 classes, 2 images in train and in val each, written last class first."""
+    """Parent of data/imagenet: noise of 10 classes, 2 images each in train and val, written last class first."""
     root, generator = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
     for split in ("train", "val"):
         for name in reversed(SYNSETS):
@@ -61,14 +61,14 @@ def images(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT that was cut and evaluated with its own transform."""
+    """Folder of a tiny ViT that was cut and evaluated with its own transform."""
     folder = tmp_path_factory.mktemp("pruned") / "pruned"
     succeed("prune", *VIT, "--prune.criterion", "l1", "--data.dataset", images, "--output", folder)
     return folder
 
 
 def by_hand(model: nn.Module, images: Path, resize: int, interpolation: str) -> dict[str, float]:
-    """Classify the files of val/ one by one, through the transform of torchvision; labels by sorted synset."""
+    """Classify the files of val/ one by one with torchvision's transform; labels by sorted synset."""
     normal = Normalize((0.5,) * 3, (0.5,) * 3)
     transform = Compose([Resize(resize, InterpolationMode(interpolation)), CenterCrop(16), ToTensor(), normal])
     ranks, losses, confidences = [], [], []
@@ -92,7 +92,7 @@ def figures_of(printed: str) -> dict[str, float]:
     return json.loads(printed.splitlines()[-1])
 
 
-def test_the_models_own_transform_is_the_default(pruned: Path, images: Path) -> None:
+def test_own_transform_is_default(pruned: Path, images: Path) -> None:
     # timm's data config of an untrained ViT of 16 pixels: the shorter side becomes 16, bicubic.
     printed = succeed("evaluate", "--model", pruned, "--data.dataset", images)
     assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 16, "bicubic"), rel=1e-5)
@@ -104,7 +104,7 @@ def test_the_models_own_transform_is_the_default(pruned: Path, images: Path) -> 
     assert same == printed
 
 
-def test_the_figures_of_each_class_are_a_file(pruned: Path, images: Path, tmp_path: Path) -> None:
+def test_per_class_figures_are_written(pruned: Path, images: Path, tmp_path: Path) -> None:
     command = ("evaluate", "--model", pruned, "--data.dataset", images, "--per_class", tmp_path / "a" / "classes.csv")
     figures = figures_of(succeed(*command))
     rows = list(csv.DictReader((tmp_path / "a" / "classes.csv").open()))
@@ -116,24 +116,24 @@ def test_the_figures_of_each_class_are_a_file(pruned: Path, images: Path, tmp_pa
     assert f"--per_class {tmp_path} is a folder" in refuse(*command[:-1], tmp_path)
 
 
-def test_another_transform_is_evaluated_and_said_and_leaves_the_folder_alone(pruned: Path, images: Path) -> None:
+def test_figures_of_other_transform_are_not_stored(pruned: Path, images: Path) -> None:
     before = contents(pruned)
     printed = succeed("evaluate", "--model", pruned, "--data.dataset", images, *OTHER)
     assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5)
     assert "on 20 images, transform: resize 22, interpolation bilinear\n" in printed
-    assert "does not keep these figures: they are not those of its own transform\n" in printed
+    assert "figures are not stored in the folder: they were measured with another transform\n" in printed
     assert contents(pruned) == before
 
 
-def test_figures_of_another_data_set_are_not_kept_and_said(pruned: Path, images: Path, tmp_path: Path) -> None:
+def test_figures_of_other_data_set_are_not_stored(pruned: Path, images: Path, tmp_path: Path) -> None:
     other, before = shutil.copytree(images, tmp_path / "other"), contents(pruned)
-    assert "they are not those of its own data set\n" in succeed(
+    assert "they were measured with another data set\n" in succeed(
         "evaluate", "--model", pruned, "--data.dataset", other
     )
     assert contents(pruned) == before
 
 
-def test_a_folder_has_the_transform_that_its_figures_were_measured_with(images: Path, tmp_path: Path) -> None:
+def test_folder_has_transform_of_its_figures(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeed("prune", *VIT, "--prune.criterion", "l1", "--data.dataset", images, *OTHER, "--output", out)
     saved = read(out, "preprocessor_config.json")
@@ -144,9 +144,7 @@ def test_a_folder_has_the_transform_that_its_figures_were_measured_with(images: 
     assert figures_of(printed) == pytest.approx(want, rel=1e-5) and "the model's own" in printed
 
 
-def test_finetuning_with_another_transform_measures_base_and_pruned_anew(
-    pruned: Path, images: Path, tmp_path: Path
-) -> None:
+def test_finetuning_with_other_transform_measures_everything_again(pruned: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tuning = ["--data.dataset", images, "--finetune.epochs", "1", "--output", out]
     succeed("finetune", "--model", pruned, *OTHER, *tuning)
@@ -158,7 +156,7 @@ def test_finetuning_with_another_transform_measures_base_and_pruned_anew(
     assert read(out / "checkpoints" / "best", "preprocessor_config.json")["size"] == {"shortest_edge": 22}
 
 
-def test_scoring_may_have_an_interpolation_of_its_own(images: Path, tmp_path: Path) -> None:
+def test_scoring_may_have_its_own_interpolation(images: Path, tmp_path: Path) -> None:
     scoring = [*VIT, "--prune.criterion", "taylor", "--prune.calibration_batches", "1", "--data.dataset", images]
     plans = {}
     for name, flags in {"own": [], "other": ["--prune.interpolation", "nearest"], "resize": OTHER[:2]}.items():
@@ -172,7 +170,7 @@ def test_scoring_may_have_an_interpolation_of_its_own(images: Path, tmp_path: Pa
     assert saved["other"] == saved["own"] != saved["resize"]
 
 
-def test_a_preset_names_every_value_that_it_replaces_also_one_that_was_given(images: Path, tmp_path: Path) -> None:
+def test_log_names_values_replaced_by_preset(images: Path, tmp_path: Path) -> None:
     given = ["--prune.normalizer", "none", "--prune.preset", "reference", "--prune.calibration_batches", "1"]
     printed = succeed("prune", *VIT, *given, "--data.dataset", images, "--output", tmp_path / "out")
     assert printed.startswith(
@@ -182,7 +180,7 @@ def test_a_preset_names_every_value_that_it_replaces_also_one_that_was_given(ima
     assert "prune.preset" not in succeed("prune", *plain)
 
 
-def test_imagenet_works_as_it_lies_with_labels_by_sorted_synset(
+def test_imagenet_folder_is_labelled_by_sorted_synset(
     pruned: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -193,7 +191,7 @@ def test_imagenet_works_as_it_lies_with_labels_by_sorted_synset(
     assert [names[str(index)] for index in range(10)] == sorted(SYNSETS)
 
 
-def test_an_untrained_timm_name_needs_no_network(images: Path) -> None:
+def test_untrained_timm_name_needs_no_network(images: Path) -> None:
     printed = succeed(
         *("evaluate", "--model", "timm/vit_tiny_patch16_224", "--pretrained", "false", "--model_args", ARGS),
         *("--num_labels", "data", "--data.dataset", images),
@@ -205,7 +203,7 @@ def test_an_untrained_timm_name_needs_no_network(images: Path) -> None:
     assert figures_of(printed)["images"] == 20 and "keep" not in printed
 
 
-def test_a_model_of_transformers_and_a_converted_one_are_evaluated(images: Path, tmp_path: Path) -> None:
+def test_transformers_and_converted_models_are_evaluated(images: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = TRANSFORMERS["hf-vit"].__class__(**{**TRANSFORMERS["hf-vit"].to_dict(), "num_labels": 10})
     model = ViTForImageClassification(config)
@@ -215,9 +213,7 @@ def test_a_model_of_transformers_and_a_converted_one_are_evaluated(images: Path,
     assert figures_of(printed) == pytest.approx(by_hand(model, images, 22, "bilinear"), rel=1e-5)
     old, new = save(make_module("deit"), tmp_path / "old.pth"), tmp_path / "new"
     args = json.dumps({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4})
-    assert f"is a file; `isoprune convert {old}` makes a folder" in refuse(
-        "evaluate", "--model", old, "--data.dataset", images
-    )
+    assert f"run `isoprune convert {old}`" in refuse("evaluate", "--model", old, "--data.dataset", images)
     succeed("convert", old, "--output", new, f"--model_args={args}")
     printed = succeed("evaluate", "--model", new, "--data.dataset", images)
     assert list(read(new, "metrics.json").values()) == [figures_of(printed)]
@@ -226,16 +222,14 @@ def test_a_model_of_transformers_and_a_converted_one_are_evaluated(images: Path,
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data.resize", "15"], ["data.resize must be at least the 16 pixels that the model takes, got 15"]),
+        (["--data.resize", "15"], ["data.resize must be at least", "16 pixels, got 15"]),
         (["--data.resize", "0"], ["data.resize must be between 1 and 16384, got 0"]),
         (["--data.resize", "half"], ["data.resize", "half"]),
         (["--data.interpolation", "area"], ["data.interpolation", "area", "nearest", "bilinear", "bicubic"]),
         (["--pretrained", "false"], ["is pruned; random weights need a dense base"]),
     ],
 )
-def test_what_cannot_be_evaluated_so_is_one_line(
-    flags: list[str], words: list[str], pruned: Path, images: Path
-) -> None:
+def test_invalid_evaluation_is_one_line(flags: list[str], words: list[str], pruned: Path, images: Path) -> None:
     before = contents(pruned)
     line = refuse("evaluate", "--model", pruned, "--data.dataset", images, *flags)
     assert [word for word in words if word not in line] == [], line

@@ -1,16 +1,16 @@
-"""The stage that cuts several sizes from one scoring."""
+"""The stage frontier: several sizes from one scoring."""
 
 import csv
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.command_line import contents, leftovers, read, refuse, succeed
+from helpers.cut_folders import MODEL_ARGS, NAME, OPEN
 
-from isoprune_hf.commands.frontier import read_sizes, tabulate_frontier
+from isoprune_hf.commands.frontier import read_sizes
+from isoprune_hf.commands.steps.sizes import tabulate_sizes
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning import score as scoring
@@ -21,18 +21,8 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
 from isoprune_hf.recipes import PruneRecipe
 
-MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
-NAME = "timm/vit_tiny_patch16_224"
-OPEN = ["--prune.pretrained", "false", "--prune.model_args", json.dumps(MODEL_ARGS), "--prune.num_labels", "10"]
 L1 = ["frontier", NAME, *OPEN, "--prune.criterion", "l1", "--prune.round_to", "2"]
 FILES = {"frontier.csv", "frontier.json", "frontier.svg", "frontier.png", "importance.safetensors"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        yield
 
 
 def table_of(folder: Path) -> list[dict[str, str]]:
@@ -40,7 +30,7 @@ def table_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_every_size_is_the_cut_that_its_budget_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorings = []
 
     def count_scorings(*arguments: Any, **options: Any) -> ImportanceScores:
@@ -70,7 +60,7 @@ def test_every_size_is_the_cut_that_its_budget_makes(tmp_path: Path, monkeypatch
     assert [{key: str(value) for key, value in row.items()} for row in record["rows"]] == rows
     assert record["criterion"] == "l1" and record["latency"]["repeats"] == 20
     assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 2 + len(rows)
-    # Its scores make any other size.
+    # Its scores serve other sizes.
     again = [
         "prune",
         "--prune.model",
@@ -85,7 +75,7 @@ def test_every_size_is_the_cut_that_its_budget_makes(tmp_path: Path, monkeypatch
     assert read(tmp_path / "cut", "config.json")["cost"]["pruned"]["macs"] == int(rows[1]["macs"])
 
 
-def test_the_accuracy_is_that_of_the_folder_of_this_size(tmp_path: Path) -> None:
+def test_accuracy_is_that_of_equal_cut(tmp_path: Path) -> None:
     data = ["--data.dataset", "digits", "--prune.calibration_batches", "2", "--prune.batch_size", "8"]
     succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")
     cut = ["prune", "--prune.model", NAME, *OPEN, *data, "--scores", tmp_path / "out" / "importance.safetensors"]
@@ -95,7 +85,7 @@ def test_the_accuracy_is_that_of_the_folder_of_this_size(tmp_path: Path) -> None
         assert {key: float(row[key]) for key in metrics[name]} == metrics[name]
 
 
-def test_a_frontier_is_replaced_only_when_told_so(tmp_path: Path) -> None:
+def test_frontier_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeed(*L1, "--sizes", "0.6", "--output", out)
     before = contents(tmp_path)
@@ -110,7 +100,7 @@ def test_a_frontier_is_replaced_only_when_told_so(tmp_path: Path) -> None:
 
 
 BAD = {
-    "word": (["--sizes", "half"], "--sizes must be numbers between 0 and 1, as 0.8,0.5,0.3, got 'half'"),
+    "word": (["--sizes", "half"], "--sizes must be numbers between 0 and 1, such as 0.8,0.5,0.3, got 'half'"),
     "none": (["--sizes", ""], "got ''"),
     "empty part": (["--sizes", "0.5,"], "got ''"),
     "whole": (["--sizes", "1.0"], "got '1.0'"),
@@ -118,7 +108,7 @@ BAD = {
     "nan": (["--sizes", "nan"], "got 'nan'"),
     "twice": (["--sizes", "0.5,0.50"], "--sizes names 0.5 twice"),
     "out of reach": (["--sizes", "0.5,0.001"], "cannot be reached"),
-    "steps": (["--prune.steps", "2"], "set prune.steps to 1, not 2"),
+    "steps": (["--prune.steps", "2"], "set prune.steps to 1, got 2"),
     "no data": (["--prune.criterion", "taylor"], "criterion taylor needs data"),
     "no scores": (["--scores", "none.safetensors"], "not a file of importance scores"),
 }
@@ -131,21 +121,21 @@ def test_bad_input_is_one_line_and_writes_nothing(kind: str, tmp_path: Path) -> 
     assert contents(tmp_path) == {}
 
 
-def test_without_matplotlib_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install isoprune-hf[publish]" in refuse(*L1, "--output", tmp_path / "out")
     assert contents(tmp_path) == {}
 
 
-def test_sizes_are_read_as_they_stand() -> None:
+def test_sizes_are_read_from_text() -> None:
     assert read_sizes("0.8, .5,3e-1") == (0.8, 0.5, 0.3)
     with pytest.raises(RecipeError, match="--sizes"):
         read_sizes("0.8;0.5")
 
 
-def test_the_table_has_the_columns_that_were_measured() -> None:
+def test_table_has_only_measured_columns() -> None:
     rows = [{"size": 1.0, "macs": 4_600_000_000, "params": 22_000_000, "latency_ms": 12.345, "top1": 0.5}]
-    assert tabulate_frontier(rows).splitlines() == [
+    assert tabulate_sizes(rows).splitlines() == [
         "| size | GMACs | params (M) | latency (ms) | top-1 % |",
         "| ---: | ---: | ---: | ---: | ---: |",
         "| 1 | 4.60 | 22.00 | 12.35 | 50.00 |",

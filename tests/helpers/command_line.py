@@ -1,4 +1,4 @@
-"""The command line run in this process: what it printed, how it ended, what it left behind."""
+"""Run the command line in this process, and read what it printed and wrote."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from isoprune_hf.cli.main import main
 
 
 class Done(NamedTuple):
-    """How a command ended, and what it said."""
+    """Exit code and output of a command."""
 
     code: int | str | None
     out: str
@@ -21,7 +21,7 @@ class Done(NamedTuple):
 
 
 def isoprune(*arguments: str | Path) -> Done:
-    """Run the command line in this process; the logging of the tests is put back afterwards."""
+    """Run the command line in this process, and restore the logging of the tests afterwards."""
     root, ours = logging.getLogger(), logging.getLogger("isoprune_hf")
     handlers, levels = root.handlers, (root.level, ours.level)
     root.handlers = []
@@ -39,7 +39,7 @@ def isoprune(*arguments: str | Path) -> Done:
 
 
 def succeed(*arguments: str | Path) -> str:
-    """Run a command that must succeed, and leave nothing half-written around its output; returns what it printed."""
+    """Run a command that must succeed and leave no temporary files next to its output; return what it printed."""
     done = isoprune(*arguments)
     assert (done.code, done.err) == (0, "")
     for flag, place in itertools.pairwise(arguments):
@@ -49,7 +49,7 @@ def succeed(*arguments: str | Path) -> str:
 
 
 def refuse(*arguments: str | Path) -> str:
-    """Run a command that must end with one clear line; returns the line."""
+    """Run a command that must fail with exit code 2 and one line on standard error; return the line."""
     done = isoprune(*arguments)
     assert done.code == 2
     assert re.fullmatch(r"isoprune: error: [^\n]+\n", done.err), done.err
@@ -58,13 +58,16 @@ def refuse(*arguments: str | Path) -> str:
 
 
 def leftovers(folder: Path) -> list[Path]:
+    """Return the temporary files below a folder."""
     return [path for path in folder.rglob("*") if path.suffix in (".tmp", ".old")]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder with its bytes; None for a folder."""
+    """Return every path below a folder with its bytes; None for a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
+    """Return the content of a JSON file in a folder."""
+    values: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    return values

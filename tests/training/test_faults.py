@@ -361,7 +361,7 @@ def flip(path: Path) -> None:
 def test_a_finished_run_says_so_and_does_nothing(case: Case) -> None:
     before = contents(case.root / "alone")
     printed = succeed(*case.command, "--output", case.root / "alone")
-    assert "holds the result of this very run" in printed and "finetuned" in printed
+    assert "holds the result of this run" in printed and "finetuned" in printed
     assert contents(case.root / "alone") == before
     line = refuse(*case.command, "--finetune.seed", "1", "--output", case.root / "alone")
     assert "exists and is not empty" in line and contents(case.root / "alone") == before
@@ -511,6 +511,6 @@ def test_hanging_rank_stops_the_others(case: Case, tmp_path: Path) -> None:
     ranks[1].send(signal.SIGKILL)
     ranks[1].wait()
     assert ended.code == 74
-    assert re.fullmatch(r"isoprune: error: another rank was lost, or has not answered .*\n", ended.err), ended.err
+    assert re.fullmatch(r"isoprune: error: a rank failed or did not answer .*\n", ended.err), ended.err
     ranks = start_ranks(command, tmp_path / "log")
     assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired

@@ -1,38 +1,28 @@
-"""What a stage leaves behind: the folder with its card, and the lines on the terminal."""
+"""Write the result of a stage: the folder with its card (`write_folder`), the table (`summarize`), the upload."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
-from PIL import Image
 from transformers import BaseImageProcessor, pipeline
 
-from isoprune_hf.checkpoint.folder import save_model_folder, write_file
+from isoprune_hf.checkpoint.folder import read_json, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.commands.stage import Answer
 from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.errors import CheckpointError, WriteError
+from isoprune_hf.hub.uploads import Uploads
+from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.tables import results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
 
 Metrics = dict[str, dict[str, float | int]]
-
-
-class Answer(NamedTuple):
-    """What a stage has to say.
-
-    Args:
-        text: For a reader.
-        figures: The same for a program, as `--json` prints it.
-        code: Exit code.
-    """
-
-    text: str
-    figures: Mapping[str, Any] = MappingProxyType({})
-    code: int = 0
 
 
 def write_folder(
@@ -57,18 +47,42 @@ def write_folder(
                 draw_widths(layer_widths(model), temporary / PICTURE, title=title)
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=folder.name)))
 
-    accelerator.wait_for_everyone()  # each has looked at what is there
+    accelerator.wait_for_everyone()  # every rank has checked the output by now
     if accelerator.is_main_process:
         save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=keep, finish=finish)
     accelerator.wait_for_everyone()
 
 
+def write_trained(
+    folder: Path, student: BaseModel, accelerator: Accelerator, *, source: str, metrics: Metrics, keep: str
+) -> None:
+    """Write the folder of a trained model, with the plan and the times of the folder `source` that it came from.
+
+    Raises:
+        WriteError: It cannot be written; the training itself is saved.
+    """
+    plan = Path(source) / PLAN_FILE
+    try:
+        write_folder(
+            folder,
+            student.model,
+            student.processor,
+            accelerator,
+            plan=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+            metrics=metrics,
+            speed=read_json(source, "speed.json"),
+            keep=keep,
+        )
+    except CheckpointError as error:
+        raise WriteError(f"{error}; the training is saved: rerun the same command to write its result") from error
+
+
 def summarize(
-    model: IsoPruneForImageClassification, metrics: Metrics, latency: dict[str, float], folder: Path
+    model: IsoPruneForImageClassification, metrics: Metrics, latency: Mapping[str, float], folder: Path
 ) -> Answer:
-    """Give the table of base, pruned and finetuned, and say how to open the folder."""
+    """Return the table of base, pruned and finetuned model, and the lines of code that open the folder."""
     costs = model.config.cost or {"base": count_cost(model).to_dict()}
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in ("base", "pruned", "finetuned"):
         cost = costs.get("base" if name == "base" else "pruned")
         if cost and (name in metrics or name in costs):
@@ -83,10 +97,19 @@ def summarize(
     return Answer(f"{results_table(rows)}\n\n{opening}", {"folder": str(folder), "models": rows})
 
 
-def try_out(folder: Path, images: ImageData) -> str:
-    """Open the folder as a user would and classify one image that was held out."""
+def send_result(uploads: Uploads | None, folder: Path, answer: Answer) -> Answer:
+    """Upload the result of a stage if that was requested, and add its address to the answer."""
+    if uploads is None:
+        return answer
+    url = uploads.finish(folder)
+    return replace(answer, text=f"{answer.text}\n\nIt is at {url}", figures={**answer.figures, "url": url})
+
+
+def smoke_test(folder: Path, images: ImageData) -> str:
+    """Open the folder with a transformers pipeline and classify the first image of the evaluation split."""
+    if images.evaluation is None:
+        return ""
     example = images.evaluation[0]
-    picture: Image.Image = example["image"].convert("RGB")
-    best = pipeline("image-classification", model=str(folder))(picture)[0]
+    best = pipeline("image-classification", model=str(folder))(example["image"].convert("RGB"))[0]
     truth = images.label_names[example["label"]]
     return f"pipeline on a held-out image: {best['label']} ({best['score']:.2f}), truth {truth}"

@@ -1,0 +1,40 @@
+"""Let the ranks of a launch agree on which of them failed first: only that one reports, all end with its code."""
+
+import os
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch imports it from C++ without naming it
+
+_FAILED_KEY = "isoprune/failed"
+_CODE_KEY = "isoprune/code"
+
+
+def is_first_to_fail(code: int) -> bool:
+    """Return whether no rank has failed before this one, and store the exit code for those that fail later."""
+    store = _open_store()
+    try:
+        if store is not None:
+            store.set(_CODE_KEY, str(code))
+            return bool(store.add(_FAILED_KEY, 1) == 1)
+    except RuntimeError:  # the rank that holds the store has ended
+        pass
+    return os.environ.get("RANK", "0") == "0"
+
+
+def code_of_failed_rank() -> int | None:
+    """Return the exit code of a rank that has failed and reported; None if there is none."""
+    store = _open_store()
+    if store is None or not store.check([_CODE_KEY]):
+        return None
+    return int(store.get(_CODE_KEY))
+
+
+def _open_store() -> TCPStore | None:
+    """Open the launcher's store; None for a single process, or if the store cannot be reached."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+    except (KeyError, ValueError, RuntimeError):
+        return None

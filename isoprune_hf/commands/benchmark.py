@@ -1,0 +1,70 @@
+"""The stage `benchmark`: time a pruned model against its base."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from isoprune_hf.commands.flags import MOVED_BASE
+from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
+from isoprune_hf.errors import RecipeError
+
+
+def run(
+    *,
+    folder: str,
+    base: str | None,
+    batch_sizes: list[int],
+    dtypes: list[Literal["fp32", "bf16"]],
+    runtimes: list[Literal["eager", "compile", "onnx"]],
+    repeats: int,
+    seconds: float,
+    threads: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+) -> Answer:
+    """Benchmark a folder's model against its base, and store the figures in the folder and its card."""
+    from isoprune_hf.checkpoint.folder import read_json, write_file
+    from isoprune_hf.commands.steps.sources import open_source
+    from isoprune_hf.commands.steps.timing import choose_device, cpu_threads, move
+    from isoprune_hf.measuring.cases import BenchmarkSettings
+    from isoprune_hf.models import load_base
+    from isoprune_hf.reporting.benchmark import benchmark_models, benchmark_text
+    from isoprune_hf.reporting.model_card import build_model_card
+
+    config = read_json(folder, "config.json") or {}
+    if config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
+        raise RecipeError(f"--folder {folder} is no folder of a pruned model: there is nothing to compare")
+    settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, repeats, seconds)
+    place = choose_device(device)
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads must be at least 1, got {threads}")
+    pruned = load_base(folder).model
+    dense = open_source(pruned, base).model
+    with cpu_threads(threads):
+        record = benchmark_models(move(dense, place), move(pruned, place), settings)
+    speed = {**(read_json(folder, "speed.json") or {}), "benchmark": record}
+    write_file(Path(folder) / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
+    write_file(Path(folder) / "README.md", str(build_model_card(folder)))
+    return Answer(benchmark_text(record), record)
+
+
+STAGE = Stage(
+    name="benchmark",
+    run=run,
+    text="Benchmark a pruned model against its base, timing them in turns: MACs, measured time, and the reasons for "
+    "the difference.",
+    heading=Heading.MEASURE,
+    order=10,
+    flags=(
+        Flag("folder", str, None, "Folder of a pruned model; the figures are stored in it.", required=True),
+        MOVED_BASE,
+        Flag("batch_sizes", list[int], [1, 16, 64], "Images in a batch."),
+        Flag("dtypes", list[Literal["fp32", "bf16"]], ["fp32", "bf16"], "Precisions."),
+        Flag("runtimes", list[Literal["eager", "compile", "onnx"]], ["eager", "compile", "onnx"], "Runtimes."),
+        Flag("repeats", int, 20, "Timed passes of each model."),
+        Flag("seconds", float, 30.0, "Time limit of a row, once each model has five timed passes."),
+        Flag("threads", int | None, None, "CPU threads; the default is PyTorch's."),
+        Flag("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one."),
+    ),
+    positional=("folder",),
+    is_local=True,
+)

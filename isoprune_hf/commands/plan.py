@@ -1,0 +1,102 @@
+"""The stages `plan show`, `plan diff` and `plan apply`: read a pruning plan, compare two, replay one."""
+
+from typing import TYPE_CHECKING
+
+from isoprune_hf.commands.flags import BASE_MODEL, OVERWRITE, output_flag, plan_flag
+from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage, StageGroup
+from isoprune_hf.recipes import DataRecipe, PruneRecipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def run_show(*, plan: str) -> Answer:
+    """Show what a plan keeps; for a plan in a model's folder, also out of how many channels and heads."""
+    from isoprune_hf.commands.steps.replaying import base_sizes
+    from isoprune_hf.pruning.plan import PruningPlan
+    from isoprune_hf.reporting.plan_text import show_plan
+
+    loaded = PruningPlan.load(plan)
+    return Answer(show_plan(loaded, title=plan, sizes=base_sizes(plan, loaded)))
+
+
+def run_diff(*, first: str, second: str) -> Answer:
+    """Show the differences between two plans; the exit code is 1 if there are any."""
+    from isoprune_hf.pruning.plan import PruningPlan
+    from isoprune_hf.reporting.plan_text import diff_plans
+
+    text = diff_plans(PruningPlan.load(first), PruningPlan.load(second), (first, second))
+    return Answer(text or "the plans are equal", code=int(bool(text)))
+
+
+def run_apply(
+    *,
+    accelerator: "Accelerator",
+    prune: PruneRecipe,
+    data: DataRecipe,
+    plan: str,
+    model: str | None,
+    output: str,
+    overwrite: bool,
+    ignore_fingerprint: bool,
+) -> Answer:
+    """Replay a plan on its base and write the folder of the pruned model."""
+    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.commands.steps.opening import open_data, open_inputs
+    from isoprune_hf.commands.steps.replaying import replay_on_base
+    from isoprune_hf.commands.steps.results import summarize, write_folder
+    from isoprune_hf.pruning.plan import PruningPlan
+    from isoprune_hf.recipes import recipe_to_dict
+
+    folder = check_output(output, overwrite=overwrite)
+    loaded = PruningPlan.load(plan)
+    settings = recipe_to_dict(prune)
+    if model is not None:
+        settings["model"] = model
+    images = open_data(data, accelerator) if data.dataset else None
+    opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
+    pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
+    write_folder(folder, pruned, opened.base.processor, accelerator, plan=replayed.to_json())
+    return summarize(pruned, {}, {}, folder)
+
+
+_SHOW = Stage(
+    name="plan show",
+    run=run_show,
+    text="Show what a plan keeps, and the settings that it was made with.",
+    heading=Heading.MEASURE,
+    order=8,
+    flags=(plan_flag("plan"),),
+    positional=("plan",),
+    has_figures=False,
+    is_local=True,
+)
+_DIFF = Stage(
+    name="plan diff",
+    run=run_diff,
+    text="Show the differences between two plans; exits with 0 if they are equal and with 1 if not.",
+    heading=Heading.MEASURE,
+    order=8,
+    flags=(plan_flag("first"), plan_flag("second")),
+    positional=("first", "second"),
+    has_figures=False,
+    is_local=True,
+)
+_APPLY = Stage(
+    name="plan apply",
+    run=run_apply,
+    text="Replay a plan on its base and write the folder OUTPUT. The section prune only opens the base (model, "
+    "pretrained, model_args, num_labels, seed); the plan has decided everything else.",
+    heading=Heading.MEASURE,
+    order=8,
+    sections=("prune", "data"),
+    flags=(
+        plan_flag("plan"),
+        BASE_MODEL,
+        output_flag("output/pruned"),
+        OVERWRITE,
+        Flag("ignore_fingerprint", bool, False, "Also cut weights that the plan was not made on."),
+    ),
+    positional=("plan",),
+)
+STAGE = StageGroup("plan", "Show a pruning plan, compare two, or replay one on its base.", (_SHOW, _DIFF, _APPLY))

@@ -1,0 +1,63 @@
+"""The stage `prune`: cut a base model to ratios or to a budget."""
+
+from typing import TYPE_CHECKING
+
+from isoprune_hf.commands.flags import OVERWRITE, PUSH_TO_HUB, SCORES, output_flag
+from isoprune_hf.commands.stage import Answer, Heading, Stage
+from isoprune_hf.recipes import DataRecipe, PruneRecipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def run(
+    *,
+    accelerator: "Accelerator",
+    prune: PruneRecipe,
+    data: DataRecipe,
+    output: str,
+    overwrite: bool,
+    scores: str | None,
+    push_to_hub: str | None,
+) -> Answer:
+    """Cut the base and write the folder of the pruned model."""
+    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.commands.steps.cutting import cut_base
+    from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs, open_scores
+    from isoprune_hf.commands.steps.results import Metrics, send_result, summarize, write_folder
+    from isoprune_hf.hub.uploads import open_uploads
+
+    folder = check_output(output, overwrite=overwrite)
+    uploads = open_uploads(push_to_hub, accelerator)
+    prune, known = open_scores(prune, scores)
+    images = open_data(data, accelerator) if data.dataset else None
+    reader = prune.reads_images if known is None else prune.data_step
+    opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
+    result = cut_base(opened, output)
+    metrics: Metrics = {}
+    if images is not None and images.evaluation is not None:
+        metrics = {"base": opened.evaluate(opened.base.model), "pruned": opened.evaluate(result.model)}
+    achieved = result.plan.achieved
+    latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
+    write_folder(
+        folder,
+        result.model,
+        opened.base.processor,
+        accelerator,
+        plan=result.plan.to_json(),
+        metrics=metrics,
+        speed={**result.plan.settings["latency"], "milliseconds": latency} if latency else None,
+    )
+    forget_scoring(output, accelerator)
+    return send_result(uploads, folder, summarize(result.model, metrics, latency, folder))
+
+
+STAGE = Stage(
+    name="prune",
+    run=run,
+    text="Cut a base model to ratios or to a budget and write the folder OUTPUT.",
+    heading=Heading.SHRINK,
+    order=3,
+    sections=("prune", "data"),
+    flags=(output_flag("output/pruned"), OVERWRITE, SCORES, PUSH_TO_HUB),
+)

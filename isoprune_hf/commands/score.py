@@ -1,0 +1,40 @@
+"""The stage `score`: compute importance scores of a base model and write them to a file."""
+
+from typing import TYPE_CHECKING
+
+from isoprune_hf.commands.flags import OVERWRITE, output_flag
+from isoprune_hf.commands.stage import Answer, Heading, Stage
+from isoprune_hf.recipes import DataRecipe, PruneRecipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool) -> Answer:
+    """Score the base and write `importance.safetensors`."""
+    from isoprune_hf.checkpoint.folder import check_output, replace_file
+    from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
+    from isoprune_hf.pruning.score import score_model
+
+    target = check_output(output, overwrite=overwrite, is_file=True)
+    images = open_data(data, accelerator) if data.dataset else None
+    opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
+    calibration = opened.open_calibration(output)
+    scores = score_model(opened.base.model, opened.prune, calibration.batches, accelerator, sample=calibration.sample)
+    accelerator.wait_for_everyone()  # every rank has checked the output by now
+    if accelerator.is_main_process:
+        replace_file(target, scores.save)
+    forget_scoring(output, accelerator)
+    return Answer(f"scores of {len(scores.scores)} groups are in {output}")
+
+
+STAGE = Stage(
+    name="score",
+    run=run,
+    text="Score the channels of a base model and save the scores, which serve any number of cuts.",
+    heading=Heading.SHRINK,
+    order=2,
+    sections=("prune", "data"),
+    flags=(output_flag("output/importance.safetensors"), OVERWRITE),
+    has_figures=False,
+)

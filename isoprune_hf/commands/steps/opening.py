@@ -1,0 +1,272 @@
+"""Open the inputs of a stage: images, base model, scores and calibration sample.
+
+Everything is checked here, before any work. Stages that score or cut call `open_inputs`, others `open_data`.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+from transformers import BaseImageProcessor
+
+from isoprune_hf.checkpoint.stock import stock_processor
+from isoprune_hf.commands.steps.sources import class_names
+from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.labels import check_labels
+from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
+from isoprune_hf.data.streaming import calibration_split
+from isoprune_hf.errors import DatasetError, RecipeError
+from isoprune_hf.evaluation.evaluate import evaluate_model
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.models.processors import with_transform
+from isoprune_hf.pruning.calibration.resumable import ResumableBatches
+from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
+from isoprune_hf.recipes import DataRecipe, PruneRecipe
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """This rank's micro-batches of the calibration sample, and the record of the sample for the plan.
+
+    Without a setting that reads images there are no batches, and the record is empty.
+    """
+
+    batches: CalibrationBatches | ResumableBatches | None = None
+    sample: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Inputs of a stage that scores or cuts.
+
+    Attributes:
+        prune: How to score and cut.
+        data: How the images are read.
+        images: Labelled images; None without `data.dataset`.
+        base: The dense model on the accelerator's device, and its image processor.
+        scores: Scores read from a file; None if the stage computes them.
+        reader: Setting of the section `prune` that reads training images; None if none does.
+        accelerator: The ranks.
+    """
+
+    prune: PruneRecipe
+    data: DataRecipe
+    images: ImageData | None
+    base: BaseModel
+    scores: ImportanceScores | None
+    reader: str | None
+    accelerator: Accelerator
+
+    def open_calibration(self, output: str | Path | None = None) -> Calibration:
+        """Open the calibration sample.
+
+        Args:
+            output: Result of the stage. Partial sums over the sample are kept next to it until `forget_scoring`, so
+                that an interrupted scoring can resume; without it nothing is kept.
+        """
+        if self.reader is None or self.images is None:
+            return Calibration()
+        prune, data, ranks = self.prune, self.data, self.accelerator
+        images = prune.calibration_batches * prune.batch_size
+        train = calibration_split(self.images, images, prune.seed)
+        ids = calibration_ids(
+            len(train), batches=prune.calibration_batches, batch_size=prune.batch_size, seed=prune.seed
+        )
+        sample = _describe_sample(self.images, ids, prune, data)
+        processor = with_transform(self.base.processor, interpolation=prune.interpolation)
+        logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
+        batches = CalibrationBatches(
+            train,
+            processor,
+            LoaderOptions(prune.batch_size, data.num_workers, self.images.decoding),
+            batches=prune.calibration_batches,
+            seed=prune.seed,
+            ranks=Ranks(ranks.process_index, ranks.num_processes),
+        )
+        if output is None:
+            return Calibration(batches, sample)
+        identity = {
+            "sample": sample,
+            "processor": processor.to_json_string(),
+            "decoder": data.decoder,
+            "rank": ranks.process_index,
+            "world": ranks.num_processes,
+            "batch_size": prune.batch_size,
+        }
+        folder = _scoring_folder(output, ranks)
+        return Calibration(ResumableBatches(batches, folder, identity, prune.state_minutes), sample)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float | int]:
+        """Evaluate a model, which moves to the accelerator's device, on the evaluation split.
+
+        Raises:
+            DatasetError: There is no evaluation split.
+        """
+        if self.images is None:
+            raise DatasetError("data.dataset is not set: there is nothing to evaluate on")
+        return evaluate_on(self.images, model, self.base.processor, self.data, self.accelerator)
+
+
+def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
+    """Open the data set; one rank fills the cache that the others read."""
+    with accelerator.main_process_first():
+        return load_data(data)
+
+
+def no_evaluation_split(images: ImageData, data: DataRecipe) -> DatasetError:
+    """Return the error for a data set that has no split to evaluate on."""
+    return DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
+
+
+def evaluate_on(
+    images: ImageData, model: nn.Module, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
+) -> dict[str, float | int]:
+    """Evaluate a model, which moves to the accelerator's device, on the evaluation split of `images`."""
+    if images.evaluation is None:
+        raise no_evaluation_split(images, data)
+    return evaluate_model(
+        model.to(accelerator.device),
+        images.evaluation,
+        processor,
+        accelerator=accelerator,
+        batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        decoding=images.decoding,
+    )
+
+
+def open_scores(prune: PruneRecipe, file: str | None) -> tuple[PruneRecipe, ImportanceScores | None]:
+    """Read a file of scores, and return the recipe to cut by (see `recipe_of_scores`) with the scores."""
+    if file is None:
+        return prune, None
+    scores = ImportanceScores.load(file)
+    return recipe_of_scores(prune, scores), scores
+
+
+def open_inputs(
+    prune: PruneRecipe,
+    data: DataRecipe,
+    images: ImageData | None,
+    accelerator: Accelerator,
+    *,
+    reader: str | None,
+    scores: ImportanceScores | None = None,
+) -> Opened:
+    """Open the base model and check that there are images for every setting that reads them.
+
+    Args:
+        prune: The base, and how to score and cut it.
+        data: How the images are read.
+        images: The opened data set, if there is one.
+        accelerator: The ranks.
+        reader: Setting that reads training images (see `PruneRecipe.reads_images`); None if the stage neither scores
+            nor repairs.
+        scores: Known scores.
+
+    Raises:
+        RecipeError: No base is named, or a setting needs images and there are none.
+        DatasetError: There is no training split, or its labels are not those of the base.
+    """
+    if prune.model is None:
+        raise RecipeError(
+            "prune.model is not set; give --prune.model, for example timm/resnet50.a1_in1k, or a recipe with --config"
+        )
+    _log_preset(prune)
+    if images is None:
+        _refuse_without_images(prune, reader)
+    elif reader is not None and images.train is None:
+        raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
+    base = _load_base(prune.model, prune, images)
+    base.model.to(accelerator.device)
+    base = with_data_transform(base, data)
+    if prune.layout == "uniform":
+        base = _with_stock_processor(base)
+    return Opened(prune, data, images, base, scores, reader, accelerator)
+
+
+def with_data_transform(base: BaseModel, data: DataRecipe) -> BaseModel:
+    """Return the model with the evaluation transform of the data section; `base` itself if that is its own."""
+    processor = with_transform(base.processor, resize=data.resize, interpolation=data.interpolation)
+    return base if processor is base.processor else BaseModel(base.model, processor)
+
+
+def forget_scoring(output: str | Path, accelerator: Accelerator) -> None:
+    """Remove the partial sums that this rank has kept next to `output`, which is complete now."""
+    shutil.rmtree(_scoring_folder(output, accelerator), ignore_errors=True)
+
+
+def _log_preset(prune: PruneRecipe) -> None:
+    replaced = prune.replaced_by_preset()
+    if replaced:
+        changes = ", ".join(
+            f"{name} {value}" + (f" (not {default})" if default is not None else "")
+            for name, (default, value) in replaced.items()
+        )
+        logger.info(f"prune.preset {prune.preset} sets {changes}")
+
+
+def _refuse_without_images(prune: PruneRecipe, reader: str | None) -> None:
+    if reader == "criterion":
+        raise RecipeError(f"criterion {prune.criterion} needs data: give --data.dataset, or use --prune.criterion l1")
+    if reader is not None:
+        raise RecipeError(f"prune.{reader} needs data: give --data.dataset, or switch it off")
+    if prune.num_labels == "data":
+        raise RecipeError("prune.num_labels data needs data: give --data.dataset")
+
+
+def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseModel:
+    """Load the base; generic labels of the model ("LABEL_0") become those of the data."""
+    if images is None:
+        num_labels = None if prune.num_labels == "data" else prune.num_labels
+        return load_base(name, prune.pretrained, model_args=prune.model_args, num_labels=num_labels, seed=prune.seed)
+    names = images.label_names
+    num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
+    base = load_base(
+        name,
+        prune.pretrained,
+        model_args=prune.model_args,
+        num_labels=num_labels,
+        label_names=names if num_labels == len(names) else None,
+        seed=prune.seed,
+    )
+    labels = class_names(base.model)
+    check_labels(names, labels)
+    if all(label == f"LABEL_{index}" for index, label in labels.items()):
+        base.model.config.id2label = dict(enumerate(names))
+        base.model.config.label2id = {label: index for index, label in enumerate(names)}
+    return base
+
+
+def _with_stock_processor(base: BaseModel) -> BaseModel:
+    """Return the base with the image processor of its stock folder, so that all figures are of the same pixels."""
+    processor = stock_processor(base.processor)
+    if processor is not base.processor and getattr(processor, "do_center_crop", False):
+        logger.info(
+            "prune.layout uniform: the stock image processor crops images with an odd margin up to one pixel further "
+            "left or up than the model's own; all figures are those of the stock one"
+        )
+    return BaseModel(base.model, processor)
+
+
+def _describe_sample(images: ImageData, ids: list[int], prune: PruneRecipe, data: DataRecipe) -> dict[str, Any]:
+    sample = {
+        "dataset": images.fingerprint,
+        "images": len(ids),
+        "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "ids": ids,
+    }
+    transform = {"resize": data.resize, "interpolation": prune.interpolation or data.interpolation}
+    return sample | {name: value for name, value in transform.items() if value is not None}
+
+
+def _scoring_folder(output: str | Path, accelerator: Accelerator) -> Path:
+    return Path(output).parent / f".{Path(output).name}.scoring-{accelerator.process_index}"

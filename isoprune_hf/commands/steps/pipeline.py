@@ -1,0 +1,130 @@
+"""The steps of the stage `run` after everything is opened; see `run_pipeline`."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from isoprune_hf.checkpoint.folder import replace_file
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.commands.stage import Answer
+from isoprune_hf.commands.steps.cutting import cut_base
+from isoprune_hf.commands.steps.opening import Opened, forget_scoring
+from isoprune_hf.commands.steps.results import Metrics, smoke_test, summarize, write_folder
+from isoprune_hf.commands.steps.sources import open_teacher
+from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, train_student
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.hub.uploads import Uploads
+from isoprune_hf.measuring.speed import measure_latency, record_measurement
+from isoprune_hf.models import BaseModel
+from isoprune_hf.recipes import FinetuneRecipe
+
+logger = get_logger(__name__)
+
+_TIMED_PASSES = 20
+
+
+def clear_output(root: Path, used: dict[str, str | None], accelerator: Accelerator) -> None:
+    """Remove the results of an earlier run, so that none of them is mistaken for one of this run.
+
+    Args:
+        root: Output of the run.
+        used: Models that this run reads, by their settings.
+        accelerator: The ranks; the main process removes.
+
+    Raises:
+        RecipeError: One of the models lies in the output.
+    """
+    for setting, path in used.items():
+        if path and root.resolve() in Path(path).resolve().parents:
+            raise RecipeError(
+                f"--output {root} holds {setting} ({path}), which would be overwritten; choose another folder"
+            )
+    if accelerator.is_main_process:
+        for name in ("base", CHECKPOINTS, "model"):
+            shutil.rmtree(root / name, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def run_pipeline(
+    opened: Opened,
+    images: ImageData,
+    pretrain: FinetuneRecipe,
+    finetune: FinetuneRecipe,
+    output: str,
+    uploads: Uploads | None,
+) -> Answer:
+    """Train the base if requested, score, cut, finetune, measure and write everything into `output`.
+
+    Returns:
+        The table of all models, and the class of one image by `transformers.pipeline`.
+    """
+    root, base, accelerator = Path(output), opened.base, opened.accelerator
+    if pretrain.epochs:
+        _pretrain(opened, images, pretrain, root)
+    result = cut_base(opened, output)
+    metrics: Metrics = {"base": opened.evaluate(base.model), "pruned": opened.evaluate(result.model)}
+    if accelerator.is_main_process:
+        replace_file(root / "importance.safetensors", result.scores.save)
+    forget_scoring(output, accelerator)
+    models = {"base": base.model, "pruned": result.model}
+    if finetune.epochs:
+        teacher = open_teacher(result.model, finetune, base)
+        models = {"base": base.model, "pruned": _copy(result.model), "finetuned": result.model}
+        metrics |= train_student(
+            BaseModel(result.model, base.processor),
+            images,
+            opened.data,
+            finetune,
+            accelerator,
+            teacher=teacher,
+            checkpoints=Checkpoints(root / CHECKPOINTS, uploads=uploads),
+            metrics=metrics,
+        )
+    latency = measure_latency(
+        models, image_size_of(base.model), batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES
+    )
+    record = record_measurement(
+        accelerator.device, batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES
+    )
+    folder = root / "model"
+    write_folder(
+        folder,
+        result.model,
+        base.processor,
+        accelerator,
+        plan=result.plan.to_json(),
+        metrics=metrics,
+        speed={**record, "milliseconds": latency},
+    )
+    answer = summarize(result.model, metrics, latency, folder)
+    if accelerator.is_main_process:
+        answer = replace(answer, text=f"{answer.text}\n\n{smoke_test(folder, images)}")
+    accelerator.wait_for_everyone()
+    return answer
+
+
+def _pretrain(opened: Opened, images: ImageData, recipe: FinetuneRecipe, root: Path) -> None:
+    """Train the dense base in place and write it to the folder `base`, from which others reopen it."""
+    base = opened.base
+    logger.info(f"train the dense base, {recipe.epochs} epochs")
+    train_student(base, images, opened.data, recipe, opened.accelerator)
+    base.model.config.source = {
+        "name": str(root / "base"),
+        "pretrained": True,
+        "seed": opened.prune.seed,
+        "model_args": {},
+    }
+    write_folder(root / "base", base.model, base.processor, opened.accelerator)
+
+
+def _copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+    """Copy a model with its weights."""
+    copy: IsoPruneForImageClassification = type(model).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict()
+    )
+    return copy

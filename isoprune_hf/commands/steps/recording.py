@@ -1,0 +1,62 @@
+"""Store the results of an evaluation in the folder of the model that was evaluated; see `record_figures`."""
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from isoprune_hf.checkpoint.folder import read_json, write_file
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.stock import isoprune_fields, stock_config_text
+from isoprune_hf.recipes import DataRecipe, recipe_to_dict
+from isoprune_hf.reporting.model_card import build_model_card
+
+logger = get_logger(__name__)
+
+
+def describe_transform(data: DataRecipe) -> str:
+    """Return the evaluation transform of the data section as text."""
+    given = {"resize": data.resize, "interpolation": data.interpolation}
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+
+
+def record_figures(
+    folder: str,
+    model: IsoPruneForImageClassification,
+    figures: dict[str, float | int],
+    data: DataRecipe,
+    accelerator: Accelerator,
+    *,
+    has_own_transform: bool,
+) -> None:
+    """Store figures in `metrics.json` and the card of an isoprune folder; other models are left untouched.
+
+    Figures of another transform than the folder's own, or of another data set than the recorded one, are not
+    comparable with those that are stored and are left out, with a line in the log.
+
+    Args:
+        folder: Folder or name that the model was opened by.
+        model: The evaluated model; its config gets the data section if it has none yet.
+        figures: Results of the evaluation.
+        data: The data set that was evaluated on.
+        accelerator: The ranks; the main process writes.
+        has_own_transform: The images went through the model's own evaluation transform.
+    """
+    config = model.config
+    recorded = (config.recipe or {}).get("data")
+    known = read_json(folder, "config.json")
+    if known is not None and isoprune_fields(known) is not None:
+        if not has_own_transform or (recorded is not None and recorded["dataset"] != data.dataset):
+            what = "data set" if has_own_transform else "transform"
+            logger.info(f"the figures are not stored in the folder: they were measured with another {what}")
+        elif accelerator.is_main_process:
+            metrics = {**(read_json(folder, "metrics.json") or {}), config.stage: figures}
+            write_file(Path(folder) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+            if recorded is None:
+                config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
+                is_stock = config.layout == "uniform"
+                text = stock_config_text(known, config) if is_stock else config.to_json_string()
+                write_file(Path(folder) / "config.json", text)
+            write_file(Path(folder) / "README.md", str(build_model_card(folder)))
+    accelerator.wait_for_everyone()

@@ -1,0 +1,143 @@
+"""Cut and measure several sizes of one base for the stage `frontier`.
+
+`cut_sizes` cuts, `measure_sizes` and `record_sizes` collect the figures, `write_sizes` writes the files.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isoprune_hf.checkpoint.folder import write_file
+from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.commands.steps.opening import Opened
+from isoprune_hf.evaluation.evaluate import evaluate_model
+from isoprune_hf.measuring.speed import measure_latency, record_measurement
+from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
+from isoprune_hf.pruning.prune import PruneResult, prune_model
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
+from isoprune_hf.recipes import recipe_to_dict
+from isoprune_hf.reporting.pictures import draw_frontier
+from isoprune_hf.reporting.tables import format_figure
+
+COLUMNS = {
+    "size": "size",
+    "macs": "GMACs",
+    "params": "params (M)",
+    "latency_ms": "latency (ms)",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "loss": "loss",
+    "ece": "calibration error",
+    "images": "images",
+    "broken": "broken",
+}
+_TIMED_PASSES = 20
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Cuts of one base.
+
+    Attributes:
+        results: Share of the base's MACs -> its cut, the smallest first.
+        scores: The scores that all of them were decided from.
+    """
+
+    results: dict[float, PruneResult]
+    scores: ImportanceScores
+
+
+def cut_sizes(opened: Opened, shares: Sequence[float], output: str) -> Cuts:
+    """Score unless scores were read, and cut to each share of the base's MACs.
+
+    Raises:
+        BudgetError: A size cannot be reached. The smallest is tried first, and refused before the scoring.
+    """
+    calibration = opened.open_calibration(output)
+    results: dict[float, PruneResult] = {}
+    scores = opened.scores
+    for share in sorted(shares):
+        results[share] = prune_model(
+            opened.base.model,
+            recipe_of_budget(opened.prune, f"{100 * share:.10g}%"),
+            calibration.batches,
+            opened.accelerator,
+            scores=scores,
+            sample=calibration.sample,
+        )
+        scores = results[share].scores
+    return Cuts(results, results[max(shares)].scores)
+
+
+def measure_sizes(opened: Opened, cuts: Cuts) -> list[dict[str, Any]]:
+    """Return one row for the base and for each cut, the largest first: cost, latency and, with images, accuracy."""
+    base, prune, data = opened.base, opened.prune, opened.data
+    shares = sorted(cuts.results, reverse=True)
+    models = {1.0: base.model} | {share: cuts.results[share].model for share in shares}
+    costs = {1.0: cuts.results[shares[0]].base_cost} | {share: cuts.results[share].pruned_cost for share in shares}
+    latency = measure_latency(
+        {str(share): model for share, model in models.items()},
+        image_size_of(base.model),
+        batch_size=prune.latency_batch_size,
+        precision=prune.latency_precision,
+        backend=prune.latency_backend,
+        repeats=_TIMED_PASSES,
+    )
+    rows = []
+    for share, model in models.items():
+        row = {"size": share, **costs[share].to_dict(), "latency_ms": round(latency[str(share)], 4)}
+        if opened.images is not None and opened.images.evaluation is not None:
+            row |= evaluate_model(
+                model.to(opened.accelerator.device),
+                opened.images.evaluation,
+                base.processor,
+                accelerator=opened.accelerator,
+                batch_size=data.batch_size,
+                num_workers=data.num_workers,
+            )
+        rows.append(row)
+    return rows
+
+
+def record_sizes(opened: Opened, cuts: Cuts, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows with how they were measured and decided, as `frontier.json` stores them."""
+    prune = opened.prune
+    latency = record_measurement(
+        opened.accelerator.device,
+        batch_size=prune.latency_batch_size,
+        precision=prune.latency_precision,
+        backend=prune.latency_backend,
+        repeats=_TIMED_PASSES,
+    )
+    return {
+        "rows": rows,
+        "latency": latency,
+        "fingerprint": cuts.scores.fingerprint,
+        "criterion": cuts.scores.criterion,
+        "recipe": {"prune": recipe_to_dict(prune), "data": recipe_to_dict(opened.data)},
+    }
+
+
+def tabulate_sizes(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the sizes as a Markdown table with the measured columns."""
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
+    lines = [[COLUMNS[key] for key in keys], ["---:" for _ in keys]]
+    for row in rows:
+        lines.append([f"{row[key]:g}" if key == "size" else format_figure(key, row.get(key)) for key in keys])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_sizes(folder: Path, rows: list[dict[str, Any]], record: dict[str, Any], scores: ImportanceScores) -> None:
+    """Write table, record, plots and scores into a folder."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [key for key in COLUMNS if key in rows[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(folder / "frontier.csv", table.getvalue())
+    write_file(folder / "frontier.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+    draw_frontier(rows, [folder / "frontier.svg", folder / "frontier.png"])
+    scores.save(folder / "importance.safetensors")

@@ -1,0 +1,90 @@
+"""Open the dense base that a pruned model was cut from (`open_source`), and the teacher of a training."""
+
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from isoprune_hf.checkpoint.fingerprint import fingerprint
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.data.labels import check_labels
+from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.recipes import FinetuneRecipe
+
+logger = get_logger(__name__)
+
+
+def open_teacher(
+    student: IsoPruneForImageClassification, finetune: FinetuneRecipe, base: BaseModel | None = None
+) -> BaseModel | None:
+    """Open the model that teaches; None if there is none.
+
+    Args:
+        student: The model to train.
+        finetune: Names the teacher.
+        base: The dense base, if it is open; `teacher: auto` reopens it otherwise.
+
+    Raises:
+        RecipeError: The teacher cannot be opened.
+        DatasetError: Its classes are not those of the student.
+    """
+    if finetune.distillation == "none" or finetune.teacher == "none":
+        return None
+    if finetune.teacher == "auto":
+        source = student.config.source or {}
+        if not source.get("pretrained") or source.get("num_labels"):
+            logger.info("no teacher: the dense base has untrained weights")
+            return None
+        return base or reopen_base(student)
+    teacher = load_base(finetune.teacher)
+    names = class_names(student)
+    check_labels([names[index] for index in sorted(names)], class_names(teacher.model))
+    return teacher
+
+
+def reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
+    """Open the dense base that a folder was cut from; None, with a warning, if it cannot be opened."""
+    if not (model.config.source or {}).get("name"):
+        return None
+    try:
+        return open_source(model)
+    except IsoPruneError as error:
+        logger.warning(f"the dense base is neither evaluated nor used as a teacher: {error}")
+        return None
+
+
+def open_source(model: IsoPruneForImageClassification, name: str | None = None) -> BaseModel:
+    """Open the dense base that a model was cut from.
+
+    Args:
+        model: The pruned model.
+        name: Current place of the base, if it has moved since the cut.
+
+    Raises:
+        RecipeError: The model's config names no base, or the base cannot be opened.
+        CheckpointError: The base has changed since the cut.
+    """
+    source = model.config.source or {}
+    options = {key: source[key] for key in ("pretrained", "seed", "model_args", "num_labels") if key in source}
+    if name and Path(name).is_dir():  # a saved base needs no options to rebuild it
+        options = {}
+    name = name or source.get("name")
+    if not name:
+        raise RecipeError("config.source does not name the base that the model was cut from")
+    names = class_names(model)
+    base = load_base(
+        name,
+        options.get("pretrained", True),
+        model_args=options.get("model_args"),
+        num_labels=options.get("num_labels"),
+        label_names=tuple(names[index] for index in sorted(names)) if options.get("num_labels") else None,
+        seed=options.get("seed", 0),
+    )
+    if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
+        raise CheckpointError(f"the base {name} has other weights than the one that was cut")
+    return base
+
+
+def class_names(model: IsoPruneForImageClassification) -> dict[int, str]:
+    """Return the names of the classes by index."""
+    return {int(index): name for index, name in (model.config.id2label or {}).items()}

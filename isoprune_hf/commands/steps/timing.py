@@ -1,0 +1,39 @@
+"""Device and threads that a benchmark runs on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device of a name; `auto` is CUDA if this machine has it.
+
+    Raises:
+        RecipeError: CUDA is requested and this machine has none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise RecipeError("--device cuda: this machine has no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch use `count` CPU threads while the block lasts; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def move(model: IsoPruneForImageClassification, device: torch.device) -> IsoPruneForImageClassification:
+    """Move a model to a device in place, and return it."""
+    model.to(device)  # type: ignore[arg-type]  # transformers 5.23 types `to` as a decorated function without self
+    return model

@@ -1,0 +1,172 @@
+"""Train a student for the stages that train: `open_run` identifies a resumable run, `train_student` trains."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+
+from isoprune_hf.checkpoint.fingerprint import fingerprint
+from isoprune_hf.checkpoint.folder import save_model_folder
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.commands.steps.results import Metrics
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.hub.uploads import Uploads
+from isoprune_hf.models import BaseModel
+from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict, resume_identity
+from isoprune_hf.training.finetune import finetune
+from isoprune_hf.training.run import RunSettings, TrainingRun
+
+logger = get_logger(__name__)
+
+CHECKPOINTS = "checkpoints"  # name of the folder inside an output
+_FIGURES = ("top1", "top5", "loss", "ece", "images", "broken")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Folder of a training's checkpoints.
+
+    Attributes:
+        folder: Place of the checkpoints, each in a folder of its name.
+        run: The resumable run that trains; a checkpoint that cannot be written does not end it.
+        uploads: Uploads that are offered the last checkpoint of an epoch.
+    """
+
+    folder: Path
+    run: TrainingRun | None = None
+    uploads: Uploads | None = None
+
+    def save(self, name: str, student: BaseModel, epoch: int) -> None:
+        """Write a checkpoint; the main process calls this.
+
+        Raises:
+            CheckpointError: It cannot be written, and there is no run whose snapshots replace it.
+        """
+        try:
+            save_model_folder(self.folder / name, student.model, student.processor)
+            if self.uploads is not None and name == "last":
+                self.uploads.offer(self.folder / name, epoch)
+        except CheckpointError as error:
+            if self.run is None:
+                raise
+            logger.warning(f"{error}; training continues")
+
+
+def open_run(
+    folder: Path,
+    student: BaseModel,
+    images: ImageData,
+    data: DataRecipe,
+    recipe: FinetuneRecipe,
+    teacher: BaseModel | None,
+    accelerator: Accelerator,
+    *,
+    overwrite: bool,
+) -> TrainingRun:
+    """Prepare the resumable run of a folder; nothing is written before its block is entered."""
+    is_cached = recipe.teacher_cache is not None
+    identity: dict[str, Any] = {
+        "the model": fingerprint(student.model),
+        "the teacher": None if teacher is None else fingerprint(teacher.model),
+        "the data set": images.fingerprint,
+        "the image processor": json.loads(student.processor.to_json_string()),
+    }
+    for section, settings in (("data", data), ("finetune", recipe)):
+        identity |= {f"{section}.{name}": value for name, value in resume_identity(settings).items()}
+    identity["finetune.teacher_cache"] = is_cached  # the place of the cache may change
+    return TrainingRun(
+        folder / CHECKPOINTS,
+        identity,
+        accelerator,
+        RunSettings(
+            snapshot_every=recipe.state_every,
+            snapshot_minutes=recipe.state_minutes,
+            max_minutes=recipe.max_minutes,
+            log_every=recipe.log_every,
+            tracker=recipe.tracker,
+            flops=count_training_flops(student.model, None if teacher is None or is_cached else teacher.model),
+            peak_tflops=recipe.peak_tflops,
+        ),
+        overwrite=overwrite,
+    )
+
+
+def count_training_flops(
+    student: IsoPruneForImageClassification, teacher: IsoPruneForImageClassification | None
+) -> float:
+    """Count the floating-point operations of a training on one image.
+
+    Two for each multiply-add: the student's forward pass, twice as much for its backward pass, the teacher's forward.
+    """
+    return 2.0 * (3 * count_cost(student).macs + (0 if teacher is None else count_cost(teacher).macs))
+
+
+def train_student(
+    student: BaseModel,
+    images: ImageData,
+    data: DataRecipe,
+    recipe: FinetuneRecipe,
+    accelerator: Accelerator,
+    *,
+    teacher: BaseModel | None = None,
+    checkpoints: Checkpoints | None = None,
+    metrics: Metrics | None = None,
+) -> Metrics:
+    """Train a student in place.
+
+    Args:
+        student: The model to train and its image processor; a dense one becomes a base, others become finetuned.
+        images: The labelled images.
+        data: How they are read.
+        recipe: How to train.
+        accelerator: The ranks.
+        teacher: The model that teaches.
+        checkpoints: Place of the checkpoints; without it none are written.
+        metrics: Known figures; those of the pruned model are kept.
+
+    Returns:
+        Figures before the training, if they were not known, and after it. Empty without an evaluation split.
+    """
+    run = None if checkpoints is None else checkpoints.run
+    is_dense = student.model.config.stage == "base"
+    if checkpoints is not None and run is None and accelerator.is_main_process:
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)  # those of an earlier run
+    if not is_dense:
+        student.model.config.stage = "finetuned"
+        student.model.config.recipe = {
+            **(student.model.config.recipe or {}),
+            "data": recipe_to_dict(data),
+            "finetune": recipe_to_dict(recipe),
+        }
+
+    def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
+        if checkpoints is not None and accelerator.is_main_process:
+            if not isinstance(model, IsoPruneForImageClassification):
+                raise TypeError(f"a checkpoint needs an isoprune model, got {type(model).__name__}")
+            checkpoints.save(name, student._replace(model=model), entry["epoch"])
+        accelerator.wait_for_everyone()
+
+    history = finetune(
+        student.model,
+        images,
+        student.processor,
+        recipe,
+        accelerator=accelerator,
+        teacher=None if teacher is None else teacher.model,
+        teacher_processor=None if teacher is None else teacher.processor,
+        eval_batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        save=None if checkpoints is None else save,
+        run=run,
+    )["history"]
+    if images.evaluation is None:
+        return {}
+    first, last = ({key: history[at][key] for key in _FIGURES if key in history[at]} for at in (0, -1))
+    return {"base": last} if is_dense else {"pruned": (metrics or {}).get("pruned", first), "finetuned": last}
