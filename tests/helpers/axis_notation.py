@@ -1,7 +1,7 @@
-"""Axes as text: trace a function of a few parameters, and spell out what the dims of these are.
+"""Axes as text: trace a function of a few parameters, and spell the axes of the parameters.
 
-Leaves that something can leave from are letters, in the order of their first appearance; the same letter is the same
-leaf. What is frozen as a whole is its size with a `!`. `(A*B)` is a product, its outer digit first, `(A+B)` a sum.
+Free leaves are letters in the order of their first appearance; equal letters are the same leaf. An axis that is frozen
+as a whole is its size with a `!`. `(A*B)` is a product, the outer factor first, and `(A+B)` a sum.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,14 @@ from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute
 from isoprune_hf.pruning.graph.tracer import trace_network
 
+# A function, its parameters and attributes, and the axes of the parameters in the order of their names.
+AxisCase = tuple[Callable[[Any], Tensor], dict[str, Any], str]
+# A function of a parameter `a`, the axes of `a`, and a part of every reason why one of them is frozen.
+FrozenCase = tuple[Callable[[Any], Tensor], str, str]
+
 
 class Function(nn.Module):
-    """A function of parameters and numbers; tuples of sizes become parameters, other values attributes."""
+    """A function as a module: tuples of sizes become parameters of these sizes, other values become attributes."""
 
     def __init__(self, function: Callable[[Any], Tensor], **values: Any):
         super().__init__()
@@ -32,12 +37,19 @@ class Function(nn.Module):
 
 
 def trace_function(function: Callable[[Any], Tensor], **values: Any) -> Trace:
-    """Trace a function; its result is summed up, so that it is no output that would be frozen."""
+    """Trace a function; its result is summed, because the axes of a network's output are frozen."""
     return trace_network(Function(function, **values).eval(), torch.zeros(1, 3, 4, 4, device="meta"))
 
 
+def trace_layer(layer: nn.Module, function: Callable[[Any], Tensor], **values: Any) -> Trace:
+    """Trace a function that calls `m.layer`."""
+    network = Function(function, **values)
+    network.layer = layer.to("meta")
+    return trace_network(network.eval(), torch.zeros(1, 3, 4, 4, device="meta"))
+
+
 def solve(trace: Trace, **values: Any) -> Solution:
-    """Freeze, in place, what literals and numbers ask for, as the engine does after the trace."""
+    """Solve the equations of a trace, which freezes axes in place, as the engine does."""
     numbers: dict[Attribute, int] = {}
     for name, value in values.items():
         if isinstance(value, int):
@@ -48,7 +60,7 @@ def solve(trace: Trace, **values: Any) -> Solution:
 
 
 def spell(trace: Trace, *names: str) -> str:
-    """Spell out the axes of tensors, by default of all: `A B, (B*2!)`."""
+    """Spell the axes of tensors, by default of all in the order of their names: `A B, (B*2!)`."""
     letters: dict[int, str] = {}
 
     def text(axis: Axis) -> str:
@@ -63,6 +75,23 @@ def spell(trace: Trace, *names: str) -> str:
 
 
 def reasons(trace: Trace) -> set[str]:
-    """Why leaves of the parameters are frozen."""
+    """Return the reasons why leaves of the parameters are frozen."""
     found = {leaf.frozen for axes in trace.tensors.values() for axis in axes for leaf in leaves(axis) if leaf.size > 1}
     return {reason for reason in found if reason is not None}
+
+
+def check_axes(case: AxisCase) -> None:
+    """Assert that a function has the expected axes and consists of operations with rules."""
+    function, values, expected = case
+    trace = trace_function(function, **values)
+    solve(trace, **values)
+    assert spell(trace) == expected
+    assert not trace.unknown
+
+
+def check_frozen(case: FrozenCase) -> None:
+    """Assert that a function of a parameter of (4, 6) freezes the expected axes for the expected reason."""
+    function, expected, reason = case
+    trace = trace_function(function, a=(4, 6), n=3)
+    assert spell(trace) == expected
+    assert all(reason in found for found in reasons(trace)) and reasons(trace)
