@@ -2,35 +2,22 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.budget import Budget
 from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, Interpolation, check_range
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
-LOSS_CRITERIA = ("gate_fisher", "gate_fisher_joint")  # in units of the loss
-# Criteria that read images; the others read the weights alone.
-DATA_CRITERIA = (
-    *LOSS_CRITERIA,
-    *("taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference", "activation_variance"),
-)
-Criterion = Literal[
-    "gate_fisher",
-    "gate_fisher_joint",
-    "taylor",
-    "taylor_l2",
-    "taylor_reference",
-    "hessian",
-    "hessian_reference",
-    "activation_variance",
-    "l1",
-    "l2",
-    "bn_scale",
-    "fpgm",
-    "lamp",
-    "random",
+# The names of all criteria; each is a file in `pruning/scoring/criteria`. Those of the first two kinds read images.
+LossCriterion = Literal["gate_fisher", "gate_fisher_joint"]  # scores are losses in nats
+DataCriterion = Literal[
+    "taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference", "activation_variance"
 ]
+WeightCriterion = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "random"]
+Criterion = Literal[LossCriterion, DataCriterion, WeightCriterion]
+LOSS_CRITERIA: tuple[str, ...] = get_args(LossCriterion)
+DATA_CRITERIA: tuple[str, ...] = (*LOSS_CRITERIA, *get_args(DataCriterion))
 # Values that a preset gives settings; another value contradicts it and is refused.
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {

@@ -14,6 +14,7 @@ from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
 from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import DATA_CRITERIA, Criterion
+from isoprune_hf.recipes.prune import LOSS_CRITERIA
 
 SIZES = [3, 1, 2]
 NORMS = {"taylor_l2": "member", "l2": "channel"}
@@ -63,8 +64,10 @@ def block_of(case: Case, name: str) -> ResidualBlock:
     return ResidualBlock(name, "block", tuple(p for p in case.weights if p.startswith(f"{name}.")))
 
 
-def test_every_criterion_of_a_recipe_is_there() -> None:
-    assert set(CRITERIA) == set(get_args(Criterion)) and set(DATA_CRITERIA) < set(CRITERIA)
+def test_recipes_and_registry_name_the_same_criteria() -> None:
+    assert set(CRITERIA) == set(get_args(Criterion))
+    assert {name for name, criterion in CRITERIA.items() if criterion.reads_images} == set(DATA_CRITERIA)
+    assert {name for name, criterion in CRITERIA.items() if criterion.in_loss_units} == set(LOSS_CRITERIA)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "resnet", "convnext", "mobilenet_v2"])

@@ -1,0 +1,36 @@
+"""The registry of repairs, and when a cut model is repaired at all."""
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from helpers.tiny_models import make_base
+
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing.repair import repair
+from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
+from isoprune_hf.pruning.repairing.rotation import Rotated
+from isoprune_hf.recipes import PruneRecipe
+
+
+def test_recipes_and_registry_name_the_same_repairs() -> None:
+    allowed = next(part for part in get_args(get_type_hints(PruneRecipe)["reconstruct"]) if get_args(part))
+    assert set(REPAIRS) == set(get_args(allowed))
+    assert [name for name, method in REPAIRS.items() if not method.reads_images] == ["none"]
+
+
+@pytest.mark.parametrize("name", [name for name in REPAIRS if name != "none"])
+def test_repair_without_calibration_is_refused(name: str, tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    groups = trace_groups(model)
+    plan = PruningPlan({"layer1.0.conv1": (0, 1)}, {})
+    pruned = apply_plan(model, plan, groups)
+    before = {key: value.clone() for key, value in pruned.state_dict().items()}
+    with pytest.raises(RecipeError, match=r"prune\.reconstruct"):
+        repair(Rotated(model, (), ()), pruned, plan, groups, name)
+    assert repair(Rotated(model, (), ()), pruned, plan, groups, "none") == ()
+    assert all(torch.equal(pruned.state_dict()[key], value) for key, value in before.items())
