@@ -1,8 +1,7 @@
-"""A latency budget: fitted on a few cuts of this base, and met by measuring what was cut."""
+"""Meet a latency budget: `fit_base` predicts the time of any cut, `meet_latency` measures the cuts it tries."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import BudgetError, RecipeError
@@ -16,10 +15,13 @@ from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
+Cut = tuple[PruningPlan, IsoPruneForImageClassification]
+
 _FITTED_RATIOS = (0.25, 0.5, 0.75)
-_MOST_CUTS = 6
-# A cut that takes less of its budget than this is tried again with a larger aim.
-_CLOSE, _MARGIN = 0.93, 0.98
+_MAX_CUTS = 6
+# A cut that uses a smaller share of its budget is followed by one that aims higher.
+_MIN_USED_SHARE = 0.93
+_AIM_MARGIN = 0.98
 
 
 def latency_settings(recipe: PruneRecipe) -> LatencySettings:
@@ -60,62 +62,68 @@ def meet_latency(
     cost: CostModel,
     latency: LatencyModel,
     *,
-    decide: Callable[[PruneRecipe], PruningPlan],
-    cut: Callable[[PruningPlan], IsoPruneForImageClassification],
-    agree: Callable[[Any], Any],
-) -> tuple[PruningPlan, IsoPruneForImageClassification]:
-    """Decide, cut and measure until the measured time meets the budget.
+    attempt: Callable[[PruneRecipe], Cut],
+    agree: Callable[[tuple[float, float]], tuple[float, float]],
+) -> Cut:
+    """Cut and measure until the measured time meets the budget.
 
-    A share of the base is one of the base's time as it is measured in turns with the cut: machines drift.
+    A share of the base refers to the time of the base as measured in turns with the cut, since machines drift.
 
     Args:
         model: The base.
-        recipe: Holds `target_latency`.
+        recipe: Recipe with a `target_latency`.
         cost: Cost of this base.
-        latency: Fitted on this base.
-        decide: Makes the plan of a recipe.
-        cut: Makes the model of a plan.
-        agree: Gives every rank what the main process measured.
+        latency: Latency model of this base.
+        attempt: Makes plan and model for a recipe.
+        agree: Returns the times that the main process measured on every rank.
 
     Returns:
-        The slowest plan and model found whose measured time is at most the target.
+        The plan and the model that use most of the budget, of those whose measured time is within it.
 
     Raises:
-        BudgetError: No cut was fast enough when measured.
+        RecipeError: The recipe has no latency budget.
+        BudgetError: No measured cut was fast enough.
     """
-    options = {
-        "batch_size": recipe.latency_batch_size,
-        "precision": recipe.latency_precision,
-        "backend": recipe.latency_backend,
-    }
-    if recipe.budget is None:
+    budget = recipe.budget
+    if budget is None or budget.kind != "latency":
         raise RecipeError("prune.target_latency is not set")
-    budget, predicted = recipe.budget, latency.predict(cost.layer_macs({}, {}))
+    settings = latency_settings(recipe)
+    predicted = latency.predict(cost.layer_macs({}, {}))
     aim = budget.resolve(predicted)
-    best, closest, lowest = None, float("inf"), 0.0
-    for _ in range(_MOST_CUTS):
-        plan = decide(replace(recipe, target_latency=aim))
-        pruned = cut(plan)
-        base_ms, pruned_ms = agree(measure_pair(model, pruned, **options))
-        target = budget.resolve(base_ms)
-        share = pruned_ms / target
-        closest = min(closest, share)
-        if lowest < share <= 1:
-            lowest, best = share, (_record(plan, recipe, latency, base_ms, pruned_ms), pruned)
-        if _CLOSE <= share <= 1:
+    best: Cut | None = None
+    best_share = 0.0
+    smallest_share = float("inf")
+    for _ in range(_MAX_CUTS):
+        plan, pruned = attempt(replace(recipe, target_latency=aim))
+        base_ms, pruned_ms = agree(
+            measure_pair(
+                model,
+                pruned,
+                batch_size=settings.batch_size,
+                precision=settings.precision,
+                backend=settings.backend,
+            )
+        )
+        share = pruned_ms / budget.resolve(base_ms)
+        smallest_share = min(smallest_share, share)
+        if best_share < share <= 1:
+            best_share = share
+            best = _record_times(plan, recipe, latency, base_ms, pruned_ms), pruned
+        if _MIN_USED_SHARE <= share <= 1:
             break
-        aim = min(aim * _MARGIN / share, predicted)
+        aim = min(aim * _AIM_MARGIN / share, predicted)
     if best is None:
         raise BudgetError(
-            f"prune.target_latency {recipe.target_latency} was not met when measured: the best of {_MOST_CUTS} cuts "
-            f"took {100 * closest:.0f} % of it; give more time, or measure on a machine that does nothing else"
+            f"prune.target_latency {recipe.target_latency} was not met when measured: the best of {_MAX_CUTS} cuts "
+            f"took {100 * smallest_share:.0f} % of it; allow more time, or measure on an otherwise idle machine"
         )
     return best
 
 
-def _record(
+def _record_times(
     plan: PruningPlan, recipe: PruneRecipe, latency: LatencyModel, base_ms: float, pruned_ms: float
 ) -> PruningPlan:
+    """Return the plan with the measured times, and with the budget of the recipe in place of the aim."""
     times = {"base": base_ms, "pruned": pruned_ms}
     achieved = {name: {**figures, "latency_ms": round(times[name], 3)} for name, figures in plan.achieved.items()}
     settings = {**plan.settings, "target_latency": recipe.target_latency, "latency": dict(latency.record)}

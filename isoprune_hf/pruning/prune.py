@@ -1,33 +1,30 @@
-"""The first half of the road in its order: groups, scores, plan, cut."""
+"""Prune a model in the order of the pipeline: trace, rotate, score, decide, cut, repair. Call `prune_model`."""
 
 import copy
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
+from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
-from isoprune_hf.pruning.cost.latency import LatencyModel
-from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, cost_model
-from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.cost.macs import ModelCost, cost_model
 from isoprune_hf.pruning.cutting.uniform import check_family, to_stock
 from isoprune_hf.pruning.deciding.budget import check_budget
 from isoprune_hf.pruning.deciding.iterative import lift_scores, recipe_of_step
-from isoprune_hf.pruning.deciding.make_plan import make_plan, recipe_of_scores
+from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import fit_base, latency_settings, meet_latency
+from isoprune_hf.pruning.pipeline import PruningRun, StageClock, Traced, broadcast
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.repair import repair
@@ -36,7 +33,6 @@ from isoprune_hf.pruning.score import (
     check_calibration,
     check_scores,
     rotate_base,
-    score_with_recipe,
 )
 from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample
 from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
@@ -46,12 +42,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class PruneResult:
-    """What `prune_model` made.
+    """The result of `prune_model`.
 
     Args:
         model: The pruned model.
-        plan: The decision.
-        scores: What it was decided from.
+        plan: The plan that it was cut to.
+        scores: The scores that the plan was made from.
         groups: The coupled groups of the base.
         base_cost: Cost of the base.
         pruned_cost: Cost of `model`.
@@ -67,18 +63,8 @@ class PruneResult:
     seconds: dict[str, float]
 
     def save(self, folder: str | Path, processor: BaseImageProcessor) -> None:
-        """Write the whole folder, or nothing."""
+        """Write the folder of the pruned model, completely or not at all."""
         save_model_folder(folder, self.model, processor, plan=self.plan.to_json())
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """What is known of a base before anything is scored."""
-
-    groups: tuple[CoupledGroup, ...]
-    blocks: tuple[ResidualBlock, ...]
-    cost: CostModel
-    latency: LatencyModel | None
 
 
 def prune_model(
@@ -90,134 +76,149 @@ def prune_model(
     scores: ImportanceScores | None = None,
     sample: Sample | None = None,
 ) -> PruneResult:
-    """Score, decide and cut.
+    """Score a base, decide what to remove, cut it and repair it.
 
     Args:
-        model: The base, of `load_base`; left untouched.
-        recipe: What to do. With `steps` above 1 the scoring is repeated on what each step has left.
-        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)); only for data-driven criteria. For
-            several steps it must be possible to go through them again.
-        accelerator: Ranks that share the scoring. One rank decides, all cut alike.
-        scores: Scores of an earlier run instead of a new scoring.
-        sample: Record of the calibration sample for the plan.
+        model: The base, from `load_base`; left untouched.
+        recipe: How to prune. With `steps` above 1 the model is scored again after each intermediate cut.
+        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)); only for recipes that read images.
+            Several steps, a rotation or a repair iterate over them several times.
+        accelerator: Ranks that share the images. The main process decides, and all ranks make the same cut.
+        scores: Scores of an earlier run; the base is not scored again.
+        sample: Description of the calibration sample, recorded in scores and plan.
 
     Raises:
         RecipeError, BudgetError, UnsupportedArchitectureError: See `score_groups`, `make_plan`, `trace_groups`,
             `rotate_heads` and `repair`.
     """
-    seconds = dict.fromkeys(("trace", "rotate", "score", "solve", "cut", "repair"), 0.0)
-    traced = _timed(seconds, "trace", lambda: _trace(model, recipe, accelerator))
+    clock = StageClock()
+    with clock.stage("trace"):
+        traced = _trace(model, recipe, accelerator)
     if scores is not None:
         recipe = recipe_of_scores(recipe, scores)
     check_calibration(recipe, calibration, scores)
     if scores is not None:
         check_scores(model, recipe, scores)
     images = None if calibration is None else Calibration(calibration, accelerator)
-    rotated = _timed(seconds, "rotate", lambda: rotate_base(model, recipe, traced.groups, images))
-
-    def score(
-        scored: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], blocks: tuple[ResidualBlock, ...]
-    ) -> ImportanceScores:
-        return score_with_recipe(scored, recipe, groups, images, blocks=blocks, sample=sample)
-
-    def decide(decided: PruneRecipe) -> PruningPlan:
-        plan = make_plan(
-            traced.groups, scores, decided, cost=traced.cost, latency=traced.latency, blocks=traced.blocks
-        )
-        return _from_main(plan, accelerator)
-
-    def cut(plan: PruningPlan) -> IsoPruneForImageClassification:
-        return apply_plan(rotated.model, plan, traced.groups, base_cost=traced.cost.base)
-
+    with clock.stage("rotate"):
+        rotated = rotate_base(model, recipe, traced.groups, images)
+    run = PruningRun(model, traced, rotated, images, accelerator, sample, clock)
     if scores is None:
-        first = _timed(seconds, "score", lambda: score(rotated.model, traced.groups, traced.blocks))
-        scores = assign_to_base(first, model, recipe)
-        for step in range(1, recipe.steps):
-            intermediate = recipe_of_step(recipe, step, traced.cost, traced.latency)
-            plan = _timed(seconds, "solve", lambda now=intermediate: decide(now))
-            smaller = _timed(seconds, "cut", lambda now=plan: cut(now))
-            keep_scale(rotated, smaller, plan, traced.groups)
-            groups, blocks = _find(smaller, recipe)
-            fresh = _timed(seconds, "score", lambda now=(smaller, groups, blocks): score(*now))
-            scores = lift_scores(scores, plan, fresh)
-            logger.info(f"step {step} of {recipe.steps}: {plan.achieved['pruned']['macs'] / 1e9:.4g} GMACs")
-    recipe = replace(
+        scores = _score_in_steps(run, recipe)
+    recipe = _with_scoring_of(recipe, scores)
+    plan, pruned = _cut_to_budget(run, recipe, scores)
+    with clock.stage("repair"):
+        notes = repair(rotated, pruned, plan, traced.groups, recipe.reconstruct or "none", images)
+    plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
+    if recipe.layout == "uniform":
+        pruned = to_stock(pruned, _first_images(calibration))
+    _record_origin(pruned, model, recipe, scores)
+    pruned_cost = _recorded_cost(pruned)
+    _log_result(model, plan, traced.cost.base, pruned_cost, clock.seconds)
+    return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, clock.seconds)
+
+
+def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:
+    if recipe.layout == "uniform":
+        check_family(model)
+    groups, blocks = _find_units(model, recipe)
+    cost = cost_model(model, groups, blocks)
+    latency = None
+    if recipe.target_latency is not None:
+        fitted = fit_base(model, groups, cost, latency_settings(recipe), round_to=recipe.round_to)
+        latency = broadcast(fitted, accelerator)
+    check_budget(groups, recipe, cost, latency, blocks)
+    return Traced(groups, blocks, cost, latency)
+
+
+def _find_units(
+    model: IsoPruneForImageClassification, recipe: PruneRecipe
+) -> tuple[tuple[CoupledGroup, ...], tuple[ResidualBlock, ...]]:
+    """Find the groups of a model, and its blocks if the recipe removes some."""
+    groups = trace_groups(model, recipe.signature, recipe.engine)
+    return groups, () if recipe.remove_blocks is None else find_blocks(model)
+
+
+def _score_in_steps(run: PruningRun, recipe: PruneRecipe) -> ImportanceScores:
+    """Score the base, then the smaller model after each intermediate cut; return scores of the base."""
+    traced, clock = run.traced, run.clock
+    first = run.score(recipe, run.rotated.model, traced.groups, traced.blocks)
+    scores = assign_to_base(first, run.model, recipe)
+    for step in range(1, recipe.steps):
+        with clock.stage("solve"):
+            plan = run.decide(recipe_of_step(recipe, step, traced.cost, traced.latency), scores)
+        with clock.stage("cut"):
+            smaller = run.cut(plan)
+        keep_scale(run.rotated, smaller, plan, traced.groups)
+        groups, blocks = _find_units(smaller, recipe)
+        scores = lift_scores(scores, plan, run.score(recipe, smaller, groups, blocks))
+        logger.info(f"step {step} of {recipe.steps}: {plan.achieved['pruned']['macs'] / 1e9:.4g} GMACs")
+    return scores
+
+
+def _with_scoring_of(recipe: PruneRecipe, scores: ImportanceScores) -> PruneRecipe:
+    """Return the recipe with the scoring settings that the scores were made with."""
+    return replace(
         recipe,
         criterion=scores.criterion,
         reduction=scores.reduction,
         score_batchnorm=scores.score_batchnorm,
         scoring_precision=scores.precision,
     )
-    if recipe.target_latency is None:
-        plan = _timed(seconds, "solve", lambda: decide(recipe))
-        pruned = _timed(seconds, "cut", lambda: cut(plan))
-    else:
-        plan, pruned = _timed(
-            seconds,
-            "solve",
-            lambda: meet_latency(
-                model,
-                recipe,
-                traced.cost,
-                traced.latency,
-                decide=decide,
-                cut=cut,
-                agree=lambda value: _from_main(value, accelerator),
-            ),
+
+
+def _cut_to_budget(
+    run: PruningRun, recipe: PruneRecipe, scores: ImportanceScores
+) -> tuple[PruningPlan, IsoPruneForImageClassification]:
+    """Make the final plan and the final cut; for a latency budget several, which are measured."""
+    if run.traced.latency is None:
+        with run.clock.stage("solve"):
+            plan = run.decide(recipe, scores)
+        with run.clock.stage("cut"):
+            return plan, run.cut(plan)
+
+    def attempt(tried: PruneRecipe) -> tuple[PruningPlan, IsoPruneForImageClassification]:
+        plan = run.decide(tried, scores)
+        return plan, run.cut(plan)
+
+    with run.clock.stage("solve"):
+        return meet_latency(
+            run.model,
+            recipe,
+            run.traced.cost,
+            run.traced.latency,
+            attempt=attempt,
+            agree=lambda times: broadcast(times, run.accelerator),
         )
-    notes = _timed(
-        seconds,
-        "repair",
-        lambda: repair(rotated, pruned, plan, traced.groups, recipe.reconstruct or "none", images),
-    )
-    plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
-    if recipe.layout == "uniform":
-        pruned = to_stock(pruned, _first_images(calibration))
+
+
+def _record_origin(
+    pruned: IsoPruneForImageClassification,
+    base: IsoPruneForImageClassification,
+    recipe: PruneRecipe,
+    scores: ImportanceScores,
+) -> None:
+    """Record the recipe and the fingerprint of the base in the config of a pruned model, in place."""
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
-    if not is_cut(model.config):  # else the source names a base before this one
+    if not is_cut(base.config):  # the source of a cut base names the base before it
         pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
-    pruned_cost = ModelCost(**pruned.config.cost["pruned"])
-    _report(model, plan, traced.cost.base, pruned_cost, seconds)
-    return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, seconds)
 
 
-def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:
-    if recipe.layout == "uniform":
-        check_family(model)
-    groups, blocks = _find(model, recipe)
-    cost = cost_model(model, groups, blocks)
-    latency = None
-    if recipe.target_latency is not None:
-        latency = _from_main(
-            fit_base(model, groups, cost, latency_settings(recipe), round_to=recipe.round_to), accelerator
-        )
-    check_budget(groups, recipe, cost, latency, blocks)
-    return Traced(groups, blocks, cost, latency)
-
-
-def _find(
-    model: IsoPruneForImageClassification, recipe: PruneRecipe
-) -> tuple[tuple[CoupledGroup, ...], tuple[ResidualBlock, ...]]:
-    return trace_groups(model, recipe.signature, recipe.engine), () if recipe.remove_blocks is None else find_blocks(
-        model
-    )
+def _recorded_cost(pruned: IsoPruneForImageClassification) -> ModelCost:
+    """Return the cost that the cut recorded in the config."""
+    if pruned.config.cost is None:
+        raise CheckpointError("config.cost: missing after a cut")
+    return ModelCost(**pruned.config.cost["pruned"])
 
 
 def _first_images(calibration: Batches | None) -> torch.Tensor | None:
-    """Real images where some can be had again: an iterator has given its own away."""
+    """Return the first calibration images, or None if the batches are an iterator that was already consumed."""
     if calibration is None or isinstance(calibration, Iterator):
         return None
     return next((images for images, _ in calibration), None)
 
 
-def _from_main(value: Any, accelerator: Accelerator | None) -> Any:
-    """What the main process has, on every rank."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return value
-    return broadcast_object_list([value])[0]
-
-
-def _report(
+def _log_result(
     model: IsoPruneForImageClassification,
     plan: PruningPlan,
     base: ModelCost,
@@ -231,10 +232,3 @@ def _report(
     )
     for note in plan.notes:
         logger.info(note)
-
-
-def _timed(seconds: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = work()
-    seconds[stage] += time.perf_counter() - start
-    return result

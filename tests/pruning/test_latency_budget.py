@@ -21,9 +21,10 @@ def meet(monkeypatch, measured, target):
     """Meet a target where a cut that aims at x ms takes measured(x) = (base ms, cut ms)."""
     aims = []
 
-    def decide(recipe: PruneRecipe) -> PruningPlan:
+    def attempt(recipe: PruneRecipe) -> tuple[PruningPlan, SimpleNamespace]:
         aims.append(recipe.target_latency)
-        return PruningPlan({}, {}, achieved=ACHIEVED, settings={"target_latency": recipe.target_latency})
+        plan = PruningPlan({}, {}, achieved=ACHIEVED, settings={"target_latency": recipe.target_latency})
+        return plan, SimpleNamespace(aim=recipe.target_latency)
 
     def measure(base, pruned, **options):
         assert options == {"batch_size": 1, "precision": "no", "backend": "eager"}
@@ -35,8 +36,7 @@ def meet(monkeypatch, measured, target):
         PruneRecipe(criterion="taylor", target_latency=target),
         COST,
         LATENCY,
-        decide=decide,
-        cut=lambda plan: SimpleNamespace(aim=plan.settings["target_latency"]),
+        attempt=attempt,
         agree=lambda value: value,
     )
     return plan, pruned, aims

@@ -1,0 +1,110 @@
+"""The steps of `prune_model` and their shared inputs: score a model, decide, cut."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.cost.latency import LatencyModel
+from isoprune_hf.pruning.cost.macs import CostModel
+from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing.rotation import Rotated
+from isoprune_hf.pruning.score import score_with_recipe
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample
+from isoprune_hf.recipes import PruneRecipe
+
+Value = TypeVar("Value")
+_STAGES = ("trace", "rotate", "score", "solve", "cut", "repair")
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Groups and cost of a base, found before anything is scored.
+
+    Args:
+        groups: Coupled groups.
+        blocks: Residual blocks; empty if the recipe removes none.
+        cost: Cost of every width.
+        latency: Time of every width; None without a latency budget.
+    """
+
+    groups: tuple[CoupledGroup, ...]
+    blocks: tuple[ResidualBlock, ...]
+    cost: CostModel
+    latency: LatencyModel | None
+
+
+class StageClock:
+    """Adds up the wall seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(_STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block that it wraps."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass(frozen=True, eq=False)
+class PruningRun:
+    """The steps of one pruning, with the inputs that they share.
+
+    Args:
+        model: The base.
+        traced: Groups and cost of the base.
+        rotated: The base with rotated heads, or as it is.
+        images: Calibration images; None if the recipe reads none.
+        accelerator: Ranks that share the images.
+        sample: Description of the calibration sample.
+        clock: Times of the stages.
+    """
+
+    model: IsoPruneForImageClassification
+    traced: Traced
+    rotated: Rotated
+    images: Calibration | None
+    accelerator: Accelerator | None
+    sample: Sample | None
+    clock: StageClock
+
+    def score(
+        self,
+        recipe: PruneRecipe,
+        model: IsoPruneForImageClassification,
+        groups: Sequence[CoupledGroup],
+        blocks: Sequence[ResidualBlock],
+    ) -> ImportanceScores:
+        """Score a model, the base or a smaller one."""
+        with self.clock.stage("score"):
+            return score_with_recipe(model, recipe, groups, self.images, blocks=blocks, sample=self.sample)
+
+    def decide(self, recipe: PruneRecipe, scores: ImportanceScores) -> PruningPlan:
+        """Make a plan for the base; the plan of the main process on every rank."""
+        traced = self.traced
+        plan = make_plan(traced.groups, scores, recipe, cost=traced.cost, latency=traced.latency, blocks=traced.blocks)
+        return broadcast(plan, self.accelerator)
+
+    def cut(self, plan: PruningPlan) -> IsoPruneForImageClassification:
+        """Cut a copy of the rotated base."""
+        return apply_plan(self.rotated.model, plan, self.traced.groups, base_cost=self.traced.cost.base)
+
+
+def broadcast(value: Value, accelerator: Accelerator | None) -> Value:
+    """Return the value of the main process on every rank."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
