@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from accelerate.logging import get_logger
 from timm.utils.agc import adaptive_clip_grad
-from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from isoprune_hf.errors import DivergedError
@@ -37,13 +36,11 @@ def take_step(
     recipe: FinetuneRecipe,
     *,
     loss: float,
-    ema: ModelEmaV3 | None,
-    model: nn.Module,
 ) -> Step:
-    """Update the weights of `network` along its gradient in place, then update `ema` from `model`.
+    """Update the weights of `network` along its gradient in place.
 
-    If the loss or the gradient is not finite, weights, optimizer and average stay unchanged. Loss and gradient are
-    those of all ranks, so all ranks take the same decision.
+    If the loss or the gradient is not finite, weights and optimizer stay unchanged. Loss and gradient are those of all
+    ranks, so all ranks take the same decision.
     """
     scaler.unscale_(optimizer)
     norm = clip_gradient(network, recipe)
@@ -55,8 +52,6 @@ def take_step(
     if fault is None:
         scaler.step(optimizer)
     scaler.update()  # lowers the scale if the gradient was not finite
-    if fault is None and ema is not None:
-        ema.update(model)
     return Step(norm, fault)
 
 

@@ -115,11 +115,11 @@ class Student:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        step = take_step(
-            self.network, self.optimizer, self.scaler, self.recipe, loss=loss, ema=self.ema, model=self.model
-        )
+        step = take_step(self.network, self.optimizer, self.scaler, self.recipe, loss=loss)
         if step.fault is not None:
             self.statistics.undo()
+        elif self.ema is not None:
+            self.ema.update(self.model)
         return step
 
 
