@@ -142,7 +142,7 @@ class TrainingRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the result of a run with this identity was written."""
+        """True if the result of a run with this identity was written."""
         state = read_run(self.checkpoints)
         return state is not None and state["finished"] and state["identity"] == self._identity
 
@@ -223,7 +223,8 @@ class TrainingRun:
 
     def is_snapshot_due(self, update: int) -> bool:
         """Return whether a snapshot is due after `update` updates of an epoch; called on the main process."""
-        minutes, every = self.settings.snapshot_minutes, self.settings.snapshot_every
+        minutes = self.settings.snapshot_minutes
+        every = self.settings.snapshot_every
         is_late = minutes is not None and time.monotonic() - self._last_snapshot >= 60 * minutes
         return is_late or (every is not None and update % every == 0)
 

@@ -48,7 +48,7 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds the lock."""
+        """True if this process has the lock."""
         return self._lock.is_locked
 
 

@@ -81,7 +81,7 @@ class Trainer:
         self.ranks = Ranks(accelerator.process_index, accelerator.num_processes)
         self.parts = count_parts(recipe, world=self.ranks.world)
         self.batch_size = recipe.batch_size  # `fit` lowers it for a small split
-        self.updates_per_epoch = 0  # known in the first epoch
+        self.updates_per_epoch = 0  # known from the first epoch on
         self.progress = Progress()
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
         self._transform = train_transform(processor, recipe, decoding=data.decoding)
