@@ -328,7 +328,7 @@ def test_the_evaluation_shards_are_strided_and_complete(workers):
 
 
 class DrawnTransform:
-    """A random number instead of an image."""
+    """Returns a random number instead of an image."""
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return torch.rand(())

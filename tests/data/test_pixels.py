@@ -1,4 +1,4 @@
-"""The decoder on 8 bits: what it reads, how far its pixels are from those of the processor, and who normalises."""
+"""The decoder `torchvision`: the files that it reads, and how far its pixels are from those of the processor."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def make_processor(**changes: Any) -> IsoImageProcessor:
 
 
 def smooth(size: tuple[int, int] = (100, 75)) -> Image.Image:
-    """A picture with edges as soft as those of photographs."""
+    """Return a picture with edges as soft as in photographs."""
     return noise((size[0] // 5, size[1] // 5)).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -100,7 +100,7 @@ def test_damaged_jpegs_are_handled_as_by_pillow() -> None:
 
 
 def difference(image: Image.Image, processor: IsoImageProcessor) -> torch.Tensor:
-    """How far the 8 bits are from what the processor normalises, of 255."""
+    """Return the absolute differences from the pixels that the processor normalises, of 255."""
     fast, exact = PixelTransform(processor)(functional.pil_to_tensor(image)), EvaluationTransform(processor)(image)
     assert fast.dtype == torch.uint8 and fast.shape == exact.shape == (3, 32, 32)
     return (fast - 255 * (exact * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None])).abs()

@@ -1,4 +1,4 @@
-"""Training on a stream: which images come when, and that a killed run ends in the same bytes."""
+"""Training on a stream: the order of its images, and that a killed run resumes byte for byte."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ CACHED = ["--finetune.teacher_cache", "cache", "--finetune.hflip", "0", "--finet
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Two shards for training, of 6 and 5 images with the grey values 0 to 10, and one for evaluation."""
+    """Write two shards for training, with 6 and 5 images of grey values 0 to 10, and one for evaluation."""
     shards = {"train-0": range(6), "train-1": range(6, 11), "val-0": range(3)}
     for name, numbers in shards.items():
         write_tar(tmp_path / "tars" / f"{name}.tar", {f"{name}-{number}": number % 3 for number in numbers})

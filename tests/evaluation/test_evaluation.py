@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def evaluate_one_by_one(net: TinyNet, split: datasets.Dataset) -> dict[str, float]:
-    """Count image by image in NumPy."""
+    """Compute the figures image by image in NumPy."""
     net.eval()
     top1 = top5 = loss = 0.0
     confidences, hits = [], []

@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped, crowded out and starved, in processes of their own, against one that is not."""
+"""Trainings that are killed, stopped or short of resources, compared with an undisturbed one."""
 
 import errno
 import json
@@ -27,14 +27,14 @@ from isoprune_hf.data.loading import ImageBatch
 from isoprune_hf.training.part_loss import PartLoss
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-# An epoch of 48 images has six updates; stochastic depth, mixing and the moving average have to go on as they were.
+# An epoch of 48 images has six updates; stochastic depth, mixing and the moving average must continue as before.
 SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "best": "ema", "state_every": 2}
 SETTINGS |= {"mixup": 0.5, "drop_path": 0.2, "virtual_replicas": 2, "label_smoothing": 0.0, "evaluate_every": 2}
 SETTINGS |= {"log_every": 1}
 
 
 class Case(NamedTuple):
-    """What all runs start from, and what a run that nothing has disturbed leaves on one rank and on two."""
+    """The inputs of all runs, and the results of undisturbed runs on one rank and on two."""
 
     root: Path
     command: list[str]
@@ -76,7 +76,7 @@ def weights_of(output: Path) -> bytes:
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
-    """The log without what is never twice the same."""
+    """Return the log without values that differ between runs."""
     changing = ("images_per_second", "data_wait", "tflops", "mfu")
     lines = (output / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in changing} for line in lines]
@@ -87,7 +87,7 @@ def states(output: Path) -> list[str]:
 
 
 def finish(case: Case, output: Path) -> Ended:
-    """Start the same line again; it must end in the bytes of a run that nothing has disturbed."""
+    """Rerun the same command; its result must equal that of an undisturbed run byte for byte."""
     ended = run([*case.command, "--output", output], output.parent / "log")
     assert (ended.code, ended.err) == (0, "")
     assert weights_of(output) == case.alone and logged(output) == case.log
@@ -97,7 +97,7 @@ def finish(case: Case, output: Path) -> Ended:
 
 @pytest.fixture(scope="module")
 def stopped(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of a run that was killed with two snapshots; tests that change it take a copy."""
+    """Return the output of a run that was killed with two snapshots; tests that change it copy it."""
     output = tmp_path_factory.mktemp("stopped") / "out"
     process = Process([*case.command, "--output", output], output.parent / "log")
     assert process.wait_for(lambda: len(states(output)) == 2)
@@ -107,16 +107,16 @@ def stopped(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-# Ends that come from outside
+# Runs that are ended from outside
 
 
 def kill_at_random(case: Case, output: Path, kills: int, seed: int, world: int = 1) -> int:
-    """Kill a run at random moments, each time started again; returns the kills that met it alive."""
+    """Kill and restart a run at random moments; return the number of kills that hit a running process."""
     rng, met = random.Random(seed), 0
     for number in range(kills):
         command, before = [*case.command, "--output", output], states(output)[-1:]
         processes = start_ranks(command, output.parent / "log", world)
-        if number % 2 == 0:  # behind the first snapshot of this start; else anywhere, before it too
+        if number % 2 == 0:  # after the first snapshot of this start; otherwise at any time
             processes[0].wait_for(lambda before=before: states(output)[-1:] > before)
         moment = time.monotonic() + rng.uniform(0.0, 0.5 if number % 2 == 0 else 3.0)
         met += processes[0].wait_for(lambda moment=moment: time.monotonic() > moment)
@@ -149,7 +149,7 @@ def test_thirty_kills_lose_nothing(world: int, case: Case, tmp_path: Path) -> No
 
 
 def killed_before(call: int) -> Callable[[], None]:
-    """Let a process be killed right before its n-th call that makes something last: fsync, rename or replace."""
+    """Return a function that makes its process be killed before its n-th call of fsync, rename or replace."""
 
     def prepare() -> None:
         calls = 0
@@ -173,7 +173,7 @@ def killed_before(call: int) -> Callable[[], None]:
 
 
 def check_kill_in_writing(case: Case, output: Path, call: int) -> bool:
-    """Kill a run within its writing and finish it; says whether it came so far."""
+    """Kill a run while it writes, and finish it; return False if it ended before that call."""
     ended = run([*case.command, "--output", output], output.parent / "log", before=killed_before(call))
     if ended.code == 0:
         return False
@@ -212,7 +212,7 @@ def test_kill_before_any_write_loses_nothing(case: Case, tmp_path: Path) -> None
 
 
 def stop(process: Process, output: Path, number: int, above: list[str]) -> Ended:
-    """Send a signal when the run has written a snapshot beyond those that were there."""
+    """Send a signal when the run has written a snapshot newer than `above`."""
     assert process.wait_for(lambda: bool(states(output)) and states(output)[-1:] > above[-1:])
     process.send(number)
     return process.wait()
@@ -248,8 +248,8 @@ def test_two_ranks_stop_together_and_resume_exactly(case: Case, tmp_path: Path) 
     assert stop(ranks[1], out, signal.SIGTERM, []).code == 75
     ended = [rank.wait() for rank in ranks]
     assert [end.code for end in ended] == [75, 75]
-    assert "".join(end.err for end in ended).count("stopped by SIGTERM: update") == 1  # by whoever is first
-    # The second time one rank is killed: the other one must not wait for it for ever.
+    assert "".join(end.err for end in ended).count("stopped by SIGTERM: update") == 1  # by the first rank that ends
+    # The second time one rank is killed: the other one must not wait for it forever.
     ranks = start_ranks(command, tmp_path / "log")
     assert stop(ranks[1], out, signal.SIGKILL, states(out)).code == -signal.SIGKILL
     assert ranks[0].wait(60).code not in (0, None)
@@ -278,7 +278,7 @@ def copy(output: Path, target: Path) -> Path:
     return target / "out"
 
 
-# What is refused, and what is warned of
+# Errors and warnings
 
 
 CHANGED = {
@@ -379,11 +379,11 @@ def test_second_run_in_a_folder_raises(case: Case, tmp_path: Path) -> None:
     assert process.wait().code == 0 and weights_of(out) == case.alone
 
 
-# What fails inside
+# Failures inside the process
 
 
 def limit_files(size: int) -> Callable[[], None]:
-    """Let writing beyond so many bytes fail, as on a full disk."""
+    """Return a function that makes writes beyond `size` bytes fail, as on a full disk."""
 
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -457,7 +457,7 @@ def test_diverging_training_leaves_only_finite_states(case: Case, tmp_path: Path
 
 
 def poison(rank: int, updates: set[int]) -> Callable[[], None]:
-    """Make the loss of one rank NaN in some updates of the second epoch."""
+    """Return a function that makes the loss of one rank NaN in some updates of the second epoch."""
 
     def prepare() -> None:
         part_loss = PartLoss.__call__

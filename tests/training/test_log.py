@@ -1,4 +1,4 @@
-"""The log: every entry once, in files that can be read, whatever fails beside it."""
+"""The log: every entry is written once, in readable files, even if the tracker fails."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ def test_resuming_drops_later_log_entries(place: tuple[int, int], kept: int, tmp
 
 
 class Tracker:
-    """As one of accelerate's; told where to fail."""
+    """A tracker with the interface of accelerate's that fails in one chosen call."""
 
     requires_logging_directory = True
     failing = ""

@@ -92,7 +92,7 @@ def test_layer_decay_needs_named_layers(tmp_path: Path):
 
 
 def lamb_by_hand(weight: float, gradient: float, *, rate: float, decay: float) -> float:
-    """The first step of LAMB (You et al. 2020) for one number: the direction of Adam, scaled to the weight."""
+    """Compute the first step of LAMB (You et al. 2020) for one number: Adam's direction, scaled to the weight."""
     direction = gradient / (abs(gradient) + 1e-6) + decay * weight
     trust = abs(weight) / abs(direction)
     return weight - rate * trust * direction

@@ -11,7 +11,7 @@ from isoprune_hf.training.optimizer_step import check_faults, clip_gradient, tak
 
 
 def make_net() -> nn.Module:
-    """Three layers with gradients that are large beside the weights."""
+    """Return three layers with gradients that are large compared with the weights."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     (10 * net(torch.randn(5, 4)).square().sum()).backward()
@@ -59,7 +59,7 @@ def test_a_step_that_is_not_finite_changes_nothing(loss: float, poison: float):
     net[1].weight.grad += poison
     before, optimizer = copy.deepcopy(net.state_dict()), torch.optim.AdamW(net.parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    step = take_step(net, optimizer, scaler, FinetuneRecipe(), loss=loss, ema=None, model=net)
+    step = take_step(net, optimizer, scaler, FinetuneRecipe(), loss=loss)
     assert step.fault == ("the loss is nan" if poison == 0 else "the norm of the gradient is inf")
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert not optimizer.state
@@ -72,7 +72,7 @@ def test_fp16_may_overflow_24_times_in_a_row():
     scaler.scale(torch.ones(()))  # makes the scale
     for number in range(1, 25):
         net[0].weight.grad.fill_(float("inf"))
-        step = take_step(net, optimizer, scaler, recipe, loss=1.0, ema=None, model=net)
+        step = take_step(net, optimizer, scaler, recipe, loss=1.0)
         check_faults(step.fault, number, recipe, loss=1.0, place="update 3 of epoch 1")
     assert scaler.get_scale() == 2.0**-8
     with pytest.raises(DivergedError, match=r"update 3 of epoch 1, 25 times in a row: .*finetune\.precision: bf16"):

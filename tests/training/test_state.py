@@ -1,4 +1,4 @@
-"""A training that is restored from a snapshot goes on as the one it was taken of."""
+"""A training that is restored from a snapshot continues exactly like the original."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Logits of the teacher that are read instead of computed: for which trainings, and that they are its own."""
+"""The cache of teacher logits: which trainings share it, and that it contains the teacher's logits."""
 
 import dataclasses
 import functools

@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class SimpleTeacher(nn.Module):
-    """Says class 2, whatever it sees."""
+    """Predicts class 2 for every image."""
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.tensor([[0.0, 0.0, 1.0]]).expand(len(pixel_values), 3))
@@ -149,7 +149,7 @@ def test_bf16_trains_fp32_weights_near_those_of_fp32():
 
 @pytest.mark.parametrize(("seconds", "said"), [(1, 25), (0.3, None)])
 def test_slow_loader_is_reported(seconds, said, caplog, monkeypatch):
-    """A clock that reading an image moves on, and a batch of 8 by 24 seconds: 8 of 32 seconds are waiting, or 2.4."""
+    """The clock advances by `seconds` per image and 24 per batch of 8: 8 of 32 seconds are waiting, or 2.4 of 26.4."""
     clock, load, net = [0.0], TransformedImages.__getitem__, make_net()
 
     def read(images: TransformedImages, at: Any) -> Any:
@@ -185,7 +185,7 @@ def first_epoch(data: ImageData, recipe: FinetuneRecipe, *, parts: int) -> Train
 
 
 def test_parts_have_own_statistics_that_are_averaged():
-    """Four parts in one pass each, with mixup, dropout and BatchNorm, against the same sums made by hand."""
+    """Compare four parts with mixup, dropout and BatchNorm with the same sums computed by hand."""
     data, net, reference = make_data(train=16, evaluation=0), make_normed(), make_normed()
     options = {"epochs": 1, "batch_size": 16, "clip_grad": None, "momentum": 0.0, "weight_decay": 0.0}
     recipe = make_recipe(**options, virtual_replicas=4, mixup=0.5, mixup_pairing="roll", distillation="none")
@@ -318,7 +318,7 @@ def test_a_small_vit_learns_real_digits():
 
 
 def train_on_ranks(accelerator: Accelerator, folder: Path) -> None:
-    """Train plainly, with accumulation, with BatchNorm and mixup, and with a loss that is NaN on the second rank."""
+    """Train once plainly, with accumulation, with BatchNorm and mixup, and with a NaN loss on the second rank."""
     rank = accelerator.process_index
     for name, recipe in (("plain", make_recipe()), ("accumulated", make_recipe(grad_accumulation=4))):
         net = make_net()
