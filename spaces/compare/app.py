@@ -1,4 +1,4 @@
-"""The page that compares a pruned model with its base: `python app.py FOLDER`, or `ISOPRUNE_MODEL=user/name`."""
+"""Serve a page that compares a pruned model with its base: `python app.py FOLDER`, or `ISOPRUNE_MODEL=user/name`."""
 
 import argparse
 import os
@@ -13,19 +13,19 @@ from comparison import TOP, Pair, compare, open_pair, tabulate
 from isoprune_hf import IsoPruneError
 
 TITLE = "Base and pruned, side by side"
-WAITING = "Upload an image: both models answer it."
+WAITING = "Upload an image to classify it with both models."
 TIMES = (
-    "Times are medians of 20 forward passes in turns, measured on this machine when the page was started; threads: "
+    "Times are medians of 20 forward passes, measured in turns on this machine when the page was started; threads: "
     f"{torch.get_num_threads()}."
 )
-# On a phone: a table keeps its words whole, and a picture of many bars is not made smaller than it can be read.
+# On a phone: table cells do not break within words, and the picture of the widths scrolls instead of shrinking.
 CSS = """
 .prose td, .prose th { padding: 6px; word-break: normal; overflow-wrap: normal; }
 .widths { overflow-x: auto !important; }
 .widths button { justify-content: flex-start; }
 .widths img { min-width: 44rem; }
 """
-# Fonts of the visitor's own: the page asks no other server for anything.
+# Fonts of the visitor's system: the page requests nothing from other servers.
 LAUNCH: dict[str, Any] = {
     "max_file_size": "20mb",
     "footer_links": [],
@@ -35,7 +35,7 @@ LAUNCH: dict[str, Any] = {
 
 
 def build_app(pair: Pair) -> gr.Blocks:
-    """Build the page: a file, two answers, a table and the widths."""
+    """Build the page: file upload, two answers, a table of costs and the picture of the widths."""
 
     def answer(path: str | None) -> tuple[Any, ...]:
         if path is None:
@@ -46,38 +46,44 @@ def build_app(pair: Pair) -> gr.Blocks:
             return f"**{error}**", None, None, None
         first = {name: next(iter(labels)) for name, labels in found.answers.items()}
         same = first["base"] == first["pruned"]
-        said = f"Both say **{first['base']}**." if same else f"**{first['base']}** became **{first['pruned']}**."
-        return said, found.image, found.answers["base"], found.answers["pruned"]
+        text = (
+            f"Both predict **{first['base']}**."
+            if same
+            else f"The base predicts **{first['base']}**, the pruned model **{first['pruned']}**."
+        )
+        return text, found.image, found.answers["base"], found.answers["pruned"]
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
-        gr.Markdown(f"# {TITLE}\n`{pair.name}`, cut by [isomorphic pruning](https://arxiv.org/abs/2407.04616)")
+        gr.Markdown(f"# {TITLE}\n`{pair.name}`, pruned with [Isomorphic Pruning](https://arxiv.org/abs/2407.04616)")
         with gr.Row():
             with gr.Column(scale=1):
                 file = gr.File(label="An image", file_types=["image"], type="filepath", height=140)
-                seen = gr.Image(label="As the models get it", interactive=False, height=220, buttons=["fullscreen"])
+                seen = gr.Image(label="Input of the models", interactive=False, height=220, buttons=["fullscreen"])
             with gr.Column(scale=2):
-                said = gr.Markdown(WAITING)
+                summary = gr.Markdown(WAITING)
                 with gr.Row():
                     base = gr.Label(label="Base", num_top_classes=TOP)
                     pruned = gr.Label(label="Pruned", num_top_classes=TOP)
-        gr.Markdown(f"## What each costs\n\n{tabulate(pair)}\n\n{TIMES}")
-        gr.Markdown("## The width of every layer\n\nBlue stays, grey has left.")
+        gr.Markdown(f"## Costs\n\n{tabulate(pair)}\n\n{TIMES}")
+        gr.Markdown("## The width of every layer\n\nBlue: kept. Grey: removed.")
         gr.Image(
             str(pair.widths), show_label=False, container=False, interactive=False, buttons=[], elem_classes="widths"
         )
-        file.change(answer, file, [said, seen, base, pruned], api_name="compare")
+        file.change(answer, file, [summary, seen, base, pruned], api_name="compare")
     return app
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Open the models and serve the page; what cannot be opened is one line and exit code 2."""
+    """Open the models and serve the page; return 2 after one line if a model cannot be opened."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=os.environ.get("ISOPRUNE_MODEL"), help="folder or repository")
-    parser.add_argument("--base", default=os.environ.get("ISOPRUNE_BASE"), help="where the base lies now")
-    parser.add_argument("--port", type=int, help="7860 where it is free, by default")
+    parser.add_argument(
+        "--base", default=os.environ.get("ISOPRUNE_BASE"), help="folder or repository of the base, if it has moved"
+    )
+    parser.add_argument("--port", type=int, help="default: 7860 if it is free")
     given = parser.parse_args(arguments)
     if not given.model:
-        parser.error("give a folder or a repository, or set ISOPRUNE_MODEL")
+        parser.error("no model: give a folder or a repository, or set ISOPRUNE_MODEL")
     try:
         pair = open_pair(given.model, given.base)
     except IsoPruneError as error:

@@ -1,4 +1,4 @@
-"""A pruned model beside its base: open both, let both answer an image, say what each costs."""
+"""Compare a pruned model with its base: `open_pair`, `compare` (answers for an image) and `tabulate` (costs)."""
 
 import tempfile
 from pathlib import Path
@@ -20,14 +20,14 @@ TOP = 5
 
 
 class Pair(NamedTuple):
-    """A pruned model and the base that it was cut from.
+    """A pruned model and its base.
 
     Args:
-        name: Where the pruned model was found.
+        name: Folder or repository of the pruned model.
         models: `base` and `pruned`, in eval mode.
-        processors: The image processor of each.
-        widths: PNG of the width of every layer, before and after the cut.
-        milliseconds: Model -> median time of a forward pass of one image, in turns, measured before anyone looks.
+        processors: The image processor of each model.
+        widths: PNG of the width of every layer, before and after pruning.
+        milliseconds: Model -> median time of a forward pass of one image, measured in turns when the pair is opened.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Pair(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What both models say of an image.
+    """The answers of both models for an image.
 
     Args:
-        image: The image as they see it: upright, RGB.
-        answers: Model -> label -> probability, the highest first.
+        image: The decoded image, upright and in RGB.
+        answers: Model -> label -> probability, highest first.
     """
 
     image: Image.Image
@@ -54,10 +54,10 @@ def open_pair(name: str, base: str | None = None) -> Pair:
 
     Args:
         name: A folder, or a repository of the Hub.
-        base: Where the base lies now, if not where the cut has found it.
+        base: Folder or repository of the base, if it has moved since pruning.
 
     Raises:
-        IsoPruneError: One of them cannot be opened, or they do not belong together.
+        IsoPruneError: A model cannot be opened, or the base is not that of the pruned model.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -73,7 +73,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
     widths = folder / PICTURE
     if not widths.is_file():
         widths = Path(tempfile.mkdtemp()) / PICTURE
-        draw_widths(layer_widths(opened.model), widths, title="the width of every layer, before and after the cut")
+        draw_widths(layer_widths(opened.model), widths, title="the width of every layer, before and after pruning")
     models = {"base": dense.model.eval(), "pruned": opened.model.eval()}
     return Pair(
         name,
@@ -85,10 +85,14 @@ def open_pair(name: str, base: str | None = None) -> Pair:
 
 
 def compare(pair: Pair, encoded: bytes) -> Comparison:
-    """Let both models answer an image file.
+    """Classify an image file with both models.
+
+    Args:
+        pair: The models.
+        encoded: Content of the file.
 
     Raises:
-        IsoPruneError: It is no image, a damaged one, or one of too many pixels.
+        IsoPruneError: The file is not an image, is damaged, or has too many pixels.
     """
     try:
         image = decode_image(encoded)
@@ -101,15 +105,15 @@ def compare(pair: Pair, encoded: bytes) -> Comparison:
     for name, model in pair.models.items():
         pixels = pair.processors[name](image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            chances = model(pixels.to(model.device)).logits[0].float().softmax(dim=0)
-        best = chances.topk(min(TOP, len(chances)))
+            probabilities = model(pixels.to(model.device)).logits[0].float().softmax(dim=0)
+        best = probabilities.topk(min(TOP, len(probabilities)))
         places = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        answers[name] = {model.config.id2label[index]: chance for index, chance in places}
+        answers[name] = {model.config.id2label[index]: probability for index, probability in places}
     return Comparison(image, answers)
 
 
 def tabulate(pair: Pair) -> str:
-    """Write a table of Markdown: MACs, parameters and time of base and pruned model, and the share that is left."""
+    """Return a Markdown table of MACs, parameters and time of both models, and the remaining share."""
     cost = pair.models["pruned"].config.cost
     rows = {
         "GMACs": [cost[name]["macs"] / 1e9 for name in pair.models],

@@ -185,6 +185,6 @@ def test_impossible_export_is_refused_before_any_work(pruned: Callable[[str], Pr
     assert "--quantize dynamic" in line and "--format openvino" in line
     same = ["--output", folder, "--overwrite", "true"]
     assert "--output" in refuse("export", folder, *same)
-    assert "no folder" in refuse("export", tmp_path / "none", "--output", tmp_path / "out")
+    assert f"{tmp_path / 'none'}" in refuse("export", tmp_path / "none", "--output", tmp_path / "out")
     assert "onx" in refuse("export", folder, "--format", "onx", "--output", tmp_path / "out")
     assert contents(tmp_path) == {}

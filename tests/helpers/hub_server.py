@@ -1,4 +1,4 @@
-"""A Hub in one process: enough of its protocol for the real client to create a repository, push to it and read it."""
+"""Serve a Hub in this process: the part of its protocol that the real client needs to create, push and read."""
 
 import base64
 import hashlib
@@ -18,14 +18,14 @@ COMMIT = r"/api/models/user/tiny/commit/main"
 
 @dataclass
 class Fault:
-    """What goes wrong with some requests.
+    """A failure of some requests.
 
     Args:
-        method: Of the requests.
-        pattern: Of their paths.
-        answer: A status; `drop` closes the connection before anything is done, `lose` after it was done.
-        times: How many requests fail.
-        headers: Of the answer.
+        method: Method of the requests.
+        pattern: Regular expression for their paths.
+        answer: Status of the response; `drop` closes the connection before carrying out the request, `lose` after it.
+        times: Number of requests that fail.
+        headers: Headers of the response.
     """
 
     method: str
@@ -37,11 +37,11 @@ class Fault:
 
 @dataclass
 class Hub:
-    """What the Hub holds and what it was asked.
+    """The content of the Hub and the requests that it received.
 
     Args:
-        refuse: Status that every request gets, or None to serve.
-        faults: What goes wrong, the first that fits a request.
+        refuse: Status of every response, or None to serve the requests.
+        faults: Failures; the first one that matches a request is used.
         files: Content of the main branch by `user/name` and path.
         branches: Content of the other branches and pull requests, by `user/name` and name.
         tags: Commit of each tag, by `user/name` and name.
@@ -49,8 +49,8 @@ class Hub:
         commits: One entry for each commit: repository, branch, summary, paths.
         requests: Method, path and Authorization header of each request.
         bodies: Body of each request.
-        collections: Models of each collection; those that are not here do not exist.
-        gate: Files are taken while it is set.
+        collections: Models of each collection; other collections do not exist.
+        gate: Uploads of files wait until it is set.
     """
 
     url: str = ""
@@ -75,7 +75,7 @@ class Hub:
 
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
-    """Serve a fresh Hub on a free local port for the length of the block."""
+    """Serve a new Hub on a free local port within the block."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubRequest", (_HubRequest,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -159,13 +159,13 @@ class _HubRequest(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def create_repo(self, body: bytes) -> None:
-        wish = json.loads(body)
-        repo = f"{wish['organization']}/{wish['name']}"
+        request = json.loads(body)
+        repo = f"{request['organization']}/{request['name']}"
         exists = repo in self.hub.files
         if not exists:
             self.hub.files[repo] = {}
             self.hub.heads[repo, "main"] = _sha(0)
-            self.hub.private[repo] = wish.get("visibility") == "private"
+            self.hub.private[repo] = request.get("visibility") == "private"
         self._send(409 if exists else 200, {"url": f"{self.hub.url}/{repo}"})
 
     def validate_card(self, body: bytes) -> None:
@@ -174,7 +174,7 @@ class _HubRequest(BaseHTTPRequestHandler):
         self._send(200 if valid else 400, {"errors": errors, "warnings": []})
 
     def _content(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Commit and files of a branch, a tag or a commit."""
+        """Return commit and files of a branch, a tag or a commit."""
         if repo not in self.hub.files:
             return None
         if (repo, revision) in self.hub.heads:

@@ -1,4 +1,4 @@
-"""The Space that compares base and pruned: what its functions give, and the page in a real browser."""
+"""The Space that compares base and pruned model: its functions, and the page in a real browser."""
 
 import importlib
 import io
@@ -30,7 +30,7 @@ def png(width: int, height: int, color: tuple[int, int, int] = (200, 30, 90)) ->
 
 
 def bomb() -> bytes:
-    """A PNG of 9000 x 9000 pixels in a few kilobytes: never decoded, so its pixels need not be there."""
+    """Return a PNG header of 9000 x 9000 pixels without the pixels, which must never be decoded."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -48,7 +48,7 @@ def comparison() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A pruned folder, and its base as another folder."""
+    """Save a pruned model and its base, and return both folders."""
     root = tmp_path_factory.mktemp("space")
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
     names = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -66,7 +66,7 @@ def pair(comparison: ModuleType, folders: tuple[str, str]):
     return comparison.open_pair(*folders)
 
 
-def test_both_models_answer_as_they_do_alone(comparison: ModuleType, pair, folders: tuple[str, str]) -> None:
+def test_answers_equal_those_of_each_model(comparison: ModuleType, pair, folders: tuple[str, str]) -> None:
     encoded = png(40, 30)
     found = comparison.compare(pair, encoded)
     for name, folder in zip(("pruned", "base"), folders, strict=True):
@@ -81,7 +81,7 @@ def test_both_models_answer_as_they_do_alone(comparison: ModuleType, pair, folde
     assert found.image.size == (40, 30)
 
 
-def test_the_table_has_the_costs_of_the_config(comparison: ModuleType, pair) -> None:
+def test_table_shows_costs_of_the_config(comparison: ModuleType, pair) -> None:
     cost = pair.models["pruned"].config.cost
     lines = comparison.tabulate(pair._replace(milliseconds={"base": 4.0, "pruned": 3.0})).splitlines()
     (base, pruned) = (cost[name]["macs"] for name in ("base", "pruned"))
@@ -89,9 +89,7 @@ def test_the_table_has_the_costs_of_the_config(comparison: ModuleType, pair) -> 
     assert lines[4] == "| ms an image | 4 | 3 | 75% |"
 
 
-def test_a_folder_without_a_picture_of_its_widths_gets_one(
-    comparison: ModuleType, folders: tuple[str, str], tmp_path: Path
-) -> None:
+def test_missing_picture_of_widths_is_drawn(comparison: ModuleType, folders: tuple[str, str], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders[0], tmp_path / "model"))
     (folder / "widths.png").unlink(missing_ok=True)
     widths = comparison.open_pair(str(folder), folders[1]).widths
@@ -100,39 +98,39 @@ def test_a_folder_without_a_picture_of_its_widths_gets_one(
     assert not (folder / "widths.png").exists()
 
 
-@pytest.mark.parametrize(("encoded", "words"), [(b"", "cannot be read as an image"), (b"no image", "cannot be read")])
-def test_what_is_no_image_gets_a_message(encoded: bytes, words: str, comparison: ModuleType, pair) -> None:
+@pytest.mark.parametrize(("encoded", "words"), [(b"", "image"), (b"no image", "image")])
+def test_file_without_image_is_refused(encoded: bytes, words: str, comparison: ModuleType, pair) -> None:
     with pytest.raises(IsoPruneError, match=words):
         comparison.compare(pair, encoded)
 
 
-def test_half_an_image_gets_a_message(comparison: ModuleType, pair) -> None:
+def test_truncated_image_is_refused(comparison: ModuleType, pair) -> None:
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(whole, "JPEG")
-    with pytest.raises(IsoPruneError, match="cannot be read as an image"):
+    with pytest.raises(IsoPruneError, match="image"):
         comparison.compare(pair, whole.getvalue()[: len(whole.getvalue()) // 2])
 
 
-def test_an_image_bomb_is_refused_before_it_is_decoded(comparison: ModuleType, pair) -> None:
-    with pytest.raises(ImageError, match=r"^image of 9000 x 9000 pixels: .* 67,108,864 "):
+def test_huge_image_is_refused_before_decoding(comparison: ModuleType, pair) -> None:
+    with pytest.raises(ImageError, match=r"9000 x 9000 pixels.* 67,108,864 "):
         comparison.compare(pair, bomb())
 
 
-def test_models_that_cannot_be_opened_are_one_error(
+def test_models_that_cannot_be_opened_are_refused(
     comparison: ModuleType, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+    with pytest.raises(CheckpointError, match="no/such/place"):
         comparison.open_pair("no/such/place")
     with pytest.raises(CheckpointError, match="other weights than the one that was cut"):
         comparison.open_pair(folders[0], folders[0])
 
 
-# With gradio, and a browser
+# The page, which needs gradio and a browser
 
 
 @pytest.fixture(scope="module")
 def page(comparison: ModuleType, pair) -> Iterator[str]:
-    """Address of the page."""
+    """Serve the page and yield its address."""
     pytest.importorskip("gradio")
     space = importlib.import_module("app")
     app = space.build_app(pair)
@@ -141,28 +139,28 @@ def page(comparison: ModuleType, pair) -> Iterator[str]:
     app.close()
 
 
-def test_a_model_that_cannot_be_opened_ends_the_start_in_one_line(
-    comparison: ModuleType, capsys: pytest.CaptureFixture
-) -> None:
+def test_unopenable_model_is_reported_in_one_line(comparison: ModuleType, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("gradio")
     assert importlib.import_module("app").main(["no/such/place"]) == 2
-    assert re.fullmatch(r"compare: error: no/such/place is neither [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(r"compare: error: no/such/place [^\n]+\n", capsys.readouterr().err)
 
 
-def test_a_program_gets_the_same_answers(page: str, comparison: ModuleType, pair, tmp_path: Path) -> None:
+def test_api_returns_the_same_answers(page: str, comparison: ModuleType, pair, tmp_path: Path) -> None:
     client = pytest.importorskip("gradio_client")
     file = tmp_path / "image.png"
     file.write_bytes(png(40, 30))
-    said, _, base, pruned = client.Client(page, verbose=False).predict(client.handle_file(file), api_name="/compare")
+    summary, _, base, pruned = client.Client(page, verbose=False).predict(
+        client.handle_file(file), api_name="/compare"
+    )
     answers = comparison.compare(pair, file.read_bytes()).answers
     for found, expected in ((base, answers["base"]), (pruned, answers["pruned"])):
         assert {row["label"]: row["confidence"] for row in found["confidences"]} == pytest.approx(expected)
-        assert found["label"] in said
+        assert found["label"] in summary
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_visitor_uploads_an_image_and_sees_both_answers(
+def test_uploaded_image_shows_both_answers_in_browser(
     width: int, page: str, comparison: ModuleType, pair, tmp_path: Path
 ) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
@@ -184,7 +182,7 @@ def test_a_visitor_uploads_an_image_and_sees_both_answers(
 
         def upload(file: Path, words: str) -> None:
             tab.goto(page)
-            tab.get_by_text("both models answer it").wait_for()
+            tab.get_by_text("classify it with both models").wait_for()
             tab.locator("input[type=file]").first.set_input_files(file)
             tab.get_by_text(words).first.wait_for(timeout=20_000)
 
