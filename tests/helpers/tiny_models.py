@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from helpers.marks import one_of_each
 from transformers import ConvNextConfig, DeiTConfig, ResNetConfig, SwinConfig, ViTConfig
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
@@ -37,7 +38,9 @@ TRANSFORMERS = {
     "hf-convnext": ConvNextConfig(image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[16, 24, 32, 40]),
     "hf-resnet": ResNetConfig(embedding_size=16, hidden_sizes=[32, 48, 64, 80], depths=[1, 1, 1, 1]),
 }
-FAMILIES = [*TIMM, *TRANSFORMERS]
+ALL_FAMILIES = [*TIMM, *TRANSFORMERS]
+# Parameters of tests: the variants of a family that another one stands for are run by `make test-all`.
+FAMILIES = one_of_each(ALL_FAMILIES, "vit", "deit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit", "hf-swin")
 
 
 def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageClassification:

@@ -37,6 +37,7 @@ def run_client(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.launch
 def test_push_uploads_all_files_in_one_commit(folder: Path, tmp_path: Path) -> None:
     code = "import sys; from isoprune_hf.hub.push import push_folder; print(push_folder(sys.argv[1], 'user/tiny'))"
     with serve_hub() as hub:

@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from helpers.command_line import read, refuse, succeed
+from helpers.marks import one_of_each
 from helpers.reference_files import NAMES, cut, cut_swin, make_module, run, save
 from timm.models.vision_transformer import ResPostBlock
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -45,7 +46,7 @@ def logits(converted: Converted, pixels: torch.Tensor) -> torch.Tensor:
         return converted.model(pixels).logits
 
 
-@pytest.mark.parametrize("family", SIDES)
+@pytest.mark.parametrize("family", one_of_each(SIDES, "deit", "swin", "resnet"))
 def test_a_folder_made_from_an_old_file_gives_the_logits_of_the_old_module(family: str, tmp_path: Path) -> None:
     module = make(family)
     args = [f"--model_args={json.dumps(ARGS[family])}"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.masking import masked_base, plan_random
-from helpers.tiny_models import FAMILIES, make_base, make_images
+from helpers.tiny_models import ALL_FAMILIES, FAMILIES, make_base, make_images
 from torch import nn
 
 from isoprune_hf.errors import CheckpointError
@@ -19,7 +19,7 @@ from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_cut_equals_the_base_with_the_removed_elements_zeroed(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path).double()
     groups, plan = plan_random(model)
