@@ -22,9 +22,9 @@ from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.extras import EXTRAS, naming_extra, require_package
 
 ROOT = Path(__file__).parents[1]
-# The libraries of a light installation that come in when they are first needed.
+# Libraries of a light installation that are imported when they are first needed.
 REQUIRED = ("torch", "torchvision", "transformers", "timm", "huggingface_hub", "safetensors")
-# Makes every package of an extra, and all that they alone bring, impossible to import.
+# Makes every optional package impossible to import, and pandas, which only they install.
 LIGHT = f"""
 import sys
 from importlib.machinery import PathFinder

@@ -12,7 +12,7 @@ TEXT = "Prune image classifiers by isomorphic classes, finetune them, and open t
 _EXAMPLES = """  isoprune
       the embedded default: real handwritten digits and a small ViT, in two minutes
   isoprune prune --prune.model timm/resnet50.a1_in1k --prune.criterion l1 --prune.target_macs 50% --output pruned
-      a ResNet-50 with half of its MACs, from its weights alone
+      a ResNet-50 with half of its MACs, scored from its weights, without data
   accelerate launch train_accelerate.py --config recipe.yaml --data.dataset ILSVRC/imagenet-1k
       score, cut and finetune on every GPU of the machine"""
 _OPTIONS = {

@@ -16,7 +16,7 @@ def is_first_to_fail(code: int) -> bool:
         if store is not None:
             store.set(_CODE_KEY, str(code))
             return bool(store.add(_FAILED_KEY, 1) == 1)
-    except RuntimeError:  # the rank that holds the store has ended
+    except RuntimeError:  # the rank with the store has ended
         pass
     return os.environ.get("RANK", "0") == "0"
 

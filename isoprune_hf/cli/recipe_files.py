@@ -61,10 +61,10 @@ def select_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def _read(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a file; `extending` holds the files that led to it."""
+    """Read a file; `extending` are the files that led to it."""
     if file.resolve() in (path.resolve() for path in extending):
         chain = " extends ".join(str(path) for path in (*extending, file))
-        raise RecipeError(f"--config: {chain}, which never ends")
+        raise RecipeError(f"--config: {chain}: recipe files must not extend each other in a cycle")
     values = _load(file, extending)
     _check(file, values)
     if "extends" not in values:
@@ -83,7 +83,7 @@ def _load(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"--config: {file} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"--config: {file} must hold sections, such as prune, data and finetune")
+        raise RecipeError(f"--config: {file} must contain sections such as prune, data and finetune")
     return values
 
 
@@ -113,7 +113,7 @@ def _check(file: Path, values: dict[str, Any]) -> None:
 
 def _check_section(file: Path, name: str, section: Any) -> None:
     if not isinstance(section, dict):
-        raise RecipeError(f"--config: section {name} of {file} must hold settings, got {section!r}")
+        raise RecipeError(f"--config: section {name} of {file} must contain settings, got {section!r}")
     known = _SETTINGS.get(name, EXPECTED)
     for key in section:
         if key not in known:

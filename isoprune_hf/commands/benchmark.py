@@ -32,7 +32,7 @@ def run(
 
     config = read_json(folder, "config.json") or {}
     if config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
-        raise RecipeError(f"--folder {folder} is no folder of a pruned model: there is nothing to compare")
+        raise RecipeError(f"--folder {folder} is not the folder of a pruned model: there is nothing to compare")
     settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, repeats, seconds)
     place = choose_device(device)
     if threads is not None and threads < 1:

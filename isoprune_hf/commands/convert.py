@@ -40,7 +40,7 @@ STAGE = Stage(
     heading=Heading.SHRINK,
     order=5,
     flags=(
-        Flag("file", str, None, "File of torch.save that holds a module of timm or torchvision.", required=True),
+        Flag("file", str, None, "File written by torch.save, with a module of timm or torchvision.", required=True),
         output_flag("output/converted"),
         Flag("base", str | None, None, "The dense base, such as timm/NAME, if the file does not name it."),
         Flag("model_args", dict[str, Any], {}, 'Arguments of the base\'s architecture, such as {"img_size": 64}.'),

@@ -18,7 +18,7 @@ def run(*, folder: str, base: str | None) -> Answer:
     from isoprune_hf.commands.steps.checking import examine_folder
 
     if isoprune_fields(read_json(folder, "config.json") or {}) is None:
-        raise RecipeError(f"--folder {folder} is no folder of a pruned model: it needs a config.json of isoprune")
+        raise RecipeError(f"--folder {folder} is not the folder of a pruned model: it needs a config.json of isoprune")
     findings = examine_folder(folder, base)
     count = sum(finding.verdict == "FAIL" for finding in findings)
     lines = []

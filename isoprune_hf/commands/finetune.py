@@ -52,7 +52,9 @@ def run(
     teacher = open_teacher(student.model, finetune)
     training = open_run(folder, student, images, data, finetune, teacher, accelerator, overwrite=overwrite)
     if training.is_finished and not overwrite and (folder / "config.json").is_file():
-        get_logger(__name__).info(f"--output {output} holds the result of this run; --overwrite true trains it again")
+        get_logger(__name__).info(
+            f"--output {output} contains the result of this run; retrain it with --overwrite true"
+        )
         answer = summarize(load_base(output).model, read_json(output, "metrics.json") or {}, {}, folder)
         return send_result(uploads, folder, answer)
     check_output(output, overwrite=overwrite, holds_run=has_run and not was_finished)

@@ -467,6 +467,11 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
         ["prune", *VIT, "--prune.criterion", "taylor", *OUT],
         ["taylor needs data", "--data.dataset"],
     ),
+    "rotation without data": (["prune", *L1, "--prune.rotate", "true", *OUT], ["prune.rotate needs data"]),
+    "no training split": (
+        ["prune", *TAYLOR, "--data.dataset", "@images", "--data.train_split", "none", *OUT],
+        ["no training split", "data.train_split"],
+    ),
     "labels without data": (["prune", *L1, "--prune.num_labels", "data", *OUT], ["needs data", "--data.dataset"]),
     "finetune without data": (["finetune", "--model", "@pruned", *OUT], ["data.dataset is not set"]),
     "split": (
@@ -547,8 +552,8 @@ BAD_RECIPES: dict[str, tuple[str | None, list[str]]] = {
     "value": ("prune: {model: x, ratio: many}\n", ["prune.ratio", "many"]),
     "range": ("prune: {model: x, ratio: 2}\n", ["prune.ratio must be between 0 and 1, got 2"]),
     "section is no mapping": ("prune: 3\n", ["prune"]),
-    "list": ("- 1\n", ["recipe.yaml", "must hold sections"]),
-    "empty": ("", ["recipe.yaml", "must hold sections"]),
+    "list": ("- 1\n", ["recipe.yaml", "must contain sections"]),
+    "empty": ("", ["recipe.yaml", "must contain sections"]),
     "not YAML": ("prune: [1\n", ["recipe.yaml", "is not YAML"]),
     "not text": ("\x00\x01", ["recipe.yaml", "is not YAML"]),
     "no model": ("prune: {ratio: 0.3}\n", ["prune.model is not set"]),

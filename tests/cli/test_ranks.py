@@ -42,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT that one rank has cut; tests that change it take a copy."""
+    """Folder of a tiny ViT cut by one rank; tests that change it copy it."""
     folder = tmp_path_factory.mktemp("pruned") / "pruned"
     succeed("prune", *TAYLOR, "--data.dataset", images, "--output", folder)
     return folder
@@ -80,7 +80,7 @@ def test_two_ranks_evaluate_like_one(images: Path, pruned: Path, tmp_path: Path)
 
 # Launchers
 
-# Notes, at the end of each rank, how many ranks Accelerate has seen.
+# Writes to a file, when a rank ends, how many ranks accelerate saw.
 NOTE_RANKS = """
 import atexit, os, sys
 
@@ -94,7 +94,7 @@ def note() -> None:
 
 
 class Launched(NamedTuple):
-    """How a launched command ended; `ranks` holds the number of ranks that each rank has seen."""
+    """End of a launched command; `ranks` maps each rank to the number of ranks that it saw."""
 
     output: Path
     code: int
@@ -160,7 +160,7 @@ def test_torchrun_makes_plan_of_one_rank(launched: dict[str, Launched], pruned: 
     for name in ("base", "pruned"):
         first, second = (read(folder, "metrics.json")[name] for folder in folders[:2])
         assert first == pytest.approx(second, rel=1e-6)
-    for finished in (one, two):  # the main process alone speaks
+    for finished in (one, two):  # only the main process prints
         assert finished.out.count("score on 39 images in micro-batches of 3") == 1
         assert finished.out.count("The model is in") == 1
     assert one.err == ""

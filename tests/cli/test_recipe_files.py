@@ -210,7 +210,7 @@ def test_recipe_evaluates_like_script_of_its_name() -> None:
         bilinear = name.startswith(("resnet", "mobilenet"))
         data = resolve("evaluate", name).data
         assert (data.resize, data.interpolation) == (256, "bilinear" if bilinear else "bicubic"), name
-        # The script of ResNet-50 alone scores with another interpolation than it is evaluated with.
+        # Only the script of ResNet-50 scores with another interpolation than it evaluates with.
         assert resolve("prune", name).prune.interpolation == ("bicubic" if name == "resnet50_2.0g" else None), name
 
 
@@ -302,10 +302,10 @@ def test_embedded_recipe_is_read_by_read_recipe() -> None:
 
 
 BAD = {
-    "itself": ({"top": "extends: top.yaml"}, ["top.yaml extends", "which never ends"]),
+    "itself": ({"top": "extends: top.yaml"}, ["top.yaml extends", "in a cycle"]),
     "a circle": (
         {"top": "extends: two.yaml", "two": "extends: three.yaml", "three": "extends: top.yaml"},
-        ["top.yaml extends", "two.yaml extends", "three.yaml extends", "which never ends"],
+        ["top.yaml extends", "two.yaml extends", "three.yaml extends", "in a cycle"],
     ),
     "missing": ({"top": "extends: gone.yaml"}, ["gone.yaml cannot be read (No such file", "top.yaml extends it"]),
     "a folder": ({"top": "extends: ."}, ["cannot be read (Is a directory)"]),
@@ -320,7 +320,7 @@ BAD = {
     "negative": ({"top": "expect: {top1: -1}"}, ["must be a number above 0, got -1"]),
     "truth": ({"top": "expect: {top1: true}"}, ["must be a number above 0, got True"]),
     "not finite": ({"top": "expect: {top1: .nan}"}, ["must be a number above 0, got nan"]),
-    "no figures": ({"top": "expect: 4.2"}, ["section expect of", "must hold settings, got 4.2"]),
+    "no figures": ({"top": "expect: 4.2"}, ["section expect of", "must contain settings, got 4.2"]),
     "no source": ({"top": "source: [a]"}, ["source of", "must be a text, got ['a']"]),
 }
 

@@ -1,5 +1,7 @@
 """The stage doctor: sound folders pass, and each fault is found."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -12,7 +14,10 @@ from helpers.cut_folders import MODEL_ARGS, NAME, check_refused
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from isoprune_hf.commands.doctor import STAGE
+from isoprune_hf.commands.steps import checking
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning.doctor import Finding
 
 
 def verdicts(printed: str) -> dict[str, str]:
@@ -99,10 +104,35 @@ def test_trained_weights_are_not_compared_with_base(folders: Path, tmp_path: Pat
     assert "the weights were trained after the cut" in printed
 
 
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_verdicts_are_coloured_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    found = [Finding("load", "ok", "two\nlines"), Finding("cost", "FAIL", "5"), Finding("tensors", "skip", "no plan")]
+    monkeypatch.setattr(checking, "examine_folder", lambda folder, base: found)
+    (tmp_path / "config.json").write_text('{"model_type": "isoprune"}')
+    with contextlib.redirect_stdout(Terminal()):
+        answer = STAGE.run(folder=str(tmp_path), base=None)
+    assert answer.text.splitlines() == [
+        "\033[32mok  \033[0m  load       two",
+        "                 lines",
+        "\033[31;1mFAIL\033[0m  cost       5",
+        "skip  tensors    no plan",
+        f"{tmp_path}: 1 check failed",
+    ]
+    assert answer.code == 1 and answer.figures["failed"] == 1
+
+
 BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "no folder": (["doctor"], ["required", "folder"]),
-    "missing folder": (["doctor", "@tmp/none"], ["--folder", "none", "no folder of a pruned model"]),
-    "folder of nothing": (["doctor", "@root"], ["--folder", "no folder of a pruned model"]),
+    "missing folder": (["doctor", "@tmp/none"], ["--folder", "none", "not the folder of a pruned model"]),
+    "folder of nothing": (["doctor", "@root"], ["--folder", "not the folder of a pruned model"]),
     "unknown base": (["doctor", "@small", "--base", "timm/no_such_vit"], ["no model", "no_such_vit"]),
     "no folder of a base": (["doctor", "@small", "--base", "@tmp/none"], ["does not exist", "none"]),
 }

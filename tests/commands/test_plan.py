@@ -18,9 +18,9 @@ def test_plan_in_folder_shows_sizes_of_base(folders: Path, tmp_path: Path) -> No
     assert re.search(r"^blocks.0.mlp.fc1 +\d+ of 128 +\d+%$", shown, re.MULTILINE)
     assert "criterion l1" in shown and plan["fingerprint"][:12] in shown
     file = shutil.copy(folders / "small" / "pruning_plan.json", tmp_path / "plan.json")
-    alone = succeed("plan", "show", "--plan", file)
-    assert re.search(rf"^blocks.0.attn +{kept} +{heads} +{kept // heads}$", alone, re.MULTILINE)
-    assert " of 32" not in alone
+    without_folder = succeed("plan", "show", "--plan", file)
+    assert re.search(rf"^blocks.0.attn +{kept} +{heads} +{kept // heads}$", without_folder, re.MULTILINE)
+    assert " of 32" not in without_folder
 
 
 def test_plan_is_shown_without_readable_model(folders: Path, tmp_path: Path) -> None:

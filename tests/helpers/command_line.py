@@ -22,8 +22,8 @@ class Done(NamedTuple):
 
 def isoprune(*arguments: str | Path) -> Done:
     """Run the command line in this process, and restore the logging of the tests afterwards."""
-    root, ours = logging.getLogger(), logging.getLogger("isoprune_hf")
-    handlers, levels = root.handlers, (root.level, ours.level)
+    root, package = logging.getLogger(), logging.getLogger("isoprune_hf")
+    handlers, levels = root.handlers, (root.level, package.level)
     root.handlers = []
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -34,7 +34,7 @@ def isoprune(*arguments: str | Path) -> Done:
     finally:
         root.handlers = handlers
         root.setLevel(levels[0])
-        ours.setLevel(levels[1])
+        package.setLevel(levels[1])
     return Done(code, out.getvalue(), err.getvalue())
 
 

@@ -361,7 +361,7 @@ def flip(path: Path) -> None:
 def test_a_finished_run_says_so_and_does_nothing(case: Case) -> None:
     before = contents(case.root / "alone")
     printed = succeed(*case.command, "--output", case.root / "alone")
-    assert "holds the result of this run" in printed and "finetuned" in printed
+    assert "contains the result of this run" in printed and "finetuned" in printed
     assert contents(case.root / "alone") == before
     line = refuse(*case.command, "--finetune.seed", "1", "--output", case.root / "alone")
     assert "exists and is not empty" in line and contents(case.root / "alone") == before

@@ -42,7 +42,7 @@ def clear_output(root: Path, used: dict[str, str | None], accelerator: Accelerat
     for setting, path in used.items():
         if path and root.resolve() in Path(path).resolve().parents:
             raise RecipeError(
-                f"--output {root} holds {setting} ({path}), which would be overwritten; choose another folder"
+                f"--output {root} contains {setting} ({path}), which would be overwritten; choose another folder"
             )
     if accelerator.is_main_process:
         for name in ("base", CHECKPOINTS, "model"):

@@ -22,7 +22,7 @@ def open_teacher(
     Args:
         student: The model to train.
         finetune: Names the teacher.
-        base: The dense base, if it is open; `teacher: auto` reopens it otherwise.
+        base: The dense base, if it is open already; if not, `teacher: auto` reopens it.
 
     Raises:
         RecipeError: The teacher cannot be opened.
