@@ -1,4 +1,4 @@
-"""Coupled groups as torch-pruning's own `get_all_groups` finds them: the independent reference of `trace_groups`."""
+"""Coupled groups from torch-pruning's own `get_all_groups`, an independent reference for `trace_groups`."""
 
 import math
 
@@ -12,12 +12,12 @@ from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.pruning.graph.torch_pruning.architectures import Attention
 from isoprune_hf.pruning.graph.torch_pruning.stand_ins import loose_parameters, traced_copy
 
-# A group as plain values: name, signature, channels, [(parameter, dim, positions of every channel)].
+# A group as plain values: name, signature, channels, [(parameter, dim, positions of each channel)].
 PlainGroup = tuple[str, str, int, list[tuple[str, int, list[list[int]]]]]
 
 
 def reference_groups(model: IsoPruneForImageClassification) -> list[PlainGroup]:
-    """Groups of torch-pruning, attention left out; norms and activations are traced as they are."""
+    """Return the groups of torch-pruning except those of attention, with real norms and activations."""
     network = meta_copy(model).model.requires_grad_(True)
     traced = traced_copy(model.model)
     for name in traced.stubs:
@@ -39,6 +39,7 @@ def reference_groups(model: IsoPruneForImageClassification) -> list[PlainGroup]:
 
 
 def read_group(graph, group, names, order, stubs) -> PlainGroup | None:
+    """Convert a group of torch-pruning; None for the outputs of the classifier, which no layer reads."""
     channels, ways, entries, is_read = len(group[0].idxs), 1, [], False
     for number in range(len(group)):
         item = group[number]
@@ -76,6 +77,7 @@ def read_group(graph, group, names, order, stubs) -> PlainGroup | None:
 
 
 def elements(name, layer, rows, reads, stubs):
+    """Return (parameter, dim, rows) for each parameter of one side of a layer, or of the part that it replaces."""
     part = stubs.get(name)
     if not reads:
         leaves = [leaf for leaf, tensor in layer.state_dict(keep_vars=True).items() if tensor.ndim > 0]
@@ -92,7 +94,7 @@ def elements(name, layer, rows, reads, stubs):
 
 
 def plain_groups(groups) -> list[PlainGroup]:
-    """Groups of `trace_groups` as plain values, attention left out."""
+    """Return groups of `trace_groups` as plain values, except those of attention."""
     return [
         (g.name, g.signature, g.channels, [(m.parameter, m.dim, np.asarray(m.index).tolist()) for m in g.members])
         for g in groups

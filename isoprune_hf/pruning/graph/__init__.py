@@ -19,6 +19,6 @@ Functions for other folders:
     verify.sizes_after, check_cut, total_macs        after a cut
     copying, layers                                  copies of module trees; layer classes by kind
 
-`torch_pruning/` finds groups independently, with the library of that name. Nothing here knows scores, budgets, plans
-or files.
+`torch_pruning/` finds groups independently, with the library of that name. Nothing here depends on scores, budgets,
+plans or files.
 """

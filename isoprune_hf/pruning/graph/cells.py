@@ -61,7 +61,7 @@ def unit_positions(found: Iterable[Cell], strides: Mapping[int, int], count: int
     """Return the positions of each unit of a group on an axis, ascending in each row.
 
     Args:
-        found: Cells that hold the group's leaves.
+        found: Cells that contain the leaves of the group.
         strides: Leaf, by identity -> its stride; the number of a unit is the sum of its labels times their strides.
         count: Number of units.
 

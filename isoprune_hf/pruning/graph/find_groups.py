@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph, build_axis_graph
 from isoprune_hf.pruning.graph.members import couple_axes
 from isoprune_hf.pruning.graph.torch_pruning.depgraph import couple_nodes
@@ -48,7 +49,7 @@ def trace_groups(
         UnsupportedArchitectureError: The model does not run, or the engine does not support a part of it.
     """
     base = model.model
-    image_size = _image_size(model)
+    image_size = tuple(image_size_of(model))
     graph = build_axis_graph(base, image_size)
     if engine == "axes":
         return TracedGroups(couple_axes(graph, base, signature), graph)
@@ -61,8 +62,4 @@ def graph_of(model: IsoPruneForImageClassification, groups: Sequence[CoupledGrou
     """Return the axis graph of a model: that of its groups if they have one, else from a new trace."""
     if isinstance(groups, TracedGroups):
         return groups.graph
-    return build_axis_graph(model.model, _image_size(model))
-
-
-def _image_size(model: IsoPruneForImageClassification) -> tuple[int, ...]:
-    return tuple(model.config.image_size or ())
+    return build_axis_graph(model.model, image_size_of(model))

@@ -44,7 +44,7 @@ def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "
 
 
 class _GroupBuilder:
-    """Builds groups from leaves; knows the modules of the network and their order."""
+    """Builds groups from leaves, with the modules of the network and their order."""
 
     def __init__(self, graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]):
         self.graph = graph
@@ -67,7 +67,7 @@ class _GroupBuilder:
         return self._group([leaf], leaf.size)
 
     def linked_group(self, linked: list[Axis]) -> CoupledGroup | None:
-        """Build the group of linked leaves; each unit holds an equal share of each. None if no layer reads them."""
+        """Build the group of linked leaves; each unit has an equal share of each leaf. None if no layer reads them."""
         return self._group(linked, int(np.gcd.reduce([leaf.size for leaf in linked])))
 
     def _group(self, own: list[Axis], units: int) -> CoupledGroup | None:

@@ -1,9 +1,9 @@
 """Notes that a trace attaches to the tensors of a forward pass, as attributes of the tensor objects.
 
-An operation is given tensors, and the tracer must find what it knows of each. A dict by identity would have to keep
+For each input of an operation, the tracer needs the axes that it found before. A dict by identity would have to keep
 every activation alive, because the identity of a freed tensor is reused; an attribute disappears with its tensor. A
-network may keep a tensor from one pass to the next, so each note names the object that wrote it, and a reader ignores
-the notes of others.
+network may cache a tensor from one pass to the next, so each note names the trace that wrote it, and other traces
+ignore it.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
-"""The private names of torch that the graph engine uses, as read in torch 2.14, behind typed functions.
+"""The private names of torch that pruning uses, as read in torch 2.14, behind typed functions.
 
-Nothing else in this folder imports a private module of torch or reads a private attribute of its classes, except for
-the layer classes in `layers.py`. When torch is upgraded, this is the file to compare with its sources.
+Only `layers.py` uses others, the base classes of layers. When torch is upgraded, these two files are the ones to
+compare with its sources.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = (
+    "GET_SHAPE",
+    "DispatchMode",
+    "OpOverload",
+    "aten",
+    "op_name",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
+    "tree_leaves",
+    "tree_map_only",
+)
 
 aten = torch.ops.aten
 # The type of an aten operation, as `__torch_dispatch__` receives it.

@@ -26,7 +26,7 @@ def unify(first: Axis, second: Axis) -> Axis:
     if first is second or first.size == second.size == 1:  # an axis of one element is never pruned, so never tied
         return first
     if first.size != second.size:
-        raise Conflict(f"{first.size} elements meet {second.size}")
+        raise Conflict(f"sizes {first.size} and {second.size} differ")
     if first.kind != "leaf" and second.kind == "leaf":
         first, second = second, first
     if first.kind == "leaf":

@@ -28,22 +28,22 @@ class ObservedOp(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def sizes_after(graph: AxisGraph, masks: _Masks, gone: tuple[str, ...]) -> dict[int, int]:
+def sizes_after(graph: AxisGraph, masks: _Masks, removed: tuple[str, ...]) -> dict[int, int]:
     """Compute the sizes of all free leaves after a cut, by identity.
 
     Args:
         graph: The graph of the network before the cut.
         masks: (tensor, dim) -> which of its elements are kept; missing dims are kept whole.
-        gone: Prefixes of the tensors that are removed whole.
+        removed: Prefixes of the tensors that are removed whole.
 
     Raises:
         CheckpointError: An element is kept in one tensor and removed from another that is tied to it.
     """
     sizes = {leaf: axis.size for leaf, axis in graph.solution.by_id.items()}
     for leaf in graph.members:
-        sizes[leaf] = _leaf_size_after(graph, leaf, masks, gone, sizes.get(leaf, 1))
+        sizes[leaf] = _leaf_size_after(graph, leaf, masks, removed, sizes.get(leaf, 1))
     for link in graph.solution.links:
-        # A leaf that stands for a quotient is in no tensor. It keeps its proportion to the leaves that are.
+        # A leaf that represents a quotient is in no tensor. It keeps its proportion to the linked leaves that are.
         known = next((leaf for leaf in link if leaf in graph.members), None)
         if known is not None:
             by_id = graph.solution.by_id
@@ -52,13 +52,13 @@ def sizes_after(graph: AxisGraph, masks: _Masks, gone: tuple[str, ...]) -> dict[
     return sizes
 
 
-def _leaf_size_after(graph: AxisGraph, leaf: int, masks: _Masks, gone: tuple[str, ...], default: int) -> int:
+def _leaf_size_after(graph: AxisGraph, leaf: int, masks: _Masks, removed: tuple[str, ...], default: int) -> int:
     """Compute the size of one leaf after a cut, and check that all its tensors keep the same elements."""
     counts: dict[int, str] = {}  # number of kept elements -> the first tensor that keeps as many
     kept: dict[bytes, str] = {}  # kept elements -> the first tensor that keeps these
     usual: np.ndarray | None = None  # whether each element is kept in the last tensor that was read
     for (name, dim), cells in graph.members[leaf].items():
-        if name.startswith(gone):
+        if name.startswith(removed):
             continue
         mask = masks.get((name, dim))
         for cell in cells:
@@ -122,7 +122,7 @@ def axis_size(axis: Axis, sizes: Mapping[int, int]) -> int:
 
 
 def check_cut(
-    graph: AxisGraph, network: nn.Module, image_size: Sequence[int], sizes: Mapping[int, int], gone: tuple[str, ...]
+    graph: AxisGraph, network: nn.Module, image_size: Sequence[int], sizes: Mapping[int, int], removed: tuple[str, ...]
 ) -> None:
     """Run a cut network and compare each operation and each shape with the prediction of the graph.
 
@@ -131,7 +131,7 @@ def check_cut(
         network: The cut network.
         image_size: Of one image, (C, H, W).
         sizes: Sizes of the leaves after the cut, by identity.
-        gone: Prefixes of the modules that are removed whole.
+        removed: Prefixes of the modules that are removed whole.
 
     Raises:
         UnsupportedArchitectureError: The network does not run, or runs other operations or shapes.
@@ -150,7 +150,7 @@ def check_cut(
             known[id(axis)] = axis_size(axis, sizes)
         return known[id(axis)]
 
-    ops = [op for op in graph.trace.ops if not f"{op.module}.".startswith(gone)]
+    ops = [op for op in graph.trace.ops if not f"{op.module}.".startswith(removed)]
     for op, now in zip_longest(ops, observed):
         expected = None if op is None else ObservedOp(op.name, tuple(tuple(map(size, axes)) for axes in op.outputs))
         if expected != now:
@@ -203,15 +203,15 @@ def observe_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool)
     return observer.ops
 
 
-def total_macs(graph: AxisGraph, sizes: Mapping[int, int], gone: Iterable[str]) -> int:
+def total_macs(graph: AxisGraph, sizes: Mapping[int, int], removed: Iterable[str]) -> int:
     """Count the multiply-accumulates of all matrix products and convolutions for given sizes of leaves.
 
     Args:
         graph: The graph of the network before the cut.
         sizes: Sizes of the leaves, by identity.
-        gone: Prefixes of the modules that are removed whole.
+        removed: Prefixes of the modules that are removed whole.
     """
-    prefixes = tuple(gone)
+    prefixes = tuple(removed)
     return sum(
         int(np.prod([axis_size(axis, sizes) for axis in product.sizes], dtype=np.int64))
         for product in graph.trace.matrix_products

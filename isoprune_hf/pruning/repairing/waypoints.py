@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only  # no public name in torch 2.12
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.pruning.graph.torch_private import tree_leaves, tree_map_only
 
 
 class Waypoint(NamedTuple):

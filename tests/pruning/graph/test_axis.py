@@ -32,7 +32,7 @@ def test_two_leaves_become_one() -> None:
 
 
 def test_axes_of_unequal_size_conflict() -> None:
-    with pytest.raises(Conflict, match="6 elements meet 4"):
+    with pytest.raises(Conflict, match="6 and 4"):
         unify(Axis(6), Axis(4))
 
 

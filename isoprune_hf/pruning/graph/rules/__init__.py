@@ -5,5 +5,5 @@ name of the Python function, see `registry.SizeRule`); `tables.py` merges them i
 
 To support another operation, add a function with `@rule("NAME")` to the file of its kind, and a case to the test of
 that file. If it takes sizes as integers, add a `@size_rule`. A new file also needs a line in `tables.py`. Without a
-rule, the axes that an operation touches are frozen. Rules know nothing of modules, groups, or architectures.
+rule, the axes that an operation touches are frozen. Rules must not depend on modules, groups or architectures.
 """

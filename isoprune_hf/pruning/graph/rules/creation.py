@@ -15,7 +15,7 @@ rule, size_rule = RuleTable(), RuleTable()
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided")
 @rule("new_empty_strided", "scalar_tensor")
 def _create(trace: Trace, out: Tensor, *_: Any, **__: Any) -> Axes:
-    """All elements are equal, so the axes are free: they become the axes of the tensors that they meet."""
+    """All elements are equal, so the axes are free and can be tied to those of any tensor."""
     return tuple(Axis(size) if size != 1 else ONE for size in out.shape)
 
 

@@ -1,8 +1,8 @@
 """The index maps of torch-pruning's dependency graph, applied to arrays: `apply_mapping`.
 
-An index map says where channels lie after a concatenation, split, slice or flattening. torch-pruning applies it to one
-Python object per channel. The private names of torch_pruning that this needs, as read in torch_pruning 1.6.1, are in
-this module only.
+An index map converts the positions of channels before a concatenation, split, slice or flattening to those after it.
+torch-pruning applies it to one Python object per channel. The private names of torch_pruning that this needs, as read
+in torch_pruning 1.6.1, are in this module only.
 """
 
 from collections.abc import Callable, Mapping

@@ -9,7 +9,7 @@ CASES: dict[str, AxisCase] = {
     "zeros of a given size": (
         lambda m: m.a.new_zeros(m.a.shape[0]) + m.b,
         {"a": (4,), "b": (4,)},
-        "A, B",  # as wide as the number says, so that the two are linked
+        "A, B",  # two axes, which the size that they share links
     ),
 }
 
