@@ -117,7 +117,7 @@ def command(tmp_path: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     datasets.enable_progress_bars()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.kills), 2])
 def test_killed_stream_run_resumes_with_any_workers(world: int, command: list[str], tmp_path: Path) -> None:
     ended = [rank.wait() for rank in start_ranks([*command, "--output", tmp_path / "alone"], tmp_path / "log", world)]
     assert [end.code for end in ended] == [0] * world, ended[0].err

@@ -175,6 +175,7 @@ def test_patterns_and_scores_reach_the_cut(tmp_path: Path) -> None:
     assert isinstance(result.model.model.blocks[1].attn.qkv, nn.Linear)
 
 
+@pytest.mark.benchmarks
 def test_a_share_of_the_measured_time_is_met(tmp_path: Path) -> None:
     args = {"img_size": 96, "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3}
     model = load_base("timm/vit_tiny_patch16_224", False, model_args=args).model

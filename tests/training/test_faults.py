@@ -183,7 +183,7 @@ def check_kill_in_writing(case: Case, output: Path, call: int) -> bool:
 
 
 # Within run.json, a snapshot, and the result's files; the full list is that of `make test-faults`.
-@pytest.mark.parametrize("call", [2, 23, -4])
+@pytest.mark.parametrize("call", [23, *(pytest.param(call, marks=pytest.mark.kills) for call in (2, -4))])
 def test_a_kill_within_writing_loses_nothing(call: int, case: Case, tmp_path: Path) -> None:
     if call < 0:  # from the end: count the calls of a whole run
         counted = tmp_path / "calls"

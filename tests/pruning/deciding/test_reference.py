@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.marks import one_of_each
 from helpers.plain_scores import batches_of
 from helpers.plans import group, plan_for
 from helpers.reference_pruner import prune_with_torch_pruning, seeded_gradients
@@ -73,7 +74,7 @@ class Compared:
 
 @pytest.mark.parametrize("round_to", [None, 2])
 @pytest.mark.parametrize(("ratio", "seed"), [(0.3, 0), (0.5, 1)])
-@pytest.mark.parametrize("family", ["vit", "deit", "convnext", "resnet", "mobilenet_v2"])
+@pytest.mark.parametrize("family", one_of_each(["vit", "deit", "convnext", "resnet", "mobilenet_v2"], "vit", "resnet"))
 def test_the_preset_leaves_the_tensors_that_torch_pruning_leaves(
     family: str, ratio: float, seed: int, round_to: int | None, deep, monkeypatch
 ) -> None:

@@ -327,6 +327,7 @@ def test_a_fit_that_does_not_hold_on_other_images_gives_way_to_the_bias() -> Non
     assert not normal_equations.prefers_bias(sums(80, False), empty)
 
 
+@pytest.mark.families
 def test_a_wide_network_that_saw_few_images_is_not_fitted_to_their_noise() -> None:
     model = load_base("torchvision/regnet_x_400mf", False, num_labels=5).model.eval()
     generator = torch.Generator().manual_seed(1)

@@ -4,6 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from helpers.marks import one_of_each
 from helpers.plain_scores import assert_near, batches_of, channel_scores, gradients_of_images
 from helpers.tiny_models import make_base, make_images
 from torch import nn
@@ -70,7 +71,7 @@ def test_recipes_and_registry_name_the_same_criteria() -> None:
     assert {name for name, criterion in CRITERIA.items() if criterion.in_loss_units} == set(LOSS_CRITERIA)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet", "convnext", "mobilenet_v2"])
+@pytest.mark.parametrize("family", one_of_each(["vit", "swin", "resnet", "convnext", "mobilenet_v2"], "vit", "resnet"))
 @pytest.mark.parametrize("criterion", ELEMENTWISE)
 def test_elements_are_put_together_as_written(criterion: str, family: str, case) -> None:
     case = case(family)
