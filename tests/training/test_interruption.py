@@ -21,12 +21,12 @@ def test_signal_raises_at_once_outside_a_deferred_part(number: signal.Signals, k
 
 def test_deferred_signal_raises_at_the_end() -> None:
     finished = False
-    with pytest.raises(Interrupted, match="stopped by SIGTERM: half is saved"), Interruption() as interruption:
-        with interruption.deferred():
-            signal.raise_signal(signal.SIGTERM)
-            assert interruption.received() == signal.SIGTERM
-            interruption.position = "half is saved"
-            finished = True
+    stopped = pytest.raises(Interrupted, match="stopped by SIGTERM: half is saved")
+    with stopped, Interruption() as interruption, interruption.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.received() == signal.SIGTERM
+        interruption.position = "half is saved"
+        finished = True
     assert finished
 
 
