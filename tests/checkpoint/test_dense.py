@@ -1,4 +1,4 @@
-"""The config says only what can be meant, and no base is built that reads files, fetches code, or never ends."""
+"""Invalid entries of a config are refused by name, and unsafe or endless bases are never built."""
 
 import json
 import math
@@ -67,14 +67,14 @@ def refused(config: Any) -> str:
         *(("format_version", value) for value in (0, 2, "1", True, 1.0, None, math.nan, HUGE, [1])),
     ],
 )
-def test_an_entry_of_another_form_is_refused_by_name(name: str, value: Any, dense: Path, tmp_path: Path) -> None:
+def test_entry_of_wrong_form_is_refused_by_name(name: str, value: Any, dense: Path, tmp_path: Path) -> None:
     folder = edited(dense, tmp_path, **{name: value})
     for open_it in (AutoModelForImageClassification.from_pretrained, AutoConfig.from_pretrained):
         assert refused(lambda open_it=open_it: open_it(folder)).startswith(f"config.{name}: ")
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "x", 7, {"ant": 9}, {"a": "b"}])
-def test_the_map_from_labels_is_the_inverse_of_the_map_to_labels(value: Any, dense: Path, tmp_path: Path) -> None:
+def test_label2id_is_always_the_inverse_of_id2label(value: Any, dense: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(edited(dense, tmp_path, label2id=value))
     assert config.id2label == {0: "ant", 1: "bee", 2: "cat"} and config.label2id == {"ant": 0, "bee": 1, "cat": 2}
 
@@ -96,16 +96,14 @@ def test_the_map_from_labels_is_the_inverse_of_the_map_to_labels(value: Any, den
         ("from_pretrained", "x"),
     ],
 )
-def test_an_entry_that_transformers_would_act_on_is_dropped(
-    name: str, value: Any, dense: Path, tmp_path: Path
-) -> None:
+def test_entry_that_controls_transformers_is_dropped(name: str, value: Any, dense: Path, tmp_path: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(edited(dense, tmp_path, **{name: value}))
     assert model.config._attn_implementation in ("sdpa", "eager")
     model.save_pretrained(tmp_path / "again")
     assert name not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
-def test_a_name_for_attention_that_the_caller_gives_is_taken_without_effect(dense: Path) -> None:
+def test_attention_implementation_of_the_caller_has_no_effect(dense: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         first, second = (
@@ -115,7 +113,7 @@ def test_a_name_for_attention_that_the_caller_gives_is_taken_without_effect(dens
     assert torch.equal(first, second)
 
 
-def test_a_field_of_a_later_version_is_kept(dense: Path, tmp_path: Path) -> None:
+def test_field_of_a_later_version_is_kept(dense: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(edited(dense, tmp_path, later={"a": 1}))
     assert config.later == {"a": 1} and config.to_dict()["later"] == {"a": 1}
 
@@ -124,14 +122,14 @@ def test_a_field_of_a_later_version_is_kept(dense: Path, tmp_path: Path) -> None
     "value", [HUGE, -HUGE, 10**9, math.nan, math.inf, -math.inf, 1e300, [2, [math.nan]], {"a": 1}]
 )
 @pytest.mark.parametrize("name", ["depth", "drop_rate", "nosuch"])
-def test_an_argument_that_is_no_usual_number_is_refused(name: str, value: Any) -> None:
+def test_argument_of_unusual_size_is_refused(name: str, value: Any) -> None:
     message = refused(lambda: check_args({"img_size": 16, name: value}))
     assert message.startswith(f"config.base.args: {name}=") and message.endswith(" is not allowed")
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_dropout_prob", "nosuch", "label2id"])
 @pytest.mark.parametrize("value", [10**9, math.nan, math.inf, {"a": {"b": [math.nan]}}])
-def test_an_entry_of_a_transformers_config_that_is_no_usual_number_is_refused(name: str, value: Any) -> None:
+def test_transformers_entry_of_unusual_size_is_refused(name: str, value: Any) -> None:
     values = TRANSFORMERS["hf-vit"].to_diff_dict() | {"model_type": "vit", name: value}
     config = IsoPruneConfig(base={"library": "transformers", "config": values}, num_labels=3)
     assert refused(lambda: build_base(config)).startswith(f"config.base.config: {name}=")
@@ -148,7 +146,7 @@ def test_an_entry_of_a_transformers_config_that_is_no_usual_number_is_refused(na
     ],
     ids=["timm", "transformers"],
 )
-def test_a_base_of_a_million_layers_is_given_up_soon(base: dict[str, Any]) -> None:
+def test_base_of_a_million_layers_is_stopped_early(base: dict[str, Any]) -> None:
     start = time.monotonic()
     with torch.device("meta"):
         message = refused(lambda: build_base(IsoPruneConfig(base=base, num_labels=3)))
@@ -156,14 +154,14 @@ def test_a_base_of_a_million_layers_is_given_up_soon(base: dict[str, Any]) -> No
     assert time.monotonic() - start < 120
 
 
-def test_the_limit_on_modules_ends_with_the_building() -> None:
+def test_limit_on_modules_ends_with_the_builder() -> None:
     with pytest.raises(CheckpointError, match=r"^cannot: ValueError: more than 20000 modules$"):
         build_limited("cannot", lambda: nn.Sequential(*[nn.Identity()] * 20_001))
     assert len(build_limited("cannot", lambda: nn.Sequential(*[nn.Identity()] * 20_000))) == 20_000
     assert len(nn.Sequential(*[nn.Identity()] * 20_001)) == 20_001
 
 
-def test_a_base_that_would_return_tuples_returns_its_logits() -> None:
+def test_base_configured_for_tuples_returns_logits() -> None:
     values = TRANSFORMERS["hf-vit"].to_diff_dict() | {"model_type": "vit", "return_dict": False}
     config = IsoPruneConfig(base={"library": "transformers", "config": values}, num_labels=3)
     with torch.no_grad():
@@ -171,7 +169,7 @@ def test_a_base_that_would_return_tuples_returns_its_logits() -> None:
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "regnet_x_400mf"])
-def test_a_builder_that_reads_its_own_tensors_builds_on_meta(name: str) -> None:
+def test_builder_that_reads_tensors_builds_on_meta(name: str) -> None:
     base = {"library": "torchvision", "architecture": name, "args": {}}
     with torch.device("meta"):
         network = build_base(IsoPruneConfig(base=base, num_labels=7, image_size=[3, 224, 224]))

@@ -1,4 +1,4 @@
-"""Blocks that may be left out are found by what they compute; a model without one is the base with it passed by."""
+"""Removable blocks are found by what they compute; without one, a model equals its base with the block bypassed."""
 
 import json
 from pathlib import Path
@@ -149,14 +149,14 @@ def without(name: str, removed: list[str]) -> tuple[IsoPruneForImageClassificati
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_blocks_that_may_be_skipped_are_the_residual_ones(name: str) -> None:
+def test_skippable_blocks_are_the_residual_ones(name: str) -> None:
     found = skippable_blocks(config_of(name))
     assert list(found) == BASES[name][4]
     assert {block.outputs for block in found.values()} == {2 if name == "hf-swin" else 0}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_model_without_a_block_is_its_base_with_the_block_passed_by(name: str, tmp_path: Path) -> None:
+def test_removed_block_equals_bypassed_block(name: str, tmp_path: Path) -> None:
     blocks = BASES[name][4]
     for removed in ([blocks[0]], [blocks[-1]], blocks):
         model, images, expected = without(name, removed)
@@ -201,7 +201,7 @@ def test_every_other_module_is_refused(name: str) -> None:
         ("hf-swin", ["swin.encoder.layers.1"]),
     ],
 )
-def test_a_folder_that_skips_something_else_is_refused_by_name(name: str, removed: list[str], tmp_path: Path) -> None:
+def test_folder_that_removes_another_module_is_refused(name: str, removed: list[str], tmp_path: Path) -> None:
     model = IsoPruneForImageClassification(config_of(name))
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -211,21 +211,21 @@ def test_a_folder_that_skips_something_else_is_refused_by_name(name: str, remove
     assert str(caught.value).startswith(f"config.structure.removed: {removed[-1]!r} ")
 
 
-def test_a_removed_block_of_a_base_of_terabytes_is_looked_for_without_allocating() -> None:
+def test_search_in_base_of_terabytes_allocates_nothing() -> None:
     config = config_of("vit")
     config.base["args"] = {**VIT, "embed_dim": 10**6}
     assert list(skippable_blocks(config)) == ["blocks.0", "blocks.1"]
 
 
 @pytest.mark.parametrize("size", [None, [3, 16, 17], [1, 16, 16]])
-def test_blocks_are_not_looked_for_with_an_image_that_the_base_does_not_take(size: list[int] | None) -> None:
+def test_search_needs_an_image_that_fits(size: list[int] | None) -> None:
     config = config_of("vit")
     config.image_size = size
     with pytest.raises(CheckpointError, match=r"^config\.image_size: the model does not run on "):
         skippable_blocks(config)
 
 
-def test_looking_for_blocks_works_where_gradients_are_off_and_changes_no_state() -> None:
+def test_search_works_without_gradients_and_changes_no_state() -> None:
     before = torch.get_rng_state()
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
@@ -234,7 +234,7 @@ def test_looking_for_blocks_works_where_gradients_are_off_and_changes_no_state()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_removed_block_hands_on_its_first_input_in_the_form_of_the_block() -> None:
+def test_skipped_block_returns_its_first_input() -> None:
     hidden = torch.randn(2, 3)
     assert SkippedBlock()(hidden, None, mask=1) is hidden
     for length in (1, 2, 3):
@@ -257,7 +257,7 @@ with torch.no_grad():
 """
 
 
-def test_a_model_without_a_block_opens_where_this_package_is_not(fresh_python: FreshPython, tmp_path: Path) -> None:
+def test_model_without_block_opens_without_package(fresh_python: FreshPython, tmp_path: Path) -> None:
     model, images, expected = without("hf-swin", [BASES["hf-swin"][4][1]])
     model.save_pretrained(tmp_path / "folder")
     torch.save(images, tmp_path / "folder" / "images.pt")

@@ -1,4 +1,4 @@
-"""Folders written by earlier versions open, and answer as they did."""
+"""Folders of earlier versions open and reproduce their logits."""
 
 import shutil
 from pathlib import Path
@@ -28,9 +28,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_folder_of_an_earlier_version_answers_as_it_did(
-    folder: Path, fresh_python: FreshPython, tmp_path: Path
-) -> None:
+def test_earlier_folder_reproduces_its_logits(folder: Path, fresh_python: FreshPython, tmp_path: Path) -> None:
     stored = load_file(folder.parent / "answers.safetensors")
     images = stored[f"{folder.name}.images"]
     model = AutoModelForImageClassification.from_pretrained(folder).eval()

@@ -1,4 +1,4 @@
-"""The folder is written whole or not at all, and opens on a machine that has nothing of ours."""
+"""Folders are written whole or not at all, and open without the package."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- written whole or not at all
 
 
-def test_a_new_folder_holds_model_code_processor_plan_and_metrics(pruned, tmp_path: Path) -> None:
+def test_new_folder_contains_all_files(pruned, tmp_path: Path) -> None:
     sample = pruned("vit")
     metrics = {"pruned": {"top1": 0.5, "images": 8}, "base": {"top1": 0.75}}
     save_model_folder(tmp_path / "a" / "b", sample.model, sample.processor, plan='{"kept": {}}\n', metrics=metrics)
@@ -50,24 +50,24 @@ def test_a_new_folder_holds_model_code_processor_plan_and_metrics(pruned, tmp_pa
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
-def test_no_file_is_written_for_what_is_not_given(pruned, tmp_path: Path) -> None:
+def test_plan_and_metrics_are_optional_files(pruned, tmp_path: Path) -> None:
     sample = pruned("vit")
     save_model_folder(tmp_path / "plain", sample.model, sample.processor)
     assert names(tmp_path / "plain") == MODEL_FILES
 
 
-def test_the_code_in_the_folder_imports_nothing_of_ours(pruned) -> None:
+def test_shipped_code_does_not_import_the_package(pruned) -> None:
     code = (pruned("vit").folder / "modeling_isoprune.py").read_text()
     assert not [line for line in code.splitlines() if "import" in line.split() and "isoprune" in line]
 
 
-def test_a_result_saves_its_folder_and_its_plan(pruned) -> None:
+def test_result_saves_its_plan_in_the_folder(pruned) -> None:
     folder = pruned("vit").folder
     assert names(folder) == MODEL_FILES | {"pruning_plan.json"}
     assert json.loads((folder / "pruning_plan.json").read_text())["version"] == 1
 
 
-def test_an_old_folder_is_replaced_and_nothing_of_it_stays(pruned, tmp_path: Path, monkeypatch) -> None:
+def test_old_folder_is_replaced_entirely(pruned, tmp_path: Path, monkeypatch) -> None:
     sample = pruned("vit")
     (tmp_path / "out" / "deep").mkdir(parents=True)
     (tmp_path / "out" / "old.txt").write_text("old")
@@ -77,7 +77,7 @@ def test_an_old_folder_is_replaced_and_nothing_of_it_stays(pruned, tmp_path: Pat
     assert names(tmp_path) == {"out"}
 
 
-def test_a_folder_to_keep_moves_into_the_new_one(pruned, tmp_path: Path) -> None:
+def test_kept_subfolder_survives_replacement(pruned, tmp_path: Path) -> None:
     sample = pruned("vit")
     out = tmp_path / "out"
     (out / "checkpoints" / "1").mkdir(parents=True)
@@ -88,14 +88,14 @@ def test_a_folder_to_keep_moves_into_the_new_one(pruned, tmp_path: Path) -> None
     assert (out / "checkpoints" / "1" / "state").read_text() == "kept"
 
 
-def test_a_folder_to_keep_that_is_not_there_is_no_error(pruned, tmp_path: Path) -> None:
+def test_missing_kept_subfolder_is_no_error(pruned, tmp_path: Path) -> None:
     sample = pruned("vit")
     for _ in range(2):
         save_model_folder(tmp_path / "out", sample.model, sample.processor, keep="checkpoints")
         assert names(tmp_path / "out") == MODEL_FILES
 
 
-def test_further_files_are_there_when_the_folder_takes_its_place(pruned, tmp_path: Path) -> None:
+def test_finish_writes_before_the_folder_is_renamed(pruned, tmp_path: Path) -> None:
     sample, out = pruned("vit"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
@@ -119,7 +119,7 @@ class BrokenProcessor:
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("no processor")])
 @pytest.mark.parametrize("before", ["nothing", "a folder"])
-def test_a_failed_write_leaves_what_was_there_and_no_rubbish(before: str, error: Exception, pruned, tmp_path) -> None:
+def test_failed_write_leaves_the_old_folder(before: str, error: Exception, pruned, tmp_path) -> None:
     out = tmp_path / "out"
     if before == "a folder":
         (out / "checkpoints").mkdir(parents=True)
@@ -136,9 +136,7 @@ def test_a_failed_write_leaves_what_was_there_and_no_rubbish(before: str, error:
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_a_failed_rename_loses_neither_the_old_folder_nor_the_kept_one(
-    failing: int, pruned, tmp_path, monkeypatch
-) -> None:
+def test_failed_rename_is_undone(failing: int, pruned, tmp_path, monkeypatch) -> None:
     out, sample = tmp_path / "out", pruned("vit")
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "state").write_text("kept")
@@ -158,7 +156,7 @@ def test_a_failed_rename_loses_neither_the_old_folder_nor_the_kept_one(
     assert content(tmp_path) == held
 
 
-def test_a_folder_below_a_file_is_refused(pruned, tmp_path: Path) -> None:
+def test_folder_below_a_file_is_refused(pruned, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"file/out cannot be written"):
         save_model_folder(tmp_path / "file" / "out", pruned("vit").model, pruned("vit").processor)
@@ -169,17 +167,17 @@ def test_a_folder_below_a_file_is_refused(pruned, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_an_output_that_is_not_there_is_accepted_and_nothing_is_made(is_file: bool, tmp_path: Path) -> None:
+def test_new_output_is_accepted_without_creating_it(is_file: bool, tmp_path: Path) -> None:
     assert check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file) == tmp_path / "a" / "b"
     assert names(tmp_path) == set()
 
 
-def test_an_empty_folder_is_accepted(tmp_path: Path) -> None:
+def test_empty_folder_is_accepted(tmp_path: Path) -> None:
     assert check_output(str(tmp_path), overwrite=False) == tmp_path
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_a_result_that_lies_there_needs_overwrite(is_file: bool, tmp_path: Path) -> None:
+def test_existing_result_needs_overwrite(is_file: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     output = tmp_path / "config.json" if is_file else tmp_path
     with pytest.raises(RecipeError) as caught:
@@ -191,21 +189,21 @@ def test_a_result_that_lies_there_needs_overwrite(is_file: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("place", ["", "model", "base", "checkpoints/last"])
-def test_a_folder_of_ours_may_be_replaced_wherever_its_model_lies(place: str, tmp_path: Path) -> None:
+def test_folder_with_a_model_may_be_replaced(place: str, tmp_path: Path) -> None:
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "config.json").write_text("{}")
     assert check_output(tmp_path, overwrite=True) == tmp_path
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_folder_of_other_files_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
+def test_folder_of_other_files_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RecipeError, match=f"^--output {tmp_path} "):
         check_output(tmp_path, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_is_no_folder_and_a_folder_is_no_file(overwrite: bool, tmp_path: Path) -> None:
+def test_file_and_folder_are_not_interchangeable(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file is a file"):
         check_output(tmp_path / "file", overwrite=overwrite)
@@ -214,14 +212,14 @@ def test_a_file_is_no_folder_and_a_folder_is_no_file(overwrite: bool, tmp_path: 
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_an_output_below_a_file_is_refused(is_file: bool, tmp_path: Path) -> None:
+def test_output_below_a_file_is_refused(is_file: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file/out: {tmp_path}/file "):
         check_output(tmp_path / "file" / "out", overwrite=False, is_file=is_file)
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_an_output_whose_parent_cannot_be_written_is_refused(is_file: bool, tmp_path: Path, monkeypatch) -> None:
+def test_output_in_readonly_folder_is_refused(is_file: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(RecipeError, match=f"^--output {tmp_path}/a/b: {tmp_path} "):
         check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file)
@@ -230,7 +228,7 @@ def test_an_output_whose_parent_cannot_be_written_is_refused(is_file: bool, tmp_
 # --- single files
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.json"
     for text in ("old and long", "new\n"):
         write_file(path, text)
@@ -238,7 +236,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.json"
     path.write_text("old")
 
@@ -251,7 +249,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monkeypat
     assert path.read_text() == "old" and names(tmp_path) == {"metrics.json"}
 
 
-def test_a_file_whose_writer_fails_stays_as_it_was(tmp_path: Path) -> None:
+def test_failed_writer_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     path.write_text("old")
 
@@ -264,7 +262,7 @@ def test_a_file_whose_writer_fails_stays_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == "old" and names(tmp_path) == {"scores.safetensors"}
 
 
-def test_a_json_file_is_read_and_a_missing_one_is_none(tmp_path: Path) -> None:
+def test_missing_json_file_is_none(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"a": {"b": 1}}')
     assert read_json(tmp_path, "metrics.json") == {"a": {"b": 1}}
     assert read_json(str(tmp_path), "nosuch.json") is None
@@ -272,7 +270,7 @@ def test_a_json_file_is_read_and_a_missing_one_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b'"x"', b"3", b"null", b"\xff\xfe\x00"])
-def test_a_file_that_is_no_json_object_is_refused_by_name(text: bytes, tmp_path: Path) -> None:
+def test_file_without_json_object_is_refused_by_name(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_bytes(text)
     with pytest.raises(CheckpointError) as caught:
         read_json(tmp_path, "metrics.json")
@@ -296,7 +294,7 @@ def scores_by_hand(sample: Pruned, picture: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "mobilenet_v2", "hf-vit"])
-def test_a_pipeline_says_what_processor_and_model_say_by_hand(family: str, pruned, tmp_path: Path) -> None:
+def test_pipeline_scores_equal_those_by_hand(family: str, pruned, tmp_path: Path) -> None:
     sample, picture = pruned(family), make_picture(tmp_path / "picture.png")
     answers = pipeline("image-classification", model=str(sample.folder))(str(picture), top_k=7)
     expected = scores_by_hand(sample, picture)
@@ -398,14 +396,14 @@ def elsewhere(pruned, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     return json.loads((root / "answers.json").read_text()), root
 
 
-def test_elsewhere_the_package_cannot_be_imported(elsewhere) -> None:
+def test_package_is_absent_in_the_other_process(elsewhere) -> None:
     answers, _ = elsewhere
     assert answers["absent"] == ["isoprune_hf", "torch_pruning"]
     assert answers["loaded"] == []
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_elsewhere_the_logits_are_bit_equal(family: str, elsewhere) -> None:
+def test_logits_without_package_are_bit_equal(family: str, elsewhere) -> None:
     answer = elsewhere[0][family]
     assert answer["difference"] == 0.0
     assert answer["wrong buffers"] == [] and answer["training"] is False
@@ -413,7 +411,7 @@ def test_elsewhere_the_logits_are_bit_equal(family: str, elsewhere) -> None:
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_elsewhere_the_pipeline_says_the_same(family: str, elsewhere, pruned) -> None:
+def test_pipeline_without_package_gives_the_same_scores(family: str, elsewhere, pruned) -> None:
     answers, root = elsewhere
     assert answers[family]["processor"] == type(pruned(family).processor).__name__
     expected = scores_by_hand(pruned(family), root / "picture.png")
@@ -422,14 +420,14 @@ def test_elsewhere_the_pipeline_says_the_same(family: str, elsewhere, pruned) ->
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_elsewhere_a_folder_is_refused_unless_its_code_is_trusted(family: str, elsewhere) -> None:
+def test_folder_is_refused_without_trusted_code(family: str, elsewhere) -> None:
     refusals = elsewhere[0][family]["refused"]
     assert len(refusals) == 4
     assert all(refusal is not None and "trust_remote_code=True" in refusal for refusal in refusals)
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_a_model_saved_elsewhere_opens_there_and_here(family: str, elsewhere, pruned) -> None:
+def test_model_saved_without_package_opens_with_it(family: str, elsewhere, pruned) -> None:
     answers, root = elsewhere
     assert answers[family]["again"] == 0.0
     sample = pruned(family)
@@ -439,7 +437,7 @@ def test_a_model_saved_elsewhere_opens_there_and_here(family: str, elsewhere, pr
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_a_processor_saved_elsewhere_opens_here_with_its_pixels(family: str, elsewhere, pruned) -> None:
+def test_processor_saved_without_package_keeps_its_pixels(family: str, elsewhere, pruned) -> None:
     _, root = elsewhere
     processor = AutoImageProcessor.from_pretrained(root / "again" / family)
     assert type(processor) is type(pruned(family).processor)

@@ -170,7 +170,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 LIMITS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
 
 
-def test_a_damaged_config_is_refused_or_describes_a_right_model(honest: tuple[Path, Pruned]) -> None:
+def test_damaged_config_is_refused_or_opens_correctly(honest: tuple[Path, Pruned]) -> None:
     folder, sample = honest
     file = folder / "config.json"
     original = json.loads(file.read_text())
@@ -200,7 +200,7 @@ def test_a_damaged_config_is_refused_or_describes_a_right_model(honest: tuple[Pa
         file.write_text(json.dumps(original))
 
 
-def test_damaged_weights_are_refused_or_read_as_they_lie_there(honest: tuple[Path, Pruned]) -> None:
+def test_damaged_weights_are_refused_or_read_exactly(honest: tuple[Path, Pruned]) -> None:
     folder, _ = honest
     file = folder / "model.safetensors"
     original = file.read_bytes()
@@ -233,7 +233,7 @@ def test_damaged_weights_are_refused_or_read_as_they_lie_there(honest: tuple[Pat
         file.write_bytes(original)
 
 
-def test_a_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
+def test_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
     folder, _ = honest
     file = folder / "pruning_plan.json"
     original = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Snapshots: what is read is what was written, or damage is found and said."""
+"""Snapshots are read exactly as written, and damage is found and named."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def assert_is(found: Snapshot | None, epoch: int, update: int) -> None:
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in made.tensors.items())
 
 
-def test_the_newest_is_read_as_it_was_written_and_two_are_kept(tmp_path: Path) -> None:
+def test_newest_snapshot_is_read_and_two_are_kept(tmp_path: Path) -> None:
     assert read_newest_snapshot(tmp_path, run="r") is None
     paths = write(tmp_path, (1, 9), (1, 10), (2, 3))
     assert_is(read_newest_snapshot(tmp_path, run="r"), 2, 3)
@@ -46,7 +46,7 @@ def test_the_newest_is_read_as_it_was_written_and_two_are_kept(tmp_path: Path) -
     assert_is(read_snapshot(tmp_path, 1, 10), 1, 10)
 
 
-def test_no_byte_can_change_unseen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_changed_byte_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = write(tmp_path / "whole", (1, 1), (1, 2))
     for name in FILES:
         size = (newer / name).stat().st_size
@@ -65,7 +65,7 @@ def test_no_byte_can_change_unseen(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "removed", "swapped", "exchanged", "manifest of all"])
-def test_damage_of_every_kind_falls_back_to_the_one_before(damage: str, tmp_path: Path) -> None:
+def test_damaged_snapshot_falls_back_to_previous(damage: str, tmp_path: Path) -> None:
     older, newer = write(tmp_path, (1, 1), (1, 2))
     tensors = newer / "tensors.safetensors"
     if damage == "cut":
@@ -84,7 +84,7 @@ def test_damage_of_every_kind_falls_back_to_the_one_before(damage: str, tmp_path
     assert_is(read_newest_snapshot(tmp_path, run="r"), 1, 1)
 
 
-def test_when_none_is_intact_all_are_named(tmp_path: Path) -> None:
+def test_all_damaged_snapshots_are_named(tmp_path: Path) -> None:
     for path in write(tmp_path, (1, 1), (1, 2)):
         (path / "values.json").write_text("{}")
     with pytest.raises(DamagedStateError, match=r"none of the 2 training states .*0001-00000002/values.json: "):
@@ -93,7 +93,7 @@ def test_when_none_is_intact_all_are_named(tmp_path: Path) -> None:
         read_snapshot(tmp_path, 1, 2)
 
 
-def test_another_run_does_not_go_on_with_them(tmp_path: Path) -> None:
+def test_another_run_ignores_the_snapshots(tmp_path: Path) -> None:
     write(tmp_path, (1, 1), run="other")
     assert read_newest_snapshot(tmp_path, run="r") is None
     write(tmp_path, (1, 2), run="r")
@@ -101,9 +101,7 @@ def test_another_run_does_not_go_on_with_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", range(8))
-def test_a_disk_that_fills_at_any_step_leaves_those_that_were_there(
-    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_keeps_existing_snapshots(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, (1, 1), (1, 2))
     calls = []
 
@@ -131,7 +129,7 @@ def test_a_disk_that_fills_at_any_step_leaves_those_that_were_there(
     assert_is(read_newest_snapshot(tmp_path, run="r"), 1, 3)
 
 
-def test_the_manifest_holds_sizes(tmp_path: Path) -> None:
+def test_manifest_contains_file_sizes(tmp_path: Path) -> None:
     (path,) = write(tmp_path, (1, 1))
     manifest = json.loads((path / "manifest.json").read_text())
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}

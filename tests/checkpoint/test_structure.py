@@ -63,7 +63,7 @@ HAND_MADE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("structure", HAND_MADE)
-def test_what_is_put_on_is_what_is_found(structure: dict[str, Any], device: str) -> None:
+def test_captured_structure_equals_applied_structure(structure: dict[str, Any], device: str) -> None:
     given = copy.deepcopy(structure)
     skippable = {path: SkippedBlock() for path in structure["removed"]}
     changed = apply_structure(make_net().to(device), structure, skippable)
@@ -71,7 +71,7 @@ def test_what_is_put_on_is_what_is_found(structure: dict[str, Any], device: str)
     assert structure == given
 
 
-def test_a_cut_tensor_keeps_its_leading_elements_its_kind_and_its_flags() -> None:
+def test_cut_tensor_keeps_leading_elements_and_flags() -> None:
     base, changed = make_net(), make_net()
     changed.stem.weight.requires_grad_(False)
     shapes = {"stem.weight": [6, 2], "stem.bias": [3], "blocks.0.norm.running_mean": [5], "grid": [1, 2]}
@@ -93,7 +93,7 @@ def test_attributes_keep_the_types_of_the_base() -> None:
     assert (changed.blocks[0].num_heads, changed.blocks[0].scale, changed.blocks[0].window) == (4, 0.5, (7, 7))
 
 
-def test_a_removed_module_becomes_a_skipped_block_with_nothing_of_its_own() -> None:
+def test_removed_module_becomes_a_skipped_block() -> None:
     stand_in = SkippedBlock(2)
     skippable = {"blocks.0": stand_in, "blocks.1": SkippedBlock()}
     changed = apply_structure(make_net(), {"removed": ["blocks.0"]}, skippable)
@@ -101,7 +101,7 @@ def test_a_removed_module_becomes_a_skipped_block_with_nothing_of_its_own() -> N
     assert not any(name.startswith("blocks.0.") for name in changed.state_dict())
 
 
-def test_the_numbers_of_modules_are_found_and_nothing_else() -> None:
+def test_only_numbers_of_modules_are_captured() -> None:
     base, changed = make_net(), make_net()
     block = changed.blocks[0]
     block.num_heads, block.scale, block.window = 3, 0.25, (7, 5)
@@ -115,7 +115,7 @@ def test_the_numbers_of_modules_are_found_and_nothing_else() -> None:
     }
 
 
-def test_finding_changes_neither_model() -> None:
+def test_capturing_changes_neither_model() -> None:
     base, changed = make_net(), apply_structure(make_net(), copy.deepcopy(HAND_MADE[2]))
     before = [copy.deepcopy(model.state_dict()) for model in (base, changed)]
     capture_structure(base, changed)
@@ -123,13 +123,13 @@ def test_finding_changes_neither_model() -> None:
 
 
 @pytest.mark.parametrize("structure", [None, {}, {"shapes": None, "attributes": None, "removed": None}])
-def test_an_empty_structure_leaves_the_base_as_it_is(structure: dict | None) -> None:
+def test_empty_structure_changes_nothing(structure: dict | None) -> None:
     changed = apply_structure(make_net(), structure)
     assert capture_structure(make_net(), changed) == HAND_MADE[0]
     torch.testing.assert_close(dict(changed.state_dict()), dict(make_net().state_dict()), atol=0, rtol=0)
 
 
-def test_a_refused_structure_has_changed_nothing() -> None:
+def test_refused_structure_changes_nothing() -> None:
     net = make_net()
     structure = {"shapes": {"stem.bias": [3]}, "attributes": {"stem": {"out_features": 3}}, "removed": ["nosuch"]}
     with pytest.raises(CheckpointError, match="'nosuch'"):
@@ -137,18 +137,18 @@ def test_a_refused_structure_has_changed_nothing() -> None:
     assert capture_structure(make_net(), net) == HAND_MADE[0]
 
 
-def test_a_removed_module_must_be_among_those_that_may_be_skipped() -> None:
+def test_only_skippable_modules_can_be_removed() -> None:
     for skippable in ({}, {"blocks.1": SkippedBlock()}):
         with pytest.raises(CheckpointError, match=r"^config\.structure\.removed: 'blocks\.0'"):
             apply_structure(make_net(), {"removed": ["blocks.0"]}, skippable)
 
 
-def test_a_private_number_of_a_module_is_not_touched() -> None:
+def test_private_attribute_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"config\.structure\.attributes\['blocks\.0'\]\['_private'\]"):
         check_structure(make_net(), {"attributes": {"blocks.0": {"_private": 2}}})
 
 
-def test_a_buffer_that_is_cut_is_saved_from_then_on() -> None:
+def test_cut_buffer_becomes_part_of_state_dict() -> None:
     base, pruned = make_net(), make_net()
     pruned.table = torch.tensor([1.0, 4.0])  # not the leading elements: no module could calculate it anew
     structure = capture_structure(base, pruned)
@@ -160,7 +160,7 @@ def test_a_buffer_that_is_cut_is_saved_from_then_on() -> None:
     assert rebuilt.table.tolist() == [1.0, 4.0]
 
 
-def test_a_tensor_of_several_names_is_cut_once_and_stays_one() -> None:
+def test_shared_tensor_is_cut_once_and_stays_shared() -> None:
     def make_tied() -> Net:
         net = make_net()
         net.blocks[1].norm.weight = net.blocks[0].norm.weight  # one parameter in two modules
@@ -175,7 +175,7 @@ def test_a_tensor_of_several_names_is_cut_once_and_stays_one() -> None:
     assert rebuilt.blocks[0].norm.weight.shape == rebuilt.blocks[1].conv.bias.shape == (5,)
 
 
-def test_a_list_of_sizes_stays_a_list() -> None:
+def test_list_attribute_stays_a_list() -> None:
     base, pruned = make_net(), make_net()
     base.splits, pruned.splits = [4, 4], [3, 2]
     structure = capture_structure(base, pruned)
@@ -190,7 +190,7 @@ def test_a_list_of_sizes_stays_a_list() -> None:
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_a_pruned_models_structure_makes_its_architecture_out_of_its_base(family: str, pruned, tmp_path) -> None:
+def test_structure_rebuilds_the_pruned_architecture(family: str, pruned, tmp_path) -> None:
     # Opened anew: transformers' Swin writes numbers into its modules when it sees images.
     model = AutoModelForImageClassification.from_pretrained(pruned(family).folder)
     base = make_base(family, tmp_path)
@@ -204,7 +204,7 @@ def test_a_pruned_models_structure_makes_its_architecture_out_of_its_base(family
 
 
 @pytest.mark.parametrize("family", ["vit", "hf-swin"])
-def test_a_base_that_has_seen_images_is_cut_and_opened_like_one_that_has_not(family: str, tmp_path: Path) -> None:
+def test_base_that_saw_images_is_cut_alike(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path)
     recipe = PruneRecipe(criterion="l1", round_to=1)
     fresh = prune_model(base, recipe).model
@@ -218,7 +218,7 @@ def test_a_base_that_has_seen_images_is_cut_and_opened_like_one_that_has_not(fam
         assert torch.equal(reopened(images).logits, fresh(images).logits)
 
 
-def test_a_meta_copy_has_the_architecture_and_no_weights(pruned) -> None:
+def test_meta_copy_has_architecture_without_weights(pruned) -> None:
     model = pruned("swin").model
     before = copy.deepcopy(model.config.to_dict())
     twin, dense = meta_copy(model), meta_copy(model, dense=True)
@@ -233,7 +233,7 @@ def test_a_meta_copy_has_the_architecture_and_no_weights(pruned) -> None:
     assert model.config.to_dict() == before
 
 
-def test_a_dense_model_has_an_empty_structure(tmp_path) -> None:
+def test_dense_model_has_empty_structure(tmp_path) -> None:
     base = make_base("vit", tmp_path)
     assert capture_structure(meta_copy(base).model, base.model) == HAND_MADE[0]
 

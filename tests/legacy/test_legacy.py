@@ -1,4 +1,4 @@
-"""Files of the reference: what they hold is taken over exactly, and nothing in them is executed."""
+"""Checkpoints of the reference implementation are converted exactly, and nothing in them is executed."""
 
 import argparse
 import copy
@@ -47,7 +47,7 @@ def logits(converted: Converted, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", one_of_each(SIDES, "deit", "swin", "resnet"))
-def test_a_folder_made_from_an_old_file_gives_the_logits_of_the_old_module(family: str, tmp_path: Path) -> None:
+def test_converted_folder_gives_the_logits_of_module(family: str, tmp_path: Path) -> None:
     module = make(family)
     args = [f"--model_args={json.dumps(ARGS[family])}"]
     out = succeed("convert", save(module, tmp_path / "old.pth"), "--output", tmp_path / "new", *args)
@@ -62,7 +62,7 @@ def test_a_folder_made_from_an_old_file_gives_the_logits_of_the_old_module(famil
     assert (tmp_path / "new" / "README.md").is_file()
 
 
-def test_deit_loses_heads_and_stale_widths_are_worked_out_anew(tmp_path: Path) -> None:
+def test_stale_widths_of_deit_are_recomputed(tmp_path: Path) -> None:
     module = make("deit")
     assert (module.blocks[0].attn.num_heads, module.blocks[0].attn.attn_dim) == (2, 32)  # 32: of the dense base
     converted = convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["deit"])
@@ -70,7 +70,7 @@ def test_deit_loses_heads_and_stale_widths_are_worked_out_anew(tmp_path: Path) -
     assert (part.num_heads, part.head_dim, part.attn_dim, part.scale) == (2, 4, 8, 0.5)
 
 
-def test_renumbered_blocks_become_the_first_ones_and_the_last_are_recorded_as_removed(tmp_path: Path) -> None:
+def test_renumbered_blocks_count_as_last_removed(tmp_path: Path) -> None:
     module = make("convnext")
     blocks = module.stages[2].blocks
     module.stages[2].blocks = nn.Sequential(blocks[0], blocks[2])
@@ -80,7 +80,7 @@ def test_renumbered_blocks_become_the_first_ones_and_the_last_are_recorded_as_re
     assert (logits(converted, images("convnext")) - run(module, images("convnext"))).abs().max() <= 1e-6
 
 
-def test_rates_of_training_are_recorded_and_are_no_part_of_the_structure(tmp_path: Path) -> None:
+def test_training_rates_are_recorded_outside_the_structure(tmp_path: Path) -> None:
     module = make("convnext", drop_path_rate=0.5)
     converted = convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["convnext"])
     rates = converted.model.config.recipe["convert"]["rates"]
@@ -124,7 +124,7 @@ WRAPPED: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
-def test_raw_and_averaged_weights_are_found_in_a_checkpoint_of_training(
+def test_raw_and_averaged_weights_are_found(
     wrapped: str, resnet: nn.Module, averaged: nn.Module, tmp_path: Path
 ) -> None:
     file = save(WRAPPED[wrapped](resnet, averaged), tmp_path / "old.pth")
@@ -134,7 +134,7 @@ def test_raw_and_averaged_weights_are_found_in_a_checkpoint_of_training(
         assert converted.model.config.stage == "finetuned"
 
 
-def test_what_cannot_be_converted_is_said_in_one_line(resnet: nn.Module, tmp_path: Path) -> None:
+def test_inconvertible_files_are_refused_in_one_line(resnet: nn.Module, tmp_path: Path) -> None:
     file = save(resnet, tmp_path / "old.pth")
     with pytest.raises(RecipeError, match=r"convert: .*old.pth contains one module and no average"):
         convert_file(file, weights="ema")
@@ -153,7 +153,7 @@ def test_what_cannot_be_converted_is_said_in_one_line(resnet: nn.Module, tmp_pat
         convert_file(tmp_path / "none.pth")
 
 
-def test_an_activation_or_a_flag_that_differs_from_the_base_is_not_passed_over(tmp_path: Path) -> None:
+def test_differing_activation_or_flag_is_refused(tmp_path: Path) -> None:
     module = make("resnet")
     module.layer1[0].act1 = nn.GELU()
     with pytest.raises(CheckpointError, match=r"'layer1.0.act1' is a GELU in the file and a ReLU in the base"):
@@ -164,7 +164,7 @@ def test_an_activation_or_a_flag_that_differs_from_the_base_is_not_passed_over(t
         convert_file(save(module, tmp_path / "b.pth"), model_args=ARGS["deit"])
 
 
-def test_a_module_of_another_class_or_order_is_not_passed_over(tmp_path: Path) -> None:
+def test_differing_module_class_or_order_is_refused(tmp_path: Path) -> None:
     module = make("deit")
     for block in module.blocks:
         block.__class__ = ResPostBlock
@@ -178,16 +178,14 @@ def test_a_module_of_another_class_or_order_is_not_passed_over(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "value", "was"), [("divisor_override", 1, "None"), ("stride", "2", "2")])
-def test_a_value_of_another_kind_than_the_base_has_is_not_passed_over(
-    name: str, value: Any, was: str, tmp_path: Path
-) -> None:
+def test_value_of_another_type_is_refused(name: str, value: Any, was: str, tmp_path: Path) -> None:
     module = timm.create_model("resnet50d", num_classes=10, **ARGS["resnet"])
     setattr(next(part for part in module.modules() if isinstance(part, nn.AvgPool2d)), name, value)
     with pytest.raises(CheckpointError, match=rf"{name} of '.*' is {value!r} in the file and {was} in the base"):
         convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
 
 
-def test_an_average_must_have_all_that_the_module_keeps(tmp_path: Path) -> None:
+def test_average_must_have_all_tensors_of_module(tmp_path: Path) -> None:
     module = make("deit")
     average = {name: tensor + 0 for name, tensor in module.state_dict().items()}
     del average["pos_embed"]
@@ -232,7 +230,7 @@ def hostile(marker: Path) -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("kind", hostile(Path("unused")))
-def test_hostile_files_are_refused_by_name_and_do_not_run(kind: str, tmp_path: Path) -> None:
+def test_hostile_files_are_refused_and_do_not_run(kind: str, tmp_path: Path) -> None:
     content, name = hostile(tmp_path / "marker")[kind]
     file = save(content, tmp_path / "old.pth")
     line = refuse("convert", file, "--output", tmp_path / "new")
@@ -241,7 +239,7 @@ def test_hostile_files_are_refused_by_name_and_do_not_run(kind: str, tmp_path: P
     assert not (tmp_path / "new").exists()
 
 
-def test_the_hostile_files_of_these_tests_would_run_in_an_unpickler(tmp_path: Path) -> None:
+def test_hostile_files_would_run_in_an_unpickler(tmp_path: Path) -> None:
     content, _ = hostile(tmp_path / "marker")["in the state of a module"]
     torch.load(save(content, tmp_path / "old.pth"), weights_only=False)
     assert (tmp_path / "marker").exists()
@@ -269,7 +267,7 @@ def test_the_hostile_files_of_these_tests_would_run_in_an_unpickler(tmp_path: Pa
         (b"})\x85)\x85s.", "contains a mapping with a tuple for a key"),
     ],
 )
-def test_opcodes_and_names_that_torch_save_does_not_write_are_refused(code: bytes, message: str | None) -> None:
+def test_foreign_opcodes_and_names_are_refused(code: bytes, message: str | None) -> None:
     if message is None:
         assert read_pickle(code) == {}
     else:
@@ -277,7 +275,7 @@ def test_opcodes_and_names_that_torch_save_does_not_write_are_refused(code: byte
             read_pickle(code)
 
 
-def test_a_state_with_setstate_is_noted_and_never_called() -> None:
+def test_setstate_is_recorded_and_never_called() -> None:
     code = b"ctorch.nn.modules.linear\nLinear\n)\x81}\x8c\x0c__setstate__ctorch.nn.functional\ngelu\nsb."
     noted = read_pickle(code)
     assert isinstance(noted, ObjectRecord)
@@ -286,15 +284,13 @@ def test_a_state_with_setstate_is_noted_and_never_called() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9, 0.999])
-def test_a_truncated_file_ends_in_one_line(keep: float, resnet: nn.Module, tmp_path: Path) -> None:
+def test_truncated_file_is_refused_in_one_line(keep: float, resnet: nn.Module, tmp_path: Path) -> None:
     whole = save(resnet, tmp_path / "whole.pth").read_bytes()
     (tmp_path / "old.pth").write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
     assert "cut off or damaged" in refuse("convert", tmp_path / "old.pth", "--output", tmp_path / "new")
 
 
-def test_a_file_of_noise_or_with_a_noisy_pickle_is_refused_and_nothing_else_happens(
-    resnet: nn.Module, tmp_path: Path
-) -> None:
+def test_noise_is_refused_without_side_effects(resnet: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "noise.pth").write_bytes(random.Random(0).randbytes(5000))
     assert "cut off or damaged" in refuse("convert", tmp_path / "noise.pth", "--output", tmp_path / "new")
     whole = _read_pickle(save(resnet, tmp_path / "whole.pth"))
@@ -309,12 +305,12 @@ def test_a_file_of_noise_or_with_a_noisy_pickle_is_refused_and_nothing_else_happ
             assert str(error).isprintable()
 
 
-def test_the_format_before_zip_files_is_refused_by_name(tmp_path: Path) -> None:
+def test_format_before_zip_files_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert "written by torch before 1.6" in refuse("convert", tmp_path / "old.pth", "--output", tmp_path / "new")
 
 
-def test_bombs_are_refused_before_they_are_unpacked(resnet: nn.Module, tmp_path: Path) -> None:
+def test_bombs_are_refused_before_unpacking(resnet: nn.Module, tmp_path: Path) -> None:
     whole = save(resnet, tmp_path / "whole.pth")
     with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -341,7 +337,7 @@ def _text(value: str) -> bytes:
     return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
 
 
-def test_names_that_grow_in_a_circle_and_keys_that_grow_in_print_are_refused_at_once(tmp_path: Path) -> None:
+def test_exponentially_growing_names_are_refused_at_once(tmp_path: Path) -> None:
     parts = b"}(" + _text("_parameters") + b"}" + _text("_buffers") + b"}" + _text("_modules")
     module = b"ctorch.nn.modules.container\nSequential\n)\x81q\x00"
     start = time.process_time()
@@ -360,21 +356,21 @@ def test_names_that_grow_in_a_circle_and_keys_that_grow_in_print_are_refused_at_
 
 
 @pytest.mark.parametrize("rate", ["x", 2**1500, (1.0, 2.0), float("nan"), -1.0])
-def test_rates_that_are_none_are_no_rates(rate: Any, resnet: nn.Module, tmp_path: Path) -> None:
+def test_invalid_rates_are_ignored(rate: Any, resnet: nn.Module, tmp_path: Path) -> None:
     module = copy.deepcopy(resnet)
     module.drop_rate = rate
     converted = convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
     assert converted.model.config.recipe["convert"]["rates"] == {}
 
 
-def test_a_number_of_classes_that_no_layer_has_is_not_believed(resnet: nn.Module, tmp_path: Path) -> None:
+def test_num_classes_without_a_layer_is_refused(resnet: nn.Module, tmp_path: Path) -> None:
     module = copy.deepcopy(resnet)
     module.num_classes = 2**20
     with pytest.raises(CheckpointError, match=r"\['num_classes'\]: 1048576 "):
         convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
 
 
-def test_what_the_file_does_not_prove_is_said(tmp_path: Path) -> None:
+def test_unproven_assumptions_are_noted(tmp_path: Path) -> None:
     whole = torchvision.models.mobilenet_v2().half()
     converted = convert_file(save(whole, tmp_path / "old.pth"))
     assert converted.model.config.source == {
@@ -389,7 +385,7 @@ def test_what_the_file_does_not_prove_is_said(tmp_path: Path) -> None:
     assert part.model.config.source == {} and part.notes[1].endswith("stage pruned")
 
 
-def test_what_a_file_says_reaches_the_terminal_without_control_characters(tmp_path: Path) -> None:
+def test_messages_contain_no_control_characters(tmp_path: Path) -> None:
     line = refuse("convert", save({"a\x1b[31m": 1}, tmp_path / "old.pth"), "--output", tmp_path / "new")
     assert "\x1b" not in line and "its entries are 'a\\x1b[31m'" in line
 

@@ -1,4 +1,4 @@
-"""Evaluation transforms that a user asks for, beside torchvision's own on PIL images."""
+"""Changed evaluation transforms equal those of torchvision on PIL images."""
 
 import numpy as np
 import pytest
@@ -41,13 +41,13 @@ THEIRS = {
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("kind", THEIRS)
-def test_resize_and_interpolation_give_the_pixels_of_torchvision(kind: str, interpolation: str) -> None:
+def test_resize_and_interpolation_match_torchvision(kind: str, interpolation: str) -> None:
     asked = with_transform(THEIRS[kind](), resize=40, interpolation=interpolation)
     assert torch.allclose(pixels(asked), by_torchvision(40, interpolation), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", THEIRS)
-def test_the_interpolation_alone_leaves_the_rest_and_the_processor_as_they_were(kind: str) -> None:
+def test_interpolation_changes_nothing_else(kind: str) -> None:
     processor = THEIRS[kind]()
     before, resample = pixels(processor), processor.resample
     asked = with_transform(processor, interpolation="nearest")
@@ -56,18 +56,18 @@ def test_the_interpolation_alone_leaves_the_rest_and_the_processor_as_they_were(
     assert torch.equal(pixels(processor), before) and processor.resample == resample
 
 
-def test_our_own_processor_keeps_its_resize_where_the_interpolation_alone_is_asked_for() -> None:
+def test_new_interpolation_keeps_the_resize() -> None:
     assert torch.allclose(pixels(with_transform(ours(), interpolation="bilinear")), by_torchvision(36, "bilinear"))
 
 
-def test_what_is_so_already_changes_nothing() -> None:
+def test_unchanged_transform_returns_the_same_processor() -> None:
     processor = ours()
     assert with_transform(processor) is processor
     assert with_transform(processor, resize=36, interpolation="bicubic") is processor
     assert with_transform(processor, resize=37) is not processor
 
 
-def test_a_saved_processor_has_the_transform_that_was_asked_for(tmp_path) -> None:
+def test_saved_processor_keeps_the_changed_transform(tmp_path) -> None:
     asked = with_transform(ours(), resize=40, interpolation="bilinear")
     asked.save_pretrained(tmp_path)
     again = IsoImageProcessor.from_pretrained(tmp_path)
@@ -75,7 +75,7 @@ def test_a_saved_processor_has_the_transform_that_was_asked_for(tmp_path) -> Non
     assert torch.equal(pixels(again), pixels(asked))
 
 
-def test_a_resize_below_the_crop_is_refused_with_the_size_of_the_model() -> None:
+def test_resize_below_the_crop_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.resize .* 32 .* 31$"):
         with_transform(ours(), resize=31)
     assert pixels(with_transform(ours(), resize=32)).shape == (3, 32, 32)
