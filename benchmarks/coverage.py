@@ -1,14 +1,14 @@
-"""Prune the population of image classifiers, one process each, and print Markdown tables of what passes.
+"""Prune every kind of image classifier in a separate process, and print Markdown tables of the results.
 
     PYTHONPATH=.:tests OMP_NUM_THREADS=1 python benchmarks/coverage.py [--results FILE] [--only NAME ...] [--list]
 
-Every model is opened through `load_base` with drawn weights that leave nothing idle, saved and reloaded, traced, cut
-to half of its channels (isomorphic, widths of multiples of 8, by the sum of |w|), saved, reloaded with equal bits,
-trained for one step, and judged by the two oracles in float64 of `tests/helpers/oracles.py`. The steps are in
-`coverage_case.py`, the models in `coverage_models.py`.
+Every model is opened through `load_base` with random weights that keep all units active, saved and reloaded, traced,
+pruned to half of its channels (isomorphic, widths in multiples of 8, by the sum of |w|), saved, reloaded with
+bit-equal logits, trained for one step, and checked by the two float64 oracles of `tests/helpers/oracles.py`. The steps
+are in `coverage_case.py`, the models in `coverage_models.py`.
 
-A row of the results (JSON lines) is written when its model is through; models that have a row are skipped, `--again`
-runs those anew that did not pass. Name: `t:FAMILY` for a model file of timm, `hf:TYPE` for a type of transformers.
+A row of the results (JSON lines) is written when a model is done; models with a row are skipped, and `--again` repeats
+the failed ones. Names: `t:FAMILY` for a model file of timm, `hf:TYPE` for a type of transformers.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from typing import Any
 from coverage_case import run_case
 from coverage_models import NOT_APPLICABLE, population
 
-MEMORY = 16 * 2**30
-# What torch-pruning 1.6.1 prunes of the same population, and why it fails elsewhere: the root cause of each failure.
+MEMORY_LIMIT = 16 * 2**30  # bytes of one process
+# Number of these models that torch-pruning 1.6.1 prunes, and the root causes of its failures.
 ANCHOR = {"timm": 45, "transformers": 22}
 CAUSES = {
     "T": "the search does not end",
@@ -60,11 +60,11 @@ Row = dict[str, Any]
 
 
 def measure(name: str, seconds: float) -> Row:
-    """Run one model in a process of its own and read its record."""
+    """Run one model in a new process and return its row."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record, errors = Path(folder) / "record", Path(folder) / "errors"
-        # A fork: the imports are done once for all models.
+        # Forked, so that the imports are done once for all models.
         child = multiprocessing.get_context("fork").Process(target=_run_alone, args=(name, record, errors))
         child.start()
         child.join(seconds)
@@ -75,30 +75,30 @@ def measure(name: str, seconds: float) -> Row:
         for line in record.read_text().splitlines():
             if line.startswith("{"):
                 row |= json.loads(line)
-        said = [line for line in errors.read_text().splitlines() if line.strip() and not line.startswith(" ")]
+        messages = [line for line in errors.read_text().splitlines() if line.strip() and not line.startswith(" ")]
     row |= {"passed": row.get("step") == "done", "seconds": round(time.monotonic() - start, 1)}
     if not row["passed"]:
         ended = f"not done in {seconds:g} s" if timed_out else f"ended with code {child.exitcode}"
-        row["error"] = said[-1][:400] if said and not timed_out else ended
+        row["error"] = messages[-1][:400] if messages and not timed_out else ended
     return row
 
 
 def _run_alone(name: str, record: Path, errors: Path) -> None:
     for stream, path in ((1, record), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     run_case(name)
 
 
 def read_rows(results: Path) -> dict[str, Row]:
-    """Read the results; the last row of a model counts."""
+    """Read the results; a later row of a model replaces an earlier one."""
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     rows = [json.loads(line) for line in lines]
     return {row["name"]: row for row in rows}
 
 
 def tables(rows: dict[str, Row]) -> str:
-    """Render what passes by source and by root cause, the longest traces, and what does not pass."""
+    """Return tables of passing models by source and root cause, of the longest traces, and of failing models."""
     cases = [case for case in population() if case.name not in NOT_APPLICABLE]
     lines = ["| source | models | measured | pass | anchor |", "|---|---:|---:|---:|---:|"]
     for source, anchor in {**ANCHOR, "both": sum(ANCHOR.values())}.items():
@@ -138,14 +138,14 @@ def _count(title: str, names: Sequence[str], rows: dict[str, Row], anchor: str) 
 
 
 def main() -> None:
-    """Run what has no row yet, then print the tables."""
+    """Run the models without a row, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("output/coverage.jsonl"))
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--seconds", type=float, default=600, help="limit for one model")
-    parser.add_argument("--again", action="store_true", help="run anew what did not pass")
-    parser.add_argument("--list", action="store_true", help="only list the models and what is known of them")
-    parser.add_argument("--table", action="store_true", help="only print the tables of the rows there are")
+    parser.add_argument("--again", action="store_true", help="run failed models again")
+    parser.add_argument("--list", action="store_true", help="only list the models and their states")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the existing rows")
     args = parser.parse_args()
     rows = read_rows(args.results)
     names = [case.name for case in population() if case.name not in NOT_APPLICABLE]

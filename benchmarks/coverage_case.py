@@ -1,6 +1,6 @@
-"""The steps of `coverage.py` for one model: a line of JSON on the standard output for each that is done.
+"""Run the steps of `coverage.py` for one model, and print a line of JSON for each finished step.
 
-The last step that was announced and the error that ends the process are the record of a model that does not pass.
+The record of a failing model is the last step that was announced and the error that ended the process.
 """
 
 import copy
@@ -40,11 +40,13 @@ from isoprune_hf import (
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.pruning.groups import CoupledGroup
 
-MOST_KEPT, PERMUTATION_TOLERANCE, MASK_TOLERANCE = 0.65, 1e-9, 1e-6
+MAX_KEPT_SHARE = 0.65  # of the parameters
+PERMUTATION_TOLERANCE = 1e-9
+MASK_TOLERANCE = 1e-6
 
 
 class FailedError(Exception):
-    """A step gave another result than it must."""
+    """Raised when the result of a step is wrong."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -59,7 +61,7 @@ def report(**values: Any) -> None:
 
 
 def run_case(name: str) -> None:
-    """Take one model through the whole road."""
+    """Run all steps for one model."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -77,14 +79,14 @@ def run_case(name: str) -> None:
         logits = run(model, images)
         require(logits.shape == (2, model.config.num_labels), f"logits of shape {tuple(logits.shape)}")
         require(bool(logits.isfinite().all()), "logits that are not finite")
-        require(torch.equal(run(model, images), logits), "the same images give other logits")
+        require(torch.equal(run(model, images), logits), "logits differ between two passes of the same images")
         report(
             params=sum(parameter.numel() for parameter in model.parameters()),
             signal=difference(logits[:1], logits[1:]),
         )
         report(step="dense round trip")
         save_model_folder(place / "dense", model, base.processor)
-        require(torch.equal(run(reload(place / "dense"), images), logits), "the reloaded base gives other logits")
+        require(torch.equal(run(reload(place / "dense"), images), logits), "logits of the reloaded base differ")
 
         report(step="trace")
         start = time.process_time()
@@ -93,16 +95,16 @@ def run_case(name: str) -> None:
         report(step="permutation")
         error = permutation_error(model, groups, images)
         report(permutation=error)
-        require(error <= PERMUTATION_TOLERANCE, f"the output moves by {error:.1e} when channels change places")
+        require(error <= PERMUTATION_TOLERANCE, f"the output changes by {error:.1e} when channels are permuted")
 
         report(step="ratio 0")
         plan, untouched = cut(model, groups, PruneRecipe(criterion="l1", ratio=0.0))
-        require(not plan.kept, "groups are cut at ratio 0")
+        require(not plan.kept, "groups are pruned at ratio 0")
         before = model.state_dict()
-        require(untouched.state_dict().keys() == before.keys(), "other tensors at ratio 0")
+        require(untouched.state_dict().keys() == before.keys(), "names of tensors differ at ratio 0")
         for name, tensor in untouched.state_dict().items():
             require(torch.equal(tensor, before[name]), f"{name} is changed at ratio 0")
-        require(torch.equal(run(untouched, images), logits), "other logits at ratio 0")
+        require(torch.equal(run(untouched, images), logits), "logits differ at ratio 0")
         del untouched, before
 
         report(step="cut")
@@ -115,9 +117,7 @@ def run_case(name: str) -> None:
         require(bool(cut_logits.isfinite().all()), "logits that are not finite")
         report(step="reload")
         save_model_folder(place / "pruned", pruned, base.processor, plan=plan.to_json())
-        require(
-            torch.equal(run(reload(place / "pruned"), images), cut_logits), "the reloaded model gives other logits"
-        )
+        require(torch.equal(run(reload(place / "pruned"), images), cut_logits), "logits of the reloaded model differ")
         report(step="train")
         train(copy.deepcopy(pruned), images)
         report(step="mask")
@@ -127,26 +127,28 @@ def run_case(name: str) -> None:
             report(mask=None, not_comparable=str(reason))
         else:
             report(mask=error, moved=difference(exact_logits(pruned, images), exact_logits(model, images)))
-            require(error <= MASK_TOLERANCE, f"the cut model is {error:.1e} off the base with zeros")
+            require(
+                error <= MASK_TOLERANCE, f"the pruned model differs by {error:.1e} from the base with zeroed channels"
+            )
         report(step="size")
-        require(share <= MOST_KEPT, f"{share:.0%} of the parameters stay")
+        require(share <= MAX_KEPT_SHARE, f"{share:.0%} of the parameters were kept")
         report(step="done")
 
 
 def use_eager_attention(model: IsoPruneForImageClassification) -> None:
-    """Let a model of transformers calculate attention step by step; in place."""
+    """Switch a transformers model to eager attention, in place."""
     if isinstance(model.model, PreTrainedModel):
         model.model.set_attn_implementation("eager")
 
 
 def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
-    """Give the logits (B, num_labels)."""
+    """Return the logits (B, num_labels)."""
     with torch.no_grad():
         return model(images).logits
 
 
 def reload(folder: Path) -> IsoPruneForImageClassification:
-    """Open a folder as a user does."""
+    """Open a folder as a user would."""
     model = IsoPruneForImageClassification.from_pretrained(folder)
     use_eager_attention(model)
     return model
@@ -155,14 +157,14 @@ def reload(folder: Path) -> IsoPruneForImageClassification:
 def cut(
     model: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], recipe: PruneRecipe
 ) -> tuple[PruningPlan, IsoPruneForImageClassification]:
-    """Score, decide and cut."""
+    """Score, plan and prune; return the plan and the pruned model."""
     scores = score_groups(model, groups, criterion=recipe.criterion)
     plan = make_plan(groups, scores, recipe)
     return plan, apply_plan(model, plan, groups)
 
 
 def train(model: IsoPruneForImageClassification, images: torch.Tensor) -> None:
-    """Take one step's gradients, in place."""
+    """Run one backward pass in train mode, in place, and check the gradients."""
     model.train().requires_grad_(True)
     loss = model(images, labels=torch.tensor([0, 1])).loss
     loss.backward()

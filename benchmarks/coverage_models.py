@@ -1,6 +1,6 @@
-"""The population of `coverage.py`: what image classifiers there are, each at its smallest.
+"""List the models of `coverage.py`: every kind of image classifier, in its smallest size.
 
-timm: the smallest model of every file that has one that classifies images (`test_*` models apart); see `find_timm`.
+timm: the smallest image classifier of every model file (except `test_*` models); see `find_timm`.
 transformers: every type of its image-classification mapping, with a small config.
 """
 
@@ -140,7 +140,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "vit": _VIT,
     "vit_msn": _VIT,
 }
-# Model file of timm -> its smallest classifier, as `find_timm` finds them in timm 1.0.31.
+# Model file of timm -> its smallest classifier, found by `find_timm` in timm 1.0.31.
 TIMM = {
     "beit": "beit_base_patch16_224",
     "byoanet": "halonet_h1",
@@ -241,13 +241,13 @@ TIMM = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-# Arguments that keep a model within memory and time: smaller images, and fewer of blocks that are all alike.
+# Arguments that keep a model within memory and time: smaller images, and fewer identical blocks.
 ARGS: dict[str, dict[str, Any]] = {
     "deepseek_vit": {"depth": 4, "img_size": 224},
     "gemma4_vit": {"img_size": 192},
     "qwen3_vit": {"img_size": 224},
 }
-# Types that cannot run here at all -> why.
+# Types that cannot run here -> reason.
 NOT_APPLICABLE = {"hf:dinat": "needs the library natten"}
 
 
@@ -271,30 +271,32 @@ class Case:
         return f"{'t' if self.source == 'timm' else 'hf'}:{self.family}"
 
     def open(self, folder: Path) -> BaseModel:
-        """Open the base with drawn weights; `folder` takes the config of a transformers model.
+        """Open the base with random weights; the config of a transformers model is written to `folder`.
 
         Raises:
-            IsoPruneError: It cannot be opened.
+            IsoPruneError: The model cannot be opened.
         """
         if self.source == "timm":
-            num_labels = LABELS if is_encoder(self.model) else None  # a head of its own is not drawn twice
-            return load_base(f"timm/{self.model}", False, model_args=ARGS.get(self.family), num_labels=num_labels)
+            num_labels = LABELS if is_encoder(self.model) else None  # its head would be drawn twice
+            return load_base(
+                f"timm/{self.model}", pretrained=False, model_args=ARGS.get(self.family), num_labels=num_labels
+            )
         num_labels = 2 if self.family == "shieldgemma2" else LABELS
         CONFIG_MAPPING[self.family](**TRANSFORMERS[self.family], num_labels=num_labels).save_pretrained(folder)
-        return load_base(str(folder), False)
+        return load_base(str(folder), pretrained=False)
 
 
 def population() -> list[Case]:
-    """List every case, in order."""
+    """Return all cases in order."""
     return [Case("timm", family, model) for family, model in TIMM.items()] + [
         Case("transformers", kind) for kind in TRANSFORMERS
     ]
 
 
 def find_timm() -> dict[str, str]:
-    """Find the smallest classifier of every model file of timm; builds all its models on meta: some minutes.
+    """Find the smallest classifier of every model file of timm, by building all models on meta; takes some minutes.
 
-    A model without a classifier of its own is taken only where its file has no other.
+    A model without a classifier is used only if its file has no other.
     """
     smallest = {}
     for family in timm.list_modules():
@@ -304,7 +306,7 @@ def find_timm() -> dict[str, str]:
                 with torch.device("meta"):
                     network = timm.create_model(name, num_classes=LABELS)
                 is_headless = not network.pretrained_cfg.get("num_classes")
-                if network.num_classes == LABELS:  # else it gives features whatever is asked for
+                if network.num_classes == LABELS:  # otherwise it returns features
                     sizes.append((is_headless, sum(parameter.numel() for parameter in network.parameters()), name))
         if sizes:
             smallest[family] = min(sizes)[2]

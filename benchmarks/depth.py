@@ -1,9 +1,9 @@
-"""Print how the time of a trace grows with depth, as a Markdown table.
+"""Print the time of a trace for networks of growing depth, as a Markdown table.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/depth.py [--repeats 5]
 
-A ViT of width 384 with 12, 24 and 48 blocks, random weights: CPU seconds of one thread for `trace_groups` and for
-`cost_model`, the best of all repeats.
+ViTs of width 384 with 12, 24 and 48 blocks and random weights: CPU seconds of one thread for `trace_groups` and for
+`cost_model`, the shortest of all repeats.
 """
 
 import argparse
@@ -19,7 +19,7 @@ DEPTHS = (12, 24, 48)
 
 
 def best_time(work: Callable[[], Any], repeats: int) -> float:
-    """The least CPU seconds of some calls."""
+    """Return the CPU seconds of the fastest call."""
     times = []
     for _ in range(repeats):
         start = time.process_time()

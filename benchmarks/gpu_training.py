@@ -1,10 +1,10 @@
-"""How fast a recipe's training step is on one GPU: images a second, share of the peak, memory, the largest batch.
+"""Measure the training step of a recipe on one GPU: images per second, MFU, memory, and the largest batch.
 
     PYTHONPATH=. python benchmarks/gpu_training.py recipes/deit_0.6g.yaml --peak 989 [--batch_sizes 256 512]
 
-The model is cut by the recipe with random weights, the teacher has random weights, and the images lie on the GPU, so
-neither a loader nor a network is part of it. It times `Trainer.epoch` itself: mixup, forward passes of student
-and teacher, backward pass, step, and the log's figures. MFU counts the operations of both models, as the log does.
+The model is pruned by the recipe with random weights, the teacher has random weights, and the images are on the GPU,
+so neither loader nor network is measured. The time is that of `Trainer.epoch`: mixup, forward passes of student and
+teacher, backward pass, optimizer step, and logging. MFU counts the operations of both models, as the log does.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def trainer_of(
 
 
 def time_step(trainer: Trainer, batch_size: int, *, warmup: int, updates: int) -> tuple[float, int]:
-    """Give the seconds of an update, and the most bytes that were allocated."""
+    """Return the seconds of an update, and the peak of allocated bytes."""
     device = trainer.accelerator.device
     generator = torch.Generator(device.type).manual_seed(0)
     images = torch.randn(batch_size, *trainer.model.config.image_size, device=device, generator=generator)

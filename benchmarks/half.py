@@ -1,10 +1,10 @@
-"""Cut one model of every family to half of its MACs and print what it took, as rows of a Markdown table.
+"""Prune one model of every family to half of its MACs; print sizes and times as rows of a Markdown table.
 
     python benchmarks/half.py [NAME ...]
 
-Weights are random and scored by L1, so no network and no data are needed; times are seconds of this machine. Each
-model is saved, opened with isoprune_hf and opened once more without it (its import is blocked in a second process);
-both must give the same logits, bit for bit.
+Weights are random and scored by L1, so no network and no data are needed; times are seconds on this machine. Each
+model is saved, opened with isoprune_hf, and opened without it in a second process that blocks its import; all logits
+must be bit-equal.
 """
 
 import subprocess
@@ -50,7 +50,7 @@ with torch.no_grad():
 
 
 def main(names: list[str]) -> None:
-    """Print one row for each model."""
+    """Print a row for each model."""
     print("| model | GMACs | cut to | of the target | params (M) | trace s | score s | solve s | cut s | reloaded |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
     for name in names:
@@ -59,7 +59,7 @@ def main(names: list[str]) -> None:
 
 
 def row(name: str, folder: Path) -> str:
-    """Prune, save and reopen one model."""
+    """Prune, save and reopen one model; return its row."""
     source = name
     if name.startswith("transformers "):
         source = str(folder / "config")

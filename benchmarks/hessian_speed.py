@@ -2,9 +2,10 @@
 
     python benchmarks/hessian_speed.py [--device cuda] [--rounds 3] [NAME ...]
 
-The loop runs one forward pass and, for each image, `backward(retain_graph=True)` of its loss; it is timed once. Ours
-is the best of some rounds; choosing the ways is timed by itself, as it happens once in a run. Weights are random.
-`max error` is the largest relative difference to the loop over all parameters (root of the mean square).
+The loop runs one forward pass and `backward(retain_graph=True)` for the loss of each image; it is timed once. The time
+of isoprune_hf is the best of several rounds; choosing a way for each layer is timed separately, because it is done
+once per run. Weights are random. `max error` is the largest relative difference from the loop over all parameters
+(root mean square).
 """
 
 import argparse
@@ -43,9 +44,9 @@ def main() -> None:
 
 
 def row(name: str, device: torch.device, rounds: int) -> str:
-    """Time one model."""
+    """Time one model and return its row."""
     source, args, batch, size = CASES[name]
-    model = load_base(source, False, model_args=args, num_labels=100, seed=0).model.to(device)
+    model = load_base(source, pretrained=False, model_args=args, num_labels=100, seed=0).model.to(device)
     names = [parameter for parameter, _ in model.model.named_parameters()]
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
@@ -67,7 +68,7 @@ def row(name: str, device: torch.device, rounds: int) -> str:
 
 
 def loop(model: IsoPruneForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sum the squared gradients as older scripts do, without the defect that keeps only the last image."""
+    """Sum the squared gradients as older scripts do, but over all images instead of only the last one."""
     model.eval()
     losses = nn.functional.cross_entropy(model(pixel_values=images).logits, labels, reduction="none")
     squares = {name: torch.zeros_like(parameter) for name, parameter in model.model.named_parameters()}
@@ -82,7 +83,7 @@ def loop(model: IsoPruneForImageClassification, images: torch.Tensor, labels: to
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    """Run and time."""
+    """Call `work` and return its result and its seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -93,7 +94,7 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[object, flo
 
 
 def rms(values: torch.Tensor) -> float:
-    """Root of the mean square."""
+    """Return the root mean square."""
     return values.double().square().mean().sqrt().item()
 
 

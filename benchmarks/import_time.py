@@ -1,10 +1,10 @@
-"""CPU seconds that `import isoprune_hf` adds to a program that has imported torch and transformers.
+"""Measure the CPU seconds that `import isoprune_hf` adds to a program that has imported torch and transformers.
 
     python benchmarks/import_time.py [--rounds 9]
 
-Each figure is the median over processes, which take turns: one imports torch and the classes of transformers that open
-a model, the other isoprune_hf behind them. What the second one takes beyond the first is the difference of the two
-medians; the time of the one import statement alone stands beside it.
+Each figure is the median over processes, which run in turns: one imports torch and the transformers classes that open
+a model, the other imports isoprune_hf after them. The difference of the two medians is the cost of isoprune_hf; the
+last row is the time of its import statement only.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
         for name, last in PROGRAMS.items():
             command = [sys.executable, "-c", _SCRIPT.format(last=last)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            if turn:  # the first one reads the files from the disk
+            if turn:  # the first turn reads the files from disk
                 whole, alone = map(float, done.stdout.split())
                 measured[name].append((whole, alone))
     wholes = {name: median(whole for whole, _ in rows) for name, rows in measured.items()}

@@ -1,12 +1,11 @@
-"""Images a second on one core: both of our decoders, and the reference's ImageFolder with torchvision's transforms.
+"""Measure images per second on one core: both decoders, and the reference's ImageFolder with torchvision's transforms.
 
     python benchmarks/loader.py [--images 200] [--rounds 5] [--side 500 375]
 
-The images are JPEGs of smooth noise in several sizes of grain, written to a temporary folder; photographs have more
-detail and decode more slowly. Every pipeline is read through its loader without loader processes, one thread, in
-turns; the median over the rounds counts, in CPU time. `normalise` is what the device does for a batch of 8 bits,
-here on the CPU.
-The difference is the largest one to the reference's pixels in the evaluation, of 255, and its mean.
+The images are JPEGs of smooth noise with several grain sizes, written to a temporary folder; photographs have more
+detail and decode more slowly. The pipelines are read in turns, in one thread and without loader processes; each figure
+is the median CPU time over the rounds. `normalise` converts a batch of 8-bit pixels, on a GPU in training and on the
+CPU here. The last two columns are the largest and the mean difference from the evaluation pixels of the reference.
 """
 
 import argparse
@@ -51,13 +50,13 @@ def main() -> None:
 
 
 def write_images(folder: Path, images: int, side: tuple[int, int]) -> float:
-    """Write the images into train/a and val/a; returns their mean size in bytes."""
+    """Write the images to train/a and val/a, and return their mean size in bytes."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (folder / split / "a").mkdir(parents=True)
     sizes = []
     for number in range(images):
-        grains = ((80, 0.5), (12, 0.3), (3, 0.2))  # pixels of a grain, and its share
+        grains = ((80, 0.5), (12, 0.3), (3, 0.2))  # size in pixels, and share
         layers = [
             share * np.asarray(noise(rng, (side[0] // grain, side[1] // grain)).resize(side, Image.Resampling.BICUBIC))
             for grain, share in grains
@@ -98,7 +97,7 @@ def report(stage: str, folder: Path, rounds: int) -> None:
 
 
 def reference_loader(folder: Path, stage: str) -> DataLoader:
-    """The scripts of the paper: ImageFolder, PIL, and a float tensor for each image."""
+    """Return the loader of the paper's scripts: ImageFolder, PIL, and a float tensor for each image."""
     bicubic = transforms.InterpolationMode.BICUBIC
     head = [transforms.Resize(256, interpolation=bicubic), transforms.CenterCrop(224)]
     if stage == "training":
@@ -117,7 +116,7 @@ def our_loader(folder: Path, stage: str, processor: IsoImageProcessor, decoder: 
 
 
 def read(loader: DataLoader | ImageLoader) -> list[Tensor]:
-    """Read the pixels of an epoch."""
+    """Return the pixels of an epoch."""
     return [batch.pixels if isinstance(batch, ImageBatch) else batch[0] for batch in loader]
 
 

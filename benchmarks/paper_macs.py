@@ -1,15 +1,15 @@
-"""The counter of published tables: multiply-accumulates as torch-pruning's `count_ops_and_params` counts them.
+"""Count multiply-accumulates as in published tables, like torch-pruning's `count_ops_and_params`.
 
-To compare with those tables, and for nothing else: `cost.py` has the exact count. This one goes by the type of a
-module and so differs from it, in what it adds and in what it does not see:
+Use it only to compare with those tables; `count_cost` is the exact count. This counter looks at the type of each
+module and differs from the exact count as follows:
 
-- Norms cost two operations an element, activations and pooling one, the bias of a convolution one for each output;
-  that of a linear layer one for each output channel in a call, however many tokens there are.
-- A subclass is another type: LayerNorm and GELU of timm's own (ViT and ConvNeXt of timm 1.0) cost nothing. Tables
-  that were made with an older timm hold the norms of a ViT, 0.1 % of it.
-- Attention of timm is counted as a whole. Its output projection counts as if it wrote as many channels as the heads
-  have: too little where attention is narrower than the stream, 1.5 % of a DeiT-B that is cut to 4.2 G.
-- Attention of other libraries costs its linear layers, without both products.
+- Norms cost two operations per element, activations and pooling one, the bias of a convolution one per output; the
+  bias of a linear layer costs one per output channel and call, for any number of tokens.
+- Subclasses are not recognised: timm's own LayerNorm and GELU (ViT and ConvNeXt of timm 1.0) cost nothing. Tables made
+  with an older timm include the norms of a ViT, 0.1 % of the total.
+- Attention of timm is counted as one unit. Its output projection is counted with as many output channels as the heads
+  have, which is too few if attention is narrower than the stream: 1.5 % of a DeiT-B pruned to 4.2 G.
+- Attention of other libraries is counted by its linear layers only, without both matrix products.
 """
 
 import math
@@ -28,11 +28,11 @@ Count = Callable[[nn.Module, torch.Tensor, torch.Tensor], int]
 
 
 def paper_macs(model: IsoPruneForImageClassification, image_size: Sequence[int] | None = None) -> int:
-    """Count multiply-accumulates for one image as published tables do; the model's weights are not read.
+    """Count multiply-accumulates for one image as published tables do, without reading the weights.
 
     Args:
-        model: A base or pruned model that runs.
-        image_size: (channels, height, width) of the image; the default is the model's own.
+        model: A base or pruned model; it is not changed.
+        image_size: (channels, height, width) of the image; the default is that of the model.
 
     Source:
         torch-pruning 1.6.1, `torch_pruning/utils/op_counter.py`, without its recurrent layers.
@@ -52,7 +52,7 @@ def _add(counts: dict[nn.Module, int], module: nn.Module, inputs: tuple[torch.Te
 
 
 def _sum(module: nn.Module, counts: dict[nn.Module, int]) -> int:
-    """Sum below a module; what is inside of one that is counted as a whole is not counted again."""
+    """Return the sum of a module and its children; children of a module counted as one unit are skipped."""
     if type(module) in _COUNTS:
         return counts.get(module, 0)
     return sum(_sum(child, counts) for child in module.children())
@@ -69,7 +69,7 @@ def _convolution(module: nn.modules.conv._ConvNd, given: torch.Tensor, output: t
 
 
 def _attention(module: nn.Module, given: torch.Tensor, output: object) -> int:
-    """Attention of (windows or images, tokens, channels)."""
+    """Count attention on an input of shape (windows or images, tokens, channels)."""
     batch, tokens, channels = given.shape
     width = module.qkv.out_features // 3
     projections = 3 * tokens * channels * width + (0 if module.qkv.bias is None else 3 * tokens * width)

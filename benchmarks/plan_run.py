@@ -1,10 +1,10 @@
-"""Plan the finetuning of a recipe: time, memory and cost on a number of GPUs, as a Markdown table.
+"""Estimate the finetuning of a recipe on several GPUs: time, memory and cost, as a Markdown table.
 
     python benchmarks/plan_run.py recipes/deit_0.6g.yaml --gpus 8 64 --peak 312 --mfu 0.3 --price 2
 
-Nothing is downloaded and no GPU is used. The model is cut here with random weights and gradients, as
-`reference_table.py` does it, so that its operations and the tensors that its backward pass keeps are counted, not
-guessed. The MFU is an assumption until the log of a run on the GPUs in question says it (`mfu`, with
+Nothing is downloaded and no GPU is used. The model is pruned with random weights and gradients, as in
+`reference_table.py`, so that its operations and the tensors that its backward pass saves are counted and not
+estimated. The MFU is an assumption; the log of a run on the same GPUs has the measured value (`mfu`, with
 `finetune.peak_tflops`). The formulas are those of docs/scaling.md.
 """
 
@@ -23,7 +23,7 @@ from isoprune_hf.commands.steps.training import count_training_flops
 from isoprune_hf.pruning.cost.macs import count_cost
 
 TRAIN_IMAGES, EVAL_IMAGES = 1_281_167, 50_000  # ImageNet-1K
-# Bytes for each parameter that an optimizer keeps; the others have two moments in fp32.
+# Bytes of optimizer state per parameter; optimizers that are not listed have two moments in fp32.
 OPTIMIZER_BYTES = {"sgd": 4, "lion": 4}
 COLUMNS = [
     *("recipe", "GPUs", "parts", "images per part", "GFLOP per image", "hours", "GPU-hours", "cost", "images/s"),
@@ -33,15 +33,15 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Run:
-    """What a plan is made of.
+    """The quantities that an estimate is computed from.
 
     Args:
-        recipe: How to train.
-        train_flops: Operations of training on one image, the teacher's among them.
-        eval_flops: Operations of evaluating one.
+        recipe: Settings of the finetuning.
+        train_flops: Operations of training on one image, including those of the teacher.
+        eval_flops: Operations of evaluating one image.
         params: Parameters of the student.
-        teacher_params: Of the teacher; 0 without one.
-        kept_bytes: What the backward pass keeps of one image.
+        teacher_params: Parameters of the teacher; 0 without one.
+        kept_bytes: Bytes per image that the backward pass saves.
     """
 
     recipe: FinetuneRecipe
@@ -57,11 +57,11 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+", help="recipe files")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
     parser.add_argument(
-        "--peak", type=float, default=312.0, help="10^12 operations a second of a GPU, by its data sheet"
+        "--peak", type=float, default=312.0, help="10^12 operations per second of a GPU, from its data sheet"
     )
-    parser.add_argument("--mfu", type=float, default=0.3, help="assumed share of it, from 0 to 1")
-    parser.add_argument("--price", type=float, default=2.0, help="of a GPU-hour")
-    parser.add_argument("--loader", type=float, default=365.0, help="images a second that one core loads")
+    parser.add_argument("--mfu", type=float, default=0.3, help="assumed share of the peak, from 0 to 1")
+    parser.add_argument("--price", type=float, default=2.0, help="price of a GPU-hour")
+    parser.add_argument("--loader", type=float, default=365.0, help="images per second that one core loads")
     options = parser.parse_args()
     if not 0 < options.mfu <= 1 or min(options.peak, options.loader, *options.gpus) <= 0:
         parser.error("--mfu must be above 0 and at most 1, --peak, --loader and --gpus above 0")
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def open_run(file: str) -> Run:
-    """Cut the model of a recipe file, and count."""
+    """Prune the model of a recipe file and count its operations, parameters and saved tensors."""
     values = read_recipe(file)
     prune, recipe = PruneRecipe(**values["prune"]), FinetuneRecipe(**values["finetune"])
     base = load_base(prune.model, pretrained=False, seed=prune.seed).model
@@ -93,14 +93,14 @@ def open_run(file: str) -> Run:
 
 
 def count_kept_bytes(model: IsoPruneForImageClassification, recipe: FinetuneRecipe) -> float:
-    """Count the bytes of the tensors that the backward pass keeps for one more image, parameters left out."""
+    """Count the bytes per image of the tensors that the backward pass saves, without parameters."""
     return _kept(model, recipe, 3) - _kept(model, recipe, 2)
 
 
 def _kept(model: nn.Module, recipe: FinetuneRecipe, images: int) -> int:
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
-    alive = []  # else the next tensor may lie where one lay
+    alive = []  # otherwise a later tensor could reuse an address
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -117,7 +117,7 @@ def _kept(model: nn.Module, recipe: FinetuneRecipe, images: int) -> int:
 
 
 def count_seconds(run: Run, gpus: int, *, peak: float, mfu: float) -> float:
-    """Compute the time of all epochs and their evaluations; the moving average is evaluated, too."""
+    """Compute the seconds of all epochs and evaluations, including those of the moving average."""
     recipe = run.recipe
     evaluations = math.ceil(recipe.epochs / recipe.evaluate_every) * (1 if recipe.ema_decay is None else 2)
     operations = recipe.epochs * TRAIN_IMAGES * run.train_flops + evaluations * EVAL_IMAGES * run.eval_flops
@@ -127,8 +127,9 @@ def count_seconds(run: Run, gpus: int, *, peak: float, mfu: float) -> float:
 def count_state_bytes(run: Run, gpus: int) -> int:
     """Count the bytes on one GPU that do not depend on the batch.
 
-    The student has weights and gradients in fp32, the optimizer's moments, an average where there is one, the buckets
-    of DDP on several GPUs, and a copy of the weights in 16 bits under autocast; the teacher weights and that copy.
+    The student has weights and gradients in fp32, the moments of the optimizer, optionally a moving average, the
+    buckets of DDP on several GPUs, and a 16-bit copy of the weights under autocast. The teacher has weights and that
+    copy.
     """
     recipe = run.recipe
     half = 2 if recipe.precision != "no" else 0
@@ -139,13 +140,13 @@ def count_state_bytes(run: Run, gpus: int) -> int:
 
 
 def count_parts(recipe: FinetuneRecipe, gpus: int) -> int:
-    """Give the parts of a batch: the recipe's, or as many as GPUs where these cannot share them."""
+    """Return the parts of a batch: those of the recipe, or the number of GPUs if they cannot share them evenly."""
     parts = recipe.virtual_replicas or gpus * recipe.grad_accumulation
     return parts if parts % gpus == 0 else gpus
 
 
 def plan(run: Run, gpus: int, *, peak: float, mfu: float, price: float, loader: float) -> list[str]:
-    """Give the cells of a row behind the name."""
+    """Return the cells of a row, without the name."""
     recipe, seconds = run.recipe, count_seconds(run, gpus, peak=peak, mfu=mfu)
     parts = count_parts(recipe, gpus)
     changed = "*" if recipe.virtual_replicas not in (None, parts) else ""

@@ -2,18 +2,18 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/prune_speed.py [--models NAME ...] [--repeats 3]
 
-Both sides trace, rank isomorphic classes by the sum of |w|, cut half of the channels and count the cost before and
-after: ours with `prune_model`, torch-pruning with `BasePruner(isomorphic=True, global_pruning=True)`, one `step` and
-two `count_ops_and_params`. Weights are random and no gradient is taken, so no network and no data are needed.
+Both sides trace, rank isomorphic classes by the sum of |w|, remove half of the channels and count the cost before and
+after: isoprune_hf with `prune_model`, torch-pruning with `BasePruner(isomorphic=True, global_pruning=True)`, one
+`step` and two `count_ops_and_params`. Weights are random and no gradient is taken, so no network and no data are
+needed.
 
-CPU seconds of one thread (`time.process_time`), the median of all repeats; who goes first alternates, and each side
-prunes a tiny model before the clock starts. The copy of the
-model that torch-pruning cuts in place is made outside its time; ours makes its own inside.
+Times are CPU seconds of one thread (`time.process_time`), the median of all repeats; the order of the sides
+alternates, and each side prunes a tiny model before it is timed. The copy of the model that torch-pruning prunes in
+place is not timed; the copy that isoprune_hf makes is.
 
-Memory: a fresh process per model and side does its work on a tiny model first, so that imports are not counted, then
-builds the model and prunes it; what is shown is the rise of its peak resident memory (`VmHWM`) over the resident
-memory between the two, divided by the same rise of a process that builds the model and runs one image through it
-without gradients: the weights plus one forward.
+Memory: for each model and side a new process prunes a tiny model first, so that imports are not counted, then builds
+the model and prunes it. The figure is the rise of the peak resident memory (`VmHWM`) over the resident memory in
+between, divided by the rise in a process that only builds the model and runs one image without gradients.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def build(name: str, **args: int) -> IsoPruneForImageClassification:
 
 
 def prune_with_ours(model: IsoPruneForImageClassification) -> tuple[int, int]:
-    """Return the parameters before and after."""
-    # Swin's heads stay on both sides: torch-pruning does not cut the tables of its position biases.
+    """Prune with isoprune_hf; return the parameters before and after."""
+    # Both sides keep Swin's heads: torch-pruning does not prune the tables of its position biases.
     head_ratio = 0.0 if "swin" in model.config.base["architecture"] else HEAD_RATIO
     recipe = PruneRecipe(criterion="l1", ratio=RATIO, head_ratio=head_ratio, round_to=1, min_keep=1)
     result = prune_model(model, recipe)
@@ -69,7 +69,11 @@ def prune_with_ours(model: IsoPruneForImageClassification) -> tuple[int, int]:
 
 
 class PatchMergingPruner(torch_pruning.BasePruningFunc):
-    """As in the examples of torch-pruning: a patch merging has four copies of each channel in its norm and linear."""
+    """Prunes a patch merging, whose norm and linear layer have four copies of each channel.
+
+    Source:
+        The examples of torch-pruning 1.6.1.
+    """
 
     def prune_out_channels(self, layer: PatchMerging, idxs: list[int]) -> PatchMerging:
         torch_pruning.prune_linear_out_channels(layer.reduction, idxs)
@@ -107,13 +111,13 @@ def prune_with_torch_pruning(model: nn.Module) -> tuple[int, int]:
         prune_head_dims=True,
         customized_pruners={PatchMerging: PatchMergingPruner()} if is_swin else None,
         head_pruning_ratio=0.0 if is_swin else HEAD_RATIO,
-        # Given anew, because the defaults are shared by all pruners of a process.
+        # Explicit, because the mutable defaults are shared by all pruners of a process.
         in_channel_groups={},
         out_channel_groups={},
         channel_groups={},
     )
     pruner.step()
-    for module in model.modules():  # as the reference script does by hand
+    for module in model.modules():  # as the reference script does explicitly
         if isinstance(module, Attention | WindowAttention):
             module.num_heads = pruner.num_heads[module.qkv]
             module.head_dim = module.qkv.out_features // (3 * module.num_heads)
@@ -124,18 +128,18 @@ def prune_with_torch_pruning(model: nn.Module) -> tuple[int, int]:
 
 
 def time_both(name: str, repeats: int) -> tuple[list[float], list[float] | str, str]:
-    """Return CPU seconds of ours and of torch-pruning (or why it failed), and the shares of parameters left."""
+    """Return the CPU seconds of both sides (or why torch-pruning failed), and the kept shares of the parameters."""
     model = build(name)
     ours, theirs, failed = [], [], ""
     left = ["", ""]
     sides = [0, 1]
     for _ in range(repeats):
         for side in sides:
-            victim = copy.deepcopy(model.model) if side else model
+            subject = copy.deepcopy(model.model) if side else model
             gc.collect()
             start = time.process_time()
             try:
-                before, after = prune_with_torch_pruning(victim) if side else prune_with_ours(victim)
+                before, after = prune_with_torch_pruning(subject) if side else prune_with_ours(subject)
             except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
                 if not side:
                     raise
@@ -148,7 +152,7 @@ def time_both(name: str, repeats: int) -> tuple[list[float], list[float] | str, 
 
 
 def peak_rise(name: str, side: str) -> int:
-    """Rise of the peak resident memory in bytes; run in a process of its own."""
+    """Return the rise of the peak resident memory in bytes; call it in a new process."""
     work = {
         "ours": prune_with_ours,
         "theirs": lambda model: prune_with_torch_pruning(model.model),
@@ -162,13 +166,13 @@ def peak_rise(name: str, side: str) -> int:
 
 
 def read_memory(field: str) -> int:
-    """Read a field of this process's memory in bytes; `ru_maxrss` would hold the peak of the parent process, too."""
+    """Return a memory field of this process in bytes; `ru_maxrss` would include the peak of the parent process."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
 
 def measure_memory(name: str) -> dict[str, float | None]:
-    """Rises in a process each, in bytes; None where it failed."""
+    """Return the rise in bytes of each side, measured in a new process; None if it failed."""
     rises = {}
     for side in ("forward", "ours", "theirs"):
         command = [sys.executable, __file__, "--peak", side, "--models", name]

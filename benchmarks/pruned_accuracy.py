@@ -1,17 +1,17 @@
-"""Which accuracy is left after pruning at equal MACs: ours against torch-pruning, on small nets trained here.
+"""Compare the accuracy after pruning to equal MACs, of isoprune_hf and torch-pruning, on small nets trained here.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/pruned_accuracy.py train --workdir DIR
     ... measure --workdir DIR --results FILE.jsonl --finetune
     ... table --workdir DIR --results FILE.jsonl
 
-`train` makes the dense nets (`pruned_accuracy_nets.py`) from images that are drawn from seeds
-(`pruned_accuracy_data.py`). `measure` prunes them by every method (`pruned_accuracy_methods.py`) from 512 calibration
+`train` trains the dense nets (`pruned_accuracy_nets.py`) on images that are drawn from seeds
+(`pruned_accuracy_data.py`). `measure` prunes them by every method (`pruned_accuracy_methods.py`) with 512 calibration
 images (2,048 for `deit_tiny`), the same for all methods of a seed, and appends one line of JSON for each cell of net,
-budget, seed and method; cells that are there are skipped, so it can be stopped and started again, and `--part 0/4` to
-`3/4` share the cells among four processes. All cuts are physical, and the MACs are counted by `count_cost`.
-Finetuning sees two epochs of 1,500 fresh images (6,000 for `deit_tiny`) at two learning rates; the rate is chosen on
-the selection split, and the accuracy of the table is that of the report split. These are toy nets: they say which
-choice does better here, not by how much elsewhere.
+budget, seed and method. Existing cells are skipped, so that it can be stopped and restarted; `--part 0/4` to `3/4`
+distribute the cells over four processes. Channels are removed, not masked, and MACs are counted by `count_cost`.
+Finetuning uses two epochs of 1,500 new images (6,000 for `deit_tiny`) at two learning rates; the rate is chosen on
+the selection split, and the table shows the accuracy on the report split. These are toy nets: they show which method
+is better here, not by how much elsewhere.
 """
 
 import argparse
@@ -36,26 +36,26 @@ from isoprune_hf.pruning.cost.macs import count_cost
 EPOCHS, FINETUNING_BATCH = 2, 50
 SPLITS = ("selection", "report")
 STEPS = ("trace", "rotate", "score", "solve", "cut", "repair", "recalibrate", "all", "finetune")
-NEAR = 0.005  # of the base: a share of MACs that is further from the one asked is written into the table
+MAX_SHARE_ERROR = 0.005  # of the MACs of the base; a larger deviation from the budget is shown in the table
 Record = dict[str, Any]
 
 
 def measure_cell(
     model: IsoPruneForImageClassification, name: str, method: str, budget: float, seed: int, *, finetune: bool
 ) -> Record:
-    """Prune the dense model by a method, which leaves it as it is, and measure what is left.
+    """Prune the dense model by a method and measure the pruned model; the dense model is not changed.
 
     Args:
-        model: The dense model, or any other that has its images.
-        name: Its name in `NETS`.
+        model: The dense model, or another model for the same images.
+        name: Name in `NETS`.
         method: Name in `METHODS`.
         budget: Share of the MACs to keep.
         seed: Seed of the calibration and finetuning images.
-        finetune: Finetune, too.
+        finetune: Also finetune the pruned model.
 
     Returns:
-        The record: with `skipped` and the reason where the method cannot prune this net, else with `share` of the
-        MACs, `before` (split -> top-1 in per cent), `seconds` and, with finetuning, `after` and `rates`.
+        The record: `skipped` with the reason if the method cannot prune this net; otherwise `share` of the MACs,
+        `before` (split -> top-1 in percent), `seconds` and, with finetuning, `after` and `rates`.
     """
     net = NETS[name]
     record: Record = {"net": name, "method": method, "budget": budget, "seed": seed}
@@ -78,7 +78,7 @@ def measure_cell(
 
 
 def finetuned(pruned: IsoPruneForImageClassification, net: Net, rate: float, seed: int) -> dict[str, float]:
-    """Finetune a copy; give its top-1 on both splits."""
+    """Finetune a copy and return its top-1 on both splits."""
     model = copy.deepcopy(pruned)
     images, labels = draw(net.data, EPOCHS * net.epoch, stream_seed("finetune", seed))
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def finetuned(pruned: IsoPruneForImageClassification, net: Net, rate: float, see
 
 
 def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
-    """Read cells by (net, method, budget, seed); a later line replaces an earlier one."""
+    """Return the cells by (net, method, budget, seed); a later line replaces an earlier one."""
     lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
     found = {}
     for record in map(json.loads, lines):
@@ -97,7 +97,7 @@ def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure the cells that the file of results lacks."""
+    """Measure the cells that are missing in the file of results."""
     done = read_results([args.results])
     nets = {name: load_dense(name, args.workdir, args.device) for name in args.nets}
     part, parts = (int(number) for number in args.part.split("/"))
@@ -124,13 +124,13 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def mean_and_error(values: list[float]) -> str:
-    """Write mean and standard error; the latter from two values on."""
+    """Return the mean, and for two or more values the standard error."""
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{error}"
 
 
 def describe_cell(records: list[Record], budget: float) -> str:
-    """Write the top-1 of the report split before and after finetuning, and the MACs where they are not those asked."""
+    """Return the top-1 on the report split before and after finetuning, and the MACs if they miss the budget."""
     if not records:
         return ""
     parts = [mean_and_error([record["before"]["report"] for record in records])]
@@ -138,11 +138,11 @@ def describe_cell(records: list[Record], budget: float) -> str:
     if tuned:
         parts.append(mean_and_error(tuned))
     share = statistics.mean(record["share"] for record in records)
-    return " → ".join(parts) + (f" at {share:.1%}" if abs(share - budget) > NEAR else "")
+    return " → ".join(parts) + (f" at {share:.1%}" if abs(share - budget) > MAX_SHARE_ERROR else "")
 
 
 def write_table(results: dict[tuple[Any, ...], Record], workdir: Path) -> str:
-    """Write a Markdown table for each budget, and one of the seconds of pruning: methods by nets."""
+    """Return a Markdown table of methods by nets for each budget, and one of the seconds of pruning."""
     cells: dict[tuple[str, str, float], list[Record]] = defaultdict(list)
     for (name, method, budget, _), record in sorted(results.items(), key=lambda item: item[0][3]):
         cells[name, method, budget].append(record)
@@ -162,7 +162,7 @@ def write_table(results: dict[tuple[Any, ...], Record], workdir: Path) -> str:
 
 
 def write_seconds(cells: dict[tuple[str, str, float], list[Record]]) -> str:
-    """Write the seconds of pruning and of its steps, over all cells of a method."""
+    """Return a table of the seconds of pruning and of its steps, averaged over all cells of a method."""
     spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (_, method, _), records in cells.items():
         for record in records:

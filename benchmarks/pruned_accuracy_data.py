@@ -1,9 +1,9 @@
-"""The images of `pruned_accuracy.py`: glyphs drawn from the fonts that matplotlib ships, and scikit-learn's digits.
+"""Draw the images of `pruned_accuracy.py`: glyphs of the fonts that matplotlib ships, and scikit-learn's digits.
 
 `glyphs` are 61 classes of 16x16 pixels, `letters` 200 classes of 64x64.
 
-Every image comes from a seed. A split is a seed of its own: `SELECTION` and `REPORT` are fixed images, `stream_seed`
-gives training images that neither holds.
+Every image is drawn from a seed. The splits have separate seeds: `SELECTION` and `REPORT` are fixed images, and
+`stream_seed` returns seeds of training images, which are in neither split.
 """
 
 import math
@@ -28,15 +28,18 @@ FACES = (
     *("DejaVuSerif" + style for style in ("", "-Bold", "-Italic", "-BoldItalic")),
 )
 SIDES = {"glyphs": 16, "digits": 16, "letters": 64}
-FACTOR = 2  # masks are warped at this many times the size and averaged
-SELECTION, REPORT = 1, 2  # seeds of the splits; those of the streams start above
+FACTOR = 2  # masks are warped at twice the size and averaged
+SELECTION, REPORT = 1, 2  # seeds of the splits, below those of the streams
 TEST_IMAGES = 2000
-NOISE, TURN, CHANGE, LEAST_CONTRAST = 0.15, math.radians(10), 0.1, 0.7
-DIGIT_SPLITS = (1097, 300)  # training, selection; the other 400 report
+NOISE = 0.15  # standard deviation, for pixels from 0 to 1
+MAX_TURN = math.radians(10)
+MAX_CHANGE = 0.1  # of size, shear and position
+MIN_CONTRAST = 0.7
+DIGIT_SPLITS = (1097, 300)  # images for training and selection; the other 400 are the report split
 
 
 def stream_seed(purpose: str, seed: int) -> int:
-    """Give the seed of a stream of training images."""
+    """Return the seed of a stream of training images."""
     return 10_000 * (1 + ("train", "calibrate", "finetune").index(purpose)) + seed
 
 
@@ -59,7 +62,7 @@ def glyph_masks(data: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def digit_masks(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the digits of a split, 8x8 scaled up to (N, 32, 32), from 0 to 1, and their labels."""
+    """Return the digits of a split, scaled from 8x8 to (N, 32, 32), from 0 to 1, and their labels."""
     found = load_digits()
     order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
     train, selection = DIGIT_SPLITS
@@ -74,26 +77,26 @@ def digit_masks(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def warp(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn, scale, shear, shift and fade (N, S, S) at random and add noise: images (N, 1, S / FACTOR, the same)."""
+    """Rotate, scale, shear, shift and fade masks (N, S, S) at random and add noise: (N, 1, S / FACTOR, S / FACTOR)."""
     count, fine = len(masks), masks.shape[-1]
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    angle, shear = uniform(-TURN, TURN), uniform(-CHANGE, CHANGE)
-    wide, high = uniform(1 - CHANGE, 1 + CHANGE), uniform(1 - CHANGE, 1 + CHANGE)
-    shifts = [2 * uniform(-CHANGE, CHANGE) for _ in range(2)]  # the grid goes from -1 to 1
+    angle, shear = uniform(-MAX_TURN, MAX_TURN), uniform(-MAX_CHANGE, MAX_CHANGE)
+    wide, high = uniform(1 - MAX_CHANGE, 1 + MAX_CHANGE), uniform(1 - MAX_CHANGE, 1 + MAX_CHANGE)
+    shifts = [2 * uniform(-MAX_CHANGE, MAX_CHANGE) for _ in range(2)]  # the grid goes from -1 to 1
     cos, sin = angle.cos(), angle.sin()
     rows = [cos * wide, (shear * cos - sin) * high, shifts[0], sin * wide, (shear * sin + cos) * high, shifts[1]]
     matrices = torch.stack(rows, 1).view(count, 2, 3)
     grid = functional.affine_grid(matrices, [count, 1, fine, fine], align_corners=False)
     images = functional.grid_sample(masks[:, None], grid, align_corners=False)
-    images = functional.avg_pool2d(images, FACTOR) * uniform(LEAST_CONTRAST, 1).view(-1, 1, 1, 1)
+    images = functional.avg_pool2d(images, FACTOR) * uniform(MIN_CONTRAST, 1).view(-1, 1, 1, 1)
     return normalised(images + NOISE * torch.randn(images.shape, generator=generator))
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    """Shift and scale images from 0 to 1 to about mean 0 and deviation 1."""
+    """Normalise images from [0, 1] to about mean 0 and standard deviation 1."""
     return (images - 0.2) / 0.3
 
 
@@ -107,7 +110,7 @@ def draw(data: str, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def test_split(data: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the fixed images and labels of the `selection` or `report` split; digits are neither warped nor noisy."""
+    """Return images and labels of the `selection` or `report` split; digits are neither warped nor noisy."""
     if data in ALPHABETS:
         return draw(data, TEST_IMAGES, {"selection": SELECTION, "report": REPORT}[split])
     masks, labels = digit_masks(split)

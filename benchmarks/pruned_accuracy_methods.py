@@ -1,7 +1,7 @@
-"""The ways to prune that `pruned_accuracy.py` compares: torch-pruning's, and ours by recipe.
+"""The pruning methods that `pruned_accuracy.py` compares: torch-pruning, and recipes of isoprune_hf.
 
-A method gets the dense model, calibration images and labels, the share of the MACs to keep and the seed, and returns
-the pruned model, which it has physically cut, with the wall seconds of its steps.
+A method receives a `Case` (dense model, calibration images and labels, share of the MACs to keep, seed), and returns
+the pruned model, with channels removed and not masked, and the wall seconds of its steps.
 """
 
 import copy
@@ -25,20 +25,22 @@ from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes.prune import PRESETS
 
 MICRO_BATCH = 64
-# Of the search for the ratio: the first step, how often it is halved, and what is near enough to the share of MACs.
-STEP, HALVINGS, CLOSE_ENOUGH = 0.05, 7, 0.002
+# Search for the ratio of a share of MACs.
+RATIO_STEP = 0.05
+HALVINGS = 7  # of a step
+SHARE_TOLERANCE = 0.002
 PRUNING_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
 class MethodError(Exception):
-    """A method cannot prune this net."""
+    """Raised when a method cannot prune a net."""
 
 
 class Case(NamedTuple):
-    """What a method gets.
+    """The arguments of a method.
 
     Args:
-        model: The dense model, which stays as it is.
+        model: The dense model, which must not be changed.
         images: Calibration images (N, C, H, W).
         labels: Their labels (N,).
         budget: Share of the MACs to keep.
@@ -52,7 +54,7 @@ class Case(NamedTuple):
     seed: int
 
     def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Give the calibration images as micro-batches."""
+        """Return the calibration images as micro-batches."""
         return list(zip(self.images.split(MICRO_BATCH), self.labels.split(MICRO_BATCH), strict=True))
 
 
@@ -68,17 +70,17 @@ def with_torch_pruning(
     embedding: bool = True,
     recalibrate: bool = False,
 ) -> Pruned:
-    """Prune by torch-pruning's BasePruner and GroupTaylorImportance, its one ratio searched for the share of MACs.
+    """Prune with torch-pruning's BasePruner and GroupTaylorImportance; its ratio is searched to reach the budget.
 
     Args:
-        case: What to prune.
-        isomorphic: Rank within isomorphic classes, or all groups in one pool.
-        normalizer: Of the importance.
-        embedding: Let the residual streams of transformers be pruned.
-        recalibrate: Estimate the statistics of BatchNorm anew afterwards.
+        case: The model, images and budget.
+        isomorphic: Rank within isomorphic classes; otherwise rank all groups together.
+        normalizer: Normalizer of the importance.
+        embedding: Also prune the residual streams of transformers.
+        recalibrate: Re-estimate the statistics of BatchNorm after pruning.
 
     Raises:
-        MethodError: Every trial failed, or there is no BatchNorm to recalibrate.
+        MethodError: Every trial failed, or the net has no BatchNorm to recalibrate.
     """
     norms = [module for module in case.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if recalibrate and not norms:
@@ -113,24 +115,24 @@ def with_torch_pruning(
 
 
 def reach_budget(try_ratio: Callable[[float], float], budget: float) -> None:
-    """Find the smallest ratio that keeps the budget: go up in steps, then halve the step that went below it.
+    """Find the smallest ratio that reaches the budget: raise it in steps, then bisect the last step.
 
-    Over all ratios there is no order: torch-pruning leaves a layer whole that would lose all its channels.
+    The share is not monotonic in the ratio: torch-pruning skips a layer that would lose all its channels.
     """
     ratio, share = 0.0, 1.0
-    while share > budget + CLOSE_ENOUGH and ratio < 1 - STEP:
-        ratio += STEP
+    while share > budget + SHARE_TOLERANCE and ratio < 1 - RATIO_STEP:
+        ratio += RATIO_STEP
         share = try_ratio(ratio)
-    low, high = ratio - STEP, ratio
+    low, high = ratio - RATIO_STEP, ratio
     for _ in range(HALVINGS):
-        if abs(share - budget) <= CLOSE_ENOUGH:
+        if abs(share - budget) <= SHARE_TOLERANCE:
             return
         share = try_ratio((low + high) / 2)
         low, high = ((low + high) / 2, high) if share > budget else (low, (low + high) / 2)
 
 
 def mean_gradients(case: Case) -> dict[str, torch.Tensor]:
-    """Take the gradients of the mean cross-entropy in eval mode."""
+    """Return the gradients of the mean cross-entropy in eval mode."""
     model = copy.deepcopy(case.model).eval()
     for images, labels in case.batches():
         (model(images, labels).loss * len(labels) / len(case.labels)).backward()
@@ -145,7 +147,7 @@ def cut(
     normalizer: str | None,
     embedding: bool,
 ) -> IsoPruneForImageClassification:
-    """Let torch-pruning prune a copy; heads stay, their dims leave, and the attention scale follows them."""
+    """Prune a copy with torch-pruning: heads are kept, their dims are pruned, and the attention scale is adapted."""
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         parameter.grad = gradients[name].clone() if name in gradients else None
@@ -170,13 +172,13 @@ def cut(
         num_heads=heads,
         output_transform=lambda output: output if isinstance(output, torch.Tensor) else output[0],
         customized_pruners={PatchMerging: PatchMergingPruner()},
-        # Given anew, because the defaults are shared by all pruners of a process.
+        # Explicit, because the mutable defaults are shared by all pruners of a process.
         in_channel_groups={},
         out_channel_groups={},
         channel_groups={},
     )
     pruner.step()
-    for module in network.modules():  # as torch-pruning's examples do by hand
+    for module in network.modules():  # as torch-pruning's examples do
         if isinstance(module, Attention | WindowAttention):
             module.head_dim = module.qkv.out_features // (3 * module.num_heads)
             module.attn_dim = module.num_heads * module.head_dim
@@ -189,13 +191,13 @@ def cut(
 
 
 def is_embedding(name: str, module: nn.Module) -> bool:
-    """Whether a layer makes a residual stream of a transformer anew: of patches, or of merged ones."""
+    """Return True if a layer creates a residual stream of a transformer: a patch embedding or patch merging."""
     return isinstance(module, PatchMerging) or (isinstance(module, nn.Conv2d) and "patch_embed" in name)
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(model: nn.Module, case: Case) -> None:
-    """Estimate the statistics of BatchNorm in place from the calibration images."""
+    """Re-estimate the statistics of BatchNorm from the calibration images, in place."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -210,13 +212,13 @@ def recalibrate_batchnorm(model: nn.Module, case: Case) -> None:
 
 
 def with_best_of_torch_pruning(case: Case, *, recalibrate: bool = False) -> Pruned:
-    """Prune by the options of torch-pruning that did best: one pool, no normaliser, small ViTs keep their width."""
+    """Prune with the best options of torch-pruning: global ranking, no normalizer, full streams below 50 % MACs."""
     embedding = case.budget >= 0.5
     return with_torch_pruning(case, isomorphic=False, normalizer=None, embedding=embedding, recalibrate=recalibrate)
 
 
 def with_recipe(case: Case, **settings: Any) -> Pruned:
-    """Prune by our `prune_model`.
+    """Prune with `prune_model` of isoprune_hf.
 
     Raises:
         MethodError: The recipe does not know a setting.

@@ -1,8 +1,8 @@
-"""The dense nets of `pruned_accuracy.py`: small architectures of timm and transformers, trained from scratch.
+"""Build and train the dense nets of `pruned_accuracy.py`: small architectures of timm and transformers.
 
-Two have no builder for 16x16 images in timm and are registered there by this module: `glyph_resnet` (stem of 3x3
-without stride and pool) and `glyph_mobilenet` (stem without stride, three resolutions). Their folders open only where
-this module was imported.
+timm has no builder of ResNet and MobileNet for 16x16 images, so this module registers two: `glyph_resnet` (3x3 stem
+without stride and pool) and `glyph_mobilenet` (stem without stride, three resolutions). Their folders can be opened
+only after this module was imported.
 """
 
 import json
@@ -33,13 +33,13 @@ class Net(NamedTuple):
 
     Args:
         base: As in `IsoPruneConfig`.
-        rate: Highest learning rate of the one-cycle schedule.
-        steps: Steps of `batch` fresh images each.
+        rate: Maximum learning rate of the one-cycle schedule.
+        steps: Training steps, each with `batch` new images.
         finetuning: Learning rates to choose from after pruning.
-        data: Which images.
-        batch: Images of a step of training.
-        calibration: Images that score and repair.
-        epoch: Images of an epoch of finetuning.
+        data: Name of the images in `SIDES`.
+        batch: Images in a training step.
+        calibration: Images for scoring and repair.
+        epoch: Images in an epoch of finetuning.
     """
 
     base: dict[str, Any]
@@ -116,7 +116,7 @@ NETS = {
 
 @register_model
 def glyph_resnet(num_classes: int = 1000, in_chans: int = 3, **_: Any) -> ResNet:
-    """Bottleneck ResNet with [2, 2, 2, 2] blocks of width 16, 24, 32 and 48 (times 4), at 16, 8, 4 and 2 pixels."""
+    """Build a bottleneck ResNet: two blocks each of width 16, 24, 32, 48 (times 4), at 16, 8, 4 and 2 pixels."""
     model = ResNet(
         Bottleneck,
         layers=(2, 2, 2, 2),
@@ -131,7 +131,7 @@ def glyph_resnet(num_classes: int = 1000, in_chans: int = 3, **_: Any) -> ResNet
 
 @register_model
 def glyph_mobilenet(num_classes: int = 1000, in_chans: int = 3, **_: Any) -> EfficientNet:
-    """MobileNetV2 with nine inverted residuals, at 16, 8 and 4 pixels."""
+    """Build a MobileNetV2 with nine inverted residuals, at 16, 8 and 4 pixels."""
     stages = [["ds_r1_k3_s1_c16"], ["ir_r2_k3_s2_e4_c24"], ["ir_r3_k3_s2_e4_c40"], ["ir_r3_k3_s1_e4_c64"]]
     model = EfficientNet(
         decode_arch_def(stages),
@@ -168,14 +168,14 @@ def train(
     steps: int,
     report_every: int | None = None,
 ) -> None:
-    """Train in place by AdamW with a one-cycle schedule and plain cross-entropy; the model ends in eval mode.
+    """Train in place with AdamW, a one-cycle schedule and cross-entropy; leave the model in eval mode.
 
     Args:
         model: The model.
-        rate: Highest learning rate.
-        batches: Images (B, 1, side, side) and labels (B,); they go to the device of the model.
-        steps: How many batches there are.
-        report_every: Print the loss after every so many steps.
+        rate: Maximum learning rate.
+        batches: Images (B, 1, side, side) and labels (B,); they are moved to the device of the model.
+        steps: Number of batches.
+        report_every: Number of steps between two printed losses; without it none is printed.
     """
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -200,14 +200,14 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: IsoPruneForImageClassification, data: str, split: str) -> float:
-    """Give the top-1 accuracy on a split in per cent; the model is in eval mode."""
+    """Return the top-1 accuracy on a split in percent; the model must be in eval mode."""
     images, labels = (part.to(model.device) for part in test_split(data, split))
     hits = [(model(x).logits.argmax(1) == y).sum() for x, y in zip(images.split(250), labels.split(250), strict=True)]
     return 100 * float(sum(hits)) / len(labels)
 
 
 class Steps(Dataset):
-    """The batch of every step of a training, drawn when it is asked for."""
+    """Data set of the batches of a training, each drawn when it is read."""
 
     def __init__(self, net: Net) -> None:
         self.net = net
@@ -220,18 +220,18 @@ class Steps(Dataset):
 
 
 def train_dense(names: list[str], workdir: Path, device: str = "cpu", workers: int = 0) -> None:
-    """Train the nets that `workdir` lacks; each becomes a folder with its accuracy in `dense.json`.
+    """Train the nets that are missing in `workdir`; each becomes a folder with its accuracy in `dense.json`.
 
     Args:
-        names: Of `NETS`.
-        workdir: Folder of the folders.
-        device: Where to train.
-        workers: Processes that draw images.
+        names: Names in `NETS`.
+        workdir: Parent folder of the nets.
+        device: Device of the training.
+        workers: Number of processes that draw images.
     """
     for name in names:
         folder, net = workdir / name, NETS[name]
         if (folder / "dense.json").is_file():
-            print(f"{name}: is there", flush=True)
+            print(f"{name}: already trained", flush=True)
             continue
         start, model = time.perf_counter(), build(name).to(device)
         batches = DataLoader(Steps(net), batch_size=None, num_workers=workers)
@@ -247,7 +247,7 @@ def read_dense(name: str, workdir: Path) -> dict[str, float]:
     """Read the record of a trained net.
 
     Raises:
-        SystemExit: It has not been trained.
+        SystemExit: The net was not trained.
     """
     record = workdir / name / "dense.json"
     if not record.is_file():
@@ -259,7 +259,7 @@ def load_dense(name: str, workdir: Path, device: str = "cpu") -> IsoPruneForImag
     """Open a trained net.
 
     Raises:
-        SystemExit: It has not been trained.
+        SystemExit: The net was not trained.
     """
     read_dense(name, workdir)
     return IsoPruneForImageClassification.from_pretrained(workdir / name).eval().to(device)

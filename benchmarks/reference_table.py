@@ -1,12 +1,12 @@
-"""Compare the size that each recipe of the paper's tables makes with the published one, as rows of Markdown tables.
+"""Compare the sizes that the recipes of the paper's tables produce with the published ones, as Markdown tables.
 
     python benchmarks/reference_table.py [RECIPE ...]
 
-Nothing is downloaded: weights are random, and so are the gradients that the criterion of the recipe scores them by
-(from its seed, all of one scale). The first table cuts by the ratios of the recipe, the second by the published size
-as a budget. Random gradients only come near what trained ones make of a ratio: by the mean of a group they share a
-cut among its layers almost evenly. `exact` counts all matrix products, `table` counts as the published tables do
-(`paper_macs`). Deviations in the first table are those of `table`; budgets go by `exact`.
+Nothing is downloaded: weights are random, and so are the gradients that the criterion of the recipe uses (drawn from
+its seed, all on one scale). The first table prunes by the ratios of the recipe, the second to the published size as a
+budget. Random gradients only approximate the effect of trained ones: by the mean of a group they spread the removed
+channels almost evenly over its layers. `exact` counts all matrix products, `table` counts as the published tables do
+(`paper_macs`). Deviations in the first table are those of `table`; budgets use `exact`.
 """
 
 import sys
@@ -42,9 +42,9 @@ BUDGET_COLUMNS = ["recipe", "target GMACs", "cut GMACs exact / table", "below th
 
 
 class RandomGradients(nn.Module):
-    """A network in the place of a base, whose loss has random gradients; it looks at no image.
+    """Replaces a base by a network whose loss has random gradients; it ignores the images.
 
-    One of its two logits is a random weighted sum of all weights, less what that sum is now.
+    One of its two logits is a random weighted sum of all weights, minus the current value of that sum.
     """
 
     def __init__(self, base: IsoPruneForImageClassification, seed: int):
@@ -66,7 +66,7 @@ class RandomGradients(nn.Module):
 
 
 def main(names: list[str]) -> None:
-    """Print both tables, the second one when all models are through."""
+    """Print both tables; the second one when all models are done."""
     print(head(COLUMNS), flush=True)
     budgets = [rows(name) for name in names]
     print(f"\n{head(BUDGET_COLUMNS)}")
@@ -74,12 +74,12 @@ def main(names: list[str]) -> None:
 
 
 def head(columns: list[str]) -> str:
-    """Write the first two lines of a table."""
+    """Return the first two lines of a table."""
     return f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}"
 
 
 def rows(name: str) -> str:
-    """Cut a model by ratios and print the row; returns the row of the cut to the published size."""
+    """Prune a model by ratios and print its row; return the row of the model pruned to the published size."""
     values = read_recipe(RECIPES / f"{name}.yaml")
     recipe, published = PruneRecipe(**values["prune"]), values["expect"]
     base = load_base(recipe.model, pretrained=False, seed=recipe.seed).model
@@ -94,7 +94,7 @@ def rows(name: str) -> str:
 
 
 def score(base: IsoPruneForImageClassification, recipe: PruneRecipe) -> ImportanceScores:
-    """Score a base by the criterion of its recipe, with random gradients."""
+    """Score a base with the criterion of its recipe, using random gradients."""
     return score_with_recipe(
         RandomGradients(base, recipe.seed),
         recipe,
@@ -112,7 +112,7 @@ def show(
     after: ModelCost,
     published: dict[str, Any],
 ) -> str:
-    """Write the row of a cut by ratios."""
+    """Return the row of a model that was pruned by ratios."""
     table = paper_macs(pruned) / 1e9
     cells = [
         name,
@@ -127,7 +127,7 @@ def show(
 
 
 def compare(value: float, published: float | None) -> tuple[str, str]:
-    """Write a published figure and how far a value is from it."""
+    """Return a published figure and the deviation of a value from it."""
     return ("-", "-") if published is None else (f"{published:.2f}", f"{100 * (value / published - 1):+.1f} %")
 
 

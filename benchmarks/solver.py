@@ -1,9 +1,9 @@
-"""Solve budgets on four big models and print, as rows of a Markdown table, how near they come and what it takes.
+"""Solve budgets for four large models; print deviations and times as rows of a Markdown table.
 
     python benchmarks/solver.py
 
-Shapes alone are used (meta device), scores are random: the solver sees neither weights nor data. `counted` is the
-exact count of the finished model; it must equal what the solver planned. Times are seconds of one thread here.
+The models have shapes only (meta device) and random scores: the solver needs neither weights nor data. `counted`
+compares the exact count of the pruned model with the count that the solver planned. Times are seconds of one thread.
 """
 
 import time
@@ -28,7 +28,7 @@ TARGETS = ({"target_macs": "25%"}, {"target_macs": "50%"}, {"target_params": "50
 
 
 def main() -> None:
-    """Print three rows for each model."""
+    """Print a row for each model and budget."""
     torch.set_num_threads(1)
     print("| model | trace s | budget | target | reached | of the target | counted | solve s |")
     print("|---|---:|---|---:|---:|---:|---|---:|")
@@ -56,7 +56,7 @@ def row(
     scores: ImportanceScores,
     target: dict[str, str],
 ) -> str:
-    """Solve one budget, cut and count."""
+    """Solve one budget, prune, count, and return the row."""
     start = time.perf_counter()
     plan = make_plan(groups, scores, PruneRecipe(criterion="taylor", **target), cost=cost)
     solved = time.perf_counter() - start

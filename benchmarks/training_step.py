@@ -1,10 +1,11 @@
-"""What our training step costs beside a bare PyTorch loop: the same model, batch and optimizer, in turns, in one run.
+"""Compare a training step with a bare PyTorch loop: same model, batch and optimizer, timed in turns.
 
     python benchmarks/training_step.py [MODEL] [BATCH_SIZE] [ROUNDS]
 
-Both have their images in memory already, so the loader is not part of it. Ours makes the finiteness checks, the norm
-of the gradient, the keyed seeds, the statistics of BatchNorm and the log's figures on top of the same forward and
-backward pass. Rounds of two updates alternate, so that other work on the machine meets both; CPU time leaves it out.
+The images of both are in memory, so the loader is not timed. In addition to the same forward and backward pass,
+isoprune_hf checks for finite values, computes the gradient norm, derives seeds, updates the statistics of BatchNorm
+and logs figures. Rounds of two updates alternate, so that other load on the machine affects both; CPU time excludes
+it.
 """
 
 import statistics
@@ -31,7 +32,7 @@ def main(name: str = "timm/deit_tiny_patch16_224", batch_size: str = "16", round
     recipe = FinetuneRecipe(epochs=1000, batch_size=int(batch_size), distillation="none")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
-    bases = [load_base(name, False, num_labels=100) for _ in range(2)]
+    bases = [load_base(name, pretrained=False, num_labels=100) for _ in range(2)]
     models = [base.model.to(device) for base in bases]
     shape = models[0].config.image_size
     images = torch.randn(recipe.batch_size, *shape, generator=torch.Generator().manual_seed(0))

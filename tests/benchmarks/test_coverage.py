@@ -1,4 +1,4 @@
-"""One small model for each root cause that kept architectures from being pruned; `benchmarks/coverage.py` has all."""
+"""One small model for each root cause of unprunable architectures; `benchmarks/coverage.py` has all models."""
 
 import copy
 from pathlib import Path
@@ -31,7 +31,7 @@ _VIT = {
     "intermediate_size": 128,
 }
 _TEXT = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-# Root cause and family -> the model: a name of timm with arguments, or a type of transformers with its config.
+# Root cause and family -> model: a name of timm with arguments, or a type of transformers with its config.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "T-rexnet": ("timm/rexnet_100", {"width_mult": 0.5, "depth_mult": 0.5}),
     "T-focalnet": ("timm/focalnet_tiny_srf", {"focal_levels": [1, 1, 1, 1]}),
@@ -111,11 +111,11 @@ def eager_attention() -> Any:
 def open_case(case: str, folder: Path) -> BaseModel:
     name, options = CASES[case]
     if name.startswith("timm/"):
-        base = load_base(name, False, model_args=options, num_labels=LABELS)
+        base = load_base(name, pretrained=False, model_args=options, num_labels=LABELS)
         base.model.config.image_size = [3, SIDE, SIDE]
     else:
         CONFIG_MAPPING[name](**options, num_labels=LABELS).save_pretrained(folder)
-        base = load_base(str(folder), False)
+        base = load_base(str(folder), pretrained=False)
     return BaseModel(be_eager(base.model), base.processor)
 
 
@@ -131,7 +131,7 @@ def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.parametrize("case", one_of_each(CASES, "T-rexnet", "Q-levit", "H-swinv2", "C-dinov2"))
-def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path: Path) -> None:
+def test_reloaded_base_is_bit_equal(case: str, tmp_path: Path) -> None:
     base = open_case(case, tmp_path / "config")
     randomize(base.model)
     images = make_images(base.model)
@@ -141,7 +141,7 @@ def test_a_dense_base_gives_the_same_bits_after_it_was_saved(case: str, tmp_path
 
 
 @pytest.mark.parametrize("case", one_of_each(CASES, "T-rexnet", "Q-levit", "H-swinv2", "C-dinov2"))
-def test_an_architecture_goes_the_whole_road(case: str, tmp_path: Path) -> None:
+def test_architecture_is_pruned_saved_and_trained(case: str, tmp_path: Path) -> None:
     model, processor = open_case(case, tmp_path / "config")
     randomize(model)
     images = make_images(model)

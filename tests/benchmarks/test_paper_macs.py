@@ -1,3 +1,5 @@
+"""The counter of published tables, compared with torch-pruning and with counts by hand."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ RECIPE = PruneRecipe(criterion="l1", ratio=0.4, head_ratio=0.25, head_dim_ratio=
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_counter_of_torch_pruning_dense_and_pruned(family: str, tmp_path: Path) -> None:
+def test_count_equals_that_of_torch_pruning(family: str, tmp_path: Path) -> None:
     dense = make_base(family, tmp_path)
     recipe = replace(RECIPE, head_ratio=0.0) if "swin" in family else RECIPE
     counts = []
@@ -28,31 +30,31 @@ def test_it_is_the_counter_of_torch_pruning_dense_and_pruned(family: str, tmp_pa
     assert counts[1] < counts[0]
 
 
-def test_published_sizes_of_dense_models_are_met() -> None:
-    # Of the paper: DeiT-S 4.64, DeiT-T 1.27, ResNet-101 7.85.
+def test_dense_models_have_their_published_macs() -> None:
+    # From the paper: DeiT-S 4.64, DeiT-T 1.27, ResNet-101 7.85.
     names = ("deit_small_distilled_patch16_224", "deit_tiny_distilled_patch16_224", "resnet101")
     assert [round(paper_macs(on_meta(name)) / 1e9, 2) for name in names] == [4.64, 1.27, 7.85]
 
 
-def test_the_projection_behind_narrow_attention_is_counted_too_small(tmp_path: Path) -> None:
+def test_projection_after_narrow_attention_is_undercounted(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     recipe = PruneRecipe(criterion="l1", ratio=0.0, head_dim_ratio=0.5, round_to=1)
     dense, pruned = (
         paper_macs(model) - count_cost(model).macs,
         paper_macs(narrow := prune_model(model, recipe).model) - count_cost(narrow).macs,
     )
-    # Two blocks of 17 tokens; 32 channels, of which attention keeps 16. By hand, per token: what biases and the scale
-    # of query cost (3 + 1 + 1 times the width of attention), and the projection, of which 16 x (32 - 16) is missing.
+    # Two blocks of 17 tokens; 32 channels, of which attention keeps 16. By hand, per token: the biases and the scale
+    # of the query (3 + 1 + 1 times the width of attention), and 16 x (32 - 16) missing products of the projection.
     assert dense - pruned == 2 * 17 * (5 * 16 + 16 * 16)
 
 
-def test_a_larger_image_costs_more(tmp_path: Path) -> None:
+def test_larger_image_has_more_macs(tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path)
     twice = [3, 128, 128]
     assert paper_macs(model, twice) == count_ops_and_params(model.model, torch.zeros(1, *twice))[0]
 
 
-def test_counting_leaves_the_model_alone(tmp_path: Path) -> None:
+def test_counting_does_not_change_the_model(tmp_path: Path) -> None:
     model = make_base("deit", tmp_path).train()
     paper_macs(model)
     assert all(module.training and not module._forward_hooks for module in model.modules())

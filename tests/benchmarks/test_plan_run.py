@@ -1,16 +1,12 @@
-"""The plan of a run: its formulas by hand, on a model that can be counted by hand."""
+"""The estimate of a run, compared with values computed by hand."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
 from plan_run import Run, count_kept_bytes, count_parts, count_seconds, count_state_bytes, open_run, plan
+from torch import nn
 
 from isoprune_hf.recipes import FinetuneRecipe
 
@@ -24,7 +20,7 @@ def make_run(**changes: object) -> Run:
     return Run(recipe, train_flops=6e9, eval_flops=2e9, params=10**6, teacher_params=2 * 10**6, kept_bytes=2**20)
 
 
-def test_time_is_operations_over_what_the_gpus_do() -> None:
+def test_time_is_operations_divided_by_throughput() -> None:
     # 10 epochs of 1,281,167 images at 6 GFLOP, and 10 evaluations, twice, of 50,000 images at 2 GFLOP.
     expected = (10 * 1_281_167 * 6e9 + 20 * 50_000 * 2e9) / (8 * 100e12 * 0.25)
     assert count_seconds(make_run(), 8, peak=100, mfu=0.25) == pytest.approx(expected)
@@ -33,7 +29,7 @@ def test_time_is_operations_over_what_the_gpus_do() -> None:
     assert count_seconds(every, 1, peak=100, mfu=0.5) == pytest.approx(expected)
 
 
-def test_states_are_counted_by_parameter() -> None:
+def test_state_bytes_are_counted_per_parameter() -> None:
     # Weights 4, gradients 4, moments 8, 16 bits 2, average 4, buckets 4; the teacher 4 + 2.
     assert count_state_bytes(make_run(), 8) == 26 * 10**6 + 6 * 2 * 10**6
     bare = make_run(optimizer="sgd", precision="no", ema_decay=None, teacher_precision="bf16")
@@ -42,12 +38,12 @@ def test_states_are_counted_by_parameter() -> None:
     assert count_state_bytes(make_run(**fixed), 8) == 26 * 10**6
 
 
-def test_parts_are_those_of_the_recipe_where_the_gpus_can_share_them() -> None:
+def test_recipe_parts_are_used_if_gpus_divide_them() -> None:
     assert [count_parts(FinetuneRecipe(virtual_replicas=16), gpus) for gpus in (1, 8, 16, 64)] == [16, 16, 16, 64]
     assert count_parts(FinetuneRecipe(grad_accumulation=4), 8) == 32
 
 
-def test_a_row_has_the_figures() -> None:
+def test_row_shows_estimated_figures() -> None:
     cells = plan(make_run(virtual_replicas=8), 64, peak=100, mfu=0.3, price=2, loader=400)
     hours = (10 * 1_281_167 * 6e9 + 20 * 50_000 * 2e9) / (64 * 100e12 * 0.3) / 3600
     assert cells[:4] == ["64", "64*", "16", "6.0"]
@@ -57,7 +53,7 @@ def test_a_row_has_the_figures() -> None:
 
 
 class Small(nn.Module):
-    """Keeps, for each image, what a product of 12 with 5 numbers, a ReLU and one of 5 with 2 need."""
+    """Two linear layers, 12 to 5 and 5 to 2, with a ReLU in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,12 +64,12 @@ class Small(nn.Module):
         return self.last(self.first(pixel_values.flatten(1)).relu())
 
 
-def test_what_the_backward_pass_keeps_is_counted_once() -> None:
+def test_saved_tensors_are_counted_once() -> None:
     # The input, 12 numbers, for the first weight; the output of the ReLU, 5, for itself and for the last weight.
     assert count_kept_bytes(Small(), FinetuneRecipe()) == 4 * (12 + 5)
 
 
-def test_a_recipe_of_the_paper_can_be_planned() -> None:
+def test_recipe_of_the_paper_can_be_estimated() -> None:
     run = open_run(str(RECIPES / "deit_0.6g.yaml"))
     # 0.63 GMACs, three times, and RegNetY-16GF: 16.0 (both as published, to what random gradients give).
     assert run.train_flops == pytest.approx(2e9 * (3 * 0.63 + 15.95), rel=0.02)

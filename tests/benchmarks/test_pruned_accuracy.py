@@ -1,15 +1,9 @@
-"""The benchmark of accuracies: its images, its equal MACs and that a cell can be measured again."""
-
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+"""The accuracy benchmark: images, equal MACs, and reproducible cells."""
 
 import pruned_accuracy_data as data
 import pruned_accuracy_methods as methods
+import pytest
+import torch
 from pruned_accuracy import describe_cell, measure_cell, read_results, write_table
 from pruned_accuracy_nets import Net, build
 
@@ -29,23 +23,23 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "count"), [("glyphs", 61), ("letters", 200)])
-def test_every_class_looks_different_in_every_face(name: str, count: int) -> None:
+def test_classes_look_different_in_every_face(name: str, count: int) -> None:
     masks, labels = data.glyph_masks(name)
     assert len(set(data.ALPHABETS[name])) == len(data.ALPHABETS[name]) >= count
     assert labels.bincount().tolist() == [len(data.FACES)] * len(data.ALPHABETS[name])
     for face in masks.view(len(data.FACES), len(data.ALPHABETS[name]), -1):
         distances = torch.cdist(face, face) + torch.eye(len(face)) * 1e9
-        assert distances.min() > 1  # a character that a font lacks is drawn as the same box
+        assert distances.min() > 1  # characters missing in a font are all drawn as the same box
 
 
-def test_an_image_comes_from_its_seed_alone() -> None:
+def test_image_depends_on_its_seed_only() -> None:
     first, again, other = (data.draw("glyphs", 8, seed) for seed in (3, 3, 4))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
 
 
-def test_splits_and_streams_have_seeds_of_their_own() -> None:
+def test_splits_and_streams_have_different_seeds() -> None:
     seeds = [data.SELECTION, data.REPORT]
     seeds += [
         data.stream_seed(purpose, seed) for purpose in ("train", "calibrate", "finetune") for seed in range(2000)
@@ -53,17 +47,17 @@ def test_splits_and_streams_have_seeds_of_their_own() -> None:
     assert len(set(seeds)) == len(seeds)
 
 
-def test_no_digit_is_in_two_splits() -> None:
+def test_splits_of_digits_do_not_overlap() -> None:
     sizes = [len(data.digit_masks(split)[1]) for split in ("train", "selection", "report")]
     assert sizes == [1097, 300, 400]
     with pytest.raises(KeyError):
         data.digit_masks("test")
 
 
-def test_without_turn_and_shift_a_warp_leaves_the_mean_of_a_pixel_s_four_parts(monkeypatch) -> None:
-    for name in ("NOISE", "TURN", "CHANGE"):
+def test_warp_without_changes_averages_four_subpixels(monkeypatch) -> None:
+    for name in ("NOISE", "MAX_TURN", "MAX_CHANGE"):
         monkeypatch.setattr(data, name, 0.0)
-    monkeypatch.setattr(data, "LEAST_CONTRAST", 1.0)
+    monkeypatch.setattr(data, "MIN_CONTRAST", 1.0)
     masks = torch.rand(2, 32, 32)
     expected = (masks[:, ::2, ::2] + masks[:, 1::2, ::2] + masks[:, ::2, 1::2] + masks[:, 1::2, 1::2]) / 4
     found = data.warp(masks, torch.Generator().manual_seed(0))[:, 0] * 0.3 + 0.2
@@ -71,7 +65,7 @@ def test_without_turn_and_shift_a_warp_leaves_the_mean_of_a_pixel_s_four_parts(m
 
 
 @pytest.mark.parametrize("method", ["tp_iso", "paper"])
-def test_a_cell_measured_twice_is_equal_and_leaves_the_dense_model_alone(tiny, method) -> None:
+def test_cell_is_reproducible_and_keeps_dense_model(tiny, method) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     first, second = (measure_cell(tiny, "tiny", method, 0.5, 0, finetune=True) for _ in range(2))
     assert {**first, "seconds": None} == {**second, "seconds": None}
@@ -79,7 +73,7 @@ def test_a_cell_measured_twice_is_equal_and_leaves_the_dense_model_alone(tiny, m
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
 
 
-def test_the_search_halves_the_first_step_that_goes_below_the_budget() -> None:
+def test_search_bisects_first_step_below_budget() -> None:
     tried = []
 
     def share(ratio: float) -> float:  # rises again above 0.6, as torch-pruning's does
@@ -92,7 +86,7 @@ def test_the_search_halves_the_first_step_that_goes_below_the_budget() -> None:
     assert abs(1 - tried[-1] - 0.469) <= 0.002
 
 
-def test_recalibration_gives_batchnorm_the_statistics_of_the_calibration_images() -> None:
+def test_recalibrated_batchnorm_has_statistics_of_calibration_images() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1)).eval()
     images = 3 + 2 * torch.randn(128, 1, 4, 4)
@@ -103,14 +97,14 @@ def test_recalibration_gives_batchnorm_the_statistics_of_the_calibration_images(
     assert model[0].momentum == 0.1
 
 
-def test_a_recipe_with_an_unknown_setting_is_skipped_with_its_name(tiny, monkeypatch) -> None:
+def test_unknown_setting_is_named_in_skipped_cell(tiny, monkeypatch) -> None:
     settings = {"criterion": "l1", "no_such_setting": 1}
     monkeypatch.setitem(methods.METHODS, "odd", lambda case: methods.with_recipe(case, **settings))
     record = measure_cell(tiny, "tiny", "odd", 0.5, 0, finetune=False)
     assert record["skipped"] == "PruneRecipe does not know no_such_setting"
 
 
-def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path, monkeypatch) -> None:
+def test_table_shows_mean_and_standard_error(tmp_path, monkeypatch) -> None:
     lines = [
         f'{{"net": "vit", "method": "paper", "budget": 0.5, "seed": {seed}, "share": 0.5, "before": '
         f'{{"selection": 0, "report": {top1}}}, "seconds": {{"all": 2}}}}'
@@ -126,7 +120,7 @@ def test_the_table_has_mean_and_standard_error_over_seeds(tmp_path, monkeypatch)
     assert describe_cell([record], 0.5) == "50.0 → 61.5 at 43.0%"
 
 
-def test_the_nets_have_the_sizes_that_were_studied() -> None:
+def test_nets_have_the_studied_sizes() -> None:
     block = 12 * 96**2 * 17 + 2 * 17**2 * 96  # qkv, projection and MLP of 17 tokens; both products of attention
     assert count_cost(build("vit")).macs == 6 * block + 16 * 16 * 96 + 61 * 96
     assert round(count_cost(build("resnet")).macs / 1e6, 2) == 5.64  # as in the study

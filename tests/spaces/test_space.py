@@ -52,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("space")
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
     names = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
-    base = load_base("timm/vit_tiny_patch16_224", False, model_args=args, num_labels=7, label_names=names)
+    base = load_base("timm/vit_tiny_patch16_224", pretrained=False, model_args=args, num_labels=7, label_names=names)
     base.model.save_pretrained(root / "base")
     base.processor.save_pretrained(root / "base")
     opened = load_base(str(root / "base"))
