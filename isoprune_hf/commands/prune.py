@@ -23,7 +23,7 @@ def run(
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.folder import check_output
     from isoprune_hf.commands.steps.cutting import cut_base
-    from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs, open_scores
+    from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs, open_scores
     from isoprune_hf.commands.steps.results import Metrics, send_result, summarize, write_folder
     from isoprune_hf.hub.uploads import open_uploads
 
@@ -36,7 +36,8 @@ def run(
     result = cut_base(opened, output)
     metrics: Metrics = {}
     if images is not None and images.evaluation is not None:
-        metrics = {"base": opened.evaluate(opened.base.model), "pruned": opened.evaluate(result.model)}
+        for name, model in (("base", opened.base.model), ("pruned", result.model)):
+            metrics[name] = evaluate_on(images, model, opened.base.processor, data, accelerator)
     achieved = result.plan.achieved
     latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
     write_folder(

@@ -105,16 +105,6 @@ class Opened:
         folder = _scoring_folder(output, ranks)
         return Calibration(ResumableBatches(batches, folder, identity, prune.state_minutes), sample)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float | int]:
-        """Evaluate a model, which moves to the accelerator's device, on the evaluation split.
-
-        Raises:
-            DatasetError: There is no evaluation split.
-        """
-        if self.images is None:
-            raise DatasetError("data.dataset is not set: there is nothing to evaluate on")
-        return evaluate_on(self.images, model, self.base.processor, self.data, self.accelerator)
-
 
 def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
     """Open the data set; one rank fills the cache that the others read."""

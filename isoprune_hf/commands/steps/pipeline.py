@@ -12,7 +12,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.cutting import cut_base
-from isoprune_hf.commands.steps.opening import Opened, forget_scoring
+from isoprune_hf.commands.steps.opening import Opened, evaluate_on, forget_scoring
 from isoprune_hf.commands.steps.results import Metrics, smoke_test, summarize, write_folder
 from isoprune_hf.commands.steps.sources import open_teacher
 from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, train_student
@@ -67,7 +67,10 @@ def run_pipeline(
     if pretrain.epochs:
         _pretrain(opened, images, pretrain, root)
     result = cut_base(opened, output)
-    metrics: Metrics = {"base": opened.evaluate(base.model), "pruned": opened.evaluate(result.model)}
+    metrics: Metrics = {
+        name: evaluate_on(images, model, base.processor, opened.data, accelerator)
+        for name, model in (("base", base.model), ("pruned", result.model))
+    }
     if accelerator.is_main_process:
         replace_file(root / "importance.safetensors", result.scores.save)
     forget_scoring(output, accelerator)
@@ -102,8 +105,9 @@ def run_pipeline(
         speed={**record, "milliseconds": latency},
     )
     answer = summarize(result.model, metrics, latency, folder)
-    if accelerator.is_main_process:
-        answer = replace(answer, text=f"{answer.text}\n\n{smoke_test(folder, images)}")
+    if accelerator.is_main_process and images.evaluation is not None:
+        line = smoke_test(folder, images.evaluation[0], images.label_names)
+        answer = replace(answer, text=f"{answer.text}\n\n{line}")
     accelerator.wait_for_everyone()
     return answer
 

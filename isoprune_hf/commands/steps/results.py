@@ -1,7 +1,7 @@
 """Write the result of a stage: the folder with its card (`write_folder`), the table (`summarize`), the upload."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from transformers import BaseImageProcessor, pipeline
 from isoprune_hf.checkpoint.folder import read_json, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.commands.stage import Answer
-from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.errors import CheckpointError, WriteError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
@@ -105,11 +104,8 @@ def send_result(uploads: Uploads | None, folder: Path, answer: Answer) -> Answer
     return replace(answer, text=f"{answer.text}\n\nIt is at {url}", figures={**answer.figures, "url": url})
 
 
-def smoke_test(folder: Path, images: ImageData) -> str:
-    """Open the folder with a transformers pipeline and classify the first image of the evaluation split."""
-    if images.evaluation is None:
-        return ""
-    example = images.evaluation[0]
+def smoke_test(folder: Path, example: Mapping[str, Any], label_names: Sequence[str]) -> str:
+    """Open the folder with a transformers pipeline and classify a row of a data set, an `image` with its `label`."""
     best = pipeline("image-classification", model=str(folder))(example["image"].convert("RGB"))[0]
-    truth = images.label_names[example["label"]]
+    truth = label_names[example["label"]]
     return f"pipeline on a held-out image: {best['label']} ({best['score']:.2f}), truth {truth}"
