@@ -80,6 +80,11 @@ def reasons(trace: Trace) -> set[str]:
     return {reason for reason in found if reason is not None}
 
 
+def zero_positions(like: Tensor, *shape: int) -> Tensor:
+    """Create positions for indexing, on the device of a tensor."""
+    return like.new_zeros(shape, dtype=torch.long)
+
+
 def check_axes(case: AxisCase) -> None:
     """Assert that a function has the expected axes and consists of operations with rules."""
     function, values, expected = case

@@ -1,11 +1,11 @@
-"""Which channels belong together: from a model to its coupled groups, for any architecture.
+"""Find the coupled groups of a model: the channels that can only be removed together, for any architecture.
 
-    trace    tracer.trace_network(network, image) -> Trace        one forward pass; `rules/` has a rule per operation
-    unify    unify.unify(axis, axis) -> Axis                      the rules make axes the same, split or freeze them
-    solve    equations.solve_equations(trace, values) -> Solution attributes that follow sizes; linked widths
-    leaves   axis_graph.build_axis_graph(model) -> AxisGraph      free leaves, heads and their dims
-    groups   members.couple_axes(graph, ...) -> CoupledGroups     the elements of each leaf, by parameter and index
-    verify   verify.check_cut(graph, cut network, ...)            the cut network runs as the trace predicts
+    trace    tracer.trace_network        -> Trace          one forward pass; `rules/` has a rule for each operation
+    unify    unify.unify                 -> Axis           the rules make axes the same axis, split or freeze them
+    solve    equations.solve_equations   -> Solution       attributes that depend on sizes, and linked widths
+    leaves   axis_graph.build_axis_graph -> AxisGraph      free leaves, heads and their dims; runs the steps above
+    groups   members.couple_axes         -> CoupledGroup   the elements of each leaf, by parameter and index
+    verify   verify.check_cut            -> None           the cut network runs as the trace predicts, or an error
 
 A dim of a tensor is an `Axis`: a leaf, a product of factors, or a sum of pieces. A leaf that may be pruned is free;
 every other leaf is frozen with a reason. An operation without a rule freezes what it touches, so a group may be

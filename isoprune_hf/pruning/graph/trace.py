@@ -68,7 +68,7 @@ class Trace:
         matrix_products: All matrix products and convolutions.
         ops: All operations that compute values, in order.
         unknown: Operation without a rule -> number of calls; all axes that it touched are frozen.
-        group_axis: The groups of the last convolution or norm that has groups; `ONE` if each group is all channels.
+        group_axis: The groups of the last convolution or norm; `ONE` if it has a single group.
         names: Identity of a tensor of the network -> (name, tensor); the tensor is kept so that its identity stays.
         modules: Paths of the modules that are running, the innermost last.
     """

@@ -54,7 +54,7 @@ _LAYOUT_OPS = frozenset(
 )
 # A linear layer runs one or the other, depending on its input's strides.
 _EQUIVALENT_OPS = {"addmm": "mm"}
-_COLLECTIONS = list, tuple
+_COLLECTIONS = (list, tuple)
 
 
 class _OpTracer(DispatchMode):
@@ -75,7 +75,8 @@ class _OpTracer(DispatchMode):
         outs = list(tensors_in([out]))
         if not outs:
             return out
-        trace, given = self.trace, list(tensors_in((*args, *kwargs.values())))
+        trace = self.trace
+        given = list(tensors_in((*args, *kwargs.values())))
         if rule is None:
             trace.unknown[name] = trace.unknown.get(name, 0) + 1
             ruled = trace.freeze_all(given, out, f"there is no rule for the operation {name}")

@@ -1,7 +1,15 @@
 import pytest
 import torch
-from helpers.axis_notation import AxisCase, FrozenCase, check_axes, check_frozen, solve, spell, trace_function
-from torch import Tensor
+from helpers.axis_notation import (
+    AxisCase,
+    FrozenCase,
+    check_axes,
+    check_frozen,
+    solve,
+    spell,
+    trace_function,
+    zero_positions,
+)
 from torch.nn import functional as F
 
 from isoprune_hf.pruning.graph.rules.tables import AXIS_RULES
@@ -10,13 +18,9 @@ from isoprune_hf.pruning.graph.trace import Trace
 SELECTED = "single elements are selected"
 
 
-def numbers(like: Tensor, *shape: int) -> Tensor:
-    return like.new_zeros(shape, dtype=torch.long)
-
-
 # Name -> function, its parameters and attributes, and the axes of the parameters.
 CASES: dict[str, AxisCase] = {
-    "embedded": (lambda m: F.embedding(numbers(m.a, 3), m.a) + m.b, {"a": (4, 6), "b": (6,)}, "4! A, A"),
+    "embedded": (lambda m: F.embedding(zero_positions(m.a, 3), m.a) + m.b, {"a": (4, 6), "b": (6,)}, "4! A, A"),
 }
 
 
@@ -31,9 +35,9 @@ FROZEN: dict[str, FrozenCase] = {
     "flipped": (lambda m: m.a.flip(1), "A 6!", "its elements are reordered"),
     "cumulative sum": (lambda m: m.a.cumsum(1), "A 6!", "its elements are reordered"),
     "sorted": (lambda m: m.a.sort(0)[0], "4! A", "its elements are reordered"),
-    "indexed": (lambda m: m.a[:, numbers(m.a, 5)], "A 6!", SELECTED),
-    "indexed at the front": (lambda m: m.a[numbers(m.a, 5, 2)], "4! A", SELECTED),
-    "selected by index": (lambda m: m.a.index_select(1, numbers(m.a, 5)), "A 6!", SELECTED),
+    "indexed": (lambda m: m.a[:, zero_positions(m.a, 5)], "A 6!", SELECTED),
+    "indexed at the front": (lambda m: m.a[zero_positions(m.a, 5, 2)], "4! A", SELECTED),
+    "selected by index": (lambda m: m.a.index_select(1, zero_positions(m.a, 5)), "A 6!", SELECTED),
 }
 
 

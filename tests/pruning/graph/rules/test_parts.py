@@ -11,15 +11,12 @@ from helpers.axis_notation import (
     spell,
     trace_function,
     trace_layer,
+    zero_positions,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 SELECTED = "single elements are selected"
-
-
-def numbers(like: Tensor, *shape: int) -> Tensor:
-    return like.new_zeros(shape, dtype=torch.long)
 
 
 # Name -> function, its parameters and attributes, and the axes of the parameters.
@@ -59,7 +56,7 @@ CASES: dict[str, AxisCase] = {
     "narrowed by a negative start": (lambda m: m.a.narrow(0, -4, 2), {"a": (8,)}, "(A+2!+2!)"),
     "split at positions": (lambda m: m.a.tensor_split((2, 5))[1], {"a": (9,)}, "(2!+(3!+A))"),
     "sliced next to an index": (
-        lambda m: m.a[2:5, numbers(m.a, 3)],
+        lambda m: m.a[2:5, zero_positions(m.a, 3)],
         {"a": (8, 6)},
         "(2!+3!+A) 6!",
     ),

@@ -1,12 +1,6 @@
 import pytest
 import torch
-from helpers.axis_notation import AxisCase, FrozenCase, check_axes, check_frozen
-from torch import Tensor
-
-
-def numbers(like: Tensor, *shape: int) -> Tensor:
-    return like.new_zeros(shape, dtype=torch.long)
-
+from helpers.axis_notation import AxisCase, FrozenCase, check_axes, check_frozen, zero_positions
 
 # Name -> function, its parameters and attributes, and the axes of the parameters.
 CASES: dict[str, AxisCase] = {
@@ -46,7 +40,7 @@ CASES: dict[str, AxisCase] = {
 # Name -> function of a parameter `a` of (4, 6), its axes, and the reason why one is frozen.
 FROZEN: dict[str, FrozenCase] = {
     "an uneven view": (lambda m: m.a.view(m.n, -1), "4! 6!", "an uneven view"),
-    "gathered": (lambda m: m.a.gather(0, numbers(m.a, 4, 6)), "4! 6!", "no rule for the operation gather"),
+    "gathered": (lambda m: m.a.gather(0, zero_positions(m.a, 4, 6)), "4! 6!", "no rule for the operation gather"),
     "unknown": (lambda m: torch.linalg.pinv(m.a), "4! 6!", "no rule for the operation"),
     "literal": (lambda m: m.a.view(2, 2, -1), "4! A", "the code of the model uses the literal 2"),
 }
