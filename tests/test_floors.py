@@ -32,3 +32,15 @@ def test_no_module_has_more_than_300_lines() -> None:
         path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("isoprune_hf/**/*.py")
     }
     assert {name: length for name, length in lengths.items() if length > 300} == {}
+
+
+def test_text_files_are_read_and_written_as_utf8() -> None:
+    """Windows has another default encoding; ruff's PLW1514 only knows files whose type it can infer."""
+    missing = []
+    for path in ROOT.glob("isoprune_hf/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                is_text = node.func.attr in ("read_text", "write_text")
+                if is_text and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert missing == []

@@ -40,9 +40,9 @@ _PARSING = sys.modules[parse.__module__]
 
 
 @functools.cache
-def strict_parser(build: Callable[[], argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Build the parser itself, once: a page has up to thirty commands. A flag must be written out."""
-    parser = build()
+def strict_parser(build: Callable[[str], argparse.ArgumentParser], stage: str) -> argparse.ArgumentParser:
+    """Build the parser of a stage once, since a page has up to thirty commands. A flag must be written out."""
+    parser = build(stage)
     below = [parser]
     while below:
         one = below.pop()
