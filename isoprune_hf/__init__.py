@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from isoprune_hf.reporting.model_card import build_model_card
     from isoprune_hf.training.finetune import finetune
 
-# The heavy half is imported when it is first asked for: opening a pruned model needs none of it.
+# Imported on first use: opening a pruned model needs none of these modules.
 _LAZY = {
     "load_base": "models",
     "find_blocks": "pruning.graph.blocks",

@@ -47,7 +47,7 @@ def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageCl
     built = {key: tensor.shape for key, tensor in model.model.state_dict().items()}
     if built != {key: tensor.shape for key, tensor in module.state_dict().items()}:
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__} cannot be rebuilt from its name and arguments alone"
+            f"{type(module).__name__} cannot be rebuilt only from its name and arguments"
         )
     model.model = module
     model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers

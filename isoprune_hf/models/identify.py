@@ -18,7 +18,7 @@ Kind = Literal["architecture", "folder", "hub"]
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model comes from.
+    """Origin of a base model.
 
     Args:
         name: The name that the user gave, without spaces around it.

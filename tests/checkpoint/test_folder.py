@@ -367,7 +367,7 @@ answers["loaded"] = [name for name in sys.modules if name.partition(".")[0] in A
 
 @pytest.fixture(scope="module")
 def elsewhere(pruned, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """Open copies of the folders in one process that cannot import the package; give what it found."""
+    """Open copies of the folders in one process that cannot import the package, and return its findings."""
     root = tmp_path_factory.mktemp("elsewhere")
     (root / "expected").mkdir()
     make_picture(root / "picture.png")

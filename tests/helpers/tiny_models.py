@@ -47,10 +47,10 @@ def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageCla
     """Build the tiny base of a family; `folder` holds the config of a transformers model."""
     if family in TIMM:
         name, args = TIMM[family]
-        model = load_base(name, False, model_args=args, num_labels=labels, seed=0).model
+        model = load_base(name, pretrained=False, model_args=args, num_labels=labels, seed=0).model
     else:
         TRANSFORMERS[family].save_pretrained(folder / family)
-        model = load_base(str(folder / family), False, num_labels=labels, seed=0).model
+        model = load_base(str(folder / family), pretrained=False, num_labels=labels, seed=0).model
     if family in ("convnext", "resnet", "resnext", "resnet-gn", "mobilenet_v2", "hf-resnet"):
         model.config.image_size = [3, 64, 64]
     generator = torch.Generator().manual_seed(1)
