@@ -1,41 +1,37 @@
-"""Whether a pruned model is sound: what it records is true, what it is can be made again, and what a cut can reach."""
+"""Check that a pruned model is sound: its records are true, its tensors can be reproduced, and a cut can reach it.
 
-import math
-import re
+`check_model` needs no weights of the base; `check_replay` compares the tensors with those of the base.
+"""
+
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
 from transformers import AutoModelForImageClassification, BaseImageProcessor
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.checkpoint.structure import image_size_of, meta_copy
 from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError
-from isoprune_hf.pruning.cost.macs import CostModel, cost_model, count_cost
+from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.cutting.uniform import to_stock
-from isoprune_hf.pruning.graph.axis import is_frozen, reason_of
-from isoprune_hf.pruning.graph.axis_graph import AxisGraph
-from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
-from isoprune_hf.pruning.graph.layers import ConvNd
+from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.reach import describe_reach
 
-_IMAGES = 2
-_MOST_NAMES = 6
+_NUM_IMAGES = 2
 
 
 class Finding(NamedTuple):
-    """What one check has found.
+    """The result of one check.
 
     Args:
         check: Name of the check.
-        verdict: ok, FAIL, or skip where it could not be made.
+        verdict: ok, FAIL, or skip if the check does not apply.
         text: Its figure, or the reason.
     """
 
@@ -47,23 +43,24 @@ class Finding(NamedTuple):
 def check_model(
     model: IsoPruneForImageClassification, processor: BaseImageProcessor, plan: PruningPlan | None
 ) -> list[Finding]:
-    """Check all that needs no weights of the base.
+    """Run the checks that need no weights of the base.
 
     Args:
         model: The model of a folder, in eval mode; left untouched.
         processor: Its image processor.
-        plan: Its plan, where it has one.
+        plan: Its plan; None if it has none.
     """
+    checks: dict[str, Callable[[], Finding]] = {
+        "cost": lambda: _check_cost(model),
+        "structure": lambda: _check_structure(model, plan),
+        "no-op": lambda: _check_no_op(model),
+        "save-load": lambda: _check_round_trip(model, processor),
+        "reach": lambda: _check_reach(model),
+    }
     findings = []
-    for check, look in (
-        ("cost", lambda: _check_cost(model)),
-        ("structure", lambda: _check_structure(model, plan)),
-        ("no-op", lambda: _check_no_op(model)),
-        ("save-load", lambda: _check_round_trip(model, processor)),
-        ("reach", lambda: _check_reach(model)),
-    ):
+    for check, run in checks.items():
         try:
-            findings.append(look())
+            findings.append(run())
         except (IsoPruneError, OSError) as error:
             findings.append(Finding(check, "FAIL", " ".join(str(error).split())))
     return findings
@@ -72,12 +69,12 @@ def check_model(
 def check_replay(
     model: IsoPruneForImageClassification, base: IsoPruneForImageClassification, plan: PruningPlan
 ) -> Finding:
-    """Check that every tensor of a model that was not trained since its cut is the base's, where the plan keeps it.
+    """Check that a model that was not trained after its cut has the tensors of the base at the kept positions.
 
     Args:
         model: The pruned model.
         base: The dense base with its weights.
-        plan: What stays.
+        plan: The plan of the cut.
     """
     changed = changed_after_cut(plan)
     if changed is not None:
@@ -85,8 +82,8 @@ def check_replay(
     if fingerprint(base.model) != plan.fingerprint:
         return Finding("tensors", "skip", "the plan was made on other weights than those of the base")
     try:
-        expected = apply_plan(base, plan)
-        expected = (to_stock(expected) if _is_uniform(model) else expected).model.state_dict()
+        replayed = apply_plan(base, plan)
+        expected = (to_stock(replayed) if _is_uniform(model) else replayed).model.state_dict()
     except IsoPruneError as error:
         return Finding("tensors", "FAIL", str(error))
     different = _first_difference(model.model.state_dict(), expected)
@@ -96,16 +93,16 @@ def check_replay(
 
 
 def changed_after_cut(plan: PruningPlan) -> str | None:
-    """Say why the weights of a model are not those of the base where the plan keeps them."""
+    """Return the reason why the kept weights differ from those of the base; None if there is none."""
     steps = {"rotate": plan.settings.get("rotate"), "reconstruct": plan.settings.get("reconstruct", "none") != "none"}
-    made = " and ".join(f"prune.{name}" for name, is_made in steps.items() if is_made)
-    return f"{made} changed the weights that the plan keeps, as it records" if made else None
+    applied = " and ".join(f"prune.{name}" for name, is_applied in steps.items() if is_applied)
+    return f"{applied} changed the weights that the plan keeps, as it records" if applied else None
 
 
 def _check_cost(model: IsoPruneForImageClassification) -> Finding:
     if model.config.cost is None:
         return Finding("cost", "skip", "the config records none")
-    # A uniform layout does not lead back to its base.
+    # The config of a uniform layout does not describe its base.
     base = model.config.cost["base"] if _is_uniform(model) else count_cost(meta_copy(model, dense=True)).to_dict()
     now = {"base": base, "pruned": count_cost(model).to_dict()}
     if model.config.cost != now:
@@ -120,22 +117,22 @@ def _check_structure(model: IsoPruneForImageClassification, plan: PruningPlan | 
     if _is_uniform(model):
         return _check_sizes(model, plan)
     if (model.config.source or {}).get("fingerprint") != plan.fingerprint:
-        # The plan speaks of a model that was cut before: only the widths it leaves can be compared.
+        # The plan belongs to a model that had been cut before: only the resulting widths can be compared.
         return _check_widths(model, plan)
-    made = apply_plan(meta_copy(model, dense=True), plan).config.structure
-    have = model.config.structure or {}
+    planned = apply_plan(meta_copy(model, dense=True), plan).config.structure or {}
+    recorded = model.config.structure or {}
     for kind in ("shapes", "attributes"):
-        first, second = have.get(kind) or {}, made[kind]
+        first, second = recorded.get(kind) or {}, planned[kind]
         for name in sorted(first.keys() | second.keys()):
             if first.get(name) != second.get(name):
                 where = f"config.structure.{kind}[{name!r}]"
                 return Finding(
                     "structure", "FAIL", f"{where} is {first.get(name)}, by the plan it is {second.get(name)}"
                 )
-    if set(have.get("removed") or []) != set(made["removed"]):
-        return Finding("structure", "FAIL", f"the plan removes {made['removed']}, config.structure.removed differs")
-    numbers = sum(map(len, made["attributes"].values()))
-    return Finding("structure", "ok", f"the plan gives its {len(made['shapes'])} shapes and {numbers} attributes")
+    if set(recorded.get("removed") or []) != set(planned["removed"]):
+        return Finding("structure", "FAIL", f"the plan removes {planned['removed']}, config.structure.removed differs")
+    count = sum(len(attributes) for attributes in planned["attributes"].values())
+    return Finding("structure", "ok", f"the plan gives its {len(planned['shapes'])} shapes and {count} attributes")
 
 
 def _check_widths(model: IsoPruneForImageClassification, plan: PruningPlan) -> Finding:
@@ -153,7 +150,7 @@ def _check_widths(model: IsoPruneForImageClassification, plan: PruningPlan) -> F
 
 
 def _check_sizes(model: IsoPruneForImageClassification, plan: PruningPlan) -> Finding:
-    """Check the sizes of a stock config against what the plan keeps of the attentions and of the other groups."""
+    """Check the sizes of a stock config against the widths of a plan."""
     config = model.model.config
     attention = (config.num_attention_heads, config.head_dim)
     for name, kept in plan.kept.items():
@@ -187,7 +184,7 @@ def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImag
     with tempfile.TemporaryDirectory() as folder:
         save_model_folder(Path(folder) / "model", model, processor)
         if _is_uniform(model):
-            again = meta_copy(model)  # the same wrapper around what stock code opens
+            again = meta_copy(model)  # the wrapper, around the model that stock code opens
             again.model = AutoModelForImageClassification.from_pretrained(Path(folder) / "model")
         else:
             again = IsoPruneForImageClassification.from_pretrained(Path(folder) / "model")
@@ -196,89 +193,17 @@ def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImag
             different = "the logits"
     if different:
         return Finding("save-load", "FAIL", f"{different} came back different")
-    return Finding("save-load", "ok", f"tensors and the logits of {_IMAGES} images come back bit for bit")
+    return Finding("save-load", "ok", f"tensors and the logits of {_NUM_IMAGES} images come back bit for bit")
 
 
 def _check_reach(model: IsoPruneForImageClassification) -> Finding:
     dense = meta_copy(model, dense=True)
     groups = trace_groups(dense)
-    cost = cost_model(dense, groups)
-    dims = {
-        (member.parameter, member.dim)
-        for group in groups
-        for member in (*group.members, *group.head_members, *group.dim_members)
-    }
-    macs, params = _reached(cost)
-    share = f"{macs / cost.base.macs:.1%} of the MACs and {params / cost.base.params:.1%} of the params"
-    alone = sum(not any(width.ties for width in term.widths) for term in cost.parameters)
-    lines = [
-        f"{share} of the base lie in layers that groups reach; {alone} of {len(cost.parameters)} parameters in none"
-    ]
-    for reason, names in _fixed_dims(dense, dims, graph_of(dense, groups)).items():
-        shown = [name if count == 1 else f"{name} ({count})" for name, count in names.items()]
-        more = len(shown) - _MOST_NAMES
-        lines.append(f"fixed: {reason}: {', '.join(shown[:_MOST_NAMES])}{f' and {more} more' if more > 0 else ''}")
-    return Finding("reach", "ok" if groups else "FAIL", "\n".join(lines))
-
-
-def _reached(cost: CostModel) -> tuple[int, int]:
-    """MACs and elements of the parameters that groups reach."""
-    macs, params = (
-        sum(
-            math.prod(width.size for width in term.widths)
-            for term in terms
-            if any(width.ties for width in term.widths)
-        )
-        for terms in (cost.products, cost.parameters)
-    )
-    return macs, params
-
-
-def _fixed_dims(
-    dense: IsoPruneForImageClassification, dims: set[tuple[str, int]], graph: AxisGraph
-) -> dict[str, Counter[str]]:
-    """Dims of parameters that lie in no group: reason -> name with its numbers left out -> how many."""
-    found: dict[str, Counter[str]] = {}
-    covered = {name for name, _ in dims}
-    for name, parameter in dense.model.named_parameters():
-        owner = dense.model.get_submodule(name.rpartition(".")[0])
-        # Behind the first two dims of a convolution's weight lies its kernel.
-        channel_dims = min(parameter.ndim, 2) if isinstance(owner, ConvNd) else parameter.ndim
-        fixed = [dim for dim in range(channel_dims) if parameter.shape[dim] > 1 and (name, dim) not in dims]
-        for dim in fixed:
-            reason = _reason(dense, name, owner, dim) or _traced_reason(graph, name, dim, is_covered=name in covered)
-            found.setdefault(reason, Counter())[re.sub(r"\d+", "*", name)] += 1
-    return found
-
-
-def _reason(dense: IsoPruneForImageClassification, name: str, owner: nn.Module, dim: int) -> str | None:
-    if dim == 0 and getattr(owner, "out_features", getattr(owner, "out_channels", 0)) == dense.config.num_labels:
-        return "outputs of the classifier"
-    if isinstance(owner, ConvNd) and dim == 1:
-        if owner.in_channels == dense.config.image_size[0]:
-            return "colours of the image"
-        if owner.groups > 1:
-            return "channels inside one group of a convolution"
-    leaf = name.rpartition(".")[2]
-    if "relative_position" in name:
-        return "relative positions in a window"
-    if "pos" in leaf:
-        return "positions of tokens"
-    return None
-
-
-def _traced_reason(graph: AxisGraph, name: str, dim: int, *, is_covered: bool) -> str:
-    """Why the trace has frozen a dim."""
-    axes = graph.trace.tensors.get(name)
-    if axes is None:
-        return "nothing reads it"
-    if is_frozen(axes[dim]):
-        return reason_of(axes[dim])
-    return "another dim of a layer that a group reaches" if is_covered else "no group was found for it"
+    return Finding("reach", "ok" if groups else "FAIL", "\n".join(describe_reach(dense, groups)))
 
 
 def _first_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str | None:
-    """Name of the first tensor that is not the same bit for bit, in its own dtype."""
+    """Return the name of the first tensor that differs in any bit, dtype or shape; None if all are equal."""
     for name in [*second, *(name for name in first if name not in second)]:
         if name not in first or name not in second or _bits(first[name]) != _bits(second[name]):
             return name
@@ -291,9 +216,10 @@ def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, Iterable[int], bytes]:
 
 
 def _logits(model: IsoPruneForImageClassification) -> torch.Tensor:
-    pixels = torch.randn(_IMAGES, *model.config.image_size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(_NUM_IMAGES, *image_size_of(model), generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            return model(pixels.to(model.device)).logits
+            logits: torch.Tensor = model(pixels.to(model.device)).logits
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise UnsupportedArchitectureError(f"the model does not run: {error}") from error
+    return logits

@@ -1,6 +1,6 @@
-"""What can leave a network, as values: coupled groups of channels, and residual blocks.
+"""The removable units of a network as values: coupled groups of channels, and residual blocks.
 
-They speak of parameters and indices only, so nothing that uses them depends on the engine that found them.
+They name parameters and indices only, so that their users do not depend on the engine that found them.
 """
 
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class CoupledGroup:
-    """Channels that can only leave together with what reads and writes them.
+    """Channels that can only be removed together with the tensor elements that write and read them.
 
     Args:
         name: Name of the group: the module that creates its channels.
-        signature: What the group is built of; equal signatures are one isomorphic class (see `trace_groups`).
+        signature: Structure of the group; groups with equal signatures form an isomorphic class (see `trace_groups`).
         channels: Number of channels.
-        members: What belongs to each channel.
-        num_heads: For attention: channel c is dim c % head_dim of head c // head_dim. Where several query heads share
-            a key and value head (grouped-query attention), they are one head here: they can only leave together.
-            Otherwise 0.
-        head_members: For attention: what belongs to each whole head; `index` has the shape (num_heads, k).
-        dim_members: For attention: what belongs to a dim of all heads (norms on queries and keys); `index` has the
-            shape (head_dim, k). Where there are any, the same dims leave every head.
+        members: Elements of each channel.
+        num_heads: Heads of an attention, 0 for other groups; channel c is dim c % head_dim of head c // head_dim.
+            Query heads that share a key and value head (grouped-query attention) are one head here, since they can
+            only be removed together.
+        head_members: Elements of each whole head; `index` has the shape (num_heads, k).
+        dim_members: Elements of one dim of all heads (norms on queries and keys); `index` has the shape (head_dim, k).
+            If there are any, the same dims are removed from every head.
     """
 
     name: str
@@ -50,7 +50,7 @@ class CoupledGroup:
 
     @property
     def head_dim(self) -> int:
-        """Dims of each head; 0 for a group that is no attention."""
+        """Dims of each head; 0 for groups other than attention."""
         return self.channels // self.num_heads if self.num_heads else 0
 
     @property
@@ -61,14 +61,14 @@ class CoupledGroup:
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """A block that can leave whole, because its output is its input plus what it computes.
+    """A block that can be removed as a whole, because its output is its input plus a computed residual.
 
     Args:
-        name: The module.
-        signature: Its kind; the blocks of one kind are one isomorphic class.
+        name: Path of the module.
+        signature: Structure of the block; blocks with equal signatures form an isomorphic class.
         parameters: Names of its parameters, relative to the base module.
-        is_optional: Others of its kind stay in its stage whatever leaves (a ResNet's first block, with a projection);
-            otherwise one block of the stage must stay.
+        is_optional: All such blocks of a stage may be removed, since the stage keeps another block in any case (the
+            first one of a ResNet, with a projection); otherwise one block of the stage must be kept.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The decision as a value: what stays, why, and what it costs; kept as JSON, read back with every entry checked."""
+"""The pruning plan as a value: `PruningPlan` is saved as JSON, and every entry is checked when it is read."""
 
 import json
 import re
@@ -15,17 +15,17 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """The decision: what stays in each group that is cut. A value that can be kept, compared and replayed.
+    """The channels, heads and blocks that a cut keeps; can be saved, compared and replayed.
 
     Args:
-        kept: Group -> channels that stay, ascending.
-        heads: Attention group -> heads that stay, ascending.
-        removed_blocks: Residual blocks that leave whole, with all their groups.
-        margins: First group of a scope -> the highest score that left it (`removed`) and the lowest that stayed
-            (`kept`), before widths were rounded. A small gap says that other images could decide otherwise.
-        notes: What the user should know: widths that could not be aligned, a budget that is not used up.
+        kept: Group -> channels to keep, ascending; groups that are not cut are missing.
+        heads: Attention group -> heads to keep, ascending.
+        removed_blocks: Residual blocks to remove, with all their groups.
+        margins: First group of a scope -> the highest removed score (`removed`) and the lowest kept one (`kept`),
+            before widths were rounded. With a small gap, other images could lead to another plan.
+        notes: Lines for the user: widths that could not be aligned, a budget that is not used up.
         achieved: `{"base": {"macs", "params"}, "pruned": {...}}`; a latency budget adds `latency_ms`.
-        settings: The settings that decided: criterion, scope, ratios, rounding.
+        settings: The settings that the plan depends on: criterion, scope, ratios, rounding.
         fingerprint: Fingerprint of the base weights.
         version: Version of this format.
     """
@@ -41,16 +41,16 @@ class PruningPlan:
     version: int = PLAN_VERSION
 
     def to_json(self) -> str:
-        """Write the plan as JSON: sorted, indented, a list of indices on one line."""
+        """Return the plan as JSON: sorted and indented, with each list of indices on one line."""
         text = json.dumps(asdict(self), indent=2, sort_keys=True)
         return re.sub(r"\[[\d,\s]*\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
-        """Read a plan that `to_json` wrote, perhaps edited by hand.
+        """Parse a plan that `to_json` wrote, possibly edited by hand.
 
         Raises:
-            CheckpointError: It is no plan, one of a newer version, or an entry is not what it should be.
+            CheckpointError: The text is not a plan, has another version, or has an invalid entry.
         """
         try:
             values = json.loads(text)
@@ -71,7 +71,7 @@ class PruningPlan:
             values[key] = {name: _read_indices(f"{key} of {name}", entry) for name, entry in entries.items()}
         for name in values["heads"]:
             if name not in values["kept"]:
-                raise CheckpointError(f"pruning plan: heads names {name!r}, and kept does not")
+                raise CheckpointError(f"pruning plan: heads names {name!r}, which is missing in kept")
         for key in ("margins", "achieved"):
             for name, figures in _read_mapping(values, key, "figures").items():
                 _check_figures(f"{key} of {name}", figures)
@@ -87,17 +87,17 @@ class PruningPlan:
 
     @classmethod
     def load(cls, place: str | Path) -> "PruningPlan":
-        """Read a plan from its file, or from the folder of a pruned model.
+        """Load a plan from its file, or from the folder of a pruned model.
 
         Raises:
-            CheckpointError: There is no such file, or it is no plan; names the file.
+            CheckpointError: The file is missing or not a plan; the message names it.
         """
         path = Path(place)
         if path.is_dir():
             path = path / PLAN_FILE
             if not path.is_file():
                 raise CheckpointError(
-                    f"plan: {place} holds no {PLAN_FILE}; give a plan, or the folder of a pruned model"
+                    f"plan: {place} has no {PLAN_FILE}; give a plan, or the folder of a pruned model"
                 )
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def _read_mapping(values: Mapping[str, Any], key: str, content: str) -> dict[str
 
 def _read_indices(where: str, entry: Any) -> tuple[int, ...]:
     if not isinstance(entry, list) or not entry or any(type(index) is not int or index < 0 for index in entry):
-        raise CheckpointError(f"pruning plan: {where} must be a list of numbers from 0 on, at least one")
+        raise CheckpointError(f"pruning plan: {where} must be a non-empty list of whole numbers from 0")
     if entry != sorted(set(entry)):
         raise CheckpointError(f"pruning plan: {where} must be ascending, each number once")
     return tuple(entry)

@@ -1,4 +1,4 @@
-"""The section `data`: where the labelled images come from."""
+"""The section `data`: the labelled images."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,31 +8,31 @@ from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, Interpolation, check_
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where the labelled images come from.
+    """The labelled images for scoring, finetuning and evaluation.
 
     Args:
-        dataset: A Hub id such as ILSVRC/imagenet-1k, a folder of parquet files or of WebDataset's tar files (names of
-            the classes in `classes.txt`, a line each), a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, or
+        dataset: A Hub id such as ILSVRC/imagenet-1k, a folder of parquet files or of WebDataset tar files (with class
+            names in `classes.txt`, one per line), a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, or
             `digits` (1,797 real handwritten digits that scikit-learn ships).
         revision: Git revision of a Hub data set.
-        image_column: Column that holds the image.
-        label_column: Column that holds the class.
+        image_column: Column of the images.
+        label_column: Column of the classes.
         train_split: Split for calibration and finetuning.
         eval_split: Split for evaluation.
-        streaming: Read the training split as a stream, and keep no copy of it here; needs `finetune.steps_per_epoch`.
-            The evaluation split is fetched whole.
-        shuffle_buffer: Images of a stream that are shuffled at once, encoded in the memory of each rank.
-        resize: Pixels that the shorter side of an image has before its centre is cropped to the model's size, for
-            scoring and evaluation; the default is the model's own. A folder that is written keeps it.
-        interpolation: Of that resize, and of random crops; the default is the model's own.
-        broken: What is done about an image that cannot be read: error; skip trains on the next one of the split in its
-            place, and leaves it out of an evaluation; grey takes a grey image in its place. A warning names each.
-        max_broken: More of them in an epoch or an evaluation are an error.
-        exif: Turn images upright by their EXIF tag; false takes them as they are stored, as torchvision does.
-        decoder: pil gives exactly the pixels of the model's processor; torchvision decodes, resizes and crops 8 bits,
-            three times as fast in an evaluation, and differs by 1 of 255 here and there, at sharp edges by 2.
-        batch_size: Images in an evaluation batch on each rank.
-        num_workers: Loader processes on each rank.
+        streaming: Stream the training split without storing a copy; needs `finetune.steps_per_epoch`. The evaluation
+            split is downloaded.
+        shuffle_buffer: Images of a stream that are shuffled at once; each rank keeps them encoded in memory.
+        resize: Length in pixels of the shorter side of an image before the centre crop, for scoring and evaluation; by
+            default that of the model. It is saved with a pruned model.
+        interpolation: Interpolation of that resize, and of random crops; by default that of the model.
+        broken: How to handle an image that cannot be read: error stops; skip trains on the next image of the split
+            instead and omits the image from an evaluation; grey uses a grey image instead. A warning names each image.
+        max_broken: Stop if an epoch or an evaluation has more broken images.
+        exif: Rotate images according to their EXIF tag; false uses them as stored, like torchvision.
+        decoder: pil gives exactly the pixels of the model's processor; torchvision decodes, resizes and crops 8-bit
+            images, which makes an evaluation three times as fast; pixels differ by 1 of 255, at sharp edges by 2.
+        batch_size: Images per rank in an evaluation batch.
+        num_workers: Loader processes per rank.
     """
 
     dataset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)

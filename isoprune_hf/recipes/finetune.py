@@ -1,4 +1,4 @@
-"""The sections `finetune` and `pretrain`: how weights are trained."""
+"""The sections `finetune` and `pretrain`: how to train weights."""
 
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -7,93 +7,96 @@ from typing import ClassVar, Literal
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, check_range
 
-_OF_TORCH = ("adamw", "sgd")
+_TORCH_OPTIMIZERS = ("adamw", "sgd")
 
 
 def list_optimizers() -> list[str]:
-    """List the optimizers that can be taken.
+    """List the names of timm's optimizers that can be used.
 
-    Without those of timm that need packages of their own, second derivatives, or keep more than tensors and numbers.
-    timm is imported here alone: whoever opens a pruned model needs no optimizer.
+    Those that need other packages or second derivatives, or whose state is more than tensors and numbers, are left
+    out. timm is imported only here: opening a pruned model needs no optimizer.
     """
-    return import_module("timm.optim").list_optimizers(exclude_filters=["bnb*", "fused*", "adahessian", "kron*"])
+    names: list[str] = import_module("timm.optim").list_optimizers(
+        exclude_filters=["bnb*", "fused*", "adahessian", "kron*"]
+    )
+    return names
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """How weights are trained: after the cut, or before it for a base that starts from random weights.
+    """How to train weights: after the cut, or before it for a base with random weights.
 
     Args:
-        epochs: Passes over the training split; 0 leaves the weights as they are.
-        steps_per_epoch: Updates of an epoch; the default is as many as the training split has images for.
-        batch_size: Images for one update over all ranks and accumulation steps.
-        grad_accumulation: Micro-batches that one rank adds up for an update.
+        epochs: Passes over the training split; 0 does not train.
+        steps_per_epoch: Updates in an epoch; by default as many as the training split has images for.
+        batch_size: Images per update over all ranks and accumulation steps.
+        grad_accumulation: Micro-batches that each rank accumulates for an update.
         virtual_replicas: Parts of the batch that BatchNorm, mixup and dropout see. Any number of ranks that divides it
             trains the same model; the default is ranks x grad_accumulation.
-        drop_last: Leave out the images that do not fill a last batch; false trains on them, too.
-        repeated_augmentation: Copies of an image in an epoch, each augmented in its own way; the epoch keeps its
-            length, so it has the fewer different images.
-        optimizer: adamw or sgd, which are torch's; or another one of timm by its name, as lamb, lion or adan.
-        learning_rate: Peak learning rate, for the whole batch.
-        momentum: Momentum of sgd, and of those of timm that have one.
-        weight_decay: Decay of the parameters that `weight_decay_rule` names.
-        weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: these without tokens, positions and
-            what else the network excepts; all: every parameter.
-        clip_grad: Largest norm of the gradient, or what `clip_mode` makes of it.
-        clip_mode: norm; value: the largest entry of the gradient; agc: the largest ratio of the norms of gradient and
-            weights in each unit, the last layer left out.
-        layer_decay: Factor of the learning rate from each layer to the one below it; the last layer has the whole.
-        max_bad_steps: Updates in a row that are left out because loss or gradient is not finite; one more ends the
-            training.
-        rank_minutes: Longest time that a rank waits for another one, before the run ends.
-        max_minutes: Time after which the run saves its state and ends, as by a signal; the same command continues it.
-        schedule: cosine, or step (times `step_gamma` every `step_epochs`).
-        schedule_unit: The learning rate changes with each update or with each epoch.
+        drop_last: Drop the images that do not fill the last batch; false also trains on them.
+        repeated_augmentation: Copies of an image in an epoch, each augmented differently; the length of the epoch is
+            unchanged, so it has fewer different images.
+        optimizer: adamw or sgd of torch, or the name of one of timm, such as lamb, lion or adan.
+        learning_rate: Peak learning rate for the whole batch.
+        momentum: Momentum of sgd, and of the optimizers of timm that have one.
+        weight_decay: Decay of the parameters that `weight_decay_rule` selects.
+        weight_decay_rule: no_bias_norm: parameters with two or more dims; timm: the same without tokens, positions and
+            other exceptions of the network; all: every parameter.
+        clip_grad: Largest norm of the gradient, or largest value by `clip_mode`.
+        clip_mode: norm; value: the largest entry of the gradient; agc: the largest ratio of gradient norm to weight
+            norm in each unit, except in the last layer.
+        layer_decay: Factor of the learning rate from each layer to the one below it; the last layer has factor 1.
+        max_bad_steps: Consecutive updates that may be skipped because loss or gradient is not finite; one more stops
+            the training.
+        rank_minutes: Longest time that a rank waits for another one before the run stops.
+        max_minutes: Time after which the run saves its state and stops, as on a signal; the same command resumes it.
+        schedule: cosine, or step (multiply by `step_gamma` every `step_epochs`).
+        schedule_unit: Change the learning rate with each update or with each epoch.
         warmup_epochs: Epochs of linear warm-up.
-        min_learning_rate: Where cosine ends.
+        min_learning_rate: Final learning rate of cosine.
         step_epochs: Epochs between two steps of the step schedule.
         step_gamma: Factor of a step.
-        ema_decay: Decay per update of a moving average of the weights; without it there is none.
-        best: Whose top-1 chooses the best epoch, and whose weights are the result: raw or ema.
-        label_smoothing: Share of the target that goes to all classes.
+        ema_decay: Decay per update of an exponential moving average of the weights; off by default.
+        best: Weights whose top-1 selects the best epoch, and that are the result: raw or ema.
+        label_smoothing: Share of the target that is spread over all classes.
         mixup: Alpha of mixup; 0 is off.
-        cutmix: Alpha of cutmix; 0 is off. With both, each part of a batch has one of them.
-        mixup_pairing: An image is mixed with the one at the other end of its part (flip, as timm) or with the one
-            before it (roll, as torchvision).
-        distillation: soft (the teacher's distribution), hard (its top class) or none.
-        distillation_head: Whom the teacher speaks to: the logits, or the distillation token alone (DeiT), which then
-            leaves the labels to the class token.
-        teacher: auto (the dense base, where it has trained weights), none, or a name or folder as for `prune.model`.
-        teacher_cache: Folder of the teacher's logits, which are computed once and then read. Only where an image looks
-            the same in each epoch: no random crop, flip, policy, erasing or mixing.
-        teacher_label_smoothing: The same as `label_smoothing` for the teacher's part of hard distillation.
-        distillation_weight: Share of the teacher in the loss, from 0 to 1.
+        cutmix: Alpha of cutmix; 0 is off. If both are on, each part of a batch uses one of them.
+        mixup_pairing: Mix an image with its mirror position in its part (flip, as timm) or with the one before it
+            (roll, as torchvision).
+        distillation: soft (distribution of the teacher), hard (its top class) or none.
+        distillation_head: Output that learns from the teacher: logits, or only the distillation token (DeiT), while
+            the class token learns from the labels.
+        teacher: auto (the dense base if it has trained weights), none, or a name or folder as for `prune.model`.
+        teacher_cache: Folder for the logits of the teacher, which are computed once and then read. Requires that an
+            image looks the same in each epoch: no random crop, flip, policy, erasing or mixing.
+        teacher_label_smoothing: `label_smoothing` of the teacher's term in hard distillation.
+        distillation_weight: Weight of the teacher's term in the loss, from 0 to 1.
         temperature: Softens both distributions of soft distillation.
-        precision: no (fp32), bf16, or fp16 with a scaled loss.
-        teacher_precision: Of the teacher's weights and passes; the default is the student's, with weights in fp32.
+        precision: no (fp32), bf16, or fp16 with loss scaling.
+        teacher_precision: Precision of the teacher's weights and passes; by default that of the student, with fp32
+            weights.
         channels_last: Memory format of images, student and teacher.
         torch_compile: Compile student and teacher.
-        grad_checkpointing: Recompute the activations of each block in the backward pass, instead of keeping them.
-        dropout: Rate of dropout before the classifier; the default is the model's own.
-        drop_path: Rate of stochastic depth at the last residual block, growing from 0 at the first; the default is the
-            model's own.
-        crop_scale: Smallest and largest share of the image area that a random crop keeps; [1, 1] is the evaluation
-            transform.
-        interpolation: Of random crops: bilinear, bicubic or random; the default is the processor's.
+        grad_checkpointing: Recompute the activations of each block in the backward pass instead of storing them.
+        dropout: Rate of dropout before the classifier; by default that of the model.
+        drop_path: Rate of stochastic depth at the last residual block, rising from 0 at the first; by default that of
+            the model.
+        crop_scale: Smallest and largest share of the image area in a random crop; [1, 1] is the evaluation transform.
+        interpolation: Interpolation of random crops: bilinear, bicubic or random; by default that of the processor.
         hflip: Probability of a horizontal flip.
-        auto_augment: Policy of timm, as rand-m9-mstd0.5-inc1, augmix-m3-w3 or 3a; or of torchvision, which has other
-            strengths: tv-rand-n2-m9, tv-auto, tv-trivial or tv-augmix.
+        auto_augment: Policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or 3a; or of torchvision, whose
+            strengths differ: tv-rand-n2-m9, tv-auto, tv-trivial or tv-augmix.
         random_erasing: Probability of erasing a box.
-        random_erasing_fill: zero, or noise in every pixel.
+        random_erasing_fill: Fill of the box: zero, or noise in every pixel.
         evaluate_every: Epochs between two evaluations; the last epoch is always evaluated.
-        save_every: Epochs between two checkpoints that are kept beside the last and the best.
-        state_every: Updates between two training states, from which the same command continues; the end of each epoch
-            has one anyway.
+        save_every: Epochs between two checkpoints that are kept in addition to the last and the best.
+        state_every: Updates between two training states, from which the same command resumes; one is also saved at the
+            end of each epoch.
         state_minutes: Longest time between two training states.
-        log_every: Updates between two that are logged; each epoch is.
-        peak_tflops: What one device can do by its data sheet at this precision, in 10^12 operations a second; the log
-            then has the share of it that the training uses.
-        tracker: Service that gets the log, too, where its package is installed: tensorboard, trackio or wandb.
+        log_every: Updates between two logged ones; each epoch is logged.
+        peak_tflops: Peak throughput of one device at this precision from its data sheet, in 10^12 operations per
+            second; the log then reports the share that the training uses.
+        tracker: Service that also receives the log, if its package is installed: tensorboard, trackio or wandb.
         seed: Seed of order, augmentation and dropout.
     """
 
@@ -174,7 +177,7 @@ class FinetuneRecipe:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
         self._check("layer_decay", 0, 1)
-        if self.optimizer not in _OF_TORCH and self.optimizer not in list_optimizers():
+        if self.optimizer not in _TORCH_OPTIMIZERS and self.optimizer not in list_optimizers():
             raise RecipeError(
                 f"{self.section}.optimizer must be adamw, sgd or one of timm ({', '.join(list_optimizers())}), got "
                 f"{self.optimizer!r}"
@@ -188,27 +191,38 @@ class FinetuneRecipe:
             raise RecipeError(f"{self.section}.best ema needs {self.section}.ema_decay, as 0.9999")
         if self.virtual_replicas is not None and self.grad_accumulation > 1:
             raise RecipeError(
-                f"{self.section}.virtual_replicas {self.virtual_replicas} decides how often gradients are added up: "
-                f"leave {self.section}.grad_accumulation {self.grad_accumulation} out"
+                f"{self.section}.virtual_replicas {self.virtual_replicas} determines how many micro-batches are "
+                f"accumulated: omit {self.section}.grad_accumulation {self.grad_accumulation}"
             )
-        fixed = {"mixup": 0, "cutmix": 0, "auto_augment": None, "random_erasing": 0, "hflip": round(self.hflip)}
-        random = {name: value for name, value in fixed.items() if getattr(self, name) != value}
-        if tuple(self.crop_scale) != (1, 1):
-            random["crop_scale"] = [1, 1]
-        if self.teacher_cache is not None and random:
-            raise RecipeError(
-                f"{self.section}.teacher_cache needs the same view of an image in each epoch, got "
-                f"{', '.join(f'{name} {getattr(self, name)}' for name in random)}; set "
-                f"{', '.join(f'{name} {value}' for name, value in random.items())}, or leave the cache out"
-            )
+        if self.teacher_cache is not None:
+            self._check_fixed_view()
         if (self.mixup or self.cutmix) and self.mixup_pairing == "flip" and not self.drop_last:
             raise RecipeError(
                 f"{self.section}.mixup_pairing flip needs an even number of images in each part of a batch, which a "
                 f"short last batch may not have: set {self.section}.drop_last true, or mixup_pairing roll"
             )
 
+    def _check_fixed_view(self) -> None:
+        """Check that an image looks the same in each epoch."""
+        fixed: dict[str, object] = {
+            "mixup": 0,
+            "cutmix": 0,
+            "auto_augment": None,
+            "random_erasing": 0,
+            "hflip": round(self.hflip),
+        }
+        needed = {name: value for name, value in fixed.items() if getattr(self, name) != value}
+        if tuple(self.crop_scale) != (1, 1):
+            needed["crop_scale"] = [1, 1]
+        if needed:
+            raise RecipeError(
+                f"{self.section}.teacher_cache needs the same view of an image in each epoch, got "
+                f"{', '.join(f'{name} {getattr(self, name)}' for name in needed)}; set "
+                f"{', '.join(f'{name} {value}' for name, value in needed.items())}, or leave the cache out"
+            )
+
     def _check_below_one(self, name: str) -> None:
-        """Refuse 1, which would keep the first weights for ever, or let nothing through."""
+        """Check a decay or dropout rate: 1 would keep the initial weights for ever, or drop everything."""
         value = getattr(self, name)
         if value is not None and not 0 <= value < 1:
             raise RecipeError(f"{self.section}.{name} must be at least 0 and below 1, got {value}")
@@ -219,7 +233,7 @@ class FinetuneRecipe:
 
 @dataclass(frozen=True)
 class PretrainRecipe(FinetuneRecipe):
-    """How a base with random weights is trained before the cut; by default it is not. Settings as in `finetune`."""
+    """How to train a base with random weights before the cut; off by default. Settings as in `FinetuneRecipe`."""
 
     section: ClassVar[str] = "pretrain"
     epochs: int = 0

@@ -1,4 +1,4 @@
-"""The section `prune`: how a base is opened, scored and cut."""
+"""The section `prune`: how to open, score and cut a base."""
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -18,7 +18,7 @@ WeightCriterion = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "random"]
 Criterion = Literal[LossCriterion, DataCriterion, WeightCriterion]
 LOSS_CRITERIA: tuple[str, ...] = get_args(LossCriterion)
 DATA_CRITERIA: tuple[str, ...] = (*LOSS_CRITERIA, *get_args(DataCriterion))
-# Values that a preset gives settings; another value contradicts it and is refused.
+# Preset -> setting -> value; a recipe that sets another value is refused.
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "criterion": "gate_fisher_joint",
@@ -59,75 +59,76 @@ PRESETS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(BUDGETS),
     },
 }
-# What the settings that are None become beside a criterion that is named.
+# Values of the settings that are None in a recipe that names a criterion.
 _PLAIN = {"allocation": "class", "rotate": False, "reconstruct": "none"}
 
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """How the base is opened, scored and cut.
+    """How to open, score and cut a base.
 
     Args:
         model: Base to prune: `timm/NAME`, `torchvision/NAME`, a transformers Hub id, or a folder.
-        pretrained: Load the trained weights; false draws seeded random ones, with no network.
-        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, as {img_size:
-            64}.
-        num_labels: Give the base a new head: a number, or `data` for the classes of the data set.
-        preset: Named values of the settings below: best (what kept most accuracy in our measurements), paper (the
-            method as its text has it), reference (what torch-pruning 1.6.1 does). With no criterion either: best.
-        criterion: What a channel is worth; without a preset all else is then as it stands here. From data: gate_fisher
-            (the loss that its removal costs), gate_fisher_joint (the same after the removal of all that cost less in
-            its group), taylor, taylor_l2 (the paper's norm), hessian, activation_variance; for parity with old scripts
-            taylor_reference and hessian_reference. From the weights alone: l1, l2, bn_scale, fpgm, lamp, random.
-        score_batchnorm: Let the scales and shifts of BatchNorm count; torch-pruning leaves them out.
-        reduction: How the coupled layers of a channel are put together: sum or mean.
-        normalizer: What the scores of a group are divided by before groups compete: none, mean or max.
-        scoring_precision: no (fp32) or bf16 for the passes that score; bf16 reports how well it ranks as fp32 does.
-        allocation: class shares the cut by the ratios, one for each kind; knapsack lets the channels of all classes
-            compete by loss per saved MAC (or parameter, or millisecond), whatever their scope: take gate_fisher_joint.
-            Beside a criterion that is named the default is class.
-        scope: Who competes with whom: isomorphic (equal sub-structures), global (all), local (nobody).
-        scopes: Scopes of your own, as {"blocks.0.*": first}: groups whose names match a pattern compete in the
-            scope that it names; all others by `scope`.
-        signature: When sub-structures are equal: paper (layer types and sides) or strict (kernels, strides, groups
-            and the edges between layers, too).
-        engine: What finds the coupled groups: axes (ours: every dim of every tensor), or torch-pruning.
-        ratio: Fraction of the channels that leaves, from 0 to 1.
-        head_ratio: Fraction of the attention heads that leaves.
-        head_dim_ratio: Fraction of the dims inside the heads that leaves; the default is `ratio`.
-        ratios: Fixed fractions for groups by name, as {"blocks.0.*": 0.2}; a budget moves only the others.
+        pretrained: Load the trained weights; false draws seeded random ones without network access.
+        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, such as
+            {img_size: 64}.
+        num_labels: Replace the head of the base: a number of classes, or `data` for the classes of the data set.
+        preset: Named values of the settings below: best (highest accuracy in our measurements), paper (the method as
+            the paper describes it), reference (torch-pruning 1.6.1). Without preset and criterion: best.
+        criterion: How channels are scored; naming one without a preset keeps all other defaults below. From images:
+            gate_fisher (the loss that removing a channel costs), gate_fisher_joint (the same after removing all
+            channels of its group that cost less), taylor, taylor_l2 (the norm of the paper), hessian,
+            activation_variance; for parity with old scripts taylor_reference and hessian_reference. From weights only:
+            l1, l2, bn_scale, fpgm, lamp, random.
+        score_batchnorm: Include the scales and shifts of BatchNorm in scores; torch-pruning does not.
+        reduction: How to combine the coupled layers of a channel: sum or mean.
+        normalizer: Divisor of the scores of a group before groups compete: none, mean or max.
+        scoring_precision: no (fp32) or bf16 for the scoring passes; bf16 reports its rank correlation with fp32.
+        allocation: class shares the cut by the ratios, one for each kind of channel; knapsack lets the channels of all
+            classes compete by loss per saved MAC (or parameter, or millisecond) regardless of scope, best with
+            gate_fisher_joint. If a criterion is named, the default is class.
+        scope: Which groups compete: isomorphic (equal sub-structures), global (all), local (none).
+        scopes: Custom scopes, such as {"blocks.0.*": first}: groups whose names match a pattern compete in the scope
+            of that name; all others by `scope`.
+        signature: Which sub-structures are equal: paper (same layer types and sides) or strict (also same kernels,
+            strides, groups and edges between layers).
+        engine: Engine that finds the coupled groups: axes (follows every dim of every tensor), or torch-pruning.
+        ratio: Fraction of the channels to remove, from 0 to 1.
+        head_ratio: Fraction of the attention heads to remove.
+        head_dim_ratio: Fraction of the dims inside the heads to remove; the default is `ratio`.
+        ratios: Fixed fractions for groups by name, such as {"blocks.0.*": 0.2}; a budget changes only the others.
         include: Patterns of group names; only these groups are cut.
         exclude: Patterns of group names that are not cut.
-        head_dims: per_head lets each head drop its own weakest dims, shared drops the same dims in all heads that
-            stay; in shared_all those that leave have a say, too.
-        remove_blocks: Residual blocks that leave whole: a number, names, numbers by pattern, as {"stages.2.*": 18}, or
-            `auto`: the same share as of channels.
-        target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only say
-            how the cut is shared.
-        target_params: The same for parameters: 20M, or a share of the base.
-        target_latency: The same for the time of a forward pass on this machine: 12ms, or a share of the base.
-        latency_batch_size: Images in the batch that is timed.
-        latency_precision: no (fp32) or bf16 weights and images when timed.
+        head_dims: per_head removes the weakest dims of each head, shared the same dims from all kept heads; shared_all
+            also counts the scores of the removed heads.
+        remove_blocks: Residual blocks to remove: a number, names, numbers by pattern such as {"stages.2.*": 18}, or
+            `auto` for the same fraction as of channels.
+        target_macs: Budget instead of ratios: 4.2G, 350M, or a share of the base in per cent. The ratios then only
+            determine how the cut is shared.
+        target_params: Budget of parameters: 20M, or a share of the base.
+        target_latency: Budget of the time of a forward pass on this machine: 12ms, or a share of the base.
+        latency_batch_size: Images in the timed batch.
+        latency_precision: no (fp32) or bf16 weights and images in the timed passes.
         latency_backend: eager or compile (torch.compile).
-        selection: exact removes the share that is asked for, threshold all that score at most a threshold, and counts
-            the dims of an attention once for all heads.
-        min_keep: Channels (or dims of a head) that stay in every layer.
-        max_ratio: Largest fraction that may leave any single layer.
-        round_to: Widths become multiples of this number; hardware likes 8.
-        rounding: balanced makes up for what rounding takes from a class, down only rounds down.
-        rotate: Turn heads, before they are scored, into the basis in which few dims carry most; needs data. Beside
-            a criterion that is named the default is false.
-        reconstruct: What repairs the cut model without training: none, bn (new statistics of BatchNorm), bias (mean
-            outputs of each layer), least_squares (outputs of each layer); needs data. Beside a criterion that is named
-            the default is none.
-        steps: Cuts on the way to the ratio or budget, with a new scoring before each.
-        calibration_batches: Micro-batches of the training split that score the channels.
-        batch_size: Images in a micro-batch; the same on every rank.
-        state_minutes: Time between two states of a scoring, from which the same command goes on.
-        interpolation: Of the resize of the images that score; the default is that of evaluation.
+        selection: exact removes the requested fraction; threshold removes everything up to a score, and counts the
+            dims of an attention once for all heads.
+        min_keep: Smallest number of channels (or dims of a head) in any layer.
+        max_ratio: Largest fraction to remove from any single layer.
+        round_to: Widths become multiples of this number; 8 suits most hardware.
+        rounding: balanced compensates within a class for what rounding removes, down only rounds down.
+        rotate: Before scoring, rotate heads into the basis that concentrates them in few dims; needs data. If a
+            criterion is named, the default is false.
+        reconstruct: Repair of the cut model without training: none, bn (new statistics of BatchNorm), bias (mean
+            outputs of each layer), least_squares (outputs of each layer); needs data. If a criterion is named, the
+            default is none.
+        steps: Number of cuts on the way to the ratio or budget, each with a new scoring.
+        calibration_batches: Micro-batches of the training split for scoring.
+        batch_size: Images in a micro-batch, on every rank.
+        state_minutes: Minutes between two saved states of a scoring; the same command resumes from the last one.
+        interpolation: Interpolation when images for scoring are resized; by default that of the evaluation.
         seed: Seed of random weights, of the calibration sample and of the random criterion.
-        layout: per-layer lets every layer keep its own width; uniform (ViT and DeiT of timm and transformers) keeps
-            equal sizes in all blocks, and the folder is that of a stock transformers model.
+        layout: per-layer gives every layer its own width; uniform (ViT and DeiT of timm and transformers) gives all
+            blocks the same sizes, and writes the folder of a stock transformers model.
     """
 
     model: str | None = None
@@ -175,7 +176,7 @@ class PruneRecipe:
     layout: Literal["per-layer", "uniform"] = "per-layer"
 
     def __post_init__(self) -> None:
-        self._take_preset()
+        self._apply_preset()
         for name in ("ratio", "head_ratio", "head_dim_ratio", "max_ratio"):
             check_range("prune", name, getattr(self, name), 0, 1)
         for name in ("min_keep", "round_to", "steps", "calibration_batches", "batch_size", "latency_batch_size"):
@@ -209,7 +210,7 @@ class PruneRecipe:
 
     @property
     def taken_preset(self) -> str | None:
-        """The preset that is named, or `best` where its values were taken without being named; None for others."""
+        """The named preset, or `best` if its values apply by default; None otherwise."""
         if self.preset is None and all(getattr(self, name) == value for name, value in PRESETS["best"].items()):
             return "best"
         return self.preset
@@ -238,15 +239,23 @@ class PruneRecipe:
         return "reconstruct" if self.reconstruct != "none" else None
 
     def replaced_by_preset(self) -> dict[str, tuple[Any, Any]]:
-        """Name the settings that the preset has changed: setting -> (its default, the value of the preset)."""
+        """Return the settings that the preset changed: setting -> (default, value of the preset)."""
         defaults = {setting.name: setting.default for setting in fields(self)}
-        taken = PRESETS.get(self.preset, {}).items()
-        return {name: (defaults[name], value) for name, value in taken if defaults[name] != value}
+        values = self._preset_values()
+        return {name: (defaults[name], value) for name, value in values.items() if defaults[name] != value}
 
-    def _take_preset(self) -> None:
-        """Give the settings that are left at their defaults the values of the preset.
+    def _preset_values(self) -> dict[str, Any]:
+        """Return the values of the named preset."""
+        return {} if self.preset is None else PRESETS[self.preset]
 
-        Without preset and criterion those of `best` are defaults, which other values may replace; `preset` stays None.
+    def _apply_preset(self) -> None:
+        """Apply the values of the preset to the settings that have their defaults.
+
+        Without preset and criterion the values of `best` are defaults that other values may replace; `preset` remains
+        None.
+
+        Raises:
+            RecipeError: There is no such preset, or a setting contradicts it.
         """
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"prune.preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
@@ -255,7 +264,7 @@ class PruneRecipe:
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, value)
         defaults = {setting.name: setting.default for setting in fields(self)}
-        for name, value in PRESETS.get(self.preset, {}).items():
+        for name, value in self._preset_values().items():
             given = getattr(self, name)
             if given not in (defaults[name], value):
                 raise RecipeError(

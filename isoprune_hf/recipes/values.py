@@ -13,7 +13,11 @@ IGNORED_FOR_RESUME = MappingProxyType({"ignored_for_resume": True})
 
 
 def check_range(section: str, name: str, value: float | None, low: float, high: float | None = None) -> None:
-    """Raise a RecipeError unless a value that is set lies from `low` to `high`."""
+    """Check that a value, if it is set, is at least `low` and at most `high`.
+
+    Raises:
+        RecipeError: It is not.
+    """
     if value is None or (value >= low and (high is None or value <= high)):
         return
     allowed = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -21,7 +25,7 @@ def check_range(section: str, name: str, value: float | None, low: float, high: 
 
 
 def recipe_to_dict(recipe: Any) -> dict[str, Any]:
-    """Turn a recipe into plain values for JSON and YAML."""
+    """Convert a recipe to plain values for JSON and YAML."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
 
 

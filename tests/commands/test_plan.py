@@ -80,7 +80,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "three plans": (["plan", "diff", "@small", "@small", "stray"], ["stray"]),
     "unknown flag": (["plan", "show", "@small", "--plna", "x"], ["--plna", "did you mean plan?"]),
     "missing file": (["plan", "show", "@tmp/none.json"], ["none.json", "cannot be read", "No such file"]),
-    "folder without a plan": (["plan", "show", "@root"], ["holds no pruning_plan.json"]),
+    "folder without a plan": (["plan", "show", "@root"], ["has no pruning_plan.json"]),
     "one is missing": (["plan", "diff", "@small", "@tmp/none"], ["none", "cannot be read"]),
     "no JSON": (["plan", "show", "@small/model.safetensors"], ["pruning plan", "model.safetensors"]),
     "other JSON": (["plan", "diff", "@small", "@small/config.json"], ["config.json", "not a plan"]),
