@@ -34,7 +34,7 @@ CAUSES = {
     "Q": "queries, keys and values in other forms",
     "C": "concatenation",
     "S": "parts of a channel axis",
-    "H": "the head axis taken for channels",
+    "H": "the head axis mistaken for channels",
     "R": "expand and reshape of tokens",
     "O": "layers of an unknown type",
     "D": "outside the graph of the output",

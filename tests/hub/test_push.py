@@ -52,7 +52,7 @@ def test_push_uploads_all_files_in_one_commit(folder: Path, tmp_path: Path) -> N
     assert b"user/tiny" in hub.files["user/tiny"]["README.md"]
 
 
-def test_own_card_is_kept_and_repeated_push_commits_nothing(folder: Path, hub: Hub) -> None:
+def test_own_card_is_kept_and_repush_commits_nothing(folder: Path, hub: Hub) -> None:
     (folder / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
     first = push_folder(folder, "user/tiny", private=True)
     assert hub.files["user/tiny"]["README.md"] == b"---\nlicense: mit\n---\nmine\n"

@@ -54,7 +54,7 @@ def test_failing_case_ends_its_dtype_with_a_reason() -> None:
     assert unmeasured == [("eager", "bf16", "no compiler")]
 
 
-def test_onnx_runtime_is_timed_on_cpu_in_fp32_only(tmp_path: Any) -> None:
+def test_onnx_runtime_needs_cpu_and_fp32(tmp_path: Any) -> None:
     runtime = OnnxRuntime({}, tmp_path, lambda model, file: None)
     assert runtime.limitation("fp32", torch.device("cpu")) is None
     assert runtime.limitation("bf16", torch.device("cpu")) == "its CPU kernels are of fp32"

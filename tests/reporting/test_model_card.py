@@ -186,7 +186,7 @@ def test_card_contains_no_local_path(tmp_path: Path) -> None:
         {"name": "resnet50", "pretrained": True},
     ],
 )
-def test_base_model_is_a_pretrained_model_of_the_hub(tmp_path: Path, source: dict[str, Any]) -> None:
+def test_base_model_is_pretrained_and_on_the_hub(tmp_path: Path, source: dict[str, Any]) -> None:
     card = build_model_card(make_folder(tmp_path / "deit", source=source))
     assert card.data.base_model is None
     assert f"`{source['name']}`" in card.text
