@@ -79,9 +79,7 @@ def test_policy_and_erasing_keep_the_shape():
 
 
 def test_unknown_timm_policy_raises():
-    with pytest.raises(
-        RecipeError, match=r"finetune.auto_augment: timm has no policy 'nonsense'.*rand-m9-mstd0.5-inc1"
-    ):
+    with pytest.raises(RecipeError, match=r"finetune\.auto_augment: timm .*'nonsense'.*rand-m9-mstd0\.5-inc1"):
         train_transform(make_processor(), FinetuneRecipe(auto_augment="nonsense"))
 
 
@@ -141,7 +139,7 @@ def test_the_policies_of_torchvision_are_its_own(name, policy):
 
 @pytest.mark.parametrize("name", ["tv-rand-n2-m31", "tv-rand-n0-m9", "tv-best", "tv-"])
 def test_unknown_torchvision_policy_raises(name):
-    with pytest.raises(RecipeError, match=f"torchvision has no policy {name!r}"):
+    with pytest.raises(RecipeError, match=rf"finetune\.auto_augment: torchvision .*{name!r}"):
         train_transform(make_processor(), no_augmentation(auto_augment=name))
 
 

@@ -39,9 +39,9 @@ def test_broken_image_is_a_one_line_error(kind: str, tmp_path: Path) -> None:
 def test_missing_file_and_missing_image_are_named() -> None:
     split = [{"image": {"path": "/no/such.jpg", "bytes": None}, "label": 0}, {"image": None, "label": 0}]
     images = TransformedImages(split, lambda image: image)
-    with pytest.raises(DatasetError, match=r"data: /no/such.jpg cannot be read \(No such file or directory\)"):
+    with pytest.raises(DatasetError, match=r"data: /no/such\.jpg .*\(No such file or directory\)"):
         images[0]
-    with pytest.raises(DatasetError, match=r"data: image 1 of its split cannot be read \(the image is missing\)"):
+    with pytest.raises(DatasetError, match=r"data: image 1 .*missing"):
         images[1]
 
 
@@ -119,7 +119,7 @@ def test_grey_replacement_keeps_the_label(tmp_path: Path) -> None:
 
 def test_skipping_ends_if_nothing_is_readable() -> None:
     split = [{"image": {"path": None, "bytes": b""}, "label": 0}] * 3
-    with pytest.raises(DatasetError, match="image 1 of its split cannot be read, and neither can the images after it"):
+    with pytest.raises(DatasetError, match=r"data: image 1 .* images after it"):
         TransformedImages(split, np.asarray, decoding=Decoding(broken="skip"))[1]
 
 
@@ -127,7 +127,7 @@ def test_evaluation_reports_skipped_images(tmp_path: Path, caplog: pytest.LogCap
     root = write_images(tmp_path / "images", {"val": {2, 7}})
     whole = open_images(write_images(tmp_path / "whole", {})).evaluation
     net, options = make_net(classes=3), {"batch_size": 5}
-    with pytest.raises(DatasetError, match=r"val/class0/02.png cannot be read \(image file is truncated"):
+    with pytest.raises(DatasetError, match=r"val/class0/02\.png .*truncated"):
         evaluate_model(net, open_images(root).evaluation, make_processor(), **options)
     data = open_images(root, broken="skip")
     with caplog.at_level(logging.WARNING):
@@ -146,7 +146,7 @@ def test_evaluation_reports_skipped_images(tmp_path: Path, caplog: pytest.LogCap
 def test_more_broken_images_than_allowed_are_an_error(tmp_path: Path) -> None:
     root = write_images(tmp_path / "images", {"train": {0, 5}, "val": {1, 2}})
     data = open_images(root, broken="skip", max_broken=1)
-    message = r"data: 2 images of {} cannot be read, more than data.max_broken 1"
+    message = r"data: 2 images of {} .*data\.max_broken 1"
     with pytest.raises(DatasetError, match=message.format("the evaluation")):
         evaluate_model(make_net(classes=3), data.evaluation, make_processor(), decoding=data.decoding)
     recipe = FinetuneRecipe(epochs=1, batch_size=4, distillation="none", crop_scale=(1.0, 1.0))
@@ -209,5 +209,5 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
     split = datasets.Dataset.from_dict({"image": [noise(), noise()], "label": [0, 2]}, features=names)
     split.info.features["label"] = datasets.ClassLabel(names=["a", "b"])  # as a file may say that others wrote
     datasets.DatasetDict(train=split).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DatasetError, match="1 of 2 images of split 'train' have no label"):
+    with pytest.raises(DatasetError, match=r"1 of 2 .*'train'"):
         load_data(DataRecipe(dataset=str(tmp_path / "saved")))

@@ -72,13 +72,13 @@ def test_ranks_share_a_stream_and_start_over(tars: Path) -> None:
 
 def test_stream_label_out_of_range_raises(tars: Path) -> None:
     split = StreamedSplit(streamed(tars).stream, 2, 4)
-    with pytest.raises(DatasetError, match="has the label 2; the classes are 0 to 1"):
+    with pytest.raises(DatasetError, match=r"data: .* label 2; .* 0 to 1"):
         list(split.rows(0, 1))
 
 
 def test_stream_of_numbers_needs_class_names(tars: Path) -> None:
     (tars / "val-0.tar").unlink()
-    with pytest.raises(DatasetError, match=r"data\.label_column: .* name the classes"):
+    with pytest.raises(DatasetError, match=r"data\.label_column"):
         load_data(DataRecipe(dataset=str(tars), streaming=True))
     (tars / "classes.txt").write_text("cat\ndog\nowl\n")
     loaded = load_data(DataRecipe(dataset=str(tars), streaming=True))

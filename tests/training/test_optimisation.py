@@ -87,7 +87,7 @@ def test_the_learning_rate_falls_from_layer_to_layer(tmp_path: Path):
 
 
 def test_layer_decay_needs_named_layers(tmp_path: Path):
-    with pytest.raises(RecipeError, match=r"finetune.layer_decay: ViTForImageClassification does not name its layers"):
+    with pytest.raises(RecipeError, match=r"finetune\.layer_decay.*ViTForImageClassification"):
         build_optimizer(make_base("hf-vit", tmp_path), FinetuneRecipe(layer_decay=0.5))
 
 
@@ -128,5 +128,5 @@ def test_plain_names_are_the_optimizers_of_torch():
 
 @pytest.mark.parametrize("name", ["adamx", "bnbadamw", "kron", "adahessian", "fusedlamb"])
 def test_unknown_optimizer_raises(name: str):
-    with pytest.raises(RecipeError, match=rf"finetune.optimizer must be adamw, sgd or one of .*lamb.*, got '{name}'"):
+    with pytest.raises(RecipeError, match=rf"finetune\.optimizer .*lamb.*'{name}'"):
         FinetuneRecipe(optimizer=name)

@@ -126,7 +126,7 @@ def test_two_ranks_write_the_cache_of_one(tmp_path: Path) -> None:
 
 def test_unwritable_cache_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"logits-00000.safetensors cannot be written"):
+    with pytest.raises(CheckpointError, match=r"logits-00000\.safetensors"):
         open_cache(tmp_path / "file", make_net(), make_data(train=10))
 
 

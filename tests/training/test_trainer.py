@@ -164,16 +164,14 @@ def test_slow_loader_is_reported(seconds, said, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="isoprune_hf.training.trainer"):
         train(net, make_recipe(epochs=1, batch_size=8), data=make_data(evaluation=0))
     lines = [record.getMessage() for record in caplog.records if "bottleneck" in record.getMessage()]
-    text = f"the loader is the bottleneck, {said}% of the time is waiting for data; raise data.num_workers (now 0)"
+    text = f"{said}% of the time is waiting for data; raise data.num_workers (now 0)"
     assert (len(lines) == 1 and text in lines[0]) if said else not lines
 
 
 def test_nonfinite_loss_raises():
     net = make_net()
     nn.init.constant_(net.head.bias, math.inf)
-    with pytest.raises(
-        RecipeError, match=r"the loss is nan at update 0 of epoch 1; lower finetune.learning_rate \(now 0.1\)"
-    ):
+    with pytest.raises(RecipeError, match=r"nan at update 0 of epoch 1; .*finetune\.learning_rate \(now 0\.1\)"):
         train(net, make_recipe())
     assert torch.isfinite(net.stem.weight).all()
 
@@ -279,9 +277,9 @@ def test_teacher_trains_only_the_distillation_token(family, tmp_path):
 
 
 def test_distillation_head_needs_a_token_and_a_teacher():
-    with pytest.raises(RecipeError, match="distillation_head token: TinyNet has no distillation token"):
+    with pytest.raises(RecipeError, match=r"finetune\.distillation_head token: TinyNet"):
         train(make_net(), make_recipe(distillation_head="token"), teacher=make_net(seed=1))
-    with pytest.raises(RecipeError, match="distillation_head token needs a teacher"):
+    with pytest.raises(RecipeError, match=r"finetune\.distillation_head token .*finetune\.teacher"):
         train(make_net(), make_recipe(distillation_head="token"))
 
 
@@ -298,7 +296,7 @@ def test_pruned_convnext_trains_with_regularisation_and_reopens(tmp_path):
 
 
 def test_missing_training_split_raises():
-    with pytest.raises(DatasetError, match=r"'random' has no training split; set data.train_split"):
+    with pytest.raises(DatasetError, match=r"'random' .*data\.train_split"):
         train(make_net(), make_recipe(), data=make_data(train=0))
 
 
