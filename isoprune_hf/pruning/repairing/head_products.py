@@ -1,4 +1,4 @@
-"""Bilinear products inside attention heads (`find_pairs`), re-parametrised by invertible matrices (`turn`).
+"""Bilinear products inside attention heads (`find_pairs`), re-parametrised by invertible matrices (`transform_pairs`).
 
 Queries with keys, and values with the layer that reads them, are products linear in both sides: for any invertible T
 of a head, T on the left side and T^-T on the right one cancel. Which rows are queries, keys or values follows from
@@ -97,30 +97,30 @@ def probe_images(model: IsoPruneForImageClassification) -> torch.Tensor:
 
 
 @torch.no_grad()
-def turn(
-    model: IsoPruneForImageClassification, turns: Sequence[tuple[BilinearPair, torch.Tensor]]
+def transform_pairs(
+    model: IsoPruneForImageClassification, transforms: Sequence[tuple[BilinearPair, torch.Tensor]]
 ) -> IsoPruneForImageClassification:
     """Copy a model with T on the left side and T^-T on the right side of each pair; other weights are shared.
 
     Args:
         model: Left untouched.
-        turns: Pairs, each with its T of shape (num_heads, head_dim, head_dim) in float64.
+        transforms: Pairs, each with its T of shape (num_heads, head_dim, head_dim) in float64.
     """
     named = dict(model.model.named_parameters())
-    turned: dict[str, torch.Tensor] = {}
-    for pair, matrix in turns:
+    transformed: dict[str, torch.Tensor] = {}
+    for pair, matrix in transforms:
         inverse = torch.linalg.inv(matrix).mT
         for side, factor in ((pair.left, matrix), (pair.right, inverse)):
             for column in side:
                 for name, dim in column.parameters:
-                    value = turned.get(name, named[name].detach().double()).clone()
+                    value = transformed.get(name, named[name].detach().double()).clone()
                     rows = value.movedim(dim, 0)
                     index = column.point.member.index[:, column.column]
                     places = torch.from_numpy(np.ascontiguousarray(index))
                     heads = torch.unflatten(rows[places], 0, (pair.group.num_heads, pair.group.head_dim))
                     rows[places] = torch.einsum("hij,hj...->hi...", factor, heads).flatten(0, 1)
-                    turned[name] = value
-    new = {id(named[name]): value for name, value in turned.items()}
+                    transformed[name] = value
+    new = {id(named[name]): value for name, value in transformed.items()}
     return copy_modules(
         model, lambda tensor: replace_tensor(tensor, new.get(id(tensor), tensor.detach()).to(tensor.dtype))
     )
@@ -180,12 +180,12 @@ def _drop_dependent(
     generator = torch.Generator().manual_seed(0)
 
     def is_free(chosen: Sequence[BilinearPair]) -> bool:
-        turns = []
+        transforms = []
         for pair in chosen:
             size = pair.group.head_dim
             noise = torch.randn(pair.group.num_heads, size, size, generator=generator, dtype=torch.float64)
-            turns.append((pair, (torch.eye(size) + 0.5 * noise / size**0.5).to(images.device)))
-        after = read_logits(turn(wide, turns), images)
+            transforms.append((pair, (torch.eye(size) + 0.5 * noise / size**0.5).to(images.device)))
+        after = read_logits(transform_pairs(wide, transforms), images)
         return torch.allclose(after, before, rtol=0, atol=1e-7 * float(before.abs().max()))
 
     return list(pairs) if is_free(pairs) else [pair for pair in pairs if is_free([pair])]

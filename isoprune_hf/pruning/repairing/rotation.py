@@ -23,7 +23,13 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.repairing.head_products import BilinearPair, HeadColumn, ProductKind, find_pairs, turn
+from isoprune_hf.pruning.repairing.head_products import (
+    BilinearPair,
+    HeadColumn,
+    ProductKind,
+    find_pairs,
+    transform_pairs,
+)
 
 _FLOOR_SHARE = 1e-6  # of the mean moment, added to each: directions that no image uses stay invertible
 _Side = Literal["left", "right"]
@@ -66,16 +72,16 @@ def rotate_heads(
     if not pairs:
         return Rotated(model, (), notes)
     moments = _moments(model, pairs, batches, accelerator)
-    turns = [(pair, _basis(left, right)) for pair, (left, right) in zip(pairs, moments, strict=True)]
-    return Rotated(turn(model, turns), tuple(pairs), notes)
+    transforms = [(pair, _basis(left, right)) for pair, (left, right) in zip(pairs, moments, strict=True)]
+    return Rotated(transform_pairs(model, transforms), tuple(pairs), notes)
 
 
 def _notes(groups: Sequence[CoupledGroup], pairs: Sequence[BilinearPair]) -> tuple[str, ...]:
     """Return a line for each kind of product that is not among the pairs of every attention."""
-    turned = {(pair.group.name, pair.kind) for pair in pairs}
+    rotated = {(pair.group.name, pair.kind) for pair in pairs}
     notes = []
     for kind in ProductKind:
-        missing = [group.name for group in groups if group.num_heads and (group.name, kind) not in turned]
+        missing = [group.name for group in groups if group.num_heads and (group.name, kind) not in rotated]
         if missing:
             notes.append(
                 f"{kind} of {len(missing)} attentions, {missing[0]} the first, are not rotated: norms, positions or "

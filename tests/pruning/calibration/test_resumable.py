@@ -1,4 +1,4 @@
-"""Scorings that are killed: the same command ends in the same bytes, by real processes."""
+"""Killed scorings: the same command, run again in a real process, writes the same bytes."""
 
 import errno
 import json
@@ -23,12 +23,12 @@ CRITERIA += [pytest.param(name, marks=pytest.mark.kills) for name in ("hessian",
 
 
 class Case(NamedTuple):
-    """A command without criterion and output, and what it writes undisturbed, by criterion."""
+    """A command without criterion and output, and the bytes that it writes if it is not interrupted, by criterion."""
 
     root: Path
     command: list[str]
 
-    def alone(self, criterion: str) -> bytes:
+    def undisturbed(self, criterion: str) -> bytes:
         path = self.root / f"{criterion}.safetensors"
         if not path.exists():
             succeed(*self.command, "--prune.criterion", criterion, "--output", path)
@@ -60,7 +60,7 @@ def states(folder: Path, rank: int = 0) -> list[Path]:
     return sorted(folder.glob(f".out.scoring-{rank}/*/0001-*"))
 
 
-def kill_behind(command: list[str], folder: Path, number: int) -> None:
+def kill_after(command: list[str], folder: Path, number: int) -> None:
     process = Process(command, folder / "log", before=partial(write_slowly, resumable, 0.05))
     assert process.wait_for(lambda: bool(states(folder)) and int(states(folder)[-1].name[5:]) >= number)
     process.send(signal.SIGKILL)
@@ -75,19 +75,17 @@ def assert_same(ended: Ended, folder: Path, expected: bytes) -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_scoring_killed_twice_ends_in_the_bytes_of_one_that_was_not(
-    criterion: str, case: Case, tmp_path: Path
-) -> None:
+def test_scoring_killed_twice_gives_the_same_bytes(criterion: str, case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", criterion, "--prune.state_minutes", "0"]
     command += ["--output", str(tmp_path / "out")]
     for number in (2, 5):
-        kill_behind(command, tmp_path, number)
+        kill_after(command, tmp_path, number)
     ended = run(command, tmp_path / "log")
     assert "scoring resumes after micro-batch " in ended.out
-    assert_same(ended, tmp_path, case.alone(criterion))
+    assert_same(ended, tmp_path, case.undisturbed(criterion))
 
 
-def test_two_ranks_go_on_each_from_where_it_was(case: Case, tmp_path: Path) -> None:
+def test_two_killed_ranks_resume_from_their_own_states(case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
     paired = start_ranks([*command, "--output", str(tmp_path / "paired")], tmp_path / "log")
     assert [rank.wait().code for rank in paired] == [0, 0]
@@ -102,22 +100,22 @@ def test_two_ranks_go_on_each_from_where_it_was(case: Case, tmp_path: Path) -> N
     assert_same(ended[0], tmp_path, (tmp_path / "paired").read_bytes())
 
 
-def test_a_damaged_state_gives_way_to_the_one_before_it_and_then_to_the_beginning(case: Case, tmp_path: Path) -> None:
+def test_damaged_states_are_skipped_down_to_the_beginning(case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
     command += ["--output", str(tmp_path / "out")]
-    kill_behind(command, tmp_path, 3)
+    kill_after(command, tmp_path, 3)
     *_, older, newest = states(tmp_path)  # three, if it was killed before it took one away
     damage(newest)
     ended = run(command, tmp_path / "log")
     assert f"scoring resumes after micro-batch {int(older.name[5:])}" in ended.out
-    assert_same(ended, tmp_path, case.alone("taylor"))
+    assert_same(ended, tmp_path, case.undisturbed("taylor"))
     (tmp_path / "out").unlink()
-    kill_behind(command, tmp_path, 3)
+    kill_after(command, tmp_path, 3)
     for path in states(tmp_path):
         damage(path)
     ended = run(command, tmp_path / "log")
     assert "scoring restarts from the beginning: no saved state in " in ended.out and "resumes" not in ended.out
-    assert_same(ended, tmp_path, case.alone("taylor"))
+    assert_same(ended, tmp_path, case.undisturbed("taylor"))
 
 
 def damage(state: Path) -> None:
@@ -129,16 +127,16 @@ def damage(state: Path) -> None:
 @pytest.mark.parametrize(
     "other", [["--prune.seed", "1"], ["--prune.criterion", "taylor_l2"], ["--data.resize", "20"]], ids=lambda o: o[0]
 )
-def test_another_scoring_does_not_go_on_from_it(other: list[str], case: Case, tmp_path: Path) -> None:
+def test_different_scoring_ignores_a_saved_state(other: list[str], case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
-    kill_behind([*command, "--output", str(tmp_path / "out")], tmp_path, 2)
+    kill_after([*command, "--output", str(tmp_path / "out")], tmp_path, 2)
     succeed(*command, *other, "--output", tmp_path / "alone")
     ended = run([*command, *other, "--output", str(tmp_path / "out")], tmp_path / "log")
     assert "resumes" not in ended.out
     assert_same(ended, tmp_path, (tmp_path / "alone").read_bytes())
 
 
-def test_a_full_disk_costs_the_states_and_not_the_scoring(case: Case, tmp_path: Path) -> None:
+def test_full_disk_loses_states_but_not_the_scoring(case: Case, tmp_path: Path) -> None:
     def full(*arguments: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -150,10 +148,10 @@ def test_a_full_disk_costs_the_states_and_not_the_scoring(case: Case, tmp_path: 
     )
     assert "cannot save the state of the scoring in" in ended.out
     assert "(No space left on device); scoring continues" in ended.out
-    assert_same(ended, tmp_path, case.alone("taylor"))
+    assert_same(ended, tmp_path, case.undisturbed("taylor"))
 
 
-def test_a_short_scoring_writes_no_states(case: Case, tmp_path: Path) -> None:
+def test_short_scoring_writes_no_states(case: Case, tmp_path: Path) -> None:
     before = lambda: setattr(resumable, "write_snapshot", None)  # noqa: E731
     command = [*case.command, "--prune.criterion", "taylor", "--output", str(tmp_path / "out")]
-    assert_same(run(command, tmp_path / "log", before=before), tmp_path, case.alone("taylor"))
+    assert_same(run(command, tmp_path / "log", before=before), tmp_path, case.undisturbed("taylor"))

@@ -1,4 +1,4 @@
-"""The registry of repairs, and when a cut model is repaired at all."""
+"""The registry of repairs, and a repair without calibration images."""
 
 from pathlib import Path
 from typing import get_args, get_type_hints

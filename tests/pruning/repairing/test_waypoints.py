@@ -1,4 +1,4 @@
-"""Passes that begin late, against whole passes: the same bits, and fewer modules run."""
+"""Passes that start at a waypoint, compared with whole passes: the same bits, and fewer modules run."""
 
 import copy
 import functools
@@ -32,13 +32,13 @@ def halved(model: Model) -> tuple[Model, dict[tuple[str, int], np.ndarray]]:
     return apply_plan(model, plan, groups), keep_masks(plan, groups, model.model)
 
 
-def found_in(model: Model) -> list[str]:
+def waypoint_names(model: Model) -> list[str]:
     return [way.name for way in Passes(model, copy.deepcopy(model), batches_of(model, [1]))._waypoints]
 
 
 @pytest.mark.parametrize("family", one_of_each(SAVED, "vit", "resnet", "hf-swin"))
 @pytest.mark.parametrize("is_bias_only", [False, True], ids=["least squares", "bias"])
-def test_a_fit_from_waypoints_is_the_fit_of_whole_passes_bit_for_bit(
+def test_fit_from_waypoints_equals_fit_of_whole_passes(
     family: str, is_bias_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = make_base(family, tmp_path).eval()
@@ -62,12 +62,12 @@ def test_a_fit_from_waypoints_is_the_fit_of_whole_passes_bit_for_bit(
     assert fast < slow
 
 
-def test_the_blocks_of_a_vit_are_its_waypoints(tmp_path: Path) -> None:
-    assert found_in(make_base("vit", tmp_path)) == ["blocks.0", "blocks.1", "blocks"]
+def test_blocks_of_a_vit_are_its_waypoints(tmp_path: Path) -> None:
+    assert waypoint_names(make_base("vit", tmp_path)) == ["blocks.0", "blocks.1", "blocks"]
 
 
 class Reader(nn.Module):
-    """Three stages of two layers each; the last may read what the first gave."""
+    """A network of three stages of two layers each, whose last stage may read the output of the first."""
 
     def __init__(self, reads: str):
         super().__init__()
@@ -105,11 +105,11 @@ def reader(reads: str, folder: Path) -> Model:
         ("hidden", ["first", "third"]),
     ],
 )
-def test_what_is_read_past_a_module_makes_it_no_waypoint(reads: str, expected: list[str], tmp_path: Path) -> None:
-    assert found_in(reader(reads, tmp_path)) == expected
+def test_module_bypassed_by_a_reader_is_no_waypoint(reads: str, expected: list[str], tmp_path: Path) -> None:
+    assert waypoint_names(reader(reads, tmp_path)) == expected
 
 
-def test_passes_go_on_from_the_last_waypoint_before_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, pruned = reader("nothing", tmp_path), reader("nothing", tmp_path)
     with torch.no_grad():
         pruned.model.first[0].weight.mul_(2)
@@ -131,7 +131,7 @@ def test_passes_go_on_from_the_last_waypoint_before_a_layer(tmp_path: Path, monk
                 assert ran == expected
 
 
-def test_outputs_that_take_more_than_is_allowed_are_not_held(tmp_path: Path) -> None:
+def test_outputs_above_the_byte_limit_are_not_stored(tmp_path: Path) -> None:
     model = reader(
         "nothing", tmp_path
     )  # outputs of a stage for one image: 4 channels of 8 x 8 in float32, in two networks

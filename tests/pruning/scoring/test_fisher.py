@@ -16,7 +16,7 @@ from isoprune_hf.pruning.scoring.per_sample_gradients import looped_squares, str
 
 
 class Classifier(nn.Module):
-    """Looks to the scorer as our models do; images are (3, 8, 8)."""
+    """A network with the interface of the package's models; images are (3, 8, 8)."""
 
     device = torch.device("cpu")
 
@@ -61,14 +61,12 @@ def ways_of(model: nn.Module) -> Ways:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_parameter_of_every_family_equals_a_loop_over_single_images(family: str, tmp_path: Path) -> None:
+def test_every_family_equals_a_loop_over_images(family: str, tmp_path: Path) -> None:
     assert_exact(make_base(family, tmp_path))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pass_over_the_layers_is_enough_for_all_but_the_tables_of_transformers_swin(
-    family: str, tmp_path: Path
-) -> None:
+def test_one_pass_suffices_except_for_transformers_swin_tables(family: str, tmp_path: Path) -> None:
     ways = ways_of(make_base(family, tmp_path))
     assert not ways.looped
     assert all(name.endswith("relative_position_bias_table") for name in ways.vmapped)
@@ -97,7 +95,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_layers_of_all_kinds_are_exact_in_one_pass(kind: str) -> None:
+def test_every_layer_type_is_exact_in_one_pass(kind: str) -> None:
     head = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(7))
     net = nn.Sequential(LAYERS[kind](), head)
     net(torch.zeros(1, 3, 8, 8))
@@ -108,7 +106,7 @@ def test_layers_of_all_kinds_are_exact_in_one_pass(kind: str) -> None:
 
 
 class Twice(nn.Module):
-    """Calls a layer twice and ties a weight."""
+    """A network that calls a layer twice and ties a weight."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +120,7 @@ class Twice(nn.Module):
 
 
 class Functional(nn.Module):
-    """Uses a weight without calling its layer, and lays samples on dim 1."""
+    """A network that uses a weight without calling its layer, and has samples on dim 1."""
 
     def __init__(self):
         super().__init__()
@@ -137,7 +135,7 @@ class Functional(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Has a token that must be (1, C), one that must not, a scale of its own, and a parameter that it never uses."""
+    """A network with a token that must be (1, C), one that need not, a scale, and a parameter that it never uses."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +151,7 @@ class Tokens(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Decides by the value of an activation, which torch.func refuses."""
+    """A network that branches on the value of an activation, which torch.func refuses."""
 
     def __init__(self):
         super().__init__()
@@ -164,20 +162,20 @@ class Untraceable(nn.Module):
         return self.head(self.head.weight.sum(0) + (hidden if hidden.abs().max().item() < 2 else -hidden))
 
 
-def test_a_layer_that_is_called_twice_or_tied_goes_through_vmap() -> None:
+def test_layer_called_twice_or_tied_uses_vmap() -> None:
     model = Classifier(Twice())
     ways = ways_of(model)
     assert set(ways.vmapped) == {"shared.weight", "shared.bias"} and not ways.looped
     assert_exact(model)
 
 
-def test_what_the_probe_finds_wrong_goes_through_vmap() -> None:
+def test_parameters_wrong_in_the_probe_use_vmap() -> None:
     model = Classifier(Functional())
     assert set(ways_of(model).vmapped) == {"mix.weight", "mix.bias", "hidden.weight", "hidden.bias"}
     assert_exact(model)
 
 
-def test_tokens_that_cannot_be_one_for_each_sample_go_through_vmap() -> None:
+def test_tokens_that_cannot_be_expanded_use_vmap() -> None:
     model = Classifier(Tokens())
     ways = ways_of(model)
     assert set(ways.layers) == {"embed", "head"}
@@ -185,14 +183,14 @@ def test_tokens_that_cannot_be_one_for_each_sample_go_through_vmap() -> None:
     assert_exact(model)
 
 
-def test_a_model_that_vmap_refuses_is_done_image_by_image() -> None:
+def test_model_that_vmap_refuses_uses_the_loop() -> None:
     model = Classifier(Untraceable())
     ways = ways_of(model)
     assert set(ways.looped) == {"head.weight"} and not ways.vmapped
     assert_exact(model)
 
 
-def test_more_than_half_of_the_elements_take_all_others_with_them_through_vmap() -> None:
+def test_vmap_for_most_elements_means_vmap_for_all() -> None:
     net = Functional()
     net.mix, net.embed = nn.Linear(24, 6), nn.Identity()
     ways = ways_of(Classifier(net))
@@ -213,7 +211,7 @@ def test_the_three_ways_agree(tmp_path: Path) -> None:
             assert_near(streamed[name], other[name], 1e-5, 1e-10, name)
 
 
-def test_the_reference_keeps_the_last_image_alone(tmp_path: Path) -> None:
+def test_hessian_reference_uses_only_the_last_image(tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path)
     batches = batches_of(model, [3, 2])
     last = list(gradients_of_images(model, batches))[-1]
@@ -222,7 +220,7 @@ def test_the_reference_keeps_the_last_image_alone(tmp_path: Path) -> None:
         assert_near(found[name], gradient**2, 1e-5, 0.0, name)
 
 
-def test_an_error_in_the_forward_pass_leaves_no_hook_behind(tmp_path: Path) -> None:
+def test_error_in_forward_pass_leaves_no_hook(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     batches = [*batches_of(model, [2]), (torch.zeros(2, 3, 5, 5), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(AssertionError, match="Input height"):

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def plain_taylor(model, group, batches):
-    """One backward pass over all images at once, then |w g| summed element by element."""
+    """Compute scores by one backward pass over all images at once, summing |w g| element by element."""
     model.zero_grad()
     images, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
     nn.functional.cross_entropy(model.eval()(images).logits, labels).backward()
@@ -55,7 +55,7 @@ def test_taylor_equals_one_backward_pass_over_all_images(family: str, tmp_path: 
         torch.testing.assert_close(scores[group.name], plain_taylor(model, group, batches), rtol=1e-4, atol=1e-6)
 
 
-def test_the_split_into_micro_batches_does_not_change_the_ranking(tmp_path: Path) -> None:
+def test_ranking_does_not_depend_on_micro_batch_sizes(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     groups = trace_groups(model)
     one = score_groups(model, groups, batches=batches_of(model, [8])).scores
@@ -64,7 +64,7 @@ def test_the_split_into_micro_batches_does_not_change_the_ranking(tmp_path: Path
         torch.testing.assert_close(one[group.name], many[group.name], rtol=1e-4, atol=1e-7)
 
 
-def test_l1_and_l2_are_norms_over_all_elements_of_a_channel(tmp_path: Path) -> None:
+def test_l1_and_l2_are_norms_of_channels(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     groups = trace_groups(model)
     block = model.model.blocks[0].mlp
@@ -75,7 +75,7 @@ def test_l1_and_l2_are_norms_over_all_elements_of_a_channel(tmp_path: Path) -> N
     torch.testing.assert_close(l2, rows.norm(dim=1))
 
 
-def test_random_scores_are_those_of_their_seed(tmp_path: Path) -> None:
+def test_random_scores_follow_from_their_seed(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     groups = trace_groups(model)
     first, again, other = (score_groups(model, groups, criterion="random", seed=seed).scores for seed in (4, 4, 5))
@@ -83,7 +83,7 @@ def test_random_scores_are_those_of_their_seed(tmp_path: Path) -> None:
     assert not torch.equal(first["blocks.0.attn"], other["blocks.0.attn"])
 
 
-def test_scoring_leaves_mode_gradients_and_flags_alone(tmp_path: Path) -> None:
+def test_scoring_restores_mode_gradients_and_flags(tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path).train()
     model.model.fc.weight.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -97,17 +97,17 @@ def test_scoring_leaves_mode_gradients_and_flags_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("criterion", DATA_CRITERIA)
-def test_criteria_that_read_images_are_refused_without(criterion: str, precision: str, tmp_path: Path) -> None:
+def test_criteria_that_read_images_need_images(criterion: str, precision: str, tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     options = {"criterion": criterion, "precision": precision}
-    with pytest.raises(RecipeError, match=f"criterion {criterion} needs data: give --data.dataset"):
+    with pytest.raises(RecipeError, match=f"criterion {criterion} needs data"):
         score_groups(model, trace_groups(model), batches=None, **options)
-    with pytest.raises(RecipeError, match="the calibration sample holds no image"):
+    with pytest.raises(RecipeError, match="no image"):
         score_groups(model, trace_groups(model), batches=[], **options)
 
 
 @pytest.mark.parametrize("criterion", [*DATA_CRITERIA, "l1"])
-def test_nan_is_refused_by_the_name_of_what_holds_it(criterion: str, tmp_path: Path) -> None:
+def test_error_names_the_tensor_with_nan(criterion: str, tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     batches = batches_of(model, [2])
     if criterion == "l1":
@@ -116,12 +116,12 @@ def test_nan_is_refused_by_the_name_of_what_holds_it(criterion: str, tmp_path: P
     else:
         batches[0][0][1, 0, 3, 3] = torch.nan
         what = r"the (gradients|activations|scores) of [a-z_.0-9]+"
-    with pytest.raises(RecipeError, match=f"^{what} hold nan or inf.*--prune.scoring_precision no$"):
+    with pytest.raises(RecipeError, match=f"{what} .*prune.scoring_precision"):
         score_groups(model, trace_groups(model), criterion=criterion, batches=batches)
 
 
 @pytest.mark.parametrize("criterion", DATA_CRITERIA)
-def test_bf16_reports_how_well_it_ranks_the_first_micro_batch(criterion: str, tmp_path: Path, caplog) -> None:
+def test_bf16_reports_rank_correlation_of_first_micro_batch(criterion: str, tmp_path: Path, caplog) -> None:
     model = make_base("vit", tmp_path)
     groups, batches = trace_groups(model), batches_of(model, [5, 3])
     with caplog.at_level(logging.INFO):
@@ -139,7 +139,7 @@ def test_bf16_reports_how_well_it_ranks_the_first_micro_batch(criterion: str, tm
     assert not torch.equal(plain.scores["blocks.0.attn"], result.scores["blocks.0.attn"])
 
 
-def test_ranks_are_correlated_as_spearman_did() -> None:
+def test_rank_correlation_is_that_of_spearman() -> None:
     first = np.array([3.0, 1.0, 4.0, 1.0, 5.0])  # ranks 3, 1.5, 4, 1.5, 5
     assert correlate_ranks(first, first**3) == pytest.approx(1)
     assert correlate_ranks(first, -first) == pytest.approx(-1)
@@ -147,7 +147,7 @@ def test_ranks_are_correlated_as_spearman_did() -> None:
     assert np.isnan(correlate_ranks(first, np.ones(5))) and np.isnan(correlate_ranks(np.ones(1), np.ones(1)))
 
 
-def test_a_recipe_says_how_to_score(tmp_path: Path) -> None:
+def test_recipe_settings_reach_the_scoring(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     recipe = PruneRecipe(
         criterion="hessian", reduction="mean", score_batchnorm=False, scoring_precision="bf16", ratio=0.3, round_to=1
@@ -176,7 +176,7 @@ def make_scores(folder: Path) -> ImportanceScores:
     )
 
 
-def test_saved_scores_come_back_with_their_record(tmp_path: Path) -> None:
+def test_saved_scores_are_loaded_with_their_record(tmp_path: Path) -> None:
     scores = make_scores(tmp_path)
     scores.save(tmp_path / "scores.safetensors")
     loaded = ImportanceScores.load(tmp_path / "scores.safetensors")
@@ -191,14 +191,14 @@ def test_saved_scores_come_back_with_their_record(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.scores[name], value) for name, value in scores.scores.items())
 
 
-def test_sample_ids_lie_in_the_file_as_whole_numbers(tmp_path: Path) -> None:
+def test_sample_ids_are_stored_as_integers(tmp_path: Path) -> None:
     make_scores(tmp_path).save(tmp_path / "scores.safetensors")
     tensors = load_file(tmp_path / "scores.safetensors")
     assert torch.equal(tensors[".sample.ids"], torch.tensor([7, 0, 2**40]))
     assert tensors[".block.blocks.0"].shape == ()
 
 
-def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
+def test_file_without_scores_is_refused(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"no scores")
     save_file({"a": torch.ones(2)}, tmp_path / "no record")
     for number, record in enumerate(["{", "[" * 100_000]):
@@ -257,7 +257,7 @@ def test_damaged_scores_are_refused_in_one_line(kind: str, tmp_path: Path) -> No
     assert "\n" not in str(error.value) and len(str(error.value)) < 250 + len(str(path))
 
 
-def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     ImportanceScores({"a": torch.ones(2)}, "l1", "f", {}).save(path)
     assert torch.equal(ImportanceScores.load(path).scores["a"], torch.ones(2))
@@ -266,7 +266,7 @@ def test_a_cut_off_file_is_refused(tmp_path: Path) -> None:
         ImportanceScores.load(path)
 
 
-def test_the_fingerprint_sees_one_changed_weight(tmp_path: Path) -> None:
+def test_one_changed_weight_changes_the_fingerprint(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     before = fingerprint(model.model)
     assert before == fingerprint(make_base("vit", tmp_path).model)
