@@ -42,7 +42,7 @@ def meet(monkeypatch, measured, target):
     return plan, pruned, aims
 
 
-def test_a_cut_that_measures_as_predicted_is_taken_at_once(monkeypatch) -> None:
+def test_cut_that_measures_as_predicted_is_accepted(monkeypatch) -> None:
     plan, pruned, aims = meet(monkeypatch, lambda aim: (100.0, aim), "60ms")
     assert aims == [60.0] and pruned.aim == 60.0
     assert plan.achieved["pruned"] == {"macs": 1, "params": 1, "latency_ms": 60.0}
@@ -50,25 +50,25 @@ def test_a_cut_that_measures_as_predicted_is_taken_at_once(monkeypatch) -> None:
     assert (plan.settings["target_latency"], plan.settings["latency"]) == ("60ms", {"device": "cpu"})
 
 
-def test_the_aim_is_corrected_by_what_was_measured(monkeypatch) -> None:
+def test_aim_is_corrected_by_the_measurement(monkeypatch) -> None:
     # Cuts take 1.5 times what is predicted: an aim of 40 meets 60 ms; 0.98 of that is tried.
     plan, _, aims = meet(monkeypatch, lambda aim: (100.0, 1.5 * aim), "60ms")
     assert aims == pytest.approx([60.0, 60 * 0.98 / 1.5])
     assert plan.achieved["pruned"]["latency_ms"] == pytest.approx(58.8)
 
 
-def test_a_share_is_one_of_the_base_as_it_was_measured(monkeypatch) -> None:
+def test_share_refers_to_the_measured_base(monkeypatch) -> None:
     # The machine is twice as fast as when the times were fitted: half of the base is 25 ms, not 50.
     plan, _, aims = meet(monkeypatch, lambda aim: (50.0, aim / 2), "50%")
     assert aims == [50.0] and plan.achieved["pruned"]["latency_ms"] == 25.0
 
 
-def test_a_cut_far_below_its_budget_is_tried_again_larger(monkeypatch) -> None:
+def test_cut_far_below_budget_is_retried_larger(monkeypatch) -> None:
     plan, _, aims = meet(monkeypatch, lambda aim: (100.0, 0.5 * aim), "40ms")
     assert aims == pytest.approx([40.0, 40 * 0.98 / 0.5])
     assert plan.achieved["pruned"]["latency_ms"] == pytest.approx(39.2)
 
 
-def test_a_budget_that_is_not_met_when_measured_is_refused(monkeypatch) -> None:
+def test_budget_unmet_when_measured_is_refused(monkeypatch) -> None:
     with pytest.raises(BudgetError, match=r"target_latency 60ms was not met .* the best of 6 cuts took 150 % of it"):
         meet(monkeypatch, lambda aim: (100.0, 90.0), "60ms")

@@ -16,12 +16,12 @@ from isoprune_hf.recipes import Budget, DataRecipe, FinetuneRecipe, PruneRecipe,
         (".5k", 500),
     ],
 )
-def test_sizes_read_as_people_write_them(text, macs: int) -> None:
+def test_budget_parses_sizes_and_shares(text, macs: int) -> None:
     assert PruneRecipe(criterion="taylor", target_macs=text).budget.resolve(200) == macs
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4.2 GB", "50%%", "nan", "1_000", "fifty"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_malformed_size_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"must be a size such as 4.2G, 350M or 50%"):
         PruneRecipe(criterion="taylor", target_macs=text)
 
@@ -47,7 +47,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (FinetuneRecipe, {"label_smoothing": 2}, "label_smoothing must be between 0 and 1"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_what_is_allowed(recipe, values, message: str) -> None:
+def test_value_out_of_range_names_allowed_values(recipe, values, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(**values)
 

@@ -16,7 +16,7 @@ def scores(fingerprint: str = "base", blocks=None, **values) -> ImportanceScores
     )
 
 
-def test_what_is_left_takes_its_new_scores_and_what_has_left_ranks_below() -> None:
+def test_removed_channels_rank_below_fresh_scores() -> None:
     lifted = lift_scores(
         scores(a=[5.0, 1.0, 7.0, 2.0]), PruningPlan({"a": (0, 2)}, {}), scores("smaller", a=[0.0, 9.0])
     )
@@ -26,7 +26,7 @@ def test_what_is_left_takes_its_new_scores_and_what_has_left_ranks_below() -> No
     assert lifted.fingerprint == "base"
 
 
-def test_channels_of_earlier_steps_rank_below_those_of_later_ones() -> None:
+def test_channels_removed_earlier_rank_lower() -> None:
     once = lift_scores(scores(a=[3.0, 4.0, 5.0, 6.0]), PruningPlan({"a": (0, 1, 3)}, {}), scores(a=[3.0, 1.0, 6.0]))
     twice = lift_scores(once, PruningPlan({"a": (0, 3)}, {}), scores(a=[2.0, 8.0]))
     values = twice.scores["a"].tolist()
@@ -39,14 +39,14 @@ def test_small_scores_keep_their_order_when_they_sink() -> None:
     assert lifted.scores["a"][:3].argsort().tolist() == [1, 2, 0]
 
 
-def test_groups_and_blocks_that_have_left_whole_sink_too() -> None:
+def test_removed_groups_and_blocks_sink_too() -> None:
     before = scores(blocks={"s.0": 1.0, "s.1": 2.0}, a=[1.0, 2.0], b=[1.0, 2.0])
     lifted = lift_scores(before, PruningPlan({}, {}, ("s.0",)), scores(blocks={"s.1": 5.0}, b=[7.0, 8.0]))
     assert lifted.blocks["s.0"] < 0 and lifted.blocks["s.1"] == 5.0
     assert (lifted.scores["a"] < 0).all() and lifted.scores["b"].tolist() == [7.0, 8.0]
 
 
-def test_a_step_goes_its_share_of_the_way() -> None:
+def test_step_applies_its_share_of_ratios() -> None:
     recipe = PruneRecipe(criterion="taylor", ratio=0.6, head_ratio=0.3, ratios={"x": 0.9}, remove_blocks=5, steps=3)
     step = recipe_of_step(recipe, 2, COST)
     assert (step.ratio, step.head_ratio) == pytest.approx((0.4, 0.2))
@@ -56,7 +56,7 @@ def test_a_step_goes_its_share_of_the_way() -> None:
     assert by_pattern.remove_blocks == {"stages.2.*": 6}
 
 
-def test_a_step_to_a_budget_removes_its_share_of_what_must_leave() -> None:
+def test_step_covers_its_share_of_the_budget() -> None:
     step = recipe_of_step(PruneRecipe(criterion="taylor", target_macs="40%", ratio=0.3, steps=4), 1, COST)
     assert (step.target_macs, step.ratio) == (1000 - 600 / 4, 0.3)
     assert recipe_of_step(PruneRecipe(criterion="taylor", target_params="100", steps=2), 1, COST).target_params == 250

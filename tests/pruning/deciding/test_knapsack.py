@@ -166,7 +166,7 @@ def test_whole_heads_leave_where_they_may() -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_a_ratio_without_a_budget_leaves_the_macs_of_the_class_allocation(family: str, tmp_path) -> None:
+def test_knapsack_without_budget_keeps_macs_of_class(family: str, tmp_path) -> None:
     model = make_base(family, tmp_path)
     groups = trace_groups(model)
     cost = cost_model(model, groups)
@@ -200,7 +200,7 @@ def test_a_latency_budget_is_met_by_what_layers_take(vit) -> None:
     assert removed[slow] > removed[twin]
 
 
-def test_a_time_that_no_single_group_changes_ends_at_the_floors(vit) -> None:
+def test_stepped_latency_ends_at_the_floors(vit) -> None:
     # Only all of a net's layers together get faster: as steps of a measured time may.
     groups, cost, scores = vit
 

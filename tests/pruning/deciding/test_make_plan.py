@@ -19,7 +19,7 @@ A, B, C = group("a", "mlp", 4), group("b", "mlp", 4), group("c", "stream", 4)
 SCORES = {"a": [1, 2, 3, 4], "b": [5, 6, 7, 8], "c": [0.1, 0.2, 0.3, 0.4]}
 
 
-def test_isomorphic_scope_ranks_only_equal_sub_structures_against_each_other() -> None:
+def test_isomorphic_scope_ranks_equal_structures_together() -> None:
     plan = plan_for(SCORES, [A, B, C], ratio=0.5)
     # a and b compete for 4 of 8 places, but one channel of a must stay; c competes with nobody.
     assert plan.kept == {"a": (3,), "b": (1, 2, 3), "c": (2, 3)}
@@ -30,16 +30,16 @@ def test_global_scope_lets_all_compete() -> None:
     assert plan_for(SCORES, [A, B, C], ratio=0.5, scope="global").kept == {"a": (3,), "c": (3,)}
 
 
-def test_local_scope_takes_the_same_share_of_every_layer() -> None:
+def test_local_scope_removes_equal_share_of_layers() -> None:
     assert plan_for(SCORES, [A, B, C], ratio=0.5, scope="local").kept == {"a": (2, 3), "b": (2, 3), "c": (2, 3)}
 
 
-def test_equal_scores_leave_in_the_order_of_groups_and_channels() -> None:
+def test_equal_scores_are_removed_in_channel_order() -> None:
     groups = [group("a", "s", 4), group("b", "s", 4)]
     assert plan_for({"a": [1] * 4, "b": [1] * 4}, groups, ratio=0.25).kept == {"a": (2, 3)}
 
 
-def test_a_layer_that_falls_under_the_threshold_whole_keeps_its_best_and_is_not_left_dense() -> None:
+def test_layer_entirely_below_threshold_keeps_its_best_channel() -> None:
     plan = plan_for({"a": [1, 2, 3, 4], "b": [50, 60, 70, 80]}, [A, B], ratio=0.5, min_keep=1)
     assert plan.kept == {"a": (3,), "b": (1, 2, 3)}
 
@@ -51,7 +51,7 @@ def test_min_keep_and_max_ratio_hold_in_every_layer() -> None:
     assert plan_for(scores, [A, B], ratio=1.0, min_keep=3).kept == {"a": (1, 2, 3), "b": (1, 2, 3)}
 
 
-def test_heads_leave_without_head_dims_and_never_the_last_one() -> None:
+def test_heads_are_removed_but_never_the_last() -> None:
     attention = [group("x", "attn", 4, num_heads=2), group("y", "attn", 4, num_heads=2)]
     scores = {"x": [1, 1, 2, 2], "y": [3, 3, 4, 4]}
     plan = plan_for(scores, attention, head_ratio=0.5, head_dim_ratio=0.0)
@@ -59,13 +59,13 @@ def test_heads_leave_without_head_dims_and_never_the_last_one() -> None:
     assert plan_for(scores, attention, head_ratio=1.0, head_dim_ratio=0.0).heads == {"x": (1,), "y": (1,)}
 
 
-def test_each_head_drops_its_own_weakest_dims_and_all_keep_as_many() -> None:
+def test_each_head_drops_its_own_weakest_dims() -> None:
     attention = [group("x", "attn", 6, num_heads=2)]
     plan = plan_for({"x": [9, 1, 5, 2, 8, 7]}, attention, ratio=0.9, head_dim_ratio=1 / 3)
     assert plan.kept == {"x": (0, 2, 4, 5)} and plan.heads == {"x": (0, 1)}
 
 
-def test_a_layer_narrower_than_the_rounding_stays_whole() -> None:
+def test_layer_narrower_than_rounding_stays_whole() -> None:
     groups = [group("a", "x", 4), group("b", "y", 16)]
     plan = plan_for({"a": [1, 2, 3, 4], "b": list(range(16))}, groups, ratio=0.5, round_to=8)
     assert plan.kept == {"b": tuple(range(8, 16))}
@@ -91,7 +91,7 @@ def test_a_budget_is_met_from_below(family: str, budget: str, round_to: int, tmp
     assert 0.985 < share <= 1
 
 
-def test_a_budget_that_cannot_be_reached_names_the_smallest() -> None:
+def test_unreachable_budget_names_the_smallest_figure() -> None:
     with pytest.raises(BudgetError, match=r"cannot be reached: the smallest is 3e-08 G"):
         plan_for(SCORES, [A, B, C], target_macs=29)
     with pytest.raises(BudgetError, match="nothing to cut"):
@@ -107,7 +107,7 @@ def test_scores_of_another_model_are_refused() -> None:
         plan_for({}, [])
 
 
-def test_a_plan_survives_json_and_keeps_lists_on_one_line() -> None:
+def test_plan_survives_json_with_one_line_lists() -> None:
     plan = plan_for(SCORES, [A, B, C], ratio=0.5)
     text = plan.to_json()
     assert PruningPlan.from_json(text) == plan
@@ -118,25 +118,25 @@ def test_a_plan_survives_json_and_keeps_lists_on_one_line() -> None:
 # Patterns, fixed ratios and normalisers
 
 
-def test_excluded_groups_stay_whole_and_count_in_their_class() -> None:
+def test_excluded_groups_still_count_in_their_class() -> None:
     # Half of the 8 channels of the class would leave; b may lose 3 and keeps its best.
     plan = plan_for({"a": [1, 2, 3, 4], "b": [5, 6, 7, 8]}, [A, B], ratio=0.5, exclude=["a"])
     assert plan.kept == {"b": (3,)}
 
 
-def test_fixed_ratios_hold_while_a_budget_moves_the_others() -> None:
+def test_budget_moves_only_groups_without_fixed_ratio() -> None:
     plan = plan_for(SCORES, [A, B, C], target_macs=70, ratios={"c": 0.25})
     assert plan.kept["c"] == (1, 2, 3)
     assert plan.achieved["pruned"]["macs"] == 70
     assert len(plan.kept["a"]) + len(plan.kept["b"]) == 4
 
 
-def test_a_scope_of_ones_own_lets_unlike_groups_compete() -> None:
+def test_custom_scope_lets_unlike_groups_compete() -> None:
     plan = plan_for(SCORES, [A, B, C], ratio=0.5, scopes={"a": "mine", "c": "mine"})
     assert plan.kept == {"a": (1, 2, 3), "b": (2, 3), "c": (3,)}
 
 
-def test_a_normaliser_puts_the_groups_of_a_class_on_one_scale() -> None:
+def test_normalizer_puts_groups_on_one_scale() -> None:
     scores = {"a": [1, 2, 3, 6], "b": [10, 20, 30, 60]}
     assert plan_for(scores, [A, B], ratio=0.25).kept == {"a": (2, 3)}
     assert plan_for(scores, [A, B], ratio=0.25, normalizer="mean").kept == {"a": (1, 2, 3), "b": (1, 2, 3)}
@@ -180,7 +180,7 @@ def plan_blocks(**options):
     return plan_for(WIDE_SCORES, WIDE, BLOCKS, BLOCK_SCORES, **options)
 
 
-def test_a_number_of_blocks_leaves_lowest_score_first_with_their_groups() -> None:
+def test_lowest_scored_blocks_are_removed_first() -> None:
     plan = plan_blocks(remove_blocks=2, ratio=0.0)
     assert plan.removed_blocks == ("s.1", "s.2") and plan.kept == {}
     assert plan.achieved["pruned"] == {"macs": 80, "params": 80}
@@ -240,7 +240,7 @@ def test_parameters_are_a_budget_too() -> None:
     assert plan.achieved["pruned"]["params"] == 60
 
 
-def test_a_budget_that_no_width_meets_closely_says_so() -> None:
+def test_unused_budget_is_noted_in_the_plan() -> None:
     groups = [group("a", "x", 16)]
     plan = plan_for({"a": list(range(16))}, groups, target_macs=150, round_to=8)
     assert plan.achieved["pruned"]["macs"] == 80
@@ -250,7 +250,7 @@ def test_a_budget_that_no_width_meets_closely_says_so() -> None:
     )
 
 
-def test_two_groups_change_places_where_that_comes_nearer_to_the_budget() -> None:
+def test_swap_of_two_groups_meets_budget_closer() -> None:
     # Channels cost 10 and 30. By score, b loses a step first; 200 is met only by a at 8 and b at 4.
     groups = [group("a", "x", 16), group("b", "y", 8, ways=3)]
     plan = plan_for({"a": list(range(16)), "b": [9] * 8}, groups, target_macs=200, round_to=4, ratio=0.5)
@@ -264,7 +264,7 @@ def test_ratios_alone_need_no_cost_and_a_budget_does() -> None:
         make_plan([A], scores, PruneRecipe(criterion="taylor", target_params="50%"))
 
 
-def test_an_impossible_budget_is_refused_before_anything_is_scored() -> None:
+def test_impossible_budget_is_refused_before_scoring() -> None:
     with pytest.raises(BudgetError, match=r"target_macs 2e-08 G cannot be reached: the smallest is 3e-08 G"):
         check_budget(
             [A, B, C], PruneRecipe(criterion="taylor", target_macs=20, min_keep=1, round_to=1), cost_of([A, B, C])
@@ -282,7 +282,7 @@ def test_two_budgets_contradict_each_other() -> None:
 # What torch-pruning's own pruner gets wrong (docs/decision.md lists all)
 
 
-def test_heads_of_an_excluded_attention_stay_and_those_of_the_others_leave() -> None:
+def test_excluded_attention_keeps_its_heads() -> None:
     attention = [group("x", "attn", 4, num_heads=2), group("y", "attn", 4, num_heads=2)]
     scores = {"x": [1, 1, 2, 2], "y": [3, 3, 4, 4]}
     plan = plan_for(scores, attention, head_ratio=0.5, head_dim_ratio=0.0, exclude=["x"])
@@ -296,7 +296,7 @@ def test_dims_are_rounded_in_each_head(head_dim: int, round_to: int, kept: int) 
     assert len(plan.kept.get("x", range(4 * head_dim))) == 4 * kept
 
 
-def test_deciding_again_gives_the_same_plan_and_changes_nothing_that_was_given() -> None:
+def test_deciding_is_repeatable_and_leaves_inputs_untouched() -> None:
     scores = {name: list(values) for name, values in SCORES.items()}
     options = {"target_macs": 90, "ratios": {"c": 0.25}, "exclude": ["a"]}
     first = plan_for(scores, [A, B, C], **options)
@@ -305,7 +305,7 @@ def test_deciding_again_gives_the_same_plan_and_changes_nothing_that_was_given()
     assert scores == SCORES and options == {"target_macs": 90, "ratios": {"c": 0.25}, "exclude": ["a"]}
 
 
-def test_the_ratio_of_a_group_is_its_own_in_whatever_scope() -> None:
+def test_fixed_ratio_holds_in_any_scope() -> None:
     scores = {"a": [1, 2, 3, 4], "b": [1, 2, 3, 4], "c": [1, 2, 3, 4]}
     plan = plan_for(scores, [A, B, C], ratio=0.5, scope="global", ratios={"b": 0.25})
     assert plan.kept == {"a": (2, 3), "b": (1, 2, 3), "c": (2, 3)}
@@ -318,7 +318,7 @@ def scores_by(criterion: str, rotated: bool = False) -> ImportanceScores:
     return ImportanceScores({"a": torch.arange(4.0)}, criterion, "print", {}, rotated=rotated)
 
 
-def test_scores_decide_where_the_recipe_names_neither_preset_nor_criterion() -> None:
+def test_scores_decide_without_preset_and_criterion() -> None:
     given = PruneRecipe(target_macs="50%", round_to=4)
     assert given.taken_preset == "best" and given.preset is None
     assert recipe_of_scores(given, scores_by("l1")) == PruneRecipe(criterion="l1", target_macs="50%", round_to=4)
@@ -328,13 +328,13 @@ def test_scores_decide_where_the_recipe_names_neither_preset_nor_criterion() -> 
     assert plan.kept == {"a": (2, 3)}
 
 
-def test_a_recipe_that_names_a_criterion_or_values_keeps_them() -> None:
+def test_recipe_with_named_criterion_is_unchanged() -> None:
     for recipe in (PruneRecipe(criterion="taylor"), PruneRecipe(allocation="class", rotate=False)):
         assert recipe.taken_preset is None and recipe_of_scores(recipe, scores_by("l1")) is recipe
 
 
 @pytest.mark.parametrize("preset", ["best", "paper", "reference"])
-def test_a_named_preset_refuses_scores_of_another_criterion(preset: str) -> None:
+def test_named_preset_refuses_other_scores(preset: str) -> None:
     recipe = PruneRecipe(preset=preset)
     with pytest.raises(
         RecipeError, match=f"prune.preset {preset} takes criterion .*, and the scores were made with l1"

@@ -14,7 +14,7 @@ def ones(units):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.3, 0.45, 0.5, 0.8, 0.9])
-def test_exactly_the_rounded_share_of_a_class_leaves(ratio: float) -> None:
+def test_exactly_the_rounded_share_is_removed(ratio: float) -> None:
     generator = np.random.default_rng(0)
     units = ascending(a=generator.random(13), b=generator.random(40), c=generator.random(7))
     counts, _ = keep_counts(units, ones(units), ratio)
@@ -25,29 +25,29 @@ def test_exactly_the_rounded_share_of_a_class_leaves(ratio: float) -> None:
 
 
 @pytest.mark.parametrize(("channels", "ratio", "leave"), [(10, 0.9, 9), (5, 0.8, 4), (1000, 0.8, 800), (10, 0.25, 2)])
-def test_no_channel_more_leaves_by_a_floating_point_floor(channels: int, ratio: float, leave: int) -> None:
+def test_float_error_removes_no_extra_channel(channels: int, ratio: float, leave: int) -> None:
     units = ascending(a=range(channels))
     assert keep_counts(units, {"a": 1}, ratio)[0] == {"a": channels - leave}
 
 
-def test_of_equal_scores_no_more_leave_than_asked_first_group_first() -> None:
+def test_ties_remove_no_more_than_asked() -> None:
     units = ascending(a=[0] * 15 + [1] * 5, b=[0] * 15 + [1] * 5)
     assert keep_counts(units, ones(units), 0.25)[0] == {"a": 10, "b": 20}
 
 
-def test_a_layer_that_is_weak_as_a_whole_keeps_its_best_and_the_others_pay() -> None:
+def test_weak_layer_keeps_its_best_channel() -> None:
     units = ascending(a=range(20), b=range(100, 120))
     assert keep_counts(units, ones(units), 0.5)[0] == {"a": 1, "b": 19}
     assert keep_counts(units, {"a": 8, "b": 8}, 0.5)[0] == {"a": 8, "b": 12}
 
 
-def test_the_margin_is_the_highest_that_left_and_the_lowest_that_stayed() -> None:
+def test_margin_is_highest_removed_and_lowest_kept() -> None:
     units = ascending(a=[1, 2, 3, 4], b=[2.5, 6, 7, 8])
     assert keep_counts(units, ones(units), 0.375)[1] == {"removed": 2.5, "kept": 3.0}
     assert keep_counts(units, ones(units), 0.0)[1] is None
 
 
-def test_a_unit_counts_as_many_channels_as_it_stands_for() -> None:
+def test_unit_counts_all_of_its_channels() -> None:
     # 4 units of 3 channels and 4 of 6: half of 36 channels is 18, which 3 + 3 + 6 + 6 gives.
     units = ascending(a=[1, 2, 30, 40], b=[3, 4, 50, 60])
     assert keep_counts(units, ones(units), 0.5, {"a": 3, "b": 6})[0] == {"a": 2, "b": 2}
@@ -65,13 +65,13 @@ def test_widths_are_rounded_and_the_class_keeps_its_sum() -> None:
     assert rounded(counts, {name: [8, 16, 24, 32] for name in counts}) == {"a": 16, "b": 24, "c": 24}
 
 
-def test_what_a_narrow_layer_keeps_the_others_of_its_class_give() -> None:
+def test_other_layers_compensate_for_narrow_ones() -> None:
     # The first two cannot be cut and keep 8 channels too many: the third gives them, its weakest first.
     counts, allowed = {"a": 4, "b": 4, "c": 32}, {"a": [8], "b": [8], "c": [8, 16, 24, 32]}
     assert rounded(counts, allowed) == {"a": 8, "b": 8, "c": 24}
 
 
-def test_sums_are_kept_in_channels_where_units_stand_for_several() -> None:
+def test_rounding_keeps_the_sum_of_channels() -> None:
     counts, allowed = {"a": 12, "b": 12}, {"a": [8, 16], "b": [8, 16]}
     units = {name: np.arange(16.0) for name in counts}
     # Both lose half a step: the one with 12 heads is worth 3 of the other, so raising it overshoots by less than both.
@@ -82,7 +82,7 @@ def test_of_equal_scores_the_lower_index_leaves() -> None:
     assert best_units(np.array([1.0, 2.0, 1.0, 2.0]), 3) == [2, 1, 3]
 
 
-def test_a_channel_of_a_grouped_layer_counts_for_each_of_its_groups() -> None:
+def test_grouped_channel_counts_once_per_group() -> None:
     four = np.arange(16).reshape(4, 4)
     assert width_step(CoupledGroup("a", "s", 4, (Member("a.weight", 0, four),)), 8) == 2
     assert width_step(CoupledGroup("a", "s", 4, (Member("a.weight", 0, four[:, :1]),)), 8) == 8

@@ -19,30 +19,30 @@ def rules(**settings) -> dict[str, GroupRule]:
     return resolve_rules(GROUPS, AllocationSettings.from_recipe(PruneRecipe(criterion="taylor", **settings)).patterns)
 
 
-def test_the_scope_of_a_group_is_its_class_the_whole_model_or_itself() -> None:
+def test_scope_is_class_model_or_group() -> None:
     assert [rule.scope for rule in rules().values()] == ["s", "m", "m", "m"]
     assert {rule.scope for rule in rules(scope="global").values()} == {""}
     assert [rule.scope for rule in rules(scope="local").values()] == [g.name for g in GROUPS]
 
 
-def test_a_scope_of_ones_own_takes_groups_out_of_their_class() -> None:
+def test_custom_scope_removes_groups_from_their_class() -> None:
     found = rules(scopes={"blocks.0.*": "early", "stem": "early"})
     assert found["blocks.0.mlp"].scope == found["stem"].scope != "m"
     assert found["blocks.1.mlp"].scope == found["blocks.10.mlp"].scope == "m"
 
 
-def test_a_scope_of_ones_own_never_meets_a_signature_of_the_same_text() -> None:
+def test_custom_scope_differs_from_equal_signature() -> None:
     found = rules(scopes={"stem": "m"})
     assert found["stem"].scope != found["blocks.1.mlp"].scope
 
 
-def test_included_groups_are_free_but_for_the_excluded_ones() -> None:
+def test_excluded_groups_are_not_free() -> None:
     free = {name for name, rule in rules(include=["blocks.*"], exclude=["*.1.*"]).items() if rule.is_free}
     assert free == {"blocks.0.mlp", "blocks.10.mlp"}
     assert all(rule.is_free for rule in rules().values())
 
 
-def test_of_several_patterns_the_first_that_matches_counts() -> None:
+def test_first_matching_pattern_applies() -> None:
     found = rules(ratios={"blocks.0.*": 0.1, "blocks.*": 0.4})
     assert [rule.fixed for rule in found.values()] == [None, 0.1, 0.4, 0.4]
     found = rules(ratios={"blocks.*": 0.4, "blocks.0.*": 0.1})
@@ -62,6 +62,6 @@ def test_of_several_patterns_the_first_that_matches_counts() -> None:
         ({"include": ["stem"], "exclude": ["st*"]}, "leave no group that may be cut"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused(settings, message: str) -> None:
+def test_pattern_without_match_is_refused(settings, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         rules(**settings)
