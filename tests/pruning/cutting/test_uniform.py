@@ -279,9 +279,9 @@ def test_a_replayed_plan_gives_the_stock_tensors_again(made) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
-def test_the_card_opens_the_folder_without_code_of_ours(made) -> None:
+def test_card_of_uniform_folder_needs_only_transformers(made) -> None:
     card = str(build_model_card(made("deit").folder))
-    assert "stock model of transformers" in card and "The layout is uniform" in card
+    assert "standard transformers model" in card and "The layout is uniform" in card
     assert "images of 3 \N{MULTIPLICATION SIGN} 16 \N{MULTIPLICATION SIGN} 16" in card
     assert "trust_remote_code" not in card and "import isoprune_hf" not in card
 
