@@ -51,7 +51,7 @@ def test_scores_are_those_of_the_cpu(family: str, criterion: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_best_preset_cuts_and_repairs_as_on_the_cpu(family: str, tmp_path: Path) -> None:
+def test_best_preset_equals_cpu(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     images, recipe = make_images(model), PruneRecipe(preset="best", target_macs="60%", round_to=1, min_keep=1)
     here = prune_model(model, recipe, batches_of(model))
@@ -82,7 +82,7 @@ def test_the_whole_road_runs_and_learns(settings: dict[str, str], tmp_path: Path
     assert metrics["base"]["top1"] > 0.9 and metrics["pruned"]["top1"] > 0.85 and metrics["finetuned"]["top1"] > 0.9
 
 
-def test_what_the_gpu_trained_opens_on_the_cpu_with_the_same_answers(tmp_path: Path) -> None:
+def test_model_trained_on_gpu_gives_cpu_predictions(tmp_path: Path) -> None:
     succeed("--finetune.epochs", "1", "--output", tmp_path / "out")
     model = load_base(str(tmp_path / "out" / "model")).model
     images = make_images(model)
@@ -92,7 +92,7 @@ def test_what_the_gpu_trained_opens_on_the_cpu_with_the_same_answers(tmp_path: P
         )
 
 
-def test_a_training_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_training_resumes_to_equal_bytes(tmp_path: Path) -> None:
     succeed("--finetune.epochs", "1", "--output", tmp_path / "road")
     train = [sys.executable, "-m", "isoprune_hf", "finetune", "--model", tmp_path / "road" / "model"]
     train += ["--data.dataset", "digits", "--finetune.precision", "bf16", "--finetune.epochs", "4", "--output"]

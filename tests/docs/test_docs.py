@@ -173,7 +173,7 @@ def test_every_block_is_run_or_says_why_not(
             )
 
 
-def test_a_reason_is_for_what_needs_a_network_or_is_not_ours() -> None:
+def test_skipped_blocks_need_network_or_another_library() -> None:
     reasons = {(page.name, block.reason) for page in PAGES for block in blocks_of(page) if block.reason is not None}
     assert reasons == {
         ("README.md", "what `make demo` prints"),
@@ -196,7 +196,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+def test_every_link_leads_to_file_and_heading(page: Path) -> None:
     text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("https://"):
@@ -222,7 +222,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
 
 
-def test_the_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
+def test_site_builds_strictly_without_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs isoprune-hf[docs]")
     pytest.importorskip("mkdocstrings_handlers.python", reason="needs isoprune-hf[docs]")
     from mkdocs.commands.build import build
@@ -247,7 +247,7 @@ def test_the_api_page_has_every_public_name() -> None:
     assert sorted(shown) == sorted(set(isoprune_hf.__all__) - {"__version__"})
 
 
-def test_every_error_and_exit_code_is_on_the_page_of_troubles() -> None:
+def test_troubleshooting_lists_every_error_and_exit_code() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     codes = dict(re.findall(r"^\| (\d+) \| .*\|(.*)\|$", text, re.M))
     faults = {name for name in errors.__all__ if issubclass(getattr(errors, name), errors.TrainingFault)}
@@ -329,3 +329,11 @@ def test_the_collection_has_the_rows_of_the_zoo() -> None:
             *(f"{computed['gmacs']:.3f}", f"{computed['exact_gmacs']:.3f}", f"{computed['params_m']:.2f}"),
             model["top1_here"],
         ]
+
+
+def test_every_test_named_by_a_page_exists() -> None:
+    names = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for text in files for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    assert len(names) > 20
+    assert names <= defined, sorted(names - defined)

@@ -19,7 +19,7 @@ def outputs(cell: nbformat.NotebookNode) -> str:
     return "\n".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
 
 
-def test_the_notebook_has_ten_cells_and_no_outputs_of_an_old_run() -> None:
+def test_notebook_has_ten_cells_and_no_outputs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert len(notebook.cells) == 10
@@ -29,7 +29,7 @@ def test_the_notebook_has_ten_cells_and_no_outputs_of_an_old_run() -> None:
 
 
 @pytest.mark.launch
-def test_the_notebook_runs_offline_and_leaves_a_pruned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs_offline_and_writes_pruned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

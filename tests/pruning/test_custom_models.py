@@ -143,7 +143,7 @@ def open_own(library: str, how: str, folder: Path) -> tuple[IsoPruneForImageClas
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_network_of_ones_own_is_saved_and_opened_bit_for_bit(library: str, how: str, tmp_path: Path) -> None:
+def test_custom_network_reloads_bit_equal(library: str, how: str, tmp_path: Path) -> None:
     model, processor = open_own(library, how, tmp_path / "own")
     save_model_folder(tmp_path / "dense", model, processor)
     again = load_base(str(tmp_path / "dense")).model
@@ -153,7 +153,7 @@ def test_a_network_of_ones_own_is_saved_and_opened_bit_for_bit(library: str, how
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_network_of_ones_own_goes_the_whole_road(library: str, how: str, tmp_path: Path) -> None:
+def test_custom_network_passes_all_stages(library: str, how: str, tmp_path: Path) -> None:
     model, processor = open_own(library, how, tmp_path / "own")
     images, groups = make_images(model), trace_groups(model)
     assert prunable_share(model, groups) > 0.95
@@ -168,7 +168,7 @@ def test_a_network_of_ones_own_goes_the_whole_road(library: str, how: str, tmp_p
         assert torch.equal(again(images).logits, pruned(images).logits)
 
 
-def test_a_folder_of_a_class_that_nobody_registered_says_what_to_import(
+def test_folder_of_unregistered_class_names_its_import(
     fresh_python: FreshPython, tmp_path: Path
 ) -> None:
     register()
@@ -179,6 +179,6 @@ def test_a_folder_of_a_class_that_nobody_registered_says_what_to_import(
     assert "import the module that registers it" in child.stderr.splitlines()[-1]
 
 
-def test_a_builder_that_tells_too_little_is_refused_with_what_it_must_set() -> None:
+def test_builder_with_missing_attributes_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"isoprune_test_own_net has no pretrained_cfg"):
         load_base("timm/isoprune_test_own_net", False, model_args={"bare": 1})

@@ -51,7 +51,7 @@ def test_a_sound_model_passes_every_check(family: str, pruned: Callable[[str], P
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
 
 
-def test_a_recorded_cost_that_is_not_the_models_is_found(vit: Pruned) -> None:
+def test_wrong_recorded_cost_is_found(vit: Pruned) -> None:
     cost = copy.deepcopy(vit.model.config.cost)
     cost["pruned"]["macs"] += 1
     vit.model.config.cost = cost
@@ -61,13 +61,13 @@ def test_a_recorded_cost_that_is_not_the_models_is_found(vit: Pruned) -> None:
     assert examine(vit)["cost"].verdict == "skip"
 
 
-def test_the_cost_is_given_as_shares_of_the_base(vit: Pruned) -> None:
+def test_cost_is_reported_as_share_of_base(vit: Pruned) -> None:
     params = sum(parameter.numel() for parameter in vit.model.parameters())
     share = params / vit.model.config.cost["base"]["params"]
     assert f"{100 * share:.1f}% of its params" in examine(vit)["cost"].text
 
 
-def test_a_plan_with_other_widths_or_heads_than_the_model_is_found(vit: Pruned) -> None:
+def test_plan_with_other_widths_or_heads_is_found(vit: Pruned) -> None:
     plan = PruningPlan.load(vit.folder)
     name = "blocks.1.mlp.fc1"
     finding = examine(vit, replace(plan, kept={**plan.kept, name: plan.kept[name][1:]}))["structure"]
@@ -82,7 +82,7 @@ def test_a_plan_with_other_widths_or_heads_than_the_model_is_found(vit: Pruned) 
     assert "the model does not run" in findings["save-load"].text
 
 
-def test_a_plan_that_does_not_fit_the_base_is_found(vit: Pruned) -> None:
+def test_plan_that_does_not_fit_base_is_found(vit: Pruned) -> None:
     plan = PruningPlan.load(vit.folder)
     finding = examine(vit, replace(plan, kept={**plan.kept, "blocks.5.mlp.fc1": (0,)}))["structure"]
     assert finding.verdict == "FAIL" and "no group 'blocks.5.mlp.fc1'" in finding.text
@@ -96,7 +96,7 @@ def test_without_a_plan_the_structure_is_not_compared(vit: Pruned) -> None:
     }
 
 
-def test_a_model_cut_twice_is_compared_by_the_widths_of_its_last_plan(vit: Pruned) -> None:
+def test_model_cut_twice_is_compared_with_last_plan(vit: Pruned) -> None:
     again = prune_model(vit.model, replace(RECIPE, head_ratio=0.0))
     twice = replace(vit, model=again.model)
     finding = examine(twice, again.plan)["structure"]
@@ -106,7 +106,7 @@ def test_a_model_cut_twice_is_compared_by_the_widths_of_its_last_plan(vit: Prune
     assert finding.verdict == "FAIL" and "the plan keeps" in finding.text
 
 
-def test_a_surgery_that_changes_what_it_should_keep_is_found(vit: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_surgery_that_changes_kept_values_is_found(vit: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_rightly = doctor.apply_plan
 
     def cut_wrongly(*arguments):
@@ -120,14 +120,14 @@ def test_a_surgery_that_changes_what_it_should_keep_is_found(vit: Pruned, monkey
     assert finding.verdict == "FAIL" and "changes the logits" in finding.text
 
 
-def test_a_model_that_comes_back_different_from_its_folder_is_found(vit: Pruned) -> None:
+def test_model_that_reloads_differently_is_found(vit: Pruned) -> None:
     vit.model.model.blocks[0].attn.scale *= 2  # not in the config, so it is lost
     vit.model.model.blocks[0].attn.fused_attn = False
     finding = examine(vit)["save-load"]
     assert finding == Finding("save-load", "FAIL", "the logits came back different")
 
 
-def test_a_check_that_cannot_be_made_fails_with_its_reason(vit: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_check_fails_with_reason(vit: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_):
         raise doctor.IsoPruneError("the channels\ncannot be followed")
 
@@ -171,14 +171,14 @@ def test_what_stays_fixed_is_named_with_its_reason(family: str, pruned: Callable
     assert "; 1 of " in lines[0]  # the bias of the classifier
 
 
-def test_every_tensor_of_a_cut_is_that_of_the_base(cut) -> None:
+def test_every_tensor_of_cut_equals_base(cut) -> None:
     base, result = cut
     assert check_replay(result.model, base, result.plan) == Finding(
         "tensors", "ok", "36 tensors are those of the base, bit for bit"
     )
 
 
-def test_one_bit_that_differs_from_the_base_is_found(cut) -> None:
+def test_single_bit_that_differs_is_found(cut) -> None:
     base, result = cut
     model = copy.deepcopy(result.model)
     with torch.no_grad():
@@ -194,12 +194,12 @@ def test_one_bit_that_differs_from_the_base_is_found(cut) -> None:
     assert check_replay(model.bfloat16(), base, again.plan).text.startswith("cls_token is not")
 
 
-def test_a_plan_that_cannot_be_replayed_on_the_base_is_found(cut) -> None:
+def test_plan_that_cannot_be_replayed_is_found(cut) -> None:
     base, result = cut
     finding = check_replay(result.model, base, replace(result.plan, kept={**result.plan.kept, "blocks.9.attn": (0,)}))
     assert finding.verdict == "FAIL" and "no group 'blocks.9.attn'" in finding.text
 
 
-def test_a_plan_of_other_weights_is_not_compared_with_the_base(cut, tmp_path: Path) -> None:
+def test_plan_of_other_weights_is_not_compared(cut, tmp_path: Path) -> None:
     base, result = cut
     assert check_replay(result.model, base, replace(result.plan, fingerprint="another")).verdict == "skip"

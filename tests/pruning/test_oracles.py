@@ -65,7 +65,7 @@ def first_of_each_class(groups: Groups) -> list[CoupledGroup]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_groups_of_a_right_engine_pass_both_oracles(family: str, base) -> None:
+def test_groups_of_correct_engine_pass_both_oracles(family: str, base) -> None:
     model, groups = base(family)
     images = make_images(model)
     plan, pruned = cut(model, groups)
@@ -83,7 +83,7 @@ def test_the_permutation_sees_every_member_that_is_dropped(family: str, base) ->
             assert permutation_error(model, faulty, images) > 1e-9, (group.name, member.parameter)
 
 
-def test_the_permutation_sees_a_table_of_the_heads_that_is_dropped(base) -> None:
+def test_permutation_detects_dropped_table_of_heads(base) -> None:
     model, groups = base("swin")
     group = next(group for group in groups if group.head_members)
     faulty = change(groups, group.name, (), "head_members")
@@ -125,7 +125,7 @@ def test_both_oracles_see_members_that_changed_groups(family: str, base) -> None
     assert mask_error(model, pruned, faulty, plan, images) > 1e-6
 
 
-def test_the_mask_sees_other_channels_than_the_plan_keeps(base) -> None:
+def test_mask_detects_channels_that_differ_from_plan(base) -> None:
     model, groups = base("vit")
     plan, pruned = cut(model, groups)
     name = next(group.name for group in groups if not group.num_heads)
@@ -135,7 +135,7 @@ def test_the_mask_sees_other_channels_than_the_plan_keeps(base) -> None:
     )
 
 
-def test_a_permutation_moves_all_weights_and_a_mask_leaves_what_stays(base) -> None:
+def test_permutation_moves_all_weights_mask_only_removed(base) -> None:
     model, groups = base("vit")
     plan, pruned = cut(model, groups)
     before, after = model.model.state_dict(), permute_groups(model, groups).model.state_dict()
@@ -147,7 +147,7 @@ def test_a_permutation_moves_all_weights_and_a_mask_leaves_what_stays(base) -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
 
-def test_dims_of_every_head_move_alike_where_something_belongs_to_them(base) -> None:
+def test_tied_head_dims_move_alike_in_every_head(base) -> None:
     index = np.arange(12).reshape(12, 1)
     group = CoupledGroup("attention", "", 12, (Member("weight", 0, index),), num_heads=3)
     object.__setattr__(group, "dim_members", (Member("norm", 0, np.arange(4).reshape(4, 1)),))
@@ -166,7 +166,7 @@ def test_axis_counts_are_the_channels_of_each_class(base) -> None:
     assert sorted(axis_counts(groups).values()) == [[32], [32, 32], [128, 128]]
 
 
-def test_the_prunable_share_leaves_out_what_no_group_holds(base) -> None:
+def test_prunable_share_omits_parameters_outside_groups(base) -> None:
     model, groups = base("vit")
     biases = model.model.head.bias.numel()
     total = sum(parameter.numel() for parameter in model.model.parameters())
@@ -192,7 +192,7 @@ STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_a_statistic_over_zeros_is_that_over_what_was_kept(name: str) -> None:
+def test_statistic_ignores_zeroed_elements(name: str) -> None:
     values = torch.randn(2, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     zeroed = torch.zeros_like(values).index_copy(-1, KEPT, values[..., KEPT])
     run = STATISTICS[name]
@@ -200,7 +200,7 @@ def test_a_statistic_over_zeros_is_that_over_what_was_kept(name: str) -> None:
     torch.testing.assert_close(expected[..., KEPT], found, rtol=1e-12, atol=1e-12)
 
 
-def test_a_statistic_over_values_that_were_not_removed_has_no_reference() -> None:
+def test_statistic_over_nonzero_removed_values_has_no_reference() -> None:
     values = torch.rand(2, 10) + 1
     with pytest.raises(NotComparableError, match="a mean is over a cut axis on which the removed elements are not"):
         follow(lambda: values[:, :6].mean(1), lambda: values.mean(1))
@@ -212,7 +212,7 @@ def test_a_statistic_over_values_that_were_not_removed_has_no_reference() -> Non
         follow(lambda: values + 1, lambda: values)
 
 
-def test_what_a_network_does_in_float32_is_judged_in_float64(base) -> None:
+def test_float32_network_is_judged_in_float64(base) -> None:
     class Narrow(nn.Module):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             return hidden.float().softmax(-1, dtype=torch.float32).to(hidden.dtype)

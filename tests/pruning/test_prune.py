@@ -68,7 +68,7 @@ def test_several_steps_remove_exactly_what_one_step_does(family: str, tmp_path: 
             assert width >= 3 and size - width <= 0.6 * size
 
 
-def test_what_has_left_in_a_step_does_not_come_back(tmp_path: Path) -> None:
+def test_channels_removed_in_a_step_stay_removed(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     steps = [
         prune_model(model, PruneRecipe(criterion="taylor", ratio=ratio, round_to=1), Batches(model)).plan
@@ -115,7 +115,7 @@ def deep_base(family: str, tmp_path: Path) -> IsoPruneForImageClassification:
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit", "hf-swin"])
-def test_a_removed_block_is_an_identity_in_the_base(family: str, tmp_path: Path) -> None:
+def test_removed_block_equals_identity_in_base(family: str, tmp_path: Path) -> None:
     model = deep_base(family, tmp_path).eval()
     leaving = find_blocks(model)[-1].name
     pruned = prune_model(model, PruneRecipe(criterion="l1", ratio=0.0, remove_blocks=[leaving])).model
@@ -135,7 +135,7 @@ def test_a_removed_block_is_an_identity_in_the_base(family: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit"])
-def test_width_and_depth_meet_one_budget_exactly_as_counted(family: str, tmp_path: Path) -> None:
+def test_width_and_depth_meet_one_budget(family: str, tmp_path: Path) -> None:
     model = deep_base(family, tmp_path)
     recipe = PruneRecipe(criterion="l1", target_macs="50%", remove_blocks=1, round_to=1)
     result = prune_model(model, recipe)
@@ -149,7 +149,7 @@ def test_width_and_depth_meet_one_budget_exactly_as_counted(family: str, tmp_pat
     assert again.model.config.structure["removed"] == list(result.plan.removed_blocks)
 
 
-def test_a_model_whose_classifier_is_a_convolution_is_cut() -> None:
+def test_model_with_convolution_classifier_is_cut() -> None:
     args = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 16], "stem_chs": 8}
     model = load_base("timm/resnetv2_50", False, model_args=args, num_labels=7).model
     assert isinstance(model.model.head.fc, nn.Conv2d)
@@ -158,7 +158,7 @@ def test_a_model_whose_classifier_is_a_convolution_is_cut() -> None:
     assert pruned(make_images(model)).logits.shape == (2, 7)
 
 
-def test_a_plan_with_a_block_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_plan_with_unknown_block_is_refused(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     for blocks in (("norm",), ("blocks",), ("blocks.0", "blocks.0")):
         with pytest.raises(CheckpointError, match="is not a removable residual block"):

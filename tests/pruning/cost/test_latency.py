@@ -77,7 +77,7 @@ def test_known_times_come_back_exactly() -> None:
     assert fitted.predict(unseen) == pytest.approx(total(unseen))
 
 
-def test_a_layer_that_left_takes_no_time_at_all() -> None:
+def test_removed_layer_takes_no_time() -> None:
     fitted = fit_times(MACS, [spend(macs) for macs in MACS], [total(macs) for macs in MACS])
     assert fitted.predict({**MACS[0], "fc1": 0}) == pytest.approx(total(MACS[0]) - 1.5 * (0.5 + 0.001 * 1000))
     assert fitted.predict({name: MACS[0][name] for name in ("fc1", "attn")}) == pytest.approx(
@@ -85,13 +85,13 @@ def test_a_layer_that_left_takes_no_time_at_all() -> None:
     )
 
 
-def test_a_variant_without_a_layer_does_not_count_for_it() -> None:
+def test_variant_without_layer_is_not_fitted_to_it() -> None:
     macs = [*MACS, {"fc1": 300, "fc2": 0, "attn": 8}, {"fc1": 700, "attn": 8}]
     fitted = fit_times(macs, [spend(variant) for variant in macs], [total(variant) for variant in macs])
     assert fitted.layers["fc2"] == pytest.approx((1.5 * 0.25, 1.5 * 0.002))
 
 
-def test_times_that_fall_with_size_or_start_below_zero_are_held_at_zero() -> None:
+def test_negative_slopes_and_intercepts_become_zero() -> None:
     macs = [{"falls": 10, "steep": 10}, {"falls": 20, "steep": 20}]
     times = [{"falls": 3.0, "steep": 1.0}, {"falls": 1.0, "steep": 4.0}]
     fitted = fit_times(macs, times, [4.0, 5.0])
@@ -104,7 +104,7 @@ def test_times_that_fall_with_size_or_start_below_zero_are_held_at_zero() -> Non
     assert fitted.fixed == pytest.approx(4.5 - 4.7 / 1.8)
 
 
-def test_one_variant_alone_gives_its_own_time_and_shares_it_by_macs() -> None:
+def test_time_of_single_variant_is_shared_by_macs() -> None:
     fitted = fit_times(MACS[:1], [spend(MACS[0])], [10.0])
     assert fitted.predict(MACS[0]) == pytest.approx(10.0)
     spent = sum(spend(MACS[0]).values())
@@ -125,7 +125,7 @@ def test_a_prediction_never_falls_when_a_layer_grows() -> None:
             assert sizes == sorted(sizes)
 
 
-def test_a_real_model_is_fitted_and_left_as_it_was(
+def test_real_model_is_fitted_and_not_changed(
     variants: list[tuple[IsoPruneForImageClassification, dict[str, int]]],
 ) -> None:
     base = variants[0][0]
@@ -179,6 +179,6 @@ def test_a_number_that_is_too_small_is_refused(name: str, low: int) -> None:
         time_layers([], (3, 4, 4), **{name: low - 1})
 
 
-def test_the_value_of_a_model_is_the_sum_of_its_layers() -> None:
+def test_time_of_model_is_sum_of_layers() -> None:
     model = LatencyModel(1.0, {"a": (0.5, 0.25), "b": (2.0, 0.0)})
     assert model.predict({"a": 4, "b": 7}) == 1.0 + 0.5 + 1.0 + 2.0

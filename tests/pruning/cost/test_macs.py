@@ -9,7 +9,7 @@ from isoprune_hf.pruning.cost.macs import cost_model, count_cost
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 
 
-def test_a_small_vit_costs_what_a_sum_by_hand_gives(tmp_path: Path) -> None:
+def test_cost_of_small_vit_equals_sum_by_hand(tmp_path: Path) -> None:
     cost = count_cost(make_base("vit", tmp_path, labels=7))
     patches, tokens, dim, hidden = 16, 17, 32, 128
     embed = patches * dim * 3 * 4 * 4
@@ -27,7 +27,7 @@ def test_published_sizes_of_the_dense_models_are_met() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_cost_model_without_a_cut_is_the_exact_count(family: str, tmp_path: Path) -> None:
+def test_cost_model_without_cut_is_exact(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     groups = trace_groups(model)
     costs = cost_model(model, groups)
@@ -35,7 +35,7 @@ def test_the_cost_model_without_a_cut_is_the_exact_count(family: str, tmp_path: 
     assert costs.cost({}, {}) == costs.base
 
 
-def test_one_hidden_channel_of_an_mlp_costs_its_row_and_its_column(tmp_path: Path) -> None:
+def test_mlp_channel_costs_its_row_and_column(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     costs = cost_model(model, trace_groups(model))
     after = costs.cost({"blocks.0.mlp.fc1": 1}, {})
@@ -45,7 +45,7 @@ def test_one_hidden_channel_of_an_mlp_costs_its_row_and_its_column(tmp_path: Pat
 
 @pytest.mark.parametrize("family", ["resnet", "vit", "hf-convnext", "resnet-gn"])
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
-def test_a_norm_of_another_width_than_its_input_is_refused(family: str, leaf: str, tmp_path: Path) -> None:
+def test_norm_wider_than_its_input_is_refused(family: str, leaf: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     norms = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
     norm = next(module for module in model.model.modules() if isinstance(module, norms))

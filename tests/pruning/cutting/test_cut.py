@@ -20,7 +20,7 @@ from isoprune_hf.recipes import PruneRecipe
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_cut_equals_the_base_with_the_removed_elements_zeroed(family: str, tmp_path: Path) -> None:
+def test_cut_equals_base_with_removed_elements_zeroed(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path).double()
     groups, plan = plan_random(model)
     assert len(plan.kept) >= 0.8 * len(groups)
@@ -45,7 +45,7 @@ def test_ratio_zero_changes_nothing_bit_for_bit(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_cut_model_trains_copies_and_costs_what_was_planned(family: str, tmp_path: Path) -> None:
+def test_cut_model_trains_copies_and_costs_as_planned(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     before = copy.deepcopy(model.state_dict())
     groups, plan = plan_random(model, round_to=2)
@@ -118,7 +118,7 @@ def test_the_cut_model_compiles_without_graph_breaks(family: str, tmp_path: Path
         torch.testing.assert_close(compiled, pruned(images).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_replayed_plan_gives_the_same_tensors_bit_for_bit(tmp_path: Path) -> None:
+def test_replayed_plan_gives_bit_equal_tensors(tmp_path: Path) -> None:
     model = make_base("deit", tmp_path)
     groups, plan = plan_random(model)
     first = apply_plan(model, plan, groups).state_dict()
@@ -127,7 +127,7 @@ def test_a_replayed_plan_gives_the_same_tensors_bit_for_bit(tmp_path: Path) -> N
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_kept_rows_of_fused_queries_keys_and_values_are_the_base_rows(tmp_path: Path) -> None:
+def test_kept_rows_of_fused_qkv_equal_base_rows(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     groups, plan = plan_random(model)
     pruned = apply_plan(model, plan, groups)
@@ -151,7 +151,7 @@ def test_kept_rows_of_fused_queries_keys_and_values_are_the_base_rows(tmp_path: 
         (lambda plan: plan.pop("heads"), "not a plan"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused_by_name(change, message: str, tmp_path: Path) -> None:
+def test_plan_that_does_not_fit_is_refused(change, message: str, tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     _, plan = plan_random(model)
     values = json.loads(plan.to_json())
@@ -160,7 +160,7 @@ def test_a_plan_that_does_not_fit_is_refused_by_name(change, message: str, tmp_p
         apply_plan(model, PruningPlan.from_json(json.dumps(values)))
 
 
-def test_one_dim_in_each_head_is_followed_where_a_linear_then_adds_its_bias_apart() -> None:
+def test_heads_of_one_dim_are_cut() -> None:
     sizes = {"img_size": 112, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 2)}
     model = load_base("timm/swin_tiny_patch4_window7_224", pretrained=False, model_args=sizes).model
     groups = trace_groups(model)

@@ -30,7 +30,7 @@ def result(base) -> PruneResult:
     return prune_model(base, HALF)
 
 
-def test_a_replay_gives_every_tensor_bit_for_bit_and_the_plan_as_it_was(base, result: PruneResult) -> None:
+def test_replay_gives_bit_equal_tensors_and_same_plan(base, result: PruneResult) -> None:
     again, plan = replay_plan(base, PruningPlan.from_json(result.plan.to_json()))
     assert plan.to_json() == result.plan.to_json()
     tensors = result.model.state_dict()
@@ -44,7 +44,7 @@ def test_a_replay_gives_every_tensor_bit_for_bit_and_the_plan_as_it_was(base, re
     assert torch.equal(again.model.blocks[0].mlp.fc1.weight, by_hand)
 
 
-def test_other_weights_are_refused_by_their_fingerprint_unless_told_otherwise(
+def test_other_weights_are_refused_unless_fingerprint_is_ignored(
     result: PruneResult, tmp_path: Path
 ) -> None:
     other = make_base("vit", tmp_path)
@@ -64,7 +64,7 @@ def test_a_plan_without_a_fingerprint_is_refused_too(base, result: PruneResult) 
         replay_plan(base, replace(result.plan, fingerprint=""))
 
 
-def test_a_plan_edited_by_hand_is_cut_as_it_says_and_gets_its_own_costs(base, result: PruneResult) -> None:
+def test_edited_plan_is_cut_and_costed_as_edited(base, result: PruneResult) -> None:
     name = "blocks.1.mlp.fc1"
     edited = replace(result.plan, kept={**result.plan.kept, name: (0, 5, 9)})
     pruned, plan = replay_plan(base, edited)
@@ -91,7 +91,7 @@ def test_what_does_not_fit_the_model_is_refused(base, result: PruneResult) -> No
             replay_plan(base, replace(result.plan, kept={**kept, **entry}))
 
 
-def test_a_plan_is_read_from_a_file_and_from_a_folder(result: PruneResult, tmp_path: Path) -> None:
+def test_plan_is_read_from_file_and_folder(result: PruneResult, tmp_path: Path) -> None:
     (tmp_path / "pruning_plan.json").write_text(result.plan.to_json())
     assert PruningPlan.load(tmp_path) == PruningPlan.load(str(tmp_path / "pruning_plan.json")) == result.plan
 
@@ -157,7 +157,7 @@ def test_a_truncated_plan_is_refused(result: PruneResult, tmp_path: Path) -> Non
         PruningPlan.load(tmp_path / "plan.json")
 
 
-def test_a_missing_file_and_a_folder_without_a_plan_are_named(tmp_path: Path) -> None:
+def test_missing_file_and_folder_without_plan_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none.json cannot be read \(No such file"):
         PruningPlan.load(tmp_path / "none.json")
     with pytest.raises(CheckpointError, match=f"{tmp_path} has no pruning_plan.json"):

@@ -88,7 +88,7 @@ def make_copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassifi
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_block_keeps_the_widths_that_were_asked_for(family: str, made) -> None:
+def test_every_block_keeps_requested_widths(family: str, made) -> None:
     sample = made(family)
     config, mlp = sample.result.model.model.config, 128 if family in TIMM else 64
     # 32 channels, 4 heads of 8 dims, and the MLP: half of the channels, one head, and two dims of each head leave.
@@ -101,7 +101,7 @@ def test_every_block_keeps_the_widths_that_were_asked_for(family: str, made) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_which_channels_stay_is_decided_in_each_block_by_score(family: str, made) -> None:
+def test_kept_channels_of_each_block_are_best_scored(family: str, made) -> None:
     sample = made(family)
     found = [(name, kept) for name, kept in sample.result.plan.kept.items() if name.endswith("mlp.fc1")]
     for name, kept in found:
@@ -111,7 +111,7 @@ def test_which_channels_stay_is_decided_in_each_block_by_score(family: str, made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_stock_model_computes_what_the_base_does_without_the_channels(family: str, tmp_path: Path) -> None:
+def test_stock_model_equals_base_without_removed_channels(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path)
     recipe = PruneRecipe(criterion="l1", layout="uniform", include=["*.mlp.fc1"], round_to=1)
     result = prune_model(base, recipe)
@@ -124,7 +124,7 @@ def test_the_stock_model_computes_what_the_base_does_without_the_channels(family
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [{"target_macs": "50%"}, {"target_params": "60%"}])
-def test_a_budget_is_met_from_below_as_near_as_equal_widths_come(family: str, budget: dict, tmp_path: Path) -> None:
+def test_equal_widths_meet_budget_from_below(family: str, budget: dict, tmp_path: Path) -> None:
     base = make_base(family, tmp_path)
     result = prune_model(base, PruneRecipe(criterion="l1", layout="uniform", round_to=1, **budget))
     key, share = next((name.removeprefix("target_"), int(text[:-1]) / 100) for name, text in budget.items())
@@ -200,7 +200,7 @@ def elsewhere(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stock_transformers_opens_the_folder_alone_with_equal_logits(family: str, elsewhere) -> None:
+def test_stock_transformers_opens_folder_with_equal_logits(family: str, elsewhere) -> None:
     answers, _ = elsewhere
     assert answers["loaded"] == []
     answer = answers[family]
@@ -222,7 +222,7 @@ def test_the_stock_pipeline_says_what_our_model_says(family: str, elsewhere) -> 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 @pytest.mark.parametrize("size", [{"shortest_edge": 36}, {"height": 36, "width": 36}])
-def test_the_stock_processor_makes_the_same_pixels_where_margins_are_even(mode: str, size: dict) -> None:
+def test_stock_processor_makes_equal_pixels_for_even_margins(mode: str, size: dict) -> None:
     ours = IsoImageProcessor(size=size, crop_size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6])
     stock = stock_processor(ours)
     assert type(stock).__module__.startswith("transformers.")
@@ -233,7 +233,7 @@ def test_the_stock_processor_makes_the_same_pixels_where_margins_are_even(mode: 
         assert torch.equal(*pixels)
 
 
-def test_an_odd_margin_is_cropped_at_most_one_pixel_further() -> None:
+def test_odd_margin_is_cropped_one_pixel_further() -> None:
     ours = IsoImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 35, 3), dtype=np.uint8))
     # (35 - 32) / 2 = 1.5: half to even is 2, rounded down it is 1.
@@ -244,7 +244,7 @@ def test_an_odd_margin_is_cropped_at_most_one_pixel_further() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_folder_is_one_of_ours_when_opened_here(family: str, made) -> None:
+def test_uniform_folder_opens_as_pruned_folder(family: str, made) -> None:
     sample = made(family)
     opened = load_base(str(sample.folder)).model
     assert (opened.config.layout, opened.config.stage, opened.config.structure) == ("uniform", "pruned", None)
@@ -286,14 +286,14 @@ def test_card_of_uniform_folder_needs_only_transformers(made) -> None:
     assert "trust_remote_code" not in card and "import isoprune_hf" not in card
 
 
-def test_stochastic_depth_finds_both_branches_of_a_stock_block(made) -> None:
+def test_stochastic_depth_finds_both_branches_of_block(made) -> None:
     model = make_copy(made("hf-vit").result.model)
     with regularised(model, FinetuneRecipe(drop_path=0.2)):
         assert [layer.dropout.drop_prob for layer in model.model.vit.layers] == [0.0, 0.2]
     assert all(isinstance(layer.dropout, torch.nn.Dropout) for layer in model.model.vit.layers)
 
 
-def test_a_uniform_model_can_be_cut_again_and_keeps_its_first_base(made) -> None:
+def test_uniform_model_cut_again_keeps_first_base(made) -> None:
     first = made("deit").result.model
     again = prune_model(first, PruneRecipe(criterion="l1", ratio=0.25, layout="uniform", round_to=1))
     assert (again.model.model.config.hidden_size, again.model.model.config.intermediate_size) == (12, 48)
@@ -318,7 +318,7 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
         ({"pre_norm": True}, "a norm before the blocks"),
     ],
 )
-def test_a_vit_with_a_part_that_stock_models_have_not_is_refused(args: dict, part: str) -> None:
+def test_vit_with_nonstandard_part_is_refused(args: dict, part: str) -> None:
     model = load_base("timm/vit_tiny_patch16_224", False, model_args={**TIMM["deit"][1], **args}).model
     with pytest.raises(RecipeError, match=f"this VisionTransformer has {part}"):
         prune_model(model, PruneRecipe(criterion="l1", layout="uniform"))
@@ -345,12 +345,12 @@ def test_a_model_that_was_cut_unevenly_is_refused(tmp_path: Path) -> None:
         to_stock(uneven)
 
 
-def test_a_budget_below_the_floors_is_refused_before_scoring(tmp_path: Path) -> None:
+def test_budget_below_floors_is_refused_before_scoring(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="cannot be reached"):
         prune_model(make_base("deit", tmp_path), PruneRecipe(criterion="l1", layout="uniform", target_macs="1%"))
 
 
-def test_a_stock_model_that_computes_something_else_is_not_made(made, tmp_path: Path) -> None:
+def test_stock_model_with_different_logits_is_refused(made, tmp_path: Path) -> None:
     class Doubled(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * x

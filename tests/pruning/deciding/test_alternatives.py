@@ -22,7 +22,7 @@ from isoprune_hf.recipes import PruneRecipe
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_each_alternative_is_a_plan_at_the_same_macs(family: str, tmp_path: Path) -> None:
+def test_each_alternative_plan_has_equal_macs(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     groups = trace_groups(model)
     scores, cost = score_groups(model, groups, criterion="l1"), cost_model(model, groups)
@@ -41,7 +41,7 @@ def test_each_alternative_is_a_plan_at_the_same_macs(family: str, tmp_path: Path
     assert plans["local"].kept != plans["global"].kept != plans["isomorphic"].kept
 
 
-def test_a_budget_replaces_that_of_a_recipe_and_keeps_what_a_preset_took() -> None:
+def test_new_budget_keeps_settings_filled_by_preset() -> None:
     assert recipe_of_budget(PruneRecipe(criterion="taylor", target_params="3M"), "50%") == PruneRecipe(
         criterion="taylor", target_macs="50%"
     )

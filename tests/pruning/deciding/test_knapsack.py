@@ -56,7 +56,7 @@ def draw(seed: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("share", [0.7, 0.4])
-def test_no_other_widths_of_a_chain_lose_much_less(seed: int, share: float) -> None:
+def test_no_widths_of_chain_lose_much_less(seed: int, share: float) -> None:
     # What a channel saves depends on its neighbours, so greedy may miss the best: by a few per cent of all loss.
     groups, cost = chain(SIZES)
     scores = draw(seed, SIZES)
@@ -79,7 +79,7 @@ def test_no_other_widths_of_a_chain_lose_much_less(seed: int, share: float) -> N
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_channels_of_equal_cost_leave_in_the_order_of_their_loss(seed: int) -> None:
+def test_channels_of_equal_cost_leave_by_loss(seed: int) -> None:
     # Ten MACs each: the least loss is that of the weakest channels of all, and greedy finds it.
     groups = [group(name, f"layer {name}", size) for name, size in SIZES.items()]
     scores = draw(seed, SIZES)
@@ -102,7 +102,7 @@ def test_what_costs_more_leaves_first_at_equal_loss() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("figure", ["macs", "params"])
-def test_a_budget_is_met_from_below_by_half_a_per_cent(family: str, figure: str, tmp_path) -> None:
+def test_budget_is_met_from_below_within_half_percent(family: str, figure: str, tmp_path) -> None:
     model = make_base(family, tmp_path)
     groups = trace_groups(model)
     cost = cost_model(model, groups)
@@ -180,7 +180,7 @@ def test_knapsack_without_budget_keeps_macs_of_class(family: str, tmp_path) -> N
     assert pooled.kept != by_class.kept
 
 
-def test_a_latency_budget_is_met_by_what_layers_take(vit) -> None:
+def test_latency_budget_is_met_by_layer_times(vit) -> None:
     groups, cost, scores = vit
     macs = cost.layer_macs({}, {})
     layer = next(name for name in macs if name.endswith("mlp.fc1"))

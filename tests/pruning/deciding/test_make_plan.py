@@ -44,7 +44,7 @@ def test_layer_entirely_below_threshold_keeps_its_best_channel() -> None:
     assert plan.kept == {"a": (3,), "b": (1, 2, 3)}
 
 
-def test_min_keep_and_max_ratio_hold_in_every_layer() -> None:
+def test_every_layer_respects_min_keep_and_max_ratio() -> None:
     scores = {"a": [1, 2, 3, 4], "b": [50, 60, 70, 80]}
     assert plan_for(scores, [A, B], ratio=0.5, min_keep=2).kept == {"a": (2, 3), "b": (2, 3)}
     assert plan_for(scores, [A, B], ratio=0.25, max_ratio=0.25).kept == {"a": (1, 2, 3), "b": (1, 2, 3)}
@@ -145,14 +145,14 @@ def test_normalizer_puts_groups_on_one_scale() -> None:
     assert plan_for(scores, [A, B], ratio=0.25, normalizer="max").kept == {"b": (2, 3)}
 
 
-def test_shared_head_dims_are_the_same_in_every_head() -> None:
+def test_shared_head_dims_are_equal_in_every_head() -> None:
     attention, scores = [group("x", "attn", 6, num_heads=2)], {"x": [9, 1, 5, 2, 8, 7]}
     # By the mean of both heads the dims are worth 5.5, 4.5 and 6.
     plan = plan_for(scores, attention, head_dim_ratio=1 / 3, head_dims="shared")
     assert plan.kept == {"x": (0, 2, 3, 5)}
 
 
-def test_the_margins_of_a_plan_are_those_of_its_classes() -> None:
+def test_margins_of_plan_are_those_of_classes() -> None:
     plan = plan_for(SCORES, [A, B, C], ratio=0.25)
     assert plan.margins["a"] == {"removed": 2.0, "kept": 3.0}
     assert plan.margins["c"] == pytest.approx({"removed": 0.1, "kept": 0.2})
@@ -198,7 +198,7 @@ def test_one_block_of_a_stage_stays() -> None:
     assert plan_blocks(remove_blocks="auto", ratio=1.0).removed_blocks == ("s.1", "s.2")
 
 
-def test_numbers_of_blocks_by_pattern_leave_where_they_match() -> None:
+def test_blocks_counted_by_pattern_leave_where_it_matches() -> None:
     assert plan_blocks(remove_blocks={"s.[02]": 1}, ratio=0.0).removed_blocks == ("s.2",)
     # s.1 has the lowest score of all and leaves for the first pattern: the second one takes the next.
     assert plan_blocks(remove_blocks={"s.1": 1, "s.*": 1}, ratio=0.0).removed_blocks == ("s.1", "s.2")
@@ -257,7 +257,7 @@ def test_swap_of_two_groups_meets_budget_closer() -> None:
     assert plan.achieved["pruned"]["macs"] == 200
 
 
-def test_ratios_alone_need_no_cost_and_a_budget_does() -> None:
+def test_only_a_budget_needs_a_cost_model() -> None:
     scores = ImportanceScores({"a": torch.arange(4.0)}, "l1", "print", {})
     assert make_plan([A], scores, PruneRecipe(criterion="taylor", ratio=0.5, round_to=1)).kept == {"a": (2, 3)}
     with pytest.raises(RecipeError, match="target_params needs the cost of `cost_model`"):

@@ -75,7 +75,7 @@ class Compared:
 @pytest.mark.parametrize("round_to", [None, 2])
 @pytest.mark.parametrize(("ratio", "seed"), [(0.3, 0), (0.5, 1)])
 @pytest.mark.parametrize("family", one_of_each(["vit", "deit", "convnext", "resnet", "mobilenet_v2"], "vit", "resnet"))
-def test_the_preset_leaves_the_tensors_that_torch_pruning_leaves(
+def test_reference_preset_keeps_tensors_of_torch_pruning(
     family: str, ratio: float, seed: int, round_to: int | None, deep, monkeypatch
 ) -> None:
     model = deep(family)
@@ -88,7 +88,7 @@ def test_the_preset_leaves_the_tensors_that_torch_pruning_leaves(
         assert sum(found.heads.values()) < 4 * len(found.heads)
 
 
-def test_the_preset_and_torch_pruning_agree_on_gradients_of_images(deep, monkeypatch) -> None:
+def test_reference_preset_equals_torch_pruning_on_image_gradients(deep, monkeypatch) -> None:
     model = deep("vit")
     batches = batches_of(model, [4, 4])
     for images, labels in batches:
@@ -116,7 +116,7 @@ def test_equal_scores_leave_together_as_in_torch_pruning(round_to: int | None, d
     assert {len(found.plan.kept[f"blocks.{block}.mlp.fc1"]) for block in range(4)} == {58 - 58 % (round_to or 1)}
 
 
-def test_a_layer_that_torch_pruning_leaves_dense_is_cut_and_named_and_all_others_are_equal(deep, monkeypatch) -> None:
+def test_only_layer_left_dense_by_torch_pruning_differs(deep, monkeypatch) -> None:
     model = deep("resnet")
     found = Compared(model, seeded_gradients(model, 0), monkeypatch, ratio=0.5, round_to=4)
     spared = ["layer1.0.conv1", "layer1.0.conv2"]
@@ -128,7 +128,7 @@ def test_a_layer_that_torch_pruning_leaves_dense_is_cut_and_named_and_all_others
     assert found.unequal and all(name.startswith(touched) for name in found.unequal)
 
 
-def test_torch_pruning_keeps_the_same_channels_of_a_layer_norm_but_may_shuffle_them(deep, monkeypatch) -> None:
+def test_torch_pruning_may_shuffle_channels_of_layer_norm(deep, monkeypatch) -> None:
     model = deep("convnext")
     found = Compared(model, seeded_gradients(model, 0), monkeypatch, ratio=0.7, round_to=2)
     assert found.unequal and all(
@@ -140,7 +140,7 @@ def test_torch_pruning_keeps_the_same_channels_of_a_layer_norm_but_may_shuffle_t
 
 @pytest.mark.families
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_full_size_models_at_the_published_ratios_are_cut_alike(name: str, monkeypatch) -> None:
+def test_full_size_models_equal_torch_pruning(name: str, monkeypatch) -> None:
     model = load_base(name, False, seed=0).model
     found = Compared(model, seeded_gradients(model, 0), monkeypatch, round_to=2, **PUBLISHED[name])
     assert found.unequal == [] and found.plan.notes == ()
@@ -153,7 +153,7 @@ def test_full_size_models_at_the_published_ratios_are_cut_alike(name: str, monke
 ATTENTION = [group("x", "attn", 6, num_heads=2)]
 
 
-def test_a_threshold_takes_all_equal_scores_and_what_float_arithmetic_cuts_off() -> None:
+def test_threshold_removes_ties_and_truncates_counts() -> None:
     units = {"a": np.array([1.0, 2, 2, 5]), "b": np.array([2.0, 3, 4, 6])}
     # Half of 8 is the fourth lowest, 2: three channels worth 2 and the one worth 1 leave.
     assert threshold_counts(units, {"a": 1, "b": 1}, 0.5) == ({"a": 1, "b": 3}, {"removed": 2.0, "kept": 3.0})
@@ -165,7 +165,7 @@ def test_a_threshold_takes_all_equal_scores_and_what_float_arithmetic_cuts_off()
     assert threshold_counts(units, {"a": 1, "b": 1}, 1.0) == ({"a": 0, "b": 0}, None)
 
 
-def test_groups_that_may_lose_nothing_are_not_in_the_pool_of_a_threshold() -> None:
+def test_threshold_pool_omits_unprunable_groups() -> None:
     units = {"a": np.arange(4.0), "b": np.arange(4.0)}
     assert threshold_counts(units, {"a": 4, "b": 1}, 0.5)[0] == {"a": 4, "b": 2}
     assert threshold_counts(units, {"a": 4, "b": 4}, 0.5) == ({"a": 4, "b": 4}, None)
@@ -180,7 +180,7 @@ def test_rounding_down_gives_nothing_back() -> None:
     assert {name: len(left) for name, left in kept.items()} == {"a": 4, "b": 4}
 
 
-def test_heads_that_leave_have_a_say_about_shared_dims_where_asked() -> None:
+def test_shared_dims_may_count_removed_heads() -> None:
     # Head 0 leaves. Head 1 alone would drop its dim 1; by the mean of both, 4.5, 3, 2.5, it is dim 2.
     options = {"head_ratio": 0.5, "head_dim_ratio": 1 / 3}
     scores = {"x": [3, 4, 0, 6, 2, 5]}
@@ -188,7 +188,7 @@ def test_heads_that_leave_have_a_say_about_shared_dims_where_asked() -> None:
     assert plan_for(scores, ATTENTION, head_dims="shared_all", **options).kept == {"x": (3, 4)}
 
 
-def test_an_attention_below_the_threshold_whole_keeps_its_best_head() -> None:
+def test_attention_entirely_below_threshold_keeps_best_head() -> None:
     attention = [group("x", "attn", 4, num_heads=2), group("y", "attn", 4, num_heads=2)]
     scores = {"x": [1, 1, 2, 2], "y": [3, 3, 4, 4]}
     plan = plan_for(scores, attention, head_ratio=0.5, head_dim_ratio=0.0, selection="threshold")
@@ -198,7 +198,7 @@ def test_an_attention_below_the_threshold_whole_keeps_its_best_head() -> None:
     )
 
 
-def test_weights_of_linears_convolutions_and_layer_norms_count_and_nothing_else(tmp_path) -> None:
+def test_only_linears_convolutions_and_layer_norms_count(tmp_path) -> None:
     base = make_base("convnext", tmp_path).model
     counted = scored_by_reference(base, dict(base.named_parameters()))
     assert {name for name in counted if name.startswith("stages.0.")} == {
@@ -217,7 +217,7 @@ def test_weights_of_linears_convolutions_and_layer_norms_count_and_nothing_else(
 # The preset as a setting
 
 
-def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> None:
+def test_preset_fills_defaults_and_survives_replace() -> None:
     recipe = PruneRecipe(preset="reference", ratio=0.3, normalizer="mean")
     assert (recipe.criterion, recipe.head_dims, recipe.selection) == ("taylor_reference", "shared_all", "threshold")
     assert (recipe.rounding, recipe.min_keep, recipe.ratio, recipe.round_to) == ("down", 1, 0.3, 8)
@@ -252,12 +252,12 @@ def test_a_preset_sets_what_is_left_at_its_default_and_survives_a_change() -> No
         ({"target_macs": "50%"}, "takes prune.target_macs None, got 50%"),
     ],
 )
-def test_a_value_that_contradicts_the_preset_is_refused_by_name(values, message: str) -> None:
+def test_value_that_contradicts_preset_is_refused(values, message: str) -> None:
     with pytest.raises(RecipeError, match=f"prune.preset reference {message}: leave out one of the two"):
         PruneRecipe(preset="reference", **values)
 
 
-def test_a_preset_that_is_not_known_and_scores_of_another_kind_are_refused(tmp_path) -> None:
+def test_unknown_preset_and_other_scores_are_refused(tmp_path) -> None:
     with pytest.raises(RecipeError, match=r"preset must be one of best, paper, reference, got 'good'"):
         PruneRecipe(preset="good")
     model = make_base("resnet", tmp_path)

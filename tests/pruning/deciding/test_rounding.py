@@ -60,7 +60,7 @@ def rounded(counts, allowed, **sizes):
     return round_counts(counts, allowed, units, ones(counts))
 
 
-def test_widths_are_rounded_and_the_class_keeps_its_sum() -> None:
+def test_rounded_widths_keep_the_class_sum() -> None:
     counts = {"a": 13, "b": 22, "c": 29}
     assert rounded(counts, {name: [8, 16, 24, 32] for name in counts}) == {"a": 16, "b": 24, "c": 24}
 
