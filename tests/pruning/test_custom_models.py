@@ -168,9 +168,7 @@ def test_custom_network_passes_all_stages(library: str, how: str, tmp_path: Path
         assert torch.equal(again(images).logits, pruned(images).logits)
 
 
-def test_folder_of_unregistered_class_names_its_import(
-    fresh_python: FreshPython, tmp_path: Path
-) -> None:
+def test_folder_of_unregistered_class_names_its_import(fresh_python: FreshPython, tmp_path: Path) -> None:
     register()
     model, processor = open_own("transformers", "split", tmp_path / "own")
     save_model_folder(tmp_path / "dense", model, processor)

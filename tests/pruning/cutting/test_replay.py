@@ -44,9 +44,7 @@ def test_replay_gives_bit_equal_tensors_and_same_plan(base, result: PruneResult)
     assert torch.equal(again.model.blocks[0].mlp.fc1.weight, by_hand)
 
 
-def test_other_weights_are_refused_unless_fingerprint_is_ignored(
-    result: PruneResult, tmp_path: Path
-) -> None:
+def test_other_weights_are_refused_unless_fingerprint_is_ignored(result: PruneResult, tmp_path: Path) -> None:
     other = make_base("vit", tmp_path)
     with torch.no_grad():
         other.model.head.bias[0] += 1
