@@ -97,7 +97,11 @@ def test_light_installation_names_extra_of_every_stage() -> None:
     assert re.fullmatch(f"({line}){{{len(calls)}}}", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["--quiet", "-h"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], *(pytest.param(words, marks=pytest.mark.launch) for words in (["--version"], ["--quiet", "-h"]))],
+    ids=" ".join,
+)
 def test_light_installation_answers_help_and_version(arguments: list[str]) -> None:
     script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nsys.exit(main({arguments}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)

@@ -139,10 +139,13 @@ def test_transformers_entry_of_unusual_size_is_refused(name: str, value: Any) ->
     "base",
     [
         {**BASE, "args": {**VIT, "depth": 10**6}},
-        {
-            "library": "transformers",
-            "config": TRANSFORMERS["hf-vit"].to_diff_dict() | {"model_type": "vit", "num_hidden_layers": 10**6},
-        },
+        pytest.param(
+            {
+                "library": "transformers",
+                "config": TRANSFORMERS["hf-vit"].to_diff_dict() | {"model_type": "vit", "num_hidden_layers": 10**6},
+            },
+            marks=pytest.mark.families,
+        ),
     ],
     ids=["timm", "transformers"],
 )

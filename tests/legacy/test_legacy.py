@@ -123,7 +123,7 @@ WRAPPED: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("wrapped", one_of_each(WRAPPED, "module", "timm", "torchvision"))
 def test_raw_and_averaged_weights_are_found(
     wrapped: str, resnet: nn.Module, averaged: nn.Module, tmp_path: Path
 ) -> None:

@@ -266,7 +266,7 @@ def test_random_block_scores_do_not_change_group_scores(case) -> None:
     assert first.blocks == again.blocks and len(set(first.blocks.values())) == 2
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", one_of_each(["vit", "resnet"], "vit"))
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_restores_model_and_random_state(criterion: str, family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path).train()
