@@ -66,6 +66,8 @@ def _multi_head_sizes(
 ) -> None:
     """Read the heads and dims from the projection, because the calls inside are made with plain integers."""
     projection = kwargs["q_proj_weight"] if weight is None else weight
+    if weight is None:  # the layer checks that keys and values have the width of the queries
+        trace.tie(trace.axes(kwargs[name])[0] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
     found = factors(trace.split_at(trace.axes(projection)[0], [int(width)])[0])
     trace.equate_size(expression_of(width), trace.axes(query)[-1])
     if int(heads) > 1 and len(found) > 1:

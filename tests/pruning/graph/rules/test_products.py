@@ -59,3 +59,12 @@ def test_torch_attention_has_heads_and_dims() -> None:
     assert spell(trace) == "(3!*(A*B)), (3!*(A*B)) C, D, D (A*B), 1 E C"
     head, dim = leaves(trace.tensors["layer.out_proj.weight"][1])
     assert (head.size, dim.size, head.is_batch, dim.is_batch) == (2, 4, True, False)
+
+
+def test_attention_keeps_equal_widths_of_keys_and_values() -> None:
+    attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=10, batch_first=True)
+    trace = trace_layer(
+        attention, lambda m: m.layer(m.q, m.k, m.v, need_weights=False)[0], q=(1, 5, 8), k=(1, 4, 6), v=(1, 4, 10)
+    )
+    names = ("layer.q_proj_weight", "layer.k_proj_weight", "layer.v_proj_weight", "layer.out_proj.weight")
+    assert spell(trace, *names) == "(A*B) C, (A*B) D, (A*B) E, F (A*B)"
