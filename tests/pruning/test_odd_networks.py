@@ -17,6 +17,7 @@ HANDLED = (
     "channel_attention",
     "dead_branch",
     "dict_output",
+    "group_norm_per_channel",
     "huge_weight",
     "reused",
     "sizes_by_numel",

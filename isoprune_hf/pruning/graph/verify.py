@@ -156,13 +156,23 @@ def check_cut(
         if expected != now:
             where = (op.module if op is not None else "") or "the model"
             raise UnsupportedArchitectureError(
-                f"{where} does not run as before after this cut: {_describe(now)} instead of {_describe(expected)}; "
+                f"{where} does not run as before after this cut: {_describe(now, expected)} instead of "
+                f"{_describe(expected, now)}; "
                 "exclude its channels with prune.exclude"
             )
 
 
-def _describe(op: ObservedOp | None) -> str:
-    return "the end" if op is None else f"{op.name} to {' and '.join(str(list(shape)) for shape in op.shapes[:1])}"
+def _describe(op: ObservedOp | None, other: ObservedOp | None) -> str:
+    """Describe an operation by its first output whose shape differs from that of the other operation."""
+    if op is None:
+        return "the end"
+    if other is None or other.name != op.name:
+        return f"{op.name} to {list(op.shapes[0])}"
+    number, (shape, _) = next(
+        (number, pair) for number, pair in enumerate(zip_longest(op.shapes, other.shapes)) if pair[0] != pair[1]
+    )
+    size = "nothing" if shape is None else str(list(shape))
+    return f"{op.name} to {size}" + (f" (output {number + 1})" if number else "")
 
 
 class _Observer(DispatchMode):

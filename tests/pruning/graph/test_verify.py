@@ -12,8 +12,9 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.axis import frozen_axis
 from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
-from isoprune_hf.pruning.graph.verify import sizes_after
+from isoprune_hf.pruning.graph.verify import check_cut, sizes_after
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import score_groups
 from isoprune_hf.recipes import PruneRecipe
@@ -42,6 +43,8 @@ class Numbers(nn.Module):
             mid = (mid @ key.transpose(1, 2) * self.scale).softmax(-1) @ key
         elif self.kind == "flow" and len(range(mid.shape[-1])) < 12:  # a comparison that no traced integer records
             mid = mid.relu()
+        elif self.kind == "two outputs":
+            mid = mid + mid.max(1).values[:, None]
         return self.head((mid + key).mean(1))
 
 
@@ -92,6 +95,17 @@ def test_network_that_runs_differently_is_rejected() -> None:
     assert "\n" not in str(caught.value) and "relu to" in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.model.mid.out_features == 16 and model.config.structure is None
+
+
+def test_difference_in_a_later_output_is_shown() -> None:
+    model = open_network("two outputs")
+    groups, image_size = trace_groups(model), (3, 8, 8)
+    op = next(op for op in groups.graph.trace.ops if op.name == "max")
+    wrong = op._replace(outputs=(op.outputs[0], (*op.outputs[1][:-1], frozen_axis(15, "too small"))))
+    groups.graph.trace.ops[groups.graph.trace.ops.index(op)] = wrong
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        check_cut(groups.graph, model.model, image_size, {}, ())
+    assert "max to [1, 16] (output 2) instead of max to [1, 15] (output 2)" in str(caught.value)
 
 
 def masks_of(groups: TracedGroups, name: str, kept: int) -> dict[tuple[str, int], np.ndarray]:

@@ -59,7 +59,15 @@ def _group_norm(trace: Trace, out: Any, x: Tensor, *args: Any) -> list[Axes] | A
     elif groups == axes[1].size:
         trace.group_axis = axes[1]
     trace.tie((axes[1], *(trace.axes(tensor)[0] for tensor in tensors)))
-    return trace.output_axes(out, axes)
+    if isinstance(out, Tensor):
+        return axes
+    # One mean and one deviation for each group: if every channel is a group, there are as many as channels.
+    statistics = axes[0], trace.group_axis
+    counts = [axis.size for axis in statistics]
+    return [
+        axes,
+        *(statistics if list(part.shape) == counts else trace.frozen_axes(part, _UNUSED) for part in out[1:]),
+    ]
 
 
 @size_rule("group_norm")

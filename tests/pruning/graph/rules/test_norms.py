@@ -3,6 +3,8 @@ import torch
 from helpers.axis_notation import AxisCase, check_axes, reasons, trace_function
 from torch.nn import functional as F
 
+from isoprune_hf.pruning.graph.axis import find, is_frozen
+
 IMAGE = (1, 8, 5, 5)
 
 # Name -> function, its parameters and attributes, and the axes of the parameters.
@@ -51,3 +53,12 @@ def test_groups_of_norms_are_frozen_with_reason() -> None:
     assert reasons(trace_function(lambda m: F.group_norm(m.x, 2), x=IMAGE)) == {"groups of a norm"}
     uneven = trace_function(lambda m: F.group_norm(torch.cat([m.a, m.b], 1), 2), a=(1, 3, 4), b=(1, 5, 4))
     assert reasons(uneven) == {"groups of a norm (a split at [3] lies inside a factor)"}
+
+
+def test_statistics_of_a_group_norm_follow_the_groups() -> None:
+    per_channel = trace_function(lambda m: F.group_norm(m.x, m.n, m.w), x=IMAGE, w=(8,), n=8)
+    (norm,) = (op for op in per_channel.ops if op.name == "native_group_norm")
+    assert [find(axes[1]) for axes in norm.outputs] == [find(per_channel.tensors["w"][0])] * 3
+    two = trace_function(lambda m: F.group_norm(m.x, 2, m.w), x=IMAGE, w=(8,))
+    (norm,) = (op for op in two.ops if op.name == "native_group_norm")
+    assert [axes[1].size for axes in norm.outputs] == [8, 2, 2] and is_frozen(norm.outputs[1][1])
