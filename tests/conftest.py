@@ -15,7 +15,7 @@ from isoprune_hf.recipes import PruneRecipe
 
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pruned]:
-    """Give the pruned model of a family of `tiny_models`; made when it is first asked for, not to be changed."""
+    """Return a function that returns the pruned model of a family of `tiny_models`; it must not be changed."""
     made: dict[str, Pruned] = {}
     root = tmp_path_factory.mktemp("pruned")
 

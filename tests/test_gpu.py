@@ -1,4 +1,4 @@
-"""What only a GPU shows: the same scores, cut and repair as on the CPU, and training in bf16, compiled, resumed."""
+"""Checks on a GPU: scores, cut and repair as on the CPU, and training in bf16, compiled and resumed."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ FAMILIES = ["vit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit"]
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """TF32 off, so that both devices compute in fp32."""
+    """Disable TF32, so that both devices compute in fp32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield

@@ -66,7 +66,7 @@ def test_index_with_files_outside_is_refused(pruned: Callable[[str], Pruned], tm
 
 
 def bomb(path: Path, width: int, height: int) -> Path:
-    """A PNG of some hundred kilobytes at most that stands for width x height black pixels."""
+    """Return a PNG of at most a few hundred kilobytes that decodes to width x height black pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

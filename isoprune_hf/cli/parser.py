@@ -100,7 +100,7 @@ def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _name_positionals(stage: str, flags: list[str]) -> list[str]:
-    """Put the names of positional flags before their values."""
+    """Insert the names of positional flags before their values."""
     named: list[str] = []
     for name, value in zip(STAGES[stage].positional, flags, strict=False):
         if value.startswith("-"):
@@ -110,7 +110,7 @@ def _name_positionals(stage: str, flags: list[str]) -> list[str]:
 
 
 def _bracket_lists(stage: str, flags: list[str]) -> list[str]:
-    """Put the brackets around lists that are given without them: 1,16 becomes [1,16]."""
+    """Add brackets to lists that are given without them: 1,16 becomes [1,16]."""
     names = {f"--{flag.name}" for flag in STAGES[stage].flags if flag.is_list}
     bracketed = []
     for before, word in itertools.pairwise(["", *flags]):
@@ -124,7 +124,7 @@ def _bracket_lists(stage: str, flags: list[str]) -> list[str]:
 
 
 def _recipes_first(stage: str, arguments: list[str]) -> list[str]:
-    """Put the content of recipe files before all flags, so that a flag wins on either side of the file."""
+    """Move the content of recipe files before all flags, so that a flag before or after `--config` overrides it."""
     if stage in _STAGES_WITH_EMBEDDED_RECIPE and not any(
         re.match(r"--(config|prune\.model|prune)(=|$)|-h$|--help$", argument) for argument in arguments
     ):

@@ -1,4 +1,4 @@
-"""Let the ranks of a launch agree on which of them failed first: only that one reports, all end with its code."""
+"""Determine which rank of a launch failed first: only that rank reports its error, and all exit with its code."""
 
 import os
 from datetime import timedelta

@@ -52,7 +52,7 @@ DECODE_ERRORS: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True)
 class Decoding:
-    """How images are read.
+    """Settings for reading images.
 
     Args:
         broken: Policy for an image that cannot be read. `error` raises. `skip` uses the next readable image of the

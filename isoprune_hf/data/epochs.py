@@ -16,7 +16,7 @@ from isoprune_hf.recipes import FinetuneRecipe
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Which samples one epoch of training has, in which order.
+    """The samples of one epoch of training and their order.
 
     Args:
         seed: Seed of the training.

@@ -41,7 +41,7 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How images are loaded.
+    """Settings for loading images.
 
     Args:
         batch_size: Images of a batch on each rank; in training, images of an update over all ranks.

@@ -26,12 +26,12 @@ _MIN_ROUNDS = 5  # timed rounds before a time limit ends a measurement
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often each model is called. In a round every model is called once.
+    """Numbers of calls in a measurement. In a round, every model is called once.
 
     Args:
         repeats: Timed rounds.
         warmup: Untimed rounds before them.
-        seconds: No new round starts once the timed ones took this long, but at least five are made.
+        seconds: No new round starts after the timed rounds took this long, but at least five are run.
     """
 
     repeats: int

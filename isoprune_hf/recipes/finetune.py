@@ -24,7 +24,7 @@ def list_optimizers() -> list[str]:
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """How to train weights: after the cut, or before it for a base with random weights.
+    """Settings for training the pruned model.
 
     Args:
         epochs: Passes over the training split; 0 does not train.
@@ -233,7 +233,7 @@ class FinetuneRecipe:
 
 @dataclass(frozen=True)
 class PretrainRecipe(FinetuneRecipe):
-    """How to train a base with random weights before the cut; off by default. Settings as in `FinetuneRecipe`."""
+    """Settings for training a base with random weights before the cut; off by default. See `FinetuneRecipe`."""
 
     section: ClassVar[str] = "pretrain"
     epochs: int = 0

@@ -65,7 +65,7 @@ _PLAIN = {"allocation": "class", "rotate": False, "reconstruct": "none"}
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """How to open, score and cut a base.
+    """Settings for opening, scoring and cutting a base.
 
     Args:
         model: Base to prune: `timm/NAME`, `torchvision/NAME`, a transformers Hub id, or a folder.

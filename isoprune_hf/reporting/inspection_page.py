@@ -202,7 +202,7 @@ def _plot_overview(model: Inspected) -> list[tuple[str, str]]:
             f"class {number}": (100.0, [100 * model.share(plan, groups) for plan in model.plans])
             for number, groups in enumerate(model.classes.values(), 1)
         }
-        picture = draw_bars(shares, list(model.plans), label="% of the channels that stays", name="shares")
+        picture = draw_bars(shares, list(model.plans), label="kept channels (%)", name="shares")
         plots.append(("How much of each class stays", picture))
     if model.scores is not None:
         scales = {f"class {number}": model.scores_of(g) for number, g in enumerate(model.classes.values(), 1)}

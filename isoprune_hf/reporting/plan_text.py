@@ -29,9 +29,9 @@ def show_plan(plan: PruningPlan, *, title: str, sizes: Mapping[str, tuple[int, i
         parts.append(_costs(plan.achieved))
     parts.append(_groups(plan, sizes or {}))
     if plan.removed_blocks:
-        parts.append(_paragraph("blocks that leave: ", sorted(plan.removed_blocks, key=_natural)))
+        parts.append(_paragraph("removed blocks: ", sorted(plan.removed_blocks, key=_natural)))
     if plan.margins:
-        rows = [["margins", "best that left", "worst that stayed"]]
+        rows = [["margins", "best removed", "worst kept"]]
         for name, margin in plan.margins.items():
             rows.append([_shorten(name), *(_score(margin.get(key)) for key in ("removed", "kept"))])
         parts.append(align_columns(rows))
@@ -62,20 +62,20 @@ def diff_plans(first: PruningPlan, second: PruningPlan, names: tuple[str, str]) 
         parts.append(align_columns([["", "A", "B"], *entries]))
     channels = _differing(left.pop("kept"), right.pop("kept"))
     if channels:
-        rows = [["channels that stay", "A", "B", "in both", "Jaccard"]]
+        rows = [["kept channels", "A", "B", "in both", "Jaccard"]]
         rows += [[name, *_overlap(*kept)] for name, kept in channels.items()]
         equal = len({*first.kept, *second.kept}) - len(channels)
         parts.append(f"{align_columns(rows)}\ngroups: {len(channels)} differ, {equal} equal")
     heads = _differing(left.pop("heads"), right.pop("heads"))
     if heads:
-        rows = [["heads that stay", "A", "B"]]
+        rows = [["kept heads", "A", "B"]]
         for name, kept in heads.items():
             rows.append([name, *("all" if numbers is None else " ".join(map(str, numbers)) for numbers in kept)])
         parts.append(align_columns(rows))
     blocks = [set(values.pop("removed_blocks")) for values in (left, right)]
     for name, only in zip("AB", (blocks[0] - blocks[1], blocks[1] - blocks[0]), strict=True):
         if only:
-            parts.append(_paragraph(f"blocks that leave in {name} only: ", sorted(only, key=_natural)))
+            parts.append(_paragraph(f"blocks removed in {name} only: ", sorted(only, key=_natural)))
     others = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
     if others:
         parts.append(f"also different: {', '.join(others)}")
@@ -89,7 +89,7 @@ def _costs(achieved: Mapping[str, Mapping[str, float]]) -> str:
     for name, costs in (("base", base), ("pruned", pruned)):
         rows.append([name, *(format_figure(key, costs.get(key)) for key in keys)])
     shares = [f"{pruned[key] / base[key]:.1%}" if base.get(key) and pruned.get(key) else "-" for key in keys]
-    return align_columns([*rows, ["share that stays", *shares]])
+    return align_columns([*rows, ["share kept", *shares]])
 
 
 def _groups(plan: PruningPlan, sizes: Mapping[str, tuple[int, int]]) -> str:

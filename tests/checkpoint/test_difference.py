@@ -116,7 +116,7 @@ def config_of(name: str, structure: dict[str, Any] | None = None) -> IsoPruneCon
 
 
 def fill(model: nn.Module) -> None:
-    """Draw weights that leave no part of the network idle."""
+    """Draw weights that keep every part of the network active."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -133,7 +133,7 @@ def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def without(name: str, removed: list[str]) -> tuple[IsoPruneForImageClassification, torch.Tensor, torch.Tensor]:
-    """Give a model without blocks, images, and the logits of its base with those blocks' forward passed by."""
+    """Return a model without blocks, images, and the logits of its base with those blocks bypassed."""
     dense = IsoPruneForImageClassification(config_of(name)).eval()
     fill(dense)
     model = IsoPruneForImageClassification(config_of(name, {"removed": removed})).eval()

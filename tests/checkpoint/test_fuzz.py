@@ -1,4 +1,4 @@
-"""Damaged and hostile folders: each is refused by an error of ours, or opens as a right model; nothing else happens.
+"""Damaged and hostile folders: each raises an IsoPruneError or opens as a correct model.
 
 `make fuzz` tries ten thousand; the suite a few. `ISOPRUNE_FUZZ` sets how many.
 """
@@ -75,7 +75,7 @@ sys.addaudithook(_watch)
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every place in a JSON value."""
+    """Yield every place in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key)
@@ -119,7 +119,7 @@ def _has(owner: Any, key: Any) -> bool:
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """Stop what hangs; find what runs code, goes to the network, or takes much memory."""
+    """Fail a case that hangs, runs code, uses the network, or allocates much memory."""
 
     def stop(*_: Any) -> None:
         raise AssertionError(f"longer than {SECONDS} s")
@@ -141,7 +141,7 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 def open_folder(folder: Path, kind: str) -> Any:
-    """Open a folder; None where it is refused by an error of ours."""
+    """Open a folder; None if it raises an IsoPruneError."""
     with guarded(folder):
         try:
             opened = load_base(str(folder))

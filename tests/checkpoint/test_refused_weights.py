@@ -23,7 +23,7 @@ from isoprune_hf.errors import CheckpointError
 
 
 def shard(folder: Path, index: Any) -> None:
-    """Put the weights beside the folder, and an index into it."""
+    """Move the weights next to the folder, and write an index into it."""
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     if not isinstance(index, str):
         index = json.dumps(index)

@@ -1,4 +1,4 @@
-"""The difference between a base and a cut model, found and put back."""
+"""The difference between a base and a cut model is captured and applied again."""
 
 import copy
 from pathlib import Path

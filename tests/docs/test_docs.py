@@ -1,4 +1,4 @@
-"""README and docs: every block of code is run or understood, every link leads somewhere, every message exists."""
+"""README and docs: every block of code is run or parsed, every link resolves, every quoted message exists."""
 
 import argparse
 import ast
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.name for page in PAGES]
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-# The commands of these pages are carried out, not only parsed; a `text` block behind one is a part of what it prints.
+# The commands of these pages are run, not only parsed; a `text` block after one is a part of its output.
 CARRIED_OUT = ("quickstart.md", "concepts.md")
-# Python of these pages that another test runs: in a process without this package.
+# Pages whose Python another test runs, in a process without this package.
 RUN_BY = {"export.md": "export/test_export.py"}
 
 
@@ -41,7 +41,7 @@ _PARSING = sys.modules[parse.__module__]
 
 @functools.cache
 def strict_parser(build: Callable[[str], argparse.ArgumentParser], stage: str) -> argparse.ArgumentParser:
-    """Build the parser of a stage once, since a page has up to thirty commands. A flag must be written out."""
+    """Build the parser of a stage once, since a page has up to thirty commands; it accepts no abbreviated flags."""
     parser = build(stage)
     below = [parser]
     while below:
@@ -54,7 +54,7 @@ def strict_parser(build: Callable[[str], argparse.ArgumentParser], stage: str) -
 
 
 class Block(NamedTuple):
-    """A block of code of a page, and why it is not run where it is not."""
+    """A block of code of a page, and the reason if it is not run."""
 
     kind: str
     code: str
@@ -73,13 +73,13 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def lines_of(block: Block) -> list[list[str]]:
-    """Split a block of shell into commands, and each command into words; comments are left out."""
+    """Split a block of shell into commands, and each command into words, without comments."""
     lines = block.code.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def check_command(words: list[str], where: str) -> None:
-    """Refuse a command that nobody could type: ours by the parser itself, others by what they name."""
+    """Check a command: isoprune commands by the parser, others by the file, target or extra that they name."""
     if words[0] in ("accelerate", "torchrun"):
         assert words[0] == "torchrun" or words[1] == "launch", where
         words = words[words.index("train_accelerate.py") :]
@@ -106,7 +106,7 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def check_citation(entry: str) -> None:
-    """Refuse a BibTeX entry that says something else than CITATION.cff."""
+    """Check that a BibTeX entry agrees with CITATION.cff."""
     assert re.fullmatch(r"@inproceedings\{\w+,\n(?:  \w+ += \{[^{}]+\},?\n)+\}\n", entry)
     said = dict(re.findall(r"^  (\w+) += \{([^{}]+)\}", entry, re.M))
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
@@ -120,7 +120,7 @@ def check_citation(entry: str) -> None:
 
 
 def prepare(name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
-    """Lay out what the Python of a page opens: small models in place of those that the text speaks of."""
+    """Create the folders that the Python of a page opens, with small models instead of those of the text."""
     places = {"README.md": "output/digits/model", "migrating.md": "output/finetuned/deit_4.2g"}
     if name in places:
         shutil.copytree(pruned("deit").folder, folder / places[name])
@@ -190,7 +190,7 @@ def test_skipped_blocks_need_network_or_another_library() -> None:
 
 
 def slug(heading: str) -> str:
-    """Make the anchor of a heading as mkdocs does."""
+    """Return the anchor of a heading as mkdocs does."""
     plain = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
     return re.sub(r"[-\s]+", "-", plain)
 
@@ -261,7 +261,7 @@ def test_troubleshooting_lists_every_error_and_exit_code() -> None:
 
 
 def messages_of_the_source() -> set[str]:
-    """Collect every text of the package; what is put into it at run time becomes a null character."""
+    """Collect every text of the package; values inserted at run time become null characters."""
     texts: set[str] = set()
     for file in (ROOT / "isoprune_hf").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,4 +1,4 @@
-"""The page for users of the reference: each command that it tells them to type is one."""
+"""The page for users of the reference: each of its commands is valid."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_every_paper_recipe_is_on_the_page() -> None:
 
 
 def test_commands_of_page_read_reference_folder() -> None:
-    """`test_docs` has the parser read each of them."""
+    """`test_docs` parses each of them."""
     assert len(COMMANDS) > 20
     for command in COMMANDS:
         assert "--data.dataset data/imagenet" in command or command.startswith("isoprune convert "), command

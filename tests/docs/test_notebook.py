@@ -15,7 +15,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "prune_your_model.ipynb"
 
 
 def outputs(cell: nbformat.NotebookNode) -> str:
-    """What a cell has printed and shown, as text."""
+    """Return the output of a cell as text."""
     return "\n".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
 
 

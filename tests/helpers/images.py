@@ -1,4 +1,4 @@
-"""Image files, sound and damaged, and folders and tar files that hold them."""
+"""Intact and damaged image files, and folders and tar files of them."""
 
 import io
 import struct
@@ -35,7 +35,7 @@ def with_orientation(image: Image.Image, value: int) -> bytes:
 
 
 def huge_png() -> bytes:
-    """A PNG that says it has 400 million pixels and holds next to nothing."""
+    """Return a PNG whose header declares 400 million pixels, with almost no data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -76,7 +76,7 @@ def make_image(value: int) -> Image.Image:
 
 
 def write_tar(path: Path, images: dict[str, int], ending: str = "png", **others: bytes) -> None:
-    """A shard: an image and its class for each key, and other members for the first one."""
+    """Write a shard: an image and its class for each key, and further members for the first key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as shard:
 

@@ -23,7 +23,7 @@ def plan_random(model, seed=0, **options):
 
 
 class KeptNorm(nn.Module):
-    """The oracle's norm: statistics over the kept channels alone, zeros in the others."""
+    """A norm with statistics over the kept channels only, and zeros in the others."""
 
     def __init__(self, norm, kept, channels_first):
         super().__init__()
@@ -44,7 +44,7 @@ class KeptNorm(nn.Module):
 
 
 def masked_base(model, groups, plan):
-    """The base with every removed element zeroed, norms restricted to the kept channels: what the cut must equal."""
+    """Return the base with removed elements at zero and norms over the kept channels, which the cut must equal."""
     masked = copy.deepcopy(model)
     removed = {}
     for group in groups:

@@ -1,6 +1,6 @@
 """The texts of all errors of the package: `python tests/helpers/messages.py` writes them to tests/messages.txt.
 
-Tests of errors match the type and the setting; the wording lives in this one file, so a change of it is one diff.
+Tests of errors match the type and the setting; the wording is checked only by this file.
 """
 
 import ast
@@ -16,8 +16,8 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def describe_messages() -> str:
     """Return the error texts of the package: for each module the type and the template of every raise.
 
-    What is put in at run time is `{expression}`. A name in it that the same function assigns texts to is followed by
-    these texts, one a line.
+    Values inserted at run time are shown as `{expression}`. If the same function assigns texts to a name in it, these
+    texts follow, one per line.
     """
     blocks = []
     for path in sorted((ROOT / "isoprune_hf").rglob("*.py")):

@@ -277,7 +277,7 @@ class ZeroScale(Net):
 
 @odd
 class DeadBranch(Net):
-    """A branch gives nothing but zeros."""
+    """A branch returns only zeros."""
 
     def build(self) -> None:
         self.dead, self.after, self.block = nn.Conv2d(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1), Block()
@@ -431,7 +431,7 @@ class WritesInPlace(Net):
 
 @odd
 class DictOutput(Net):
-    """Blocks hand on dictionaries and tuples."""
+    """Blocks pass dictionaries and tuples to each other."""
 
     def build(self) -> None:
         self.first, self.second = Block(), Block()

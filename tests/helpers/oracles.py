@@ -1,10 +1,10 @@
-"""What judges an engine and a cut without knowing either: nothing here asks how the groups were found.
+"""Oracles for engines and cuts, independent of how the groups were found.
 
-Permutation: channels in another order, in all that belongs to them, give the same output. Sees ties that are missing
-or misplaced, whatever the statistics of the network; not what is tied without need.
-Mask: the cut model gives what the base gives with the removed elements at zero. Sees the cut itself, kept positions
-and rewritten numbers.
-Axis counts: sees what is tied without need.
+Permutation (`permutation_error`): reordering the channels of a group in all its members keeps the output. It detects
+missing and misplaced ties for any weights, but no superfluous ties.
+Mask (`mask_error`): the cut model equals the base with the removed elements at zero. It detects faults of the cut:
+wrong kept positions and wrong attributes.
+Axis counts (`axis_counts`): detect superfluous ties.
 """
 
 import copy
@@ -33,7 +33,7 @@ def axis_counts(groups: Sequence[CoupledGroup]) -> dict[str, list[int]]:
 
 
 def parts(group: CoupledGroup) -> dict[str, tuple[Member, ...]]:
-    """The members of a group by the unit that their rows stand for: channels, heads, or dims of every head."""
+    """Return the members of a group by the unit of their rows: channels, heads, or dims of every head."""
     return {
         "channels": group.members,
         "heads": group.head_members,
@@ -42,7 +42,7 @@ def parts(group: CoupledGroup) -> dict[str, tuple[Member, ...]]:
 
 
 def prunable_share(model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup]) -> float:
-    """Share of the parameters that some group could remove."""
+    """Return the share of the parameters that groups could remove."""
     fixed = {name: [np.ones(size, dtype=bool) for size in p.shape] for name, p in model.model.named_parameters()}
     for group in groups:
         for member in (member for members in parts(group).values() for member in members):
@@ -75,7 +75,7 @@ def randomize(model: IsoPruneForImageClassification, seed: int = 1) -> None:
 
 
 def _calibrate(model: IsoPruneForImageClassification, seed: int) -> None:
-    """Let every BatchNorm see, in place, what it is given: else deep networks of them say the same to every image."""
+    """Set, in place, the statistics of every BatchNorm to those of its inputs, so that logits depend on the image."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -93,7 +93,7 @@ def make_images(model: IsoPruneForImageClassification, count: int = 2, seed: int
 
 
 class _Exact(TorchDispatchMode):
-    """Calculates in float64 what a network would do in float32 whatever its weights are."""
+    """Runs in float64 the operations that a network casts to float32."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -121,17 +121,17 @@ def exact_logits(model: IsoPruneForImageClassification, images: torch.Tensor) ->
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value."""
+    """Return the largest difference, relative to the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 def permute_groups(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], seed: int = 0
 ) -> IsoPruneForImageClassification:
-    """Copy a model with the channels of every group in another order, in all members of the group.
+    """Return a copy of a model in which the channels of every group are permuted, in all members of the group.
 
-    In attention heads change places, and dims inside the heads: the same in all heads where something belongs to a
-    dim of every head, each head its own way otherwise.
+    In attention, heads are permuted, and dims within heads: all heads alike if a parameter belongs to a dim of every
+    head, and each head differently if not.
     """
     random, permuted = np.random.default_rng(seed), fresh_copy(model)
     tensors = dict([*permuted.model.named_parameters(), *permuted.model.named_buffers()])
@@ -147,7 +147,7 @@ def permute_groups(
 
 
 def _orders(group: CoupledGroup, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Unit -> which one takes the place of each."""
+    """Return the permutation of each unit."""
     if not group.num_heads:
         return {"channels": _cycle(group.channels, random)}
     heads, dims = _cycle(group.num_heads, random), _cycle(group.head_dim, random)
@@ -157,7 +157,7 @@ def _orders(group: CoupledGroup, random: np.random.Generator) -> dict[str, np.nd
 
 
 def _cycle(count: int, random: np.random.Generator) -> np.ndarray:
-    """Draw a permutation that leaves nothing in its place."""
+    """Draw a permutation without fixed points."""
     order, moved = random.permutation(count), np.empty(count, dtype=np.int64)
     moved[order] = np.roll(order, 1)
     return moved
@@ -166,7 +166,7 @@ def _cycle(count: int, random: np.random.Generator) -> np.ndarray:
 def permutation_error(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], images: torch.Tensor, seed: int = 0
 ) -> float:
-    """How far the output moves when every group is permuted; 1e-9 at most where all ties are right."""
+    """Return the relative change of the output when every group is permuted; at most 1e-9 if all ties are right."""
     return difference(exact_logits(permute_groups(model, groups, seed), images), exact_logits(model, images))
 
 
@@ -174,7 +174,7 @@ def permutation_error(
 def zero_removed(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], plan: PruningPlan
 ) -> IsoPruneForImageClassification:
-    """Copy a base with every element that a plan removes at zero."""
+    """Return a copy of a base in which every element that a plan removes is zero."""
     masked = fresh_copy(model)
     tensors = dict([*masked.model.named_parameters(), *masked.model.named_buffers()])
     for group in groups:
@@ -193,7 +193,7 @@ def zero_removed(
 
 
 class NotComparableError(Exception):
-    """The mask oracle has no reference for this cut: its message names the operation and the rule."""
+    """The mask oracle has no reference for this cut; the message names the operation."""
 
 
 def mask_error(
@@ -203,16 +203,16 @@ def mask_error(
     plan: PruningPlan,
     images: torch.Tensor,
 ) -> float:
-    """How far the cut model is from the base with the removed elements at zero.
+    """Return the relative difference between the cut model and the base with the removed elements at zero.
 
-    A zero adds nothing to a sum, but it counts in a mean. So the base runs side by side with the cut model: where a
-    statistic (of a norm, a mean, a variance, a softmax, a maximum, standardised weights) is over fewer elements there,
-    it is taken over as many here, without the zeros; and the numbers in the code (a scale of head_dim ** -0.5) are
-    those of the cut model: whether such a scale is right is not judged here.
+    A zero adds nothing to a sum, but it counts in a mean. The base therefore follows the operations of the cut model:
+    a statistic (norm, mean, variance, softmax, maximum, standardised weights) that has fewer elements in the cut model
+    is computed in the base over the same number of elements, without the zeros. Numbers in the code, such as a scale
+    of head_dim ** -0.5, are taken from the cut model; this oracle does not judge them.
 
     Raises:
-        NotComparableError: The two do not run the same operations, or such a statistic is over a cut axis on which the
-            removed elements are not zero: there is no reference then.
+        NotComparableError: The two models run different operations, or such a statistic is over a cut axis on which
+            the removed elements are not zero.
     """
     images = images.double()
     pruned = fresh_copy(pruned).double().eval()
@@ -223,7 +223,7 @@ def mask_error(
 def follow(
     run_cut: Callable[[], torch.Tensor], run_base: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a cut model, then its base with zeros as `mask_error` says; give the output of each.
+    """Run a cut model, then its base with zeros as `mask_error` describes; return both outputs.
 
     Raises:
         NotComparableError: See `mask_error`.
@@ -241,7 +241,7 @@ def follow(
 
 @dataclass(frozen=True)
 class _Call:
-    """An operation of the cut model whose result depends on how many elements there are.
+    """An operation of the cut model whose result depends on the number of elements.
 
     Args:
         name: Its name.
@@ -288,8 +288,8 @@ class _Follower(TorchDispatchMode):
         return _STATISTICS[func.overloadpacket][1](args, kwargs, theirs.count)
 
 
-# How a statistic is taken over `count` elements where the others are zeros that only fill the places of removed ones.
-# Each takes (args, kwargs, count) of the operation in the base, and gives what the operation would give.
+# Statistics over `count` elements; the other elements are zeros at removed positions.
+# Each function takes (args, kwargs, count) of the operation in the base, and returns the result of the operation.
 
 
 def _mean(args: tuple, kwargs: dict[str, Any], count: int) -> torch.Tensor:
@@ -323,7 +323,7 @@ def _layer_norm(args: tuple, kwargs: dict[str, Any], count: int) -> tuple[torch.
     dims = list(range(tensor.ndim - len(shape), tensor.ndim))
     mean, variance = _moments(tensor, dims, count, "a LayerNorm")
     output = (tensor - mean) * (variance + eps).rsqrt()
-    # Without weights that are zero there, what was removed is told by its input.
+    # Without weights, removed elements are recognised by the zeros of the input.
     output = output * (~_dead(tensor, dims) if weight is None else weight)
     return output if bias is None else output + bias, mean, (variance + eps).rsqrt()
 
@@ -342,7 +342,7 @@ def _group_norm(args: tuple, kwargs: dict[str, Any], count: int) -> tuple[torch.
 
 
 def _batch_norm(args: tuple, kwargs: dict[str, Any], count: int) -> tuple[torch.Tensor, ...]:
-    """Of standardised weights: eval mode has no statistic of its own."""
+    """Standardise weights; BatchNorm in eval mode computes no statistic."""
     tensor, weight, bias, eps = args[0], args[1], args[2], args[-1]
     dims = [dim for dim in range(tensor.ndim) if dim != 1]
     mean, variance = _moments(tensor, dims, count, "a standardised weight")
@@ -376,7 +376,7 @@ def _reduction(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, list[
 
 
 def _check_zeros(tensor: torch.Tensor, dims: Sequence[int], count: int, what: str) -> torch.Tensor:
-    """Count what is not zero, with the dims kept; there must be enough zeros for all that was removed."""
+    """Count the nonzero elements with `keepdim`; raise if fewer elements are zero than were removed."""
     alive = (tensor != 0).sum(list(dims), keepdim=True)
     if int(alive.max()) > count:
         raise NotComparableError(f"{what} is over a cut axis on which the removed elements are not zero")
@@ -391,7 +391,7 @@ def _moments(tensor: torch.Tensor, dims: Sequence[int], count: int, what: str) -
 
 
 def _dead(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """Where on `dims` a tensor is zero all along the others."""
+    """Return the positions on `dims` at which a tensor is zero along all other dims."""
     inside = {dim % tensor.ndim for dim in dims}
     others = [dim for dim in range(tensor.ndim) if dim not in inside]
     return (tensor == 0).all(others, keepdim=True) if others else tensor == 0
@@ -410,7 +410,7 @@ def _reduced(args: tuple, kwargs: dict[str, Any]) -> int:
 
 
 _aten = torch.ops.aten
-# Operation -> (elements that its statistic is over, how it is taken over fewer).
+# Operation -> (number of elements of its statistic, the statistic over fewer elements).
 _STATISTICS: dict[Any, tuple[Callable[..., int], Callable[..., Any]]] = {
     _aten.mean: (_reduced, _mean),
     _aten.var: (_reduced, _variance),
@@ -439,7 +439,7 @@ def _read_call(func: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
 
 
 def fresh_copy(model: nn.Module) -> nn.Module:
-    """Copy a model without the tables of tensors that its modules keep from one pass to the next."""
+    """Return a copy of a model without the tensors that its modules cache between passes."""
     copied = copy.deepcopy(model)
     for module in copied.modules():
         for name, value in vars(module).items():

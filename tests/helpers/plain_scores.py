@@ -1,4 +1,4 @@
-"""Scores worked out the long way, to compare with: one image after the other, one channel after the other."""
+"""Reference scores, computed image by image and channel by channel."""
 
 from collections.abc import Iterator, Mapping
 
@@ -18,7 +18,7 @@ def batches_of(model: nn.Module, sizes: list[int], seed: int = 3) -> Batches:
 
 
 def gradients_of_images(model: nn.Module, batches: Batches) -> Iterator[dict[str, torch.Tensor]]:
-    """Give the gradients of one image after the other; zero where there is none."""
+    """Yield the gradients of each image; zero for parameters without a gradient."""
     model.eval()
     parameters = dict(model.model.named_parameters())
     for images, labels in batches:
@@ -30,7 +30,7 @@ def gradients_of_images(model: nn.Module, batches: Batches) -> Iterator[dict[str
 
 
 def channel_scores(group, values: Values, norm: str = "sum", reduction: str = "sum") -> torch.Tensor:
-    """Put elements together channel by channel; `norm` as in `channel_scores.py`."""
+    """Reduce elements to channel scores, channel by channel; `norm` as in `reduction.py`."""
     scores = []
     for channel in range(group.channels):
         parts = []
@@ -47,6 +47,6 @@ def channel_scores(group, values: Values, norm: str = "sum", reduction: str = "s
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, floor: float, what: str) -> None:
-    """Compare by the root of the mean square, relative to what is expected; `floor` is what rounding alone makes."""
+    """Assert a small root mean square difference, relative to the expected values; `floor` is the rounding error."""
     difference, size = ((values.double() ** 2).mean().sqrt() for values in (found - expected, expected))
     assert difference <= tolerance * size + floor, f"{what}: {difference / (size + floor):.1e}"

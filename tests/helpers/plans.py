@@ -1,4 +1,4 @@
-"""Coupled groups, costs and plans small enough to work out by hand."""
+"""Coupled groups, costs and plans that can be computed by hand."""
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ def group(name, signature, channels, num_heads=0, ways=1):
 
 
 def cost_of(groups, blocks=()):
-    """Ten MACs and ten parameters for each row of each group's weight."""
+    """Return a cost of ten MACs and ten parameters for each row of each group's weight."""
     rows = [Width(g.members[0].index.size, (Tie(g.name, g.members[0].index.shape[1], "channel"),)) for g in groups]
     terms = [Term(g.name, (row, Width(10))) for g, row in zip(groups, rows, strict=True)]
     total = 10 * sum(row.size for row in rows)

@@ -15,7 +15,7 @@ LABELS = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "eel", 5: "fox", 6: "gnu"}
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned tiny model, the folder it was saved in, and what it says of two images."""
+    """A pruned tiny model, the folder it was saved in, two images and their logits."""
 
     model: IsoPruneForImageClassification
     processor: BaseImageProcessor

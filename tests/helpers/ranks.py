@@ -1,4 +1,4 @@
-"""The command line, or a function, in processes forked from this one: all is imported, so they start at once."""
+"""Run the command line or a function in forked processes, which start at once because all modules are imported."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from isoprune_hf.__main__ import main
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code, negative for a signal, and what it wrote."""
+    """The exit code of a process (negative for a signal) and its output."""
 
     code: int
     out: str
@@ -65,7 +65,7 @@ class Process:
         return Ended(self._code, (self._log / "out").read_text(), (self._log / "err").read_text())
 
     def wait_for(self, holds: Callable[[], bool], seconds: float = 120) -> bool:
-        """Wait until something holds; false where the process ended before."""
+        """Wait until `holds` returns true; return False if the process ended before."""
         deadline = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > deadline:
@@ -78,14 +78,14 @@ class Process:
 
 
 def run(arguments: Sequence[str | Path], log: Path, before: Callable[[], object] | None = None) -> Ended:
-    """Run a command to its end, with changes made in its process before."""
+    """Run a command to its end; `before` is called in its process first."""
     return Process(arguments, log, before).wait()
 
 
 def start_ranks(
     arguments: Sequence[str | Path], log: Path, world: int = 2, before: Callable[[], object] | None = None
 ) -> list[Process]:
-    """Start the ranks of a command; a single one as without a launcher."""
+    """Start the ranks of a command; a single rank runs as without a launcher."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -96,7 +96,7 @@ def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int =
     """Call a function on every one of `world` ranks; it writes its results to files.
 
     Raises:
-        AssertionError: A rank has failed; the text is what the rank wrote.
+        AssertionError: A rank has failed; the message is its output.
     """
 
     def call() -> None:
@@ -117,7 +117,7 @@ def call_on_ranks(work: Callable[[Accelerator], object], log: Path, world: int =
 
 
 def write_slowly(module: ModuleType, seconds: float) -> None:
-    """Leave time for a kill behind each state that a module writes."""
+    """Sleep after each state that a module writes, so that a kill can follow."""
     write = module.write_snapshot
 
     def slow(*arguments: object, **named: object) -> None:

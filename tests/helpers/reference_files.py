@@ -71,7 +71,7 @@ def cut(module: nn.Module, images: torch.Tensor, *, ratio: float = 0.5, head_rat
 
 
 def cut_swin(**options: Any) -> nn.Module:
-    """Cut a tiny Swin with our own engine, since torch-pruning alone cannot; what the reference leaves stale is so."""
+    """Cut a tiny Swin with the engine `axes`, as torch-pruning cannot; attributes are as stale as in the reference."""
     module = make_module("swin", **options)
     base = load_base("timm/swin_tiny_patch4_window7_224", False, model_args=SWIN, num_labels=10).model
     base.model.load_state_dict(module.state_dict())
@@ -91,7 +91,7 @@ def save(content: Any, path: Path) -> Path:
 
 @torch.no_grad()
 def run(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Run an old module. The reference patches its attention to take any width, which today's timm reads off."""
+    """Run an old module. The reference patches its attention to take any width; current timm derives the width."""
     for part in module.modules():
         if isinstance(part, Attention):
             part.attn_dim = part.num_heads * part.head_dim

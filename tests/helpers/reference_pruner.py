@@ -28,7 +28,7 @@ def prune_with_torch_pruning(
     head_ratio: float = 0.0,
     head_dim_ratio: float | None = None,
 ) -> tuple[nn.Module, dict[str, int]]:
-    """Step on a copy whose .grad are given; return the copy, pruned, and the heads that its attentions have left."""
+    """Prune a copy with the given gradients; return the copy and the numbers of heads of its attentions."""
     network = copy.deepcopy(model.model)
     for name, parameter in network.named_parameters():
         parameter.grad = gradients[name].clone()

@@ -1,4 +1,4 @@
-"""Models of timm by name, and their channels in another order."""
+"""Models of timm by name, and copies with permuted channels."""
 
 import copy
 
@@ -17,14 +17,14 @@ def make_timm(architecture: str, image_size: int = 32, **args: object) -> IsoPru
 
 
 def shuffle(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
-    """Give the channels of every group another order, in all members alike."""
+    """Permute the channels of every group, in all members alike."""
     generator = np.random.default_rng(0)
     shuffled = copy.deepcopy(model)
     tensors = dict(shuffled.model.state_dict())
     for group in trace_groups(model):
         heads, dims = max(group.num_heads, 1), group.head_dim or group.channels
         order_of_heads = generator.permutation(heads)
-        # Within each head another order of dims; queries, keys and values of a head move together.
+        # Dims are permuted within each head; queries, keys and values of a head move together.
         channels = np.concatenate([head * dims + generator.permutation(dims) for head in order_of_heads])
         for member, order in [
             *((m, channels) for m in group.members),

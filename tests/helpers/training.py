@@ -73,6 +73,6 @@ def make_normed(seed: int = 0) -> TinyNet:
 
 
 def make_replica_recipe() -> FinetuneRecipe:
-    """Two epochs; the last update of each has half as many images as the others."""
+    """Return a recipe of two epochs; the last update of each has half as many images as the others."""
     mixing = {"mixup": 0.5, "cutmix": 1.0, "mixup_pairing": "roll", "repeated_augmentation": 2}
     return make_recipe(batch_size=16, virtual_replicas=4, drop_last=False, distillation="none", **mixing)

@@ -24,7 +24,7 @@ from isoprune_hf.recipes import PruneRecipe
 
 
 class SplitBlock(nn.Module):
-    """Two halves of the channels go their own ways and are joined the other way round."""
+    """A block that processes two halves of the channels separately and concatenates them in reverse order."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -38,7 +38,7 @@ class SplitBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one's own: `how` says how the heads are spelled out."""
+    """Attention whose heads are split by views, einsum or einops, as `how` selects."""
 
     def __init__(self, width: int, heads: int, how: str):
         super().__init__()

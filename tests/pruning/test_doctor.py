@@ -1,4 +1,4 @@
-"""The doctor: a sound model has no findings, and every kind of harm is found and named."""
+"""The doctor: a sound model passes, and every kind of fault is found and named."""
 
 import copy
 from collections.abc import Callable

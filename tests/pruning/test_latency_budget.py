@@ -18,7 +18,7 @@ ACHIEVED = {"base": {"macs": 100, "params": 10}, "pruned": {"macs": 1, "params":
 
 
 def meet(monkeypatch, measured, target):
-    """Meet a target where a cut that aims at x ms takes measured(x) = (base ms, cut ms)."""
+    """Meet a target; a cut that aims at x ms takes measured(x) = (base ms, cut ms)."""
     aims = []
 
     def attempt(recipe: PruneRecipe) -> tuple[PruningPlan, SimpleNamespace]:

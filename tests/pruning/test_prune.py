@@ -18,7 +18,7 @@ from isoprune_hf.recipes import PruneRecipe
 
 
 class Batches:
-    """Two micro-batches, and how often they were read."""
+    """Two micro-batches and the number of times they were read."""
 
     def __init__(self, model: IsoPruneForImageClassification):
         images = make_images(model, 4, seed=5)

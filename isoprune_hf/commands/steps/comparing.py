@@ -27,8 +27,8 @@ def list_classes(name: str, prune: PruneRecipe) -> Inspected:
     """Trace a model without scoring it.
 
     Args:
-        name: Folder or name of the model; one that is not a folder is opened without trained weights.
-        prune: How to trace it.
+        name: Folder or name of the model; a name that is not a folder is opened without trained weights.
+        prune: Recipe whose tracing settings are used.
     """
     opened = load_base(name, pretrained=Path(name).is_dir(), model_args=prune.model_args).model
     plan = _load_plan(name)

@@ -24,7 +24,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch use `count` CPU threads while the block lasts; None changes nothing."""
+    """Set the number of CPU threads of PyTorch to `count` within the context; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -80,7 +80,7 @@ def summed_loss(
 
 @contextmanager
 def scoring_mode(model: IsoPruneForImageClassification, *, requires_grad: bool) -> Iterator[None]:
-    """Put the model into eval mode and set `requires_grad` of all its parameters; both are restored afterwards.
+    """Set eval mode and `requires_grad` of all parameters within the context; both are restored afterwards.
 
     Within the context, cuDNN neither searches for kernels nor rounds to TF32: the same images give the same bits on
     every rank.

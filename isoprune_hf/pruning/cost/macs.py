@@ -75,7 +75,7 @@ def _run_counter(network: nn.Module, image_size: Sequence[int]) -> FlopCounterMo
 
 
 class RemovedUnits(NamedTuple):
-    """What a cut removes, in the order in which `CostModel.cost` takes it.
+    """The channels, heads and blocks that a cut removes, in the order of the arguments of `CostModel.cost`.
 
     Args:
         channels: Group -> channels to remove.

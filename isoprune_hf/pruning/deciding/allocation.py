@@ -17,7 +17,7 @@ class TiedGroups:
 
     @property
     def first(self) -> CoupledGroup:
-        """The first group, which stands for the others: all have the same size."""
+        """The first group, which represents the others: all have the same size."""
         return self.groups[0]
 
     @property
@@ -28,7 +28,7 @@ class TiedGroups:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How much of every group is kept.
+    """The widths, heads and blocks that an allocator keeps.
 
     Args:
         widths: Group -> channels to keep; dims to keep in each head for attention. Groups inside removed blocks are

@@ -20,11 +20,11 @@ from isoprune_hf.recipes import PruneRecipe
 
 
 class AllocationProblem:
-    """What an allocator has to decide, and the constraints that it has to respect.
+    """The decision that an allocator makes, and the constraints on it.
 
     Args:
         groups: Groups of `trace_groups`.
-        scores: Scores of the groups and blocks; None where only floors and patterns matter.
+        scores: Scores of the groups and blocks; None if only floors and patterns matter.
         settings: Settings of the allocation.
         ratios: Ratios of the recipe.
         blocks: Residual blocks that may be removed.

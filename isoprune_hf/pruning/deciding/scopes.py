@@ -28,17 +28,17 @@ class Scope(Protocol):
 
 
 def isomorphic_scope(group: CoupledGroup) -> str:
-    """Let the groups of one isomorphic class compete."""
+    """Return the signature: the groups of one isomorphic class compete."""
     return group.signature
 
 
 def global_scope(group: CoupledGroup) -> str:
-    """Let all groups compete."""
+    """Return the same key for every group: all groups compete."""
     return ""
 
 
 def local_scope(group: CoupledGroup) -> str:
-    """Let the channels of each group compete only with each other."""
+    """Return the name of the group: its channels compete only with each other."""
     return group.name
 
 

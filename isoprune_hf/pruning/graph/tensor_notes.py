@@ -17,7 +17,7 @@ _LIVE = "_isoprune_is_live"
 
 
 class Source(NamedTuple):
-    """Where the values of a tensor come from.
+    """The origin of the values of a tensor.
 
     Args:
         ops: Numbers of the traced operations that computed it; the image is operation -1.

@@ -86,7 +86,7 @@ class Passes:
             yield torch.zeros_like(held.images, device=device), partial(self._begin, self._current, held.outputs)
 
     def reach(self, layer: str) -> None:
-        """Let later passes start at the last waypoint before a layer whose outputs can be stored.
+        """Start later passes at the last waypoint before a layer whose outputs can be stored.
 
         All layers that run before `layer` must have their final weights.
         """

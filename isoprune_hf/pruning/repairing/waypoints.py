@@ -54,7 +54,7 @@ class HeldOutput(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """When the modules of a network ran in one forward pass.
+    """The order in which the modules of a network ran in one forward pass.
 
     Args:
         starts: Module -> time of its first call, counted in calls and returns of modules.
@@ -173,7 +173,7 @@ def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: to
 
 @contextmanager
 def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let modules return these outputs, with NaN for tensors on the meta device, instead of running."""
+    """Replace modules, within the context, by their stored outputs; tensors on the meta device become NaN."""
     modules = {name: network.model.get_submodule(name) for name in outputs}
 
     def return_copy(output: Any, /, *args: Any, **kwargs: Any) -> Any:

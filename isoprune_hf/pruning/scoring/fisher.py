@@ -45,7 +45,7 @@ _ROUNDING_SHARE = 1e-11  # of the largest squared gradient of a parameter: small
 
 @dataclass(frozen=True)
 class Ways:
-    """How the squared per-sample gradients of each parameter are computed; names are relative to the base.
+    """The method by which each parameter gets its squared per-sample gradients; names are relative to the base.
 
     Args:
         layers: Module -> leaves: from input and output gradient of the module (`module_squares`).

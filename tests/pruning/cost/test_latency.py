@@ -1,4 +1,4 @@
-"""The latency model: known times come back from it, it never falls, and it takes hooks and modes off again."""
+"""The latency model reproduces known times, never decreases with size, and restores hooks and modes."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def total(macs: dict[str, int]) -> float:
 
 
 def layer_macs(model: IsoPruneForImageClassification) -> dict[str, int]:
-    """MACs by layer, from the numbers that each layer holds of itself and the sizes that pass through it."""
+    """Return the MACs by layer, from the attributes of each layer and the sizes of its inputs."""
     found: dict[str, int] = {}
 
     def linear(name: str):

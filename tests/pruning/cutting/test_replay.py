@@ -1,4 +1,4 @@
-"""A plan from a file: what is refused, and that a replay gives the same model again."""
+"""Plans from files: unsuitable ones are refused, and a replay gives the same model again."""
 
 import json
 from collections.abc import Callable

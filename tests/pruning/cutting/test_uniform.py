@@ -1,4 +1,4 @@
-"""The uniform layout: equal blocks, by hand-checked widths, and folders that stock transformers opens alone."""
+"""The uniform layout: equal blocks with widths checked by hand, and folders that stock transformers opens."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ RATIOS = {"ratio": 0.5, "head_ratio": 0.25, "head_dim_ratio": 0.25, "round_to": 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A base, what its uniform cut made of it, and the folder of that."""
+    """A base, the result of its uniform cut, and the folder of the result."""
 
     base: IsoPruneForImageClassification
     result: PruneResult
@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
 
 def cut_by_hand(made: Made) -> torch.Tensor:
-    """Logits of the base with what the plan removes set to zero: no tensor is made smaller."""
+    """Return the logits of the base with removed elements at zero: no tensor becomes smaller."""
     base, plan = make_copy(made.base), made.result.plan
     with torch.no_grad():
         for name, kept in plan.kept.items():

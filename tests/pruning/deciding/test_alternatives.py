@@ -1,4 +1,4 @@
-"""What is compared: every alternative is the plan that its settings alone would make."""
+"""The compared plans: every alternative equals the plan of its settings."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Allocation knapsack, against all widths tried one by one."""
+"""The allocation knapsack, compared with an exhaustive search over widths."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def widths(plan: PruningPlan, groups) -> dict[str, int]:
 
 
 def chain(sizes: dict[str, int]) -> tuple[list[CoupledGroup], CostModel]:
-    """A net 3 -> a -> b -> c -> 5 without biases: MACs are its weights, and both depend on neighbours."""
+    """Build a net 3 -> a -> b -> c -> 5 without biases; its MACs equal its weights, products of adjacent widths."""
     groups = [group(name, f"layer {name}", size) for name, size in sizes.items()]
     ends = [Width(3), *(Width(size, (Tie(name, 1, "channel"),)) for name, size in sizes.items()), Width(5)]
     terms = [Term(name, pair) for name, pair in zip([*sizes, "out"], itertools.pairwise(ends), strict=True)]
@@ -49,7 +49,7 @@ def loss_of(scores, kept: dict[str, int]) -> float:
 
 
 def draw(seed: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """Losses whose scale differs from layer to layer, as real ones do."""
+    """Draw losses whose scale differs between layers, as for real networks."""
     rng = np.random.default_rng(seed)
     return {name: rng.lognormal(0, 1, size) * 10 ** rng.uniform(-1, 1) for name, size in sizes.items()}
 
@@ -73,7 +73,7 @@ def test_no_widths_of_chain_lose_much_less(seed: int, share: float) -> None:
     best = min(loss_of(scores, kept) for kept in every if macs(kept) <= target)
     assert best <= loss_of(scores, found) * (1 + 1e-6)
     assert loss_of(scores, found) <= best + 0.04 * loss_of(scores, dict.fromkeys(SIZES, 0))
-    # The channels that stay are the best ones.
+    # The kept channels are the best ones.
     for name, kept in plan.kept.items():
         assert sorted(kept) == sorted(np.argsort(scores[name], kind="stable")[-len(kept) :].tolist())
 

@@ -1,4 +1,4 @@
-"""The preset `reference` against torch-pruning's own pruner: what both leave is equal, tensor for tensor."""
+"""The preset `reference` compared with torch-pruning's own pruner, tensor for tensor."""
 
 import warnings
 from dataclasses import replace
@@ -52,7 +52,7 @@ def deep(tmp_path, monkeypatch):
 
 
 class Compared:
-    """What our preset and torch-pruning leave of one model with the same gradients."""
+    """One model with given gradients, pruned by the preset `reference` and by torch-pruning."""
 
     def __init__(self, model, gradients, monkeypatch, *, round_to: int | None, **ratios: float):
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Grouped-query attention: query heads that share a head of keys and values leave together with it."""
+"""Grouped-query attention: query heads that share a head of keys and values are removed together with it."""
 
 import numpy as np
 import pytest
