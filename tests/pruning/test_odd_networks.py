@@ -14,11 +14,14 @@ from isoprune_hf import PruneRecipe, load_base, prune_model
 
 # Networks that every combination handles.
 HANDLED = (
+    "buffers_in_attention",
     "channel_attention",
     "dead_branch",
     "dict_output",
     "group_norm_per_channel",
     "huge_weight",
+    "keyword_calls",
+    "one_block_class_token",
     "reused",
     "sizes_by_numel",
 )

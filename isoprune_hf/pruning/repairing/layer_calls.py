@@ -11,6 +11,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.pruning.calibration.inputs import first_tensor, read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.repairing.normal_equations import FittedModule
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
@@ -91,8 +92,8 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
     """Run a forward pass and return all calls of a layer; the pass stops after the last one, or after its sum."""
     calls: list[LayerCall] = []
 
-    def on_call(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        calls.append(LayerCall(args[0], output.clone() if layer.is_added else output))
+    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+        calls.append(LayerCall(read_tensor(args, kwargs), output.clone() if layer.is_added else output))
         if layer.is_added:
             probe.follow(output)
         elif len(calls) == layer.calls:
@@ -103,7 +104,7 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
         raise PassStopped
 
     probe = ResidualProbe(on_sum)
-    handle = model.model.get_submodule(layer.name).register_forward_hook(on_call)
+    handle = model.model.get_submodule(layer.name).register_forward_hook(on_call, with_kwargs=True)
     try:
         with probe if layer.is_added else nullcontext():
             model(pixel_values=images)
@@ -127,14 +128,15 @@ def _count_calls(
         calls[name] = calls.get(name, 0) + 1
         written[id(output)] = output, name
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and id(args[0]) in written:
-            norms[written[id(args[0])][1]] = module
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        if id(x) in written:
+            norms[written[id(x)][1]] = module
 
     handles = []
     for name, module in pruned.model.named_modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         elif isinstance(module, (nn.Linear, ConvNd, nn.LayerNorm)):
             handles.append(module.register_forward_hook(partial(after, name)))
     try:

@@ -50,7 +50,7 @@ class ResidualProbe(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         followed = self._followed
-        if followed is None or not any(id(arg) in self._derived for arg in args):
+        if followed is None or not any(id(arg) in self._derived for arg in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         others = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg is not followed]

@@ -9,7 +9,7 @@ Source:
     Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.calibration.inputs import read_tensor
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.repairing.head_products import (
     BilinearPair,
@@ -155,9 +156,9 @@ def _sum_activations(
                 layer = model.model.get_submodule(column.point.layer)
                 hook = partial(_add_moment, sums[number, side], column, pair.group)
                 if column.point.is_output:
-                    handles.append(layer.register_forward_hook(hook))
+                    handles.append(layer.register_forward_hook(hook, with_kwargs=True))
                 else:
-                    handles.append(layer.register_forward_pre_hook(hook))
+                    handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     images = 0
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
@@ -171,10 +172,16 @@ def _sum_activations(
 
 
 def _add_moment(
-    total: torch.Tensor, column: HeadColumn, group: CoupledGroup, layer: nn.Module, args: Any, *output: Any
+    total: torch.Tensor,
+    column: HeadColumn,
+    group: CoupledGroup,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *output: torch.Tensor,
 ) -> None:
     """Add the moment of the channels in a layer's input (pre-hook) or output (hook) to `total`, in place."""
-    x = output[0] if column.point.is_output else args[0]
+    x = output[0] if column.point.is_output else read_tensor(args, kwargs)
     channels = x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
     part = channels[..., torch.from_numpy(column.places).to(x.device)]
     part = part.reshape(-1, group.num_heads, group.head_dim).transpose(0, 1)

@@ -21,6 +21,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, summed_loss
+from isoprune_hf.pruning.calibration.inputs import read_tensor, replace_first_tensor
 from isoprune_hf.pruning.scoring.gate_points import GatePoint
 from isoprune_hf.recipes.values import Precision
 
@@ -124,8 +125,8 @@ def _gate_hooks(
         shape[dim + 1] = x.shape[dim]
         return (torch.unflatten(x, 0, (batch, -1)) * gates[key].view(shape).to(x.dtype)).flatten(0, 1)
 
-    def gate_input(key: _GateKey, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gated(layer, key, args[0]), *args[1:])
+    def gate_input(key: _GateKey, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return replace_first_tensor(args, kwargs, gated(layer, key, read_tensor(args, kwargs)))
 
     def gate_output(key: _GateKey, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return gated(layer, key, output)
@@ -136,7 +137,7 @@ def _gate_hooks(
         if key[1]:
             handles.append(layer.register_forward_hook(partial(gate_output, key)))
         else:
-            handles.append(layer.register_forward_pre_hook(partial(gate_input, key)))
+            handles.append(layer.register_forward_pre_hook(partial(gate_input, key), with_kwargs=True))
     try:
         yield
     finally:

@@ -101,8 +101,10 @@ def _find_writing_point(
     is_transposed = leaf == "weight" and isinstance(layer, ConvNd) and layer.transposed
     if member.dim != int(is_transposed):
         return None
-    if model.model.get_parameter(member.parameter).ndim < 2 or find_reader(model, member) is not None:
+    own = dict(layer.named_parameters(recurse=False))  # buffers write no channels
+    if leaf not in own or own[leaf].ndim < 2 or find_reader(model, member) is not None:
         return None
     siblings = [other.parameter for other in group.members if other.parameter.rpartition(".")[0] == name]
-    bias = next((other for other in siblings if model.model.get_parameter(other).ndim == 1), None)
+    biases = (other for other in siblings if other.rpartition(".")[2] in own)
+    bias = next((other for other in biases if own[other.rpartition(".")[2]].ndim == 1), None)
     return GatePoint(group.name, member, bias, name if is_layer else "", True, member.index)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from isoprune_hf.pruning.calibration.inputs import read_tensor
+
 # Largest number of elements of the per-sample tensors of one layer at a time: the size of a cache, or 256 MB of a GPU.
 _MAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
@@ -49,11 +51,6 @@ def module_squares(
         return _squares_by_vjp(module, leaves, args, kwargs, gradient, batch)
     squares = formula(module, args[0].detach(), gradient, batch)
     return {leaf: squares[leaf] for leaf in leaves}
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Return the first tensor among the arguments of a module, or None."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
 
 
 def pieces(batch: int, elements: int, device: torch.device) -> Iterator[slice]:
@@ -194,10 +191,7 @@ def _squares_by_vjp(
     """
     inputs: dict[int | str, Any] = dict(enumerate(args))
     inputs.update(kwargs)
-    first = first_tensor(args, kwargs)
-    if first is None:
-        raise RuntimeError("the module was called without a tensor")
-    rows = len(first)
+    rows = len(read_tensor(args, kwargs))
     samples = {
         key: torch.unflatten(_as_float(value.detach()), 0, (batch, -1))
         for key, value in inputs.items()

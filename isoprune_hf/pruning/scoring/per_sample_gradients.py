@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.gradients import summed_loss
-from isoprune_hf.pruning.scoring.layer_squares import Squares, first_tensor, module_squares, pieces
+from isoprune_hf.pruning.calibration.inputs import first_tensor
+from isoprune_hf.pruning.scoring.layer_squares import Squares, module_squares, pieces
 from isoprune_hf.recipes.values import Precision
 
 

@@ -1,5 +1,6 @@
 """`bn`: recompute the statistics of BatchNorm layers on the calibration images."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.calibration.inputs import read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 
@@ -50,7 +52,10 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
         name: torch.zeros(3, module.num_features, dtype=torch.float64, device=pruned.device)
         for name, module in norms.items()
     }
-    handles = [module.register_forward_pre_hook(partial(_add_moments, sums[name])) for name, module in norms.items()]
+    handles = [
+        module.register_forward_pre_hook(partial(_add_moments, sums[name]), with_kwargs=True)
+        for name, module in norms.items()
+    ]
     buffers = {name: value.clone() for name, value in pruned.model.named_buffers()}
     try:
         with scoring_mode(pruned, requires_grad=False), torch.no_grad():
@@ -75,7 +80,7 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
     return ()
 
 
-def _add_moments(sums: torch.Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _add_moments(sums: torch.Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Add count, sum and sum of squares of each channel of a BatchNorm's input to `sums` (3, channels), in place."""
-    x = args[0].double().transpose(0, 1).flatten(1)
+    x = read_tensor(args, kwargs).double().transpose(0, 1).flatten(1)
     sums += torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])

@@ -18,9 +18,9 @@ from isoprune_hf.pruning.calibration.gradients import (
     sum_over_ranks,
     zero_images,
 )
+from isoprune_hf.pruning.calibration.inputs import first_tensor
 from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
-from isoprune_hf.pruning.scoring.layer_squares import first_tensor
 from isoprune_hf.pruning.scoring.readers import ReadingLayer, find_readers, reading_layer
 from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks
 
