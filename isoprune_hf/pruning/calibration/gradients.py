@@ -15,6 +15,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.replacing import replaced_parameters
 from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.recipes.values import Precision
 
@@ -72,9 +73,12 @@ def summed_loss(
         precision: bf16 runs the forward pass under autocast.
         replacements: Parameter of `model.model` -> tensor that is used instead of it.
     """
-    replaced = {f"model.{name}": value for name, value in (replacements or {}).items()}
-    with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = torch.func.functional_call(model, replaced, (), {"pixel_values": pixel_values}).logits
+    is_bf16 = precision == "bf16"
+    with (
+        replaced_parameters(model.model, replacements or {}),
+        torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=is_bf16),
+    ):
+        logits = model(pixel_values=pixel_values).logits
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from isoprune_hf.pruning.calibration.inputs import read_tensor
+from isoprune_hf.pruning.calibration.replacing import replaced_parameters
 
 # Largest number of elements of the per-sample tensors of one layer at a time: the size of a cache, or 256 MB of a GPU.
 _MAX_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
@@ -205,7 +206,8 @@ def _squares_by_vjp(
         positional = tuple(given[position] for position in range(len(args)))
 
         def forward(values: Squares) -> torch.Tensor:
-            output = torch.func.functional_call(module, values, positional, {key: given[key] for key in kwargs})
+            with replaced_parameters(module, values):
+                output = module(*positional, **{key: given[key] for key in kwargs})
             result: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
             return result
 
