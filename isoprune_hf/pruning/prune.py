@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
 from isoprune_hf.pruning.cost.macs import ModelCost, cost_model
 from isoprune_hf.pruning.cutting.uniform import check_family, to_stock
@@ -112,6 +112,7 @@ def prune_model(
     plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
+    _check_finite(pruned, model)
     _record_origin(pruned, model, recipe, scores)
     pruned_cost = _recorded_cost(pruned)
     _log_result(model, plan, traced.cost.base, pruned_cost, clock.seconds)
@@ -189,6 +190,22 @@ def _cut_to_budget(
             run.traced.latency,
             attempt=attempt,
             agree=lambda times: broadcast(times, run.accelerator),
+        )
+
+
+def _check_finite(pruned: IsoPruneForImageClassification, base: IsoPruneForImageClassification) -> None:
+    """Check that a pruned model has no nan and inf where its base has none.
+
+    Raises:
+        RecipeError: It has; the message names the tensor.
+    """
+    before = base.model.state_dict()
+    for name, value in pruned.model.state_dict().items():
+        if value.isfinite().all() or (name in before and not before[name].isfinite().all()):
+            continue
+        raise RecipeError(
+            f"{name} of the pruned model holds nan or inf, and that of the base does not, so it is not returned: take "
+            "--prune.reconstruct none, and report the model"
         )
 
 

@@ -22,8 +22,13 @@ HANDLED = (
     "huge_weight",
     "keyword_calls",
     "one_block_class_token",
+    "recurrent",
     "reused",
+    "shared_parameter",
     "sizes_by_numel",
+    "token_mixer",
+    "two_names",
+    "zero_scale",
 )
 COMBINATIONS = {
     "best": PruneRecipe(target_macs="50%", round_to=1),

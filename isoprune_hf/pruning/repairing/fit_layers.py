@@ -27,7 +27,6 @@ from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mo
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.normal_equations import (
     FitSums,
-    FittedModule,
     fit_sums,
     pieces_of_halves,
     prefers_bias,
@@ -37,6 +36,7 @@ from isoprune_hf.pruning.repairing.normal_equations import (
 from isoprune_hf.pruning.repairing.passes import Passes
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
+_NOT_FINITE = "their fits are not finite"
 
 
 def fit_layers(
@@ -60,22 +60,21 @@ def fit_layers(
         is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
 
     Returns:
-        One line for the layers that could not be fitted.
+        One line for each reason for which layers were left as they were cut.
 
     Raises:
         RecipeError: There is no image.
     """
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
-        layers, unsupported = find_layers(pruned, masks, factors or {})
+        layers, left = find_layers(dense, pruned, masks, factors or {})
         passes = Passes(dense, pruned, calibration.batches)
         for layer in layers:
             passes.reach(layer.name)
             halves = _sum_over_images(dense, pruned, layer, passes)
             first, second = (sum_over_ranks(sums, calibration.accelerator) for sums in halves)
-            _fit(layer, first, second, is_bias_only=is_bias_only)
-    if not unsupported:
-        return ()
-    return (f"prune.reconstruct does not repair {', '.join(unsupported)}: layers of types that it cannot fit",)
+            if not _fit(layer, first, second, is_bias_only=is_bias_only):
+                left.setdefault(_NOT_FINITE, []).append(layer.name)
+    return tuple(f"prune.reconstruct leaves {', '.join(names)} as cut: {why}" for why, names in left.items())
 
 
 def _sum_over_images(
@@ -92,17 +91,19 @@ def _sum_over_images(
             wanted_calls = observe_calls(dense, layer, images)
             found_calls = observe_calls(pruned, layer, images)
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
-            dim = _channel_dim(module, wanted.output, found.output)
-            missing = _missing_output(layer, wanted, found, dim)
+            missing = _missing_output(layer, wanted, found)
             for half, part in pieces_of_halves(module, found.inputs):
-                added = fit_sums(module, found.inputs[part], found.output[part], missing[part], dim)
+                added = fit_sums(module, found.inputs[part], found.output[part], missing[part], layer.dim)
                 for key, value in added.items():
                     halves[half][key] += value
     return halves
 
 
-def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: bool) -> None:
+def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: bool) -> bool:
     """Fit one layer, in place, to the sums over both halves of the images of all ranks.
+
+    Returns:
+        False if the fit is not finite; the layer is then left as it was cut.
 
     Raises:
         RecipeError: There is no image.
@@ -110,35 +111,35 @@ def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: b
     sums = {key: first[key] + second[key] for key in first}
     require_images(sums["count"], "prune.reconstruct")
     if sums["residual"] <= _NEGLIGIBLE_RESIDUAL_SHARE * sums["energy"]:
-        return
+        return True
+    if not all(total.isfinite().all() for total in sums.values()):
+        return False
     change = solve_fit(sums, is_bias_only=is_bias_only or prefers_bias(first, second))
+    if not change.to(layer.module.weight.dtype).isfinite().all():
+        return False
     _apply_change(layer, change)
+    return True
 
 
-def _missing_output(layer: FittedLayer, wanted: LayerCall, found: LayerCall, dim: int) -> torch.Tensor:
+def _missing_output(layer: FittedLayer, wanted: LayerCall, found: LayerCall) -> torch.Tensor:
     """Compute the difference between the dense outputs and those of the cut layer.
 
     For a layer whose output is added to a residual stream, this is the difference between the sums: the layer also
     corrects the error that earlier layers left in the stream.
     """
-    target = _select_kept(wanted.output, layer, dim)
+    target = _select_kept(wanted.output, layer)
     if layer.factor is not None:
-        target = target * layer.factor.view([-1 if at == dim else 1 for at in range(target.ndim)])
+        target = target * layer.factor.view([-1 if at == layer.dim else 1 for at in range(target.ndim)])
     missing = target - found.output
     if found.stream is None or wanted.stream is None:
         return missing
-    return missing + (_select_kept(wanted.stream, layer, dim) - found.stream)
+    return missing + (_select_kept(wanted.stream, layer) - found.stream)
 
 
-def _select_kept(values: torch.Tensor, layer: FittedLayer, dim: int) -> torch.Tensor:
-    return values if layer.kept is None else values.index_select(dim, layer.kept)
-
-
-def _channel_dim(module: FittedModule, dense: torch.Tensor, output: torch.Tensor) -> int:
-    """Return the dim of the channels; a norm is only fitted if it has lost channels, so there the sizes differ."""
-    if isinstance(module, nn.LayerNorm):
-        return next(dim for dim in range(output.ndim) if dense.shape[dim] != output.shape[dim])
-    return 1 if isinstance(module, nn.Conv2d) else output.ndim - 1
+def _select_kept(values: torch.Tensor, layer: FittedLayer) -> torch.Tensor:
+    for dim, kept in layer.rows.items():
+        values = values.index_select(dim, kept)
+    return values if layer.kept is None else values.index_select(layer.dim, layer.kept)
 
 
 def _apply_change(layer: FittedLayer, change: torch.Tensor) -> None:

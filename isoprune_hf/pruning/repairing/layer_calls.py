@@ -1,6 +1,6 @@
 """Find the layers of a network that can be fitted (`find_layers`), and observe their calls (`observe_calls`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
@@ -17,6 +17,12 @@ from isoprune_hf.pruning.repairing.normal_equations import FittedModule
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
 from isoprune_hf.pruning.repairing.waypoints import PassStopped
 
+# Number of images from whose outputs the places of channels are found: a dim that joins images has another size.
+_SHAPE_IMAGES = 3
+_OTHER_TYPE = "they are of types that it cannot fit"
+_SHARED_WEIGHTS = "other layers use the same weights"
+_UNKNOWN_ROWS = "channels lie among their rows, and which ones were kept is not known"
+
 
 class FittedLayer(NamedTuple):
     """A layer to fit.
@@ -25,7 +31,9 @@ class FittedLayer(NamedTuple):
         name: Its path, the same in both networks.
         module: The layer in the cut network.
         calls: Number of its calls in a forward pass.
+        dim: Dim of its outputs on which the channels lie.
         kept: Indices of the dense layer's outputs that were kept; None if none was removed.
+        rows: Another dim of its outputs -> indices that were kept there, as of a linear that runs over tokens.
         factor: Factors for the dense outputs: one number for each that was kept.
         norm: The BatchNorm after a layer without a bias.
         is_added: Its output is added to another tensor, as that of a residual branch.
@@ -34,7 +42,9 @@ class FittedLayer(NamedTuple):
     name: str
     module: FittedModule
     calls: int
+    dim: int
     kept: torch.Tensor | None
+    rows: Mapping[int, torch.Tensor]
     factor: torch.Tensor | None
     norm: nn.Module | None
     is_added: bool
@@ -55,37 +65,51 @@ class LayerCall(NamedTuple):
 
 
 def find_layers(
+    dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
     masks: Mapping[tuple[str, int], np.ndarray],
     factors: Mapping[str, torch.Tensor],
-) -> tuple[list[FittedLayer], list[str]]:
-    """Find the layers to fit in the order of execution, and the names of layers of types that cannot be fitted.
+) -> tuple[list[FittedLayer], dict[str, list[str]]]:
+    """Find the layers to fit in the order of execution, and for each reason the layers that cannot be fitted.
 
     Args:
+        dense: The network before the cut.
         pruned: The cut network.
         masks: (parameter, dim) -> which of its elements were kept.
         factors: Weight -> factors for the dense outputs.
     """
     blank = torch.zeros(1, *image_size_of(pruned), device=pruned.device)
-    calls, norms = _count_calls(pruned, blank)
+    several = blank.expand(_SHAPE_IMAGES, *blank.shape[1:])
+    wanted, _ = _watch_calls(dense, several)
+    found, norms = _watch_calls(pruned, several)
+    shared = _layers_that_share(pruned)
     layers = []
-    unsupported = []
-    for name, count in calls.items():
+    left: dict[str, list[str]] = {}
+    for name, shapes in found.items():
         module = pruned.model.get_submodule(name)
         weight = f"{name}.weight"
         mask = masks.get((weight, 0))
         if isinstance(module, nn.LayerNorm) and (mask is None or not module.elementwise_affine):
             continue  # all its channels were kept
         if not _can_be_fitted(module):
-            unsupported.append(name)
+            left.setdefault(_OTHER_TYPE, []).append(name)
             continue
-        kept = None if mask is None else torch.from_numpy(np.flatnonzero(mask)).to(pruned.device)
+        if module in shared:
+            left.setdefault(_SHARED_WEIGHTS, []).append(name)
+            continue
+        places = _find_places(module, mask, wanted.get(name, []), shapes, masks)
+        if places is None:
+            left.setdefault(_UNKNOWN_ROWS, []).append(name)
+            continue
+        dim, rows = places[0], {at: _indices(kept, pruned.device) for at, kept in places[1].items()}
         norm = norms.get(name) if module.bias is None else None
-        layer = FittedLayer(name, module, count, kept, factors.get(weight), norm, count == 1)
+        kept = None if mask is None else _indices(mask, pruned.device)
+        is_added = len(shapes) == 1
+        layer = FittedLayer(name, module, len(shapes), dim, kept, rows, factors.get(weight), norm, is_added)
         if layer.is_added and observe_calls(pruned, layer, blank)[0].stream is None:
             layer = layer._replace(is_added=False)
         layers.append(layer)
-    return layers, unsupported
+    return layers, left
 
 
 def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, images: torch.Tensor) -> list[LayerCall]:
@@ -115,17 +139,17 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
     return calls
 
 
-def _count_calls(
-    pruned: IsoPruneForImageClassification, images: torch.Tensor
-) -> tuple[dict[str, int], dict[str, nn.Module]]:
-    """Run a forward pass and return layer -> number of calls, in order, and layer -> the BatchNorm that reads it."""
-    calls: dict[str, int] = {}
+def _watch_calls(
+    network: IsoPruneForImageClassification, images: torch.Tensor
+) -> tuple[dict[str, list[torch.Size]], dict[str, nn.Module]]:
+    """Run a forward pass; return layer -> shapes of its outputs in order, and layer -> the BatchNorm that reads it."""
+    shapes: dict[str, list[torch.Size]] = {}
     # Outputs by id. The tensors are kept, too, so that no other tensor gets the id of one of them.
     written: dict[int, tuple[torch.Tensor, str]] = {}
     norms: dict[str, nn.Module] = {}
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        calls[name] = calls.get(name, 0) + 1
+        shapes.setdefault(name, []).append(output.shape)
         written[id(output)] = output, name
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -134,17 +158,80 @@ def _count_calls(
             norms[written[id(x)][1]] = module
 
     handles = []
-    for name, module in pruned.model.named_modules():
+    for name, module in network.model.named_modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         elif isinstance(module, (nn.Linear, ConvNd, nn.LayerNorm)):
             handles.append(module.register_forward_hook(partial(after, name)))
     try:
-        pruned(pixel_values=images)
+        network(pixel_values=images)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, norms
+    return shapes, norms
+
+
+def _layers_that_share(network: IsoPruneForImageClassification) -> set[nn.Module]:
+    """Return the modules that own a parameter that another module owns, too."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in network.modules():
+        for parameter in dict.fromkeys(module.parameters(recurse=False)):
+            owners.setdefault(id(parameter), []).append(module)
+    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
+
+
+def _find_places(
+    module: nn.Module,
+    mask: np.ndarray | None,
+    wanted: Sequence[torch.Size],
+    found: Sequence[torch.Size],
+    masks: Mapping[tuple[str, int], np.ndarray],
+) -> tuple[int, dict[int, np.ndarray]] | None:
+    """Find the dim of a layer's channels, and masks of the other dims of its outputs that became smaller.
+
+    Args:
+        module: The layer.
+        mask: Channels that were kept; None if none was removed.
+        wanted: Shapes of the outputs of its calls in the dense network, for `_SHAPE_IMAGES` images.
+        found: The same in the cut network.
+        masks: All masks of the cut. One of them must fit a dim that became smaller, and only one.
+
+    Returns:
+        None if the outputs of the two networks cannot be matched.
+    """
+    if len(wanted) != len(found):
+        return None
+    matched: list[tuple[int, dict[int, np.ndarray]]] = []
+    for before, after in zip(wanted, found, strict=True):
+        if len(before) != len(after):
+            return None
+        changed = [dim for dim in range(len(after)) if before[dim] != after[dim]]
+        channel = 1 if isinstance(module, nn.Conv2d) else len(after) - 1
+        if isinstance(module, nn.LayerNorm) and mask is not None:
+            fits = [dim for dim in changed if (before[dim], after[dim]) == (len(mask), mask.sum())]
+            channel = fits[0] if fits else channel
+        expected = after[channel] if mask is None else len(mask)
+        if before[channel] != expected or 0 in changed:
+            return None
+        rows = {}
+        for dim in changed:
+            sizes = before[dim], after[dim]
+            fitting = {kept.tobytes(): kept for kept in masks.values() if (len(kept), kept.sum()) == sizes}
+            if dim != channel and len(fitting) != 1:
+                return None
+            if dim != channel:
+                rows[dim] = next(iter(fitting.values()))
+        matched.append((channel, rows))
+    first = matched[0]
+    is_same = all(
+        channel == first[0] and rows.keys() == first[1].keys() and all(rows[dim] is first[1][dim] for dim in rows)
+        for channel, rows in matched
+    )
+    return first if is_same else None
+
+
+def _indices(mask: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)).to(device)
 
 
 def _can_be_fitted(module: nn.Module) -> TypeGuard[FittedModule]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Calibration
@@ -44,5 +46,17 @@ def repair(
         return ()
     if calibration is None:
         raise RecipeError("prune.reconstruct needs data: give --data.dataset, or leave it out")
-    masks = keep_masks(plan, groups, rotated.model.model)
+    names = _names_of_tensors(rotated.model.model)
+    kept = keep_masks(plan, groups, rotated.model.model)
+    masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}
+    factors = {name: factor for first, factor in factors.items() for name in names[first]}
     return method.repair(RepairTask(rotated.model, pruned, masks, factors, calibration))
+
+
+def _names_of_tensors(base: nn.Module) -> dict[str, list[str]]:
+    """Return each name of a parameter or buffer -> all names of the same tensor."""
+    tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
+    by_id: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        by_id.setdefault(id(tensor), []).append(name)
+    return {name: by_id[id(tensor)] for name, tensor in tensors}

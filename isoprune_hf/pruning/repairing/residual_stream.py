@@ -106,5 +106,6 @@ def _invert_batch_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any], ndim: i
 
 
 def _without_near_zeros(scale: Tensor) -> Tensor:
-    """Replace near-zero scales by inf, so that dividing by them yields 0 instead of noise."""
-    return scale.masked_fill(scale.abs() < _NEAR_ZERO_SHARE * scale.abs().mean(), float("inf"))
+    """Replace scales of 0 and near it by inf, so that dividing by them yields 0 instead of noise."""
+    is_small = scale.abs() < _NEAR_ZERO_SHARE * scale.abs().mean()
+    return scale.masked_fill(is_small | (scale == 0), float("inf"))

@@ -7,10 +7,12 @@ this: a module with a forward hook still runs. The replacement is an attribute o
 the method of the class.
 
 Which modules are waypoints is tested, because it cannot be read from them: with NaN for the outputs of all modules
-that ran before a waypoint, and zeros for the images, the network must return the same logits, bit for bit.
+that ran before a waypoint, and zeros for the images, the network must return the same logits, bit for bit, and every
+module that ends later must read and return the same. The logits alone do not show it: a layer may read tokens that the
+head does not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -60,12 +62,16 @@ class Observation(NamedTuple):
         starts: Module -> time of its first call, counted in calls and returns of modules.
         ends: Module -> time of its last return.
         sizes: Module that was called once and returned floating-point tensors -> their bytes.
+        read: Module -> sums of the tensors that its last call read, by which two passes are compared.
+        returned: Module -> sums of the tensors that its last call returned.
         logits: The logits.
     """
 
     starts: dict[str, int]
     ends: dict[str, int]
     sizes: dict[str, int]
+    read: dict[str, list[torch.Tensor]]
+    returned: dict[str, list[torch.Tensor]]
     logits: torch.Tensor
 
 
@@ -89,14 +95,15 @@ def _waypoints_of(
     """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, *image_size_of(network), generator=generator).to(network.device)
-    starts, ends, sizes, logits = _observe(network, images)
+    observed = _observe(network, images)
+    starts, ends, sizes = observed.starts, observed.ends, observed.sizes
     ways = {}
     for name in sizes if among is None else among.keys() & sizes.keys():
         before = [other for other in sizes if ends[other] < starts[name]]
         outermost = tuple(other for other in before if not any(other.startswith(f"{up}.") for up in before))
         way = Waypoint(name, outermost, ends[name], sizes[name])
         has_parts = next(network.model.get_submodule(name).children(), None) is not None
-        if outermost and has_parts and _is_waypoint(network, way, images, logits):
+        if outermost and has_parts and _is_waypoint(network, way, images, observed):
             ways[name] = way
     return starts, ways
 
@@ -107,16 +114,20 @@ def _observe(network: IsoPruneForImageClassification, images: torch.Tensor) -> O
     ends: dict[str, int] = {}
     sizes: dict[str, int] = {}
     calls: dict[str, int] = {}
+    read: dict[str, list[torch.Tensor]] = {}
+    returned: dict[str, list[torch.Tensor]] = {}
     clock = count()
 
-    def before(name: str, module: nn.Module, args: Any) -> None:
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         starts.setdefault(name, next(clock))
         calls[name] = calls.get(name, 0) + 1
+        read[name] = [leaf.sum() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
         ends[name] = next(clock)
         leaves = tree_leaves(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        returned[name] = [leaf.sum() for leaf in tensors]
         is_plain = all(leaf.is_floating_point() for leaf in tensors)
         if tensors and is_plain and all(isinstance(leaf, torch.Tensor | int | float | None) for leaf in leaves):
             sizes[name] = sum(leaf.nbytes for leaf in tensors)
@@ -124,26 +135,39 @@ def _observe(network: IsoPruneForImageClassification, images: torch.Tensor) -> O
     handles = []
     for name, module in network.model.named_modules():
         if name:
-            handles.append(module.register_forward_pre_hook(partial(before, name)))
+            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(after, name)))
     try:
         logits = network(pixel_values=images).logits
     finally:
         for handle in handles:
             handle.remove()
-    return Observation(starts, ends, {name: size for name, size in sizes.items() if calls[name] == 1}, logits)
+    once = {name: size for name, size in sizes.items() if calls[name] == 1}
+    return Observation(starts, ends, once, read, returned, logits)
 
 
 def _is_waypoint(
-    network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, logits: torch.Tensor
+    network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, whole: Observation
 ) -> bool:
-    """Check whether the network returns the same logits if nothing before the waypoint is computed."""
+    """Check whether everything after a waypoint is as in a whole pass if nothing before it is computed."""
     try:
         value, blanks = run_until(network, way, images)
         with replaced_outputs(network, {**blanks, way.name: value}):
-            return torch.equal(network(pixel_values=torch.zeros_like(images)).logits, logits)
+            found = _observe(network, torch.zeros_like(images))
+        later = [name for name, end in whole.ends.items() if end > way.end]
+        return torch.equal(found.logits, whole.logits) and all(
+            _are_equal(found.returned.get(name, []), whole.returned[name])
+            and (whole.starts[name] < way.end or _are_equal(found.read.get(name, []), whole.read[name]))
+            for name in later
+        )
     except LIBRARY_ERRORS:  # an earlier output is used in a way that NaN does not allow
         return False
+
+
+def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in zip(first, second, strict=True)
+    )
 
 
 def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor) -> HeldOutput:

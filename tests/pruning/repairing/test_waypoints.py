@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.marks import one_of_each
 from helpers.plain_scores import batches_of
 from helpers.pruned_models import SAVED
 from helpers.tiny_models import make_base
+from helpers.traced_models import make_timm
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -142,3 +144,31 @@ def test_outputs_above_the_byte_limit_are_not_stored(tmp_path: Path) -> None:
         with torch.no_grad():
             passes.reach("second.0")
         assert (passes._current and passes._current.name) == starts
+
+
+class UnreadTokens(nn.Module):
+    """The last layer reads all tokens, and the head only the first one, which no earlier module has written."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.stem, self.early = nn.Linear(32, 8), nn.Sequential(nn.Linear(8, 8))
+        self.token, self.block = nn.Parameter(torch.randn(1, 1, 8)), nn.Sequential(nn.Linear(8, 8))
+        self.last, self.head = nn.Linear(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.early(self.stem(images.mean(1)))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        y = self.block(x[:, :1].detach() * 0 + 1)
+        return self.head((self.last(x)[:, :1] + y).mean(1))
+
+
+@timm.models.register_model
+def tiny_unread_tokens(num_classes: int = 5, **_: object) -> nn.Module:
+    net = UnreadTokens(num_classes)
+    net.pretrained_cfg = {"input_size": (3, 32, 32), "num_classes": num_classes}
+    return net
+
+
+def test_module_is_no_waypoint_if_later_layers_read_more() -> None:
+    model = make_timm("tiny_unread_tokens", 32).eval()
+    assert waypoint_names(model) == ["early"]

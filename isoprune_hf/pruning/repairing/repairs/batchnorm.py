@@ -36,7 +36,7 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
         calibration: Images; float64 sums are reduced over ranks once.
 
     Returns:
-        One line if the model has no BatchNorm.
+        One line if the model has no BatchNorm, or if statistics are not finite; those of the cut are then kept.
 
     Raises:
         RecipeError: There is no image.
@@ -69,15 +69,20 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
         for name, value in pruned.model.named_buffers():
             value.copy_(buffers[name])
     sums = sum_over_ranks(sums, calibration.accelerator)
+    left = []
     for name, module in norms.items():
         count, total, squares = sums[name]
         require_images(count.all(), "prune.reconstruct")
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
         statistics = dict(module.named_buffers(recurse=False))
+        dtype = statistics["running_mean"].dtype
+        if not (mean.to(dtype).isfinite().all() and variance.to(dtype).isfinite().all()):
+            left.append(name)
+            continue
         statistics["running_mean"].copy_(mean)
         statistics["running_var"].copy_(variance)
-    return ()
+    return (f"prune.reconstruct leaves {', '.join(left)} as cut: their statistics are not finite",) if left else ()
 
 
 def _add_moments(sums: torch.Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -1,0 +1,122 @@
+"""Layers that a repair leaves as they were cut, and outputs that lose channels among their rows."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.odd_networks import calibration_batches, open_odd
+from torch import nn
+
+from isoprune_hf import PruneRecipe, prune_model
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.pruning import prune as pipeline
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing import fit_layers as fitting
+from isoprune_hf.pruning.repairing.fit_layers import fit_layers
+from isoprune_hf.pruning.repairing.repair import repair
+from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
+from isoprune_hf.pruning.repairing.rotation import Rotated
+
+Model = IsoPruneForImageClassification
+
+
+def cut_in_half(name: str) -> tuple[Model, Model, PruningPlan]:
+    """Open an odd network, and cut every group that is no attention to half of its channels."""
+    dense = open_odd(name).model.eval()
+    groups = trace_groups(dense)
+    plan = PruningPlan({group.name: tuple(range(0, group.channels, 2)) for group in groups if not group.num_heads}, {})
+    return dense, apply_plan(dense, plan, groups), plan
+
+
+def repaired(dense: Model, pruned: Model, plan: PruningPlan) -> tuple[str, ...]:
+    calibration = Calibration(calibration_batches(3))
+    return repair(Rotated(dense, (), ()), pruned, plan, trace_groups(dense), "least_squares", calibration)
+
+
+def logit_error(dense: Model, pruned: Model) -> float:
+    images = calibration_batches(3)[0][0]
+    with torch.no_grad():
+        return float((dense(images).logits - pruned(images).logits).square().sum())
+
+
+def test_weight_of_two_layers_is_left_as_cut() -> None:
+    dense, pruned, plan = cut_in_half("shared_parameter")
+    before = copy.deepcopy(pruned.state_dict())
+    notes = repaired(dense, pruned, plan)
+    after = pruned.state_dict()
+    shared = [name for name in before if name.startswith(("model.first", "model.second"))]
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+    assert not torch.equal(before["model.head.bias"], after["model.head.bias"])
+    assert len(notes) == 1 and all(layer in notes[0] for layer in ("first.up", "first.down", "second.up"))
+
+
+def test_module_with_two_names_is_fitted() -> None:
+    dense, pruned, plan = cut_in_half("two_names")
+    before = logit_error(dense, pruned)
+    assert repaired(dense, pruned, plan) == ()
+    assert logit_error(dense, pruned) < before
+
+
+def test_linear_over_tokens_is_fitted_on_kept_rows() -> None:
+    dense, pruned, plan = cut_in_half("token_mixer")
+    cut = copy.deepcopy(pruned)
+    assert repaired(dense, pruned, plan) == ()
+    assert not torch.equal(cut.model.mix.bias, pruned.model.mix.bias)
+    assert logit_error(dense, pruned) < logit_error(dense, cut)
+
+
+def test_rows_that_two_masks_fit_are_left_as_cut() -> None:
+    dense, pruned, plan = cut_in_half("token_mixer")
+    masks = keep_masks(plan, trace_groups(dense), dense.model)
+    masks["other", 0] = ~next(mask for (name, dim), mask in masks.items() if (name, dim) == ("stem.weight", 0))
+    before = copy.deepcopy(pruned.model.mix.state_dict())
+    notes = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)))
+    assert all(torch.equal(value, before[name]) for name, value in pruned.model.mix.state_dict().items())
+    assert len(notes) == 1 and "mix, back" in notes[0]
+
+
+def test_fit_that_is_not_finite_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, pruned, plan = cut_in_half("reused")
+    before = copy.deepcopy(pruned.state_dict())
+
+    def solve_nan(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.full_like(solve(*args, **kwargs), float("nan"))
+
+    solve: Callable[..., torch.Tensor] = fitting.solve_fit
+    monkeypatch.setattr(fitting, "solve_fit", solve_nan)
+    notes = repaired(dense, pruned, plan)
+    assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
+    assert len(notes) == 1 and "not finite" in notes[0]
+
+
+def test_statistics_that_are_not_finite_are_left() -> None:
+    _, pruned, _ = cut_in_half("reused")
+    with torch.no_grad():
+        pruned.model.other.conv1.weight.mul_(1e30)  # the variance is above the largest float32
+    before = pruned.model.other.norm1.running_var.clone()
+    notes = recalibrate_batchnorm(pruned, Calibration(calibration_batches(3)))
+    assert torch.equal(pruned.model.other.norm1.running_var, before)
+    assert len(notes) == 1 and "other.norm1" in notes[0]
+
+
+def test_result_with_nan_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damage(rotated: Rotated, pruned: Model, *args: object) -> tuple[str, ...]:
+        nn.init.constant_(pruned.model.head.bias, float("nan"))
+        return ()
+
+    monkeypatch.setattr(pipeline, "repair", damage)
+    recipe = PruneRecipe(target_macs="50%", round_to=1, criterion="l1")
+    with pytest.raises(RecipeError, match="head"):
+        prune_model(open_odd("reused").model, recipe, calibration_batches(3))
+
+
+def test_nan_of_the_base_is_no_fault_of_the_pruning() -> None:
+    model = open_odd("reused").model
+    nn.init.constant_(model.model.head.bias, float("nan"))
+    recipe = PruneRecipe(target_macs="50%", round_to=1, criterion="l1", reconstruct="none")
+    assert prune_model(model, recipe).model.model.head.bias.isnan().all()
