@@ -1,6 +1,7 @@
 """The stage frontier: several sizes from one scoring."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from helpers.command_line import contents, leftovers, read, refuse, succeed
 from helpers.cut_folders import MODEL_ARGS, NAME, OPEN
+from helpers.images import write_images
 
 from isoprune_hf.commands.frontier import read_sizes
 from isoprune_hf.commands.steps.sizes import tabulate_sizes
@@ -83,6 +85,14 @@ def test_accuracy_is_that_of_equal_cut(tmp_path: Path) -> None:
     rows, metrics = table_of(tmp_path / "out"), read(tmp_path / "cut", "metrics.json")
     for row, name in zip(rows, ("base", "pruned"), strict=True):
         assert {key: float(row[key]) for key in metrics[name]} == metrics[name]
+
+
+def test_frontier_reads_images_as_data_settings_say(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "images", {"val": {2, 7}})
+    data = ["--data.dataset", root, "--data.broken", "skip", "--prune.num_labels", "data"]
+    base = ["--prune.pretrained", "false", "--prune.model_args", json.dumps(MODEL_ARGS)]
+    succeed("frontier", NAME, *base, *data, "--prune.criterion", "l1", "--sizes", "0.5", "--output", tmp_path / "out")
+    assert [(row["images"], row["broken"]) for row in table_of(tmp_path / "out")] == [("10", "2")] * 2
 
 
 def test_frontier_is_replaced_only_with_overwrite(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 
 from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.structure import image_size_of
-from isoprune_hf.commands.steps.opening import Opened
-from isoprune_hf.evaluation.evaluate import evaluate_model
+from isoprune_hf.commands.steps.opening import Opened, evaluate_on
 from isoprune_hf.measuring.speed import measure_latency, record_measurement
 from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
 from isoprune_hf.pruning.prune import PruneResult, prune_model
@@ -91,14 +90,7 @@ def measure_sizes(opened: Opened, cuts: Cuts) -> list[dict[str, Any]]:
     for share, model in models.items():
         row = {"size": share, **costs[share].to_dict(), "latency_ms": round(latency[str(share)], 4)}
         if opened.images is not None and opened.images.evaluation is not None:
-            row |= evaluate_model(
-                model.to(opened.accelerator.device),
-                opened.images.evaluation,
-                base.processor,
-                accelerator=opened.accelerator,
-                batch_size=data.batch_size,
-                num_workers=data.num_workers,
-            )
+            row |= evaluate_on(opened.images, model, base.processor, data, opened.accelerator)
         rows.append(row)
     return rows
 
