@@ -8,6 +8,7 @@ names, without reading files or the network.
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
+from isoprune_hf.checkpoint.meta import build_on_meta
 from isoprune_hf.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -138,6 +139,8 @@ def _are_labels(labels: Any) -> bool:
 def build_base(config: IsoPruneConfig) -> nn.Module:
     """Build the dense architecture of `config.base` on the current default device, without trained weights.
 
+    On the meta device, tensors that are not saved keep their values on the CPU, see `meta.build_on_meta`.
+
     Raises:
         CheckpointError: The entry does not describe a base that can be built safely.
     """
@@ -222,6 +225,16 @@ def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:
     Raises:
         CheckpointError: The builder failed; the message ends with the error of the library.
     """
+    try:
+        if torch.get_default_device().type == "meta":
+            return build_on_meta(partial(_count_modules, build))
+        return _count_modules(build)
+    except LIBRARY_ERRORS as error:
+        raise CheckpointError(f"{complaint}: {describe_error(error)}") from error
+
+
+def _count_modules(build: Callable[[], nn.Module]) -> nn.Module:
+    """Call a builder; raises a ValueError at `MAX_MODULES` modules."""
     registered = itertools.count(1)
 
     def limit(*_: Any) -> None:
@@ -230,25 +243,9 @@ def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:
 
     hook = register_module_module_registration_hook(limit)
     try:
-        try:
-            return build()
-        except NotImplementedError:  # the builder reads values of a tensor, and tensors on meta have none
-            with _NumbersOnCPU():
-                return build()
-    except LIBRARY_ERRORS as error:
-        raise CheckpointError(f"{complaint}: {describe_error(error)}") from error
+        return build()
     finally:
         hook.remove()
-
-
-class _NumbersOnCPU(TorchFunctionMode):
-    """Create `torch.tensor` and `torch.arange` of plain numbers on the CPU: torchvision's RegNets read them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.arange, torch.tensor) and _is_plain(args):
-            kwargs.setdefault("device", "cpu")
-        return func(*args, **kwargs)
 
 
 def _is_plain(value: Any, *, nested: bool = False) -> bool:

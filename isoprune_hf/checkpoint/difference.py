@@ -21,6 +21,7 @@ from isoprune_hf.checkpoint.dense import (
     describe_error,
     require,
 )
+from isoprune_hf.checkpoint.meta import move_to_meta
 from isoprune_hf.errors import CheckpointError
 
 # Autograd nodes of operations that add to a tensor, rectify it or change its layout: a shortcut runs through these.
@@ -72,7 +73,7 @@ def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
         found[path] = replacement if is_residual and found.get(path, replacement) is not None else None
 
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
-        base = build_base(config).eval()
+        base = move_to_meta(build_base(config)).eval()
         for path, module in base.named_modules():
             is_entry = isinstance(base.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
             if is_entry and path and next(module.parameters(), None) is not None:

@@ -6,8 +6,8 @@ modules therefore depend on no other module of the package, and contain everythi
 file because transformers, loading config and model from two files of a local folder, would create two distinct
 config classes.
 
-Private names of transformers that are used here and in no other module (as of 5.23): `_init_weights`,
-`_is_hf_initialized`, `_load_pretrained_model`, `_supports_sdpa`, `_tied_weights_keys`.
+Private names of transformers that are used here and in no other module (as of 5.24): `_finalize_model_loading`,
+`_init_weights`, `_is_hf_initialized`, `_load_pretrained_model`, `_supports_sdpa`, `_tied_weights_keys`.
 """
 
 import json
@@ -43,13 +43,14 @@ from isoprune_hf.checkpoint.difference import (
     run_once,
     skippable_blocks,
 )
+from isoprune_hf.checkpoint.meta import move_to_meta, unsaved_buffers
 from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
 MAX_IMAGE_PIXELS = 2**26  # 8192 x 8192
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-PARTS = ("errors.py", "checkpoint/dense.py", "checkpoint/difference.py", "checkpoint/modeling_isoprune.py")
+PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in ("meta", "dense", "difference", "modeling_isoprune")))
 # Names of safetensors for data types -> names of torch; all floating-point types may be cast to one another.
 _DTYPE_NAMES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
@@ -156,7 +157,7 @@ class IsoPruneForImageClassification(PreTrainedModel):  # type: ignore[no-untype
         _check_tensors(model, state_dict, checkpoint_files or [])
         if any((model.config.structure or {}).values()):  # a dense base that does not run is not refused
             with torch.device("meta"):
-                run_once(build_pruned(model.config).eval(), model.config.image_size)
+                run_once(move_to_meta(build_pruned(model.config)).eval(), model.config.image_size)
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
@@ -165,6 +166,15 @@ class IsoPruneForImageClassification(PreTrainedModel):  # type: ignore[no-untype
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
                 tensor.data = tensor.data.clone()
         return loaded
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        # transformers leaves the buffers that are not in the file empty; their values are those of the constructor.
+        computed = [found for found in unsaved_buffers(model) if not found[2].is_meta]
+        info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        for owner, name, buffer in computed:
+            owner._buffers[name] = buffer.to(getattr(owner, name).device)
+        return info
 
     def save_pretrained(  # type: ignore[override]  # accepts all keywords of transformers
         self, save_directory: str | Path, **kwargs: Any

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.difference import named_tensors
+from isoprune_hf.checkpoint.meta import move_to_meta
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, SkippedBlock
 from isoprune_hf.errors import CheckpointError
 
@@ -35,6 +36,7 @@ def meta_copy(model: IsoPruneForImageClassification, *, dense: bool = False) -> 
         config.structure = None
     with torch.device("meta"):
         copied = type(model)(config)
+    move_to_meta(copied)
     copied.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
     return copied
 

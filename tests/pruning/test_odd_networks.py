@@ -24,10 +24,12 @@ HANDLED = (
     "one_block_class_token",
     "recurrent",
     "reused",
+    "rotary_table",
     "shared_parameter",
     "sizes_by_numel",
     "token_mixer",
     "two_names",
+    "values_in_constructor",
     "zero_scale",
 )
 COMBINATIONS = {

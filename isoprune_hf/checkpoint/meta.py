@@ -1,0 +1,132 @@
+# Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
+"""Build networks on the meta device whose constructors compute values (part of the shipped file).
+
+`build_on_meta` keeps the tensors that no file will contain: buffers outside the state dict, and tensors that modules
+hold as plain attributes. `move_to_meta` drops their values, too, so that the network runs on the meta device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+_MAX_UNSAVED_BYTES = 2**31  # far above the index tables of existing image classifiers
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network with its parameters and saved buffers on the meta device; the current default device is meta.
+
+    A network that needs values is built a second time, with its parameters on meta and all else on the CPU: its
+    constructor reads values of tensors, or computes tensors that are not saved. The random state is not changed.
+
+    Args:
+        build: Builds the network; called once or twice.
+
+    Raises:
+        ValueError: The tensors that are not saved are larger than any table of an image classifier.
+    """
+    try:
+        network = build()
+    except (NotImplementedError, RuntimeError, TypeError):  # the builder reads values, or cannot build at all
+        pass
+    else:
+        unsaved = [*_unsaved(network)]
+        if not unsaved:
+            return network
+        size = sum(tensor.numel() * tensor.element_size() for tensor in unsaved)
+        if size > _MAX_UNSAVED_BYTES:
+            raise ValueError(f"buffers of {size:,} bytes that are not saved; the limit is {_MAX_UNSAVED_BYTES:,}")
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with _parameters_on_meta():
+            network = build()
+        if any(tensor.is_meta for tensor in _unsaved(network)):  # computed on the device of a parameter
+            network = build()
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else _parameter_on_meta(parameter)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
+    return network
+
+
+def unsaved_buffers(network: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Yield the buffers outside the state dict: module, name within the module, buffer."""
+    for module in network.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield module, name, buffer
+
+
+def move_to_meta(network: nn.Module) -> nn.Module:
+    """Move a network to the meta device in place, with the tensors that its modules hold as attributes; return it."""
+    network.to("meta")
+    for module in network.modules():
+        values = vars(module)
+        for name, value in values.items():
+            if not _is_registry(name) and next(_tensors_in(value), None) is not None:
+                values[name] = _on_meta(value)
+    return network
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device as soon as a module registers it."""
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None else _parameter_on_meta(parameter)
+
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # a result replaces it
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _parameter_on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    """Return the same parameter on the meta device; the same object for a parameter that several modules share."""
+    if parameter.is_meta:
+        return parameter
+    moved: nn.Parameter | None = vars(parameter).get("moved")
+    if moved is None:
+        moved = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        vars(parameter)["moved"] = moved
+    return moved
+
+
+def _unsaved(network: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield all tensors that are neither parameters nor saved, except those that timm computes after loading."""
+    for module, _, buffer in unsaved_buffers(network):
+        if not hasattr(module, "init_non_persistent_buffers"):
+            yield buffer
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if not _is_registry(name):
+                yield from _tensors_in(value)
+
+
+def _is_registry(name: str) -> bool:
+    return name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or name.endswith("_hooks")
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
+
+
+def _on_meta(value: Any) -> Any:
+    """Return the value with its tensors on the meta device, in containers of the same kind."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if type(value) in (list, tuple):
+        return type(value)(_on_meta(part) for part in value)
+    if type(value) is dict:
+        return {name: _on_meta(part) for name, part in value.items()}
+    return value
