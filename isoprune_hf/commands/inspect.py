@@ -38,7 +38,7 @@ def run(
     check_comparable(prune)
     name = model or prune.model
     if name is None:
-        raise RecipeError("inspect needs a model: give its name or folder, or a recipe with prune.model")
+        raise RecipeError("inspect needs a model: pass its name or folder, or a recipe with prune.model")
     prune = replace(prune, model=name)
     can_score = scores is not None or prune.reads_images != "criterion" or data.dataset is not None
     inspected = compare_plans(name, prune, data, scores, accelerator) if can_score else list_classes(name, prune)

@@ -119,7 +119,7 @@ def _open_base(old: OldModel, given: str | None, model_args: dict[str, Any]) -> 
     name = given or old.base
     if name is None:
         raise RecipeError(
-            f"is a {old.modules[''].kind:.99} and does not name its base; give --base timm/NAME or torchvision/NAME"
+            f"is a {old.modules[''].kind:.99} and does not name its base; set --base timm/NAME or torchvision/NAME"
         )
     library, _, short = name.rpartition("/")
     architecture = short.partition(".")[0]
@@ -184,7 +184,7 @@ def _check_modules(old: OldModel, present: dict[str, nn.Module]) -> None:
         if in_base != in_file and not (is_leaf and is_identity):
             raise CheckpointError(
                 f"does not fit the base: {path or 'the model'!r:.99} is {_article(in_file)} in the file and "
-                f"{_article(in_base)} in the base; give another --base or --model_args"
+                f"{_article(in_base)} in the base; set another --base or --model_args"
             )
         if isinstance(mine, nn.Sequential) and theirs is not None:
             _check_order(path, mine, theirs, old)
@@ -216,7 +216,7 @@ def _attributes(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
         elif is_plain(value):
             raise CheckpointError(
                 f"does not fit the base: {name} of {path or 'the model'!r:.99} is {now!r:.99} in the file and "
-                f"{value!r:.99} in the base; give another --base or --model_args"
+                f"{value!r:.99} in the base; set another --base or --model_args"
             )
     return found
 
@@ -247,7 +247,7 @@ def _check_tensors(old: OldModel, model: IsoPruneForImageClassification) -> None
     if wrong:
         has, lacks = ("the base", "the file") if wrong[0] in expected else ("the file", "the base")
         raise CheckpointError(
-            f"does not fit the base: {has} has a tensor {wrong[0]!r:.99}, but {lacks} has not; give another --base"
+            f"does not fit the base: {has} has a tensor {wrong[0]!r:.99}, but {lacks} has not; set another --base"
         )
 
 

@@ -47,7 +47,7 @@ def identify(name: str | Path) -> BaseSource:
     text = str(name).strip() if isinstance(name, str | Path) else ""
     if not text or not text.isprintable():
         raise RecipeError(
-            f"model: {name!r:.99} is not a model name; give timm/NAME, torchvision/NAME, a Hub id or a folder"
+            f"model: {name!r:.99} is not a model name; use timm/NAME, torchvision/NAME, a Hub id or a folder"
         )
     kind = _kind(text)
     if kind == "architecture":

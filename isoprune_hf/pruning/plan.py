@@ -97,7 +97,7 @@ class PruningPlan:
             path = path / PLAN_FILE
             if not path.is_file():
                 raise CheckpointError(
-                    f"plan: {place} has no {PLAN_FILE}; give a plan, or the folder of a pruned model"
+                    f"plan: {place} has no {PLAN_FILE}; pass a plan, or the folder of a pruned model"
                 )
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))

@@ -133,9 +133,9 @@ def check_calibration(recipe: PruneRecipe, calibration: Batches | None, scores: 
     if (recipe.steps > 1 or recipe.data_step is not None) and isinstance(calibration, Iterator):
         raise RecipeError(
             f"prune.{'steps' if recipe.steps > 1 else recipe.data_step} iterates over the calibration batches several "
-            "times: give a list or a loader, not an iterator"
+            "times: pass a list or a loader, not an iterator"
         )
 
 
 def _refuse_missing_data(setting: str) -> NoReturn:
-    raise RecipeError(f"prune.{setting} needs data: give --data.dataset, or leave it out")
+    raise RecipeError(f"prune.{setting} needs data: set --data.dataset, or remove the setting")

@@ -193,7 +193,7 @@ class PruneRecipe:
             check_range("prune", f"remove_blocks[{pattern!r}]", count, 0)
         targets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(targets) > 1:
-            raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; give one budget")
+            raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; set only one budget")
         if self.allocation == "knapsack":
             for name, needed in (("selection", "exact"), ("normalizer", "none")):
                 if getattr(self, name) != needed:
@@ -203,8 +203,8 @@ class PruneRecipe:
                     )
             if self.remove_blocks == "auto":
                 raise RecipeError(
-                    "prune.allocation knapsack removes channels and heads: give prune.remove_blocks a number or "
-                    "names or set prune.allocation class, got auto"
+                    "prune.allocation knapsack removes channels and heads: set prune.remove_blocks to a number "
+                    "or names, or prune.allocation to class; got auto"
                 )
         _ = self.budget  # parsed here, so that a malformed budget is refused at construction
 
@@ -268,6 +268,6 @@ class PruneRecipe:
             given = getattr(self, name)
             if given not in (defaults[name], value):
                 raise RecipeError(
-                    f"prune.preset {self.preset} takes prune.{name} {value}, got {given}: leave out one of the two"
+                    f"prune.preset {self.preset} takes prune.{name} {value}, got {given}: remove one of the two"
                 )
             object.__setattr__(self, name, value)

@@ -221,7 +221,7 @@ def test_search_in_base_of_terabytes_allocates_nothing() -> None:
 def test_search_needs_an_image_that_fits(size: list[int] | None) -> None:
     config = config_of("vit")
     config.image_size = size
-    with pytest.raises(CheckpointError, match=r"^config\.image_size: the model does not run on "):
+    with pytest.raises(CheckpointError, match=r"^config\.image_size: "):
         skippable_blocks(config)
 
 

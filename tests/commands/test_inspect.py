@@ -77,7 +77,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "picture that exists": (["inspect", NAME, "--output", "@small/README.md"], ["--output", "README.md exists"]),
     "budget that is not MACs": (
         ["inspect", NAME, *OPEN, "--prune.target_params", "50%"],
-        ["give prune.target_macs, not prune.target_params"],
+        ["set prune.target_macs, not prune.target_params"],
     ),
     "budget out of reach": (
         ["inspect", NAME, *OPEN, "--prune.criterion", "l1", "--prune.target_macs", "1%"],

@@ -79,7 +79,7 @@ def test_policy_and_erasing_keep_the_shape():
 
 
 def test_unknown_timm_policy_raises():
-    with pytest.raises(RecipeError, match=r"finetune\.auto_augment: timm .*'nonsense'.*rand-m9-mstd0\.5-inc1"):
+    with pytest.raises(RecipeError, match=r"finetune\.auto_augment: timm .*'nonsense'"):
         train_transform(make_processor(), FinetuneRecipe(auto_augment="nonsense"))
 
 

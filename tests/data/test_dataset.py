@@ -275,18 +275,18 @@ def test_another_number_of_classes_offers_a_new_head():
 def test_another_order_names_the_first_differences():
     names = [f"class {index}" for index in range(30)]
     swapped = [*names[:3], names[4], names[3], *names[5:]]
-    with pytest.raises(DatasetError, match=r"at 2 of 30 places: index 3: data 'class 4', model 'class 3'; index 4"):
+    with pytest.raises(DatasetError, match=r"2 of 30 .*index 3: .*'class 4'.*'class 3'; index 4"):
         check_labels(swapped, dict(enumerate(names)))
 
 
 def test_more_than_a_tenth_of_other_names_raises():
     names = [f"class {index}" for index in range(10)]
-    with pytest.raises(DatasetError, match=r"at 2 of 10 places: index 0: data 'x', model 'class 0'"):
+    with pytest.raises(DatasetError, match=r"2 of 10 .*index 0: .*'x'.*'class 0'"):
         check_labels(["x", "y", *names[2:]], dict(enumerate(names)))
 
 
 def test_reordered_wordnet_ids_raise():
-    with pytest.raises(DatasetError, match=r"index 0: data 'tench, Tinca tinca', model 'goldfish'"):
+    with pytest.raises(DatasetError, match=r"index 0: .*'tench, Tinca tinca'.*'goldfish'"):
         check_labels(SYNSETS, {0: "goldfish", 1: "tench", 2: "great white shark"})
 
 

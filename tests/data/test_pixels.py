@@ -140,7 +140,7 @@ def test_processors_of_transformers_give_their_own_pixels(kind: type) -> None:
 
 
 def test_unsupported_interpolation_raises() -> None:
-    with pytest.raises(RecipeError, match=r"data\.decoder torchvision: IsoImageProcessor with resample 0"):
+    with pytest.raises(RecipeError, match=r"data\.decoder torchvision: .*resample 0"):
         PixelTransform(make_processor(resample=0))
 
 

@@ -136,16 +136,12 @@ def test_raw_and_averaged_weights_are_found(
 
 def test_inconvertible_files_are_refused_in_one_line(resnet: nn.Module, tmp_path: Path) -> None:
     file = save(resnet, tmp_path / "old.pth")
-    with pytest.raises(RecipeError, match=r"convert: .*old.pth contains one module and no average"):
+    with pytest.raises(RecipeError, match=r"old\.pth .* average"):
         convert_file(file, weights="ema")
-    with pytest.raises(
-        CheckpointError, match=r"'layer1.0' is a Bottleneck in the file and a BasicBlock in the base; give"
-    ):
+    with pytest.raises(CheckpointError, match=r"'layer1\.0' .*Bottleneck .*BasicBlock "):
         convert_file(file, base="timm/resnet18")
     for content in (resnet.state_dict(), {"model": resnet.state_dict(), "epoch": 3}):
-        with pytest.raises(
-            CheckpointError, match=r"contains a state_dict and no module.*save the whole module .* convert that file"
-        ):
+        with pytest.raises(CheckpointError, match=r"state\.pth .*state_dict"):
             convert_file(save(content, tmp_path / "state.pth"))
     with pytest.raises(RecipeError, match=r"torchvision.models.vgg.VGG .*--base"):
         convert_file(save(torchvision.models.VGG(nn.Sequential(), init_weights=False), tmp_path / "vgg.pth"))
@@ -156,11 +152,11 @@ def test_inconvertible_files_are_refused_in_one_line(resnet: nn.Module, tmp_path
 def test_differing_activation_or_flag_is_refused(tmp_path: Path) -> None:
     module = make("resnet")
     module.layer1[0].act1 = nn.GELU()
-    with pytest.raises(CheckpointError, match=r"'layer1.0.act1' is a GELU in the file and a ReLU in the base"):
+    with pytest.raises(CheckpointError, match=r"'layer1\.0\.act1' .*GELU .*ReLU "):
         convert_file(save(module, tmp_path / "a.pth"), model_args=ARGS["resnet"])
     module = make("deit")
     module.blocks[0].mlp.act = nn.GELU("tanh")
-    with pytest.raises(CheckpointError, match=r"approximate of 'blocks.0.mlp.act' is 'tanh' in the file and 'none'"):
+    with pytest.raises(CheckpointError, match=r"approximate .*'blocks\.0\.mlp\.act' .*'tanh' .*'none'"):
         convert_file(save(module, tmp_path / "b.pth"), model_args=ARGS["deit"])
 
 
@@ -168,12 +164,12 @@ def test_differing_module_class_or_order_is_refused(tmp_path: Path) -> None:
     module = make("deit")
     for block in module.blocks:
         block.__class__ = ResPostBlock
-    with pytest.raises(CheckpointError, match=r"'blocks.0' is a ResPostBlock in the file and a Block in the base"):
+    with pytest.raises(CheckpointError, match=r"'blocks\.0' .*ResPostBlock .*\bBlock "):
         convert_file(save(module, tmp_path / "a.pth"), model_args=ARGS["deit"])
     module = make("convnext")
     blocks = module.stages[2].blocks._modules
     blocks["0"] = blocks.pop("0")
-    with pytest.raises(CheckpointError, match=r"'stages.2.blocks' runs its modules in the order 1, 2, 0"):
+    with pytest.raises(CheckpointError, match=r"'stages\.2\.blocks' .* 1, 2, 0"):
         convert_file(save(module, tmp_path / "b.pth"), model_args=ARGS["convnext"])
 
 
@@ -181,7 +177,7 @@ def test_differing_module_class_or_order_is_refused(tmp_path: Path) -> None:
 def test_value_of_another_type_is_refused(name: str, value: Any, was: str, tmp_path: Path) -> None:
     module = timm.create_model("resnet50d", num_classes=10, **ARGS["resnet"])
     setattr(next(part for part in module.modules() if isinstance(part, nn.AvgPool2d)), name, value)
-    with pytest.raises(CheckpointError, match=rf"{name} of '.*' is {value!r} in the file and {was} in the base"):
+    with pytest.raises(CheckpointError, match=rf"{name} of '.*' .*{value!r} .*{was} "):
         convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
 
 
@@ -189,7 +185,7 @@ def test_average_must_have_all_tensors_of_module(tmp_path: Path) -> None:
     module = make("deit")
     average = {name: tensor + 0 for name, tensor in module.state_dict().items()}
     del average["pos_embed"]
-    with pytest.raises(CheckpointError, match="an average without the tensor 'pos_embed' of the module"):
+    with pytest.raises(CheckpointError, match=r"average .*'pos_embed'"):
         convert_file(
             save({"model": module, "model_ema": average}, tmp_path / "old.pth"), model_args=ARGS["deit"], weights="ema"
         )
@@ -317,7 +313,7 @@ def test_bombs_are_refused_before_unpacking(resnet: nn.Module, tmp_path: Path) -
             new.writestr(name, old.read(name))
     with pytest.raises(CheckpointError, match="compressed"):
         convert_file(tmp_path / "packed.pth")
-    with pytest.raises(CheckpointError, match=r"a tensor of shape \[1000000, 1000000\] does not fit 1 numbers"):
+    with pytest.raises(CheckpointError, match=r"\[1000000, 1000000\]"):
         convert_file(save({"model": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "wide.pth"))
     deep = b"]q\x00" + b"h\x00a" * 100_000 + b"."
     assert len(read_pickle(deep)) == 100_000
@@ -348,9 +344,7 @@ def test_exponentially_growing_names_are_refused_at_once(tmp_path: Path) -> None
         convert_file(_pack(module + parts + b"}" + many + b"ub.", tmp_path / "many.pth"))
     doubled = b")q\x010" + b"h\x01h\x01\x86q\x010" * 40  # printed: 2^40 brackets
     key = doubled + b"ctorch.nn.modules.linear\nLinear\nh\x01R"
-    with pytest.raises(
-        CheckpointError, match=r"no module at 'model' \(its entries are a torch.nn.modules.linear.Linear"
-    ):
+    with pytest.raises(CheckpointError, match=r"'model' .*torch\.nn\.modules\.linear\.Linear"):
         convert_file(_pack(b"}" + key + b"Ns.", tmp_path / "key.pth"))
     assert time.process_time() - start < 20
 

@@ -70,5 +70,5 @@ def test_cut_far_below_budget_is_retried_larger(monkeypatch) -> None:
 
 
 def test_budget_unmet_when_measured_is_refused(monkeypatch) -> None:
-    with pytest.raises(BudgetError, match=r"target_latency 60ms was not met .* the best of 6 cuts took 150 % of it"):
+    with pytest.raises(BudgetError, match=r"target_latency 60ms .* 6 cuts .* 150 %"):
         meet(monkeypatch, lambda aim: (100.0, 90.0), "60ms")

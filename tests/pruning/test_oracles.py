@@ -203,11 +203,11 @@ def test_statistic_ignores_zeroed_elements(name: str) -> None:
 
 def test_statistic_over_nonzero_removed_values_has_no_reference() -> None:
     values = torch.rand(2, 10) + 1
-    with pytest.raises(NotComparableError, match="a mean is over a cut axis on which the removed elements are not"):
+    with pytest.raises(NotComparableError, match="a mean "):
         follow(lambda: values[:, :6].mean(1), lambda: values.mean(1))
-    with pytest.raises(NotComparableError, match="a softmax is over a cut axis"):
+    with pytest.raises(NotComparableError, match="a softmax "):
         follow(lambda: values[:, :6].softmax(1), lambda: values.softmax(1))
-    with pytest.raises(NotComparableError, match=r"the base runs aten\.mul where the cut model runs aten\.add"):
+    with pytest.raises(NotComparableError, match=r"aten\.mul .*aten\.add"):
         follow(lambda: values + 1, lambda: values * 2)
     with pytest.raises(NotComparableError, match="more operations"):
         follow(lambda: values + 1, lambda: values)

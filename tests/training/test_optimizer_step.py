@@ -75,5 +75,5 @@ def test_fp16_may_overflow_24_times_in_a_row():
         step = take_step(net, optimizer, scaler, recipe, loss=1.0)
         check_faults(step.fault, number, recipe, loss=1.0, place="update 3 of epoch 1")
     assert scaler.get_scale() == 2.0**-8
-    with pytest.raises(DivergedError, match=r"update 3 of epoch 1, 25 times in a row: .*finetune\.precision: bf16"):
+    with pytest.raises(DivergedError, match=r"update 3 of epoch 1, 25 .*finetune\.precision: bf16"):
         check_faults("the norm is inf", 25, recipe, loss=1.0, place="update 3 of epoch 1")

@@ -168,7 +168,7 @@ def open_inputs(
     """
     if prune.model is None:
         raise RecipeError(
-            "prune.model is not set; give --prune.model, for example timm/resnet50.a1_in1k, or a recipe with --config"
+            "prune.model is not set; set --prune.model, for example timm/resnet50.a1_in1k, or a recipe with --config"
         )
     _log_preset(prune)
     if images is None:
@@ -206,11 +206,11 @@ def _log_preset(prune: PruneRecipe) -> None:
 
 def _refuse_without_images(prune: PruneRecipe, reader: str | None) -> None:
     if reader == "criterion":
-        raise RecipeError(f"criterion {prune.criterion} needs data: give --data.dataset, or use --prune.criterion l1")
+        raise RecipeError(f"criterion {prune.criterion} needs data: set --data.dataset, or use --prune.criterion l1")
     if reader is not None:
-        raise RecipeError(f"prune.{reader} needs data: give --data.dataset, or switch it off")
+        raise RecipeError(f"prune.{reader} needs data: set --data.dataset, or remove the setting")
     if prune.num_labels == "data":
-        raise RecipeError("prune.num_labels data needs data: give --data.dataset")
+        raise RecipeError("prune.num_labels data needs data: set --data.dataset")
 
 
 def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseModel:

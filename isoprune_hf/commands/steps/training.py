@@ -137,7 +137,7 @@ def train_student(
     run = None if checkpoints is None else checkpoints.run
     is_dense = student.model.config.stage == "base"
     if checkpoints is not None and run is None and accelerator.is_main_process:
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)  # those of an earlier run
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)  # checkpoints of an earlier run
     if not is_dense:
         student.model.config.stage = "finetuned"
         student.model.config.recipe = {

@@ -143,7 +143,7 @@ def require_images(count: torch.Tensor, setting: str = "scoring") -> None:
     """
     if not count:
         where = " in the training split" if setting == "scoring" else ""
-        raise RecipeError(f"the calibration sample holds no image: {setting} needs at least one{where}")
+        raise RecipeError(f"the calibration sample contains no image: {setting} needs at least one{where}")
 
 
 def sum_over_ranks(values: Reducible, accelerator: Accelerator | None) -> Reducible:
@@ -164,6 +164,6 @@ def check_finite(values: Mapping[str, torch.Tensor], kind: str) -> None:
         # A sum is ten times faster than a test of every element, and rarely overflows for finite elements.
         if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise RecipeError(
-                f"the {kind} of {name} hold nan or inf, so nothing can be ranked: check the weights of the base and "
-                "the images, and score with --prune.scoring_precision no"
+                f"the {kind} of {name} contain nan or inf, so nothing can be ranked: check the weights of the base "
+                "and the images, and score with --prune.scoring_precision no"
             )

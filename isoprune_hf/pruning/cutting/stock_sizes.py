@@ -55,5 +55,5 @@ def scale_tensor(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 
 def _require_equal(name: str, sizes: Sequence[int]) -> int:
     if len(set(sizes)) != 1:
-        raise CheckpointError(f"layout uniform: the blocks have unlike {name}: {list(sizes)}")
+        raise CheckpointError(f"layout uniform: the blocks have different {name}: {list(sizes)}")
     return sizes[0]

@@ -30,13 +30,13 @@ def check_family(model: IsoPruneForImageClassification) -> None:
         part = find_unsupported_part(network)
         if part is not None:
             raise RecipeError(
-                f"prune.layout uniform: this {name} has {part}, which ViT and DeiT of transformers do not have; leave "
-                "prune.layout at per-layer"
+                f"prune.layout uniform: this {name} has {part}, which ViT and DeiT of transformers do not have; set "
+                "prune.layout: per-layer"
             )
     elif not is_stock_vit(network):
         raise RecipeError(
-            f"prune.layout uniform is for ViT and DeiT of timm and of transformers, and this is a {name}; leave "
-            "prune.layout at per-layer"
+            f"prune.layout uniform is for ViT and DeiT of timm and of transformers, and this is a {name}; set "
+            "prune.layout: per-layer"
         )
 
 
@@ -111,6 +111,6 @@ def _check_logits(
     difference = ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     if not difference <= _MAX_LOGIT_DIFFERENCE:  # nan included
         raise UnsupportedArchitectureError(
-            f"prune.layout uniform: {type(stock.model).__name__} gives logits that differ by {difference:.1e} of the "
-            f"largest, more than {_MAX_LOGIT_DIFFERENCE:.0e}; leave prune.layout at per-layer"
+            f"prune.layout uniform: {type(stock.model).__name__} returns logits that differ by {difference:.1e} of "
+            f"the largest, more than {_MAX_LOGIT_DIFFERENCE:.0e}; set prune.layout: per-layer"
         )

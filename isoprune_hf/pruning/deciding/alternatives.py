@@ -40,7 +40,7 @@ def check_comparable(recipe: PruneRecipe) -> None:
     """
     if recipe.budget is not None and recipe.budget.kind != "macs":
         raise RecipeError(
-            f"plans are compared at equal MACs: give prune.target_macs, not prune.{recipe.budget.setting}"
+            f"plans are compared at equal MACs: set prune.target_macs, not prune.{recipe.budget.setting}"
         )
 
 

@@ -53,7 +53,7 @@ def budget_limit(budget: Budget, cost: CostModel | None, latency: LatencyModel |
     """
     if cost is None:
         raise RecipeError(
-            f"prune.{budget.setting} needs the cost of `cost_model`: give it to make_plan, or call prune_model"
+            f"prune.{budget.setting} needs the cost of `cost_model`: pass it to make_plan, or call prune_model"
         )
     limit = _limit_latency(budget, cost, latency) if budget.kind == "latency" else _limit_cost(budget, cost)
     if limit.target > limit.base:
@@ -116,7 +116,7 @@ def budget_note(problem: AllocationProblem, allocation: Allocation, limit: Budge
 def _limit_latency(budget: Budget, cost: CostModel, latency: LatencyModel | None) -> BudgetLimit:
     if latency is None:
         raise RecipeError(
-            f"prune.{budget.setting} needs the latency of `fit_latency`: give it to make_plan, or call prune_model"
+            f"prune.{budget.setting} needs the latency of `fit_latency`: pass it to make_plan, or call prune_model"
         )
     base = latency.predict(cost.layer_macs({}, {}))
     return BudgetLimit(

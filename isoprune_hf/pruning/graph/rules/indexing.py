@@ -33,7 +33,7 @@ def _roll(trace: Trace, out: Tensor, x: Tensor, shifts: Any, dims: Sequence[int]
 
 @rule("flip", "cumsum", "cumprod", "sort")
 def _reorder(trace: Trace, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Axes | list[Axes]:
-    """The dims that are named, or else all dims, mix their elements; the other dims pass."""
+    """Freeze the named dims, or all dims if none is named, because their elements are reordered."""
     dims = args[-1] if args and isinstance(args[-1], list | tuple) else [a for a in args if type(a) is int][:1]
     dims = kwargs.get("dims", kwargs.get("dim", dims))
     axes = trace.axes(x)

@@ -107,7 +107,7 @@ def _split_sizes(
 def _chunk_sizes(
     trace: Trace, out: Sequence[Tensor], x: Tensor, parts: Any = None, dim: int = 0, **kwargs: Any
 ) -> None:
-    """A number of parts makes the parts equal; positions are the sums of the parts before them."""
+    """Equate the sizes of the parts: a number gives equal parts, positions are the sums of the parts before them."""
     parts = kwargs.get("chunks", kwargs.get("sections", kwargs.get("indices", parts)))
     if isinstance(parts, list | tuple):
         for position in parts:

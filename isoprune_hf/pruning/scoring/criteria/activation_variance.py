@@ -99,7 +99,7 @@ def input_variances(
         if not number.any():
             raise RecipeError(
                 f"criterion activation_variance cannot observe the input of {name}, because the model uses its weight "
-                "without calling it; take --prune.criterion taylor"
+                "without calling it; use --prune.criterion taylor"
             )
     return {
         name: (squares / number - (total / number) ** 2).clamp(min=0)
