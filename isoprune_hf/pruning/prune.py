@@ -204,7 +204,7 @@ def _check_finite(pruned: IsoPruneForImageClassification, base: IsoPruneForImage
         if value.isfinite().all() or (name in before and not before[name].isfinite().all()):
             continue
         raise RecipeError(
-            f"{name} of the pruned model holds nan or inf, and that of the base does not, so it is not returned: take "
+            f"{name} of the pruned model holds nan or inf, and that of the base does not, so it is not returned: use "
             "--prune.reconstruct none, and report the model"
         )
 

@@ -67,15 +67,19 @@ class Inspected:
     def scores_of(self, groups: Sequence[CoupledGroup], plan: str | None = None) -> np.ndarray:
         """Return the scores of the channels of some groups, (channels,); with a plan only of those that it keeps.
 
+        Groups that the criterion could not score have none.
+
         Raises:
             ValueError: The model has no scores.
         """
         if self.scores is None:
             raise ValueError(f"{self.name} has no scores")
-        values = [self.scores.scores[group.name].double().numpy() for group in groups]
+        scores = self.scores.scores
+        groups = [group for group in groups if group.name in scores]
+        values = [scores[group.name].double().numpy() for group in groups]
         if plan is not None:
             values = [value[list(self.kept(plan, group))] for value, group in zip(values, groups, strict=True)]
-        return np.concatenate(values)
+        return np.concatenate([np.zeros(0), *values])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tables as plain values: costs of base and plans, and the kept channels of classes and groups."""
@@ -136,7 +140,8 @@ def tabulate_scores(model: Inspected) -> Table:
     rows = [["class", *_QUANTILES, "score 0"]]
     for number, groups in enumerate(model.classes.values(), 1):
         values = model.scores_of(groups)
-        figures = [f"{value:.3g}" for value in np.quantile(values, list(_QUANTILES.values()))]
+        quantiles = np.quantile(values, list(_QUANTILES.values())) if len(values) else ()
+        figures = [f"{value:.3g}" for value in quantiles] or ["-"] * len(_QUANTILES)
         rows.append([str(number), *figures, str(int((values == 0).sum()))])
     return rows
 

@@ -44,6 +44,8 @@ def mean_gradients(
         RecipeError: There is no image, or a gradient is not finite.
     """
     parameters = {name: model.model.get_parameter(name) for name in names}
+    if not parameters:
+        return {}
     sums = zero_sums(parameters)
     images = zero_images(model)
     with scoring_mode(model, requires_grad=True):

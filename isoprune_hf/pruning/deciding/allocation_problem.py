@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,9 +51,14 @@ class AllocationProblem:
         self.scores = {group.name: np.zeros(group.channels) for group in groups}
         if scores is not None:
             self.block_scores = {block.name: scores.blocks.get(block.name, 0.0) for block in blocks}
-            self.scores = {
+            self.scores |= {
                 group.name: _normalize(scores.scores[group.name].double().numpy(), settings.normalizer)
                 for group in groups
+                if group.name in scores.scores
+            }
+            self.rules = {
+                name: rule if name in scores.scores else replace(rule, is_free=False, fixed=None)
+                for name, rule in self.rules.items()
             }
         self._sorted_scores = {name: np.sort(values, kind="stable") for name, values in self.scores.items()}
         self._enclosing_block = {group.name: _find_block(group, blocks) for group in groups}

@@ -99,7 +99,12 @@ def make_plan(
         heads={group.name: allocation.heads[group.name] for group in cut if group.num_heads},
         removed_blocks=allocation.removed_blocks,
         margins=allocation.margins,
-        notes=(*notes, *_note_unaligned_widths(problem, allocation), *_note_spared_groups(allocation)),
+        notes=(
+            *_note_unscored(groups, scores),
+            *notes,
+            *_note_unaligned_widths(problem, allocation),
+            *_note_spared_groups(allocation),
+        ),
         achieved=achieved,
         settings=settings,
         fingerprint=scores.fingerprint,
@@ -129,18 +134,31 @@ def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
 
 
 def check_scores(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> None:
-    """Check that there are groups, and that scores belong to them.
+    """Check that there are groups, and that scores belong to them; groups that were not scored are left whole.
 
     Raises:
         RecipeError: There are none, or they do not.
     """
     if not groups:
         raise RecipeError("found no prunable channels in this model")
+    missing = [group for group in groups if group.name not in scores.scores]
+    known = len(groups) - len(missing)
+    is_other = bool(missing) and (known == 0 or known < len(scores.scores))
     for group in groups:
-        if group.name not in scores.scores or len(scores.scores[group.name]) != group.channels:
+        size = group.channels if group in missing else len(scores.scores[group.name])
+        if size != group.channels or (is_other and group in missing):
             raise RecipeError(
                 f"the scores are of another model: they do not fit the {group.channels} channels of {group.name}"
             )
+
+
+def _note_unscored(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> Iterator[str]:
+    """Yield a line if some groups have no scores."""
+    names = [group.name for group in groups if group.name not in scores.scores]
+    if names:
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        count = "1 group" if len(names) == 1 else f"{len(names)} groups"
+        yield f"left whole: {count} ({scores.criterion} finds nothing to score in {listed})"
 
 
 def _note_unaligned_widths(problem: AllocationProblem, allocation: Allocation) -> Iterator[str]:

@@ -80,6 +80,8 @@ def mean_squared_gradients(
         Le Cun et al., Optimal Brain Damage, NeurIPS 1989, with the diagonal of the empirical Fisher for the Hessian.
     """
     names = tuple(names)
+    if not names:
+        return {}
     sums = zero_sums({name: model.model.get_parameter(name) for name in names})
     images = zero_images(model)
     ways: Ways | None = None

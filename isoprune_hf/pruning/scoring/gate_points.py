@@ -14,7 +14,6 @@ import numpy as np
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph.layers import ConvNd, is_depthwise
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.scoring.readers import find_reader
@@ -51,25 +50,20 @@ def find_gate_points(
 
     Returns:
         The points of all groups, and group -> factor: 1, or 1/2 if both sides of a product are among the points.
-
-    Raises:
-        RecipeError: No layer uses the channels of a group.
+        A group whose channels no layer uses, as those of tokens, has neither.
     """
     points: list[GatePoint] = []
     factors = {}
     for group in groups:
         readers = (_find_reading_point(model, group, member) for member in group.members)
         found = _drop_depthwise(model, [reader for reader in readers if reader is not None])
-        factors[group.name] = 1.0
+        factor = 1.0
         if not found or group.is_attention:
             writers = (_find_writing_point(model, group, member) for member in group.members)
             found += [writer for writer in writers if writer is not None]
-            factors[group.name] = 0.5
-        if not found:
-            raise RecipeError(
-                f"criterion gate_fisher finds no layer that reads or writes the channels of {group.name}; take "
-                "--prune.criterion taylor"
-            )
+            factor = 0.5
+        if found:
+            factors[group.name] = factor
         points += found
     return points, factors
 

@@ -6,7 +6,6 @@ import numpy as np
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph.layers import ConvNd, is_depthwise
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 
@@ -48,18 +47,8 @@ def find_reader(model: IsoPruneForImageClassification, member: Member) -> Reader
 
 
 def find_readers(model: IsoPruneForImageClassification, group: CoupledGroup) -> list[Reader]:
-    """Find all layers that read the channels of a group.
-
-    Raises:
-        RecipeError: There is none.
-    """
-    readers = [reader for reader in (find_reader(model, member) for member in group.members) if reader is not None]
-    if not readers:
-        raise RecipeError(
-            f"criterion activation_variance finds no layer that reads the channels of {group.name}; take "
-            "--prune.criterion taylor"
-        )
-    return readers
+    """Find all layers that read the channels of a group; there may be none."""
+    return [reader for reader in (find_reader(model, member) for member in group.members) if reader is not None]
 
 
 def reading_layer(model: IsoPruneForImageClassification, name: str) -> ReadingLayer:

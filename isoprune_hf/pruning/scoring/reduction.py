@@ -12,16 +12,15 @@ R is the sum, or the mean over the members that have values: buffers have none, 
 scored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Literal, NoReturn
 
 import numpy as np
 import torch
 
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask, Values
+from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask, UnscoredError, Values
 
 _CHUNK_ELEMENTS = 2**17  # summed at once: one MiB in float64, which fits into the cache
 _SCORED_PARAMETER = "parameter that counts"
@@ -39,13 +38,13 @@ def score_elements(task: ScoringTask, values: Values, norm: Norm, missing: str =
         missing: What a group or block without any values lacks, for the message.
 
     Raises:
-        RecipeError: A group or a block has no values.
+        UnscoredError: All groups, or one block, have no values.
 
     Source:
         Fang et al., Isomorphic Pruning, ECCV 2024: its script for ConvNeXt ranks blocks by the mean of |w dL/dw|.
     """
     sums = sum_along(task, values, norm)
-    scores = {group.name: reduce_members(task, group, sums, norm, missing) for group in task.groups}
+    scores = score_each(task, lambda group: reduce_members(task, group, sums, norm, missing))
     blocks = {}
     for block in task.blocks:
         parts = [values[name] for name in block.parameters if name in values]
@@ -55,6 +54,24 @@ def score_elements(task: ScoringTask, values: Values, norm: Norm, missing: str =
         mean = total / sum(part.numel() for part in parts)
         blocks[block.name] = mean if norm == "sum" else mean**0.5
     return RawScores(scores, blocks)
+
+
+def score_each(task: ScoringTask, score: Callable[[CoupledGroup], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return group -> its scores, without the groups for which `score` raises an UnscoredError.
+
+    Raises:
+        UnscoredError: It does so for all groups.
+    """
+    scores = {}
+    first: UnscoredError | None = None
+    for group in task.groups:
+        try:
+            scores[group.name] = score(group)
+        except UnscoredError as error:
+            first = first or error
+    if first is not None and not scores:
+        raise first
+    return scores
 
 
 def reduce_members(
@@ -120,7 +137,7 @@ def combine_members(task: ScoringTask, name: str, parts: Sequence[torch.Tensor],
         missing: What a group without any lacks, for the message.
 
     Raises:
-        RecipeError: There are no parts.
+        UnscoredError: There are no parts.
     """
     if not parts:
         refuse_unscored(task, name, missing)
@@ -129,8 +146,8 @@ def combine_members(task: ScoringTask, name: str, parts: Sequence[torch.Tensor],
 
 
 def refuse_unscored(task: ScoringTask, name: str, missing: str) -> NoReturn:
-    """Raise a RecipeError for a group or block that has nothing that the criterion of the task scores."""
-    raise RecipeError(
+    """Raise an UnscoredError for a group or block that has nothing that the criterion of the task scores."""
+    raise UnscoredError(
         f"criterion {task.criterion} cannot score {name}, which has no {missing}; use --prune.criterion l1"
     )
 
@@ -142,11 +159,12 @@ def score_blocks(task: ScoringTask, scores: Mapping[str, torch.Tensor]) -> dict[
     not elements.
 
     Raises:
-        RecipeError: No group shares a parameter with a block.
+        UnscoredError: No group that has scores shares a parameter with a block.
     """
     scored = {
         group.name: {member.parameter for member in group.members if member.parameter in task.weights}
         for group in task.groups
+        if group.name in scores
     }
     blocks = {}
     for block in task.blocks:

@@ -5,6 +5,7 @@ The scores come with a record of how they were computed, and are saved together 
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +33,8 @@ from isoprune_hf.recipes import Criterion
 from isoprune_hf.recipes.values import Precision
 from isoprune_hf.version import __version__
 
+logger = logging.getLogger(__name__)
+
 Sample = Mapping[str, str | int | Sequence[int]]
 # Prefixes of tensors that are no group: no name of a module starts with a dot.
 _BLOCK = ".block."
@@ -55,7 +58,7 @@ class ImportanceScores:
     """One float32 score for each channel of each group; the channels with low scores are removed.
 
     Args:
-        scores: Group name -> scores of shape (channels,).
+        scores: Group name -> scores of shape (channels,); groups that the criterion cannot score are missing.
         criterion: Name of the criterion.
         fingerprint: Fingerprint of the weights that were scored.
         sample: Description of the calibration images: their number, a hash of their ids, the ids; empty without data.
@@ -164,7 +167,7 @@ def score_groups(
         model: The base; its mode, gradients, `requires_grad` and buffers are restored.
         groups: Groups of `trace_groups`.
         criterion: What is computed; the folder `scoring/criteria` has the formulas and shows which criteria read
-            images. bn_scale needs BatchNorm in every group; random draws uniform numbers from `seed`.
+            images. bn_scale scores groups with BatchNorm only; random draws uniform numbers from `seed`.
         batches: For criteria that read images: this rank's micro-batches, (images (B, C, H, W), labels (B,)). Every
             rank has its own share, number k on rank k % world; the result is the same for any number of ranks, and
             ranks wait for each other only at the end.
@@ -179,8 +182,8 @@ def score_groups(
             channels inside it (see `reduction.py`).
 
     Raises:
-        RecipeError: There is no image for a criterion that reads images, values are not finite, or a group or block
-            has nothing that the criterion scores.
+        RecipeError: There is no image for a criterion that reads images, values are not finite, or all groups or a
+            block have nothing that the criterion scores.
     """
     method = CRITERIA[criterion]
     first = None
@@ -209,6 +212,9 @@ def score_groups(
     raw = method.score(task)
     scores = {name: score.to(torch.float32).cpu().contiguous() for name, score in raw.groups.items()}
     check_finite(scores, "scores")
+    unscored = [group.name for group in groups if group.name not in scores]
+    if unscored:
+        logger.info("criterion %s scores nothing in %d groups: %s", criterion, len(unscored), ", ".join(unscored))
     return ImportanceScores(
         scores,
         criterion,

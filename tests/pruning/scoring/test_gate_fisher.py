@@ -207,7 +207,7 @@ def test_missing_images_and_layers_are_refused(tmp_path: Path) -> None:
         "bare", group.signature, group.channels, tuple(m for m in group.members if "bias" in m.parameter)
     )
     with pytest.raises(RecipeError, match="bare"):
-        find_gate_points(model, [bare])
+        gate_fisher(model, [bare], Calibration([]))
 
 
 def score_on(accelerator: Accelerator | None, folder: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import (
     IMAGES,
@@ -20,9 +19,10 @@ from isoprune_hf.pruning.calibration.gradients import (
 )
 from isoprune_hf.pruning.calibration.inputs import first_tensor
 from isoprune_hf.pruning.calibration.resumable import remaining
+from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
 from isoprune_hf.pruning.scoring.readers import ReadingLayer, find_readers, reading_layer
-from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks
+from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks, score_each
 
 
 class ActivationVariance:
@@ -44,10 +44,13 @@ class ActivationVariance:
         readers = {group.name: find_readers(task.model, group) for group in task.groups}
         layers = dict.fromkeys(reader.layer for found in readers.values() for reader in found)
         variances = input_variances(task.model, layers, task.calibration)
-        scores = {}
-        for group, found in readers.items():
-            parts = [variances[reader.layer].cpu()[positions(reader.places)].sum(1) for reader in found]
-            scores[group] = combine_members(task, group, parts, "layer that reads its channels")
+
+        def score(group: CoupledGroup) -> torch.Tensor:
+            called = [reader for reader in readers[group.name] if reader.layer in variances]
+            parts = [variances[reader.layer].cpu()[positions(reader.places)].sum(1) for reader in called]
+            return combine_members(task, group.name, parts, "layer that reads its channels and is called")
+
+        scores = score_each(task, score)
         return RawScores(scores, score_blocks(task, scores))
 
 
@@ -66,10 +69,11 @@ def input_variances(
         calibration: Images; bf16 runs the forward pass under autocast.
 
     Returns:
-        Layer -> variances of shape (channels,), float64.
+        Layer -> variances of shape (channels,), float64; without layers that are never called, because the model uses
+        their weights directly.
 
     Raises:
-        RecipeError: There is no image, a layer is never called, or an activation is not finite.
+        RecipeError: There is no image, or an activation is not finite.
     """
     modules = {name: reading_layer(model, name) for name in layers}
     sums = {
@@ -95,15 +99,10 @@ def input_variances(
     sums, count = sum_over_ranks((sums, images), calibration.accelerator)
     require_images(count)
     check_finite(sums, "activations")
-    for name, (number, _, _) in sums.items():
-        if not number.any():
-            raise RecipeError(
-                f"criterion activation_variance cannot observe the input of {name}, because the model uses its weight "
-                "without calling it; use --prune.criterion taylor"
-            )
     return {
         name: (squares / number - (total / number) ** 2).clamp(min=0)
         for name, (number, total, squares) in sums.items()
+        if number.any()
     }
 
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 
@@ -44,11 +45,16 @@ class ScoringTask:
     score_batchnorm: bool
 
 
+class UnscoredError(RecipeError):
+    """A group or block has nothing that a criterion scores."""
+
+
 class RawScores(NamedTuple):
     """The result of a criterion.
 
     Args:
-        groups: Group -> scores of shape (channels,); float64, except for random numbers.
+        groups: Group -> scores of shape (channels,); float64, except for random numbers. A group that has nothing that
+            the criterion scores is missing, unless that is true for all.
         blocks: Residual block -> its score.
     """
 
@@ -78,5 +84,5 @@ class Criterion(Protocol):
         """Score all groups and blocks of a task.
 
         Raises:
-            RecipeError: There is no image, or a group or block has nothing that this criterion scores.
+            RecipeError: There is no image, or all groups or one block have nothing that this criterion scores.
         """

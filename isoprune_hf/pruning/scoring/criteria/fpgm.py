@@ -6,7 +6,7 @@ from torch import nn
 from isoprune_hf.pruning.graph.layers import ConvNd, ConvTransposeNd
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
-from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks
+from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks, score_each
 
 
 class GeometricMedian:
@@ -27,10 +27,8 @@ class GeometricMedian:
 
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
-        scores = {
-            group.name: combine_members(task, group.name, _distances(task, group), "weight that writes its channels")
-            for group in task.groups
-        }
+        missing = "weight that writes its channels"
+        scores = score_each(task, lambda group: combine_members(task, group.name, _distances(task, group), missing))
         return RawScores(scores, score_blocks(task, scores))
 
 

@@ -19,7 +19,7 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import IMAGES, require_images, sum_over_ranks, zero_images
 from isoprune_hf.pruning.calibration.resumable import ResumableBatches, remaining
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
+from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask, UnscoredError
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
 from isoprune_hf.pruning.scoring.gate_points import find_gate_points
 from isoprune_hf.pruning.scoring.reduction import score_blocks
@@ -62,10 +62,10 @@ def gate_fisher(
         calibration: Images and labels; float64 sums are added up over ranks once, at the end.
 
     Returns:
-        Group -> (channels,) in float64, in nats.
+        Group -> (channels,) in float64, in nats; without groups whose channels no layer uses.
 
     Raises:
-        RecipeError: There is no image, or no layer uses the channels of a group.
+        RecipeError: There is no image, or no layer uses the channels of any group.
     """
     sums = {group.name: _zeros(model, group.channels) for group in groups}
     return _mean_losses(model, groups, calibration, sums, lambda gradient: gradient.square().sum(0))
@@ -132,6 +132,13 @@ def _mean_losses(
         square: Turns gradients (B, channels) of a micro-batch into a sum over its images.
     """
     points, factors = find_gate_points(model, groups)
+    if not points:
+        names = ", ".join(group.name for group in groups[:3])
+        raise UnscoredError(
+            f"criterion gate_fisher finds no layer that reads or writes the channels of {names}; use "
+            "--prune.criterion taylor"
+        )
+    sums = {name: total for name, total in sums.items() if name in factors}
     images = zero_images(model)
     # A resumed scoring chooses between the two ways of `gate_gradients` by the same images as the interrupted one.
     is_resumable = isinstance(calibration.batches, ResumableBatches)

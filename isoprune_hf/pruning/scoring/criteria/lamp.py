@@ -2,8 +2,9 @@
 
 import torch
 
+from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
-from isoprune_hf.pruning.scoring.reduction import reduce_members, score_blocks, sum_along
+from isoprune_hf.pruning.scoring.reduction import reduce_members, score_blocks, score_each, sum_along
 
 
 class Lamp:
@@ -24,11 +25,12 @@ class Lamp:
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
         sums = sum_along(task, task.weights, "channel")
-        scores = {}
-        for group in task.groups:
+
+        def score(group: CoupledGroup) -> torch.Tensor:
             squares = reduce_members(task, group, sums, "channel").square()
             ordered, order = squares.sort(stable=True)
             rest = ordered.flip(0).cumsum(0).flip(0)
-            scores[group.name] = torch.zeros_like(squares)
-            scores[group.name][order] = ordered / rest.where(rest > 0, 1)
+            return torch.zeros_like(squares).scatter(0, order, ordered / rest.where(rest > 0, 1))
+
+        scores = score_each(task, score)
         return RawScores(scores, score_blocks(task, scores))

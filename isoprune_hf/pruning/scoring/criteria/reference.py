@@ -83,6 +83,8 @@ def last_squared_gradient(
     Args, Returns and Raises as in `mean_squared_gradients`.
     """
     sums = zero_sums({name: model.model.get_parameter(name) for name in names})
+    if not sums:
+        return {}
     count = 0
     last: Batch | None = None
     for batch in calibration.batches:
