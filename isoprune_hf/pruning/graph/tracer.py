@@ -18,7 +18,7 @@ from isoprune_hf.pruning.graph.axis import freeze, frozen_axis
 from isoprune_hf.pruning.graph.meta_kernels import run_op
 from isoprune_hf.pruning.graph.rules.pointwise import pointwise
 from isoprune_hf.pruning.graph.rules.registry import AxisRule
-from isoprune_hf.pruning.graph.rules.sizes import CALLS_WITHOUT_SIZES, assume_constant, traced_shape
+from isoprune_hf.pruning.graph.rules.sizes import CALLS_WITHOUT_SIZES, assume_constant, traced_count, traced_shape
 from isoprune_hf.pruning.graph.rules.tables import AXIS_RULES, SIZE_RULES
 from isoprune_hf.pruning.graph.tensor_notes import Note, Source, attach_note
 from isoprune_hf.pruning.graph.torch_private import GET_SHAPE, DispatchMode, OpOverload, op_name
@@ -177,6 +177,8 @@ class _CallTracer(TorchFunctionMode):
                 dim = args[1] if len(args) > 1 else kwargs["dim"]
                 return traced_shape(self.trace, args[0], args[0].shape)[dim]
             return out
+        if name in ("numel", "nelement"):
+            return traced_count(self.trace, args[0] if args else kwargs["input"], out)
         rule = SIZE_RULES.get(name)
         if rule is not None:
             rule(self.trace, out, *args, **kwargs)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.masking import masked_base, plan_random
 from helpers.tiny_models import ALL_FAMILIES, FAMILIES, make_base, make_images
+from helpers.traced_models import make_timm
 from torch import nn
 
 from isoprune_hf.errors import CheckpointError
@@ -169,3 +170,12 @@ def test_heads_of_one_dim_are_cut() -> None:
     assert [len(plan.kept[name]) for name in plan.heads] == [2, 2]
     pruned = apply_plan(model, plan, groups)
     assert pruned.config.cost["pruned"] == count_cost(pruned).to_dict()
+
+
+def test_rotary_periods_are_cut_with_their_heads() -> None:
+    model = make_timm("vit_small_patch16_dinov3", 32, embed_dim=96, num_heads=4, depth=1)
+    groups = trace_groups(model)
+    group = next(group for group in groups if any(member.parameter == "rope.periods" for member in group.members))
+    pruned = apply_plan(model, PruningPlan({group.name: tuple(range(group.channels // 2))}, {}), groups)
+    assert pruned.model.rope.dim == 4 * len(pruned.model.rope.periods) == 12
+    assert pruned.model.num_features == 48

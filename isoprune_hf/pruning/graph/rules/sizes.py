@@ -4,6 +4,7 @@ Size rules see the call of a torch function, where an integer may still be a `Tr
 operations that it consists of, where every integer is plain.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from isoprune_hf.pruning.graph.axis import Axis, is_frozen
 from isoprune_hf.pruning.graph.trace import Trace
-from isoprune_hf.pruning.graph.traced_int import TracedInt, expression_of
+from isoprune_hf.pruning.graph.traced_int import Expression, Operation, TracedInt, expression_of
 
 # Calls whose integers are no sizes: operands of arithmetic, numbers of dims, kernels and strides.
 CALLS_WITHOUT_SIZES = frozenset(
@@ -58,7 +59,6 @@ CALLS_WITHOUT_SIZES = frozenset(
         "mul_",
         "multiply",
         "normalize",
-        "numel",
         "permute",
         "pow",
         "remainder",
@@ -111,3 +111,17 @@ def traced_shape(trace: Trace, x: Tensor, shape: torch.Size) -> torch.Size:
             for size, axis in zip(shape, trace.axes(x), strict=True)
         ]
     )
+
+
+def traced_count(trace: Trace, x: Tensor, count: int) -> int:
+    """Return a number of elements as a traced integer, the product of the sizes of all axes that are not frozen."""
+    axes = [axis for axis in trace.axes(x) if axis.size != 1 and not is_frozen(axis)]
+    if not axes or not count:
+        return count
+    expression: Expression = axes[0]
+    for axis in axes[1:]:
+        expression = Operation("*", expression, axis)
+    rest = count // math.prod(axis.size for axis in axes)
+    if rest > 1:
+        expression = Operation("*", rest, expression)
+    return TracedInt(count, expression, trace.comparisons)
