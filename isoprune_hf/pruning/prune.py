@@ -21,7 +21,7 @@ from isoprune_hf.pruning.deciding.budget import check_budget
 from isoprune_hf.pruning.deciding.iterative import lift_scores, recipe_of_step
 from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
 from isoprune_hf.pruning.graph.blocks import find_blocks
-from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import fit_base, latency_settings, meet_latency
 from isoprune_hf.pruning.pipeline import PruningRun, StageClock, Traced, broadcast
@@ -109,7 +109,8 @@ def prune_model(
     plan, pruned = _cut_to_budget(run, recipe, scores)
     with clock.stage("repair"):
         notes = repair(rotated, pruned, plan, traced.groups, recipe.reconstruct or "none", images)
-    plan = replace(plan, notes=(*plan.notes, *rotated.notes, *notes))
+    untraced = graph_of(model, traced.groups).trace.notes
+    plan = replace(plan, notes=(*plan.notes, *untraced, *rotated.notes, *notes))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
     _check_finite(pruned, model)

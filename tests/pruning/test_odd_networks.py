@@ -14,6 +14,7 @@ from isoprune_hf import PruneRecipe, load_base, prune_model
 
 # Networks that every combination handles.
 HANDLED = (
+    "auxiliary_head",
     "bare_tokens",
     "buffers_in_attention",
     "channel_attention",

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import UnsupportedArchitectureError
+from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_simplified
 from isoprune_hf.pruning.graph.find_groups import graph_of
 from isoprune_hf.pruning.graph.widths import Tie, Unit, Width, leaf_ties, widths_of
@@ -244,14 +245,27 @@ def cost_model(
                 )
             widths += factors
         products.append(Term(product.module, tuple(widths)))
-    parameters = _parameters(model.model, groups)
+    parameters = _parameters(model.model, groups, _train_only_widths(graph, ties))
     counts = {group.name: (group.channels, group.num_heads) for group in groups}
     without_base = CostModel(ModelCost(0, 0), products, parameters, counts, [block.name for block in blocks])
     return replace(without_base, base=without_base.cost({}, {}))
 
 
-def _parameters(network: nn.Module, groups: Sequence[CoupledGroup]) -> list[Term]:
-    """Write the elements of every parameter as a product of widths."""
+def _train_only_widths(graph: AxisGraph, ties: Mapping[int, Tie]) -> dict[str, tuple[Width, ...]]:
+    """Return the widths of the tensors that only train mode reads: they are cut, but are members of no group."""
+    found: dict[str, tuple[Width, ...]] = {}
+    for name in graph.trace.train_only:
+        factors = [widths_of(axis, ties) for axis in graph.trace.tensors[name]]
+        known = [widths for widths in factors if widths is not None]
+        if len(known) == len(factors):
+            found[name] = tuple(width for widths in known for width in widths)
+    return found
+
+
+def _parameters(
+    network: nn.Module, groups: Sequence[CoupledGroup], known: Mapping[str, tuple[Width, ...]]
+) -> list[Term]:
+    """Write the elements of every parameter as a product of widths, some of which are known."""
     ties: dict[tuple[str, int], list[Tie]] = {}
     for group in groups:
         members_by_unit: dict[Unit, tuple[Member, ...]] = {
@@ -266,7 +280,8 @@ def _parameters(network: nn.Module, groups: Sequence[CoupledGroup]) -> list[Term
     return [
         Term(
             name.rpartition(".")[0],
-            tuple(Width(size, tuple(ties.get((name, dim), ()))) for dim, size in enumerate(parameter.shape)),
+            known.get(name)
+            or tuple(Width(size, tuple(ties.get((name, dim), ()))) for dim, size in enumerate(parameter.shape)),
         )
         for name, parameter in network.named_parameters()
     ]

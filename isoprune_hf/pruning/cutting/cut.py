@@ -15,7 +15,7 @@ from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.cutting.attributes import set_attributes
 from isoprune_hf.pruning.graph.copying import copy_modules
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
-from isoprune_hf.pruning.graph.verify import check_cut, sizes_after, total_macs
+from isoprune_hf.pruning.graph.verify import check_cut, sizes_after, total_macs, train_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 
@@ -48,6 +48,7 @@ def apply_plan(
     check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
     removed = tuple(f"{block}." for block in plan.removed_blocks)
     masks = keep_masks(plan, groups, model.model)
+    masks |= train_masks(graph, masks)
     sizes = sizes_after(graph, masks, removed)
     pruned = _copy_cut(model, masks, plan.removed_blocks, stand_ins)
     set_attributes(graph, sizes, model.model, pruned.model, removed)

@@ -1,6 +1,7 @@
 """Find the coupled groups of a model: the channels that can only be removed together, for any architecture.
 
     trace    tracer.trace_network        -> Trace          one forward pass; `rules/` has a rule for each operation
+             train_mode.trace_train_mode                   adds the parts that only train mode runs
     unify    unify.unify                 -> Axis           the rules make axes the same axis, split or freeze them
     solve    equations.solve_equations   -> Solution       attributes that depend on sizes, and linked widths
     leaves   axis_graph.build_axis_graph -> AxisGraph      free leaves, heads and their dims; runs the steps above
@@ -16,7 +17,7 @@ Functions for other folders:
     find_groups.trace_groups, find_groups.graph_of   the groups of a model, and its axis graph
     blocks.find_blocks                               residual blocks that can be removed whole
     widths.leaf_ties, widths.widths_of               sizes of matrix products as functions of widths
-    verify.sizes_after, check_cut, total_macs        after a cut
+    verify.sizes_after, check_cut, total_macs        after a cut; train_masks: parts that only train mode runs
     copying, layers                                  copies of module trees; layer classes by kind
 
 `torch_pruning/` finds groups independently, with the library of that name. Nothing here depends on scores, budgets,

@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.pruning.graph.axis import Axis, find, freeze
+from isoprune_hf.pruning.graph.axis import Axis, find, freeze, leaves
 from isoprune_hf.pruning.graph.cells import Cell, find_cells
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
 from isoprune_hf.pruning.graph.equations import Solution, freeze_compared, solve_equations
 from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute
-from isoprune_hf.pruning.graph.tracer import trace_network
+from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS, trace_network
+from isoprune_hf.pruning.graph.train_mode import trace_train_mode
 from isoprune_hf.pruning.graph.unify import unify
 
-# The errors that the code of a network may raise when it reads values, which the meta device does not have, or when it
-# does not support the size of the image. It is code of any author, so no narrower list is right.
-FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 _COLLECTIONS = (tuple, list)
 
 
@@ -82,11 +80,14 @@ def build_axis_graph(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
         network, trace = _trace_with_values(base, image_size, error)
         on_meta = False
     values = _integer_attributes(network)
+    trace_train_mode(network, trace, blank_image(network, image_size))
     while True:
         # Freezing or tying a leaf changes which leaves are linked and which are heads, so both are found again.
         # Every repetition reduces the number of free leaves, so the loop ends.
         solution = solve_equations(trace, values)
         paths = _composite_paths(trace)
+        if _freeze_trained_factors(paths, trace):
+            continue
         if not _resolve_head_conflict(paths, solution) and not freeze_compared(trace, solution):
             return AxisGraph(trace, solution, {id(dim): head for head, dim in paths}, on_meta)
 
@@ -151,6 +152,15 @@ def _composite_paths(trace: Trace) -> list[tuple[Axis, ...]]:
                 seen.add(id(axis))
                 found.update((tuple(map(id, path)), path) for path in leaf_paths(axis) if len(path) > 1)
     return list(found.values())
+
+
+def _freeze_trained_factors(paths: Sequence[tuple[Axis, ...]], trace: Trace) -> bool:
+    """Freeze, in place, heads and their dims that a part reads which only train mode runs; returns whether any is."""
+    read = {id(leaf) for name in trace.train_only for axis in trace.tensors[name] for leaf in leaves(axis)}
+    found = [leaf for path in paths if any(id(leaf) in read for leaf in path) for leaf in path]
+    for leaf in found:
+        freeze(leaf, "a part that only train mode runs reads it")
+    return bool(found)
 
 
 def _resolve_head_conflict(paths: Sequence[tuple[Axis, ...]], solution: Solution) -> bool:

@@ -49,7 +49,10 @@ class _GroupBuilder:
     def __init__(self, graph: AxisGraph, base: nn.Module, signature: Literal["paper", "strict"]):
         self.graph = graph
         self.signature = signature
-        self.members = graph.members
+        self.members = {
+            leaf: {place: cells for place, cells in found.items() if place[0] not in graph.trace.train_only}
+            for leaf, found in graph.members.items()
+        }
         self.modules = dict(base.named_modules())
         self.order = {name: position for position, name in enumerate(self.modules)}
         # Leaf -> the module that multiplies two activations along it, which makes it the dims of an attention.

@@ -71,6 +71,8 @@ class Trace:
         group_axis: The groups of the last convolution or norm; `ONE` if it has a single group.
         names: Identity of a tensor of the network -> (name, tensor); the tensor is kept so that its identity stays.
         modules: Paths of the modules that are running, the innermost last.
+        train_only: Parameters and buffers that only a pass in train mode reads.
+        notes: Lines for the user: parts that could not be traced.
     """
 
     tensors: dict[str, Axes] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Trace:
     group_axis: Axis = ONE
     names: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=lambda: [""])
+    train_only: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
 
     def axes(self, x: Tensor) -> Axes:
         """Return the axes of a tensor, after all unifications so far."""

@@ -55,6 +55,9 @@ _LAYOUT_OPS = frozenset(
 # A linear layer runs one or the other, depending on its input's strides.
 _EQUIVALENT_OPS = {"addmm": "mm"}
 _COLLECTIONS = (list, tuple)
+# The errors that the code of a network may raise when it reads values, which the meta device does not have, or when it
+# does not support the size of the image. It is code of any author, so no narrower list is right.
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 class _OpTracer(DispatchMode):
@@ -205,6 +208,15 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         trace.names.setdefault(id(tensor), (name, tensor))
     trace.comparisons = mark_attributes(network)
+    output = run_traced(network, trace, image)
+    for tensor in _logits_in(output):
+        for axis in trace.axes(tensor):
+            freeze(axis, "outputs of the classifier")
+    return trace
+
+
+def run_traced(network: nn.Module, trace: Trace, image: Tensor) -> Any:
+    """Run a network on images and add the pass to a trace in place; returns the output of the network."""
     axes = tuple(frozen_axis(size, "the image") if size > 1 else ONE for size in image.shape)
     attach_note(image, Note(trace, axes, Source(frozenset((-1,)))))
     with ExitStack() as stack:
@@ -212,11 +224,7 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
             stack.enter_context(context)
         stack.enter_context(_OpTracer(trace))
         stack.enter_context(_CallTracer(trace))
-        output = network(image)
-    for tensor in _logits_in(output):
-        for axis in trace.axes(tensor):
-            freeze(axis, "outputs of the classifier")
-    return trace
+        return network(image)
 
 
 def _logits_in(output: Any) -> list[Tensor]:

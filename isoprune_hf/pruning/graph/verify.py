@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.axis import Axis, find
-from isoprune_hf.pruning.graph.axis_graph import FORWARD_ERRORS, AxisGraph
+from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.cells import Cell
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
 from isoprune_hf.pruning.graph.meta_kernels import run_op
 from isoprune_hf.pruning.graph.tensor_notes import is_live, mark_live
 from isoprune_hf.pruning.graph.torch_private import DispatchMode, OpOverload
-from isoprune_hf.pruning.graph.tracer import decomposed_attention, is_bias, tensors_in, traced_name
+from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS, decomposed_attention, is_bias, tensors_in, traced_name
 
 _Masks = Mapping[tuple[str, int], np.ndarray]
 
@@ -26,6 +26,28 @@ class ObservedOp(NamedTuple):
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
+
+
+def train_masks(graph: AxisGraph, masks: _Masks) -> dict[tuple[str, int], np.ndarray]:
+    """Return the masks of the tensors that only train mode reads, from those of the tensors that are tied to them.
+
+    Args:
+        graph: The graph of the network before the cut.
+        masks: (tensor, dim) -> which of its elements are kept; missing dims are kept whole.
+    """
+    found: dict[tuple[str, int], np.ndarray] = {}
+    for leaf, places in graph.members.items():
+        trained = {place: cells for place, cells in places.items() if place[0] in graph.trace.train_only}
+        source = next((place for place in places if place in masks and place not in trained), None)
+        if source is None:
+            continue
+        cell = places[source][0]
+        kept = np.unique(cell.labels[leaf][masks[source][cell.positions]])
+        for (name, dim), cells in trained.items():
+            mask = found.setdefault((name, dim), np.ones(find(graph.trace.tensors[name][dim]).size, dtype=bool))
+            for cell in cells:
+                mask[cell.positions] &= np.isin(cell.labels[leaf], kept)
+    return found
 
 
 def sizes_after(graph: AxisGraph, masks: _Masks, removed: tuple[str, ...]) -> dict[int, int]:
