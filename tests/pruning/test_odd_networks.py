@@ -24,6 +24,7 @@ HANDLED = (
     "huge_weight",
     "keyword_calls",
     "one_block_class_token",
+    "other_keys_and_values",
     "recurrent",
     "reused",
     "rotary_table",
