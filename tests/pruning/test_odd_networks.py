@@ -17,11 +17,13 @@ HANDLED = (
     "auxiliary_head",
     "bare_tokens",
     "buffers_in_attention",
+    "caches_bias",
     "channel_attention",
     "dead_branch",
     "dict_output",
     "group_norm_per_channel",
     "huge_weight",
+    "keeps_maps",
     "keyword_calls",
     "one_block_class_token",
     "other_keys_and_values",
@@ -33,6 +35,7 @@ HANDLED = (
     "token_mixer",
     "two_names",
     "values_in_constructor",
+    "writes_in_place",
     "zero_scale",
 )
 COMBINATIONS = {

@@ -15,6 +15,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.pass_state import undoing_passes
 from isoprune_hf.pruning.calibration.replacing import replaced_parameters
 from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.recipes.values import Precision
@@ -99,6 +100,7 @@ def scoring_mode(model: IsoPruneForImageClassification, *, requires_grad: bool) 
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(undoing_passes(model))
             if model.device.type == "cuda":
                 stack.enter_context(
                     torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -52,7 +52,8 @@ def apply_plan(
     sizes = sizes_after(graph, masks, removed)
     pruned = _copy_cut(model, masks, plan.removed_blocks, stand_ins)
     set_attributes(graph, sizes, model.model, pruned.model, removed)
-    check_cut(graph, pruned.model, image_size_of(model), sizes, removed)
+    overwritten = check_cut(graph, pruned.model, image_size_of(model), sizes, removed)
+    _cut_overwritten(pruned.model, overwritten)
     _update_config(pruned, model)
     if base_cost is None:
         full = sum(parameter.numel() for parameter in model.parameters())
@@ -62,6 +63,16 @@ def apply_plan(
     dense_cost = pruned.config.cost["base"] if pruned.config.cost else base_cost.to_dict()
     pruned.config.cost = {"base": dense_cost, "pruned": cost.to_dict()}
     return pruned
+
+
+def _cut_overwritten(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Cut the buffers that each pass overwrites to the shapes that they are given, in place."""
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        owner = network.get_submodule(path)
+        buffer = owner.get_buffer(leaf)
+        if len(shape) == buffer.ndim and all(size <= full for size, full in zip(shape, buffer.shape, strict=True)):
+            setattr(owner, leaf, buffer[tuple(slice(size) for size in shape)].clone())
 
 
 def _update_config(pruned: IsoPruneForImageClassification, model: IsoPruneForImageClassification) -> None:

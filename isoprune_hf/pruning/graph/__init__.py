@@ -6,7 +6,7 @@
     solve    equations.solve_equations   -> Solution       attributes that depend on sizes, and linked widths
     leaves   axis_graph.build_axis_graph -> AxisGraph      free leaves, heads and their dims; runs the steps above
     groups   members.couple_axes         -> CoupledGroup   the elements of each leaf, by parameter and index
-    verify   verify.check_cut            -> None           the cut network runs as the trace predicts, or an error
+    verify   verify.check_cut            -> {name: shape}  the cut network runs as the trace predicts, or an error
 
 A dim of a tensor is an `Axis`: a leaf, a product of factors, or a sum of pieces. A leaf that may be pruned is free;
 every other leaf is frozen with a reason. An operation without a rule freezes what it touches, so a group may be

@@ -7,8 +7,8 @@ numbers.
 import copy
 import functools
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -117,7 +117,12 @@ def copy_modules(
         memo[id(old)] = old.__new__(type(old))
         for tensor in [*vars(old).values(), *own_parameters(old).values(), *own_buffers(old).values()]:
             if type(tensor) not in _IMMUTABLE and isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = copy_tensor(tensor)
+                memo[id(tensor)] = _copy_tensor(tensor, copy_tensor)
+        for value in vars(old).values():
+            if isinstance(value, dict | list | tuple | deque):
+                for tensor in _nested_tensors(value):
+                    if id(tensor) not in memo:
+                        memo[id(tensor)] = _copy_tensor(tensor, copy_tensor)
     for old in modules:
         values = vars(memo[id(old)])
         for name, value in vars(old).items():
@@ -129,6 +134,20 @@ def copy_modules(
                 values[name] = _copy_value(value, memo)
     copied: _ModuleT = memo[id(root)]
     return copied
+
+
+def _copy_tensor(tensor: Tensor, copy_tensor: Callable[[Tensor], Tensor]) -> Tensor:
+    """Copy a tensor; one that a module keeps of an earlier pass leaves the graph of this pass."""
+    return copy_tensor(tensor if tensor.is_leaf else tensor.detach())
+
+
+def _nested_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in containers of containers."""
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, dict | list | tuple | deque):
+            yield from _nested_tensors(part)
 
 
 def _walk(module: nn.Module, seen: set[int]) -> list[nn.Module]:

@@ -145,7 +145,7 @@ def axis_size(axis: Axis, sizes: Mapping[int, int]) -> int:
 
 def check_cut(
     graph: AxisGraph, network: nn.Module, image_size: Sequence[int], sizes: Mapping[int, int], removed: tuple[str, ...]
-) -> None:
+) -> dict[str, tuple[int, ...]]:
     """Run a cut network and compare each operation and each shape with the prediction of the graph.
 
     Args:
@@ -155,11 +155,14 @@ def check_cut(
         sizes: Sizes of the leaves after the cut, by identity.
         removed: Prefixes of the modules that are removed whole.
 
+    Returns:
+        Buffer -> its new shape, for buffers that a pass overwrites by tensors of other shapes.
+
     Raises:
         UnsupportedArchitectureError: The network does not run, or runs other operations or shapes.
     """
     try:
-        observed = observe_run(network, image_size, on_meta=graph.on_meta)
+        observed, overwritten = observe_run(network, image_size, on_meta=graph.on_meta)
     except FORWARD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(
@@ -182,6 +185,7 @@ def check_cut(
                 f"{_describe(expected, now)}; "
                 "exclude its channels with prune.exclude"
             )
+    return overwritten
 
 
 def _describe(op: ObservedOp | None, other: ObservedOp | None) -> str:
@@ -222,8 +226,10 @@ class _Observer(DispatchMode):
         return out
 
 
-def observe_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) -> list[ObservedOp]:
-    """Run a copy of a network on a blank image and return its operations."""
+def observe_run(
+    network: nn.Module, image_size: Sequence[int], *, on_meta: bool
+) -> tuple[list[ObservedOp], dict[str, tuple[int, ...]]]:
+    """Run a copy of a network on a blank image; return its operations, and the new shapes of overwritten buffers."""
     if on_meta:
         copied = copy_shapes(network, dtype=torch.float32)
     else:
@@ -232,7 +238,9 @@ def observe_run(network: nn.Module, image_size: Sequence[int], *, on_meta: bool)
     observer = _Observer([image, *copied.parameters(), *copied.buffers()])
     with torch.no_grad(), decomposed_attention(), observer:
         copied.eval()(image)
-    return observer.ops
+    before = dict(network.named_buffers())
+    after = {name: tuple(buffer.shape) for name, buffer in copied.named_buffers() if name in before}
+    return observer.ops, {name: shape for name, shape in after.items() if shape != before[name].shape}
 
 
 def total_macs(graph: AxisGraph, sizes: Mapping[int, int], removed: Iterable[str]) -> int:

@@ -1,0 +1,156 @@
+"""Undo the traces that forward passes leave in modules: `undoing_passes`.
+
+Modules keep attention maps, cache tables of the last pass, or write buffers. Such tensors belong to the graph of their
+pass, so a second backward pass fails at them, and they must not remain in the model of the caller.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Changed on purpose while a model is in use.
+_KEPT = frozenset(("training", "forward"))
+_CONTAINERS = (dict, list, deque, set)
+
+
+@contextmanager
+def undoing_passes(model: nn.Module) -> Iterator[None]:
+    """Undo the changes of each forward pass to attributes and buffers of modules.
+
+    Buffers are undone when a pass ends, attributes when the next one begins and at the end. Parameters and modes, and
+    buffers that are written between two passes, are left as they are. Within the context, modules that cache tables
+    in eval mode begin with an empty cache, as after `train()`.
+
+    Args:
+        model: Its own forward pass marks the beginning of a pass.
+    """
+    before = _State(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.eval()
+    for module, mode in modes:
+        module.training = mode
+    empty, buffers = _State(model), _Buffers(model)
+
+    def begin(*_: Any) -> None:
+        empty.restore()
+        buffers.note()
+
+    def end(*_: Any) -> None:
+        buffers.undo()
+
+    handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        buffers.reunite()
+        before.restore()
+
+
+@dataclass
+class _Slot:
+    """A buffer before a pass: its owner's table and name, its number of writes and its values."""
+
+    table: dict[str, torch.Tensor | None]
+    name: str
+    first: torch.Tensor
+    buffer: torch.Tensor
+    version: int
+    saved: torch.Tensor
+
+
+class _Buffers:
+    """The buffers of a model. Those that a pass writes are undone; writes between passes, such as a repair's, stay."""
+
+    def __init__(self, model: nn.Module):
+        self._slots = [
+            _Slot(module._buffers, name, buffer, buffer, _version(buffer), buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def note(self) -> None:
+        """Note the values with which a pass begins."""
+        for slot in self._slots:
+            now = slot.table.get(slot.name)
+            if now is not None and (now is not slot.buffer or _version(now) != slot.version):
+                slot.buffer, slot.version, slot.saved = now, _version(now), now.detach().clone()
+
+    def undo(self) -> None:
+        """Undo the writes of a pass; its graph may refer to a tensor that it wrote, so another takes its place."""
+        for slot in self._slots:
+            if _version(slot.buffer) != slot.version:
+                slot.buffer = slot.saved.clone()
+                slot.version = _version(slot.buffer)
+            slot.table[slot.name] = slot.buffer
+
+    @torch.no_grad()
+    def reunite(self) -> None:
+        """Put the first tensor of each buffer back in its place, with the values of now."""
+        for slot in self._slots:
+            now = slot.table.get(slot.name)
+            if now is slot.buffer and now is not slot.first:
+                slot.first.copy_(now)
+                slot.table[slot.name] = slot.first
+
+
+class _State:
+    """Attributes of all modules of a model and contents of containers, as they are now."""
+
+    def __init__(self, model: nn.Module):
+        self._attributes = [(vars(module), _plain(module)) for module in model.modules()]
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        for _, values in self._attributes:
+            for value in values.values():
+                self._note(value)
+
+    def _note(self, value: Any) -> None:
+        if isinstance(value, _CONTAINERS) and id(value) not in self._contents:
+            self._contents[id(value)] = (value, value.copy())
+            for part in value.values() if isinstance(value, dict) else value:
+                self._note(part)
+
+    def restore(self) -> None:
+        """Restore the state, in place."""
+        for now, values in self._attributes:
+            for name in [name for name in now if name not in values and _is_plain(name)]:
+                del now[name]
+            for name, value in values.items():
+                if now.get(name) is not value:
+                    now[name] = value
+        for value, content in self._contents.values():
+            if len(value) == len(content) and all(map(_is_same, _parts(value), _parts(content))):
+                continue
+            value.clear()
+            value.extend(content) if isinstance(value, list | deque) else value.update(content)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if _is_plain(name)}
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether an attribute is not one in which `nn.Module` itself keeps its parts."""
+    registry = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return name not in registry and name not in _KEPT and "_hooks" not in name
+
+
+def _parts(container: Any) -> Any:
+    return [*container, *container.values()] if isinstance(container, dict) else container
+
+
+def _is_same(one: object, other: object) -> bool:
+    return one is other
+
+
+def _version(buffer: torch.Tensor) -> int:
+    """Return the number of writes to a buffer; tensors of inference mode do not count them and are never written."""
+    return 0 if buffer.is_inference() else buffer._version
