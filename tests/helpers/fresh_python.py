@@ -58,8 +58,10 @@ class FreshPython:
         return Finished(int(answer), out, err)
 
     def close(self) -> None:
-        """End the helper interpreter."""
-        self._process.communicate()
+        """End the helper interpreter; closing its input would not, if a process forked since then holds it open."""
+        self._process.terminate()
+        with self._process:
+            pass
 
 
 def _serve() -> None:
