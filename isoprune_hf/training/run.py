@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -116,11 +117,10 @@ class TrainingRun:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire(f"--output {self.checkpoints.parent}")
-                try:
+                with ExitStack() as stack:
+                    stack.callback(self._lock.release)
                     self._begin()
-                except BaseException:
-                    self._lock.release()
-                    raise
+                    stack.pop_all()  # begun: the lock is held until `__exit__`
             except OSError as error:
                 raise OccupiedError(f"--output: {self.folder} cannot be written ({error.strerror})") from error
         self._accelerator.wait_for_everyone()

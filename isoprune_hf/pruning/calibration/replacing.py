@@ -15,7 +15,7 @@ from torch import nn
 
 @contextmanager
 def replaced_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a module and its parts use other tensors instead of parameters, wherever they hold them.
+    """Replace parameters of a module and its parts by other tensors, wherever they hold them.
 
     Args:
         module: Restored afterwards, also if its forward pass fails.
