@@ -6,8 +6,9 @@ names, without reading files or the network.
 """
 
 import itertools
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -159,7 +160,7 @@ def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -
     args = {} if base.get("args") is None else base["args"]
     if not isinstance(name, str) or not isinstance(args, dict):
         raise CheckpointError("config.base: `architecture` must be a string and `args` a mapping")
-    check_args(args)
+    args = check_args(args)
     try:
         module = import_module(library)
     except ImportError as error:
@@ -167,7 +168,6 @@ def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -
     is_timm = library == "timm"
     known = module.is_model(name) if is_timm else name in module.models.list_models(module.models)
     require(known, f"config.base.architecture: {library} {module.__version__} has no {name!r}")
-    args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     create = module.create_model if is_timm else module.models.get_model
     return build_limited(
         f"config.base: {name} with {args} cannot be built", lambda: create(name, num_classes=num_labels, **args)
@@ -184,7 +184,7 @@ def _build_transformers(values: Any, num_labels: int | None) -> nn.Module:
     values = {name: value for name, value in values.items() if not _IGNORED_ENTRIES.fullmatch(name)}
     values.pop("auto_map", None)
     for name, value in values.items():
-        require(_is_plain(value, nested=True), f"config.base.config: {name}={value!r:.99} is not allowed")
+        require(_is_plain(value), f"config.base.config: {name}={value!r:.99} is not allowed")
     config_class = CONFIG_MAPPING[kind]
     known = config_class in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in ("timm_wrapper", "isoprune")
     require(known, f"config.base.config: {kind} is not a transformers image classifier")
@@ -203,16 +203,38 @@ def _build_transformers(values: Any, num_labels: int | None) -> nn.Module:
 
 
 def check_args(args: dict[str, Any]) -> dict[str, Any]:
-    """Check that the arguments of a builder are plain values, and return them.
+    """Check that the arguments of a builder are plain values, and return a copy of them for one call of the builder.
+
+    A builder gets the same values at first and from config.json: lists in place of nested tuples, tuples in place of
+    outer lists.
 
     Raises:
         CheckpointError: An argument would read files, would change the kind of model, or is not a plain value of a
-            usual size.
+            usual size, possibly in nested lists and mappings.
     """
     for key, value in args.items():
-        allowed = isinstance(key, str) and not _FORBIDDEN_ARGUMENTS.fullmatch(key) and _is_plain(value)
-        require(allowed, f"config.base.args: {key}={value!r:.99} is not allowed")
-    return args
+        named = f"config.base.args: {key}={value!r:.99}"
+        require(
+            not any(_FORBIDDEN_ARGUMENTS.fullmatch(str(name)) for name in (key, *_keys(value))),
+            f"{named} is not allowed",
+        )
+        require(
+            all(isinstance(name, str) for name in (key, *_keys(value))) and _is_plain(value),
+            f"{named} is not allowed; config.json holds text, numbers of at most {MAX_CONFIG_NUMBER}, None, and lists "
+            "and mappings of these",
+        )
+    copied: dict[str, Any] = json.loads(json.dumps(args))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in copied.items()}
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    """Yield the keys of all mappings in a value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _keys(part)
 
 
 def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -248,10 +270,10 @@ def _count_modules(build: Callable[[], nn.Module]) -> nn.Module:
         hook.remove()
 
 
-def _is_plain(value: Any, *, nested: bool = False) -> bool:
-    """Return whether a value is None, text, a number of usual size, or a sequence (if nested: or mapping) of these."""
-    values = list(value.values()) if nested and isinstance(value, dict) else value
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is None, text, a number of usual size, or a sequence or mapping of these."""
+    values = list(value.values()) if isinstance(value, dict) else value
     if isinstance(values, list | tuple):
-        return all(_is_plain(item, nested=nested) for item in values)
+        return all(map(_is_plain, values))
     is_number = isinstance(value, int | float) and abs(value) <= MAX_CONFIG_NUMBER  # neither inf nor nan
     return value is None or isinstance(value, str) or is_number

@@ -57,8 +57,8 @@ def test_architecture_must_be_a_string(architecture: Any, edited) -> None:
         ("num_classes", 7),
         ("weights", "DEFAULT"),
         ("weights_backbone", "DEFAULT"),
-        ("block_args", {"a": {"b": 1}}),
-        ("block_args", [{"a": 1}]),
+        ("block_args", {"pretrained_cfg": {"file": "weights.pth"}}),
+        ("block_args", [[{"checkpoint_path": "weights.pth"}]]),
     ],
 )
 def test_unsafe_argument_is_refused(name: str, value: Any, edited) -> None:
