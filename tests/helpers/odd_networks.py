@@ -6,6 +6,7 @@ unusual part as it is, or handle it; it must never refuse or break the network.
 
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -350,10 +351,16 @@ class ValuesInConstructor(Net):
         self.rates = [rate.item() for rate in torch.linspace(0, 0.2, 3)]
         self.more = torch.linspace(0, 0.1, 3).tolist()
         self.total = float(torch.tensor([0.5, 0.5]).sum())
-        self.blocks = nn.Sequential(*(Block() for _ in self.rates))
+        self.rate = torch.linspace(0, 0.2, 3)[1].item()
+        self.is_deep = bool(torch.tensor(self.rates).sum() > 0.1)
+        self.scales = np.sqrt(np.cumsum(torch.ones(3).numpy()) + np.asarray(torch.arange(3))).tolist()
+        count = int(torch.tensor([1.0, 1.0, 1.0]).sum()) if self.is_deep else 1
+        self.blocks = nn.ModuleList(Block(hidden=int(width)) for width in torch.full((count,), 24))
 
     def body(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            x = block(x) * (scale + self.rate)
+        return x
 
 
 @odd

@@ -15,6 +15,7 @@ from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.cutting.attributes import set_attributes
 from isoprune_hf.pruning.graph.copying import copy_modules
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
+from isoprune_hf.pruning.graph.train_mode import check_train_mode
 from isoprune_hf.pruning.graph.verify import check_cut, sizes_after, total_macs, train_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
@@ -54,6 +55,7 @@ def apply_plan(
     set_attributes(graph, sizes, model.model, pruned.model, removed)
     overwritten = check_cut(graph, pruned.model, image_size_of(model), sizes, removed)
     _cut_overwritten(pruned.model, overwritten)
+    check_train_mode(model.model, pruned.model, image_size_of(model), on_meta=graph.on_meta)
     _update_config(pruned, model)
     if base_cost is None:
         full = sum(parameter.numel() for parameter in model.parameters())

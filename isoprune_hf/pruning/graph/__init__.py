@@ -18,6 +18,7 @@ Functions for other folders:
     blocks.find_blocks                               residual blocks that can be removed whole
     widths.leaf_ties, widths.widths_of               sizes of matrix products as functions of widths
     verify.sizes_after, check_cut, total_macs        after a cut; train_masks: parts that only train mode runs
+    output_masks.output_masks                        after a cut; which elements of the outputs of layers are kept
     copying, layers                                  copies of module trees; layer classes by kind
 
 `torch_pruning/` finds groups independently, with the library of that name. Nothing here depends on scores, budgets,

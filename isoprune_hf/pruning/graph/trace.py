@@ -67,6 +67,7 @@ class Trace:
         comparisons: Comparisons of traced integers made by the code.
         matrix_products: All matrix products and convolutions.
         ops: All operations that compute values, in order.
+        outputs: Path of a layer -> the axes of its output in each of its calls.
         unknown: Operation without a rule -> number of calls; all axes that it touched are frozen.
         group_axis: The groups of the last convolution or norm; `ONE` if it has a single group.
         names: Identity of a tensor of the network -> (name, tensor); the tensor is kept so that its identity stays.
@@ -80,6 +81,7 @@ class Trace:
     comparisons: list[Comparison] = field(default_factory=list)
     matrix_products: list[MatrixProduct] = field(default_factory=list)
     ops: list[TracedOp] = field(default_factory=list)
+    outputs: dict[str, list[Axes]] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
     group_axis: Axis = ONE
     names: dict[int, tuple[str, Tensor]] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from isoprune_hf.pruning.graph.rules.pointwise import pointwise
 from isoprune_hf.pruning.graph.rules.registry import AxisRule
 from isoprune_hf.pruning.graph.rules.sizes import CALLS_WITHOUT_SIZES, assume_constant, traced_count, traced_shape
 from isoprune_hf.pruning.graph.rules.tables import AXIS_RULES, SIZE_RULES
-from isoprune_hf.pruning.graph.tensor_notes import Note, Source, attach_note
+from isoprune_hf.pruning.graph.tensor_notes import Note, Source, attach_note, read_note
 from isoprune_hf.pruning.graph.torch_private import GET_SHAPE, DispatchMode, OpOverload, op_name
 from isoprune_hf.pruning.graph.trace import ONE, Trace, TracedOp
 from isoprune_hf.pruning.graph.traced_int import TracedInt, mark_attributes
@@ -220,7 +220,7 @@ def run_traced(network: nn.Module, trace: Trace, image: Tensor) -> Any:
     axes = tuple(frozen_axis(size, "the image") if size > 1 else ONE for size in image.shape)
     attach_note(image, Note(trace, axes, Source(frozenset((-1,)))))
     with ExitStack() as stack:
-        for context in (torch.no_grad(), decomposed_attention(), _running_modules(network, trace.modules)):
+        for context in (torch.no_grad(), decomposed_attention(), _running_modules(network, trace)):
             stack.enter_context(context)
         stack.enter_context(_OpTracer(trace))
         stack.enter_context(_CallTracer(trace))
@@ -235,11 +235,14 @@ def _logits_in(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _running_modules(network: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the paths of the modules that are running on a stack, the innermost last."""
+def _running_modules(network: nn.Module, trace: Trace) -> Iterator[None]:
+    """Record in a trace, in place, which modules are running and the axes of the outputs of layers."""
+    stack = trace.modules
 
-    def leave(*_: object) -> None:
-        stack.pop()
+    def leave(_: nn.Module, args: object, output: Any) -> None:
+        path = stack.pop()
+        if isinstance(output, Tensor) and read_note(output).owner is trace:
+            trace.outputs.setdefault(path, []).append(trace.axes(output))
 
     handles = []
     for path, module in network.named_modules():

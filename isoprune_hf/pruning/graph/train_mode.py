@@ -1,23 +1,27 @@
 """The parts of a network that only train mode runs, such as auxiliary classifiers: `trace_train_mode`.
 
 They read channels that a cut removes, so their weights are cut, too; else the cut network could not be trained. They
-are neither scored nor pruned themselves, because no image reaches them in eval mode.
+are neither scored nor pruned themselves, because no image reaches them in eval mode. `check_train_mode` runs them
+after the cut.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.axis import freeze, leaves
+from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
 from isoprune_hf.pruning.graph.meta_kernels import run_op
 from isoprune_hf.pruning.graph.torch_private import DispatchMode, OpOverload, tree_leaves
 from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS, run_traced
 
 _ONLY_TRAINED = "only train mode runs its part"
+_BATCH = 2  # statistics of a batch need two values for each channel
 
 
 def trace_train_mode(network: nn.Module, trace: Trace, image: Tensor) -> None:
@@ -31,7 +35,7 @@ def trace_train_mode(network: nn.Module, trace: Trace, image: Tensor) -> None:
     unread = {id(tensor): name for name, tensor in network.named_parameters() if name not in trace.tensors}
     if not unread:
         return
-    images = image.new_zeros(2, *image.shape[1:])  # statistics of a batch need two values for each channel
+    images = image.new_zeros(_BATCH, *image.shape[1:])
     network.train()
     known = set(trace.tensors)
     with torch.random.fork_rng([image.device] if image.is_cuda else []):
@@ -50,6 +54,41 @@ def trace_train_mode(network: nn.Module, trace: Trace, image: Tensor) -> None:
     if error:
         part = read[0].rpartition(".")[0] or read[0]
         trace.notes.append(f"{part}: {error}; the channels that it reads keep their widths")
+
+
+def check_train_mode(base: nn.Module, cut: nn.Module, image_size: Sequence[int], *, on_meta: bool) -> None:
+    """Run a copy of a cut network in train mode; a network whose base does not run in train mode is not checked.
+
+    Args:
+        base: The network before the cut; left untouched.
+        cut: The cut network; left untouched, as is the random state.
+        image_size: Of one image, (C, H, W).
+        on_meta: The networks run on the meta device.
+
+    Raises:
+        UnsupportedArchitectureError: Only the base runs in train mode.
+    """
+    try:
+        _run_in_train_mode(cut, image_size, on_meta=on_meta)
+    except FORWARD_ERRORS as error:
+        try:
+            _run_in_train_mode(base, image_size, on_meta=on_meta)
+        except FORWARD_ERRORS:
+            return
+        reason = " ".join(str(error).split())
+        raise UnsupportedArchitectureError(
+            f"the cut {type(cut).__name__} does not run in train mode ({reason:.300}); the base is unchanged"
+        ) from error
+
+
+def _run_in_train_mode(network: nn.Module, image_size: Sequence[int], *, on_meta: bool) -> None:
+    if on_meta:
+        copied = copy_shapes(network, dtype=torch.float32)
+    else:
+        copied = copy_modules(network, torch.clone, with_hooks=False)  # a pass changes the statistics of BatchNorm
+    image = blank_image(copied, image_size)
+    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad():
+        copied.train()(image.expand(_BATCH, *image_size))
 
 
 def _read_in_train_mode(network: nn.Module, images: Tensor, unread: Mapping[int, str], trace: Trace) -> list[str]:
@@ -139,12 +178,13 @@ def _hooked(modules: Iterable[nn.Module], enter: Callable[[nn.Module, Any], None
 
 @contextmanager
 def _kept_record(trace: Trace, *, comparisons: bool = False) -> Iterator[None]:
-    """Restore the operations and matrix products of a trace at the end, and its comparisons unless they are wanted."""
-    ops, products, unknown, count = trace.ops, trace.matrix_products, trace.unknown, len(trace.comparisons)
-    trace.ops, trace.matrix_products, trace.unknown = [], [], {}
+    """Restore the operations and outputs of a trace at the end, and its comparisons unless they are wanted."""
+    before = trace.ops, trace.matrix_products, trace.outputs, trace.unknown
+    count = len(trace.comparisons)
+    trace.ops, trace.matrix_products, trace.outputs, trace.unknown = [], [], {}, {}
     try:
         yield
     finally:
-        trace.ops, trace.matrix_products, trace.unknown = ops, products, unknown
+        trace.ops, trace.matrix_products, trace.outputs, trace.unknown = before
         if not comparisons:
             del trace.comparisons[count:]

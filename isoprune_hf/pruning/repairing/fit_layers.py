@@ -24,6 +24,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.normal_equations import (
     FitSums,
@@ -45,6 +46,7 @@ def fit_layers(
     masks: Mapping[tuple[str, int], np.ndarray],
     calibration: Calibration,
     *,
+    outputs: OutputMasks | None = None,
     factors: Mapping[str, torch.Tensor] | None = None,
     is_bias_only: bool = False,
 ) -> tuple[str, ...]:
@@ -56,6 +58,8 @@ def fit_layers(
         masks: (parameter, dim) -> which of its elements were kept.
         calibration: Images. There is one pass for each layer, which starts at the last waypoint before it; float64
             sums are reduced over ranks once for every layer.
+        outputs: Layer -> for each call, dim of its output -> which of its elements were kept. Without it, a layer is
+            left as it was cut if other dims than that of its channels became smaller.
         factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
         is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
 
@@ -66,7 +70,7 @@ def fit_layers(
         RecipeError: There is no image.
     """
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
-        layers, left = find_layers(dense, pruned, masks, factors or {})
+        layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
         passes = Passes(dense, pruned, calibration.batches)
         for layer in layers:
             passes.reach(layer.name)

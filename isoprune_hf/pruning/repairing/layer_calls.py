@@ -13,6 +13,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.calibration.inputs import first_tensor, read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
+from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.repairing.normal_equations import FittedModule
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
 from isoprune_hf.pruning.repairing.waypoints import PassStopped
@@ -68,6 +69,7 @@ def find_layers(
     dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
     masks: Mapping[tuple[str, int], np.ndarray],
+    outputs: OutputMasks,
     factors: Mapping[str, torch.Tensor],
 ) -> tuple[list[FittedLayer], dict[str, list[str]]]:
     """Find the layers to fit in the order of execution, and for each reason the layers that cannot be fitted.
@@ -76,6 +78,7 @@ def find_layers(
         dense: The network before the cut.
         pruned: The cut network.
         masks: (parameter, dim) -> which of its elements were kept.
+        outputs: Layer -> for each call, dim of its output -> which of its elements were kept.
         factors: Weight -> factors for the dense outputs.
     """
     blank = torch.zeros(1, *image_size_of(pruned), device=pruned.device)
@@ -97,7 +100,7 @@ def find_layers(
         if module in shared:
             left.setdefault(_SHARED_WEIGHTS, []).append(name)
             continue
-        places = _find_places(module, mask, wanted.get(name, []), shapes, masks)
+        places = _find_places(module, mask, wanted.get(name, []), shapes, outputs.get(name, []))
         if places is None:
             left.setdefault(_UNKNOWN_ROWS, []).append(name)
             continue
@@ -185,7 +188,7 @@ def _find_places(
     mask: np.ndarray | None,
     wanted: Sequence[torch.Size],
     found: Sequence[torch.Size],
-    masks: Mapping[tuple[str, int], np.ndarray],
+    outputs: Sequence[Mapping[int, np.ndarray]],
 ) -> tuple[int, dict[int, np.ndarray]] | None:
     """Find the dim of a layer's channels, and masks of the other dims of its outputs that became smaller.
 
@@ -194,7 +197,7 @@ def _find_places(
         mask: Channels that were kept; None if none was removed.
         wanted: Shapes of the outputs of its calls in the dense network, for `_SHAPE_IMAGES` images.
         found: The same in the cut network.
-        masks: All masks of the cut. One of them must fit a dim that became smaller, and only one.
+        outputs: Dim of the output of each call -> which of its elements were kept.
 
     Returns:
         None if the outputs of the two networks cannot be matched.
@@ -202,7 +205,8 @@ def _find_places(
     if len(wanted) != len(found):
         return None
     matched: list[tuple[int, dict[int, np.ndarray]]] = []
-    for before, after in zip(wanted, found, strict=True):
+    known = outputs if len(outputs) == len(found) else [{}] * len(found)
+    for before, after, kept in zip(wanted, found, known, strict=True):
         if len(before) != len(after):
             return None
         changed = [dim for dim in range(len(after)) if before[dim] != after[dim]]
@@ -213,18 +217,17 @@ def _find_places(
         expected = after[channel] if mask is None else len(mask)
         if before[channel] != expected or 0 in changed:
             return None
-        rows = {}
-        for dim in changed:
-            sizes = before[dim], after[dim]
-            fitting = {kept.tobytes(): kept for kept in masks.values() if (len(kept), kept.sum()) == sizes}
-            if dim != channel and len(fitting) != 1:
-                return None
-            if dim != channel:
-                rows[dim] = next(iter(fitting.values()))
+        rows = {dim: kept[dim] for dim in changed if dim != channel and dim in kept}
+        if rows.keys() != set(changed) - {channel}:
+            return None
+        if any((len(row), row.sum()) != (before[dim], after[dim]) for dim, row in rows.items()):
+            return None
         matched.append((channel, rows))
     first = matched[0]
     is_same = all(
-        channel == first[0] and rows.keys() == first[1].keys() and all(rows[dim] is first[1][dim] for dim in rows)
+        channel == first[0]
+        and rows.keys() == first[1].keys()
+        and all(np.array_equal(rows[dim], first[1][dim]) for dim in rows)
         for channel, rows in matched
     )
     return first if is_same else None

@@ -8,6 +8,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import keep_masks
+from isoprune_hf.pruning.graph.find_groups import graph_of
+from isoprune_hf.pruning.graph.output_masks import output_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
@@ -50,7 +52,8 @@ def repair(
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}
     factors = {name: factor for first, factor in factors.items() for name in names[first]}
-    return method.repair(RepairTask(rotated.model, pruned, masks, factors, calibration))
+    outputs = output_masks(graph_of(rotated.model, groups), kept)
+    return method.repair(RepairTask(rotated.model, pruned, masks, factors, calibration, outputs))
 
 
 def _names_of_tensors(base: nn.Module) -> dict[str, list[str]]:

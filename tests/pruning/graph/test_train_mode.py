@@ -7,6 +7,7 @@ from helpers.odd_networks import Block, calibration_batches
 from torch import Tensor, nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.cost.macs import RemovedUnits, cost_model, count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
@@ -35,7 +36,8 @@ class Trained(nn.Module):
     """A network with a part that runs in train mode only.
 
     head: a classifier on maps; attention: a second reader of the dims of heads; fails: a part that cannot be traced;
-    token: a parameter that no mode reads.
+    token: a parameter that no mode reads; literal: a width in the code; closed: no pass in train mode at all; random:
+    a dropout after a value is read, so that no pass runs on the meta device.
     """
 
     def __init__(self, kind: str, num_classes: int):
@@ -64,6 +66,12 @@ class Trained(nn.Module):
                 values = nn.functional.linear(tokens, self.attention.in_proj_weight[-self.attention.embed_dim :])
                 heads = values.unflatten(-1, (self.attention.num_heads, -1))
                 return logits + self.part(heads.mean((1, 2)))
+        if self.training and self.kind == "literal":
+            return logits + hidden.view(len(hidden), 32, 64).mean((1, 2))[:, None]
+        if self.training and self.kind == "closed":
+            raise RuntimeError("this network is not trained")
+        if self.kind == "random":
+            return nn.functional.dropout(logits, 0.5, self.training) + float(hidden.detach().sum())
         if self.training and self.kind in ("head", "fails"):
             return logits + self.part(hidden)
         return logits
@@ -134,6 +142,33 @@ def test_inputs_of_a_part_that_fails_are_frozen() -> None:
     result = prune_model(model, PruneRecipe(target_macs="60%", round_to=1), calibration_batches(3))
     (note,) = (note for note in result.plan.notes if note.startswith("part"))
     assert "train mode" in note and "keep their widths" in note
+
+
+def test_width_that_only_training_needs_is_refused() -> None:
+    model = open_trained("literal")
+    groups = trace_groups(model)
+    with pytest.raises(UnsupportedArchitectureError, match="train mode"):
+        apply_plan(model, decide(model, groups), groups)
+
+
+def test_base_that_cannot_be_trained_is_cut() -> None:
+    model = open_trained("closed")
+    groups = trace_groups(model)
+    assert apply_plan(model, decide(model, groups), groups).model.block.conv1.weight.shape[1] == 16
+
+
+def test_check_keeps_statistics_and_random_state() -> None:
+    model = open_trained("random")
+    groups = trace_groups(model)
+    assert not groups.graph.on_meta
+    before, state = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    plan = decide(model, groups)
+    pruned = apply_plan(model, plan, groups)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    kept = list(plan.kept["block.conv1"])
+    assert torch.equal(pruned.model.block.norm1.running_var, model.model.block.norm1.running_var[kept])
+    assert pruned.model.block.norm1.num_batches_tracked == 0 and not pruned.training
 
 
 def test_parameter_that_no_mode_reads_changes_nothing() -> None:

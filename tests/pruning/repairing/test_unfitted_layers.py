@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers.odd_networks import calibration_batches, open_odd
@@ -14,7 +15,8 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning import prune as pipeline
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
-from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
+from isoprune_hf.pruning.graph.output_masks import output_masks
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers as fitting
 from isoprune_hf.pruning.repairing.fit_layers import fit_layers
@@ -70,14 +72,40 @@ def test_linear_over_tokens_is_fitted_on_kept_rows() -> None:
     assert logit_error(dense, pruned) < logit_error(dense, cut)
 
 
-def test_rows_that_two_masks_fit_are_left_as_cut() -> None:
+def cut_mixer() -> tuple[Model, Model, dict[tuple[str, int], np.ndarray], TracedGroups]:
+    """Cut the mixer, and return its masks with another mask that fits the rows of its linears as well."""
     dense, pruned, plan = cut_in_half("token_mixer")
-    masks = keep_masks(plan, trace_groups(dense), dense.model)
+    groups = trace_groups(dense)
+    masks = keep_masks(plan, groups, dense.model)
     masks["other", 0] = ~next(mask for (name, dim), mask in masks.items() if (name, dim) == ("stem.weight", 0))
+    return dense, pruned, masks, groups
+
+
+def test_rows_without_traced_axes_are_left_as_cut() -> None:
+    dense, pruned, masks, _ = cut_mixer()
     before = copy.deepcopy(pruned.model.mix.state_dict())
     notes = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)))
     assert all(torch.equal(value, before[name]) for name, value in pruned.model.mix.state_dict().items())
     assert len(notes) == 1 and "mix, back" in notes[0]
+
+
+def test_rows_are_those_of_the_traced_axis() -> None:
+    dense, pruned, masks, groups = cut_mixer()
+    fitted, expected = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    calibration = Calibration(calibration_batches(3))
+    outputs = output_masks(groups.graph, masks)
+    assert fit_layers(dense, fitted, masks, calibration, outputs=outputs) == ()
+    by_hand = {name: [{1: masks["stem.weight", 0]}] for name in ("mix", "back")}
+    assert fit_layers(dense, expected, masks, calibration, outputs=by_hand) == ()
+    assert all(torch.equal(value, fitted.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert logit_error(dense, fitted) < logit_error(dense, pruned)
+
+
+def test_rows_of_another_size_are_left_as_cut() -> None:
+    dense, pruned, masks, _ = cut_mixer()
+    wrong = {name: [{1: masks["stem.weight", 0] & (np.arange(32) > 7)}] for name in ("mix", "back")}
+    (note,) = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)), outputs=wrong)
+    assert "mix, back" in note
 
 
 def test_fit_that_is_not_finite_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

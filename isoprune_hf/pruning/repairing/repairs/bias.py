@@ -13,5 +13,11 @@ class BiasRepair:
     def repair(self, task: RepairTask) -> tuple[str, ...]:
         """Repair `task.pruned`, in place."""
         return fit_layers(
-            task.dense, task.pruned, task.masks, task.calibration, factors=task.factors, is_bias_only=True
+            task.dense,
+            task.pruned,
+            task.masks,
+            task.calibration,
+            outputs=task.outputs,
+            factors=task.factors,
+            is_bias_only=True,
         )

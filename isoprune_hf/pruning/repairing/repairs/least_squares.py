@@ -16,4 +16,6 @@ class LeastSquaresRepair:
 
     def repair(self, task: RepairTask) -> tuple[str, ...]:
         """Repair `task.pruned`, in place."""
-        return fit_layers(task.dense, task.pruned, task.masks, task.calibration, factors=task.factors)
+        return fit_layers(
+            task.dense, task.pruned, task.masks, task.calibration, outputs=task.outputs, factors=task.factors
+        )

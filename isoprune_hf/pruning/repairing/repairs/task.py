@@ -1,7 +1,7 @@
 """`Repair`: what every repair of a cut model implements, with the type of its argument."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.graph.output_masks import OutputMasks
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class RepairTask:
         masks: (parameter, dim) -> which of its elements were kept.
         factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
         calibration: Images.
+        outputs: Layer -> for each call, dim of its output -> which of its elements were kept; empty if not known.
     """
 
     dense: IsoPruneForImageClassification
@@ -28,6 +30,7 @@ class RepairTask:
     masks: Mapping[tuple[str, int], np.ndarray]
     factors: Mapping[str, torch.Tensor]
     calibration: Calibration
+    outputs: OutputMasks = field(default_factory=dict)
 
 
 class Repair(Protocol):
