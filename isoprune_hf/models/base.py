@@ -64,6 +64,14 @@ def default_labels(count: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{index}" for index in range(count))
 
 
+def without_head(place: str) -> RecipeError:
+    """Return the error for an encoder that is opened without a number of labels."""
+    return RecipeError(
+        f"model: {place} is an encoder without a classification head; for a new head, set --prune.num_labels to a "
+        "number of classes, or to data for those of the data set"
+    )
+
+
 def single_line(error: Exception) -> str:
     """Return the message of a library's exception as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

@@ -2,10 +2,16 @@
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
-from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base, build_limited
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
 from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
@@ -17,8 +23,10 @@ from isoprune_hf.models.base import (
     label_fields,
     single_line,
     unreadable,
+    without_head,
     wrap_module,
 )
+from isoprune_hf.models.head import with_new_head
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions
 from isoprune_hf.models.processors import transformers_image_size, transformers_processor
@@ -28,7 +36,8 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     """Open a folder that transformers wrote, or a Hub id.
 
     Raises:
-        RecipeError: The model is of another task, or its weights do not fit or could not be fetched.
+        RecipeError: The model is of another task, its weights do not fit or could not be fetched, or it has no head
+            and none is asked for.
         CheckpointError: The image processor cannot be opened.
         UnsupportedArchitectureError: The model reads tokens.
     """
@@ -48,7 +57,11 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     if options.pretrained:
         with torch.device("meta"):  # refuses an oversized model before its weights are read
             build_base(outer)
-        module = _read_model(source)
+        read, missing = _read_model(source)
+        if missing:
+            _check_missing(source, read, missing, options)
+            return with_new_head(BaseModel(wrap_module(outer, read), processor), source, options, missing)
+        module: torch.nn.Module = read
     elif fields:
         raise RecipeError(f"model: {source.place} is pruned; random weights need a dense base")
     else:
@@ -87,17 +100,35 @@ def _label_names(source: BaseSource, config: PreTrainedConfig) -> list[str]:
     return [named[index] for index in range(len(named))]
 
 
-def _read_model(source: BaseSource) -> torch.nn.Module:
+def _read_model(source: BaseSource) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Read the model, and return it with the names of the tensors that the file does not contain."""
     try:
-        loaded = AutoModelForImageClassification.from_pretrained(
-            source.place, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with torch.random.fork_rng():  # transformers draws the missing ones
+            loaded = AutoModelForImageClassification.from_pretrained(
+                source.place, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, SafetensorError, *LIBRARY_ERRORS) as error:
         raise unreadable(source.place, error) from error
-    module: torch.nn.Module
     module, info = loaded
-    if info["missing_keys"]:
-        raise RecipeError(
-            f"model: {source.place} has no trained weights for {sorted(info['missing_keys'])[0]}: it is {OTHER_TASK}"
-        )
-    return module
+    return module, frozenset(info["missing_keys"])
+
+
+def _check_missing(source: BaseSource, module: PreTrainedModel, missing: frozenset[str], options: LoadOptions) -> None:
+    """Check that the tensors that a file does not contain are a whole head, and that a new head is asked for."""
+    encoder = _encoder_tensors(module)
+    if missing != module.state_dict().keys() - encoder:
+        lost = min(missing & encoder or missing)
+        raise RecipeError(f"model: {source.place} has no trained weights for {lost}: it is {OTHER_TASK}")
+    if options.num_labels is None:
+        raise without_head(source.place)
+
+
+def _encoder_tensors(module: PreTrainedModel) -> set[str]:
+    """Return the names of the tensors of the encoder in a classifier; all names if there is no class for it."""
+    config = module.config
+    if type(config) not in MODEL_MAPPING:
+        return set(module.state_dict())
+    with torch.device("meta"):
+        encoder = build_limited("the encoder cannot be built", lambda: AutoModel.from_config(config))  # type: ignore[no-untyped-call]  # untyped in transformers
+    prefix = "" if module.base_model is module else f"{module.base_model_prefix}."
+    return {f"{prefix}{name}" for name in encoder.state_dict()}

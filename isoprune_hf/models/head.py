@@ -1,25 +1,70 @@
 """Replace the head of a base model, or all of its weights."""
 
+import logging
+from collections.abc import Collection
+
+import torch
+
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.models.base import BaseModel, draw_base, label_fields, wrap_module
+from isoprune_hf.models.identify import BaseSource
+from isoprune_hf.models.opener import LoadOptions, describe_source
+
+logger = logging.getLogger(__name__)
 
 
-def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int) -> BaseModel:
+def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrained: Collection[str] = ()) -> BaseModel:
     """Return the base with a new head of random weights; all tensors of unchanged shape keep their values.
 
     Args:
         base: Dense base model; left untouched.
         labels: Label names of the new head.
         seed: Seed of the new weights.
+        untrained: Tensors that are drawn anew although their shapes stay.
     """
     config = _config_with(base, labels, {})
     module = draw_base(config, seed)
     fitting = base.model.model.state_dict()
     new = module.state_dict()
-    for name in [name for name, tensor in fitting.items() if name not in new or new[name].shape != tensor.shape]:
+
+    def is_kept(name: str, tensor: torch.Tensor) -> bool:
+        return name in new and name not in untrained and new[name].shape == tensor.shape
+
+    for name in [name for name, tensor in fitting.items() if not is_kept(name, tensor)]:
         del fitting[name]  # in place: torchvision's MNASNet reads a version number from the state dict itself
-    module.load_state_dict(fitting, strict=False)
+    module.to(base.model.dtype).load_state_dict(fitting, strict=False)
     return BaseModel(wrap_module(config, module), base.processor)
+
+
+def with_new_head(
+    encoder: BaseModel, source: BaseSource, options: LoadOptions, untrained: Collection[str] = ()
+) -> BaseModel:
+    """Return an encoder with the head that is asked for, and record its source.
+
+    Args:
+        encoder: The encoder; its config is changed in place.
+        source: Origin of the encoder.
+        options: Number of labels, their names, and the seed.
+        untrained: Tensors of a head that no file contains; empty if the head is already the one that is asked for.
+    """
+    count = options.num_labels or 0
+    encoder.model.config.source = {**describe_source(source, options), "num_labels": count}
+    base = encoder
+    if untrained:
+        base = replace_head(encoder, options.head_labels(count), seed=options.seed, untrained=untrained)
+    if options.pretrained:
+        log_new_head(base)
+    return base
+
+
+def log_new_head(base: BaseModel) -> None:
+    """Log that the head of a base with trained weights is new."""
+    config = base.model.config
+    logger.warning(
+        f"{(config.source or {}).get('name')}: the head for {config.num_labels} labels is new and untrained, and the "
+        "criteria of the presets score by its outputs: train it before pruning, or score by the features alone with "
+        "--prune.criterion activation_variance --prune.reconstruct least_squares, and finetune afterwards"
+    )
 
 
 def redraw_weights(base: BaseModel, labels: tuple[str, ...], *, seed: int) -> BaseModel:

@@ -10,7 +10,7 @@ from isoprune_hf.models.from_isoprune import open_isoprune
 from isoprune_hf.models.from_timm import open_timm
 from isoprune_hf.models.from_torchvision import open_torchvision
 from isoprune_hf.models.from_transformers import open_transformers
-from isoprune_hf.models.head import replace_head
+from isoprune_hf.models.head import log_new_head, replace_head
 from isoprune_hf.models.identify import Library, identify
 from isoprune_hf.models.opener import LoadOptions, Opener, describe_source
 from isoprune_hf.models.processors import processed_size
@@ -68,7 +68,10 @@ def load_base(
         raise RecipeError(
             f"prune.num_labels: the model is already pruned and keeps its {base.model.config.num_labels} labels"
         )
-    return replace_head(base, options.head_labels(num_labels), seed=seed)
+    headed = replace_head(base, options.head_labels(num_labels), seed=seed)
+    if pretrained:
+        log_new_head(headed)
+    return headed
 
 
 def _check_processor(name: str, base: BaseModel) -> None:

@@ -66,8 +66,8 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
     """
     source = model.config.source or {}
     options = {key: source[key] for key in ("pretrained", "seed", "model_args", "num_labels") if key in source}
-    if name and Path(name).is_dir():  # a saved base needs no options to rebuild it
-        options = {}
+    if name and Path(name).is_dir():  # a saved base is not rebuilt from an architecture
+        options = {key: options[key] for key in ("seed", "num_labels") if key in options}
     name = name or source.get("name")
     if not name:
         raise RecipeError("config.source does not name the base that the model was cut from")
