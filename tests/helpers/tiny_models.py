@@ -1,6 +1,9 @@
 """Small bases of every supported family, with seeded random weights that leave no part of the network idle."""
 
+import copy
+import functools
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from helpers.marks import one_of_each
@@ -45,12 +48,22 @@ FAMILIES = one_of_each(ALL_FAMILIES, "vit", "deit", "swin", "convnext", "resnet"
 
 def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageClassification:
     """Build the tiny base of a family; `folder` holds the config of a transformers model."""
+    model = copy.deepcopy(_build_base(family, labels))
+    if family in TRANSFORMERS:
+        TRANSFORMERS[family].save_pretrained(folder / family)
+        model.config.source = {**model.config.source, "name": str(folder / family)}
+    return model
+
+
+@functools.cache
+def _build_base(family: str, labels: int) -> IsoPruneForImageClassification:
     if family in TIMM:
         name, args = TIMM[family]
         model = load_base(name, pretrained=False, model_args=args, num_labels=labels, seed=0).model
     else:
-        TRANSFORMERS[family].save_pretrained(folder / family)
-        model = load_base(str(folder / family), pretrained=False, num_labels=labels, seed=0).model
+        with TemporaryDirectory() as folder:
+            TRANSFORMERS[family].save_pretrained(folder)
+            model = load_base(folder, pretrained=False, num_labels=labels, seed=0).model
     if family in ("convnext", "resnet", "resnext", "resnet-gn", "mobilenet_v2", "hf-resnet"):
         model.config.image_size = [3, 64, 64]
     generator = torch.Generator().manual_seed(1)
