@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -137,6 +138,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if _is_plain(name)}
 
 
+@cache  # called for every attribute of every module in each pass
 def _is_plain(name: str) -> bool:
     """Return whether an attribute is not one in which `nn.Module` itself keeps its parts."""
     registry = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")

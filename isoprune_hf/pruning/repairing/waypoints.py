@@ -12,7 +12,7 @@ module that ends later must read and return the same. The logits alone do not sh
 head does not.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -64,6 +64,8 @@ class Observation(NamedTuple):
         sizes: Module that was called once and returned floating-point tensors -> their bytes.
         read: Module -> sums of the tensors that its last call read, by which two passes are compared.
         returned: Module -> sums of the tensors that its last call returned.
+        outputs: Module that was called once, if outputs are kept -> its output: a copy if the module has parts, else
+            tensors on the meta device.
         logits: The logits.
     """
 
@@ -72,6 +74,7 @@ class Observation(NamedTuple):
     sizes: dict[str, int]
     read: dict[str, list[torch.Tensor]]
     returned: dict[str, list[torch.Tensor]]
+    outputs: dict[str, Any]
     logits: torch.Tensor
 
 
@@ -95,27 +98,45 @@ def _waypoints_of(
     """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, *image_size_of(network), generator=generator).to(network.device)
-    observed = _observe(network, images)
+    observed = _observe(network, images, keeps_outputs=True)
     starts, ends, sizes = observed.starts, observed.ends, observed.sizes
     ways = {}
     for name in sizes if among is None else among.keys() & sizes.keys():
-        before = [other for other in sizes if ends[other] < starts[name]]
-        outermost = tuple(other for other in before if not any(other.startswith(f"{up}.") for up in before))
+        if not _has_parts(network.model.get_submodule(name)):
+            continue
+        before = {other: None for other in sizes if ends[other] < starts[name]}
+        outermost = tuple(other for other in before if not any(up in before for up in _ancestors(other)))
         way = Waypoint(name, outermost, ends[name], sizes[name])
-        has_parts = next(network.model.get_submodule(name).children(), None) is not None
-        if outermost and has_parts and _is_waypoint(network, way, images, observed):
+        if outermost and _is_waypoint(network, way, images, observed):
             ways[name] = way
     return starts, ways
 
 
-def _observe(network: IsoPruneForImageClassification, images: torch.Tensor) -> Observation:
-    """Run a forward pass and record when modules start and end, and what they return."""
+def _has_parts(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the paths of the modules that contain a module."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _observe(
+    network: IsoPruneForImageClassification,
+    images: torch.Tensor,
+    among: Container[str] | None = None,
+    *,
+    keeps_outputs: bool = False,
+) -> Observation:
+    """Run a forward pass and record when modules, or those in `among`, start and end, and what they return."""
     starts: dict[str, int] = {}
     ends: dict[str, int] = {}
     sizes: dict[str, int] = {}
     calls: dict[str, int] = {}
     read: dict[str, list[torch.Tensor]] = {}
     returned: dict[str, list[torch.Tensor]] = {}
+    outputs: dict[str, Any] = {}
     clock = count()
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -131,10 +152,12 @@ def _observe(network: IsoPruneForImageClassification, images: torch.Tensor) -> O
         is_plain = all(leaf.is_floating_point() for leaf in tensors)
         if tensors and is_plain and all(isinstance(leaf, torch.Tensor | int | float | None) for leaf in leaves):
             sizes[name] = sum(leaf.nbytes for leaf in tensors)
+            if keeps_outputs:
+                outputs[name] = tree_map_only(torch.Tensor, torch.clone if _has_parts(module) else _blank, output)
 
     handles = []
     for name, module in network.model.named_modules():
-        if name:
+        if name and (among is None or name in among):
             handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(after, name)))
     try:
@@ -143,18 +166,22 @@ def _observe(network: IsoPruneForImageClassification, images: torch.Tensor) -> O
         for handle in handles:
             handle.remove()
     once = {name: size for name, size in sizes.items() if calls[name] == 1}
-    return Observation(starts, ends, once, read, returned, logits)
+    return Observation(starts, ends, once, read, returned, outputs, logits)
+
+
+def _blank(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.to("meta")
 
 
 def _is_waypoint(
     network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, whole: Observation
 ) -> bool:
     """Check whether everything after a waypoint is as in a whole pass if nothing before it is computed."""
+    blanks = {name: tree_map_only(torch.Tensor, _blank, whole.outputs[name]) for name in way.before}
+    later = {name for name, end in whole.ends.items() if end > way.end}
     try:
-        value, blanks = run_until(network, way, images)
-        with replaced_outputs(network, {**blanks, way.name: value}):
-            found = _observe(network, torch.zeros_like(images))
-        later = [name for name, end in whole.ends.items() if end > way.end]
+        with replaced_outputs(network, {**blanks, way.name: whole.outputs[way.name]}):
+            found = _observe(network, torch.zeros_like(images), later)
         return torch.equal(found.logits, whole.logits) and all(
             _are_equal(found.returned.get(name, []), whole.returned[name])
             and (whole.starts[name] < way.end or _are_equal(found.read.get(name, []), whole.read[name]))
@@ -175,7 +202,7 @@ def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: to
     found: dict[str, Any] = {}
 
     def keep_blank(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        found[name] = tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), output)
+        found[name] = tree_map_only(torch.Tensor, _blank, output)
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         found[way.name] = tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)

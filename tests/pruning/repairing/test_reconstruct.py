@@ -137,6 +137,11 @@ def test_fitted_layer_is_the_ridge_solution(case: str, tmp_path: Path) -> None:
     assert max(changed) > 1e-3
 
 
+def assert_equal_states(found: Model, expected: Model) -> None:
+    tensors = found.state_dict()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.state_dict().items())
+
+
 @pytest.mark.parametrize("family", ["vit", "resnet", "mobilenet_v2", "hf-swin"])
 def test_fit_without_a_cut_changes_nothing(family: str, tmp_path: Path) -> None:
     dense = make_base(family, tmp_path)
@@ -144,14 +149,14 @@ def test_fit_without_a_cut_changes_nothing(family: str, tmp_path: Path) -> None:
     for is_bias_only in (False, True):
         same = copy.deepcopy(dense)
         assert fit_layers(dense, same, {}, Calibration(batches), is_bias_only=is_bias_only) == ()
-        assert all(torch.equal(same.state_dict()[name], value) for name, value in dense.state_dict().items())
+        assert_equal_states(same, dense)
 
 
 @pytest.mark.parametrize("step", ["bn", "bias", "least_squares"])
 def test_recipe_that_cuts_nothing_repairs_nothing(step: str, tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path)
     result = prune_model(model, PruneRecipe(criterion="l1", ratio=0.0, reconstruct=step), batches_of(model, [2]))
-    assert all(torch.equal(result.model.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert_equal_states(result.model, model)
 
 
 def error(first: Model, second: Model, images: torch.Tensor) -> float:
@@ -331,8 +336,8 @@ def test_bias_is_preferred_if_weights_do_not_generalize() -> None:
 def test_wide_network_is_not_fitted_to_few_images() -> None:
     model = load_base("torchvision/regnet_x_400mf", False, num_labels=5).model.eval()
     generator = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(4, 3, 96, 96, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
-    fresh = torch.randn(4, 3, 96, 96, generator=generator)
+    batches = [(torch.randn(4, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
+    fresh = torch.randn(4, 3, 32, 32, generator=generator)
     bare, masks = cut(model)
     fitted = copy.deepcopy(bare)
     fit_layers(model, fitted, masks, Calibration(batches))
