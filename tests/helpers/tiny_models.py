@@ -14,6 +14,7 @@ from isoprune_hf.models import load_base
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
 SWIN = {"img_size": 56, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 7}
+MOBILE = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2], [6, 96, 1, 2]]  # expansion, width, blocks, stride
 TIMM = {
     "vit": ("timm/vit_tiny_patch16_224", {**VIT, "init_values": 1e-1}),
     "deit": ("timm/deit_tiny_distilled_patch16_224", VIT),
@@ -22,7 +23,7 @@ TIMM = {
     "resnet": ("timm/resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 16}),
     "resnext": ("timm/resnext50_32x4d", {"layers": [1, 1, 1, 1], "cardinality": 4, "base_width": 16}),
     "resnet-gn": ("timm/resnet50_gn", {"layers": [1, 1, 1, 1], "channels": [128, 128, 128, 128], "stem_width": 128}),
-    "mobilenet_v2": ("torchvision/mobilenet_v2", {"width_mult": 0.25}),
+    "mobilenet_v2": ("torchvision/mobilenet_v2", {"width_mult": 0.25, "inverted_residual_setting": MOBILE}),
 }
 TRANSFORMERS = {
     "hf-vit": ViTConfig(
