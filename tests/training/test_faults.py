@@ -19,6 +19,7 @@ import torch
 from accelerate.state import PartialState
 from helpers.command_line import contents, isoprune, leftovers, refuse, succeed
 from helpers.ranks import Ended, Process, run, start_ranks
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load, load_file
 
@@ -55,6 +56,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
                 Image.fromarray(pixels).save(root / "images" / split / f"class{label}" / f"{number}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        # Pictures take a fifth of a run, and no test here reads them; they are written in the same way.
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"picture"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         datasets.disable_progress_bars()
