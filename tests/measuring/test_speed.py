@@ -99,11 +99,11 @@ def test_failing_compiler_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatc
         measure_latency({"base": nn.Conv2d(3, 4, 1)}, (3, 2, 2), backend="compile")
 
 
-def test_compiled_model_is_timed(tmp_path: Path) -> None:
-    base = make_base("vit", tmp_path)
+def test_compiled_model_is_timed() -> None:
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     times = measure_latency({"base": base}, (3, 16, 16), backend="compile", repeats=2, warmup=0)
     assert times["base"] > 0
-    assert type(base).__name__ == "IsoPruneForImageClassification"  # not the compiled wrapper
+    assert type(base) is nn.Sequential  # not the compiled wrapper
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
