@@ -323,6 +323,7 @@ class RotaryTable(TokenNet):
 @odd
 class Recurrent(TokenNet):
     def build(self) -> None:
+        self.stem = nn.Conv2d(self.in_channels, WIDTH, 16, 16)  # four tokens: on the meta device a step takes 1 ms
         self.lstm, self.mlp = nn.LSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True), Mlp()
 
     def body(self, x: Tensor) -> Tensor:
