@@ -23,6 +23,7 @@ from isoprune_hf.training.part_loss import PartLoss
 from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics
 from isoprune_hf.training.teacher import TeacherLogits
+from isoprune_hf.training.unreached import frozen_unreached
 
 
 class Part(NamedTuple):
@@ -155,7 +156,10 @@ def open_student(
         distillation_heads(model, recipe, has_teacher=open_teacher is not None) as heads,
         accelerated(model, recipe) as compiled,
     ):
-        network = _wrapped(compiled, accelerator)
+        network = compiled
+        if accelerator.num_processes > 1:
+            with frozen_unreached(model, processor):
+                network = _wrapped(compiled, accelerator)
         teacher = None if open_teacher is None else open_teacher()
         yield Student(
             model=model,
@@ -171,12 +175,10 @@ def open_student(
 
 
 def _wrapped(network: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Wrap the network for several ranks.
+    """Wrap the network for several ranks, which wait for the gradients of all parameters that are not frozen.
 
     `Accelerator.prepare` would leave a patched, autocasting forward on the caller's model. Buffers are not broadcast
     from the first rank: `AveragedStatistics` averages them over the parts of a batch.
     """
-    if accelerator.num_processes == 1:
-        return network
     device_ids = [accelerator.device] if accelerator.device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)

@@ -1,5 +1,6 @@
 """Encoders without a head from folders: they open with their own weights and a new head."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,15 @@ def test_encoder_in_bfloat16_opens_in_bfloat16(tmp_path: Path) -> None:
     saved = save_encoder("ViTModel", tmp_path, torch.bfloat16)
     state = load_base(str(tmp_path), num_labels=7).model.model.state_dict()
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[key], state[key]) for key in saved)
+
+
+def test_encoder_without_named_architecture_opens(tmp_path: Path) -> None:
+    saved = save_encoder("BeitModel", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("architectures") == ["BeitModel"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = load_base(str(tmp_path), num_labels=7).model.model.state_dict()
     assert all(torch.equal(saved[key], state[key]) for key in saved)
 
 
