@@ -238,8 +238,8 @@ def _indices(mask: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _can_be_fitted(module: nn.Module) -> TypeGuard[FittedModule]:
-    """Check whether a layer is a LayerNorm, or computes exactly what a linear or a 2d convolution computes."""
+    """Check whether a layer is a LayerNorm without activation, or computes what a linear or 2d convolution does."""
     if isinstance(module, nn.LayerNorm):
-        return True
+        return all(isinstance(child, nn.Identity) for child in module.children())
     is_layer = isinstance(module, (nn.Linear, nn.Conv2d))
     return is_layer and type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)

@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import timm
 import torch
-from helpers.odd_networks import calibration_batches, open_odd
-from torch import nn
+from helpers.odd_networks import WIDTH, TokenNet, calibration_batches, open_odd
+from timm.layers import LayerNormAct
+from torch import Tensor, nn
 
 from isoprune_hf import PruneRecipe, prune_model
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning import prune as pipeline
 from isoprune_hf.pruning.calibration.calibration import Calibration
@@ -106,6 +108,35 @@ def test_rows_of_another_size_are_left_as_cut() -> None:
     wrong = {name: [{1: masks["stem.weight", 0] & (np.arange(32) > 7)}] for name in ("mix", "back")}
     (note,) = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)), outputs=wrong)
     assert "mix, back" in note
+
+
+class ActiveNorm(TokenNet):
+    """A LayerNorm applies an activation to its result."""
+
+    def build(self) -> None:
+        self.norm, self.plain = LayerNormAct(WIDTH, act_layer=nn.SiLU), LayerNormAct(WIDTH, apply_act=False)
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.plain(x + self.down(self.norm(self.up(x))))
+
+
+@timm.models.register_model
+def isoprune_test_active_norm(num_classes: int = 5, **_: object) -> nn.Module:
+    return ActiveNorm(num_classes)
+
+
+def test_norm_with_activation_is_left_as_cut() -> None:
+    base = {"library": "timm", "architecture": "isoprune_test_active_norm", "args": {}}
+    dense = Model(IsoPruneConfig(base=base, num_labels=5, image_size=[3, 32, 32])).eval()
+    groups = trace_groups(dense)
+    plan = PruningPlan({group.name: tuple(range(0, group.channels, 2)) for group in groups}, {})
+    pruned = apply_plan(dense, plan, groups)
+    before = copy.deepcopy(pruned.model)
+    (note,) = repaired(dense, pruned, plan)
+    assert "norm" in note and "plain" not in note
+    assert torch.equal(pruned.model.norm.weight, before.norm.weight)
+    assert not torch.equal(pruned.model.plain.weight, before.plain.weight)
 
 
 def test_fit_that_is_not_finite_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
