@@ -7,7 +7,9 @@ import pytest
 import timm
 import torch
 from helpers.fresh_python import FreshPython
+from helpers.tiny_models import make_base
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf import load_base
 from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base
@@ -92,6 +94,30 @@ def test_only_saved_tensors_are_on_meta() -> None:
     torch.set_rng_state(before)
     timm.create_model("isoprune_turned")
     assert torch.equal(torch.get_rng_state(), fresh)  # only the real network has drawn numbers
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("family", ["vit", "mobilenet_v2", "hf-swin"])
+def test_no_weights_are_drawn_on_meta(family: str, tmp_path: Path) -> None:
+    config = make_base(family, tmp_path).config
+    with Calls() as real:
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in build_base(config).state_dict().items()}
+    with Calls() as calls, torch.device("meta"):
+        network = build_base(config)
+    drawing = {"uniform_", "normal_", "erfinv_", "clamp_"}
+    assert drawing & real.names and not drawing & calls.names
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()} == shapes
 
 
 def test_moved_network_runs_on_meta() -> None:
