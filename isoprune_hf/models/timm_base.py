@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from safetensors import SafetensorError
@@ -85,8 +86,13 @@ def timm_labels(module: Any) -> list[str]:
     subset = infer_imagenet_subset(module)
     if subset is None or module.num_classes != 1000:
         return list(default_labels(module.num_classes))
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(index, detailed=False) for index in range(module.num_classes)]
+    return list(_imagenet_names(subset))
+
+
+@cache
+def _imagenet_names(subset: str) -> tuple[str, ...]:
+    """Return the names of the classes; timm reads those of all 22,000 for each `ImageNetInfo`."""
+    return tuple(ImageNetInfo(subset).label_descriptions())
 
 
 def _checked_data(architecture: str, data: dict[str, Any]) -> dict[str, Any]:
