@@ -21,7 +21,8 @@ from helpers.tiny_models import TIMM, make_base
 
 import isoprune_hf
 from isoprune_hf import errors
-from isoprune_hf.cli.parser import parse
+from isoprune_hf.cli.parser import parse, stage_parser
+from isoprune_hf.cli.table import STAGES
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
@@ -40,16 +41,10 @@ _PARSING = sys.modules[parse.__module__]
 
 
 @functools.cache
-def strict_parser(build: Callable[[str], argparse.ArgumentParser], stage: str) -> argparse.ArgumentParser:
+def strict_parser(stage: str) -> argparse.ArgumentParser:
     """Build the parser of a stage once, since a page has up to thirty commands; it accepts no abbreviated flags."""
-    parser = build(stage)
-    below = [parser]
-    while below:
-        one = below.pop()
-        one.allow_abbrev = False
-        below += [
-            child for action in one._actions if isinstance(action.choices, dict) for child in action.choices.values()
-        ]
+    parser = stage_parser(STAGES[stage])
+    parser.allow_abbrev = False
     return parser
 
 
@@ -142,7 +137,7 @@ def test_every_block_is_run_or_says_why_not(
     for name in ("recipes", "train_accelerate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_PARSING, "build_parser", functools.partial(strict_parser, _PARSING.build_parser))
+    monkeypatch.setattr(_PARSING, "stage_parser", lambda stage: strict_parser(stage.name))
     printed = None  # no command yet: a text block is a drawing
     for block in blocks:
         where = f"{page.name}:{block.line}"
