@@ -6,75 +6,49 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import pytest
-from helpers.command_line import leftovers, read, succeed
-from helpers.imagenet import write_imagenet
+from helpers.command_line import leftovers, read
+from helpers.imagenet_cut import TAYLOR
 from helpers.ranks import start_ranks
 
 ROOT = Path(__file__).parents[2]
-MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-# 13 micro-batches of 3 out of 40 images: two ranks get 7 and 6 of them.
-TAYLOR = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false", "--prune.num_labels", "data"]
-TAYLOR += ["--prune.model_args", json.dumps(MODEL_ARGS), "--prune.criterion", "taylor"]
-TAYLOR += ["--prune.calibration_batches", "13", "--prune.batch_size", "3"]
+pytestmark = pytest.mark.usefixtures("offline_cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    datasets.disable_progress_bars()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_imagenet(tmp_path_factory.mktemp("imagenet"))
-
-
-@pytest.fixture(scope="module")
-def pruned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny ViT cut by one rank; tests that change it copy it."""
-    folder = tmp_path_factory.mktemp("pruned") / "pruned"
-    succeed("prune", *TAYLOR, "--data.dataset", images, "--output", folder)
-    return folder
-
-
-def check_figures(out: str, pruned: Path) -> None:
+def check_figures(out: str, cut_folder: Path) -> None:
     size, *_, figures = out.splitlines()
     assert size.startswith("MACs: ")
-    assert json.loads(figures) == pytest.approx(read(pruned, "metrics.json")["pruned"], rel=1e-6)
+    assert json.loads(figures) == pytest.approx(read(cut_folder, "metrics.json")["pruned"], rel=1e-6)
     assert json.loads(figures)["images"] == 20
 
 
-def test_two_ranks_make_plan_of_one(images: Path, pruned: Path, tmp_path: Path) -> None:
+def check_cut(folder: Path, out: str, cut_folder: Path) -> None:
+    """Check that a cut is that of one rank, and that only the main process printed."""
+    assert (folder / "pruning_plan.json").read_bytes() == (cut_folder / "pruning_plan.json").read_bytes()
+    for name in ("base", "pruned"):
+        first, second = (read(one, "metrics.json")[name] for one in (folder, cut_folder))
+        assert first == pytest.approx(second, rel=1e-6)
+    assert out.count("score on 39 images in micro-batches of 3") == 1
+    assert out.count("The model is in") == 1
+
+
+def test_two_ranks_make_plan_of_one(images: Path, cut_folder: Path, tmp_path: Path) -> None:
     command = ["prune", *TAYLOR, "--data.dataset", images, "--output", tmp_path / "two"]
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log")]
     assert [end.code for end in ended] == [0, 0], ended[0].err
-    assert (tmp_path / "two" / "pruning_plan.json").read_bytes() == (pruned / "pruning_plan.json").read_bytes()
     assert leftovers(tmp_path) == []
-    for name in ("base", "pruned"):
-        first, second = (read(folder, "metrics.json")[name] for folder in (tmp_path / "two", pruned))
-        assert first == pytest.approx(second, rel=1e-6)
-    printed = ended[0].out + ended[1].out
-    assert printed.count("score on 39 images in micro-batches of 3") == 1
-    assert printed.count("The model is in") == 1
+    check_cut(tmp_path / "two", ended[0].out + ended[1].out, cut_folder)
 
 
-def test_two_ranks_evaluate_like_one(images: Path, pruned: Path, tmp_path: Path) -> None:
-    shutil.copytree(pruned, tmp_path / "evaluated")
+def test_two_ranks_evaluate_like_one(images: Path, cut_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(cut_folder, tmp_path / "evaluated")
     command = ["evaluate", "--model", tmp_path / "evaluated", "--data.dataset", images]
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log")]
     assert [end.code for end in ended] == [0, 0], ended[0].err
-    check_figures(ended[0].out, pruned)
+    check_figures(ended[0].out, cut_folder)
     assert ended[1].out == ""
 
 
@@ -110,11 +84,11 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope="module")
-def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
-    """One rank, and two ranks by torchrun and by `accelerate launch`; they start together to share two cores."""
+def launched(images: Path, cut_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
+    """Two ranks by torchrun and by `accelerate launch`; both start together to share two cores."""
     root = tmp_path_factory.mktemp("launched")
     (root / "sitecustomize.py").write_text(NOTE_RANKS)
-    shutil.copytree(pruned, root / "evaluated")
+    shutil.copytree(cut_folder, root / "evaluated")
     prune = ["prune", *TAYLOR, "--data.dataset", str(images), "--output"]
     evaluate = ["evaluate", "--model", str(root / "evaluated"), "--data.dataset", str(images)]
     torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
@@ -123,8 +97,7 @@ def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactor
     accelerate += ["--main_process_port", free_port()]
     script = str(ROOT / "train_accelerate.py")
     commands = {
-        "one": [script, *prune, str(root / "one")],
-        "two": ["-m", *torchrun, script, *prune, str(root / "two")],
+        "prune": ["-m", *torchrun, script, *prune, str(root / "prune")],
         "evaluate": ["-m", *accelerate, script, *evaluate],
     }
     running = {}
@@ -149,26 +122,17 @@ def launched(images: Path, pruned: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.launch
-def test_torchrun_makes_plan_of_one_rank(launched: dict[str, Launched], pruned: Path) -> None:
-    one, two = launched["one"], launched["two"]
-    assert one.code == 0, one.err
-    assert two.code == 0, two.err
-    assert one.ranks == {} and two.ranks == {"0": "2", "1": "2"}
-    folders = (one.output, two.output, pruned)
-    assert len({(folder / "pruning_plan.json").read_bytes() for folder in folders}) == 1
-    assert leftovers(one.output.parent) == []
-    for name in ("base", "pruned"):
-        first, second = (read(folder, "metrics.json")[name] for folder in folders[:2])
-        assert first == pytest.approx(second, rel=1e-6)
-    for finished in (one, two):  # only the main process prints
-        assert finished.out.count("score on 39 images in micro-batches of 3") == 1
-        assert finished.out.count("The model is in") == 1
-    assert one.err == ""
+def test_torchrun_makes_plan_of_one_rank(launched: dict[str, Launched], cut_folder: Path) -> None:
+    finished = launched["prune"]
+    assert finished.code == 0, finished.err
+    assert finished.ranks == {"0": "2", "1": "2"}
+    assert leftovers(finished.output.parent) == []
+    check_cut(finished.output, finished.out, cut_folder)
 
 
 @pytest.mark.launch
-def test_accelerate_launch_evaluates_like_one_rank(launched: dict[str, Launched], pruned: Path) -> None:
+def test_accelerate_launch_evaluates_like_one_rank(launched: dict[str, Launched], cut_folder: Path) -> None:
     finished = launched["evaluate"]
     assert finished.code == 0, finished.err
     assert finished.ranks == {"0": "2", "1": "2"}
-    check_figures(finished.out, pruned)
+    check_figures(finished.out, cut_folder)
