@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.command_line import isoprune
@@ -70,46 +71,60 @@ def test_every_import_is_required_or_optional(setup: configparser.ConfigParser) 
                 assert top in core | set(EXTRAS) | set(sys.stdlib_module_names), f"{path}: {name}"
 
 
-@pytest.mark.launch
-def test_light_installation_opens_model_and_predicts(pruned: Callable[[str], Pruned]) -> None:
-    made = pruned("vit")
+ANSWERED = (["--help"], ["--version"], ["--quiet", "-h"])
+REFUSED = (*(name.split() for name in STAGES), [], ["prune", "--help"], ["--completion", "bash"])
+
+
+@pytest.fixture(scope="module")
+def light(pruned: Callable[[str], Pruned]) -> dict[str, Any]:
+    """Answers of one process without optional packages: commands, and a prediction of a pruned model."""
     script = f"""{LIGHT}
+import contextlib, io, json
+from isoprune_hf.__main__ import main
+
+def call(words):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    return code, out.getvalue(), err.getvalue()
+
+answers = {{"answered": [call(words) for words in {ANSWERED}], "refused": [call(words) for words in {REFUSED}]}}
 from PIL import Image
 from transformers import pipeline
 import isoprune_hf
-answers = pipeline("image-classification", model={str(made.folder)!r})(Image.new("RGB", (40, 30), (200, 30, 90)))
-model, processor = isoprune_hf.load_base({str(made.folder)!r})
-print(len(answers), answers[0]["label"], sum(p.numel() for p in model.parameters()))
+classify = pipeline("image-classification", model=sys.argv[1])
+answers["labels"] = [found["label"] for found in classify(Image.new("RGB", (40, 30), (200, 30, 90)))]
+model, processor = isoprune_hf.load_base(sys.argv[1])
+answers["params"] = sum(p.numel() for p in model.parameters())
+print(json.dumps(answers))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", script, str(pruned("vit").folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    count, label, params = done.stdout.split()
-    assert int(count) == 5 and label in made.model.config.label2id
-    assert int(params) == sum(parameter.numel() for parameter in made.model.parameters())
+    answers: dict[str, Any] = json.loads(done.stdout)
+    return answers
 
 
-def test_light_installation_names_extra_of_every_stage() -> None:
-    calls = [name.split() for name in STAGES] + [[], ["prune", "--help"], ["--completion", "bash"]]
-    script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nprint([main(words) for words in {calls}])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert json.loads(done.stdout) == [2] * len(calls)
+def test_light_installation_opens_model_and_predicts(light: dict[str, Any], pruned: Callable[[str], Pruned]) -> None:
+    model = pruned("vit").model
+    assert len(light["labels"]) == 5 and set(light["labels"]) <= model.config.label2id.keys()
+    assert light["params"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_light_installation_names_extra_of_every_stage(light: dict[str, Any]) -> None:
     line = r"isoprune: error: the command line needs \w+, which is not installed: pip install isoprune-hf\[prune\]\n"
-    assert re.fullmatch(f"({line}){{{len(calls)}}}", done.stderr), done.stderr
+    assert len(light["refused"]) == len(REFUSED) > len(STAGES)
+    for code, out, err in light["refused"]:
+        assert (code, out) == (2, "") and re.fullmatch(line, err), err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], *(pytest.param(words, marks=pytest.mark.launch) for words in (["--version"], ["--quiet", "-h"]))],
-    ids=" ".join,
-)
-def test_light_installation_answers_help_and_version(arguments: list[str]) -> None:
-    script = f"{LIGHT}\nfrom isoprune_hf.__main__ import main\nsys.exit(main({arguments}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("arguments", ANSWERED, ids=" ".join)
+def test_light_installation_answers_help_and_version(arguments: list[str], light: dict[str, Any]) -> None:
+    code, out, err = light["answered"][ANSWERED.index(arguments)]
+    assert (code, err) == (0, "")
     full = isoprune(*arguments)
-    assert (full.code, full.out) == (0, done.stdout)
+    assert (full.code, full.out) == (0, out)
     begin = "isoprune " + isoprune_hf.__version__ if "--version" in arguments else "usage: isoprune "
-    assert done.stdout.startswith(begin) and done.stdout.endswith("\n")
+    assert out.startswith(begin) and out.endswith("\n")
 
 
 @pytest.mark.parametrize(

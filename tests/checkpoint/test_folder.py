@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.fresh_python import FreshPython
 from helpers.pruned_models import LABELS, SAVED, Pruned
 from PIL import Image
 from safetensors.torch import save_file
@@ -366,7 +365,9 @@ answers["loaded"] = [name for name in sys.modules if name.partition(".")[0] in A
 
 
 @pytest.fixture(scope="module")
-def elsewhere(pruned, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def elsewhere(
+    pruned, fresh_python: FreshPython, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     """Open copies of the folders in one process that cannot import the package, and return its findings."""
     root = tmp_path_factory.mktemp("elsewhere")
     (root / "expected").mkdir()
@@ -377,21 +378,7 @@ def elsewhere(pruned, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
         buffers = {name: tensor.clone() for name, tensor in sample.model.named_buffers()}
         expected = {"images": sample.images, "logits": sample.logits, **buffers}
         save_file(expected, root / "expected" / f"{family}.safetensors")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHONPATH"))}
-    environment |= {
-        "HF_HOME": str(root / "hf_home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", OPEN_ELSEWHERE, str(root)],
-        cwd=root,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = fresh_python.run(OPEN_ELSEWHERE, root, cwd=root)
     assert done.returncode == 0, done.stderr
     return json.loads((root / "answers.json").read_text()), root
 
