@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from helpers.command_line import read, refuse, succeed
+from helpers.imagenet_cut import VIT, offline_on_cpu
 from helpers.images import write_tar
 from helpers.ranks import run, start_ranks, write_slowly
 from PIL import Image
@@ -23,18 +25,20 @@ from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.training import run as run_module
 
-MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
 CACHED = ["--finetune.teacher_cache", "cache", "--finetune.hflip", "0", "--finetune.crop_scale", "[1,1]"]
 
 
-@pytest.fixture
-def tars(tmp_path: Path) -> Path:
-    """Write two shards for training, with 6 and 5 images of grey values 0 to 10, and one for evaluation."""
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write two shards for training, with 6 and 5 images of grey values 0 to 10, and one for evaluation.
+
+    Tests that change a shard copy them.
+    """
+    root = tmp_path_factory.mktemp("tars")
     shards = {"train-0": range(6), "train-1": range(6, 11), "val-0": range(3)}
     for name, numbers in shards.items():
-        write_tar(tmp_path / "tars" / f"{name}.tar", {f"{name}-{number}": number % 3 for number in numbers})
-    return tmp_path / "tars"
+        write_tar(root / f"{name}.tar", {f"{name}-{number}": number % 3 for number in numbers})
+    return root
 
 
 def names(rows: Iterator[dict]) -> list[str]:
@@ -76,7 +80,8 @@ def test_stream_label_out_of_range_raises(tars: Path) -> None:
         list(split.rows(0, 1))
 
 
-def test_stream_of_numbers_needs_class_names(tars: Path) -> None:
+def test_stream_of_numbers_needs_class_names(tars: Path, tmp_path: Path) -> None:
+    tars = shutil.copytree(tars, tmp_path / "tars")
     (tars / "val-0.tar").unlink()
     with pytest.raises(DatasetError, match=r"data\.label_column"):
         load_data(DataRecipe(dataset=str(tars), streaming=True))
@@ -102,19 +107,23 @@ def test_other_kinds_of_data_are_streams_too(tmp_path: Path) -> None:
         assert images == 1 or Counter(labels) == Counter(whole.train["label"])
 
 
-@pytest.fixture
-def command(tmp_path: Path, tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    datasets.disable_progress_bars()
-    base = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false", "--prune.num_labels", "data"]
-    base += ["--prune.model_args", json.dumps(MODEL_ARGS), "--prune.criterion", "taylor", "--prune.batch_size", "4"]
+@pytest.fixture(scope="module", autouse=True)
+def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with offline_on_cpu(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def command(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A finetuning on a stream, but for its output."""
+    folder = tmp_path_factory.mktemp("cut") / "pruned"
+    base = [*VIT, "--prune.num_labels", "data", "--prune.criterion", "taylor", "--prune.batch_size", "4"]
     stream = ["--data.dataset", str(tars), "--data.streaming", "true", "--data.shuffle_buffer", "4"]
-    succeed("prune", *base, *stream, "--output", tmp_path / "pruned")
-    assert read(tmp_path / "pruned", "metrics.json")["pruned"]["images"] == 3
+    succeed("prune", *base, *stream, "--output", folder)
+    assert read(folder, "metrics.json")["pruned"]["images"] == 3
     tuning = {"epochs": 2, "batch_size": 4, "steps_per_epoch": 4, "state_every": 1, "virtual_replicas": 2}
     flags = [part for name, value in tuning.items() for part in (f"--finetune.{name}", str(value))]
-    yield ["finetune", "--model", str(tmp_path / "pruned"), *stream, *flags]
-    datasets.enable_progress_bars()
+    return ["finetune", "--model", str(folder), *stream, *flags]
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.kills), 2])
@@ -138,14 +147,15 @@ def test_killed_stream_run_resumes_with_any_workers(world: int, command: list[st
 
 
 def test_broken_stream_image_is_one_line(command: list[str], tmp_path: Path, tars: Path) -> None:
-    (tars / "train-1.tar").unlink()
-    write_tar(tars / "train-1.tar", {"good": 0}, other=b"x")
-    with (tars / "train-1.tar").open("r+b") as file:  # the first image's pixels
+    broken = shutil.copytree(tars, tmp_path / "tars")
+    (broken / "train-1.tar").unlink()
+    write_tar(broken / "train-1.tar", {"good": 0}, other=b"x")
+    with (broken / "train-1.tar").open("r+b") as file:  # the first image's pixels
         content = file.read()
         place = content.index(b"IDAT")
         file.seek(place)
         file.write(b"X" * 20)
-    ended = run([*command, "--output", tmp_path / "out"], tmp_path / "log")
+    ended = run([*command, "--data.dataset", broken, "--output", tmp_path / "out"], tmp_path / "log")
     assert ended.code == 2 and ended.err.count("\n") == 1 and "good.png cannot be read" in ended.err
 
 

@@ -18,6 +18,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from isoprune_hf.__main__ import main
 
+# torch refuses gradients in a process forked after a runtime has registered a device and a first pass has seen it.
+torch.ones(1, requires_grad=True).backward()
+
 
 class Ended(NamedTuple):
     """The exit code of a process (negative for a signal) and its output."""
