@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from helpers.command_line import contents, read, refuse, succeed
 from helpers.evaluation import calibration_error_by_hand
+from helpers.imagenet import SYNSETS
+from helpers.imagenet_cut import MODEL_ARGS, offline_on_cpu
+from helpers.imagenet_cut import VIT as UNTRAINED
 from helpers.reference_files import make_module, save
 from helpers.tiny_models import TRANSFORMERS
 from PIL import Image
@@ -20,24 +21,14 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
 
-SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475"]
-SYNSETS += ["n01496331", "n01498041", "n01514668", "n01514859", "n01518878"]
-ARGS = json.dumps({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2})
-VIT = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false", "--prune.model_args", ARGS]
-VIT += ["--prune.num_labels", "data"]
+VIT = [*UNTRAINED, "--prune.num_labels", "data"]
 OTHER = ["--data.resize", "22", "--data.interpolation", "bilinear"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def offline_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        datasets.disable_progress_bars()
+    with offline_on_cpu(tmp_path_factory.mktemp("cache")):
         yield
-        datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +184,8 @@ def test_imagenet_folder_is_labelled_by_sorted_synset(
 
 def test_untrained_timm_name_needs_no_network(images: Path) -> None:
     printed = succeed(
-        *("evaluate", "--model", "timm/vit_tiny_patch16_224", "--pretrained", "false", "--model_args", ARGS),
+        *("evaluate", "--model", "timm/vit_tiny_patch16_224", "--pretrained", "false"),
+        *("--model_args", json.dumps(MODEL_ARGS)),
         *("--num_labels", "data", "--data.dataset", images),
     )
     # By hand: patches 3*16*32 + 32, class token and 17 positions of 32, two blocks (norms 2*64, qkv 3*32*32 + 96,

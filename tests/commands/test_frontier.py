@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from helpers.command_line import contents, isoprune, leftovers, read, refuse, succeed
 from helpers.cut_folders import MODEL_ARGS, NAME, OPEN
+from helpers.imagenet import write_imagenet
+from helpers.imagenet_cut import offline_on_cpu
 from helpers.images import write_images
 
 from isoprune_hf.commands.frontier import read_sizes
@@ -78,10 +80,12 @@ def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_accuracy_is_that_of_equal_cut(tmp_path: Path) -> None:
-    data = ["--data.dataset", "digits", "--prune.calibration_batches", "2", "--prune.batch_size", "8"]
-    succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")
+    images = write_imagenet(tmp_path / "images")
+    data = ["--data.dataset", images, "--prune.calibration_batches", "2", "--prune.batch_size", "8"]
     cut = ["prune", "--prune.model", NAME, *OPEN, *data, "--scores", tmp_path / "out" / "importance.safetensors"]
-    succeed(*cut, "--prune.target_macs", "50%", "--output", tmp_path / "cut")
+    with offline_on_cpu(tmp_path / "cache"):
+        succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")
+        succeed(*cut, "--prune.target_macs", "50%", "--output", tmp_path / "cut")
     rows, metrics = table_of(tmp_path / "out"), read(tmp_path / "cut", "metrics.json")
     for row, name in zip(rows, ("base", "pruned"), strict=True):
         assert {key: float(row[key]) for key in metrics[name]} == metrics[name]
