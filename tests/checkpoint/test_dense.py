@@ -119,12 +119,12 @@ def test_field_of_a_later_version_is_kept(dense: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [HUGE, -HUGE, 10**9, math.nan, math.inf, -math.inf, 1e300, [2, [math.nan]], {"a": 1}]
+    "value", [HUGE, -HUGE, 10**9, math.nan, math.inf, -math.inf, 1e300, [2, [math.nan]], {"a": math.nan}]
 )
 @pytest.mark.parametrize("name", ["depth", "drop_rate", "nosuch"])
 def test_argument_of_unusual_size_is_refused(name: str, value: Any) -> None:
     message = refused(lambda: check_args({"img_size": 16, name: value}))
-    assert message.startswith(f"config.base.args: {name}=") and message.endswith(" is not allowed")
+    assert message.startswith(f"config.base.args: {name}=") and " is not allowed" in message
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_dropout_prob", "nosuch", "label2id"])
