@@ -12,7 +12,9 @@ module that ends later must read and return the same. The logits alone do not sh
 head does not.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -56,7 +58,7 @@ class HeldOutput(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """The order in which the modules of a network ran in one forward pass.
+    """The order in which the modules of a network ran in one forward pass, and what they read and returned.
 
     Args:
         starts: Module -> time of its first call, counted in calls and returns of modules.
@@ -64,9 +66,9 @@ class Observation(NamedTuple):
         sizes: Module that was called once and returned floating-point tensors -> their bytes.
         read: Module -> sums of the tensors that its last call read, by which two passes are compared.
         returned: Module -> sums of the tensors that its last call returned.
-        outputs: Module that was called once, if outputs are kept -> its output: a copy if the module has parts, else
-            tensors on the meta device.
-        logits: The logits.
+        outputs: Module of those that were to be kept -> its last output, on the CPU.
+        blanks: Module -> its last output, on the meta device.
+        logits: The logits; empty if the pass was stopped.
     """
 
     starts: dict[str, int]
@@ -75,6 +77,7 @@ class Observation(NamedTuple):
     read: dict[str, list[torch.Tensor]]
     returned: dict[str, list[torch.Tensor]]
     outputs: dict[str, Any]
+    blanks: dict[str, Any]
     logits: torch.Tensor
 
 
@@ -95,100 +98,128 @@ def find_waypoints(
 def _waypoints_of(
     network: IsoPruneForImageClassification, among: Mapping[str, Waypoint] | None = None
 ) -> tuple[dict[str, int], dict[str, Waypoint]]:
-    """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given."""
+    """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given.
+
+    The last candidate is tested first. All that comes after a waypoint follows from its output, so the test of an
+    earlier candidate ends there: the time of all tests is linear in the depth.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, *image_size_of(network), generator=generator).to(network.device)
-    observed = _observe(network, images, keeps_outputs=True)
-    starts, ends, sizes = observed.starts, observed.ends, observed.sizes
-    ways = {}
-    for name in sizes if among is None else among.keys() & sizes.keys():
-        if not _has_parts(network.model.get_submodule(name)):
-            continue
-        before = {other: None for other in sizes if ends[other] < starts[name]}
-        outermost = tuple(other for other in before if not any(up in before for up in _ancestors(other)))
-        way = Waypoint(name, outermost, ends[name], sizes[name])
-        if outermost and _is_waypoint(network, way, images, observed):
-            ways[name] = way
-    return starts, ways
+    parents = {name for name, module in network.model.named_modules() if name and any(module.children())}
+    names = parents if among is None else parents & among.keys()
+    whole = _observe(network, images, kept=names)
+    ways: dict[str, Waypoint] = {}
+    following: Waypoint | None = None
+    for way in reversed(_candidates(whole, names)):
+        if _is_waypoint(network, way, following, images, whole):
+            ways[way.name] = following = way
+    return whole.starts, ways
 
 
-def _has_parts(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    """Yield the paths of the modules that contain a module."""
-    while name := name.rpartition(".")[0]:
-        yield name
+def _candidates(whole: Observation, names: Collection[str]) -> list[Waypoint]:
+    """Return the modules of `names` before which other modules ran, in the order in which they end."""
+    ended = deque(sorted(whole.sizes, key=whole.ends.__getitem__))
+    outermost: list[str] = []
+    found = []
+    for name in sorted(names & whole.sizes.keys(), key=whole.starts.__getitem__):
+        while whole.ends[ended[0]] < whole.starts[name]:
+            outer = ended.popleft()  # a module ends after its parts
+            outermost = [other for other in outermost if not other.startswith(f"{outer}.")]
+            outermost.append(outer)
+        if outermost:
+            found.append(Waypoint(name, tuple(outermost), whole.ends[name], whole.sizes[name]))
+    return sorted(found, key=lambda way: way.end)
 
 
 def _observe(
     network: IsoPruneForImageClassification,
     images: torch.Tensor,
-    among: Container[str] | None = None,
     *,
-    keeps_outputs: bool = False,
+    kept: Collection[str] = (),
+    names: Collection[str] | None = None,
+    last: str | None = None,
 ) -> Observation:
-    """Run a forward pass and record when modules, or those in `among`, start and end, and what they return."""
-    starts: dict[str, int] = {}
-    ends: dict[str, int] = {}
-    sizes: dict[str, int] = {}
+    """Run a forward pass and record when modules start and end, what they read and what they return.
+
+    Args:
+        network: The network.
+        images: (B, C, H, W).
+        kept: Modules whose outputs are kept.
+        names: Modules to record; None for all.
+        last: Module after whose return the pass stops; None for a whole pass.
+    """
+    seen = Observation({}, {}, {}, {}, {}, {}, {}, torch.empty(0))
     calls: dict[str, int] = {}
-    read: dict[str, list[torch.Tensor]] = {}
-    returned: dict[str, list[torch.Tensor]] = {}
-    outputs: dict[str, Any] = {}
     clock = count()
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        starts.setdefault(name, next(clock))
+        seen.starts.setdefault(name, next(clock))
         calls[name] = calls.get(name, 0) + 1
-        read[name] = [leaf.sum() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        seen.read[name] = [leaf.sum() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        ends[name] = next(clock)
+        seen.ends[name] = next(clock)
         leaves = tree_leaves(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        returned[name] = [leaf.sum() for leaf in tensors]
+        seen.returned[name] = [leaf.sum() for leaf in tensors]
+        seen.blanks[name] = _blank(output)
+        if name in kept:
+            seen.outputs[name] = _stored(output)
         is_plain = all(leaf.is_floating_point() for leaf in tensors)
         if tensors and is_plain and all(isinstance(leaf, torch.Tensor | int | float | None) for leaf in leaves):
-            sizes[name] = sum(leaf.nbytes for leaf in tensors)
-            if keeps_outputs:
-                outputs[name] = tree_map_only(torch.Tensor, torch.clone if _has_parts(module) else _blank, output)
+            seen.sizes[name] = sum(leaf.nbytes for leaf in tensors)
+        if name == last:
+            raise PassStopped
 
     handles = []
     for name, module in network.model.named_modules():
-        if name and (among is None or name in among):
+        if name and (names is None or name in names):
             handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(after, name)))
+    logits = seen.logits
     try:
         logits = network(pixel_values=images).logits
+    except PassStopped:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    once = {name: size for name, size in sizes.items() if calls[name] == 1}
-    return Observation(starts, ends, once, read, returned, outputs, logits)
-
-
-def _blank(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.to("meta")
+    once = {name: size for name, size in seen.sizes.items() if calls[name] == 1}
+    return seen._replace(sizes=once, logits=logits)
 
 
 def _is_waypoint(
-    network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, whole: Observation
+    network: IsoPruneForImageClassification,
+    way: Waypoint,
+    following: Waypoint | None,
+    images: torch.Tensor,
+    whole: Observation,
 ) -> bool:
-    """Check whether everything after a waypoint is as in a whole pass if nothing before it is computed."""
-    blanks = {name: tree_map_only(torch.Tensor, _blank, whole.outputs[name]) for name in way.before}
-    later = {name for name, end in whole.ends.items() if end > way.end}
+    """Check whether everything after a candidate is as in a whole pass if nothing before it is computed.
+
+    Args:
+        network: The network.
+        way: The candidate.
+        following: The next waypoint, with which the check ends; None if there is none.
+        images: Images of the whole pass.
+        whole: The whole pass.
+    """
+    last = None if following is None else following.name
+    limit = math.inf if following is None else following.end
+    later = [name for name, end in whole.ends.items() if way.end < end <= limit]
+    given = {name: whole.blanks[name] for name in way.before} | {way.name: whole.outputs[way.name]}
     try:
-        with replaced_outputs(network, {**blanks, way.name: whole.outputs[way.name]}):
-            found = _observe(network, torch.zeros_like(images), later)
-        return torch.equal(found.logits, whole.logits) and all(
-            _are_equal(found.returned.get(name, []), whole.returned[name])
-            and (whole.starts[name] < way.end or _are_equal(found.read.get(name, []), whole.read[name]))
-            for name in later
-        )
+        with replaced_outputs(network, given):
+            found = _observe(network, torch.zeros_like(images), names=frozenset(later), last=last)
     except LIBRARY_ERRORS:  # an earlier output is used in a way that NaN does not allow
         return False
+    if last is None and not torch.equal(found.logits, whole.logits):
+        return False
+    return all(
+        _are_equal(found.returned.get(name, []), whole.returned[name])
+        and (whole.starts[name] < way.end or _are_equal(found.read.get(name, []), whole.read[name]))
+        for name in later
+    )
 
 
 def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
@@ -202,10 +233,10 @@ def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: to
     found: dict[str, Any] = {}
 
     def keep_blank(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        found[name] = tree_map_only(torch.Tensor, _blank, output)
+        found[name] = _blank(output)
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        found[way.name] = tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
+        found[way.name] = _stored(output)
         raise PassStopped
 
     handles = [
@@ -239,6 +270,14 @@ def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[s
     finally:
         for module in modules.values():
             vars(module).pop("forward", None)
+
+
+def _blank(output: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), output)
+
+
+def _stored(output: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
 
 
 def _filled(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:

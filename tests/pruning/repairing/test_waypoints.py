@@ -172,3 +172,18 @@ def tiny_unread_tokens(num_classes: int = 5, **_: object) -> nn.Module:
 def test_module_is_no_waypoint_if_later_layers_read_more() -> None:
     model = make_timm("tiny_unread_tokens", 32).eval()
     assert waypoint_names(model) == ["early"]
+
+
+def test_search_for_waypoints_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for depth in (8, 16, 32):
+        model = make_timm(
+            "vit_tiny_patch16_224", 16, img_size=16, patch_size=8, embed_dim=16, depth=depth, num_heads=2
+        )
+        calls: list[int] = []
+        linear = nn.Linear.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", lambda self, x: calls.append(1) or linear(self, x))  # noqa: B023
+            assert waypoint_names(model.eval())[-2:] == [f"blocks.{depth - 1}", "blocks"]
+        counts.append(len(calls))
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
