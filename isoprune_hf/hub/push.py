@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported without a declaration
 
@@ -61,34 +61,36 @@ def push_folder(
     """
     folder = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
-    files = published_files(folder)
-    if folder / "README.md" not in files:
-        temporary = folder / ".README.md.tmp"
-        build_model_card(folder, repo=repo).save(temporary)
-        temporary.replace(folder / "README.md")
-        files = published_files(folder)
+    files = _files_with_card(folder, repo)
     with translate_errors(repo, folder.name, create_pr=create_pr):
         api = open_repository(repo, private=private)
         if revision is not None:
             retry(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-        commit = retry(
-            lambda: api.create_commit(
-                repo,
-                # Not upload_folder: with Xet it may split a folder into several commits. Each attempt needs new
-                # operations, because they store the state of the Hub at the previous attempt.
-                [CommitOperationAdd(path.name, path) for path in files],
-                commit_message=message,
-                revision=revision,
-                create_pr=create_pr,
-            ),
-            # A repeated request would open a second pull request.
-            only_if_rejected=create_pr,
-        )
+
+        def commit_files() -> CommitInfo:
+            # Not upload_folder: with Xet it may split a folder into several commits. Each attempt needs new
+            # operations, because they store the state of the Hub at the previous attempt.
+            added = [CommitOperationAdd(path.name, path) for path in files]
+            return api.create_commit(repo, added, commit_message=message, revision=revision, create_pr=create_pr)
+
+        # A repeated request would open a second pull request.
+        commit = retry(commit_files, only_if_rejected=create_pr)
         if tag is not None:
             retry(lambda: _set_tag(api, repo, tag, commit.oid))
         if collection is not None:
             retry(lambda: _add_to_collection(api, repo, collection))
         return commit.pr_url or commit.commit_url
+
+
+def _files_with_card(folder: Path, repo: str) -> list[Path]:
+    """Return the files to upload; writes the model card if there is none."""
+    files = published_files(folder)
+    if folder / "README.md" in files:
+        return files
+    temporary = folder / ".README.md.tmp"
+    build_model_card(folder, repo=repo).save(temporary)
+    temporary.replace(folder / "README.md")
+    return published_files(folder)
 
 
 def open_repository(repo: str, *, private: bool = False) -> HfApi:

@@ -76,10 +76,11 @@ def label_rows(axes: Any, labels: list[str], *, bottom: float, top: float, fonts
         top: Upper end of the axis, in rows.
         fontsize: Size of the labels in points.
     """
-    options = {} if fontsize is None else {"fontsize": fontsize}
-    axes.set_yticks(range(len(labels)), labels, parse_math=False, **options)
+    axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.set_ylim(bottom, top)
     axes.tick_params(axis="y", length=0)
+    if fontsize is not None:
+        axes.tick_params(axis="y", labelsize=fontsize)
 
 
 def add_legend(figure: Any, *, columns: int, handle_length: float, column_spacing: float | None = None) -> None:

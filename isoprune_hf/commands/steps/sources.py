@@ -65,23 +65,21 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
         CheckpointError: The base has changed since the cut.
     """
     source = model.config.source or {}
-    options = {key: source[key] for key in ("pretrained", "seed", "model_args", "num_labels") if key in source}
-    if name and Path(name).is_dir():  # a saved base is not rebuilt from an architecture
-        options = {key: options[key] for key in ("seed", "num_labels") if key in options}
-    name = name or source.get("name")
-    if not name:
+    place = name or source.get("name")
+    if not place:
         raise RecipeError("config.source does not name the base that the model was cut from")
-    names = class_names(model)
+    is_saved = bool(name) and Path(place).is_dir()  # not rebuilt from an architecture
+    names, num_labels = class_names(model), source.get("num_labels")
     base = load_base(
-        name,
-        options.get("pretrained", True),
-        model_args=options.get("model_args"),
-        num_labels=options.get("num_labels"),
-        label_names=tuple(names[index] for index in sorted(names)) if options.get("num_labels") else None,
-        seed=options.get("seed", 0),
+        place,
+        is_saved or source.get("pretrained", True),
+        model_args=None if is_saved else source.get("model_args"),
+        num_labels=num_labels,
+        label_names=tuple(names[index] for index in sorted(names)) if num_labels else None,
+        seed=source.get("seed", 0),
     )
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
-        raise CheckpointError(f"the base {name} has other weights than the one that was cut")
+        raise CheckpointError(f"the base {place} has other weights than the one that was cut")
     return base
 
 

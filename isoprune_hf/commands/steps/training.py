@@ -108,6 +108,14 @@ def count_training_flops(
     return 2.0 * (3 * count_cost(student).macs + (0 if teacher is None else count_cost(teacher).macs))
 
 
+def _record_training(student: IsoPruneForImageClassification, data: DataRecipe, recipe: FinetuneRecipe) -> None:
+    """Record in the config, in place, that a student is finetuned, and how."""
+    config = student.config
+    config.stage = "finetuned"
+    sections = {"data": recipe_to_dict(data), "finetune": recipe_to_dict(recipe)}
+    config.recipe = {**(config.recipe or {}), **sections}
+
+
 def train_student(
     student: BaseModel,
     images: ImageData,
@@ -139,12 +147,7 @@ def train_student(
     if checkpoints is not None and run is None and accelerator.is_main_process:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)  # checkpoints of an earlier run
     if not is_dense:
-        student.model.config.stage = "finetuned"
-        student.model.config.recipe = {
-            **(student.model.config.recipe or {}),
-            "data": recipe_to_dict(data),
-            "finetune": recipe_to_dict(recipe),
-        }
+        _record_training(student.model, data, recipe)
 
     def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
         if checkpoints is not None and accelerator.is_main_process:
