@@ -17,6 +17,7 @@ from isoprune_hf.models.base import OTHER_TASK, BaseModel, unreadable, without_h
 from isoprune_hf.models.head import with_new_head
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions
+from isoprune_hf.models.stored_type import default_type, stored_type
 from isoprune_hf.models.timm_base import (
     TimmModule,
     checked_args,
@@ -82,7 +83,8 @@ def _open_saved(source: BaseSource, options: LoadOptions) -> BaseModel:
         )
     timm_name = f"{'local-dir' if is_folder else 'hf-hub'}:{place}"
     labels = _head_labels(options) if _is_saved_encoder(source.config) else None
-    module = _create(timm_name, place, model_args, options, labels)
+    with default_type(stored_type(place) if options.pretrained else torch.float32):
+        module = _create(timm_name, place, model_args, options, labels)
     with reading(place):
         data = resolve_model_data_config(module)  # type: ignore[no-untyped-call]  # untyped in timm
         names = labels or timm_labels(module)

@@ -9,12 +9,13 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.models.base import BaseModel, draw_base, label_fields, wrap_module
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions, describe_source
+from isoprune_hf.models.stored_type import default_type
 
 logger = logging.getLogger(__name__)
 
 
 def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrained: Collection[str] = ()) -> BaseModel:
-    """Return the base with a new head of random weights; all tensors of unchanged shape keep their values.
+    """Return the base with a new head of random weights, in its type; tensors of unchanged shape keep their values.
 
     Args:
         base: Dense base model; left untouched.
@@ -23,7 +24,8 @@ def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrain
         untrained: Tensors that are drawn anew although their shapes stay.
     """
     config = _config_with(base, labels, {})
-    module = draw_base(config, seed)
+    with default_type(base.model.dtype):
+        module = draw_base(config, seed)
     fitting = base.model.model.state_dict()
     new = module.state_dict()
 
@@ -32,7 +34,7 @@ def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrain
 
     for name in [name for name, tensor in fitting.items() if not is_kept(name, tensor)]:
         del fitting[name]  # in place: torchvision's MNASNet reads a version number from the state dict itself
-    module.to(base.model.dtype).load_state_dict(fitting, strict=False)
+    module.load_state_dict(fitting, strict=False)
     return BaseModel(wrap_module(config, module), base.processor)
 
 

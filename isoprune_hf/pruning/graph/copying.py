@@ -136,6 +136,11 @@ def copy_modules(
     return copied
 
 
+def replace_tensor(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return a value as a parameter if the tensor that it replaces is one, else unchanged."""
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
 def _copy_tensor(tensor: Tensor, copy_tensor: Callable[[Tensor], Tensor]) -> Tensor:
     """Copy a tensor; one that a module keeps of an earlier pass leaves the graph of this pass."""
     return copy_tensor(tensor if tensor.is_leaf else tensor.detach())

@@ -7,10 +7,10 @@ import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
-from isoprune_hf.pruning.graph.copying import copy_modules
+from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing.head_products import ProductKind, probe_images, read_logits, replace_tensor
+from isoprune_hf.pruning.repairing.head_products import ProductKind, probe_images, read_logits
 from isoprune_hf.pruning.repairing.rotation import Rotated
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
-from isoprune_hf.pruning.graph.copying import copy_modules
+from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
 from isoprune_hf.pruning.scoring.gate_points import GatePoint, find_gate_points
@@ -124,11 +124,6 @@ def transform_pairs(
     return copy_modules(
         model, lambda tensor: replace_tensor(tensor, new.get(id(tensor), tensor.detach()).to(tensor.dtype))
     )
-
-
-def replace_tensor(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return a value as a parameter if the tensor that it replaces is one, else unchanged."""
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def read_logits(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
