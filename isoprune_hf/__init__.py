@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from isoprune_hf.pruning.graph.find_groups import trace_groups
     from isoprune_hf.pruning.plan import PruningPlan
     from isoprune_hf.pruning.prune import prune_model
-    from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+    from isoprune_hf.pruning.scoring.score_groups import score_groups
+    from isoprune_hf.pruning.scoring.scores import ImportanceScores
     from isoprune_hf.reporting.model_card import build_model_card
     from isoprune_hf.training.finetune import finetune
 
@@ -45,7 +46,7 @@ _LAZY = {
     "count_cost": "pruning.cost.macs",
     "trace_groups": "pruning.graph.find_groups",
     "ImportanceScores": "pruning.scoring.scores",
-    "score_groups": "pruning.scoring.scores",
+    "score_groups": "pruning.scoring.score_groups",
     "PruningPlan": "pruning.plan",
     "make_plan": "pruning.deciding.make_plan",
     "prune_model": "pruning.prune",

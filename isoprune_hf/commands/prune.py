@@ -50,7 +50,8 @@ def run(
         speed={**result.plan.settings["latency"], "milliseconds": latency} if latency else None,
     )
     forget_scoring(output, accelerator)
-    return send_result(uploads, folder, summarize(result.model, metrics, latency, folder))
+    answer = summarize(result.model, metrics, latency, folder, notes=result.plan.notes)
+    return send_result(uploads, folder, answer)
 
 
 STAGE = Stage(

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 _HALF = {"F16": torch.float16, "BF16": torch.bfloat16}  # by the names that safetensors uses
 

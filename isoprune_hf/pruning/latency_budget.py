@@ -5,14 +5,13 @@ from dataclasses import replace
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import BudgetError, RecipeError
-from isoprune_hf.measuring.speed import measure_pair
 from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency
 from isoprune_hf.pruning.cost.macs import CostModel, RemovedUnits
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 Cut = tuple[PruningPlan, IsoPruneForImageClassification]
@@ -57,25 +56,23 @@ def fit_base(
 
 
 def meet_latency(
-    model: IsoPruneForImageClassification,
     recipe: PruneRecipe,
     cost: CostModel,
     latency: LatencyModel,
     *,
     attempt: Callable[[PruneRecipe], Cut],
-    agree: Callable[[tuple[float, float]], tuple[float, float]],
+    measure: Callable[[IsoPruneForImageClassification], tuple[float, float]],
 ) -> Cut:
     """Cut and measure until the measured time meets the budget.
 
     A share of the base refers to the time of the base as measured in turns with the cut, since machines drift.
 
     Args:
-        model: The base.
         recipe: Recipe with a `target_latency`.
-        cost: Cost of this base.
-        latency: Latency model of this base.
+        cost: Cost of the base.
+        latency: Latency model of the base.
         attempt: Makes plan and model for a recipe.
-        agree: Returns the times that the main process measured on every rank.
+        measure: Measures base and cut model, in turns; returns the times of the main process on every rank.
 
     Returns:
         The plan and the model that use most of the budget, of those whose measured time is within it.
@@ -87,7 +84,6 @@ def meet_latency(
     budget = recipe.budget
     if budget is None or budget.kind != "latency":
         raise RecipeError("prune.target_latency is not set")
-    settings = latency_settings(recipe)
     predicted = latency.predict(cost.layer_macs({}, {}))
     aim = budget.resolve(predicted)
     best: Cut | None = None
@@ -95,15 +91,7 @@ def meet_latency(
     smallest_share = float("inf")
     for _ in range(_MAX_CUTS):
         plan, pruned = attempt(replace(recipe, target_latency=aim))
-        base_ms, pruned_ms = agree(
-            measure_pair(
-                model,
-                pruned,
-                batch_size=settings.batch_size,
-                precision=settings.precision,
-                backend=settings.backend,
-            )
-        )
+        base_ms, pruned_ms = measure(pruned)
         share = pruned_ms / budget.resolve(base_ms)
         smallest_share = min(smallest_share, share)
         if best_share < share <= 1:

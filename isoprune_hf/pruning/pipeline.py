@@ -10,12 +10,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.measuring.speed import measure_pair
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
+from isoprune_hf.pruning.latency_budget import latency_settings, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.rotation import Rotated
 from isoprune_hf.pruning.score import score_with_recipe
@@ -97,8 +100,38 @@ class PruningRun:
         return broadcast(plan, self.accelerator)
 
     def cut(self, plan: PruningPlan) -> IsoPruneForImageClassification:
-        """Cut a copy of the rotated base."""
+        """Cut a copy of the rotated base, in float32."""
         return apply_plan(self.rotated.model, plan, self.traced.groups, base_cost=self.traced.cost.base)
+
+    def cut_to_budget(
+        self, recipe: PruneRecipe, scores: ImportanceScores
+    ) -> tuple[PruningPlan, IsoPruneForImageClassification]:
+        """Make the final plan and the final cut; for a latency budget several, which are measured."""
+        traced = self.traced
+        if traced.latency is None:
+            with self.clock.stage("solve"):
+                plan = self.decide(recipe, scores)
+            with self.clock.stage("cut"):
+                return plan, self.cut(plan)
+        settings = latency_settings(recipe)
+
+        def attempt(tried: PruneRecipe) -> tuple[PruningPlan, IsoPruneForImageClassification]:
+            plan = self.decide(tried, scores)
+            return plan, self.cut(plan)
+
+        def measure(pruned: IsoPruneForImageClassification) -> tuple[float, float]:
+            stored, _ = in_stored_types(pruned, self.model)
+            times = measure_pair(
+                self.model,
+                stored,
+                batch_size=settings.batch_size,
+                precision=settings.precision,
+                backend=settings.backend,
+            )
+            return broadcast(times, self.accelerator)
+
+        with self.clock.stage("solve"):
+            return meet_latency(recipe, traced.cost, traced.latency, attempt=attempt, measure=measure)
 
 
 def broadcast(value: Value, accelerator: Accelerator | None) -> Value:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from isoprune_hf.errors import CheckpointError
 
 PLAN_FILE = "pruning_plan.json"
 PLAN_VERSION = 1
+_MAX_NAMES = 3  # in a note, for each reason
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class PruningPlan:
         removed_blocks: Residual blocks to remove, with all their groups.
         margins: First group of a scope -> the highest removed score (`removed`) and the lowest kept one (`kept`),
             before widths were rounded. With a small gap, other images could lead to another plan.
-        notes: Lines for the user: widths that could not be aligned, a budget that is not used up.
+        notes: Lines for the user: parts that a step left as they were (`note_left`), widths that could not be aligned,
+            a budget that is not used up.
         achieved: `{"base": {"macs", "params"}, "pruned": {...}}`; a latency budget adds `latency_ms`.
         settings: The settings that the plan depends on: criterion, scope, ratios, rounding.
         fingerprint: Fingerprint of the base weights.
@@ -105,6 +107,22 @@ class PruningPlan:
             raise CheckpointError(f"plan: {path} cannot be read ({error.strerror})") from error
         except ValueError as error:  # CheckpointError among them
             raise CheckpointError(f"pruning plan {path}: {str(error).removeprefix('pruning plan: ')}") from error
+
+
+def note_left(action: str, unit: str, reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return the note on the parts of a model that a step left as they were; empty if there are none.
+
+    Args:
+        action: What happened to the parts, such as `left whole`.
+        unit: Kind of the parts, in the singular.
+        reasons: Reason -> names of the parts. The note has their number and the first names.
+    """
+    total = sum(map(len, reasons.values()))
+    listed = [
+        f"{len(names)}: {reason}: {', '.join(names[:_MAX_NAMES])}{', ...' if len(names) > _MAX_NAMES else ''}"
+        for reason, names in reasons.items()
+    ]
+    return (f"{action}: {total} {unit}{'s' if total > 1 else ''} ({'; '.join(listed)})",) if total else ()
 
 
 def _check_figures(where: str, figures: Any) -> None:

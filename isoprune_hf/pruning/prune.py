@@ -22,8 +22,9 @@ from isoprune_hf.pruning.deciding.iterative import lift_scores, recipe_of_step
 from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
+from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.latency_budget import fit_base, latency_settings, meet_latency
+from isoprune_hf.pruning.latency_budget import fit_base, latency_settings
 from isoprune_hf.pruning.pipeline import PruningRun, StageClock, Traced, broadcast
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
@@ -61,6 +62,10 @@ class PruneResult:
     base_cost: ModelCost
     pruned_cost: ModelCost
     seconds: dict[str, float]
+
+    def __repr__(self) -> str:
+        """Return the cost before and after the cut, and the notes of the plan, one on each line."""
+        return "\n".join([_compare(self.base_cost, self.pruned_cost), *self.plan.notes])
 
     def save(self, folder: str | Path, processor: BaseImageProcessor) -> None:
         """Write the folder of the pruned model, completely or not at all."""
@@ -106,17 +111,18 @@ def prune_model(
     if scores is None:
         scores = _score_in_steps(run, recipe)
     recipe = _with_scoring_of(recipe, scores)
-    plan, pruned = _cut_to_budget(run, recipe, scores)
+    plan, pruned = run.cut_to_budget(recipe, scores)
     with clock.stage("repair"):
         notes = repair(rotated, pruned, plan, traced.groups, recipe.reconstruct or "none", images)
+    pruned, wide = in_stored_types(pruned, model)
     untraced = graph_of(model, traced.groups).trace.notes
-    plan = replace(plan, notes=(*plan.notes, *untraced, *rotated.notes, *notes))
+    plan = replace(plan, notes=(*plan.notes, *untraced, *rotated.notes, *notes, *wide))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
     _check_finite(pruned, model)
     _record_origin(pruned, model, recipe, scores)
     pruned_cost = _recorded_cost(pruned)
-    _log_result(model, plan, traced.cost.base, pruned_cost, clock.seconds)
+    _log_result(model, traced.cost.base, pruned_cost, clock.seconds)
     return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, clock.seconds)
 
 
@@ -169,31 +175,6 @@ def _with_scoring_of(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
     )
 
 
-def _cut_to_budget(
-    run: PruningRun, recipe: PruneRecipe, scores: ImportanceScores
-) -> tuple[PruningPlan, IsoPruneForImageClassification]:
-    """Make the final plan and the final cut; for a latency budget several, which are measured."""
-    if run.traced.latency is None:
-        with run.clock.stage("solve"):
-            plan = run.decide(recipe, scores)
-        with run.clock.stage("cut"):
-            return plan, run.cut(plan)
-
-    def attempt(tried: PruneRecipe) -> tuple[PruningPlan, IsoPruneForImageClassification]:
-        plan = run.decide(tried, scores)
-        return plan, run.cut(plan)
-
-    with run.clock.stage("solve"):
-        return meet_latency(
-            run.model,
-            recipe,
-            run.traced.cost,
-            run.traced.latency,
-            attempt=attempt,
-            agree=lambda times: broadcast(times, run.accelerator),
-        )
-
-
 def _check_finite(pruned: IsoPruneForImageClassification, base: IsoPruneForImageClassification) -> None:
     """Check that a pruned model has no nan and inf where its base has none.
 
@@ -236,17 +217,18 @@ def _first_images(calibration: Batches | None) -> torch.Tensor | None:
     return next((images for images, _ in calibration), None)
 
 
+def _compare(base: ModelCost, pruned: ModelCost) -> str:
+    return (
+        f"{base.macs / 1e9:.4g} -> {pruned.macs / 1e9:.4g} GMACs, {base.params / 1e6:.4g} -> "
+        f"{pruned.params / 1e6:.4g} M params"
+    )
+
+
 def _log_result(
     model: IsoPruneForImageClassification,
-    plan: PruningPlan,
     base: ModelCost,
     pruned: ModelCost,
     seconds: dict[str, float],
 ) -> None:
     times = ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items() if duration)
-    logger.info(
-        f"pruned {type(model.model).__name__}: {base.macs / 1e9:.4g} -> {pruned.macs / 1e9:.4g} GMACs, "
-        f"{base.params / 1e6:.4g} -> {pruned.params / 1e6:.4g} M params ({times})"
-    )
-    for note in plan.notes:
-        logger.info(note)
+    logger.info(f"pruned {type(model.model).__name__}: {_compare(base, pruned)} ({times})")

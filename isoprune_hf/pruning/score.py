@@ -3,21 +3,26 @@
 `score_model` is the complete pipeline; `prune_model` uses its parts.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn, cast
 
+import torch
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
+from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks, zero_images
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.graph.precision import in_float32
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.repairing.rotation import Rotated, rotate_heads
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample, score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample
 from isoprune_hf.recipes import Criterion, PruneRecipe
 
 
@@ -55,16 +60,38 @@ def rotate_base(
     groups: Sequence[CoupledGroup],
     calibration: Calibration | None,
 ) -> Rotated:
-    """Rotate the heads of a base if the recipe requests it; return the base itself otherwise.
+    """Return the base in float32, with rotated heads if the recipe requests it.
 
     Raises:
-        RecipeError: See `check_calibration` and `rotate_heads`.
+        RecipeError: The logits of the base are not finite; see also `check_calibration` and `rotate_heads`.
     """
+    wide = in_float32(model)
+    if calibration is not None and recipe.reads_images is not None:
+        _check_logits(wide, calibration)
     if not recipe.rotate:
-        return Rotated(model, (), ())
+        return Rotated(wide, (), ())
     if calibration is None:
         _refuse_missing_data("rotate")
-    return rotate_heads(model, groups, calibration.batches, calibration.accelerator)
+    return rotate_heads(wide, groups, calibration.batches, calibration.accelerator)
+
+
+def _check_logits(model: IsoPruneForImageClassification, calibration: Calibration) -> None:
+    """Check the logits of a base on the first micro-batch, unless the batches can be iterated over only once.
+
+    Raises:
+        RecipeError: They are not finite on some rank.
+    """
+    if isinstance(calibration.batches, Iterator):
+        return
+    broken = zero_images(model)
+    with scoring_mode(model, requires_grad=False), torch.no_grad():
+        for images, _ in itertools.islice(calibration.batches, 1):
+            broken += (~model(pixel_values=images.to(model.device)).logits.isfinite()).sum()
+    if sum_over_ranks(broken, calibration.accelerator):
+        raise RecipeError(
+            "the logits of the base contain nan or inf on the calibration images, so nothing can be decided from "
+            "them: check its weights and the images with `isoprune evaluate`"
+        )
 
 
 def score_with_recipe(
@@ -99,8 +126,8 @@ def score_with_recipe(
 def assign_to_base(
     scores: ImportanceScores, model: IsoPruneForImageClassification, recipe: PruneRecipe
 ) -> ImportanceScores:
-    """Return scores of a rotated model with the fingerprint of the base; unchanged if the recipe does not rotate."""
-    return replace(scores, fingerprint=fingerprint(model.model), rotated=True) if recipe.rotate else scores
+    """Return scores of a base in float32, with or without rotated heads, with the fingerprint of the base itself."""
+    return replace(scores, fingerprint=fingerprint(model.model), rotated=bool(recipe.rotate))
 
 
 def check_scores(model: IsoPruneForImageClassification, recipe: PruneRecipe, scores: ImportanceScores) -> None:

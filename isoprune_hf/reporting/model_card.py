@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
 from isoprune_hf.reporting.tables import format_figure
@@ -62,6 +63,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
     name = repo or folder.resolve().name
     cost, recipe = config.get("cost") or {}, config.get("recipe") or {}
     hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
+    plan = _read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
     weights = folder / "model.safetensors"
     size = weights.stat().st_size / 1e6 if weights.is_file() else None
     card: ModelCard = ModelCard.from_template(
@@ -76,6 +78,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         saved=_compare(cost),
         table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage, size),
         commands=_commands(recipe, stage),
+        notes=[_show_note(note) for note in plan.get("notes") or ()],
         labels=_name_labels(config.get("id2label") or {}),
         has_picture=(folder / PICTURE).is_file(),
         speed=speed,
@@ -193,6 +196,11 @@ def _show(value: Any) -> str:
     elif parts != [text] and parts[0] != "torchvision" and not _is_hub_id(text):
         text = f"a local folder ({parts[-1]})"
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _show_note(note: str) -> str:
+    """Return a note of a plan on one line; one that holds a path is not shown, because cards are public."""
+    return "not shown, because it contains a path" if re.search(r"[/\\\\]", note) else " ".join(note.split())
 
 
 def _tabulate(

@@ -22,7 +22,8 @@ from isoprune_hf.pruning.cost.macs import cost_model, count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 
 L1 = ["frontier", NAME, *OPEN, "--prune.criterion", "l1", "--prune.round_to", "2"]

@@ -14,7 +14,7 @@ from isoprune_hf.pruning.cost.macs import cost_model
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from isoprune_hf.pruning.cost.macs import cost_model
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 

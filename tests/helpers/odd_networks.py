@@ -449,6 +449,34 @@ class DictOutput(Net):
         return self.second(state["x"]) + state["kept"][0]
 
 
+@odd
+class HiddenOverflow(Net):
+    """An activation overflows, and a sigmoid hides it: the logits are finite, and gradients before it are not."""
+
+    def build(self) -> None:
+        self.before, self.up, self.down = Block(), nn.Conv2d(WIDTH, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.after = nn.Sequential(Block(), Block())
+        with torch.no_grad():
+            self.down.weight.abs_()
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        x = x + torch.sigmoid(self.down(torch.exp(1e3 * self.up(x))))
+        return self.after(x)
+
+
+@odd
+class AuxiliaryNorm(Net):
+    """A norm runs in train mode only, so no calibration image reaches it."""
+
+    def build(self) -> None:
+        self.blocks, self.norm = nn.Sequential(Block(), Block()), nn.BatchNorm2d(WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        return x + 0.0 * self.norm(x) if self.training else x
+
+
 def open_odd(name: str, seed: int = 0) -> BaseModel:
     """Open an odd network as a base with random weights."""
     return load_base(f"timm/isoprune_odd_{name}", pretrained=False, num_labels=CLASSES, seed=seed)

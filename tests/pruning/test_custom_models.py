@@ -19,7 +19,7 @@ from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 

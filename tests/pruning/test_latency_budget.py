@@ -3,7 +3,6 @@ from types import SimpleNamespace
 import pytest
 
 from isoprune_hf.errors import BudgetError
-from isoprune_hf.pruning import latency_budget as timing
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, Term
 from isoprune_hf.pruning.graph.widths import Width
@@ -17,7 +16,7 @@ LATENCY = LatencyModel(0.0, {"a": (0.0, 1.0)}, {"device": "cpu"})
 ACHIEVED = {"base": {"macs": 100, "params": 10}, "pruned": {"macs": 1, "params": 1}}
 
 
-def meet(monkeypatch, measured, target):
+def meet(measured, target):
     """Meet a target; a cut that aims at x ms takes measured(x) = (base ms, cut ms)."""
     aims = []
 
@@ -26,49 +25,43 @@ def meet(monkeypatch, measured, target):
         plan = PruningPlan({}, {}, achieved=ACHIEVED, settings={"target_latency": recipe.target_latency})
         return plan, SimpleNamespace(aim=recipe.target_latency)
 
-    def measure(base, pruned, **options):
-        assert options == {"batch_size": 1, "precision": "no", "backend": "eager"}
-        return measured(pruned.aim)
-
-    monkeypatch.setattr(timing, "measure_pair", measure)
     plan, pruned = meet_latency(
-        None,
         PruneRecipe(criterion="taylor", target_latency=target),
         COST,
         LATENCY,
         attempt=attempt,
-        agree=lambda value: value,
+        measure=lambda pruned: measured(pruned.aim),
     )
     return plan, pruned, aims
 
 
-def test_cut_that_measures_as_predicted_is_accepted(monkeypatch) -> None:
-    plan, pruned, aims = meet(monkeypatch, lambda aim: (100.0, aim), "60ms")
+def test_cut_that_measures_as_predicted_is_accepted() -> None:
+    plan, pruned, aims = meet(lambda aim: (100.0, aim), "60ms")
     assert aims == [60.0] and pruned.aim == 60.0
     assert plan.achieved["pruned"] == {"macs": 1, "params": 1, "latency_ms": 60.0}
     assert plan.achieved["base"]["latency_ms"] == 100.0
     assert (plan.settings["target_latency"], plan.settings["latency"]) == ("60ms", {"device": "cpu"})
 
 
-def test_aim_is_corrected_by_the_measurement(monkeypatch) -> None:
+def test_aim_is_corrected_by_the_measurement() -> None:
     # Cuts take 1.5 times what is predicted: an aim of 40 meets 60 ms; 0.98 of that is tried.
-    plan, _, aims = meet(monkeypatch, lambda aim: (100.0, 1.5 * aim), "60ms")
+    plan, _, aims = meet(lambda aim: (100.0, 1.5 * aim), "60ms")
     assert aims == pytest.approx([60.0, 60 * 0.98 / 1.5])
     assert plan.achieved["pruned"]["latency_ms"] == pytest.approx(58.8)
 
 
-def test_share_refers_to_the_measured_base(monkeypatch) -> None:
+def test_share_refers_to_the_measured_base() -> None:
     # The machine is twice as fast as when the times were fitted: half of the base is 25 ms, not 50.
-    plan, _, aims = meet(monkeypatch, lambda aim: (50.0, aim / 2), "50%")
+    plan, _, aims = meet(lambda aim: (50.0, aim / 2), "50%")
     assert aims == [50.0] and plan.achieved["pruned"]["latency_ms"] == 25.0
 
 
-def test_cut_far_below_budget_is_retried_larger(monkeypatch) -> None:
-    plan, _, aims = meet(monkeypatch, lambda aim: (100.0, 0.5 * aim), "40ms")
+def test_cut_far_below_budget_is_retried_larger() -> None:
+    plan, _, aims = meet(lambda aim: (100.0, 0.5 * aim), "40ms")
     assert aims == pytest.approx([40.0, 40 * 0.98 / 0.5])
     assert plan.achieved["pruned"]["latency_ms"] == pytest.approx(39.2)
 
 
-def test_budget_unmet_when_measured_is_refused(monkeypatch) -> None:
+def test_budget_unmet_when_measured_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"target_latency 60ms .* 6 cuts .* 150 %"):
-        meet(monkeypatch, lambda aim: (100.0, 90.0), "60ms")
+        meet(lambda aim: (100.0, 90.0), "60ms")

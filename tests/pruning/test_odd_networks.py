@@ -17,6 +17,7 @@ from isoprune_hf import PruneRecipe, load_base, prune_model
 # Networks that every combination handles.
 HANDLED = (
     "auxiliary_head",
+    "auxiliary_norm",
     "bare_tokens",
     "buffers_in_attention",
     "caches_bias",

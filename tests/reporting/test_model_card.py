@@ -113,6 +113,16 @@ def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
     assert dict(finetuning[1:]) == {"epochs": "11", "learning_rate": "0.0003", "crop_scale": "[0.2, 1.0]"}
 
 
+def test_notes_of_the_plan_are_shown_without_paths(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "deit")
+    assert "Notes of the plan" not in build_model_card(folder).text
+    notes = ["left whole: 1 group (1: odd: stem)", "part: cannot be traced (in /home/me/net.py)"]
+    (folder / "pruning_plan.json").write_text(json.dumps({"notes": notes}))
+    text = build_model_card(folder).text
+    assert "Notes of the plan:\n\n- left whole: 1 group (1: odd: stem)\n- not shown" in text
+    assert "/home" not in text
+
+
 def test_metadata_names_base_data_and_library(tmp_path: Path) -> None:
     card = build_model_card(make_folder(tmp_path / "deit", {"finetuned": {"top1": 0.5}}), repo="me/deit")
     data = yaml.safe_load(str(card).split("---")[1])

@@ -1,8 +1,10 @@
 """The steps of the stage `run` after everything is opened; see `run_pipeline`."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -88,12 +90,7 @@ def run_pipeline(
             checkpoints=Checkpoints(root / CHECKPOINTS, uploads=uploads),
             metrics=metrics,
         )
-    latency = measure_latency(
-        models, image_size_of(base.model), batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES
-    )
-    record = record_measurement(
-        accelerator.device, batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES
-    )
+    speed = _measure(models, accelerator)
     folder = root / "model"
     write_folder(
         folder,
@@ -102,14 +99,24 @@ def run_pipeline(
         accelerator,
         plan=result.plan.to_json(),
         metrics=metrics,
-        speed={**record, "milliseconds": latency},
+        speed=speed,
     )
-    answer = summarize(result.model, metrics, latency, folder)
+    answer = summarize(result.model, metrics, speed["milliseconds"], folder, notes=result.plan.notes)
     if accelerator.is_main_process and images.evaluation is not None:
         line = smoke_test(folder, images.evaluation[0], images.label_names)
         answer = replace(answer, text=f"{answer.text}\n\n{line}")
     accelerator.wait_for_everyone()
     return answer
+
+
+def _measure(models: Mapping[str, IsoPruneForImageClassification], accelerator: Accelerator) -> dict[str, Any]:
+    """Measure one image in each model, and describe the measurement."""
+    size = image_size_of(models["base"])
+    latency = measure_latency(models, size, batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES)
+    record = record_measurement(
+        accelerator.device, batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES
+    )
+    return {**record, "milliseconds": latency}
 
 
 def _pretrain(opened: Opened, images: ImageData, recipe: FinetuneRecipe, root: Path) -> None:

@@ -77,9 +77,22 @@ def write_trained(
 
 
 def summarize(
-    model: IsoPruneForImageClassification, metrics: Metrics, latency: Mapping[str, float], folder: Path
+    model: IsoPruneForImageClassification,
+    metrics: Metrics,
+    latency: Mapping[str, float],
+    folder: Path,
+    *,
+    notes: Sequence[str] = (),
 ) -> Answer:
-    """Return the table of base, pruned and finetuned model, and the lines of code that open the folder."""
+    """Return the table of base, pruned and finetuned model, and the lines of code that open the folder.
+
+    Args:
+        model: The model in the folder.
+        metrics: Results of evaluations, by stage.
+        latency: Milliseconds, by stage.
+        folder: The folder.
+        notes: Notes of the plan, which follow the table.
+    """
     costs = model.config.cost or {"base": count_cost(model).to_dict()}
     rows: dict[str, dict[str, Any]] = {}
     for name in ("base", "pruned", "finetuned"):
@@ -93,7 +106,8 @@ def summarize(
         f"{imports}    from transformers import pipeline\n"
         f'    classify = pipeline("image-classification", model="{folder}")\n'
     )
-    return Answer(f"{results_table(rows)}\n\n{opening}", {"folder": str(folder), "models": rows})
+    text = "\n\n".join([results_table(rows), *(["\n".join(notes)] if notes else []), opening])
+    return Answer(text, {"folder": str(folder), "models": rows, "notes": list(notes)})
 
 
 def send_result(uploads: Uploads | None, folder: Path, answer: Answer) -> Answer:

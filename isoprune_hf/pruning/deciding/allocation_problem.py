@@ -47,17 +47,23 @@ class AllocationProblem:
         self.ratios = ratios
         self.rules: Mapping[str, GroupRule] = resolve_rules(groups, settings.patterns)
         self.blocks = {block.name: block for block in blocks}
-        self.block_scores = {block.name: 0.0 for block in blocks}
+        self.block_scores: Mapping[str, float] = {block.name: 0.0 for block in blocks}
         self.scores = {group.name: np.zeros(group.channels) for group in groups}
         if scores is not None:
-            self.block_scores = {block.name: scores.blocks.get(block.name, 0.0) for block in blocks}
+            self.block_scores = scores.blocks
             self.scores |= {
                 group.name: _normalize(scores.scores[group.name].double().numpy(), settings.normalizer)
                 for group in groups
                 if group.name in scores.scores
             }
+            whole = {
+                group.name
+                for tied in self.tie(groups)
+                if any(group.name not in scores.scores for group in tied.groups)
+                for group in tied.groups
+            }
             self.rules = {
-                name: rule if name in scores.scores else replace(rule, is_free=False, fixed=None)
+                name: replace(rule, is_free=False, fixed=None) if name in whole else rule
                 for name, rule in self.rules.items()
             }
         self._sorted_scores = {name: np.sort(values, kind="stable") for name, values in self.scores.items()}

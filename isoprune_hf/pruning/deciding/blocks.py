@@ -1,5 +1,6 @@
 """Choose the residual blocks to remove: `choose_fixed_blocks` by name or count, `choose_blocks` by ratio."""
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -18,7 +19,7 @@ def choose_fixed_blocks(
 
     Args:
         blocks: Name -> block.
-        scores: Name -> score; the lowest-scored blocks are removed first.
+        scores: Name -> score; the lowest-scored blocks are removed first, and those without a score are not removed.
         remove_blocks: Names, a number, or pattern -> number; `auto` and None fix no block.
 
     Raises:
@@ -58,7 +59,7 @@ def _lowest_blocks(blocks: Blocks, scores: BlockScores, counts: Mapping[str, tup
         if count > len(removable):
             raise RecipeError(
                 f"prune.{setting}: cannot remove {count} blocks; {len(removable)} of the {len(known)} matching "
-                "residual blocks are removable, since each stage keeps one"
+                "residual blocks are removable, since each stage keeps one, and blocks without a score stay"
             )
         chosen |= set(removable[:count])
     return tuple(name for name in blocks if name in chosen)
@@ -66,6 +67,6 @@ def _lowest_blocks(blocks: Blocks, scores: BlockScores, counts: Mapping[str, tup
 
 def _removable_blocks(blocks: Blocks, scores: BlockScores) -> list[str]:
     """Return the removable blocks, lowest score first: all but the best block of a stage that would become empty."""
-    order = sorted(blocks, key=lambda name: scores[name])
+    order = sorted(blocks, key=lambda name: scores.get(name, math.inf))
     best = {name.rpartition(".")[0]: name for name in order if not blocks[name].is_optional}
-    return [name for name in order if name not in best.values()]
+    return [name for name in order if name in scores and name not in best.values()]

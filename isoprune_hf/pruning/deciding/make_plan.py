@@ -1,7 +1,8 @@
 """Make a pruning plan from scores and ratios, or from scores and a budget: call `make_plan`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel
@@ -11,8 +12,9 @@ from isoprune_hf.pruning.deciding.allocation_problem import AllocationProblem
 from isoprune_hf.pruning.deciding.allocators import ALLOCATORS
 from isoprune_hf.pruning.deciding.budget import budget_limit
 from isoprune_hf.pruning.deciding.rounding import width_step
+from isoprune_hf.pruning.deciding.settings import Ratios
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan, note_left
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 
@@ -83,13 +85,6 @@ def make_plan(
         group.name: problem.kept_channels(group, allocation) for group in groups if group.name in allocation.widths
     }
     cut = [group for group in groups if len(kept.get(group.name, ())) not in (0, group.channels)]
-    settings = {
-        "criterion": scores.criterion,
-        "sample": {key: value for key, value in scores.sample.items() if isinstance(value, str | int)},
-        "preset": recipe.taken_preset,
-        **{name: getattr(recipe, name) for name in _RECORDED_SETTINGS},
-        **asdict(ratios),
-    }
     achieved = {}
     if cost is not None:
         pruned_cost = cost.cost(*problem.removed_units(allocation))
@@ -100,15 +95,28 @@ def make_plan(
         removed_blocks=allocation.removed_blocks,
         margins=allocation.margins,
         notes=(
-            *_note_unscored(groups, scores),
+            *_note_unscored("group", groups, scores.scores, scores),
+            *_note_unscored("block", blocks, scores.blocks, scores),
+            *_note_no_blocks(recipe, blocks),
             *notes,
             *_note_unaligned_widths(problem, allocation),
             *_note_spared_groups(allocation),
         ),
         achieved=achieved,
-        settings=settings,
+        settings=_record_settings(recipe, scores, ratios),
         fingerprint=scores.fingerprint,
     )
+
+
+def _record_settings(recipe: PruneRecipe, scores: ImportanceScores, ratios: Ratios) -> dict[str, Any]:
+    """Return the settings of a plan, with the ratios as the budget has scaled them."""
+    return {
+        "criterion": scores.criterion,
+        "sample": {key: value for key, value in scores.sample.items() if isinstance(value, str | int)},
+        "preset": recipe.taken_preset,
+        **{name: getattr(recipe, name) for name in _RECORDED_SETTINGS},
+        **asdict(ratios),
+    }
 
 
 def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneRecipe:
@@ -152,13 +160,24 @@ def check_scores(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> No
             )
 
 
-def _note_unscored(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> Iterator[str]:
-    """Yield a line if some groups have no scores."""
-    names = [group.name for group in groups if group.name not in scores.scores]
-    if names:
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        count = "1 group" if len(names) == 1 else f"{len(names)} groups"
-        yield f"left whole: {count} ({scores.criterion} finds nothing to score in {listed})"
+def _note_unscored(
+    unit: str,
+    units: Sequence[CoupledGroup] | Sequence[ResidualBlock],
+    scored: Mapping[str, object],
+    scores: ImportanceScores,
+) -> tuple[str, ...]:
+    """Return the note on groups or blocks without scores."""
+    reasons: dict[str, list[str]] = {}
+    for name in (entry.name for entry in units if entry.name not in scored):
+        reason = f"{scores.criterion} finds no {scores.unscored.get(name, 'value to score')}"
+        reasons.setdefault(reason, []).append(name)
+    return note_left("left whole", unit, reasons)
+
+
+def _note_no_blocks(recipe: PruneRecipe, blocks: Sequence[ResidualBlock]) -> Iterator[str]:
+    """Yield a line if blocks are to be removed by ratio and there are none."""
+    if recipe.remove_blocks == "auto" and not blocks:
+        yield "prune.remove_blocks auto removes nothing: the model has no removable residual blocks"
 
 
 def _note_unaligned_widths(problem: AllocationProblem, allocation: Allocation) -> Iterator[str]:

@@ -25,6 +25,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
+from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.normal_equations import (
     FitSums,
@@ -38,6 +39,7 @@ from isoprune_hf.pruning.repairing.passes import Passes
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
 _NOT_FINITE = "their fits are not finite"
+_NO_BIAS = "only a bias could be fitted, and they have none"
 
 
 def fit_layers(
@@ -64,7 +66,7 @@ def fit_layers(
         is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
 
     Returns:
-        One line for each reason for which layers were left as they were cut.
+        A note on the layers that were left as they were cut.
 
     Raises:
         RecipeError: There is no image.
@@ -76,9 +78,12 @@ def fit_layers(
             passes.reach(layer.name)
             halves = _sum_over_images(dense, pruned, layer, passes)
             first, second = (sum_over_ranks(sums, calibration.accelerator) for sums in halves)
-            if not _fit(layer, first, second, is_bias_only=is_bias_only):
-                left.setdefault(_NOT_FINITE, []).append(layer.name)
-    return tuple(f"prune.reconstruct leaves {', '.join(names)} as cut: {why}" for why, names in left.items())
+            reason = _fit(layer, first, second, is_bias_only=is_bias_only)
+            if reason is not None:
+                left.setdefault(reason, []).append(layer.name)
+    if not layers and not left:
+        return ("prune.reconstruct changes nothing: the model has no layer that can be fitted",)
+    return note_left("left as cut by prune.reconstruct", "layer", left)
 
 
 def _sum_over_images(
@@ -103,11 +108,11 @@ def _sum_over_images(
     return halves
 
 
-def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: bool) -> bool:
+def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: bool) -> str | None:
     """Fit one layer, in place, to the sums over both halves of the images of all ranks.
 
     Returns:
-        False if the fit is not finite; the layer is then left as it was cut.
+        The reason if the layer is left as it was cut.
 
     Raises:
         RecipeError: There is no image.
@@ -115,14 +120,17 @@ def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: b
     sums = {key: first[key] + second[key] for key in first}
     require_images(sums["count"], "prune.reconstruct")
     if sums["residual"] <= _NEGLIGIBLE_RESIDUAL_SHARE * sums["energy"]:
-        return True
+        return None
     if not all(total.isfinite().all() for total in sums.values()):
-        return False
-    change = solve_fit(sums, is_bias_only=is_bias_only or prefers_bias(first, second))
+        return _NOT_FINITE
+    is_bias_only = is_bias_only or prefers_bias(first, second)
+    if is_bias_only and layer.module.bias is None and layer.norm is None:
+        return _NO_BIAS
+    change = solve_fit(sums, is_bias_only=is_bias_only)
     if not change.to(layer.module.weight.dtype).isfinite().all():
-        return False
+        return _NOT_FINITE
     _apply_change(layer, change)
-    return True
+    return None
 
 
 def _missing_output(layer: FittedLayer, wanted: LayerCall, found: LayerCall) -> torch.Tensor:

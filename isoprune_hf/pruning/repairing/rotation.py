@@ -19,21 +19,28 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.calibration.inputs import read_tensor
 from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.head_products import (
     BilinearPair,
     HeadColumn,
     ProductKind,
     find_pairs,
+    probe_images,
+    read_logits,
     transform_pairs,
 )
 
 _FLOOR_SHARE = 1e-6  # of the mean moment, added to each: directions that no image uses stay invertible
+_NOT_FREE = "norms, positions or other operations lie between"
+_NOT_FINITE = "their activations are not finite, or a head is singular"
+_NOT_EXACT = "the rounding errors of their weights would be large"
+_TOLERANCE = 1e-3  # of the largest logit, for the difference that rounding makes
 _Side = Literal["left", "right"]
+_Transform = tuple[BilinearPair, torch.Tensor]
 _MomentSums = dict[tuple[int, _Side], torch.Tensor]  # number of the pair, side -> (num_heads, head_dim, head_dim)
 
 
@@ -43,7 +50,7 @@ class Rotated(NamedTuple):
     Args:
         model: The model.
         pairs: The products that were rotated.
-        notes: One line for each kind of product that could not be rotated somewhere.
+        notes: Lines about products that could not be rotated.
     """
 
     model: IsoPruneForImageClassification
@@ -66,38 +73,69 @@ def rotate_heads(
         accelerator: Ranks that share the images; float64 moments are reduced over them once.
 
     Raises:
-        RecipeError: There is no image, or an activation is not finite.
+        RecipeError: There is no image.
     """
+    attentions = [group.name for group in groups if group.num_heads]
+    if not attentions:
+        return Rotated(model, (), ("prune.rotate changes nothing: the model has no attention heads",))
     pairs = find_pairs(model, groups)
-    notes = _notes(groups, pairs)
-    if not pairs:
-        return Rotated(model, (), notes)
-    moments = _moments(model, pairs, batches, accelerator)
-    transforms = [(pair, _basis(left, right)) for pair, (left, right) in zip(pairs, moments, strict=True)]
-    return Rotated(transform_pairs(model, transforms), tuple(pairs), notes)
+    moments = _moments(model, pairs, batches, accelerator) if pairs else []
+    bases = [(pair, _basis(*sides)) for pair, sides in zip(pairs, moments, strict=True)]
+    finite = [(pair, basis) for pair, basis in bases if basis is not None]
+    exact = _keep_exact(model, finite)
+    left = {(name, kind): _NOT_FREE for kind in ProductKind for name in attentions}
+    left |= {(pair.group.name, pair.kind): _NOT_FINITE for pair, basis in bases if basis is None}
+    left |= {(pair.group.name, pair.kind): _NOT_EXACT for pair, _ in finite}
+    for pair, _ in exact:
+        del left[pair.group.name, pair.kind]
+    rotated = transform_pairs(model, exact) if exact else model
+    return Rotated(rotated, tuple(pair for pair, _ in exact), _notes(left))
 
 
-def _notes(groups: Sequence[CoupledGroup], pairs: Sequence[BilinearPair]) -> tuple[str, ...]:
-    """Return a line for each kind of product that is not among the pairs of every attention."""
-    rotated = {(pair.group.name, pair.kind) for pair in pairs}
-    notes = []
+def _keep_exact(model: IsoPruneForImageClassification, transforms: Sequence[_Transform]) -> Sequence[_Transform]:
+    """Return the transforms after which a model computes the same, up to rounding."""
+    if not transforms:
+        return ()
+    images = probe_images(model)
+    before = read_logits(model, images)
+    tolerance = _TOLERANCE * float(before.abs().max())
+
+    def is_exact(chosen: Sequence[_Transform]) -> bool:
+        return torch.allclose(read_logits(transform_pairs(model, chosen), images), before, rtol=0, atol=tolerance)
+
+    return transforms if is_exact(transforms) else [one for one in transforms if is_exact([one])]
+
+
+def _notes(left: Mapping[tuple[str, ProductKind], str]) -> tuple[str, ...]:
+    """Return a note for each kind of product that is not rotated in every attention.
+
+    Args:
+        left: Name of the attention and kind of product -> reason.
+    """
+    notes: list[str] = []
     for kind in ProductKind:
-        missing = [group.name for group in groups if group.num_heads and (group.name, kind) not in rotated]
-        if missing:
-            notes.append(
-                f"{kind} of {len(missing)} attentions, {missing[0]} the first, are not rotated: norms, positions or "
-                "other operations lie between"
-            )
+        reasons: dict[str, list[str]] = {}
+        for name, reason in ((name, reason) for (name, other), reason in left.items() if other is kind):
+            reasons.setdefault(reason, []).append(name)
+        notes += note_left(f"not rotated, {kind}", "attention", reasons)
     return tuple(notes)
 
 
-def _basis(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Compute T of the module from both second moments, (num_heads, head_dim, head_dim) each."""
+def _basis(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """Compute T of the module from both second moments, (num_heads, head_dim, head_dim) each.
+
+    Returns:
+        None if T or its inverse is not finite.
+    """
+    if not (left.isfinite().all() and right.isfinite().all()):
+        return None
     root, inverse = _roots(left)
     other, _ = _roots(right)
     u, s, _ = torch.linalg.svd(root @ other)
     basis: torch.Tensor = s.sqrt()[..., None] * (u.mT @ inverse)
-    return basis
+    opposite, singular = torch.linalg.inv_ex(basis)
+    is_usable = basis.isfinite().all() and opposite.isfinite().all() and not singular.any()
+    return basis if is_usable else None
 
 
 def _roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +158,7 @@ def _moments(
     and the right one that of the weights that read them.
 
     Raises:
-        RecipeError: There is no image, or an activation is not finite.
+        RecipeError: There is no image.
     """
     sums, images = _sum_activations(model, pairs, batches)
     sums, images = sum_over_ranks((sums, images), accelerator)
@@ -129,12 +167,6 @@ def _moments(
         if pair.kind is ProductKind.VALUES:
             parts = (_weight_moment(model, column, pair.group) for column in pair.right)
             sums[number, "right"] = reduce(torch.add, parts)
-    for (number, _), moment in sums.items():
-        if not torch.isfinite(moment).all():
-            raise RecipeError(
-                f"the activations of {pairs[number].group.name} contain nan or inf: check the weights of the base and "
-                "the images"
-            )
     return [(sums[number, "left"], sums[number, "right"]) for number in range(len(pairs))]
 
 

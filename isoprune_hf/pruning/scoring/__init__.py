@@ -1,7 +1,7 @@
 """Importance scores: from images or weights to one number for each channel and each residual block.
 
 Entry points:
-    scores.score_groups: Score coupled groups and blocks by one criterion.
+    score_groups.score_groups: Score coupled groups and blocks by one criterion.
     scores.ImportanceScores: The result, with a record of how it was computed; saved and loaded as safetensors.
     criteria.registry.CRITERIA: All criteria by name; `criteria` has one file for each.
     gate_points.find_gate_points, gate_gradients.gate_gradients: Derivatives of the loss by gates on channels.

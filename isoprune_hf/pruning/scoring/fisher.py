@@ -74,7 +74,7 @@ def mean_squared_gradients(
         Name -> E[g_n^2] in float32, of the shape of the parameter.
 
     Raises:
-        RecipeError: There is no image, or a gradient is not finite.
+        RecipeError: There is no image.
 
     Source:
         Le Cun et al., Optimal Brain Damage, NeurIPS 1989, with the diagonal of the empirical Fisher for the Hessian.

@@ -19,7 +19,7 @@ from typing import Literal, NoReturn
 import numpy as np
 import torch
 
-from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask, UnscoredError, Values
 
 _CHUNK_ELEMENTS = 2**17  # summed at once: one MiB in float64, which fits into the cache
@@ -35,43 +35,49 @@ def score_elements(task: ScoringTask, values: Values, norm: Norm, missing: str =
         task: Groups and blocks to score.
         values: Parameter -> values of its elements.
         norm: Formula of the module; a block has the mean of |v| for `sum`, the root of the mean of v^2 for the others.
-        missing: What a group or block without any values lacks, for the message.
-
-    Raises:
-        UnscoredError: All groups, or one block, have no values.
+        missing: What a group or block without any values lacks, for notes.
 
     Source:
         Fang et al., Isomorphic Pruning, ECCV 2024: its script for ConvNeXt ranks blocks by the mean of |w dL/dw|.
     """
     sums = sum_along(task, values, norm)
-    scores = score_each(task, lambda group: reduce_members(task, group, sums, norm, missing))
-    blocks = {}
-    for block in task.blocks:
+
+    def score_block(block: ResidualBlock) -> float:
         parts = [values[name] for name in block.parameters if name in values]
         if not parts:
             refuse_unscored(task, block.name, missing)
         total = sum(_sum_elements(part, [0], squared=norm != "sum")[0].sum().item() for part in parts)
         mean = total / sum(part.numel() for part in parts)
-        blocks[block.name] = mean if norm == "sum" else mean**0.5
-    return RawScores(scores, blocks)
+        return float(mean if norm == "sum" else mean**0.5)
+
+    return score_each(task, lambda group: reduce_members(task, group, sums, norm, missing), score_block)
 
 
-def score_each(task: ScoringTask, score: Callable[[CoupledGroup], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return group -> its scores, without the groups for which `score` raises an UnscoredError.
+def score_each(
+    task: ScoringTask,
+    score_group: Callable[[CoupledGroup], torch.Tensor],
+    score_block: Callable[[ResidualBlock], float] | None = None,
+) -> RawScores:
+    """Score all groups and blocks of a task; those for which a function raises an UnscoredError have no scores.
 
-    Raises:
-        UnscoredError: It does so for all groups.
+    Args:
+        task: Groups and blocks to score.
+        score_group: Returns the scores of a group: (channels,).
+        score_block: Returns the score of a block; by default the mean over the channels of groups inside it.
     """
-    scores = {}
-    first: UnscoredError | None = None
+    scored = RawScores({}, {}, {})
     for group in task.groups:
         try:
-            scores[group.name] = score(group)
+            scored.groups[group.name] = score_group(group)
         except UnscoredError as error:
-            first = first or error
-    if first is not None and not scores:
-        raise first
-    return scores
+            scored.unscored[group.name] = error.missing
+    for block in task.blocks:
+        try:
+            mean = _mean_of_channels(task, scored.groups, block) if score_block is None else score_block(block)
+            scored.blocks[block.name] = mean
+        except UnscoredError as error:
+            scored.unscored[block.name] = error.missing
+    return scored
 
 
 def reduce_members(
@@ -134,7 +140,7 @@ def combine_members(task: ScoringTask, name: str, parts: Sequence[torch.Tensor],
         task: Its `reduction` is sum or mean.
         name: Name of the group.
         parts: Scores of shape (channels,), one tensor for each member that has any.
-        missing: What a group without any lacks, for the message.
+        missing: What a group without any lacks, for notes.
 
     Raises:
         UnscoredError: There are no parts.
@@ -148,30 +154,26 @@ def combine_members(task: ScoringTask, name: str, parts: Sequence[torch.Tensor],
 def refuse_unscored(task: ScoringTask, name: str, missing: str) -> NoReturn:
     """Raise an UnscoredError for a group or block that has nothing that the criterion of the task scores."""
     raise UnscoredError(
-        f"criterion {task.criterion} cannot score {name}, which has no {missing}; use --prune.criterion l1"
+        f"criterion {task.criterion} cannot score {name}, which has no {missing}; use --prune.criterion l1", missing
     )
 
 
-def score_blocks(task: ScoringTask, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Score each block by the mean over the channels of the groups that lie completely inside it.
+def _mean_of_channels(task: ScoringTask, scores: Mapping[str, torch.Tensor], block: ResidualBlock) -> float:
+    """Return the mean score over the channels of the groups that lie completely inside a block.
 
-    If there is none, the groups that share a parameter with the block are used. For criteria that score channels and
-    not elements.
+    If there is none, the groups that share a parameter with the block are used.
 
     Raises:
-        UnscoredError: No group that has scores shares a parameter with a block.
+        UnscoredError: No group that has scores shares a parameter with the block.
     """
     scored = {
         group.name: {member.parameter for member in group.members if member.parameter in task.weights}
         for group in task.groups
         if group.name in scores
     }
-    blocks = {}
-    for block in task.blocks:
-        own = set(block.parameters)
-        inside = [name for name, parameters in scored.items() if parameters <= own]
-        inside = inside or [name for name, parameters in scored.items() if parameters & own]
-        if not inside:
-            refuse_unscored(task, block.name, "channels of any group")
-        blocks[block.name] = torch.cat([scores[name] for name in inside]).double().mean().item()
-    return blocks
+    own = set(block.parameters)
+    inside = [name for name, parameters in scored.items() if parameters <= own]
+    inside = inside or [name for name, parameters in scored.items() if parameters & own]
+    if not inside:
+        refuse_unscored(task, block.name, "channels of any group")
+    return float(torch.cat([scores[name] for name in inside]).double().mean().item())

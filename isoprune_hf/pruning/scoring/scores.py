@@ -1,39 +1,23 @@
-"""`score_groups` and its result, `ImportanceScores`: one score for each channel and each residual block.
+"""`ImportanceScores`: one score for each channel and each residual block.
 
 The scores come with a record of how they were computed, and are saved together with it as safetensors.
 """
 
-import itertools
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
-from isoprune_hf.checkpoint.fingerprint import fingerprint
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
-from isoprune_hf.pruning.calibration.gradients import check_finite
-from isoprune_hf.pruning.calibration.resumable import ResumableBatches
-from isoprune_hf.pruning.graph.layers import BatchNorm
-from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.scoring.criteria.criterion import Reduction, ScoringTask
+from isoprune_hf.pruning.scoring.criteria.criterion import Reduction
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
-from isoprune_hf.pruning.scoring.rank_correlation import correlate_precisions
 from isoprune_hf.recipes import Criterion
 from isoprune_hf.recipes.values import Precision
-from isoprune_hf.version import __version__
-
-logger = logging.getLogger(__name__)
 
 Sample = Mapping[str, str | int | Sequence[int]]
 # Prefixes of tensors that are no group: no name of a module starts with a dot.
@@ -50,6 +34,7 @@ _RECORD = {
     "correlation": float | int | None,
     "rotated": bool,
     "versions": dict,
+    "unscored": dict,
 }
 
 
@@ -69,6 +54,7 @@ class ImportanceScores:
         correlation: For bf16: rank correlation with the scores in fp32 (see `score_groups`).
         rotated: The heads were rotated before (`rotate_heads`); `fingerprint` is that of the weights before.
         versions: Library -> version that computed the scores.
+        unscored: Group or block without a score -> what it lacks, such as `BatchNorm`.
     """
 
     scores: Mapping[str, torch.Tensor]
@@ -82,6 +68,7 @@ class ImportanceScores:
     correlation: float | None = None
     rotated: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
+    unscored: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write scores and sample ids as safetensors, with the record in the metadata."""
@@ -92,6 +79,7 @@ class ImportanceScores:
         record = {name: getattr(self, name) for name in _RECORD}
         record["sample"] = {key: value for key, value in self.sample.items() if key not in ids}
         record["versions"] = dict(self.versions)
+        record["unscored"] = dict(self.unscored)
         save_file(tensors, str(path), metadata={"isoprune": json.dumps(record, sort_keys=True)})
 
     @classmethod
@@ -109,6 +97,8 @@ class ImportanceScores:
             raise RecipeError(
                 f"{path} is not a file of importance scores; create one with `isoprune score`"
             ) from error
+        if isinstance(record, dict):
+            record.setdefault("unscored", {})  # files of earlier versions do not have it
         fault = _find_fault(record, tensors)
         if fault:
             raise RecipeError(
@@ -135,8 +125,9 @@ def _find_fault(record: Any, tensors: Mapping[str, torch.Tensor]) -> str | None:
         return f"correlation is {record['correlation']}"
     if not all(isinstance(value, (str, int)) for value in record["sample"].values()):
         return "sample contains values other than strings and integers"
-    if not all(isinstance(value, str) for value in record["versions"].values()):
-        return "versions contains values other than strings"
+    for name in ("versions", "unscored"):
+        if not all(isinstance(value, str) for value in record[name].values()):
+            return f"{name} contains values other than strings"
     for name, value in tensors.items():
         dtype = torch.float64 if name.startswith(_BLOCK) else torch.int64 if name.startswith(_IDS) else torch.float32
         dims = 0 if name.startswith(_BLOCK) else 1
@@ -145,112 +136,3 @@ def _find_fault(record: Any, tensors: Mapping[str, torch.Tensor]) -> str | None:
         if not torch.isfinite(value).all() or (value < 0).any():
             return f"{name[:80]!r} contains values that are negative, nan or inf"
     return None
-
-
-def score_groups(
-    model: IsoPruneForImageClassification,
-    groups: Sequence[CoupledGroup],
-    *,
-    criterion: Criterion = "taylor",
-    batches: Batches | None = None,
-    accelerator: Accelerator | None = None,
-    seed: int = 0,
-    sample: Sample | None = None,
-    reduction: Reduction = "sum",
-    score_batchnorm: bool = True,
-    precision: Precision = "no",
-    blocks: Sequence[ResidualBlock] = (),
-) -> ImportanceScores:
-    """Score every channel of every group, and every residual block.
-
-    Args:
-        model: The base; its mode, gradients, `requires_grad` and buffers are restored.
-        groups: Groups of `trace_groups`.
-        criterion: What is computed; the folder `scoring/criteria` has the formulas and shows which criteria read
-            images. bn_scale scores groups with BatchNorm only; random draws uniform numbers from `seed`.
-        batches: For criteria that read images: this rank's micro-batches, (images (B, C, H, W), labels (B,)). Every
-            rank has its own share, number k on rank k % world; the result is the same for any number of ranks, and
-            ranks wait for each other only at the end.
-        accelerator: Ranks that share the work; default is this process only.
-        seed: Seed of the random criterion.
-        sample: Description of the batches, recorded with the scores; a list of ids is recorded, too.
-        reduction: How the members of a channel (weights, biases, norms) are combined: sum or mean.
-        score_batchnorm: Score the weights and biases of BatchNorm, too; torch-pruning omits them from Taylor scores.
-        precision: bf16 runs the passes over images under autocast. Then the first micro-batch of rank 0 is scored in
-            both precisions, and the mean over groups of the rank correlation is reported and recorded.
-        blocks: Residual blocks to score: the mean of the same values over all elements of the block, or over the
-            channels inside it (see `reduction.py`).
-
-    Raises:
-        RecipeError: There is no image for a criterion that reads images, values are not finite, or all groups or a
-            block have nothing that the criterion scores.
-    """
-    method = CRITERIA[criterion]
-    first = None
-    if method.reads_images:
-        if batches is None:
-            raise RecipeError(f"criterion {criterion} needs data: set --data.dataset, or use --prune.criterion l1")
-        if isinstance(batches, ResumableBatches):
-            batches = batches.with_key(weights=fingerprint(model.model), criterion=criterion, precision=precision)
-        if precision == "bf16":
-            first = list(itertools.islice(iter(batches), 1))
-            if isinstance(batches, Iterator):
-                batches = itertools.chain(first, batches)
-    weights, batchnorm = _scored_weights(model.model, groups, blocks, score_batchnorm=score_batchnorm)
-    task = ScoringTask(
-        criterion=criterion,
-        model=model,
-        groups=groups,
-        blocks=blocks,
-        weights=weights,
-        batchnorm=batchnorm,
-        calibration=Calibration(() if batches is None else batches, accelerator, precision),
-        seed=seed,
-        reduction=reduction,
-        score_batchnorm=score_batchnorm,
-    )
-    raw = method.score(task)
-    scores = {name: score.to(torch.float32).cpu().contiguous() for name, score in raw.groups.items()}
-    check_finite(scores, "scores")
-    unscored = [group.name for group in groups if group.name not in scores]
-    if unscored:
-        logger.info("criterion %s scores nothing in %d groups: %s", criterion, len(unscored), ", ".join(unscored))
-    return ImportanceScores(
-        scores,
-        criterion,
-        fingerprint(model.model),
-        dict(sample or {}),
-        blocks=raw.blocks,
-        reduction=reduction,
-        score_batchnorm=score_batchnorm,
-        precision=precision if method.reads_images else "no",
-        correlation=None if first is None else correlate_precisions(method, task, first),
-        versions={name: version(name) for name in ("torch", "torch-pruning", "timm", "transformers")}
-        | {"isoprune-hf": __version__},
-    )
-
-
-def _scored_weights(
-    base: nn.Module,
-    groups: Sequence[CoupledGroup],
-    blocks: Sequence[ResidualBlock],
-    *,
-    score_batchnorm: bool,
-) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
-    """Collect the parameters of groups and blocks in float32, and the names of those that belong to BatchNorm.
-
-    Raises:
-        RecipeError: A parameter is not finite.
-    """
-    norms = {name for name, module in base.named_modules() if isinstance(module, BatchNorm)}
-    wanted = {member.parameter for group in groups for member in group.members}
-    wanted |= {name for block in blocks for name in block.parameters}
-    named = {name: parameter for name, parameter in base.named_parameters() if name in wanted}
-    batchnorm = frozenset(name for name in named if name.rpartition(".")[0] in norms)
-    weights = {
-        name: parameter.detach().float()
-        for name, parameter in sorted(named.items())
-        if score_batchnorm or name not in batchnorm
-    }
-    check_finite(weights, "weights")
-    return weights, batchnorm & weights.keys()

@@ -16,7 +16,8 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.widths import Tie, Width
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 
 SIZES = {"a": 14, "b": 10, "c": 12}

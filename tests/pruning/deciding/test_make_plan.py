@@ -12,7 +12,8 @@ from isoprune_hf.pruning.deciding.make_plan import make_plan, recipe_of_scores
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 
 A, B, C = group("a", "mlp", 4), group("b", "mlp", 4), group("c", "stream", 4)

@@ -25,7 +25,7 @@ from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.pruning.score import score_with_recipe
 from isoprune_hf.pruning.scoring.criteria import taylor
 from isoprune_hf.pruning.scoring.criteria.reference import scored_by_reference
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 # Deeper than the tiny bases, so that classes hold several groups.

@@ -20,7 +20,7 @@ from isoprune_hf.pruning.graph.axis import Axis, mark_batch, product
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.rules import convolution, pointwise, products, views
 from isoprune_hf.pruning.graph.trace import ONE
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 WIDTH = 8

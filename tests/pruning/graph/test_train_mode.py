@@ -15,7 +15,7 @@ from isoprune_hf.pruning.graph.axis import find, is_frozen
 from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 

@@ -16,7 +16,7 @@ from isoprune_hf.pruning.graph.axis import frozen_axis
 from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
 from isoprune_hf.pruning.graph.verify import check_cut, sizes_after
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 

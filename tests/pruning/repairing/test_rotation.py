@@ -22,6 +22,7 @@ from isoprune_hf.pruning.doctor import check_replay
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
+from isoprune_hf.pruning.repairing import rotation
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.rotation import Rotated, rotate_heads
 from isoprune_hf.pruning.score import score_model
@@ -152,8 +153,7 @@ def test_norms_of_queries_and_keys_prevent_rotation() -> None:
     model = load_base("timm/vit_tiny_patch16_224", False, model_args={**VIT, "qk_norm": True}, num_labels=7).model
     rotated = turned(model, batches_of(model, [2]))
     assert "queries and keys" not in [pair.kind for pair in rotated.pairs]
-    note = "queries and keys of 2 attentions, blocks.0.attn the first, are not rotated: norms, positions or other"
-    assert any(line.startswith(note) for line in rotated.notes)
+    assert rotated.notes[0].startswith("not rotated, queries and keys: 2 attentions (2: norms, positions or other")
     result = prune_model(model, PruneRecipe(**HEADS, rotate=True), batches_of(model, [2]))
     assert set(rotated.notes) <= set(result.plan.notes)
 
@@ -185,14 +185,58 @@ def test_queries_with_shared_keys_are_rotated_together() -> None:
 
 def test_rotation_without_attention_or_images() -> None:
     model = load_base("timm/resnet10t", False, num_labels=7).model
-    assert rotate_heads(model, trace_groups(model), []) == Rotated(model, (), ())
+    note = "prune.rotate changes nothing: the model has no attention heads"
+    assert rotate_heads(model, trace_groups(model), []) == Rotated(model, (), (note,))
     vit = load_base("timm/vit_tiny_patch16_224", False, model_args=VIT, num_labels=7).model
     with pytest.raises(RecipeError, match=r"no image: prune\.rotate"):
         turned(vit, [])
-    batches = batches_of(vit, [2])
+
+
+@pytest.mark.parametrize("broken", ["nan", "inf", "singular"])
+def test_attention_that_cannot_be_rotated_stays(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base("vit", tmp_path)
+    batches, moments = batches_of(model, [4, 2]), rotation._moments
+
+    def damaged(*args: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = moments(*args)
+        values = {"nan": torch.nan, "inf": torch.inf, "singular": 1e-320}
+        found[0][0][1] = values[broken]  # the second head of the first pair
+        return found
+
+    monkeypatch.setattr(rotation, "_moments", damaged)
+    rotated = turned(model, batches)
+    names = [(pair.group.name, pair.kind) for pair in rotated.pairs]
+    assert names == [
+        *(("blocks.0.attn", "queries and keys"), ("blocks.1.attn", "values"), ("blocks.1.attn", "queries and keys"))
+    ]
+    assert len(rotated.notes) == 1 and rotated.notes[0].startswith("not rotated, values: 1 attention (1: ")
+    images = make_images(model, 3, seed=8)
+    assert_same(logits(rotated.model, images), logits(model, images), 1e-5)
+
+
+def test_image_with_nan_leaves_all_heads_as_they_are(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    batches = batches_of(model, [2])
     batches[0][0][0, 0, 0, 0] = torch.nan
-    with pytest.raises(RecipeError, match=r"blocks\.0\.attn"):
-        turned(vit, batches)
+    rotated = turned(model, batches)
+    assert rotated.model is model and rotated.pairs == () and len(rotated.notes) == 2
+
+
+def test_rotation_that_rounding_spoils_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base("vit", tmp_path)
+    basis = rotation._basis
+    calls = []
+
+    def distorted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+        calls.append(1)
+        found = basis(left, right)
+        return found if len(calls) > 1 or found is None else found * torch.logspace(-9, 9, found.shape[-1])
+
+    monkeypatch.setattr(rotation, "_basis", distorted)
+    rotated = turned(model, batches_of(model, [4]))
+    images = make_images(model, 3, seed=8)
+    assert_same(logits(rotated.model, images), logits(model, images), 1e-3)
+    assert len(rotated.pairs) == 3 and len(rotated.notes) == 1
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "hf-vit", "swin"])

@@ -13,7 +13,7 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import DATA_CRITERIA, Criterion
 from isoprune_hf.recipes.prune import LOSS_CRITERIA
 
@@ -249,13 +249,13 @@ def test_block_score_is_mean_of_channels_inside(criterion: str, case) -> None:
     assert result.blocks["layer2.0.bn3"] == pytest.approx(reaching.mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("criterion", "what"), [("taylor", "parameter that counts"), ("lamp", "channels of any group")]
-)
-def test_block_without_scored_parameters_is_refused(criterion: str, what: str, case) -> None:
-    block = ResidualBlock("empty", "block", ())
-    with pytest.raises(RecipeError, match=f"criterion {criterion} .*empty.*{what}"):
-        case("resnet").score(criterion, blocks=[block])
+@pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - {"random"}))
+def test_block_without_scored_parameters_has_no_score(criterion: str, case) -> None:
+    case = case("resnet")
+    scored, empty = block_of(case, "layer1.0"), ResidualBlock("empty", "block", ())
+    found, alone = (case.score(criterion, blocks=blocks) for blocks in ([empty, scored], [scored]))
+    assert found.blocks == alone.blocks and alone.blocks.keys() == {"layer1.0"}
+    assert found.unscored.keys() == {"empty"}
 
 
 def test_random_block_scores_do_not_change_group_scores(case) -> None:

@@ -25,7 +25,7 @@ from isoprune_hf.pruning.scoring import gate_gradients as gates
 from isoprune_hf.pruning.scoring.criteria.gate_fisher import gate_fisher
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
 from isoprune_hf.pruning.scoring.gate_points import find_gate_points
-from isoprune_hf.pruning.scoring.scores import score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 
 STEP = 1e-6
 # Parameter, dim, and the positions of channel c there; by default position c.

@@ -22,7 +22,8 @@ from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.pruning.score import score_with_recipe
 from isoprune_hf.pruning.scoring.rank_correlation import correlate_ranks
-from isoprune_hf.pruning.scoring.scores import ImportanceScores, score_groups
+from isoprune_hf.pruning.scoring.score_groups import score_groups
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import DATA_CRITERIA, PruneRecipe
 
 ROOT = Path(__file__).parents[3]

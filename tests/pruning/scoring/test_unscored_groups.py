@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.odd_networks import calibration_batches, open_odd
+from torch import nn
 
 from isoprune_hf import PruneRecipe, make_plan, score_groups, trace_groups
 from isoprune_hf.errors import RecipeError
@@ -22,6 +23,8 @@ BARE = CoupledGroup("bare", "Buffer", 32, (BUFFER,))
 @pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - {"random"}))
 def test_unscored_group_changes_no_other_score(criterion: str) -> None:
     model, batches = open_odd("reused").model, calibration_batches(3)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight)
     groups = trace_groups(model)
     alone = score_groups(model, groups, criterion=criterion, batches=batches).scores
     found = score_groups(model, (BARE, *groups), criterion=criterion, batches=batches).scores

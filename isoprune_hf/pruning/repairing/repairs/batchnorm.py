@@ -9,9 +9,10 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
-from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
+from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks, zero_images
 from isoprune_hf.pruning.calibration.inputs import read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm
+from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 
 
@@ -36,7 +37,8 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
         calibration: Images; float64 sums are reduced over ranks once.
 
     Returns:
-        One line if the model has no BatchNorm, or if statistics are not finite; those of the cut are then kept.
+        One line if the model has no BatchNorm, or a note on those that keep the statistics of the cut: they are not
+        finite, or no image reaches them.
 
     Raises:
         RecipeError: There is no image.
@@ -48,8 +50,24 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
     }
     if not norms:
         return ("prune.reconstruct bn changes nothing: the model has no BatchNorm",)
+    left: dict[str, list[str]] = {}
+    for name, sums in _sum_moments(pruned, norms, calibration).items():
+        reason = _set_statistics(norms[name], *sums)
+        if reason is not None:
+            left.setdefault(reason, []).append(name)
+    return note_left("left as cut by prune.reconstruct", "BatchNorm", left)
+
+
+def _sum_moments(
+    pruned: IsoPruneForImageClassification, norms: Mapping[str, nn.Module], calibration: Calibration
+) -> dict[str, torch.Tensor]:
+    """Sum the moments of the inputs of BatchNorms over the images of all ranks: name -> (3, channels).
+
+    Raises:
+        RecipeError: There is no image.
+    """
     sums = {
-        name: torch.zeros(3, module.num_features, dtype=torch.float64, device=pruned.device)
+        name: torch.zeros(3, len(module.get_buffer("running_mean")), dtype=torch.float64, device=pruned.device)
         for name, module in norms.items()
     }
     handles = [
@@ -57,32 +75,37 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
         for name, module in norms.items()
     ]
     buffers = {name: value.clone() for name, value in pruned.model.named_buffers()}
+    images = zero_images(pruned)
     try:
         with scoring_mode(pruned, requires_grad=False), torch.no_grad():
             for module in norms.values():
                 module.train()
-            for images, _ in calibration.batches:
-                pruned(pixel_values=images.to(pruned.device))
+            for pixel_values, labels in calibration.batches:
+                pruned(pixel_values=pixel_values.to(pruned.device))
+                images += len(labels)
     finally:
         for handle in handles:
             handle.remove()
         for name, value in pruned.model.named_buffers():
             value.copy_(buffers[name])
-    sums = sum_over_ranks(sums, calibration.accelerator)
-    left = []
-    for name, module in norms.items():
-        count, total, squares = sums[name]
-        require_images(count.all(), "prune.reconstruct")
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
-        statistics = dict(module.named_buffers(recurse=False))
-        dtype = statistics["running_mean"].dtype
-        if not (mean.to(dtype).isfinite().all() and variance.to(dtype).isfinite().all()):
-            left.append(name)
-            continue
-        statistics["running_mean"].copy_(mean)
-        statistics["running_var"].copy_(variance)
-    return (f"prune.reconstruct leaves {', '.join(left)} as cut: their statistics are not finite",) if left else ()
+    sums, images = sum_over_ranks((sums, images), calibration.accelerator)
+    require_images(images, "prune.reconstruct")
+    return sums
+
+
+def _set_statistics(norm: nn.Module, count: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> str | None:
+    """Set mean and variance of a BatchNorm, in place, from sums over its inputs; return the reason if they stay."""
+    if not count.all():
+        return "no image reaches them"
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+    running_mean, running_var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    dtype = running_mean.dtype
+    if not (mean.to(dtype).isfinite().all() and variance.to(dtype).isfinite().all()):
+        return "their statistics are not finite"
+    running_mean.copy_(mean)
+    running_var.copy_(variance)
+    return None
 
 
 def _add_moments(sums: torch.Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import (
     IMAGES,
-    check_finite,
     require_images,
     scoring_mode,
     sum_over_ranks,
@@ -22,7 +21,7 @@ from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
 from isoprune_hf.pruning.scoring.readers import ReadingLayer, find_readers, reading_layer
-from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks, score_each
+from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_each
 
 
 class ActivationVariance:
@@ -50,8 +49,7 @@ class ActivationVariance:
             parts = [variances[reader.layer].cpu()[positions(reader.places)].sum(1) for reader in called]
             return combine_members(task, group.name, parts, "layer that reads its channels and is called")
 
-        scores = score_each(task, score)
-        return RawScores(scores, score_blocks(task, scores))
+        return score_each(task, score)
 
 
 def input_variances(
@@ -70,10 +68,10 @@ def input_variances(
 
     Returns:
         Layer -> variances of shape (channels,), float64; without layers that are never called, because the model uses
-        their weights directly.
+        their weights directly; nan where an activation is not finite.
 
     Raises:
-        RecipeError: There is no image, or an activation is not finite.
+        RecipeError: There is no image.
     """
     modules = {name: reading_layer(model, name) for name in layers}
     sums = {
@@ -98,7 +96,6 @@ def input_variances(
             handle.remove()
     sums, count = sum_over_ranks((sums, images), calibration.accelerator)
     require_images(count)
-    check_finite(sums, "activations")
     return {
         name: (squares / number - (total / number) ** 2).clamp(min=0)
         for name, (number, total, squares) in sums.items()

@@ -20,7 +20,7 @@ class BatchNormScale:
         """Score all groups and blocks of a task.
 
         Raises:
-            RecipeError: A group or block has no BatchNorm, or `score_batchnorm` is false.
+            RecipeError: `score_batchnorm` is false.
         """
         if not task.score_batchnorm:
             raise RecipeError("criterion bn_scale scores only BatchNorm: set --prune.score_batchnorm true")

@@ -46,20 +46,30 @@ class ScoringTask:
 
 
 class UnscoredError(RecipeError):
-    """A group or block has nothing that a criterion scores."""
+    """A group or block has nothing that a criterion scores.
+
+    Args:
+        message: The message.
+        missing: What the group or block lacks, such as `BatchNorm`.
+    """
+
+    def __init__(self, message: str, missing: str):
+        super().__init__(message)
+        self.missing = missing
 
 
 class RawScores(NamedTuple):
     """The result of a criterion.
 
     Args:
-        groups: Group -> scores of shape (channels,); float64, except for random numbers. A group that has nothing that
-            the criterion scores is missing, unless that is true for all.
+        groups: Group -> scores of shape (channels,); float64, except for random numbers.
         blocks: Residual block -> its score.
+        unscored: Group or block that has nothing that the criterion scores -> what it lacks.
     """
 
     groups: dict[str, torch.Tensor]
     blocks: dict[str, float]
+    unscored: dict[str, str]
 
 
 class Criterion(Protocol):
@@ -84,5 +94,5 @@ class Criterion(Protocol):
         """Score all groups and blocks of a task.
 
         Raises:
-            RecipeError: There is no image, or all groups or one block have nothing that this criterion scores.
+            RecipeError: There is no image, or a setting of the task contradicts the criterion.
         """

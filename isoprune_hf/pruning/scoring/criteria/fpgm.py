@@ -6,7 +6,7 @@ from torch import nn
 from isoprune_hf.pruning.graph.layers import ConvNd, ConvTransposeNd
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
-from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_blocks, score_each
+from isoprune_hf.pruning.scoring.reduction import combine_members, positions, score_each
 
 
 class GeometricMedian:
@@ -28,8 +28,7 @@ class GeometricMedian:
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
         missing = "weight that writes its channels"
-        scores = score_each(task, lambda group: combine_members(task, group.name, _distances(task, group), missing))
-        return RawScores(scores, score_blocks(task, scores))
+        return score_each(task, lambda group: combine_members(task, group.name, _distances(task, group), missing))
 
 
 def _distances(task: ScoringTask, group: CoupledGroup) -> list[torch.Tensor]:

@@ -19,10 +19,10 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import IMAGES, require_images, sum_over_ranks, zero_images
 from isoprune_hf.pruning.calibration.resumable import ResumableBatches, remaining
 from isoprune_hf.pruning.groups import CoupledGroup
-from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask, UnscoredError
+from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
 from isoprune_hf.pruning.scoring.gate_points import find_gate_points
-from isoprune_hf.pruning.scoring.reduction import score_blocks
+from isoprune_hf.pruning.scoring.reduction import refuse_unscored, score_each
 
 
 class GateFisher:
@@ -34,8 +34,7 @@ class GateFisher:
 
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
-        scores = gate_fisher(task.model, task.groups, task.calibration)
-        return RawScores(scores, score_blocks(task, scores))
+        return _score(task, gate_fisher(task.model, task.groups, task.calibration))
 
 
 class GateFisherJoint:
@@ -47,8 +46,7 @@ class GateFisherJoint:
 
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
-        scores = gate_fisher_joint(task.model, task.groups, task.calibration)
-        return RawScores(scores, score_blocks(task, scores))
+        return _score(task, gate_fisher_joint(task.model, task.groups, task.calibration))
 
 
 def gate_fisher(
@@ -65,7 +63,7 @@ def gate_fisher(
         Group -> (channels,) in float64, in nats; without groups whose channels no layer uses.
 
     Raises:
-        RecipeError: There is no image, or no layer uses the channels of any group.
+        RecipeError: There is no image.
     """
     sums = {group.name: _zeros(model, group.channels) for group in groups}
     return _mean_losses(model, groups, calibration, sums, lambda gradient: gradient.square().sum(0))
@@ -111,6 +109,17 @@ def remove_in_turn(losses: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scores)
 
 
+def _score(task: ScoringTask, losses: Mapping[str, torch.Tensor]) -> RawScores:
+    """Return the losses of all groups as scores; groups without losses have none."""
+
+    def score(group: CoupledGroup) -> torch.Tensor:
+        if group.name not in losses:
+            refuse_unscored(task, group.name, "layer that reads or writes its channels")
+        return losses[group.name]
+
+    return score_each(task, score)
+
+
 def _zeros(model: IsoPruneForImageClassification, *shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float64, device=model.device)
 
@@ -133,11 +142,7 @@ def _mean_losses(
     """
     points, factors = find_gate_points(model, groups)
     if not points:
-        names = ", ".join(group.name for group in groups[:3])
-        raise UnscoredError(
-            f"criterion gate_fisher finds no layer that reads or writes the channels of {names}; use "
-            "--prune.criterion taylor"
-        )
+        return {}
     sums = {name: total for name, total in sums.items() if name in factors}
     images = zero_images(model)
     # A resumed scoring chooses between the two ways of `gate_gradients` by the same images as the interrupted one.

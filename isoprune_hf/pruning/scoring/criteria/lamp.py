@@ -4,7 +4,7 @@ import torch
 
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
-from isoprune_hf.pruning.scoring.reduction import reduce_members, score_blocks, score_each, sum_along
+from isoprune_hf.pruning.scoring.reduction import reduce_members, score_each, sum_along
 
 
 class Lamp:
@@ -29,8 +29,7 @@ class Lamp:
         def score(group: CoupledGroup) -> torch.Tensor:
             squares = reduce_members(task, group, sums, "channel").square()
             ordered, order = squares.sort(stable=True)
-            rest = ordered.flip(0).cumsum(0).flip(0)
+            rest = ordered.flip(0).cumsum(0).flip(0)[torch.searchsorted(ordered, ordered)]  # equal norms share it
             return torch.zeros_like(squares).scatter(0, order, ordered / rest.where(rest > 0, 1))
 
-        scores = score_each(task, score)
-        return RawScores(scores, score_blocks(task, scores))
+        return score_each(task, score)

@@ -16,4 +16,5 @@ class Random:
         """Score all groups and blocks of a task."""
         generator = torch.Generator().manual_seed(task.seed)
         scores = {group.name: torch.rand(group.channels, generator=generator) for group in task.groups}
-        return RawScores(scores, {block.name: torch.rand((), generator=generator).item() for block in task.blocks})
+        blocks = {block.name: torch.rand((), generator=generator).item() for block in task.blocks}
+        return RawScores(scores, blocks, {})
