@@ -1,5 +1,6 @@
 """Parts that a step of a pruning leaves as they are: each is named in a note, and the others are handled."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_block_without_a_score_stays(name: str, tmp_path: Path) -> None:
         make_plan(groups, scores, PruneRecipe(criterion="l1", remove_blocks=2), blocks=blocks)
     named = make_plan(groups, scores, PruneRecipe(criterion="l1", remove_blocks=[name]), blocks=blocks)
     assert named.removed_blocks == (name,)
+
+
+def test_uniform_layout_leaves_the_tied_groups_whole(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    scores = score_groups(model, groups, criterion="l1")
+    fewer = {name: score for name, score in scores.scores.items() if name != "blocks.1.mlp.fc1"}
+    recipe = PruneRecipe(criterion="l1", layout="uniform", round_to=1)
+    plan = make_plan(groups, replace(scores, scores=fewer), recipe)
+    assert plan.kept.keys() == {group.name for group in groups if "mlp" not in group.name}
 
 
 def test_steps_that_do_not_apply_are_noted_once(tmp_path: Path) -> None:
