@@ -477,6 +477,18 @@ class AuxiliaryNorm(Net):
         return x + 0.0 * self.norm(x) if self.training else x
 
 
+@odd
+class TupleOutput(Net):
+    """The logits come first in a tuple, before those of a second head, in every mode."""
+
+    def build(self) -> None:
+        self.blocks, self.second = nn.Sequential(Block(), Block()), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, images: Tensor) -> Any:
+        x = self.blocks(self.stem(images)).mean((2, 3))
+        return self.head(x), self.second(x)
+
+
 def open_odd(name: str, seed: int = 0) -> BaseModel:
     """Open an odd network as a base with random weights."""
     return load_base(f"timm/isoprune_odd_{name}", pretrained=False, num_labels=CLASSES, seed=seed)

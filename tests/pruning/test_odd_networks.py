@@ -36,6 +36,7 @@ HANDLED = (
     "shared_parameter",
     "sizes_by_numel",
     "token_mixer",
+    "tuple_output",
     "two_names",
     "values_in_constructor",
     "writes_in_place",

@@ -228,9 +228,9 @@ def run_traced(network: nn.Module, trace: Trace, image: Tensor) -> Any:
 
 
 def _logits_in(output: Any) -> list[Tensor]:
-    """Return the logits of a classifier: its output itself, or the fields of an output of transformers."""
-    if isinstance(output, Tensor):
-        return [output]
+    """Return the logits of a classifier: its output itself, the entries of a tuple, or fields of an output."""
+    if isinstance(output, Tensor | tuple | list):
+        return [*tensors_in([output])]
     return [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
 
 
