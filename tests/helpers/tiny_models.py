@@ -21,7 +21,10 @@ TIMM = {
     "swin": ("timm/swin_tiny_patch4_window7_224", SWIN),
     "convnext": ("timm/convnext_atto", {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 40], "conv_mlp": False}),
     "resnet": ("timm/resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 16}),
-    "resnext": ("timm/resnext50_32x4d", {"layers": [1, 1, 1, 1], "cardinality": 4, "base_width": 16}),
+    "resnext": (
+        "timm/resnext50_32x4d",
+        {"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 40], "cardinality": 4, "base_width": 16},
+    ),
     "resnet-gn": ("timm/resnet50_gn", {"layers": [1, 1, 1, 1], "channels": [128, 128, 128, 128], "stem_width": 128}),
     "mobilenet_v2": ("torchvision/mobilenet_v2", {"width_mult": 0.25, "inverted_residual_setting": MOBILE}),
 }

@@ -18,7 +18,6 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models import load_base
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
@@ -332,13 +331,12 @@ def test_bias_is_preferred_if_weights_do_not_generalize() -> None:
     assert not normal_equations.prefers_bias(sums(80, False), empty)
 
 
-@pytest.mark.families
-def test_wide_network_is_not_fitted_to_few_images() -> None:
-    model = load_base("torchvision/regnet_x_400mf", False, num_labels=5).model.eval()
-    generator = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(4, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
-    fresh = torch.randn(4, 3, 32, 32, generator=generator)
+def test_wide_network_is_not_fitted_to_few_images(tmp_path: Path) -> None:
+    # Layers of 512 features; the last ones read 4 positions of each of 8 images.
+    model = make_base("resnet-gn", tmp_path).eval()
+    batches, fresh = batches_of(model, [4, 4]), make_images(model, 4, seed=9)
     bare, masks = cut(model)
     fitted = copy.deepcopy(bare)
     fit_layers(model, fitted, masks, Calibration(batches))
-    assert error(fitted, model, fresh) < error(bare, model, fresh)
+    # With weights fitted to so few rows, a third of the error and more is left.
+    assert error(fitted, model, fresh) < 0.2 * error(bare, model, fresh)
