@@ -183,8 +183,7 @@ class IsoPruneForImageClassification(PreTrainedModel):  # type: ignore[no-untype
         # Tensors keep the names of their modules: the structure refers to them, and loading compares them.
         kwargs["save_original_format"] = False
         names = {"AutoConfig": "IsoPruneConfig", "AutoModelForImageClassification": type(self).__name__}
-        if (self.config.base or {}).get("library") != "transformers":  # those keep their own processor
-            names["AutoImageProcessor"] = "IsoImageProcessor"
+        names["AutoImageProcessor"] = "IsoImageProcessor"  # unless preprocessor_config.json names another type
         self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in names.items()}
         keep_cut_buffers(self.model, self.config.structure)
         super().save_pretrained(save_directory, **kwargs)

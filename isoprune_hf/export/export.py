@@ -103,9 +103,10 @@ def _write_config_and_processor(
     folder: Path, model: IsoPruneForImageClassification, processor: BaseImageProcessor
 ) -> None:
     """Write labels and processor, which open with and without isoprune_hf like those of the model's own folder."""
-    model.config.auto_map = {"AutoConfig": "modeling_isoprune.IsoPruneConfig"}
-    if (model.config.base or {}).get("library") != "transformers":
-        model.config.auto_map["AutoImageProcessor"] = "modeling_isoprune.IsoImageProcessor"
+    model.config.auto_map = {
+        "AutoConfig": "modeling_isoprune.IsoPruneConfig",
+        "AutoImageProcessor": "modeling_isoprune.IsoImageProcessor",
+    }
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "modeling_isoprune.py").write_text(code_that_ships(), encoding="utf-8")

@@ -18,6 +18,7 @@ from helpers.folders import (
     logits,
     tensors,
 )
+from helpers.fresh_python import FreshPython
 from helpers.pruned_models import SAVED
 from helpers.tiny_models import VIT
 from safetensors import safe_open
@@ -30,12 +31,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoImageProcessor,
     IsoPruneConfig,
     IsoPruneForImageClassification,
     build_base,
 )
+from isoprune_hf.models.processors import with_transform
 
 
 @pytest.mark.parametrize("family", SAVED)
@@ -224,6 +227,21 @@ def test_crop_rounds_half_to_even() -> None:
     column = torch.arange(11, dtype=torch.uint8)[None, :, None].expand(3, 11, 11)
     # (11 - 4) / 2 = 3.5 -> 4; floor would give 3.
     assert processor(column, return_tensors="pt").pixel_values[0, 0, :, 0].tolist() == [4, 5, 6, 7]
+
+
+def test_own_processor_opens_with_transformers_base(pruned, fresh_python: FreshPython, tmp_path: Path) -> None:
+    sample = pruned("hf-vit")
+    save_model_folder(tmp_path / "own", sample.model, with_transform(sample.processor, resize=20))
+    save_model_folder(tmp_path / "stock", sample.model, sample.processor)
+    code = """
+import sys
+sys.modules["isoprune_hf"] = None
+from transformers import AutoImageProcessor
+for folder in sys.argv[1:]:
+    print(type(AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)).__name__)
+"""
+    done = fresh_python.run(code, tmp_path / "own", tmp_path / "stock")
+    assert done.stdout.split() == ["IsoImageProcessor", type(sample.processor).__name__], done.stderr
 
 
 def test_opened_tensors_are_aligned_like_allocated_ones(pruned) -> None:
