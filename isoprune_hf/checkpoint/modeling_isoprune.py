@@ -1,5 +1,5 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model class of a pruned image classifier and its image processor (part of the shipped file).
+"""The model class of a pruned image classifier (part of the shipped file).
 
 `code_that_ships` returns the file that is saved next to the weights: the modules of `PARTS`, concatenated. These
 modules therefore depend on no other module of the package, and contain everything that loading needs. It is a single
@@ -16,13 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.image_processing_backends import PilBackend
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -43,14 +40,15 @@ from isoprune_hf.checkpoint.difference import (
     run_once,
     skippable_blocks,
 )
+from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.checkpoint.meta import move_to_meta, unsaved_buffers
 from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
-MAX_IMAGE_PIXELS = 2**26  # 8192 x 8192
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in ("meta", "dense", "difference", "modeling_isoprune")))
+_MODULES = ("meta", "dense", "difference", "image_processor", "modeling_isoprune")
+PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in _MODULES))
 # Names of safetensors for data types -> names of torch; all floating-point types may be cast to one another.
 _DTYPE_NAMES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
@@ -251,43 +249,3 @@ def _kind(dtype: torch.dtype) -> str:
 
 def _describe(shape: Sequence[int], kind: str) -> str:
     return f"{list(shape)} of {kind}"
-
-
-def check_pixels(image: Image.Image) -> None:
-    """Refuse an image of too many pixels before it is decoded: a file of a few bytes can describe billions.
-
-    Raises:
-        ImageError: The image has more than `MAX_IMAGE_PIXELS` pixels.
-    """
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise ImageError(f"image of {image.width} x {image.height} pixels: the limit is {MAX_IMAGE_PIXELS:,} pixels")
-
-
-class IsoImageProcessor(PilBackend):
-    """Image processor that reproduces the evaluation transforms of timm and torchvision exactly.
-
-    It differs from the processors of transformers in the centre crop, which rounds half to even as in torchvision.
-    """
-
-    size, crop_size = {"shortest_edge": 256}, {"height": 224, "width": 224}
-    resample, default_to_square = 3, False
-    image_mean, image_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
-
-    def to_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = super().to_dict()
-        del values["image_processor_type"]
-        return values
-
-    def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
-        if isinstance(image, Image.Image):
-            check_pixels(image)  # the file is decoded by `convert`, not before
-            return np.array(image.convert("RGB"))
-        return super().convert_to_rgb(image, input_data_format)
-
-    def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as in PilBackend
-        height, width = image.shape[-2:]
-        if height < size.height or width < size.width:
-            return super().center_crop(image, size, **kwargs)
-        top, left = round((height - size.height) / 2.0), round((width - size.width) / 2.0)
-        return image[..., top : top + size.height, left : left + size.width]

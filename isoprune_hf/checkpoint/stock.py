@@ -9,11 +9,8 @@ from typing import Any
 
 from transformers import BaseImageProcessor, PilBackend
 
-from isoprune_hf.checkpoint.modeling_isoprune import (
-    IsoImageProcessor,
-    IsoPruneConfig,
-    IsoPruneForImageClassification,
-)
+from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import CheckpointError
 
 ENTRY = "isoprune"  # transformers keeps unknown entries of a config
@@ -85,9 +82,11 @@ def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
     """Return the transformers processor that replaces an IsoImageProcessor; other processors are returned as given.
 
     Its centre crop rounds down, that of IsoImageProcessor half to even as in torchvision: an image with an odd margin
-    may be cropped one pixel further left or up. All other pixels are equal.
+    may be cropped one pixel further left or up. All other pixels are equal. It does not convert images to grey.
     """
     if not isinstance(processor, IsoImageProcessor):
         return processor
     values = {key: value for key, value in processor.to_dict().items() if not key.startswith("_")}
+    if channels_of(processor) != 3:
+        values["do_convert_rgb"] = False
     return PilBackend(**values)

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -29,13 +30,21 @@ from torchvision.transforms import (
 )
 from transformers import BaseImageProcessor
 
+from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.data.dataset import with_encoded_images
-from isoprune_hf.data.decoding import Decoding, Rows, describe_broken, read_or_replace
+from isoprune_hf.data.decoding import (
+    PILLOW_CHANNELS,
+    Decoding,
+    Rows,
+    describe_broken,
+    grey_image,
+    read_or_replace,
+)
 from isoprune_hf.data.pixels import (
     EvaluationTransform,
-    PixelTransform,
     RandomCrop,
     Transform,
+    evaluation_transform,
     normalisation,
     normalised,
     settings_of,
@@ -50,35 +59,43 @@ _TORCHVISION_POLICIES = {"tv-auto": AutoAugment, "tv-trivial": TrivialAugmentWid
 def train_transform(
     processor: BaseImageProcessor, recipe: FinetuneRecipe, *, decoding: Decoding | None = None
 ) -> Transform:
-    """Build the training transform: RGB image to pixel values of shape (C, H, W).
+    """Build the training transform: image to pixel values of shape (C, H, W).
 
     For the decoder `torchvision` it maps uint8 pixels to uint8 pixels, which `normalised` completes; with random
     erasing, which fills with normalised numbers, to pixel values. The random numbers are the same for both decoders.
+    Images that are neither grey nor RGB are tensors for both decoders, and their random crops are those of tensors.
 
     Size, interpolation, mean and std are the processor's. With `crop_scale` (1, 1) there is no random crop: the image
     passes through the evaluation transform, after flip and policy and before random erasing.
 
     Raises:
-        RecipeError: timm, or torchvision for `tv-`, does not know the policy of `auto_augment`.
+        RecipeError: timm, or torchvision for `tv-`, does not know the policy of `auto_augment`, or the images are
+            neither grey nor RGB.
 
     Note:
         It draws from the global generators of Python, NumPy and torch: call it within `seeded_generators`.
     """
-    crop, augment, normalise = _timm_transforms(processor, recipe)
+    decoding = replace(decoding or Decoding(), channels=channels_of(processor))
+    if recipe.auto_augment is not None and decoding.channels not in PILLOW_CHANNELS:
+        raise RecipeError(
+            f"finetune.auto_augment: policies change grey and RGB images, the model reads {decoding.channels} "
+            "channels; set null"
+        )
+    crop, augment, normalise = _timm_transforms(processor, recipe, decoding)
     if recipe.auto_augment is not None and recipe.auto_augment.startswith("tv-"):
         augment = _torchvision_policy(recipe.auto_augment, _interpolation(processor, recipe))
     is_cropped = tuple(recipe.crop_scale) != (1.0, 1.0)
     erasing = normalise.transforms[2:]  # after the conversion to a tensor and the normalisation
     flip = [RandomHorizontalFlip(recipe.hflip)] if recipe.hflip else []
     transform: Transform
-    if decoding is not None and decoding.decoder == "torchvision":
+    if decoding.makes_tensors:
         # Policies run on Pillow images: those of torchvision give slightly different results on tensors.
         policy = [ToPILImage(), augment, PILToTensor()] if recipe.auto_augment else []
         to_values = [partial(normalised, processor=processor), *erasing] if erasing else []
         if is_cropped:
             transform = Compose([RandomCrop(crop.transforms[0]), *crop.transforms[1:], *policy, *to_values])
         else:
-            transform = Compose([*flip, *policy, PixelTransform(processor), *to_values])
+            transform = Compose([*flip, *policy, evaluation_transform(processor, decoding), *to_values])
     elif is_cropped:
         transform = Compose([crop, augment, normalise])
     else:
@@ -86,9 +103,11 @@ def train_transform(
     return transform
 
 
-def _timm_transforms(processor: BaseImageProcessor, recipe: FinetuneRecipe) -> tuple[Compose, Transform, Compose]:
+def _timm_transforms(
+    processor: BaseImageProcessor, recipe: FinetuneRecipe, decoding: Decoding
+) -> tuple[Compose, Transform, Compose]:
     """Return timm's random crop, policy, and normalisation with random erasing."""
-    height, width = EvaluationTransform(processor)(Image.new("RGB", (64, 64))).shape[-2:]
+    height, width = EvaluationTransform(processor)(grey_image(replace(decoding, decoder="pil"), 64)).shape[-2:]
     mean, std = normalisation(processor)
     is_torchvision = (recipe.auto_augment or "").startswith("tv-")
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from isoprune_hf.data.decoding import Decoding, Rows
 from isoprune_hf.data.sources import Split, find_column, open_splits, read_labels
@@ -70,12 +70,22 @@ def load_data(recipe: DataRecipe) -> ImageData:
 
 
 def with_encoded_images(rows: Rows) -> Rows:
-    """Return the rows of a data set with their images as stored, a path or bytes; return other rows unchanged."""
-    return rows.cast_column("image", Image(decode=False)) if isinstance(rows, Dataset) else rows
+    """Return the rows of a data set with their images as stored: a path or bytes, or an array of uint8.
+
+    Other rows are returned unchanged.
+    """
+    if not isinstance(rows, Dataset):
+        return rows
+    encoded: Rows
+    if isinstance(rows.features["image"], Array3D):
+        encoded = rows.with_format("numpy", columns=["image"], output_all_columns=True, dtype=np.uint8)
+    else:
+        encoded = rows.cast_column("image", Image(decode=False))
+    return encoded
 
 
 def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
-    """Reduce a split to the columns `image` and `label`, with images as encoded files."""
+    """Reduce a split to the columns `image` and `label`, with images as encoded files or as arrays."""
     image = find_column(split, "image_column", recipe)
     label = find_column(split, "label_column", recipe)
     for setting, column in (("image_column", image), ("label_column", label)):
@@ -86,12 +96,14 @@ def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
             )
     feature = split.features[image]
     is_encoded = feature == Value("binary") or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
-    if not is_encoded and not isinstance(feature, Image):
+    is_array = isinstance(feature, Array3D) and feature.dtype == "uint8"
+    if not is_encoded and not is_array and not isinstance(feature, Image):
         raise DatasetError(
-            f"data.image_column: column {image!r} of {recipe.dataset!r} must contain images, got {feature}"
+            f"data.image_column: column {image!r} of {recipe.dataset!r} must contain images, or arrays of uint8 "
+            f"(Array3D), got {feature}"
         )
     is_stream = isinstance(split, IterableDataset)
-    if is_stream or is_encoded or not feature.decode:
+    if not is_array and (is_stream or is_encoded or not feature.decode):
         # A stream must be cast here: any later operation on it would decode its images.
         split = split.cast_column(image, Image(decode=not is_stream))
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}

@@ -1,7 +1,8 @@
-"""Decode image files into upright RGB images, and apply the policy for files that cannot be decoded.
+"""Decode image files into upright images, and apply the policy for files that cannot be decoded.
 
 `read_image` reads one row of a split; `read_or_replace` also applies the policy `data.broken`. The decoder `pil`
-returns images of Pillow, the decoder `torchvision` returns their pixels as uint8 tensors of shape (3, H, W).
+returns images of Pillow in grey or RGB, the decoder `torchvision` returns their pixels as uint8 tensors of shape
+(C, H, W). Images of any other number of channels are such tensors for both decoders.
 """
 
 import io
@@ -18,8 +19,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from isoprune_hf.checkpoint.modeling_isoprune import check_pixels
-from isoprune_hf.errors import DatasetError
+from isoprune_hf.checkpoint.image_processor import channels_first, check_pixels, convert_image
+from isoprune_hf.errors import DatasetError, ImageError
 
 Row = dict[str, Any]
 
@@ -32,7 +33,7 @@ class Rows(Protocol):
     def __getitem__(self, position: int, /) -> Row: ...
 
 
-_GREY_IMAGE = Image.new("RGB", (224, 224), (128, 128, 128))
+PILLOW_CHANNELS = (1, 3)  # whose images are images of Pillow until they are pixel values
 _ADVICE = "; fix or remove the file, or set data.broken: skip"
 # Raised by Pillow for damaged files; `DecompressionBombError` is its limit on the number of pixels.
 DECODE_ERRORS: tuple[type[Exception], ...] = (
@@ -60,16 +61,27 @@ class Decoding:
         max_broken: Number of unreadable images in an epoch or an evaluation above which an error is raised.
         exif: Turn images upright by their EXIF tag.
         decoder: `pil` returns images, `torchvision` returns tensors.
+        channels: Number of channels of the images that the model reads.
     """
 
     broken: Literal["error", "skip", "grey"] = "error"
     max_broken: int = 100
     exif: bool = True
     decoder: Literal["pil", "torchvision"] = "pil"
+    channels: int = 3
+
+    @property
+    def makes_tensors(self) -> bool:
+        """Whether images are uint8 tensors of shape (C, H, W), not images of Pillow."""
+        return self.decoder == "torchvision" or self.channels not in PILLOW_CHANNELS
+
+
+class UnreadableImageError(DatasetError):
+    """Raised when an image is missing or damaged: the policy `data.broken` decides what follows."""
 
 
 class LabelledImage(NamedTuple):
-    """An RGB image, or its pixels of shape (3, H, W), with its label.
+    """An image, or its pixels of shape (C, H, W), with its label.
 
     Args:
         image: The image.
@@ -82,53 +94,47 @@ class LabelledImage(NamedTuple):
     is_replacement: bool = False
 
 
-def decode_image(encoded: bytes, *, exif: bool = True) -> Image.Image:
-    """Decode an image file into RGB; of an animation, the first frame.
+def decode_image(encoded: bytes, *, exif: bool = True, channels: int = 3) -> Image.Image:
+    """Decode an image file into grey (1 channel), RGB (3) or RGBA (4); of an animation, the first frame.
 
-    Transparency is dropped. 16-bit grey is reduced to its upper 8 bits, as Pillow does with 16-bit colour; its own
-    conversion of 16-bit grey would clip nearly all of it to white.
+    Transparency is dropped, except by RGBA. 16-bit grey is reduced to its upper 8 bits, as Pillow does with 16-bit
+    colour; its own conversion of 16-bit grey would clip nearly all of it to white.
 
     Raises:
         OSError: The bytes are not an image, or only a part of one. Pillow's other errors are in `DECODE_ERRORS`.
-        ImageError: The image has too many pixels; they are not decoded.
+        ImageError: The image has too many pixels and is not decoded, or it has no such channels.
     """
-    image = _open(encoded)
-    image.load()
-    if exif:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return convert_image(_decode(_open(encoded), exif=exif), channels)
 
 
-def decode_pixels(encoded: bytes, *, exif: bool = True) -> Tensor:
-    """Decode an image file into the pixels of `decode_image`, of shape (3, H, W).
+def decode_pixels(encoded: bytes, *, exif: bool = True, channels: int = 3) -> Tensor:
+    """Decode an image file into the pixels of `decode_image`, of shape (C, H, W).
 
-    torchvision decodes upright JPEG files in grey or RGB. Pillow decodes all other files, and the JPEG files that
-    torchvision rejects.
+    torchvision decodes upright JPEG files in grey or RGB. Pillow decodes all other files, colour files for models of
+    grey images, and the JPEG files that torchvision rejects.
 
     Raises:
         OSError: As `decode_image`.
+        ImageError: As `decode_image`.
     """
     image = _open(encoded)
-    is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-    if is_plain and not (exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1):
-        content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        try:
-            pixels: Tensor = decode_jpeg(content, mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # damaged: Pillow reads more of such files, and its errors are the ones reported
-        else:
-            return pixels
-    return to_pixels(decode_image(encoded, exif=exif))
+    pixels = _decode_jpeg(image, encoded, exif=exif, channels=channels)
+    return to_pixels(convert_image(_decode(image, exif=exif), channels)) if pixels is None else pixels
 
 
 def to_pixels(image: Image.Image | Tensor) -> Tensor:
-    """Return the pixels of an RGB image as uint8 of shape (3, H, W); return tensors unchanged."""
+    """Return the pixels of an image as uint8 of shape (C, H, W); return tensors unchanged."""
     if isinstance(image, Tensor):
         return image
     pixels: Tensor = functional.pil_to_tensor(image)
     return pixels
+
+
+def grey_image(decoding: Decoding, side: int = 224) -> Image.Image | Tensor:
+    """Return a grey square as the settings read images."""
+    if decoding.makes_tensors:
+        return torch.full((decoding.channels, side, side), 128, dtype=torch.uint8)
+    return convert_image(Image.new("L", (side, side), 128), decoding.channels)
 
 
 def _open(encoded: bytes) -> Image.Image:
@@ -141,28 +147,91 @@ def _open(encoded: bytes) -> Image.Image:
     return image
 
 
+def _decode(image: Image.Image, *, exif: bool) -> Image.Image:
+    """Decode an opened file into an upright image of 8 bits a channel."""
+    image.load()
+    if exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    return image
+
+
+def _decode_jpeg(image: Image.Image, encoded: bytes, *, exif: bool, channels: int) -> Tensor | None:
+    """Decode a file by torchvision; return None if that cannot give the pixels of Pillow."""
+    if image.format != "JPEG" or (channels, image.mode) not in ((3, "RGB"), (3, "L"), (1, "L")):
+        return None
+    if exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    try:
+        pixels: Tensor = decode_jpeg(content, mode=ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY)
+    except RuntimeError:
+        return None  # damaged: Pillow reads more of such files, and its errors are the ones reported
+    return pixels
+
+
 def read_image(split: Rows, position: int, decoding: Decoding) -> LabelledImage:
-    """Read one row of a split whose images are encoded.
+    """Read one row of a split whose images are encoded, images of Pillow, or arrays of uint8.
 
     Raises:
-        DatasetError: The image cannot be decoded; the message names its file if it has one.
+        UnreadableImageError: The image is missing or damaged; the message names its file if it has one.
+        DatasetError: The image does not have the channels that the model reads.
     """
     where = f"image {position} of its split"
     try:
         row = split[position]
         image, label = row["image"], row["label"]
-        if isinstance(image, Image.Image):
-            return LabelledImage(_for_decoder(image.convert("RGB"), decoding), label)
         if image is None:
             raise OSError("the image is missing")
-        where = image["path"] or where
-        encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-        decode = decode_pixels if decoding.decoder == "torchvision" else decode_image
-        return LabelledImage(decode(encoded, exif=decoding.exif), label)
+        if isinstance(image, dict):
+            where = image["path"] or where
+            encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            image = _read_file(encoded, decoding)
+            if isinstance(image, Tensor):
+                return LabelledImage(image, label)
+        elif isinstance(image, Image.Image):
+            image.load()
     except DECODE_ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = (reason.splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"data: {where} cannot be read ({reason}){_ADVICE}") from error
+        raise _unreadable(where, error) from error
+    try:
+        return LabelledImage(_fit(image, decoding), label)
+    except ImageError as error:
+        raise DatasetError(f"data: {where}: {error}") from error
+    except DECODE_ERRORS as error:  # a mode that Pillow does not convert
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> UnreadableImageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = (reason.splitlines() or [type(error).__name__])[0]
+    return UnreadableImageError(f"data: {where} cannot be read ({reason}){_ADVICE}")
+
+
+def _read_file(encoded: bytes, decoding: Decoding) -> Image.Image | Tensor:
+    """Decode a file into an image in the mode of the file, or into the pixels that the model reads."""
+    image, pixels = _open(encoded), None
+    if decoding.decoder == "torchvision":
+        pixels = _decode_jpeg(image, encoded, exif=decoding.exif, channels=decoding.channels)
+    return _decode(image, exif=decoding.exif) if pixels is None else pixels
+
+
+def _fit(image: Any, decoding: Decoding) -> Image.Image | Tensor:
+    """Return an image with the channels that the model reads, as the decoder returns it.
+
+    Raises:
+        ImageError: The image does not have these channels, or is an array of another type than uint8.
+    """
+    if isinstance(image, Image.Image):
+        fitted = convert_image(image, decoding.channels)
+        return to_pixels(fitted) if decoding.makes_tensors else fitted
+    array = np.asarray(image, np.uint8 if isinstance(image, list) else None)  # rows of a stream are lists
+    if array.dtype != np.uint8:
+        raise ImageError(f"the image is an array of {array.dtype}, needs uint8 with values from 0 to 255")
+    array = channels_first(array, decoding.channels)
+    if decoding.makes_tensors:
+        return torch.from_numpy(array.copy())
+    return Image.fromarray(array[0] if decoding.channels == 1 else np.moveaxis(array, 0, -1).copy())
 
 
 def read_or_replace(split: Rows, position: int, decoding: Decoding, *, keep_label: bool = False) -> LabelledImage:
@@ -176,19 +245,20 @@ def read_or_replace(split: Rows, position: int, decoding: Decoding, *, keep_labe
             the unreadable ones itself.
 
     Raises:
-        DatasetError: The image cannot be read, and the policy is `error` or no replacement can be read either.
+        DatasetError: The image cannot be read, and the policy is `error` or no replacement can be read either; or it
+            does not have the channels that the model reads.
     """
     try:
         return read_image(split, position, decoding)
-    except DatasetError:
+    except UnreadableImageError:
         if decoding.broken == "error":
             raise
     if decoding.broken == "grey" or keep_label:
-        return LabelledImage(_for_decoder(_GREY_IMAGE, decoding), split[position]["label"], is_replacement=True)
+        return LabelledImage(grey_image(decoding), split[position]["label"], is_replacement=True)
     for step in range(1, min(len(split), decoding.max_broken + 2)):
         try:
             found = read_image(split, (position + step) % len(split), decoding)
-        except DatasetError:
+        except UnreadableImageError:
             continue
         return found._replace(is_replacement=True)
     raise DatasetError(
@@ -197,15 +267,11 @@ def read_or_replace(split: Rows, position: int, decoding: Decoding, *, keep_labe
     )
 
 
-def _for_decoder(image: Image.Image, decoding: Decoding) -> Image.Image | Tensor:
-    return to_pixels(image) if decoding.decoder == "torchvision" else image
-
-
 def describe_broken(split: Rows, position: int, decoding: Decoding) -> str:
     """Return why the image of a row cannot be read, by reading it again."""
     try:
         read_image(split, position, decoding)
-    except DatasetError as error:
+    except UnreadableImageError as error:
         return str(error).removesuffix(_ADVICE).removeprefix("data: ")
     return f"image {position} of its split could not be read at first"
 

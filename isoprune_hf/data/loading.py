@@ -7,7 +7,7 @@ The batches of a training epoch are in `epochs.py`.
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
+from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.data.augmentation import ImageSource, Sample, TransformedImages
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
 from isoprune_hf.data.pixels import Transform, evaluation_transform, normalised
@@ -52,6 +53,10 @@ class LoaderOptions:
     batch_size: int = 64
     num_workers: int = 0
     decoding: Decoding = field(default_factory=Decoding)
+
+    def for_processor(self, processor: BaseImageProcessor) -> "LoaderOptions":
+        """Return the options for images of as many channels as a processor takes."""
+        return replace(self, decoding=replace(self.decoding, channels=channels_of(processor)))
 
 
 class ImageBatch(NamedTuple):
@@ -113,7 +118,7 @@ class ImageLoader:
             yield from self._loader
         except DatasetError as error:
             # torch puts the worker's traceback into the message; the last line is the error itself.
-            reason = str(error).strip().splitlines()[-1].partition("DatasetError: ")[2] or str(error)
+            reason = str(error).strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[2] or str(error)
             raise DatasetError(reason) from error
         except RuntimeError as error:
             # torch has no type of its own for this error.
@@ -173,6 +178,7 @@ class CalibrationBatches:
         seed: int,
         ranks: Ranks = ALONE,
     ):
+        options = options.for_processor(processor)
         size = options.batch_size
         ids = calibration_ids(len(split), batches=batches, batch_size=size, seed=seed)
         micro_batches = [ids[start : start + size] for start in range(0, len(ids), size)]
@@ -207,6 +213,7 @@ def eval_loader(
 
     The decoder `torchvision` yields uint8 pixels, which `normalised` completes.
     """
+    options = options.for_processor(processor)
     shard = list(range(ranks.rank, len(split), ranks.world))
     size = options.batch_size
     batches = [shard[start : start + size] for start in range(0, len(shard), size)]

@@ -1,4 +1,4 @@
-"""From an RGB image to the pixel values of the model's image processor.
+"""From an image to the pixel values of the model's image processor.
 
 `evaluation_transform` returns the processor's own transform, or for the decoder `torchvision` a faster one that only
 resizes and crops uint8 pixels; `normalised` then normalises a whole batch on the model's device.
@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
+from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of, layout_of
 from isoprune_hf.data.decoding import Decoding, to_pixels
 from isoprune_hf.errors import RecipeError
 
@@ -52,7 +52,7 @@ def settings_of(processor: BaseImageProcessor) -> ProcessorSettings:
 
 
 class EvaluationTransform:
-    """The processor's own transform for one RGB image; a class, because loader processes pickle it."""
+    """The processor's own transform for one image; a class, because loader processes pickle it."""
 
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
@@ -60,7 +60,8 @@ class EvaluationTransform:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """Return pixel values of shape (C, H, W)."""
         images: Any = [image]  # transformers annotates no list of a union
-        pixel_values: Tensor = self.processor(images, return_tensors="pt")["pixel_values"][0]
+        made = self.processor(images, return_tensors="pt", input_data_format=layout_of(image))
+        pixel_values: Tensor = made["pixel_values"][0]
         return pixel_values
 
 
@@ -84,12 +85,17 @@ class PixelTransform:
             )
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """Return uint8 pixels of shape (3, H, W) for an RGB image or its pixels (3, H, W)."""
+        """Return uint8 pixels of shape (C, H, W) for an image or its pixels (C, H, W)."""
         pixels, processor = to_pixels(image), self.processor
         if isinstance(processor, TorchvisionBackend):
-            scaled: Tensor = processor([pixels], return_tensors="pt", do_rescale=False, do_normalize=False)[
-                "pixel_values"
-            ][0]
+            made = processor(
+                [pixels],
+                return_tensors="pt",
+                do_rescale=False,
+                do_normalize=False,
+                input_data_format=layout_of(pixels),
+            )
+            scaled: Tensor = made["pixel_values"][0]
             return scaled
         settings = settings_of(processor)
         if settings.do_resize:
@@ -109,7 +115,7 @@ class RandomCrop:
         self.crop = crop
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return a random crop of pixels (3, H, W), scaled to the size of the transform."""
+        """Return a random crop of pixels (C, H, W), scaled to the size of the transform."""
         crop = self.crop
         top, left, height, width = crop.get_params(pixels, crop.scale, crop.ratio)  # type: ignore[no-untyped-call]  # timm
         mode = random.choice(crop.interpolation) if isinstance(crop.interpolation, tuple) else crop.interpolation
@@ -128,15 +134,15 @@ def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tup
     """Return the mean and std for pixels scaled to [0, 1] (timm's convention)."""
     settings = settings_of(processor)
     factor = 255 * settings.rescale_factor if settings.do_rescale else 255.0
-    mean: tuple[float, ...] = (0.0,) * 3
-    std: tuple[float, ...] = (1.0,) * 3
+    mean: tuple[float, ...] = (0.0,) * channels_of(processor)
+    std: tuple[float, ...] = (1.0,) * channels_of(processor)
     if settings.do_normalize:
         mean, std = settings.image_mean, settings.image_std
     return tuple(value / factor for value in mean), tuple(value / factor for value in std)
 
 
 def normalised(pixels: Tensor, processor: BaseImageProcessor) -> Tensor:
-    """Return the pixel values of uint8 images (..., 3, H, W), on their device; return other types unchanged."""
+    """Return the pixel values of uint8 images (..., C, H, W), on their device; return other types unchanged."""
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = normalisation(processor)

@@ -59,7 +59,7 @@ def _open_architecture(source: BaseSource, options: LoadOptions) -> BaseModel:
     known = get_arch_pretrained_cfgs(architecture)
     if dot and name not in known:
         raise RecipeError(f"model: timm/{name}: unknown weights {tag!r}; timm has {', '.join(known) or 'none'}")
-    if options.pretrained and options.model_args:
+    if options.pretrained and options.model_args.keys() - {"in_chans"}:  # to which timm adapts trained weights
         raise RecipeError("prune.model_args changes the architecture and needs --prune.pretrained false")
     labels = _head_labels(options) if is_encoder(name) else None
     module = _create(name, f"timm/{name}", options.model_args, options, labels)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, ViTImageProcessor
@@ -19,8 +20,9 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfi
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
-from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
+from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of, layout_of
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.models.channels import fit_channels, fit_values, plain_size
 from isoprune_hf.recipes import Interpolation
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -43,7 +45,7 @@ def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
     Raises:
         UnsupportedArchitectureError: The processor cannot reproduce the transform exactly.
     """
-    _, height, width = data["input_size"]
+    channels, height, width = data["input_size"]
     if height != width or data["crop_mode"] not in ("center", "squash"):
         raise UnsupportedArchitectureError(
             f"evaluation transforms with crop mode {data['crop_mode']!r} and images of {height} x {width} are not "
@@ -53,7 +55,8 @@ def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
         raise UnsupportedArchitectureError(f"interpolation {data['interpolation']!r} is not supported")
     scaled = math.floor(height / data["crop_pct"])
     size = {"shortest_edge": scaled} if data["crop_mode"] == "center" else {"height": scaled, "width": scaled}
-    return _processor(size, height, _RESAMPLE[data["interpolation"]], data["mean"], data["std"])
+    mean, std = (fit_values(data[name], channels) for name in ("mean", "std"))
+    return _processor(size, height, _RESAMPLE[data["interpolation"]], mean, std)
 
 
 def torchvision_processor(transform: TorchvisionPreset) -> IsoImageProcessor:
@@ -66,10 +69,18 @@ def torchvision_processor(transform: TorchvisionPreset) -> IsoImageProcessor:
 def transformers_processor(place: str, config: PreTrainedConfig) -> BaseImageProcessor:
     """Open the processor of a transformers model; if only a config exists, build the default of its type and size.
 
+    For images that are not RGB, it is fitted to their channels; see `fit_channels`.
+
     Raises:
         CheckpointError: The saved processor cannot be opened.
         RecipeError: The default cannot be built for the size in the config.
     """
+    processor = _saved_or_default(place, config)
+    channels = _config_channels(config)
+    return processor if channels == 3 else fit_channels(processor, channels)
+
+
+def _saved_or_default(place: str, config: PreTrainedConfig) -> BaseImageProcessor:
     if not os.path.isdir(place) or (Path(place) / "preprocessor_config.json").exists():
         try:
             return saved_processor(place)
@@ -124,7 +135,10 @@ def processed_size(name: str, processor: BaseImageProcessor) -> list[int]:
         sides = [side for size in sizes for side in size.values() if side is not None]
         if not all(1 <= side <= _MAX_IMAGE_SIDE for side in sides):
             raise ValueError(f"sizes of {sides}")
-        pixels: torch.Tensor = processor(Image.new("RGB", (9, 7), "white"), return_tensors="pt").pixel_values
+        channels = channels_of(processor)
+        image: Any = Image.new("RGB", (9, 7), "white") if channels == 3 else np.full((channels, 7, 9), 255, np.uint8)
+        made = processor(image, return_tensors="pt", input_data_format=layout_of(image))
+        pixels: torch.Tensor = made.pixel_values
     except LIBRARY_ERRORS as error:
         raise CheckpointError(f"{complaint} ({describe_error(error)})") from error
     if pixels.ndim != 4:
@@ -168,7 +182,7 @@ def with_transform(
     size = {"shortest_edge": resize}
     crop = {"height": height, "width": width}
     if isinstance(processor, IsoImageProcessor):
-        is_same = _plain(processor.size) == size and _plain(processor.crop_size) == crop
+        is_same = plain_size(processor.size) == size and plain_size(processor.crop_size) == crop
         if is_same:
             return processor
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -180,10 +194,6 @@ def _setting(processor: BaseImageProcessor, name: str) -> Any:
     return getattr(processor, name)
 
 
-def _plain(size: Any) -> dict[str, int]:
-    return {name: number for name, number in dict(size).items() if number is not None}
-
-
 def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProcessor) -> list[int]:
     """Return (channels, height, width) of the images that a transformers model takes.
 
@@ -193,12 +203,21 @@ def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProces
     named = _config_size(config)
     if named is None:
         cropped = getattr(processor, "do_center_crop", False)
-        size = _plain(_setting(processor, "crop_size" if cropped else "size") or {})
+        size = plain_size(_setting(processor, "crop_size" if cropped else "size"))
         side = size.get("height") or size.get("shortest_edge")
         if side is None:
             raise RecipeError(f"model: no image size in config.json, nor in the image processor: {size}")
         named = (side, size.get("width") or side)
-    return [getattr(config, "num_channels", 3), *named]
+    return [_config_channels(config), *named]
+
+
+def _config_channels(config: PreTrainedConfig) -> int:
+    """Return the number of channels of the images in a config; of two towers, the vision tower takes the images."""
+    vision = getattr(config, "vision_config", None)
+    channels = getattr(config, "num_channels", getattr(vision, "num_channels", 3))
+    if type(channels) is not int or channels < 1:
+        raise RecipeError(f"model: num_channels in config.json must be a number of channels, got {channels!r:.99}")
+    return channels
 
 
 def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:

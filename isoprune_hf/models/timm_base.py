@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, check_args
@@ -47,7 +48,7 @@ def wrap_timm(opened: TimmModule) -> BaseModel:
         base={
             "library": "timm",
             "architecture": opened.architecture,
-            "args": without_classes(opened.model_args),
+            "args": {**_noted_channels(opened.architecture, data), **without_classes(opened.model_args)},
         },
         image_size=list(data["input_size"]),
         **label_fields(opened.labels),
@@ -113,11 +114,19 @@ def _checked_data(architecture: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_size_of(model_args: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Return the data config for the image size in the arguments of the architecture."""
+    """Return the data config for the channels and the image size in the arguments of the architecture."""
     side = model_args.get("img_size") or data["input_size"][-1]
     size = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    channels = model_args.get("in_chans") or data["input_size"][0]
+    sized = {**data, "input_size": (channels, *size)}
     if size == tuple(data["input_size"][1:]):
-        return data
+        return sized
     # At a size that the weights were not trained at, the whole image is used, without a border.
     mode = "squash" if data["crop_mode"] == "border" else data["crop_mode"]
-    return {**data, "input_size": (data["input_size"][0], *size), "crop_pct": 1.0, "crop_mode": mode}
+    return {**sized, "crop_pct": 1.0, "crop_mode": mode}
+
+
+def _noted_channels(architecture: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Return the argument `in_chans` of a saved model if its pretrained_cfg notes other channels than timm's."""
+    known, channels = get_pretrained_cfg(architecture), data["input_size"][0]
+    return {} if known is None or known.input_size[0] == channels else {"in_chans": channels}

@@ -81,6 +81,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         notes=[_show_note(note) for note in plan.get("notes") or ()],
         labels=_name_labels(config.get("id2label") or {}),
         has_picture=(folder / PICTURE).is_file(),
+        reads_arrays=_reads_arrays(config, folder / "preprocessor_config.json"),
         speed=speed,
         benchmark=speed.get("benchmark"),
         timings=benchmark_table(speed["benchmark"]) if speed.get("benchmark") else [],
@@ -89,6 +90,13 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         show=_show,
     )
     return card
+
+
+def _reads_arrays(config: dict[str, Any], file: Path) -> bool:
+    """Return whether a pipeline needs arrays: it turns files into RGB, which only an own processor turns into grey."""
+    channels = (config.get("image_size") or [3])[0]
+    is_own = not file.is_file() or "image_processor_type" not in _read_json(file)
+    return bool(channels != 3 and not (channels == 1 and is_own))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.data.pixels import normalisation
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import PRECISIONS
 
-# Returns logits (B, C) for the student's pixel values (B, 3, H, W) and the positions of the images (B,).
+# Returns logits (B, C) for the student's pixel values (B, channels, H, W) and the positions of the images (B,).
 TeacherLogits = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,7 +62,7 @@ class Teacher:
         self._renormalise = None if processors is None else _renormalisation(*processors, device=device)
 
     def __call__(self, pixel_values: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return logits of shape (B, C) for the student's pixel values (B, 3, H, W); positions are not needed."""
+        """Return logits (B, C) for the student's pixel values (B, channels, H, W); positions are not needed."""
         with torch.inference_mode():
             if self._renormalise is not None:
                 pixel_values = self._renormalise(pixel_values)
@@ -75,7 +77,19 @@ class Teacher:
 def _renormalisation(
     student: BaseImageProcessor, teacher: BaseImageProcessor, *, device: torch.device
 ) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from the student's pixel values to the teacher's, or None if both are the same."""
+    """Return a function from the student's pixel values to the teacher's, or None if both are the same.
+
+    A grey image (B, 1, H, W) becomes the RGB image that a teacher of RGB images reads.
+
+    Raises:
+        RecipeError: The teacher reads other channels, which the student's images do not have.
+    """
+    channels, teacher_channels = channels_of(student), channels_of(teacher)
+    if channels != teacher_channels and (channels, teacher_channels) != (1, 3):
+        raise RecipeError(
+            f"finetune.teacher: the teacher reads images of {teacher_channels} channels, the student of {channels}; "
+            "choose another teacher, or set finetune.distillation: none"
+        )
     student_values, teacher_values = normalisation(student), normalisation(teacher)
     if student_values == teacher_values:
         return None

@@ -76,7 +76,7 @@ class Trainer:
         self.processor = processor
         self.recipe = recipe
         self.accelerator = accelerator
-        self.options = options
+        self.options = options = options.for_processor(processor)
         self.callbacks = callbacks
         self.ranks = Ranks(accelerator.process_index, accelerator.num_processes)
         self.parts = count_parts(recipe, world=self.ranks.world)
@@ -84,7 +84,7 @@ class Trainer:
         self.updates_per_epoch = 0  # known from the first epoch on
         self.progress = Progress()
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
-        self._transform = train_transform(processor, recipe, decoding=data.decoding)
+        self._transform = train_transform(processor, recipe, decoding=options.decoding)
         self._open_teacher: Callable[[], TeacherLogits] | None = None
         if teacher is not None and recipe.distillation != "none":
             self._open_teacher = partial(

@@ -228,7 +228,7 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path):
 
 def test_column_without_images_raises(tmp_path):
     recipe = save_splits(tmp_path, train=make_split([0]))
-    assert "must contain images, got" in message_of(DataRecipe(dataset=recipe.dataset, image_column="label"))
+    assert "must contain images" in message_of(DataRecipe(dataset=recipe.dataset, image_column="label"))
 
 
 def test_empty_split_raises(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_base, make_images
 from helpers.training import ACCELERATOR, make_data, make_net, make_recipe, train
+from PIL import Image
 from torch import nn
 
 from isoprune_hf.checkpoint.folder import save_model_folder
@@ -120,3 +121,24 @@ def test_teacher_gets_its_own_normalisation():
     torch.testing.assert_close(seen, normalise(own), atol=1e-5, rtol=1e-5)
     same = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, student))(raw)
     assert torch.equal(same, raw)
+
+
+def test_teacher_of_rgb_images_reads_grey_ones():
+    class Echo(nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=pixel_values)
+
+    grey = Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 30)
+    sizes = {"size": {"height": 16, "width": 16}, "do_center_crop": False}
+    student = IsoImageProcessor(image_mean=[0.4], image_std=[0.2], **sizes)
+    own = IsoImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7], **sizes)
+    pixels, expected = (processor(grey, return_tensors="pt").pixel_values for processor in (student, own))
+    seen = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, own))(pixels)
+    torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(3, 1), (4, 3), (1, 4), (6, 3)])
+def test_teacher_of_other_channels_is_refused(student: int, teacher: int):
+    processors = tuple(IsoImageProcessor(image_mean=[0.5] * n, image_std=[0.5] * n) for n in (student, teacher))
+    with pytest.raises(RecipeError, match=r"finetune\.teacher"):
+        Teacher(nn.Linear(1, 1), FinetuneRecipe(), device=CPU, processors=processors)

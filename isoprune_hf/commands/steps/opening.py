@@ -15,9 +15,11 @@ from accelerate.logging import get_logger
 from torch import nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.checkpoint.stock import stock_processor
 from isoprune_hf.commands.steps.sources import class_names
 from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.decoding import PILLOW_CHANNELS
 from isoprune_hf.data.labels import check_labels
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
@@ -237,7 +239,17 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseM
 
 
 def _with_stock_processor(base: BaseModel) -> BaseModel:
-    """Return the base with the image processor of its stock folder, so that all figures are of the same pixels."""
+    """Return the base with the image processor of its stock folder, so that all figures are of the same pixels.
+
+    Raises:
+        RecipeError: The images are neither grey nor RGB.
+    """
+    channels = channels_of(base.processor)
+    if channels not in PILLOW_CHANNELS:
+        raise RecipeError(
+            f"prune.layout uniform: stock image processors resize grey and RGB images, the model reads {channels} "
+            "channels; use prune.layout: per-layer"
+        )
     processor = stock_processor(base.processor)
     if processor is not base.processor and getattr(processor, "do_center_crop", False):
         logger.info(

@@ -18,7 +18,8 @@ from isoprune_hf.commands.steps.opening import Opened, evaluate_on, forget_scori
 from isoprune_hf.commands.steps.results import Metrics, smoke_test, summarize, write_folder
 from isoprune_hf.commands.steps.sources import open_teacher
 from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, train_student
-from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.dataset import ImageData, with_encoded_images
+from isoprune_hf.data.decoding import Decoding, Rows, read_or_replace, to_pixels
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.measuring.speed import measure_latency, record_measurement
@@ -103,7 +104,8 @@ def run_pipeline(
     )
     answer = summarize(result.model, metrics, speed["milliseconds"], folder, notes=result.plan.notes)
     if accelerator.is_main_process and images.evaluation is not None:
-        line = smoke_test(folder, images.evaluation[0], images.label_names)
+        image, label = _first_image(images.evaluation, images.decoding, image_size_of(base.model)[0])
+        line = smoke_test(folder, image, images.label_names[label])
         answer = replace(answer, text=f"{answer.text}\n\n{line}")
     accelerator.wait_for_everyone()
     return answer
@@ -131,6 +133,16 @@ def _pretrain(opened: Opened, images: ImageData, recipe: FinetuneRecipe, root: P
         "model_args": {},
     }
     write_folder(root / "base", base.model, base.processor, opened.accelerator)
+
+
+def _first_image(split: Rows, decoding: Decoding, channels: int) -> tuple[Any, int]:
+    """Return the first image of a split for a pipeline, with its label.
+
+    An image that is not RGB is an array: a pipeline turns all others into RGB.
+    """
+    decoding = replace(decoding, decoder="pil", channels=channels)
+    found = read_or_replace(with_encoded_images(split), 0, decoding)
+    return found.image if channels == 3 else to_pixels(found.image).numpy(), found.label
 
 
 def _copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:

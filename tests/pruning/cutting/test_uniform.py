@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.command_line import refuse
 from helpers.fresh_python import FreshPython
 from helpers.tiny_models import TIMM, make_base, make_images
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import ViTConfig
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import stock_processor
@@ -231,6 +233,22 @@ def test_stock_processor_makes_equal_pixels_for_even_margins(mode: str, size: di
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
         pixels = [processor(image, return_tensors="pt").pixel_values for processor in (ours, stock)]
         assert torch.equal(*pixels)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_stock_processor_reads_grey_images(array: bool) -> None:
+    ours = IsoImageProcessor(size={"shortest_edge": 32}, image_mean=[0.4], image_std=[0.2], do_center_crop=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (72, 60), dtype=np.uint8))
+    given = np.asarray(image)[None] if array else image
+    expected = ours(image, return_tensors="pt").pixel_values
+    assert torch.equal(stock_processor(ours)(given, return_tensors="pt").pixel_values, expected)
+
+
+def test_uniform_layout_needs_grey_or_rgb_images(tmp_path: Path) -> None:
+    ViTConfig(num_channels=4, image_size=16, patch_size=4).save_pretrained(tmp_path / "base")
+    options = ["--prune.model", tmp_path / "base", "--prune.pretrained", "false", "--prune.layout", "uniform"]
+    line = refuse("prune", *options, "--prune.criterion", "l1", "--prune.ratio", "0.5", "--output", tmp_path / "out")
+    assert "prune.layout" in line and "4 channels" in line
 
 
 def test_odd_margin_is_cropped_one_pixel_further() -> None:
