@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -435,6 +436,25 @@ class WritesInPlace(Net):
         y = self.conv2(y)
         y += x
         return self.act(y)
+
+
+class DoubledConv(nn.Conv2d):
+    """Multiplies with another tensor than its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, 2 * self.weight, self.bias, padding=self.padding)
+
+
+@odd
+class PadsByItself(Net):
+    """Convolutions of their own classes: one pads its input itself, the other one changes its weight."""
+
+    def build(self) -> None:
+        self.padded = Conv2dSame(WIDTH, WIDTH, 3, stride=2)
+        self.doubled = DoubledConv(WIDTH, WIDTH, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.doubled(self.padded(x).relu()).relu()
 
 
 @odd

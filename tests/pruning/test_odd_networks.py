@@ -31,6 +31,7 @@ HANDLED = (
     "one_block_class_token",
     "one_channel",
     "other_keys_and_values",
+    "pads_by_itself",
     "recurrent",
     "reused",
     "rotary_table",

@@ -4,17 +4,18 @@ In the order of execution each linear, convolution and cut LayerNorm gets the we
 those of the dense layer, given the inputs that the layers before it (already fitted) produce. With x the inputs of all
 images and positions, y the dense outputs of the channels that were kept, and W the weights after the cut:
 
-    W' = W + (sum (y - W x) x^T) (sum x x^T + D)^-1,    D = ridge x diag(sum x x^T) + a floor
+    W' = W + (sum (y - W x) x^T) (sum x x^T + D)^-1,    D = ridge x diag(sum x x^T) + a floor,
 
-The ridge keeps W' near W and not near 0, so directions that the sample does not determine keep the weights of the cut.
-If there are few rows for the features, or a bias fitted to half of the images does better on the other half than
-weights do, as in a wide layer that saw few images, only the bias is fitted; a layer without one is left as it is.
-Labels are not used.
+where x and y - W x are without their means, so that the bias is not damped. The ridge keeps W' near W and not near 0:
+directions that the sample does not determine keep the weights of the cut. It is chosen by cross-validation between
+halves of the images, for each layer; it may be infinite, which fits the bias alone, and a layer of which no fit to one
+half removes any error of the other one is left as it is. Labels are not used.
 
 Source:
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,9 +30,9 @@ from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.normal_equations import (
     FitSums,
+    choose_ridge,
     fit_sums,
     pieces_of_halves,
-    prefers_bias,
     solve_fit,
     zero_fit_sums,
 )
@@ -101,8 +102,15 @@ def _sum_over_images(
             found_calls = observe_calls(pruned, layer, images)
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
             missing = _missing_output(layer, wanted, found)
-            for half, part in pieces_of_halves(module, found.inputs):
-                added = fit_sums(module, found.inputs[part], found.output[part], missing[part], layer.dim)
+            for half, part in pieces_of_halves(layer.window, found.inputs):
+                added = fit_sums(
+                    module,
+                    layer.window,
+                    x=found.inputs[part],
+                    output=found.output[part],
+                    missing=missing[part],
+                    dim=layer.dim,
+                )
                 for key, value in added.items():
                     halves[half][key] += value
     return halves
@@ -123,10 +131,13 @@ def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: b
         return None
     if not all(total.isfinite().all() for total in sums.values()):
         return _NOT_FINITE
-    is_bias_only = is_bias_only or prefers_bias(first, second)
-    if is_bias_only and layer.module.bias is None and layer.norm is None:
+    has_shift = layer.module.bias is not None or layer.norm is not None
+    ridge = math.inf if is_bias_only else choose_ridge(first, second, has_shift=has_shift)
+    if ridge is None:
+        return None
+    if math.isinf(ridge) and not has_shift:
         return _NO_BIAS
-    change = solve_fit(sums, is_bias_only=is_bias_only)
+    change = solve_fit(sums, ridge, has_shift=has_shift)
     if not change.to(layer.module.weight.dtype).isfinite().all():
         return _NOT_FINITE
     _apply_change(layer, change)

@@ -14,6 +14,7 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.calibration.inputs import first_tensor, read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
+from isoprune_hf.pruning.repairing.functional_calls import FunctionalProbe, Window
 from isoprune_hf.pruning.repairing.normal_equations import FittedModule
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
 from isoprune_hf.pruning.repairing.waypoints import PassStopped
@@ -31,6 +32,7 @@ class FittedLayer(NamedTuple):
     Args:
         name: Its path, the same in both networks.
         module: The layer in the cut network.
+        window: Settings of a convolution; None for other layers.
         calls: Number of its calls in a forward pass.
         dim: Dim of its outputs on which the channels lie.
         kept: Indices of the dense layer's outputs that were kept; None if none was removed.
@@ -42,6 +44,7 @@ class FittedLayer(NamedTuple):
 
     name: str
     module: FittedModule
+    window: Window | None
     calls: int
     dim: int
     kept: torch.Tensor | None
@@ -55,7 +58,7 @@ class LayerCall(NamedTuple):
     """One call of a layer.
 
     Args:
-        inputs: Its input.
+        inputs: Its input; of a linear or a convolution the tensor that the function of torch reads.
         output: Its output.
         stream: The tensor that the output is added to, in the layout and scale of the output.
     """
@@ -83,8 +86,8 @@ def find_layers(
     """
     blank = torch.zeros(1, *image_size_of(pruned), device=pruned.device)
     several = blank.expand(_SHAPE_IMAGES, *blank.shape[1:])
-    wanted, _ = _watch_calls(dense, several)
-    found, norms = _watch_calls(pruned, several)
+    wanted = _watch_calls(dense, several).shapes
+    found, windows, norms = _watch_calls(pruned, several)
     shared = _layers_that_share(pruned)
     layers = []
     left: dict[str, list[str]] = {}
@@ -94,7 +97,7 @@ def find_layers(
         mask = masks.get((weight, 0))
         if isinstance(module, nn.LayerNorm) and (mask is None or not module.elementwise_affine):
             continue  # all its channels were kept
-        if not _can_be_fitted(module):
+        if not _is_fitted_type(module) or name not in windows:
             left.setdefault(_OTHER_TYPE, []).append(name)
             continue
         if module in shared:
@@ -108,7 +111,8 @@ def find_layers(
         norm = norms.get(name) if module.bias is None else None
         kept = None if mask is None else _indices(mask, pruned.device)
         is_added = len(shapes) == 1
-        layer = FittedLayer(name, module, len(shapes), dim, kept, rows, factors.get(weight), norm, is_added)
+        factor = factors.get(weight)
+        layer = FittedLayer(name, module, windows[name], len(shapes), dim, kept, rows, factor, norm, is_added)
         if layer.is_added and observe_calls(pruned, layer, blank)[0].stream is None:
             layer = layer._replace(is_added=False)
         layers.append(layer)
@@ -120,7 +124,9 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
     calls: list[LayerCall] = []
 
     def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
-        calls.append(LayerCall(read_tensor(args, kwargs), output.clone() if layer.is_added else output))
+        call = functions.call_of(module, output)
+        inputs = read_tensor(args, kwargs) if call is None else call.inputs
+        calls.append(LayerCall(inputs, output.clone() if layer.is_added else output))
         if layer.is_added:
             probe.follow(output)
         elif len(calls) == layer.calls:
@@ -131,9 +137,11 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
         raise PassStopped
 
     probe = ResidualProbe(on_sum)
-    handle = model.model.get_submodule(layer.name).register_forward_hook(on_call, with_kwargs=True)
+    module = model.model.get_submodule(layer.name)
+    functions = FunctionalProbe([module])
+    handle = module.register_forward_hook(on_call, with_kwargs=True)
     try:
-        with probe if layer.is_added else nullcontext():
+        with functions, probe if layer.is_added else nullcontext():
             model(pixel_values=images)
     except PassStopped:
         pass
@@ -142,36 +150,60 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
     return calls
 
 
-def _watch_calls(
-    network: IsoPruneForImageClassification, images: torch.Tensor
-) -> tuple[dict[str, list[torch.Size]], dict[str, nn.Module]]:
-    """Run a forward pass; return layer -> shapes of its outputs in order, and layer -> the BatchNorm that reads it."""
-    shapes: dict[str, list[torch.Size]] = {}
+class _Watched(NamedTuple):
+    """What one forward pass shows of the layers of a network.
+
+    Args:
+        shapes: Layer -> shapes of its outputs, in the order of its calls.
+        windows: Layer whose outputs are those of `linear` or `conv2d` with its own weight, or that is a LayerNorm ->
+            settings of the convolution.
+        norms: Layer -> the BatchNorm that reads its output.
+    """
+
+    shapes: dict[str, list[torch.Size]]
+    windows: dict[str, Window | None]
+    norms: dict[str, nn.Module]
+
+
+def _watch_calls(network: IsoPruneForImageClassification, images: torch.Tensor) -> _Watched:
+    """Run a forward pass and watch the layers."""
+    watched = _Watched({}, {}, {})
+    others: set[str] = set()
     # Outputs by id. The tensors are kept, too, so that no other tensor gets the id of one of them.
     written: dict[int, tuple[torch.Tensor, str]] = {}
-    norms: dict[str, nn.Module] = {}
 
     def after(name: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        shapes.setdefault(name, []).append(output.shape)
+        watched.shapes.setdefault(name, []).append(output.shape)
         written[id(output)] = output, name
+        call = functions.call_of(module, output)
+        window = None if call is None else call.window
+        is_known = call is not None or isinstance(module, nn.LayerNorm)
+        if not is_known or watched.windows.setdefault(name, window) != window:
+            others.add(name)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = first_tensor(args, kwargs)
         if id(x) in written:
-            norms[written[id(x)][1]] = module
+            watched.norms[written[id(x)][1]] = module
 
     handles = []
+    layers = []
     for name, module in network.model.named_modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None:
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         elif isinstance(module, (nn.Linear, ConvNd, nn.LayerNorm)):
+            layers.append(module)
             handles.append(module.register_forward_hook(partial(after, name)))
+    functions = FunctionalProbe(layers)
     try:
-        network(pixel_values=images)
+        with functions:
+            network(pixel_values=images)
     finally:
         for handle in handles:
             handle.remove()
-    return shapes, norms
+    for name in others & watched.windows.keys():
+        del watched.windows[name]
+    return watched
 
 
 def _layers_that_share(network: IsoPruneForImageClassification) -> set[nn.Module]:
@@ -237,9 +269,8 @@ def _indices(mask: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(mask)).to(device)
 
 
-def _can_be_fitted(module: nn.Module) -> TypeGuard[FittedModule]:
-    """Check whether a layer is a LayerNorm without activation, or computes what a linear or 2d convolution does."""
+def _is_fitted_type(module: nn.Module) -> TypeGuard[FittedModule]:
+    """Check whether a layer is a linear, a 2d convolution or a LayerNorm without activation."""
     if isinstance(module, nn.LayerNorm):
         return all(isinstance(child, nn.Identity) for child in module.children())
-    is_layer = isinstance(module, (nn.Linear, nn.Conv2d))
-    return is_layer and type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    return isinstance(module, (nn.Linear, nn.Conv2d))
