@@ -1,11 +1,24 @@
 """`least_squares`: bring the outputs of every layer nearest to those of the dense one."""
 
+import torch
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.repairing.fit_layers import fit_layers
+from isoprune_hf.pruning.repairing.judging import Judge, Judgement, hold_out
+from isoprune_hf.pruning.repairing.logit_scale import scale_logits
+from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+
+State = dict[str, torch.Tensor]
 
 
 class LeastSquaresRepair:
-    """Fit weights and biases of layers (see `fit_layers`).
+    """Fit weights and biases of layers (see `fit_layers`), unless a simpler repair does better.
+
+    Part of the images is held out. The fit, new statistics of BatchNorm and the cut as it is are compared with the
+    dense network on these images, and the nearest one is kept; its logits are scaled to those of the dense network.
 
     Source:
         He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
@@ -16,6 +29,46 @@ class LeastSquaresRepair:
 
     def repair(self, task: RepairTask) -> tuple[str, ...]:
         """Repair `task.pruned`, in place."""
-        return fit_layers(
-            task.dense, task.pruned, task.masks, task.calibration, outputs=task.outputs, factors=task.factors
-        )
+        fitted, held = hold_out(task.calibration)
+        judge = Judge(task.dense, held)
+        if not judge.images:
+            return _fit(task, task.calibration)
+        before = _state(task.pruned)
+        found = {"none": judge.compare(task.pruned)}
+        if any(isinstance(module, BatchNorm) for module in task.pruned.modules()):
+            recalibrate_batchnorm(task.pruned, fitted)
+            found["bn"] = judge.compare(task.pruned)
+            _restore(task.pruned, before)
+        notes = _fit(task, fitted)
+        found["least_squares"] = judge.compare(task.pruned)
+        best = min(reversed(found), key=lambda name: found[name].divergence)
+        if best != "least_squares":
+            _restore(task.pruned, before)
+            notes = (_describe_choice(best, found, judge.images),)
+        if best == "bn":
+            notes += recalibrate_batchnorm(task.pruned, task.calibration)
+        if not scale_logits(task.pruned, found[best].scale):
+            notes += (f"the logits are not scaled by {found[best].scale:.3g}: no single layer computes them",)
+        return notes
+
+
+def _fit(task: RepairTask, calibration: Calibration) -> tuple[str, ...]:
+    return fit_layers(task.dense, task.pruned, task.masks, calibration, outputs=task.outputs, factors=task.factors)
+
+
+def _state(model: IsoPruneForImageClassification) -> State:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _restore(model: IsoPruneForImageClassification, state: State) -> None:
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(state[name])
+
+
+def _describe_choice(best: str, found: dict[str, Judgement], images: int) -> str:
+    values = ", ".join(f"{name} {judgement.divergence:.3g}" for name, judgement in found.items())
+    return (
+        f"prune.reconstruct {best} is used instead of least_squares: on {images} images that no repair saw, it is "
+        f"nearest to the dense model (divergence: {values})"
+    )

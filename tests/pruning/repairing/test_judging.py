@@ -1,0 +1,140 @@
+"""Repairs are judged by images that they did not see, and the logits are scaled to those of the dense network."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.plain_scores import batches_of
+from helpers.tiny_models import make_base, make_images
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models import load_base
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing.judging import SCALES, Judge, hold_out
+from isoprune_hf.pruning.repairing.logit_scale import scale_logits
+from isoprune_hf.pruning.repairing.repairs import least_squares
+from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
+from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+
+Model = IsoPruneForImageClassification
+
+
+def logits_of(model: Model, images: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(pixel_values=images).logits.double().numpy()
+
+
+def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
+    p, q = (np.exp(values) / np.exp(values).sum(1, keepdims=True) for values in (wanted, found))
+    return float((p * np.log(p / q)).sum(1).mean())
+
+
+def task_of(family: str, folder: Path) -> RepairTask:
+    """Cut every other channel, for 20 images in two micro-batches."""
+    dense = make_base(family, folder).eval()
+    groups = trace_groups(dense)
+    plan = PruningPlan({g.name: tuple(range(0, g.channels, 2)) for g in groups if not g.num_heads}, {})
+    pruned = apply_plan(dense, plan, groups)
+    return RepairTask(
+        dense, pruned, keep_masks(plan, groups, dense.model), {}, Calibration(batches_of(dense, [15, 5]))
+    )
+
+
+def test_every_fifth_image_is_held_out() -> None:
+    images, labels = torch.arange(18.0).view(18, 1, 1, 1), torch.arange(18)
+    batches = list(zip(images.split([11, 4, 3]), labels.split([11, 4, 3]), strict=True))
+    parts = hold_out(Calibration(batches))
+    for _ in range(2):  # they are read several times
+        fitted, held = ([label for _, part in half.batches for label in part.tolist()] for half in parts)
+        assert held == [9, 10]
+        assert sorted(fitted + held) == list(range(18))
+    assert all(torch.equal(x.flatten(), y.float()) for half in parts for x, y in half.batches)
+
+
+def test_divergence_and_scale_are_those_of_numpy(tmp_path: Path) -> None:
+    task = task_of("resnet", tmp_path)
+    found = Judge(task.dense, task.calibration).compare(task.pruned)
+    images = torch.cat([images for images, _ in task.calibration.batches])
+    wanted, cut = logits_of(task.dense, images), logits_of(task.pruned, images)
+    values = [divergence(wanted, scale * cut) for scale in SCALES]
+    assert found.scale == SCALES[int(np.argmin(values))]
+    assert found.divergence == pytest.approx(min(values), rel=1e-4)
+
+
+def test_half_of_the_logits_is_scaled_by_two(tmp_path: Path) -> None:
+    task = task_of("vit", tmp_path)
+    judge = Judge(task.dense, task.calibration)
+    halved = copy.deepcopy(task.dense)
+    assert scale_logits(halved, 0.5)
+    assert judge.images == 20
+    assert judge.compare(halved).scale == 2
+    assert judge.compare(halved).divergence == pytest.approx(0, abs=1e-6)
+    torch.nn.init.constant_(halved.model.head.bias, float("nan"))
+    assert judge.compare(halved).divergence == float("inf")
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "hf-vit"])
+def test_logits_are_scaled(family: str, tmp_path: Path) -> None:
+    model = make_base(family, tmp_path)
+    images = make_images(model, 3)
+    before = logits_of(model, images)
+    assert scale_logits(model, 3.0)
+    np.testing.assert_allclose(logits_of(model, images), 3 * before, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_of_two_heads_is_not_scaled() -> None:
+    name = "timm/deit_tiny_distilled_patch16_224"
+    model = load_base(name, False, model_args={"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}).model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not scale_logits(model, 3.0)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("best", ["none", "bn"])
+def test_repair_that_does_worse_is_not_kept(best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("resnet", tmp_path)
+    if best == "bn":
+        for name, buffer in task.pruned.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(100)
+    expected = copy.deepcopy(task.pruned)
+
+    def damage(dense: Model, pruned: Model, *args: object, **kwargs: object) -> tuple[str, ...]:
+        for parameter in pruned.parameters():
+            torch.nn.init.normal_(parameter)
+        return ("a note about layers",)
+
+    def confuse(pruned: Model, calibration: Calibration) -> tuple[str, ...]:
+        torch.nn.init.normal_(pruned.model.fc.weight)
+        return ()
+
+    monkeypatch.setattr(least_squares, "fit_layers", damage)
+    if best == "none":
+        monkeypatch.setattr(least_squares, "recalibrate_batchnorm", confuse)
+    else:
+        recalibrate_batchnorm(expected, task.calibration)
+    notes = least_squares.LeastSquaresRepair().repair(task)
+    assert len(notes) == 1 and f"prune.reconstruct {best} " in notes[0]
+    head = {name for name in expected.state_dict() if "fc." in name}
+    assert all(
+        torch.equal(task.pruned.state_dict()[name], expected.state_dict()[name])
+        for name in expected.state_dict().keys() - head
+    )
+    images = make_images(task.dense, 4)
+    ratio = logits_of(task.pruned, images) / logits_of(expected, images)
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
+    assert any(ratio[0, 0] == pytest.approx(scale, rel=1e-4) for scale in SCALES)
+
+
+def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
+    task = task_of("mobilenet_v2", tmp_path)
+    before = Judge(task.dense, task.calibration).compare(task.pruned)
+    assert least_squares.LeastSquaresRepair().repair(task) == ()
+    after = Judge(task.dense, task.calibration).compare(task.pruned)
+    assert after.divergence < before.divergence
+    assert after.scale == pytest.approx(1, abs=0.5)
