@@ -1,11 +1,12 @@
-"""The steps of `prune_model` and their shared inputs: score a model, decide, cut."""
+"""The steps of `prune_model` and their shared inputs: score a model, decide, cut, repair."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -14,12 +15,15 @@ from isoprune_hf.measuring.speed import measure_pair
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
-from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.cutting.carry_over import carry_over
+from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import latency_settings, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing.attention_scale import keep_scale, undo_scale
+from isoprune_hf.pruning.repairing.repair import repair
 from isoprune_hf.pruning.repairing.rotation import Rotated
 from isoprune_hf.pruning.score import score_with_recipe
 from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample
@@ -44,6 +48,22 @@ class Traced:
     blocks: tuple[ResidualBlock, ...]
     cost: CostModel
     latency: LatencyModel | None
+
+
+class Cut(NamedTuple):
+    """A cut model with its plan, after the repair.
+
+    Args:
+        plan: What was kept.
+        model: The cut model.
+        factors: The factors of its queries, of `keep_scale`.
+        notes: One line for each thing that could not be repaired.
+    """
+
+    plan: PruningPlan
+    model: IsoPruneForImageClassification
+    factors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
 
 
 class StageClock:
@@ -132,6 +152,29 @@ class PruningRun:
 
         with self.clock.stage("solve"):
             return meet_latency(recipe, traced.cost, traced.latency, attempt=attempt, measure=measure)
+
+    def repair(
+        self, pruned: IsoPruneForImageClassification, plan: PruningPlan, recipe: PruneRecipe, earlier: Cut | None
+    ) -> Cut:
+        """Repair a cut model, in place.
+
+        Args:
+            pruned: A cut of the rotated base.
+            plan: What it kept.
+            recipe: Names the repair.
+            earlier: An earlier cut that was repaired, with more channels; the repair begins with its weights. It is
+                changed.
+        """
+        with self.clock.stage("repair"):
+            groups, base = self.traced.groups, self.rotated.model
+            name = recipe.reconstruct or "none"
+            if earlier is not None and name != "none":
+                undo_scale(self.rotated, earlier.model, earlier.factors)
+                masks = [keep_masks(of_cut, groups, base.model) for of_cut in (earlier.plan, plan)]
+                carry_over(earlier.model.model, masks[0], pruned.model, masks[1])
+            factors = keep_scale(self.rotated, pruned, plan, groups)
+            notes = repair(self.rotated, pruned, plan, groups, name, self.images, factors=factors)
+        return Cut(plan, pruned, factors, notes)
 
 
 def broadcast(value: Value, accelerator: Accelerator | None) -> Value:

@@ -25,10 +25,8 @@ from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
 from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import fit_base, latency_settings
-from isoprune_hf.pruning.pipeline import PruningRun, StageClock, Traced, broadcast
+from isoprune_hf.pruning.pipeline import Cut, PruningRun, StageClock, Traced, broadcast
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing.attention_scale import keep_scale
-from isoprune_hf.pruning.repairing.repair import repair
 from isoprune_hf.pruning.score import (
     assign_to_base,
     check_calibration,
@@ -85,7 +83,8 @@ def prune_model(
 
     Args:
         model: The base, from `load_base`; left untouched.
-        recipe: How to prune. With `steps` above 1 the model is scored again after each intermediate cut.
+        recipe: How to prune. With `steps` above 1 the model is repaired and scored again after each
+            intermediate cut.
         calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)); only for recipes that read images.
             Several steps, a rotation or a repair iterate over them several times.
         accelerator: Ranks that share the images. The main process decides, and all ranks make the same cut.
@@ -109,11 +108,11 @@ def prune_model(
         rotated = rotate_base(model, recipe, traced.groups, images)
     run = PruningRun(model, traced, rotated, images, accelerator, sample, clock)
     if scores is None:
-        scores = _score_in_steps(run, recipe)
+        scores = assign_to_base(run.score(recipe, rotated.model, traced.groups, traced.blocks), model, recipe)
     recipe = _with_scoring_of(recipe, scores)
+    scores, earlier = _cut_in_steps(run, recipe, scores)
     plan, pruned = run.cut_to_budget(recipe, scores)
-    with clock.stage("repair"):
-        notes = repair(rotated, pruned, plan, traced.groups, recipe.reconstruct or "none", images)
+    notes = run.repair(pruned, plan, recipe, earlier).notes
     pruned, wide = in_stored_types(pruned, model)
     untraced = graph_of(model, traced.groups).trace.notes
     plan = replace(plan, notes=(*plan.notes, *untraced, *rotated.notes, *notes, *wide))
@@ -147,21 +146,25 @@ def _find_units(
     return groups, () if recipe.remove_blocks is None else find_blocks(model)
 
 
-def _score_in_steps(run: PruningRun, recipe: PruneRecipe) -> ImportanceScores:
-    """Score the base, then the smaller model after each intermediate cut; return scores of the base."""
-    traced, clock = run.traced, run.clock
-    first = run.score(recipe, run.rotated.model, traced.groups, traced.blocks)
-    scores = assign_to_base(first, run.model, recipe)
+def _cut_in_steps(
+    run: PruningRun, recipe: PruneRecipe, scores: ImportanceScores
+) -> tuple[ImportanceScores, Cut | None]:
+    """Cut and repair intermediate models, each with the weights of the one before it, and score them.
+
+    Returns:
+        Scores of the base, and the last intermediate model; None if there is only one step.
+    """
+    traced, earlier = run.traced, None
     for step in range(1, recipe.steps):
-        with clock.stage("solve"):
+        with run.clock.stage("solve"):
             plan = run.decide(recipe_of_step(recipe, step, traced.cost, traced.latency), scores)
-        with clock.stage("cut"):
+        with run.clock.stage("cut"):
             smaller = run.cut(plan)
-        keep_scale(run.rotated, smaller, plan, traced.groups)
+        earlier = run.repair(smaller, plan, recipe, earlier)
         groups, blocks = _find_units(smaller, recipe)
         scores = lift_scores(scores, plan, run.score(recipe, smaller, groups, blocks))
         logger.info(f"step {step} of {recipe.steps}: {plan.achieved['pruned']['macs'] / 1e9:.4g} GMACs")
-    return scores
+    return scores, earlier
 
 
 def _with_scoring_of(recipe: PruneRecipe, scores: ImportanceScores) -> PruneRecipe:

@@ -121,7 +121,7 @@ class PruneRecipe:
         reconstruct: Repair of the cut model without training: none, bn (new statistics of BatchNorm), bias (mean
             outputs of each layer), least_squares (outputs of each layer); needs data. If a criterion is named, the
             default is none.
-        steps: Number of cuts on the way to the ratio or budget, each with a new scoring.
+        steps: Number of cuts on the way to the ratio or budget, each with a new scoring and a repair.
         calibration_batches: Micro-batches of the training split for scoring.
         batch_size: Images in a micro-batch, on every rank.
         state_minutes: Minutes between two saved states of a scoring; the same command resumes from the last one.

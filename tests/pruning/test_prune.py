@@ -10,10 +10,14 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import BudgetError, CheckpointError, RecipeError
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning import pipeline
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import PruneResult, prune_model
+from isoprune_hf.pruning.repairing.attention_scale import keep_scale
+from isoprune_hf.pruning.score import rotate_base
 from isoprune_hf.recipes import PruneRecipe
 
 
@@ -77,6 +81,42 @@ def test_channels_removed_in_a_step_stay_removed(tmp_path: Path) -> None:
     both = prune_model(model, PruneRecipe(criterion="taylor", ratio=0.4, round_to=1, steps=2), Batches(model)).plan
     for name, kept in both.kept.items():
         assert set(kept) <= set(steps[0].kept.get(name, kept))
+
+
+def test_next_step_begins_with_repaired_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base("resnet", tmp_path)
+    repaired = []
+
+    def double(rotated: object, pruned: nn.Module, *args: object, **kwargs: object) -> tuple[str, ...]:
+        repaired.append(pruned)
+        with torch.no_grad():
+            for parameter in pruned.parameters() if len(repaired) == 1 else ():
+                parameter.mul_(2)
+        return ()
+
+    monkeypatch.setattr(pipeline, "repair", double)
+    recipe = PruneRecipe(criterion="l1", ratio=0.4, round_to=1, steps=2, reconstruct="least_squares")
+    result = prune_model(model, recipe, Batches(model))
+    assert len(repaired) == 2
+    expected = apply_plan(model, result.plan, result.groups)
+    for found, cut in zip(result.model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, 2 * cut)
+
+
+def test_steps_without_effect_of_repair_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base("vit", tmp_path)
+    monkeypatch.setattr(pipeline, "repair", lambda *args, **kwargs: ())
+    recipe = PruneRecipe(
+        criterion="l1", ratio=0.5, round_to=1, steps=3, rotate=True, reconstruct="least_squares", min_keep=1
+    )
+    result = prune_model(model, recipe, Batches(model))
+    images = Calibration(Batches(model))
+    rotated = rotate_base(model, recipe, result.groups, images)
+    expected = apply_plan(rotated.model, result.plan, result.groups)
+    factors = keep_scale(rotated, expected, result.plan, result.groups)
+    assert factors
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_steps_need_batches_that_can_be_read_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Restore the scale of attention scores after a cut of the dims inside rotated heads (`keep_scale`)."""
+"""Restore the scale of attention scores after a cut of the dims inside rotated heads (`keep_scale`), and undo that."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -49,6 +49,11 @@ def keep_scale(
         return {}
     _scale_outputs(pruned, rotated, factors)
     return factors
+
+
+def undo_scale(rotated: Rotated, pruned: IsoPruneForImageClassification, factors: Mapping[str, torch.Tensor]) -> None:
+    """Divide queries by the factors of `keep_scale`, in place."""
+    _scale_outputs(pruned, rotated, {name: 1 / factor for name, factor in factors.items()})
 
 
 def _factors(rotated: Rotated, plan: PruningPlan, groups: Sequence[CoupledGroup]) -> dict[str, torch.Tensor]:

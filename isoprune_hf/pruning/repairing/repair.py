@@ -1,7 +1,8 @@
-"""Repair a cut model without training (`repair`): the attention scale first, then the repair that was requested."""
+"""Repair a cut model without training (`repair`) by the repair that was requested."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -12,7 +13,6 @@ from isoprune_hf.pruning.graph.find_groups import graph_of
 from isoprune_hf.pruning.graph.output_masks import output_masks
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing.attention_scale import keep_scale
 from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 from isoprune_hf.pruning.repairing.rotation import Rotated
@@ -25,6 +25,8 @@ def repair(
     groups: Sequence[CoupledGroup],
     name: str,
     calibration: Calibration | None = None,
+    *,
+    factors: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[str, ...]:
     """Repair a cut model, in place.
 
@@ -35,6 +37,7 @@ def repair(
         groups: Groups of the base.
         name: The repair: a key of `REPAIRS`.
         calibration: Images, for repairs that read them; iterated over as often as the model has layers.
+        factors: Those of `keep_scale`.
 
     Returns:
         One line for each thing that could not be repaired.
@@ -42,7 +45,6 @@ def repair(
     Raises:
         RecipeError: The repair reads images, and there is none.
     """
-    factors = keep_scale(rotated, pruned, plan, groups)
     method = REPAIRS[name]
     if not method.reads_images or not (plan.kept or plan.removed_blocks):
         return ()
@@ -51,9 +53,9 @@ def repair(
     names = _names_of_tensors(rotated.model.model)
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}
-    factors = {name: factor for first, factor in factors.items() for name in names[first]}
+    by_name = {name: factor for first, factor in (factors or {}).items() for name in names[first]}
     outputs = output_masks(graph_of(rotated.model, groups), kept)
-    return method.repair(RepairTask(rotated.model, pruned, masks, factors, calibration, outputs))
+    return method.repair(RepairTask(rotated.model, pruned, masks, by_name, calibration, outputs))
 
 
 def _names_of_tensors(base: nn.Module) -> dict[str, list[str]]:

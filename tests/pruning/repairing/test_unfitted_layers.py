@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning import prune as pipeline
+from isoprune_hf.pruning import pipeline
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
@@ -68,10 +68,15 @@ def test_module_with_two_names_is_fitted() -> None:
 
 def test_linear_over_tokens_is_fitted_on_kept_rows() -> None:
     dense, pruned, plan = cut_in_half("token_mixer")
-    cut = copy.deepcopy(pruned)
-    assert repaired(dense, pruned, plan) == ()
-    assert not torch.equal(cut.model.mix.bias, pruned.model.mix.bias)
-    assert logit_error(dense, pruned) < logit_error(dense, cut)
+    groups = trace_groups(dense)
+    masks = keep_masks(plan, groups, dense.model)
+    before = logit_error(dense, pruned)
+    with_biases = copy.deepcopy(pruned)
+    images, outputs = Calibration(calibration_batches(3)), output_masks(groups.graph, masks)
+    assert fit_layers(dense, with_biases, masks, images, outputs=outputs, is_bias_only=True) == ()
+    assert not torch.equal(pruned.model.mix.bias, with_biases.model.mix.bias)
+    assert fit_layers(dense, pruned, masks, images, outputs=outputs) == ()
+    assert logit_error(dense, pruned) < before
 
 
 def cut_mixer() -> tuple[Model, Model, dict[tuple[str, int], np.ndarray], TracedGroups]:
@@ -148,7 +153,8 @@ def test_fit_that_is_not_finite_leaves_the_layer(monkeypatch: pytest.MonkeyPatch
 
     solve: Callable[..., torch.Tensor] = fitting.solve_fit
     monkeypatch.setattr(fitting, "solve_fit", solve_nan)
-    notes = repaired(dense, pruned, plan)
+    masks = keep_masks(plan, trace_groups(dense), dense.model)
+    notes = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)))
     assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
     assert len(notes) == 1 and "not finite" in notes[0]
 
@@ -164,7 +170,7 @@ def test_statistics_that_are_not_finite_are_left() -> None:
 
 
 def test_result_with_nan_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def damage(rotated: Rotated, pruned: Model, *args: object) -> tuple[str, ...]:
+    def damage(rotated: Rotated, pruned: Model, *args: object, **kwargs: object) -> tuple[str, ...]:
         nn.init.constant_(pruned.model.head.bias, float("nan"))
         return ()
 
