@@ -2,17 +2,21 @@
 """Check and apply the differences between a pruned model and its dense base (part of the shipped file).
 
 `build_pruned` builds the architecture of a config; `apply_structure` changes a base in place; `skippable_blocks` finds
-the residual blocks that may be removed.
+the residual blocks that may be removed; `number_tables` lists where a module keeps numbers.
 """
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Collection, Mapping
+from dataclasses import is_dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from isoprune_hf.checkpoint.dense import (
     LIBRARY_ERRORS,
@@ -141,7 +145,8 @@ def check_structure(base: nn.Module, structure: dict[str, Any], skippable: Colle
         where = f"config.structure.attributes[{path!r}]"
         require(path in modules and isinstance(entries, dict), f"{where}: the base has no such module")
         for name, value in entries.items():
-            _check_attribute(f"{where}[{name!r}]", vars(modules[path]), name, value)
+            table, _, key = str(name).rpartition(".")
+            _check_attribute(f"{where}[{name!r}]", _tables_of(modules[path]).get(table, {}), key, value)
     remaining = set(skippable)
     for path in structure.get("removed") or []:
         require(
@@ -203,10 +208,47 @@ def apply_structure(
     for path, entries in (structure.get("attributes") or {}).items():
         owner = model.get_submodule(path)
         for name, value in entries.items():
-            setattr(owner, name, tuple(value) if isinstance(getattr(owner, name), tuple) else value)
+            table, _, key = name.rpartition(".")
+            numbers = _tables_of(owner)[table]
+            numbers[key] = tuple(value) if isinstance(numbers[key], tuple) else value
     for path in structure.get("removed") or []:
         model.set_submodule(path, skippable[path])
     return model
+
+
+def number_tables(network: nn.Module, skipped: Collection[str] = ()) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the tables in which the modules of a network keep numbers: their attributes and their configs.
+
+    Args:
+        network: The network.
+        skipped: Paths of modules to leave out.
+
+    Returns:
+        (path of a module, "") -> its attributes, and (path, attribute) -> the entries of a config. A config that
+        several modules share is listed for the first of them.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    seen: set[int] = set()
+    for path, module in network.named_modules():
+        for name, table in () if path in skipped else _tables_of(module).items():
+            if id(table) not in seen:
+                seen.add(id(table))
+                found[path, name] = table
+    return found
+
+
+def _tables_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the attributes of a module under "", and the entries of its configs: attributes made to hold values."""
+    attributes = vars(module)
+    tables = {"": attributes}
+    for name, value in attributes.items():
+        if name.startswith("_") or isinstance(value, type):
+            continue
+        if type(value) is dict:
+            tables[name] = value
+        elif isinstance(value, PreTrainedConfig | SimpleNamespace | Namespace) or is_dataclass(value):
+            tables[name] = vars(value)
+    return tables
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

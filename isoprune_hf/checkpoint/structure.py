@@ -1,12 +1,13 @@
 """Describe a cut model by its differences from the dense base; `difference.apply_structure` is the inverse."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from isoprune_hf.checkpoint.difference import named_tensors
+from isoprune_hf.checkpoint.difference import named_tensors, number_tables
 from isoprune_hf.checkpoint.meta import move_to_meta
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, SkippedBlock
 from isoprune_hf.errors import CheckpointError
@@ -54,9 +55,10 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
         pruned: The same architecture after a cut.
 
     Returns:
-        `shapes`: tensor name -> shape; `attributes`: module path -> {attribute: number or numbers}; `removed`: paths
-        of the removed modules.
+        `shapes`: tensor name -> shape; `attributes`: module path -> {attribute, or CONFIG.ENTRY: number or numbers};
+        `removed`: paths of the removed modules. A config that several modules share is listed for the first of them.
     """
+    missing = dict(base.named_modules()).keys() - dict(pruned.named_modules()).keys()
     removed = [path for path, module in pruned.named_modules() if isinstance(module, SkippedBlock)]
     dense = named_tensors(base)
     shapes = {
@@ -65,16 +67,22 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
         if list(tensor.shape) != list(dense[name].shape)
     }
     attributes: dict[str, dict[str, Any]] = {}
-    modules = dict(pruned.named_modules())
-    for path, module in base.named_modules():
-        if path not in modules or path in removed:
-            continue
-        now = vars(modules[path])
-        for name, value in vars(module).items():
-            if not name.startswith("_") and _is_numbers(value) and now.get(name, value) != value:
-                changed = now[name]
-                attributes.setdefault(path, {})[name] = list(changed) if isinstance(changed, tuple | list) else changed
+    now = number_tables(pruned)
+    for (path, table), before in number_tables(base, {*removed, *missing}).items():
+        prefix = f"{table}." if table else ""
+        for name, value in _changed_numbers(before, now.get((path, table), {})).items():
+            attributes.setdefault(path, {})[prefix + name] = value
     return {"shapes": shapes, "attributes": attributes, "removed": removed}
+
+
+def _changed_numbers(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a table that differ from those before; tuples become lists, as in JSON."""
+    changed = {
+        name: now[name]
+        for name, value in before.items()
+        if isinstance(name, str) and not name.startswith("_") and _is_numbers(value) and now.get(name, value) != value
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
 
 def _is_numbers(value: Any) -> bool:

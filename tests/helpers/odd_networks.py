@@ -4,6 +4,7 @@ Every network takes (B, 3, 32, 32) images and has channels that can be removed. 
 unusual part as it is, or handle it; it must never refuse or break the network.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -346,6 +347,32 @@ class SizesByNumel(TokenNet):
 
 
 @odd
+class SizesInConfigs(TokenNet):
+    """Sizes are read from configs while the network runs; the modules share one of them."""
+
+    def build(self) -> None:
+        self.config = SimpleNamespace(widths=[WIDTH, 2 * WIDTH], heads=4)
+        self.options = {"last": WIDTH}
+        self.mlp = ConfiguredMlp(self.config)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.mlp(x).reshape(len(x), -1, self.options["last"])
+
+
+class ConfiguredMlp(nn.Module):
+    def __init__(self, config: SimpleNamespace):
+        super().__init__()
+        self.config, self.qkv, self.project = config, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2)
+        x = (x + self.project(attended)).view(*x.shape[:2], self.config.widths[0])
+        return x + self.down(functional.gelu(self.up(x)).view(*x.shape[:2], self.config.widths[1]))
+
+
+@odd
 class ValuesInConstructor(Net):
     """Rates are read from a tensor while the network is built."""
 
@@ -391,6 +418,25 @@ class ChannelAttention(Net):
     def body(self, x: Tensor) -> Tensor:
         x = self.blocks(x)
         return x * self.mix(x.mean((2, 3))[:, None])[:, 0, :, None, None].sigmoid()
+
+
+@odd
+class SplitPaths(Net):
+    """Each half of the channels goes through a path of its own, and the paths are weighed (SKNet)."""
+
+    def build(self) -> None:
+        self.channels, self.num_paths = WIDTH, 2
+        self.paths = nn.ModuleList(nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1) for _ in range(2))
+        self.reduce, self.select = nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(8, 2 * WIDTH, 1)
+        self.block = Block()
+
+    def body(self, x: Tensor) -> Tensor:
+        parts = x.split(self.channels // self.num_paths, 1)
+        paths = torch.stack([path(part) for path, part in zip(self.paths, parts, strict=True)], 1)
+        weights = self.select(self.reduce(paths.sum(1).mean((2, 3), keepdim=True)).relu())
+        batch, channels, *_ = weights.shape
+        weights = weights.view(batch, self.num_paths, channels // self.num_paths, 1, 1).softmax(1)
+        return self.block(x + (paths * weights).sum(1))
 
 
 @odd

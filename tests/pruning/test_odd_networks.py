@@ -38,6 +38,8 @@ HANDLED = (
     "shared_parameter",
     "six_channels",
     "sizes_by_numel",
+    "sizes_in_configs",
+    "split_paths",
     "token_mixer",
     "tuple_output",
     "two_names",

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from isoprune_hf.checkpoint.difference import number_tables
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.polynomial import evaluate
@@ -18,6 +20,7 @@ _WIDTH_NAMES = re.compile(r"(.*_)?(dim|dims|dim_out|out_dim|features|channels|ch
 
 AttributeKeys = Collection[tuple[str, str]]  # (path of a module, name of an attribute)
 Modules = Mapping[str, nn.Module]
+Tables = Mapping[tuple[str, str], dict[str, Any]]  # see `number_tables`
 
 
 def set_attributes(
@@ -38,9 +41,10 @@ def set_attributes(
         if not f"{path}.".startswith(tuple(removed) or ("\0",))
     }
     solved = graph.solution.attributes
+    tables = {place: table for place, table in number_tables(network).items() if place[0] in modules}
     for attribute, polynomial in solved.items():
-        if attribute.module in modules:
-            _set_attribute(modules[attribute.module], attribute, evaluate(polynomial, sizes))
+        if attribute.table in tables:
+            _set_attribute(tables[attribute.table], attribute, evaluate(polynomial, sizes))
     for module in modules.values():
         _set_layer_sizes(module)
         _clear_tensor_tables(module)
@@ -50,17 +54,17 @@ def set_attributes(
     for path, module in modules_before.items():
         if path in modules:
             _set_unused_widths(path, module, modules[path], known)
-    _restore_compared_widths(graph, sizes, modules_before, modules, known)
+    _restore_compared_widths(graph, sizes, number_tables(before), tables, known)
 
 
 def _restore_compared_widths(
-    graph: AxisGraph, sizes: Mapping[int, int], before: Modules, modules: Modules, known: AttributeKeys
+    graph: AxisGraph, sizes: Mapping[int, int], before: Tables, tables: Tables, known: AttributeKeys
 ) -> None:
     """Restore the old value of a width that only informs, if a comparison of the forward pass changed its outcome."""
 
     def value(expression: Expression) -> int:
         if isinstance(expression, Attribute):
-            number = vars(modules[expression.module])[expression.name]
+            number = tables[expression.table][expression.key]
             return int(number if expression.entry is None else number[expression.entry])
         if isinstance(expression, Operation):
             return ARITHMETIC[expression.symbol](value(expression.left), value(expression.right))
@@ -70,22 +74,22 @@ def _restore_compared_widths(
         compared = {
             atom for side in (comparison.left, comparison.right) for atom in atoms(side) if isinstance(atom, Attribute)
         }
-        if not compared or any(attribute.module not in modules for attribute in compared):
+        if not compared or any(attribute.table not in tables for attribute in compared):
             continue
         if COMPARE[comparison.symbol](value(comparison.left), value(comparison.right)) != comparison.outcome:
             for attribute in compared:
                 if (attribute.module, attribute.name) not in known:
-                    vars(modules[attribute.module])[attribute.name] = vars(before[attribute.module])[attribute.name]
+                    tables[attribute.table][attribute.key] = before[attribute.table][attribute.key]
 
 
-def _set_attribute(module: nn.Module, attribute: Attribute, value: int) -> None:
+def _set_attribute(table: dict[str, Any], attribute: Attribute, value: int) -> None:
+    old = table[attribute.key]
     if attribute.entry is None:
-        module.__dict__[attribute.name] = value
+        table[attribute.key] = value
     else:
-        old = module.__dict__[attribute.name]
         entries = list(old)
         entries[attribute.entry] = value
-        module.__dict__[attribute.name] = type(old)(entries)
+        table[attribute.key] = type(old)(entries)
 
 
 def _set_layer_sizes(module: nn.Module) -> None:

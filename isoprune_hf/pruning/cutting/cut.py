@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from isoprune_hf.checkpoint.difference import keep_cut_buffers
+from isoprune_hf.checkpoint.difference import keep_cut_buffers, number_tables
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
 from isoprune_hf.checkpoint.structure import capture_structure, image_size_of, meta_copy
 from isoprune_hf.errors import CheckpointError
@@ -94,11 +94,13 @@ def _drop_unchanged(
     attributes: dict[str, dict[str, Any]], known: Mapping[str, Mapping[str, Any]], before: nn.Module
 ) -> None:
     """Drop, in place, attributes that the cut did not change: some modules (Swin) record sizes of the last image."""
+    tables = number_tables(before)
     for path in list(attributes):
-        owner = vars(before.get_submodule(path))
         for name, entry in list(attributes[path].items()):
-            value = tuple(entry) if isinstance(owner.get(name), tuple) else entry
-            if owner.get(name) == value and name not in known.get(path, {}):
+            table, _, key = name.rpartition(".")
+            old = tables.get((path, table), {}).get(key)
+            value = tuple(entry) if isinstance(old, tuple) else entry
+            if old == value and name not in known.get(path, {}):
                 del attributes[path][name]
         if not attributes[path]:
             del attributes[path]

@@ -8,11 +8,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from isoprune_hf.checkpoint.difference import number_tables
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.axis import Axis, find, freeze, leaves
 from isoprune_hf.pruning.graph.cells import Cell, find_cells
+from isoprune_hf.pruning.graph.comparisons import freeze_compared
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
-from isoprune_hf.pruning.graph.equations import Solution, freeze_compared, solve_equations
+from isoprune_hf.pruning.graph.equations import Solution, solve_equations
 from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute
 from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS, trace_network
@@ -115,14 +117,15 @@ def _does_not_run(base: nn.Module, error: Exception) -> UnsupportedArchitectureE
 
 
 def _integer_attributes(network: nn.Module) -> dict[Attribute, int]:
-    """Return the values of all integer attributes of modules, entries of tuples and lists included."""
+    """Return the integers that modules and their configs keep, entries of tuples and lists included."""
     found: dict[Attribute, int] = {}
-    for path, module in network.named_modules():
-        for name, value in vars(module).items():
+    for (path, owner), table in number_tables(network).items():
+        for name, value in table.items():
+            full = f"{owner}.{name}" if owner else str(name)
             if isinstance(value, int):
-                found[Attribute(path, name)] = int(value)
+                found[Attribute(path, full)] = int(value)
             elif isinstance(value, _COLLECTIONS) and all(isinstance(entry, int) for entry in value):
-                found.update((Attribute(path, name, at), int(entry)) for at, entry in enumerate(value))
+                found.update((Attribute(path, full, at), int(entry)) for at, entry in enumerate(value))
     return found
 
 

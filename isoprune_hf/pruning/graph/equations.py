@@ -113,8 +113,8 @@ class _Solver:
                     self._freeze_sizes(equation, str(problem))
             if not has_learnt and waiting:
                 # Every equation has several unknown attributes. One of them keeps its value, so that the rest can be
-                # solved; the choice by text makes the result independent of the order of a set.
-                attribute = min(self._unknown_attributes(waiting[0]), key=str)
+                # solved.
+                attribute = self._attribute_to_keep(waiting[0])
                 self.known[attribute] = {CONSTANT: self.values[attribute]}
             pending = waiting
             has_learnt = False
@@ -126,6 +126,24 @@ class _Solver:
     def _unknown_attributes(self, equation: Equation) -> set[Attribute]:
         sides = (*atoms(equation.left), *atoms(equation.right))
         return {atom for atom in sides if isinstance(atom, Attribute)} - self.known.keys()
+
+    def _attribute_to_keep(self, equation: Equation) -> Attribute:
+        """Return the first unknown attribute, by text, for whose current value the equation can be solved.
+
+        In `in_channels // num_paths`, this is the number of paths. If there is none, return the first one.
+        """
+        candidates = sorted(self._unknown_attributes(equation), key=str)
+        for attribute in candidates:
+            trial = _Solver(self.values, dict(self.quotients))
+            trial.known = {**self.known, attribute: {CONSTANT: self.values[attribute]}}
+            others = trial._unknown_attributes(equation)
+            try:
+                if len(others) == 1:
+                    trial._solve_for(others.pop(), equation)
+                    return attribute
+            except Unsolvable:
+                continue
+        return candidates[0]
 
     def _freeze_sizes(self, equation: Equation, reason: str) -> None:
         """Freeze all sizes of an equation in place."""
@@ -254,31 +272,3 @@ def _leaves_to_freeze(monomial: Monomial, by_id: Mapping[int, Axis]) -> list[int
     """Return all leaves of a product but one: the largest that is neither a copy nor a number of heads stays free."""
     order = sorted(set(monomial), key=lambda leaf: (by_id[leaf].is_copy, by_id[leaf].is_batch, -by_id[leaf].size))
     return order[1:] or order
-
-
-def freeze_compared(trace: Trace, solution: Solution) -> bool:
-    """Freeze, in place, sizes that the code compares with a literal of at least 2; returns whether there was one.
-
-    A smaller size could change the outcome of the comparison, and with it the operations that run.
-    """
-    has_frozen = False
-    for comparison in trace.comparisons:
-        if comparison.symbol in ("==", "!="):
-            continue
-        if isinstance(comparison.left, int) == isinstance(comparison.right, int):
-            continue
-        literal, other = comparison.left, comparison.right
-        if isinstance(other, int):
-            literal, other = other, literal
-        if not isinstance(literal, int) or literal < 2:
-            continue
-        for atom in atoms(other):
-            if isinstance(atom, Axis):
-                polynomial = size_polynomial(atom, solution.by_id)
-            else:
-                polynomial = solution.attributes.get(atom, {})
-            for leaf in _leaves_of(polynomial):
-                if solution.by_id[leaf].frozen is None:
-                    freeze(solution.by_id[leaf], f"the code compares it with {literal}")
-                    has_frozen = True
-    return has_frozen

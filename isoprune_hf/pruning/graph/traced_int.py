@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from isoprune_hf.checkpoint.difference import number_tables
 from isoprune_hf.pruning.graph.axis import Axis
 
 ArithmeticSymbol = Literal["+", "-", "*", "//", "%"]
@@ -36,17 +37,27 @@ _COLLECTIONS = (tuple, list)
 
 
 class Attribute(NamedTuple):
-    """An integer attribute of a module, or an entry of a tuple or list of integers.
+    """An integer attribute of a module or of its config, or an entry of a tuple or list of integers.
 
     Args:
-        module: Path of the module.
-        name: Name of the attribute.
+        module: Path of the module; for a config that several modules share, of the first of them.
+        name: Name of the attribute, or CONFIG.ENTRY.
         entry: Position in the tuple or list; None for a plain integer.
     """
 
     module: str
     name: str
     entry: int | None = None
+
+    @property
+    def table(self) -> tuple[str, str]:
+        """The key of its table in `number_tables`."""
+        return self.module, self.name.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """Its name in that table."""
+        return self.name.rpartition(".")[2]
 
 
 class Operation(NamedTuple):
@@ -169,21 +180,22 @@ def atoms(expression: Expression) -> Iterator[Attribute | Axis]:
 
 
 def mark_attributes(network: nn.Module) -> list[Comparison]:
-    """Replace the integer attributes of all modules by traced integers, in place; names with a leading `_` are kept.
+    """Replace the integers that all modules and their configs keep by traced integers, in place.
 
     Returns:
         The list to which all comparisons with these integers will be appended.
     """
     comparisons: list[Comparison] = []
-    for path, module in network.named_modules():
-        for name, value in vars(module).items():
-            if name.startswith("_"):
+    for (path, owner), table in number_tables(network).items():
+        prefix = f"{owner}." if owner else ""
+        for name, value in table.items():
+            if not isinstance(name, str) or name.startswith("_"):
                 continue
             if type(value) is int:
-                vars(module)[name] = TracedInt(value, Attribute(path, name), comparisons)
+                table[name] = TracedInt(value, Attribute(path, prefix + name), comparisons)
             elif type(value) in _COLLECTIONS and value and all(type(entry) is int for entry in value):
-                vars(module)[name] = type(value)(
-                    TracedInt(entry, Attribute(path, name, position), comparisons)
+                table[name] = type(value)(
+                    TracedInt(entry, Attribute(path, prefix + name, position), comparisons)
                     for position, entry in enumerate(value)
                 )
     return comparisons

@@ -6,7 +6,8 @@ from helpers.axis_notation import reasons, solve, spell, trace_function
 from torch import Tensor
 
 from isoprune_hf.pruning.graph.axis import Axis, find, product
-from isoprune_hf.pruning.graph.equations import Solution, freeze_compared, solve_equations
+from isoprune_hf.pruning.graph.comparisons import freeze_compared
+from isoprune_hf.pruning.graph.equations import Solution, solve_equations
 from isoprune_hf.pruning.graph.polynomial import evaluate
 from isoprune_hf.pruning.graph.trace import Equation, Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute, Comparison, Operation
@@ -133,6 +134,13 @@ def test_one_of_two_unknown_attributes_is_kept() -> None:
     axis = Axis(8)
     solution = solve_equations(make_trace((Operation("*", HEADS, DIMS), axis)), {HEADS: 2, DIMS: 4})
     assert axis.frozen is None and list(solution.attributes) == [HEADS]
+
+
+def test_unknown_attribute_that_solves_is_kept() -> None:
+    axis = Axis(8)
+    channels, paths = Attribute("block", "in_channels"), Attribute("block", "num_paths")
+    solution = solve_equations(make_trace((Operation("//", channels, paths), axis)), {channels: 16, paths: 2})
+    assert axis.frozen is None and halved(solution) == {"in_channels": 8}
 
 
 def test_equal_outcome_of_comparison_is_kept() -> None:
