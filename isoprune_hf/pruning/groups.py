@@ -38,6 +38,8 @@ class CoupledGroup:
         head_members: Elements of each whole head; `index` has the shape (num_heads, k).
         dim_members: Elements of one dim of all heads (norms on queries and keys); `index` has the shape (head_dim, k).
             If there are any, the same dims are removed from every head.
+        sliding: Weights of convolutions that run along the channels (ECA). A kernel sees other neighbours after a cut,
+            so the cut is not the same as setting the removed channels to zero.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CoupledGroup:
     num_heads: int = 0
     head_members: tuple[Member, ...] = ()
     dim_members: tuple[Member, ...] = ()
+    sliding: tuple[str, ...] = ()
 
     @property
     def head_dim(self) -> int:

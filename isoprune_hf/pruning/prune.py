@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,7 +115,8 @@ def prune_model(
     notes = run.repair(pruned, plan, recipe, earlier).notes
     pruned, wide = in_stored_types(pruned, model)
     untraced = graph_of(model, traced.groups).trace.notes
-    plan = replace(plan, notes=(*plan.notes, *untraced, *rotated.notes, *notes, *wide))
+    neighbours = _changed_neighbours(plan, traced.groups)
+    plan = replace(plan, notes=(*plan.notes, *untraced, *neighbours, *rotated.notes, *notes, *wide))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
     _check_finite(pruned, model)
@@ -123,6 +124,15 @@ def prune_model(
     pruned_cost = _recorded_cost(pruned)
     _log_result(model, traced.cost.base, pruned_cost, clock.seconds)
     return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, clock.seconds)
+
+
+def _changed_neighbours(plan: PruningPlan, groups: Iterable[CoupledGroup]) -> list[str]:
+    """Return a line for each pruned group along whose channels a convolution runs."""
+    return [
+        f"{group.name}: {', '.join(group.sliding)} runs along these channels and sees other neighbours after the cut"
+        for group in groups
+        if group.sliding and group.name in plan.kept
+    ]
 
 
 def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:

@@ -4,6 +4,8 @@ Permutation (`permutation_error`): reordering the channels of a group in all its
 missing and misplaced ties for any weights, but no superfluous ties.
 Mask (`mask_error`): the cut model equals the base with the removed elements at zero. It detects faults of the cut:
 wrong kept positions and wrong attributes.
+Both replace the kernels of convolutions that run along channels (ECA) by their centres: the result of such a kernel
+depends on the neighbours of a channel, which change with the order and with a cut.
 Axis counts (`axis_counts`): detect superfluous ties.
 """
 
@@ -167,7 +169,21 @@ def permutation_error(
     model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup], images: torch.Tensor, seed: int = 0
 ) -> float:
     """Return the relative change of the output when every group is permuted; at most 1e-9 if all ties are right."""
+    model = without_neighbours(model, groups)
     return difference(exact_logits(permute_groups(model, groups, seed), images), exact_logits(model, images))
+
+
+@torch.no_grad()
+def without_neighbours(
+    model: IsoPruneForImageClassification, groups: Sequence[CoupledGroup]
+) -> IsoPruneForImageClassification:
+    """Return a copy of a model in which every kernel that runs along the channels of a group has only its centre."""
+    copied = fresh_copy(model)
+    for name in {name for group in groups for name in getattr(group, "sliding", ())}:
+        kernel = copied.model.get_parameter(name)
+        centre = kernel[..., kernel.shape[-1] // 2].clone()
+        kernel.zero_()[..., kernel.shape[-1] // 2] = centre
+    return copied
 
 
 @torch.no_grad()
@@ -215,8 +231,8 @@ def mask_error(
             the removed elements are not zero.
     """
     images = images.double()
-    pruned = fresh_copy(pruned).double().eval()
-    masked = zero_removed(model, groups, plan).double().eval()
+    pruned = without_neighbours(pruned, groups).double().eval()
+    masked = zero_removed(without_neighbours(model, groups), groups, plan).double().eval()
     return difference(*follow(lambda: pruned(images).logits, lambda: masked(images).logits))
 
 

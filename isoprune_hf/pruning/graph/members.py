@@ -30,17 +30,28 @@ def couple_axes(graph: AxisGraph, base: nn.Module, signature: Literal["paper", "
             continue
         dims = [dim for dim, head in graph.heads.items() if find(head) is axis]
         link = next((link for link in graph.solution.links if leaf in link), None)
+        own = [axis]
         if dims:
-            found.append(builder.attention_group(axis, free[dims[0]]))
-            continue
-        if link:
-            group = builder.linked_group([free[other] for other in free if other in link])
+            own.append(free[dims[0]])
+            group: CoupledGroup | None = builder.attention_group(*own)
+        elif link:
+            own = [free[other] for other in free if other in link]
+            group = builder.linked_group(own)
             done |= link
         else:
             group = builder.single_group(axis)
         if group is not None:
-            found.append(group)
+            found.append(replace(group, sliding=_sliding(graph, own)))
     return builder.sort_and_number(found)
+
+
+def _sliding(graph: AxisGraph, own: Iterable[Axis]) -> tuple[str, ...]:
+    """Return the weights of the convolutions that run along any of these leaves."""
+    ids = set(map(id, own))
+    names = {
+        name for slide in graph.trace.slides if ids & set(map(id, leaves(slide.channels))) for name in slide.weights
+    }
+    return tuple(sorted(names))
 
 
 class _GroupBuilder:

@@ -41,6 +41,18 @@ class MatrixProduct(NamedTuple):
     has_weight: bool
 
 
+class Slide(NamedTuple):
+    """A convolution along channels, whose kernel sees the neighbours of each channel (ECA).
+
+    Args:
+        channels: The axis that it runs along.
+        weights: Names of the parameters that its kernel comes from.
+    """
+
+    channels: Axis
+    weights: frozenset[str]
+
+
 class TracedOp(NamedTuple):
     """An operation that computes values.
 
@@ -66,6 +78,7 @@ class Trace:
         equations: Statements of the code about sizes.
         comparisons: Comparisons of traced integers made by the code.
         matrix_products: All matrix products and convolutions.
+        slides: All convolutions along channels.
         ops: All operations that compute values, in order.
         outputs: Path of a layer -> the axes of its output in each of its calls.
         unknown: Operation without a rule -> number of calls; all axes that it touched are frozen.
@@ -80,6 +93,7 @@ class Trace:
     equations: list[Equation] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     matrix_products: list[MatrixProduct] = field(default_factory=list)
+    slides: list[Slide] = field(default_factory=list)
     ops: list[TracedOp] = field(default_factory=list)
     outputs: dict[str, list[Axes]] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)

@@ -1,18 +1,27 @@
 """Rules of convolutions: plain, grouped, depthwise and transposed, of any number of dims."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from isoprune_hf.pruning.graph.axis import Axis, freeze, frozen_axis, product
+from isoprune_hf.pruning.graph.axis import Axis, concat, freeze, frozen_axis, is_frozen, leaves, pieces, product
 from isoprune_hf.pruning.graph.rules.registry import RuleTable
-from isoprune_hf.pruning.graph.trace import ONE, Axes, Trace
+from isoprune_hf.pruning.graph.trace import ONE, Axes, Slide, Trace
 from isoprune_hf.pruning.graph.traced_int import expression_of
 from isoprune_hf.pruning.graph.unify import Conflict, split_factor
 
 rule, size_rule = RuleTable(), RuleTable()
 PIXELS = "positions in the image"
+
+
+class _Window(NamedTuple):
+    """The settings of a convolution along one dim."""
+
+    width: int
+    stride: int
+    padding: int
+    dilation: int
 
 
 @rule("convolution")
@@ -33,7 +42,12 @@ def _convolution(
     first, second, *kernel = trace.axes(weight)
     for axis in kernel:
         freeze(axis, PIXELS)
-    out_spatial = _spatial_axes(spatial, out.shape[2:], kernel, stride, padding)
+    settings = (_repeated(values, len(spatial)) for values in (stride, padding, dilation))
+    windows = [_Window(axis.size, *values) for axis, *values in zip(kernel, *settings, strict=True)]
+    out_spatial = [
+        _slide(trace, (x, weight), axis, size, window)
+        for axis, size, window in zip(spatial, out.shape[2:], windows, strict=True)
+    ]
     trace.group_axis = ONE
     if groups == 1:
         read, written = (first, second) if transposed else (second, first)
@@ -47,23 +61,52 @@ def _convolution(
     return batch, written, *out_spatial
 
 
-def _spatial_axes(
-    spatial: Sequence[Axis],
-    sizes: Sequence[int],
-    kernel: Sequence[Axis],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> list[Axis]:
-    """Return the spatial axes of the output; a window of one element passes the axis of the input on."""
-    count = len(spatial)
-    stride, padding = (values if len(values) == count else list(values) * count for values in (stride, padding))
-    result = []
-    for axis, size, width, step, pad in zip(spatial, sizes, kernel, stride, padding, strict=True):
-        if (width.size, step, pad) != (1, 1, 0):
-            freeze(axis, PIXELS)
-            axis = frozen_axis(size, PIXELS)
-        result.append(axis)
-    return result
+def _repeated(values: Sequence[int], count: int) -> Sequence[int]:
+    """Return one value for each spatial dim; a single value counts for all of them."""
+    return values if len(values) == count else list(values) * count
+
+
+def _slide(trace: Trace, sides: tuple[Tensor, Tensor], axis: Axis, size: int, window: _Window) -> Axis:
+    """Return the axis of the output for a dim that a window slides over.
+
+    A window of one element passes the axis on. So does a window that keeps the length of an axis of channels (ECA),
+    because such a layer works for any number of channels; the trace records it. Any other axis is frozen.
+
+    Args:
+        trace: The trace.
+        sides: The input and the weight of the convolution.
+        axis: The axis of the input.
+        size: Size of the output.
+        window: The window.
+    """
+    if (window.width, window.stride, window.padding) == (1, 1, 0):
+        return axis
+    x, weight = sides
+    channels = None if trace.is_weight(x) else _centres(axis, window)
+    if channels is not None and channels.size == size:
+        trace.slides.append(Slide(channels, trace.source(weight).tensors))
+        return channels
+    freeze(axis, PIXELS)
+    return frozen_axis(size, PIXELS)
+
+
+def _centres(axis: Axis, window: _Window) -> Axis | None:
+    """Return the part of an axis of channels that the centre of a window visits; None for any other axis.
+
+    The rest are the margins that the network padded before the convolution, on both sides.
+    """
+    margin, odd = divmod(window.dilation * (window.width - 1), 2)
+    if window.stride != 1 or odd or is_frozen(axis):
+        return None
+    parts = pieces(axis)
+    for end in (0, -1):
+        outside = margin - window.padding
+        while outside > 0 and len(parts) > 1:
+            outside -= parts.pop(end).size
+        if outside:
+            return None
+    inner = [leaf for part in parts for leaf in leaves(part) if leaf.size > 1]
+    return None if any(leaf.frozen is not None or leaf.is_copy for leaf in inner) else concat(parts)
 
 
 def _convolve_groups(

@@ -26,10 +26,45 @@ CASES: dict[str, AxisCase] = {
         {"w": (6, 4, 1), "x": (1, 4, 8)},
         "A B 1, 1 B C",
     ),
-    "a window over channels": (
+    "a window over a table": (
         lambda m: F.conv1d(m.x, m.w, padding=1),
         {"w": (1, 1, 3), "x": (1, 1, 8)},
         "1 1 3!, 1 1 8!",
+    ),
+    "a window along channels": (
+        lambda m: F.conv1d(F.linear(m.x, m.v)[:, None], m.w, padding=1),
+        {"v": (8, 4), "w": (1, 1, 3), "x": (2, 4)},
+        "A B, 1 1 3!, C B",
+    ),
+    "a dilated window along channels": (
+        lambda m: F.conv1d(F.linear(m.x, m.v)[:, None], m.w, padding=4, dilation=2),
+        {"v": (8, 4), "w": (1, 1, 5), "x": (2, 4)},
+        "A B, 1 1 5!, C B",
+    ),
+    "a window along padded channels": (
+        lambda m: F.conv1d(F.pad(F.linear(m.x, m.v), (2, 2))[:, None], m.w)[:, 0] @ m.u,
+        {"u": (8, 3), "v": (8, 4), "w": (1, 1, 5), "x": (2, 4)},
+        "A B, A C, 1 1 5!, D C",
+    ),
+    "a window along a circle of channels": (
+        lambda m: F.conv1d(F.pad(F.linear(m.x, m.v)[:, None], (1, 1), mode="circular"), m.w)[:, 0] @ m.u,
+        {"u": (8, 3), "v": (8, 4), "w": (1, 1, 3), "x": (2, 4)},
+        "(1+A+1) B, ((1+A)+1) C, 1 1 3!, D C",
+    ),
+    "a window that shortens channels": (
+        lambda m: F.conv1d(F.linear(m.x, m.v)[:, None], m.w),
+        {"v": (8, 4), "w": (1, 1, 3), "x": (2, 4)},
+        "8! A, 1 1 3!, B A",
+    ),
+    "a window along channels with a stride": (
+        lambda m: F.conv1d(F.linear(m.x, m.v)[:, None], m.w, padding=1, stride=2),
+        {"v": (8, 4), "w": (1, 1, 3), "x": (2, 4)},
+        "8! A, 1 1 3!, B A",
+    ),
+    "a window that starts at each channel": (
+        lambda m: F.conv1d(F.pad(F.linear(m.x, m.v), (0, 2))[:, None], m.w),
+        {"v": (8, 4), "w": (1, 1, 3), "x": (2, 4)},
+        "8! A, 1 1 3!, B A",
     ),
     "grouped": (
         lambda m: F.conv2d(m.x, m.w, m.b, groups=2),
