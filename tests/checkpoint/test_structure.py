@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,39 @@ def test_only_numbers_of_modules_are_captured() -> None:
         "attributes": {"blocks.0": {"num_heads": 3, "scale": 0.25, "window": [7, 5]}},
         "removed": [],
     }
+
+
+class Configured(nn.Module):
+    """Two layers and their parent share a config; one layer has options of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(widths=(8, 6), heads=4, kind="sdpa", rate=0.1)
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.first.config, self.second.config = self.config, self.config
+        self.second.options = {"last": 8, "name": "linear", 3: 8}
+
+
+def test_numbers_of_a_shared_config_are_captured_once() -> None:
+    base, pruned = Configured(), Configured()
+    pruned.config.widths, pruned.second.options["last"] = (5, 3), 5
+    attributes = capture_structure(base, pruned)["attributes"]
+    assert attributes == {"": {"config.widths": [5, 3]}, "second": {"options.last": 5}}
+    rebuilt = apply_structure(Configured(), {"attributes": attributes})
+    assert rebuilt.first.config.widths == (5, 3) and rebuilt.second.options["last"] == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["config.nosuch", "config.__class__", "nosuch.widths", "first.out_features", "config."]
+)
+def test_unknown_entry_of_a_config_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"structure\.attributes"):
+        apply_structure(Configured(), {"attributes": {"": {name: 4}}})
+
+
+def test_entry_of_a_config_cannot_grow() -> None:
+    with pytest.raises(CheckpointError, match=r"config\.heads"):
+        apply_structure(Configured(), {"attributes": {"": {"config.heads": 5}}})
 
 
 def test_capturing_changes_neither_model() -> None:

@@ -4,6 +4,7 @@
              train_mode.trace_train_mode                   adds the parts that only train mode runs
     unify    unify.unify                 -> Axis           the rules make axes the same axis, split or freeze them
     solve    equations.solve_equations   -> Solution       attributes that depend on sizes, and linked widths
+             comparisons.freeze_compared                   freezes sizes that the code compares with literals
     leaves   axis_graph.build_axis_graph -> AxisGraph      free leaves, heads and their dims; runs the steps above
     groups   members.couple_axes         -> CoupledGroup   the elements of each leaf, by parameter and index
     verify   verify.check_cut            -> {name: shape}  the cut network runs as the trace predicts, or an error
