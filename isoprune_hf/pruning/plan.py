@@ -110,7 +110,7 @@ class PruningPlan:
 
 
 def note_left(action: str, unit: str, reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Return the note on the parts of a model that a step left as they were; empty if there are none.
+    """Return the note on parts of a model, such as those that a step left as they were; empty if there are none.
 
     Args:
         action: What happened to the parts, such as `left whole`.

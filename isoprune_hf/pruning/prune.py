@@ -26,7 +26,7 @@ from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import fit_base, latency_settings
 from isoprune_hf.pruning.pipeline import Cut, PruningRun, StageClock, Traced, broadcast
-from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.plan import PruningPlan, note_left
 from isoprune_hf.pruning.score import (
     assign_to_base,
     check_calibration,
@@ -115,7 +115,7 @@ def prune_model(
     notes = run.repair(pruned, plan, recipe, earlier).notes
     pruned, wide = in_stored_types(pruned, model)
     untraced = graph_of(model, traced.groups).trace.notes
-    neighbours = _changed_neighbours(plan, traced.groups)
+    neighbours = _note_neighbours(plan, traced.groups)
     plan = replace(plan, notes=(*plan.notes, *untraced, *neighbours, *rotated.notes, *notes, *wide))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
@@ -126,13 +126,11 @@ def prune_model(
     return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, clock.seconds)
 
 
-def _changed_neighbours(plan: PruningPlan, groups: Iterable[CoupledGroup]) -> list[str]:
-    """Return a line for each pruned group along whose channels a convolution runs."""
-    return [
-        f"{group.name}: {', '.join(group.sliding)} runs along these channels and sees other neighbours after the cut"
-        for group in groups
-        if group.sliding and group.name in plan.kept
-    ]
+def _note_neighbours(plan: PruningPlan, groups: Iterable[CoupledGroup]) -> tuple[str, ...]:
+    """Return the note on the pruned groups along whose channels a convolution runs."""
+    names = [group.name for group in groups if group.sliding and group.name in plan.kept]
+    reason = "a convolution runs along the channels and sees other neighbours after the cut"
+    return note_left("approximate", "group", {reason: names} if names else {})
 
 
 def _trace(model: IsoPruneForImageClassification, recipe: PruneRecipe, accelerator: Accelerator | None) -> Traced:
