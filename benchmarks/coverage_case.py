@@ -1,48 +1,59 @@
-"""Run the steps of `coverage.py` for one model, and print a line of JSON for each finished step.
+"""Run the steps of `coverage.py` for one model, and write a line of JSON for each finished step.
 
-The record of a failing model is the last step that was announced and the error that ended the process.
+The base has random weights that keep all units active (`randomize`), BatchNorm statistics of real images, and labels
+that are its own most likely classes. `default` prunes it by the preset `best`, `plain` by the criterion `l1` without
+images; both to half of the MACs. The record of a model that does not pass has the step and the error.
 """
 
 import copy
 import json
+import resource
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
-from coverage_models import population
+from coverage_images import pixels
+from coverage_models import Case
 from helpers.oracles import (
     NotComparableError,
     difference,
     exact_logits,
-    make_images,
     mask_error,
     permutation_error,
     prunable_share,
     randomize,
 )
-from timm.layers import set_fused_attn
+from PIL import Image
 from transformers import PreTrainedModel
 
-from isoprune_hf import (
-    IsoPruneForImageClassification,
-    PruneRecipe,
-    PruningPlan,
-    apply_plan,
-    count_cost,
-    make_plan,
-    score_groups,
-    trace_groups,
-)
-from isoprune_hf.checkpoint.folder import save_model_folder
-from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf import BudgetError, IsoPruneError, IsoPruneForImageClassification, PruneRecipe, count_cost
+from isoprune_hf.models import BaseModel
+from isoprune_hf.pruning.prune import PruneResult, prune_model
 
-MAX_KEPT_SHARE = 0.65  # of the parameters
+RECIPES = {"default": PruneRecipe(target_macs="50%"), "plain": PruneRecipe(criterion="l1", target_macs="50%")}
+IMAGES = 16  # for calibration, and as many held out
+ORACLE_IMAGES = 2
+MICRO_BATCH = 16
 PERMUTATION_TOLERANCE = 1e-9
 MASK_TOLERANCE = 1e-6
+# Function of `prune_model` -> its stage.
+_STAGES = {
+    "_trace": "trace",
+    "rotate_base": "rotate",
+    "score": "score",
+    "decide": "solve",
+    "cut": "cut",
+    "repair": "repair",
+    "_check_finite": "finite",
+}
 
 
 class FailedError(Exception):
@@ -55,90 +66,198 @@ def require(holds: bool, message: str) -> None:
         raise FailedError(message)
 
 
-def report(**values: Any) -> None:
-    """Write one line of the record."""
-    print(json.dumps(values), flush=True)
+class Record:
+    """The record of one model and way: a file with a line of JSON for each finished step."""
+
+    def __init__(self, path: Path):
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def add(self, **values: Any) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Write down the error of the steps in the block, of any type, and their time and memory."""
+        start = time.process_time()
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # a failure of any type is a result
+            self.add(**describe(error))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.add(cpu_s=round(time.process_time() - start, 1), peak_mb=peak // 1024)
 
 
-def run_case(name: str) -> None:
-    """Run all steps for one model."""
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return the kind of an error, its type and text, the stage of `prune_model`, and the innermost line of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    kind = (
+        "refused" if isinstance(error, IsoPruneError) else "wrong" if isinstance(error, FailedError) else "traceback"
+    )
+    found = {"kind": kind, "type": type(error).__name__, "error": " ".join(str(error).split())[:300]}
+    names = [frame.name for frame in frames]
+    inside = names[names.index("prune_model") :] if "prune_model" in names else []
+    stages = [_STAGES[name] for name in inside if name in _STAGES]
+    found |= {"step": stages[0]} if stages else {}
+    if kind == "traceback":
+        line = ([frame for frame in frames if "isoprune_hf/" in frame.filename] or frames)[-1]
+        found["at"] = f"{Path(line.filename).name}:{line.lineno} {line.name}"
+    return found
+
+
+def prepare() -> None:
+    """Set up a process that runs cases."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    set_fused_attn(False)
-    case = next(case for case in population() if case.name == name)
+
+
+def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[BaseModel, torch.Tensor, torch.Tensor]:
+    """Open a base; return it with the images (2 * IMAGES, 3, H, W) and its logits."""
+    record.add(step="load")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        report(step="load")
-        base = case.open(place / "config")
-        model = base.model
-        use_eager_attention(model)
-        randomize(model)
-        images = make_images(model)
+        base = case.open(Path(folder))
+    model = base.model
+    record.add(step="dense")
+    values = pixels(images, base.processor)
+    size = list(values.shape[1:])
+    require(size == list(model.config.image_size), f"images of {size} for a model of {model.config.image_size}")
+    randomize(model, images=values[:IMAGES])
+    logits = run(model, values)
+    require(logits.shape == (len(values), model.config.num_labels), f"logits of shape {tuple(logits.shape)}")
+    require(bool(logits.isfinite().all()), "logits that are not finite")
+    require(torch.equal(run(model, values), logits), "logits differ between two passes of the same images")
+    record.add(params=sum(parameter.numel() for parameter in model.parameters()), side=size[-1])
+    return base, values, logits
+
+
+def run_way(way: str, base: BaseModel, images: torch.Tensor, logits: torch.Tensor, record: Record) -> None:
+    """Run all steps of one way of pruning."""
+    model, recipe = base.model, RECIPES[way]
+    if way == "plain":
+        use_eager_attention(model)  # the mask oracle follows its operations
         logits = run(model, images)
-        require(logits.shape == (2, model.config.num_labels), f"logits of shape {tuple(logits.shape)}")
-        require(bool(logits.isfinite().all()), "logits that are not finite")
-        require(torch.equal(run(model, images), logits), "logits differ between two passes of the same images")
-        report(
-            params=sum(parameter.numel() for parameter in model.parameters()),
-            signal=difference(logits[:1], logits[1:]),
+    batches = list(zip(images[:IMAGES].split(MICRO_BATCH), logits[:IMAGES].argmax(1).split(MICRO_BATCH), strict=True))
+    batches = batches if recipe.reads_images else None
+    record.add(step="prune")
+    try:
+        result = prune_model(model, recipe, batches)
+    except BudgetError as error:  # the reason why half of the MACs cannot be removed
+        record.add(over=" ".join(str(error).split())[:200])
+        recipe = replace(recipe, target_macs=None)
+        result = prune_model(model, recipe, batches)
+    report_result(model, result, record)
+    check_result(model, result, recipe, record)
+    held_out = images[IMAGES:]
+    record.add(step="forward")
+    found = run(result.model, held_out)
+    require(found.shape == logits[IMAGES:].shape, f"logits of shape {tuple(found.shape)}")
+    require(bool(found.isfinite().all()), "logits that are not finite")
+    record.add(step="reopen")
+    reopen(result, base, held_out, found, eager=way == "plain")
+    record.add(step="train")
+    train(
+        copy.deepcopy(result.model), *batches[0] if batches else (images[:MICRO_BATCH], logits[:MICRO_BATCH].argmax(1))
+    )
+    if way == "default":
+        record.add(step="closer")
+        check_repair(model, result, recipe, batches, (held_out, logits[IMAGES:]), record)
+    else:
+        check_oracles(model, result, images[:ORACLE_IMAGES], record)
+    record.add(step="done")
+
+
+def report_result(model: IsoPruneForImageClassification, result: PruneResult, record: Record) -> None:
+    """Write down the size of a cut, its time, and its notes."""
+    record.add(
+        groups=len(result.groups),
+        share=round(prunable_share(model, result.groups), 4),
+        macs=round(result.pruned_cost.macs / result.base_cost.macs, 4),
+        kept=round(result.pruned_cost.params / result.base_cost.params, 4),
+        seconds={stage: round(seconds, 1) for stage, seconds in result.seconds.items() if seconds >= 0.05},
+    )
+    if result.plan.notes:
+        record.add(notes=len(result.plan.notes), note=result.plan.notes[0][:120])
+
+
+def check_result(
+    model: IsoPruneForImageClassification, result: PruneResult, recipe: PruneRecipe, record: Record
+) -> None:
+    """Check that the weights of a cut model are finite, and its recorded MACs those that it has."""
+    record.add(step="finite")
+    before = model.state_dict()
+    for name, tensor in result.model.state_dict().items():
+        fine = bool(tensor.isfinite().all()) or not bool(before[name].isfinite().all())
+        require(fine, f"{name} is not finite")
+    record.add(step="macs")
+    counted, noted = count_cost(result.model), result.pruned_cost
+    require((counted.macs, counted.params) == (noted.macs, noted.params), f"{noted} recorded, {counted} counted")
+    params = sum(parameter.numel() for parameter in result.model.parameters())
+    require(params == noted.params, f"{noted.params} parameters recorded, {params} counted")
+    if recipe.target_macs is not None:
+        require(
+            2 * noted.macs <= result.base_cost.macs, f"{noted.macs / result.base_cost.macs:.3%} of the MACs remain"
         )
-        report(step="dense round trip")
-        save_model_folder(place / "dense", model, base.processor)
-        require(torch.equal(run(reload(place / "dense"), images), logits), "logits of the reloaded base differ")
 
-        report(step="trace")
-        start = time.process_time()
-        groups = trace_groups(model)
-        report(trace_s=round(time.process_time() - start, 3), groups=len(groups), share=prunable_share(model, groups))
-        report(step="permutation")
-        error = permutation_error(model, groups, images)
-        report(permutation=error)
-        require(error <= PERMUTATION_TOLERANCE, f"the output changes by {error:.1e} when channels are permuted")
 
-        report(step="ratio 0")
-        plan, untouched = cut(model, groups, PruneRecipe(criterion="l1", ratio=0.0))
-        require(not plan.kept, "groups are pruned at ratio 0")
-        before = model.state_dict()
-        require(untouched.state_dict().keys() == before.keys(), "names of tensors differ at ratio 0")
-        for name, tensor in untouched.state_dict().items():
-            require(torch.equal(tensor, before[name]), f"{name} is changed at ratio 0")
-        require(torch.equal(run(untouched, images), logits), "logits differ at ratio 0")
-        del untouched, before
+def reopen(result: PruneResult, base: BaseModel, images: torch.Tensor, logits: torch.Tensor, *, eager: bool) -> None:
+    """Save a cut model, and check that the one opened from the folder has the same logits, bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        result.save(Path(folder) / "pruned", base.processor)
+        again = IsoPruneForImageClassification.from_pretrained(Path(folder) / "pruned")
+    if eager:
+        use_eager_attention(again)
+    require(torch.equal(run(again, images), logits), "logits of the reopened model differ")
 
-        report(step="cut")
-        plan, pruned = cut(model, groups, PruneRecipe(criterion="l1", ratio=0.5, round_to=8))
-        share = count_cost(pruned).params / count_cost(model).params
-        report(kept=share)
-        report(step="forward")
-        cut_logits = run(pruned, images)
-        require(cut_logits.shape == logits.shape, f"logits of shape {tuple(cut_logits.shape)}")
-        require(bool(cut_logits.isfinite().all()), "logits that are not finite")
-        report(step="reload")
-        save_model_folder(place / "pruned", pruned, base.processor, plan=plan.to_json())
-        require(torch.equal(run(reload(place / "pruned"), images), cut_logits), "logits of the reloaded model differ")
-        report(step="train")
-        train(copy.deepcopy(pruned), images)
-        report(step="mask")
-        try:
-            error = mask_error(model, pruned, groups, plan, images)
-        except NotComparableError as reason:
-            report(mask=None, not_comparable=str(reason))
-        else:
-            report(mask=error, moved=difference(exact_logits(pruned, images), exact_logits(model, images)))
-            require(
-                error <= MASK_TOLERANCE, f"the pruned model differs by {error:.1e} from the base with zeroed channels"
-            )
-        report(step="size")
-        require(share <= MAX_KEPT_SHARE, f"{share:.0%} of the parameters were kept")
-        report(step="done")
+
+def check_repair(
+    model: IsoPruneForImageClassification,
+    result: PruneResult,
+    recipe: PruneRecipe,
+    batches: Any,
+    held_out: tuple[torch.Tensor, torch.Tensor],
+    record: Record,
+) -> None:
+    """Check that the repair brings held-out logits closer to those of the base, in the mean of their squares."""
+    images, logits = held_out
+    unrepaired = prune_model(model, replace(recipe, reconstruct="none"), batches, scores=result.scores)
+    require(unrepaired.plan.kept == result.plan.kept, "the plan differs without a repair")
+    scale = float((logits - logits.mean(0)).square().mean())
+    before, after = (
+        float((run(cut, images) - logits).square().mean()) / scale for cut in (unrepaired.model, result.model)
+    )
+    record.add(error_unrepaired=float(f"{before:.3g}"), error_repaired=float(f"{after:.3g}"))
+    require(after < before, f"the error of the logits is {after:.3g} with the repair, {before:.3g} without")
+
+
+def check_oracles(
+    model: IsoPruneForImageClassification, result: PruneResult, images: torch.Tensor, record: Record
+) -> None:
+    """Check a plain cut with the two oracles in float64."""
+    record.add(step="permutation")
+    error = permutation_error(model, result.groups, images)
+    record.add(permutation=float(f"{error:.1e}"))
+    require(error <= PERMUTATION_TOLERANCE, f"the output changes by {error:.1e} when channels are permuted")
+    record.add(step="mask")
+    try:
+        error = mask_error(model, result.model, result.groups, result.plan, images)
+    except NotComparableError as reason:
+        record.add(not_comparable=str(reason))
+        return
+    moved = difference(exact_logits(result.model, images), exact_logits(model, images))
+    record.add(mask=float(f"{error:.1e}"), moved=float(f"{moved:.1e}"))
+    require(error <= MASK_TOLERANCE, f"the cut model differs by {error:.1e} from the base with zeroed channels")
 
 
 def use_eager_attention(model: IsoPruneForImageClassification) -> None:
-    """Switch a transformers model to eager attention, in place."""
+    """Switch a model to eager attention, in place."""
     if isinstance(model.model, PreTrainedModel):
         model.model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
@@ -147,27 +266,14 @@ def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Te
         return model(images).logits
 
 
-def reload(folder: Path) -> IsoPruneForImageClassification:
-    """Open a folder as a user would."""
-    model = IsoPruneForImageClassification.from_pretrained(folder)
-    use_eager_attention(model)
-    return model
-
-
-def cut(
-    model: IsoPruneForImageClassification, groups: tuple[CoupledGroup, ...], recipe: PruneRecipe
-) -> tuple[PruningPlan, IsoPruneForImageClassification]:
-    """Score, plan and prune; return the plan and the pruned model."""
-    scores = score_groups(model, groups, criterion=recipe.criterion)
-    plan = make_plan(groups, scores, recipe)
-    return plan, apply_plan(model, plan, groups)
-
-
-def train(model: IsoPruneForImageClassification, images: torch.Tensor) -> None:
-    """Run one backward pass in train mode, in place, and check the gradients."""
+def train(model: IsoPruneForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Take one step of SGD in train mode, in place, and check gradients and weights."""
     model.train().requires_grad_(True)
-    loss = model(images, labels=torch.tensor([0, 1])).loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    loss = model(images, labels=labels).loss
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     require(bool(gradients), "no gradients")
     require(all(bool(gradient.isfinite().all()) for gradient in gradients), "gradients that are not finite")
+    optimizer.step()
+    require(all(bool(each.isfinite().all()) for each in model.parameters()), "weights that are not finite")

@@ -1,313 +1,160 @@
-"""List the models of `coverage.py`: every kind of image classifier, in its smallest size.
+"""List the models of `coverage.py`: the populations `anchor` and `named`, and stratified samples of them."""
 
-timm: the smallest image classifier of every model file (except `test_*` models); see `find_timm`.
-transformers: every type of its image-classification mapping, with a small config.
-"""
-
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import timm
-import torch
-from transformers import CONFIG_MAPPING
+from coverage_anchor import LABELS, NOT_APPLICABLE, TIMM, TRANSFORMERS
+from transformers import CONFIG_MAPPING, PreTrainedConfig, ViTImageProcessor
 
+from isoprune_hf import IsoImageProcessor
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.from_timm import is_encoder
 
-LABELS = 10
-_VIT = {
-    "image_size": 64,
-    "patch_size": 16,
-    "hidden_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 192,
-}
-_DINO = {"image_size": 56, "patch_size": 14, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
-_TOWERS = {"vision_config": _VIT, "text_config": {"vocab_size": 64, "num_hidden_layers": 1}}
-_SWIN = {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-_PYRAMID = {
-    "image_size": 64,
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [32, 64, 96, 128],
-    "num_attention_heads": [1, 2, 3, 4],
-    "mlp_ratios": [4, 4, 4, 4],
-}
-_SHIELD = {
-    "text_config": {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-    },
-    "vision_config": _VIT,
-    "mm_tokens_per_image": 4,
-    "boi_token_index": 125,
-    "eoi_token_index": 126,
-    "image_token_index": 127,
-    "yes_token_index": 5,
-    "no_token_index": 6,
-}
-# Type of transformers -> its small config.
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "beit": {**_VIT, "use_relative_position_bias": True},
-    "bit": {"embedding_size": 64, "hidden_sizes": [64, 128, 192, 256], "depths": [1, 1, 1, 1], "num_groups": 8},
-    "clip": _TOWERS,
-    "convnext": {"image_size": 64, "depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]},
-    "convnextv2": {"image_size": 64, "depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]},
-    "cvt": {"embed_dim": [32, 64, 96], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
-    "data2vec-vision": {**_VIT, "use_relative_position_bias": True, "out_indices": [0, 1, 1, 1]},
-    "deit": _VIT,
-    "dinat": {},  # needs natten
-    "dinov2": _DINO,
-    "dinov2_with_registers": _DINO,
-    "donut-swin": _SWIN,
-    "efficientnet": {"image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
-    "focalnet": {
-        "image_size": 64,
-        "patch_size": 2,
-        "embed_dim": 32,
-        "hidden_sizes": [32, 64, 96],
-        "depths": [1, 1, 2],
-        "focal_levels": [2, 2, 2],
-        "focal_windows": [3, 3, 3],
-    },
-    "hgnet_v2": {
-        "embedding_size": 32,
-        "depths": [1, 1, 1, 1],
-        "hidden_sizes": [64, 96, 128, 160],
-        "stem_channels": [3, 16, 24],
-        "stage_in_channels": [24, 64, 96, 128],
-        "stage_mid_channels": [24, 32, 48, 64],
-        "stage_out_channels": [64, 96, 128, 160],
-        "stage_num_blocks": [1, 1, 2, 1],
-        "stage_numb_of_layers": [3, 3, 3, 3],
-    },
-    "hiera": {
-        "image_size": [64, 64],
-        "embed_dim": 32,
-        "depths": [1, 2, 2],
-        "num_heads": [1, 2, 4],
-        "num_query_pool": 2,
-        "masked_unit_size": [4, 4],
-        "masked_unit_attention": [True, True, False],
-    },
-    "ijepa": _VIT,
-    "imagegpt": {"vocab_size": 65, "n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 3},
-    "levit": {"hidden_sizes": [64, 96, 128], "num_attention_heads": [2, 3, 4], "depths": [2, 2, 2]},
-    "metaclip_2": _TOWERS,
-    "mobilenet_v1": {"depth_multiplier": 0.5},
-    "mobilenet_v2": {"depth_multiplier": 0.5},
-    "mobilevit": {
-        "image_size": 64,
-        "hidden_sizes": [64, 80, 96],
-        "neck_hidden_sizes": [16, 16, 24, 48, 64, 80, 320],
-        "num_attention_heads": 2,
-    },
-    "mobilevitv2": {"image_size": 64, "width_multiplier": 0.5},
-    "perceiver": {
-        "image_size": 16,
-        "num_latents": 16,
-        "d_latents": 128,
-        "num_self_attends_per_block": 2,
-        "num_self_attention_heads": 4,
-        "num_cross_attention_heads": 4,
-    },
-    "poolformer": {"depths": [1, 1, 2, 1], "hidden_sizes": [32, 64, 96, 128]},
-    "pp_lcnet": {},
-    "pvt": _PYRAMID,
-    "pvt_v2": _PYRAMID,
-    "regnet": {
-        "embedding_size": 32,
-        "hidden_sizes": [32, 64, 96, 128],
-        "depths": [1, 1, 2, 1],
-        "groups_width": 32,
-    },
-    "resnet": {"embedding_size": 32, "hidden_sizes": [64, 96, 128, 160], "depths": [1, 1, 2, 1]},
-    "segformer": _PYRAMID,
-    "shieldgemma2": _SHIELD,
-    "siglip": _TOWERS,
-    "siglip2": {**_TOWERS, "vision_config": {key: value for key, value in _VIT.items() if key != "image_size"}},
-    "swiftformer": {"depths": [1, 1, 2, 1], "embed_dims": [32, 48, 64, 96]},
-    "swin": _SWIN,
-    "swinv2": _SWIN,
-    "timm_wrapper": {"architecture": "resnet18"},
-    "textnet": {"image_size": [64, 64], "stem_out_channels": 32, "hidden_sizes": [32, 32, 48, 64, 96]},
-    "vit": _VIT,
-    "vit_msn": _VIT,
-}
-# Model file of timm -> its smallest classifier, found by `find_timm` in timm 1.0.31.
-TIMM = {
-    "beit": "beit_base_patch16_224",
-    "byoanet": "halonet_h1",
-    "byobnet": "mobileone_s1",
-    "cait": "cait_xxs24_224",
-    "coat": "coat_tiny",
-    "convit": "convit_tiny",
-    "convmixer": "convmixer_768_32",
-    "convnext": "convnext_zepto_rms",
-    "cpubone": "cpubone_nano",
-    "crossvit": "crossvit_tiny_240",
-    "csatv2": "csatv2",
-    "cspnet": "cs3darknet_focus_s",
-    "cspnext": "cspnext_tiny",
-    "davit": "davit_tiny",
-    "deepseek_vit": "deepseek_vit_412m",
-    "deit": "deit_tiny_patch16_224",
-    "densenet": "densenet121",
-    "dla": "dla46x_c",
-    "dpn": "dpn48b",
-    "edgenext": "edgenext_xx_small",
-    "efficientformer": "efficientformer_l1",
-    "efficientformer_v2": "efficientformerv2_s0",
-    "efficientnet": "mobilenetv2_035",
-    "efficientvim": "efficientvim_m1",
-    "efficientvit_mit": "efficientvit_b0",
-    "efficientvit_msra": "efficientvit_m0",
-    "eva": "eva02_tiny_patch14_336",
-    "fasternet": "fasternet_t0",
-    "fastvit": "fastvit_t8",
-    "focalnet": "focalnet_tiny_srf",
-    "gcvit": "gcvit_xxtiny",
-    "gemma4_vit": "gemma4_vit_167m",
-    "ghostnet": "ghostnet_050",
-    "hardcorenas": "hardcorenas_b",
-    "hgnet": "hgnetv2_b0",
-    "hiera": "hiera_tiny_224",
-    "hieradet_sam2": "hieradet_small",
-    "hrnet": "hrnet_w18_small",
-    "iformer": "iformer_t",
-    "inception_next": "inception_next_atto",
-    "inception_resnet_v2": "inception_resnet_v2",
-    "inception_v3": "inception_v3",
-    "inception_v4": "inception_v4",
-    "lcnetv2": "lcnetv2_small",
-    "levit": "levit_128s",
-    "lowformer": "lowformer_b0",
-    "mambaout": "mambaout_femto",
-    "maxxvit": "maxvit_pico_rw_256",
-    "metaformer": "poolformerv2_s12",
-    "mlp_mixer": "gmlp_ti16_224",
-    "mobilenetv3": "lcnet_035",
-    "mobilenetv5": "mobilenetv5_base",
-    "mobilevit": "mobilevit_xxs",
-    "mvitv2": "mvitv2_tiny",
-    "naflexvit": "naflexvit_base_patch16_parfac_gap",
-    "nasnet": "nasnetalarge",
-    "nest": "nest_tiny",
-    "nextvit": "nextvit_small",
-    "nfnet": "nf_regnet_b0",
-    "pit": "pit_ti_224",
-    "pnasnet": "pnasnet5large",
-    "pvt_v2": "pvt_v2_b0",
-    "qwen3_vit": "qwen3_vit_88m",
-    "rdnet": "rdnet_tiny",
-    "regnet": "regnetx_002",
-    "repghost": "repghostnet_050",
-    "repvit": "repvit_m1",
-    "res2net": "res2next50",
-    "resnest": "resnest14d",
-    "resnet": "resnet10t",
-    "resnetv2": "resnetv2_18",
-    "rexnet": "rexnet_100",
-    "selecsls": "selecsls42",
-    "senet": "legacy_seresnet18",
-    "sequencer": "sequencer2d_s",
-    "shvit": "shvit_s1",
-    "sknet": "skresnet18",
-    "starnet": "starnet_s050",
-    "swiftformer": "swiftformer_xs",
-    "swin_transformer": "swin_tiny_patch4_window7_224",
-    "swin_transformer_v2": "swinv2_tiny_window16_256",
-    "swin_transformer_v2_cr": "swinv2_cr_tiny_224",
-    "tiny_vit": "tiny_vit_5m_224",
-    "tnt": "tnt_s_legacy_patch16_224",
-    "tresnet": "tresnet_m",
-    "twins": "twins_svt_small",
-    "vgg": "vgg11",
-    "visformer": "visformer_tiny",
-    "vision_transformer": "vit_tiny_patch16_224",
-    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
-    "vision_transformer_relpos": "vit_srelpos_small_patch16_224",
-    "vision_transformer_sam": "samvit_base_patch16_224",
-    "vitamin": "vitamin_small_224",
-    "volo": "volo_d1_224",
-    "vovnet": "ese_vovnet19b_slim_dw",
-    "xception": "legacy_xception",
-    "xception_aligned": "xception41p",
-    "xcit": "xcit_nano_12_p8_224",
-}
-# Arguments that keep a model within memory and time: smaller images, and fewer identical blocks.
-ARGS: dict[str, dict[str, Any]] = {
-    "deepseek_vit": {"depth": 4, "img_size": 224},
-    "gemma4_vit": {"img_size": 192},
-    "qwen3_vit": {"img_size": 224},
-}
-# Types that cannot run here -> reason.
-NOT_APPLICABLE = {"hf:dinat": "needs the library natten"}
+NAMED = Path(__file__).with_name("coverage_named.json")
+MAX_MILLIONS = 100  # parameters of a model of the population `named`
+SIDE = 64  # pixels of the images of a transformers type that reads any size
+# Values without which the default config of a type is refused: those of its published models.
+CONFIGS = {"perceiver": {"num_cross_attention_heads": 1}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model of the population.
+    """One model of a population.
 
     Args:
-        source: timm or transformers.
-        family: The model file of timm, or the type of transformers.
-        model: The name in timm; empty for transformers.
+        name: Name in the tables.
+        library: timm, torchvision or transformers.
+        family: The model file of timm or torchvision, or the type of transformers.
+        model: The architecture of timm or torchvision, or the class of transformers; empty for the first class.
+        args: Arguments of the architecture, or values of the config of transformers.
+        side: Height and width of the images in pixels, for a network that reads any size; None for its own.
+        num_labels: Size of a new head; None for its own.
     """
 
-    source: str
+    name: str
+    library: str
     family: str
     model: str = ""
-
-    @property
-    def name(self) -> str:
-        """`t:FAMILY` or `hf:TYPE`."""
-        return f"{'t' if self.source == 'timm' else 'hf'}:{self.family}"
+    args: dict[str, Any] = field(default_factory=dict)
+    side: int | None = None
+    num_labels: int | None = None
 
     def open(self, folder: Path) -> BaseModel:
-        """Open the base with random weights; the config of a transformers model is written to `folder`.
+        """Open the base with random weights; the files of a transformers model are written to `folder`.
 
         Raises:
             IsoPruneError: The model cannot be opened.
         """
-        if self.source == "timm":
-            num_labels = LABELS if is_encoder(self.model) else None  # its head would be drawn twice
-            return load_base(
-                f"timm/{self.model}", pretrained=False, model_args=ARGS.get(self.family), num_labels=num_labels
-            )
-        num_labels = 2 if self.family == "shieldgemma2" else LABELS
-        CONFIG_MAPPING[self.family](**TRANSFORMERS[self.family], num_labels=num_labels).save_pretrained(folder)
-        return load_base(str(folder), pretrained=False)
+        if self.library == "transformers":
+            config = CONFIG_MAPPING[self.family](**self.args, num_labels=self.num_labels)
+            config.architectures = [self.model] if self.model else None
+            config.save_pretrained(folder)
+            if self.side is not None:
+                ViTImageProcessor(size={"height": self.side, "width": self.side}).save_pretrained(folder)
+            return load_base(str(folder), pretrained=False)
+        base = load_base(
+            f"{self.library}/{self.model}", pretrained=False, model_args=self.args, num_labels=self.num_labels
+        )
+        return base if self.side is None else at_size(base, self.side)
 
 
-def population() -> list[Case]:
-    """Return all cases in order."""
-    return [Case("timm", family, model) for family, model in TIMM.items()] + [
-        Case("transformers", kind) for kind in TRANSFORMERS
+def at_size(base: BaseModel, side: int) -> BaseModel:
+    """Return a base for images of another size, with a processor that scales them to it; changes its config."""
+    base.model.config.image_size = [3, side, side]
+    old = base.processor
+    processor = IsoImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        resample=old.resample,
+        image_mean=list(old.image_mean),
+        image_std=list(old.image_std),
+    )
+    return BaseModel(base.model, processor)
+
+
+def anchor() -> list[Case]:
+    """Return the smallest classifier of every model file of timm, reduced, and one of every type of transformers."""
+    found = found_rows()
+    timm_cases = [found_case(name, found[name]) for name in (f"timm/{model}" for model in TIMM.values())]
+    sides = {kind: None if hasattr(default_tower(kind), "image_size") else SIDE for kind in TRANSFORMERS}
+    return timm_cases + [
+        Case(f"transformers/{kind}", "transformers", kind, args=args, side=sides[kind], num_labels=LABELS)
+        for kind, args in TRANSFORMERS.items()
     ]
 
 
-def find_timm() -> dict[str, str]:
-    """Find the smallest classifier of every model file of timm, by building all models on meta; takes some minutes.
+def named() -> list[Case]:
+    """Return all architectures of up to 100 M parameters that the libraries name, reduced by `coverage_reduce.py`."""
+    return [
+        found_case(name, row) for name, row in found_rows().items() if "side" in row and row["params"] <= MAX_MILLIONS
+    ]
 
-    A model without a classifier is used only if its file has no other.
-    """
-    smallest = {}
-    for family in timm.list_modules():
-        sizes = []
-        for name in timm.list_models(module=family):
-            if not name.startswith("test_"):
-                with torch.device("meta"):
-                    network = timm.create_model(name, num_classes=LABELS)
-                is_headless = not network.pretrained_cfg.get("num_classes")
-                if network.num_classes == LABELS:  # otherwise it returns features
-                    sizes.append((is_headless, sum(parameter.numel() for parameter in network.parameters()), name))
-        if sizes:
-            smallest[family] = min(sizes)[2]
-    return smallest
+
+def found_case(name: str, row: dict[str, Any]) -> Case:
+    """Return the case of a row that `coverage_reduce.py` found."""
+    library, _, model = name.partition("/")
+    args, side = row["args"], row["side"]
+    if library == "transformers":
+        is_sized, args = hasattr(default_tower(row["family"]), "image_size"), config_args(row["family"], args)
+    else:
+        is_sized = "img_size" in args
+    has_no_head = library == "timm" and is_encoder(model)  # its head would be drawn twice
+    num_labels = LABELS if has_no_head or library == "transformers" else None
+    return Case(name, library, row["family"], model, args, None if is_sized else side, num_labels)
+
+
+def default_tower(kind: str) -> PreTrainedConfig:
+    """Return the default config of a type of transformers; of two towers, that of the images."""
+    config = CONFIG_MAPPING[kind](**CONFIGS.get(kind, {}))
+    tower: PreTrainedConfig = getattr(config, "vision_config", config)
+    return tower
+
+
+def config_args(kind: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a config of transformers that change values of `default_tower`."""
+    config, tower = CONFIG_MAPPING[kind](**CONFIGS.get(kind, {})), default_tower(kind)
+    if isinstance(getattr(tower, "image_size", None), list | tuple) and "image_size" in args:
+        args = args | {"image_size": [args["image_size"]] * 2}
+    return CONFIGS.get(kind, {}) | ({"vision_config": args} if hasattr(config, "vision_config") else args)
+
+
+def found_rows() -> dict[str, dict[str, Any]]:
+    """Return the rows that `coverage_reduce.py` found."""
+    rows: dict[str, dict[str, Any]] = json.loads(NAMED.read_text(encoding="utf-8"))
+    return rows
+
+
+def not_applicable(population: str) -> dict[str, str]:
+    """Return the models of a population that are no classifiers of images here, with the reason."""
+    if population == "anchor":
+        return NOT_APPLICABLE
+    return {name: row["reason"] for name, row in found_rows().items() if "reason" in row}
+
+
+def cases_of(population: str) -> list[Case]:
+    """Return the cases of `anchor` or `named` that are classifiers of images."""
+    cases = anchor() if population == "anchor" else named()
+    return [case for case in cases if case.name not in NOT_APPLICABLE]
+
+
+def in_strata(cases: list[Case], seed: int) -> list[Case]:
+    """Return cases in an order of which every beginning is a stratified sample by library and family."""
+    random = Random(seed)
+    strata: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        strata.setdefault((case.library, case.family), []).append(case)
+    places = {}
+    for stratum in strata.values():
+        random.shuffle(stratum)
+        start = random.random()
+        for index, case in enumerate(stratum):
+            places[case.name] = (index + start) / len(stratum)
+    return sorted(cases, key=lambda case: places[case.name])
+
+
+def sample(cases: list[Case], share: float, seed: int) -> list[Case]:
+    """Return a stratified share of cases, at least one."""
+    return in_strata(cases, seed)[: max(1, round(share * len(cases)))]

@@ -1,11 +1,22 @@
-"""One small model for each root cause of unprunable architectures; `benchmarks/coverage.py` has all models."""
+"""One small model for each root cause of unprunable architectures, and a sample of those of `benchmarks/coverage.py`.
+
+The complete sample is `python benchmarks/coverage.py --population named --sample 0.1 --seed 0`. Here run, of the same
+order, the first `SAMPLED` models that took at most `CHEAP` seconds of CPU time when they were measured.
+"""
 
 import copy
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from coverage_case import IMAGES, FailedError, Record, describe
+from coverage_images import read_images
+from coverage_models import Case, cases_of, in_strata
+from coverage_run import RESULTS, Run, known_rows, read_records, run_cases
+from coverage_table import WAYS, read_rows
 from helpers.marks import one_of_each
 from helpers.oracles import exact_logits, make_images, mask_error, permutation_error, prunable_share, randomize
 from timm.layers import set_fused_attn
@@ -13,15 +24,19 @@ from transformers import CONFIG_MAPPING
 
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 LABELS, SIDE = 7, 64
+SAMPLED, CHEAP = 10, 3.0
+TINY = Case("tiny", "timm", "vision_transformer", "test_vit", {"img_size": 64, "depth": 1})
 _VIT = {
     "image_size": SIDE,
     "patch_size": 16,
@@ -165,3 +180,63 @@ def test_architecture_is_pruned_saved_and_trained(case: str, tmp_path: Path) -> 
     trained(images, labels=torch.tensor([0, 1])).loss.backward()
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def sampled() -> list[Case]:
+    rows = known_rows("named", RESULTS / "coverage_named.jsonl")
+    seconds = {name: sum(row.get(way, {}).get("cpu_s", CHEAP) for way in WAYS) for name, row in rows.items()}
+    cheap = [case for case in in_strata(cases_of("named"), 0) if seconds.get(case.name, CHEAP) < CHEAP]
+    return cheap[:SAMPLED]
+
+
+@pytest.mark.parametrize(
+    "case", [TINY, *(pytest.param(case, marks=pytest.mark.families) for case in sampled())], ids=lambda case: case.name
+)
+def test_model_passes_as_users_prune_it(case: Case, tmp_path: Path) -> None:
+    run = Run(read_images(None, 2 * IMAGES), seconds=100, gigabytes=12)
+    run_cases([case], run, workers=1, results=tmp_path / "rows")
+    row = read_rows(tmp_path / "rows")[case.name]
+    for part in ("load", *WAYS):
+        assert row[part]["step"] == "done", row[part]
+    assert row["default"]["error_repaired"] < row["default"]["error_unrepaired"]
+    assert row["plain"]["permutation"] <= 1e-9 and row["plain"]["mask"] <= 1e-6
+    assert max(row[way]["macs"] for way in WAYS) <= 0.5
+
+
+def test_model_that_does_not_open_is_refused(tmp_path: Path) -> None:
+    case = Case("none", "timm", "resnet", "no_such_model")
+    run_cases([case], Run(read_images(None, 2), seconds=100, gigabytes=12), 1, tmp_path / "rows")
+    row = read_rows(tmp_path / "rows")["none"]
+    assert row["load"]["kind"] == "refused" and row["load"]["step"] == "load" and not row.keys() & set(WAYS)
+
+
+def test_killed_process_is_over_a_limit(tmp_path: Path) -> None:
+    Record(tmp_path / "load").add(step="load")
+    row = read_records(TINY, tmp_path, -signal.SIGXCPU)
+    assert row["load"]["kind"] == "limit" and row["load"]["step"] == "load"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FailedError("logits differ"), "wrong"),
+        (RecipeError("no such name"), "refused"),
+        (KeyError("no"), "traceback"),
+    ],
+)
+def test_failures_have_kinds(error: Exception, kind: str, tmp_path: Path) -> None:
+    record = Record(tmp_path / "record")
+    record.add(step="train")
+    with record.measured():
+        raise error
+    lines = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
+    assert lines[0] == {"step": "train"}
+    assert (lines[1]["kind"], lines[1]["type"]) == (kind, type(error).__name__)
+    assert lines[2].keys() == {"cpu_s", "peak_mb"}
+
+
+def test_failure_has_the_stage_of_the_pipeline() -> None:
+    base = load_base("timm/test_vit", pretrained=False, num_labels=3)
+    with pytest.raises(RecipeError) as caught:
+        prune_model(base.model, PruneRecipe(criterion="taylor"), [])
+    assert describe(caught.value)["step"] == "score"

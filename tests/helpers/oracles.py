@@ -55,8 +55,14 @@ def prunable_share(model: IsoPruneForImageClassification, groups: Sequence[Coupl
 
 
 @torch.no_grad()
-def randomize(model: IsoPruneForImageClassification, seed: int = 1) -> None:
-    """Draw, in place, weights that leave no part of the network idle: no zero biases, no tiny layer scales."""
+def randomize(model: IsoPruneForImageClassification, seed: int = 1, *, images: torch.Tensor | None = None) -> None:
+    """Draw, in place, weights that leave no part of the network idle: no zero biases, no tiny layer scales.
+
+    Args:
+        model: The model.
+        seed: Seed of the weights.
+        images: Images that statistics of BatchNorm are taken from; None draws some.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,17 +79,17 @@ def randomize(model: IsoPruneForImageClassification, seed: int = 1) -> None:
             tensor.copy_(0.3 * draw(tensor))
         else:
             tensor.copy_(draw(tensor) * tensor[0].numel() ** -0.5)
-    _calibrate(model, seed)
+    _calibrate(model, make_images(model, seed=seed + 100) if images is None else images)
 
 
-def _calibrate(model: IsoPruneForImageClassification, seed: int) -> None:
+def _calibrate(model: IsoPruneForImageClassification, images: torch.Tensor) -> None:
     """Set, in place, the statistics of every BatchNorm to those of its inputs, so that logits depend on the image."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().momentum = 1.0
     if norms:
-        model(make_images(model, seed=seed + 100))
+        model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
         norm.running_var.clamp_(min=0.05)
