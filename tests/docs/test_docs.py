@@ -15,6 +15,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from coverage_anchor import TORCH_PRUNING
+from coverage_models import cases_of
+from coverage_run import RESULTS, known_rows
+from coverage_table import documented, tables
 from helpers.command_line import isoprune
 from helpers.pruned_models import Pruned
 from helpers.tiny_models import TIMM, make_base
@@ -280,15 +284,23 @@ def test_every_quoted_message_is_one_of_the_source() -> None:
         assert any(pattern.search(text) for text in source), message
 
 
-def test_the_readme_has_the_coverage_that_was_measured() -> None:
-    covered = (ROOT / "docs" / "axes.md").read_text()
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) of (\d+) \| (\d+) of (\d+) \|", covered, re.M)
-    assert [row[0] for row in rows] == ["timm", "transformers"]
-    assert all(row[1] == row[3] and row[3] == row[5] for row in rows)
-    models, passed, theirs = (sum(int(row[column]) for row in rows) for column in (1, 2, 4))
-    assert f"of {models} of timm and transformers | {passed} | {theirs} |" in (ROOT / "README.md").read_text()
-    anchor = re.search(r"^ANCHOR = (\{.+\})$", (ROOT / "benchmarks" / "coverage.py").read_text(), re.M)
-    assert sum(ast.literal_eval(anchor[1]).values()) == theirs
+@pytest.mark.parametrize("population", ["anchor", "named"])
+def test_the_page_has_the_coverage_that_was_recorded(population: str) -> None:
+    cases = cases_of(population)
+    rows = known_rows(population, RESULTS / f"coverage_{population}.jsonl")
+    page = (ROOT / "docs" / "axes.md").read_text()
+    assert documented(page, population, tables(cases, rows, population)) == page
+
+
+def test_the_readme_has_the_coverage_of_the_page() -> None:
+    page = (ROOT / "docs" / "axes.md").read_text()
+    counts = re.findall(r"^\| all \| (\d+) \| (\d+) \| (\d+) \(", page, re.M)
+    (models, measured, default), (_, also_measured, plain) = counts[:2]
+    assert measured == also_measured
+    of = f"of {models}" if measured == models else f"of {measured} measured, of {models}"
+    theirs = sum(TORCH_PRUNING.values())
+    ours = f"architectures pruned, by `best` and by `l1`, {of} of timm and transformers | {default}, {plain}"
+    assert f"| {ours} | {theirs} of 139 |" in (ROOT / "README.md").read_text()
 
 
 def test_the_zoo_has_the_figures_of_the_recipes() -> None:
