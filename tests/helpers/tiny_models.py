@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,7 +53,8 @@ FAMILIES = one_of_each(ALL_FAMILIES, "vit", "deit", "swin", "convnext", "resnet"
 
 def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageClassification:
     """Build the tiny base of a family; `folder` holds the config of a transformers model."""
-    model = copy.deepcopy(_build_base(family, labels))
+    name, args = TIMM.get(family, (family, None))
+    model = copy.deepcopy(_build_base(family, name, json.dumps(args), labels))
     if family in TRANSFORMERS:
         TRANSFORMERS[family].save_pretrained(folder / family)
         model.config.source = {**model.config.source, "name": str(folder / family)}
@@ -60,10 +62,10 @@ def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageCla
 
 
 @functools.cache
-def _build_base(family: str, labels: int) -> IsoPruneForImageClassification:
+def _build_base(family: str, name: str, args: str, labels: int) -> IsoPruneForImageClassification:
+    """Build a base once for each name and arguments (JSON), since tests may replace the entry of a family."""
     if family in TIMM:
-        name, args = TIMM[family]
-        model = load_base(name, pretrained=False, model_args=args, num_labels=labels, seed=0).model
+        model = load_base(name, pretrained=False, model_args=json.loads(args), num_labels=labels, seed=0).model
     else:
         with TemporaryDirectory() as folder:
             TRANSFORMERS[family].save_pretrained(folder)
