@@ -10,7 +10,7 @@ import re
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -242,13 +242,16 @@ def _tables_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     attributes = vars(module)
     tables = {"": attributes}
     for name, value in attributes.items():
-        if name.startswith("_") or isinstance(value, type):
-            continue
-        if type(value) is dict:
-            tables[name] = value
-        elif isinstance(value, PreTrainedConfig | SimpleNamespace | Namespace) or is_dataclass(value):
-            tables[name] = vars(value)
+        # mypy takes the hash of a type for that of its instances.
+        if _holds_values(type(value)) and not name.startswith("_"):  # type: ignore[arg-type]
+            tables[name] = value if isinstance(value, dict) else vars(value)
     return tables
+
+
+@cache
+def _holds_values(kind: type) -> bool:
+    """Check whether a type is made to hold values by name."""
+    return kind is dict or issubclass(kind, PreTrainedConfig | SimpleNamespace | Namespace) or is_dataclass(kind)
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
