@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--sample", type=float, default=1.0, help="share of the models, by library and family")
     parser.add_argument("--seed", type=int, default=0, help="of the sample and the order")
     parser.add_argument("--workers", type=int, default=1, help="models at a time")
-    parser.add_argument("--seconds", type=int, default=300, help="limit of CPU time for one way")
+    parser.add_argument("--seconds", type=int, default=100, help="limit of CPU time for one way")
     parser.add_argument("--gigabytes", type=float, default=12, help="limit of address space for one process")
     parser.add_argument("--again", action="store_true", help="run failed models again")
     parser.add_argument("--list", action="store_true", help="only list the models and their states")
