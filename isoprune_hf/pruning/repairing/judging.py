@@ -1,7 +1,8 @@
 """Judge a cut network by images that its repair did not see: `hold_out` sets them aside, `Judge` compares logits.
 
 The measure is the mean Kullback-Leibler divergence of the dense network's probabilities from those of the cut one, at
-the scale of the logits that suits the cut one best. Labels are not used.
+the scale of the logits around their mean that suits the cut one best: a ridge pulls outputs towards their mean. Labels
+are not used.
 """
 
 from collections.abc import Iterator
@@ -23,12 +24,15 @@ class Judgement(NamedTuple):
     """How near a cut network is to the dense one.
 
     Args:
-        divergence: Mean divergence at the best scale, in nats; infinite if logits are not finite.
-        scale: Factor of the logits at which it is smallest.
+        divergence: Mean divergence at the scale, in nats; infinite if logits are not finite.
+        scale: Factor of the distances of the logits from `center` at which the divergence is smallest; 1 if the gain
+            over 1 is below its standard error.
+        center: Mean logits of the cut network over the images, (classes,), in float64 on the CPU.
     """
 
     divergence: float
     scale: float
+    center: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +75,26 @@ class Judge:
 
     def compare(self, pruned: IsoPruneForImageClassification) -> Judgement:
         """Compute the divergence of a cut network, and its best scale; there must be images."""
-        total = torch.zeros(len(SCALES), dtype=torch.float64, device=pruned.device)
-        for wanted, found in zip(self._wanted, _logits(pruned, self._calibration.batches), strict=True):
-            total += torch.stack([_divergence(wanted, scale * found) for scale in SCALES]).to(total.device)
-        means = (sum_over_ranks(total, self._calibration.accelerator) / self.images).nan_to_num(nan=torch.inf)
+        found = _logits(pruned, self._calibration.batches)
+        nothing = torch.zeros(len(pruned.config.id2label or {}), dtype=torch.float64)  # a rank may have no images
+        total = sum((logits.sum(0) for logits in found), start=nothing)
+        center = self._mean(total.to(pruned.device)).cpu()
+        plain = SCALES.index(1)
+        sums = torch.zeros(2, len(SCALES), dtype=torch.float64)
+        for wanted, logits in zip(self._wanted, found, strict=True):
+            scaled = [_divergence(wanted, center + scale * (logits - center)) for scale in SCALES]
+            gains = torch.stack(scaled) - scaled[plain]
+            sums += torch.stack([torch.stack(scaled).sum(1), (gains**2).sum(1)])
+        means, squares = self._mean(sums.to(pruned.device)).cpu().nan_to_num(nan=torch.inf)
         best = int(means.argmin())
-        return Judgement(float(means[best]), SCALES[best])
+        gain = float(means[plain] - means[best])
+        error = max(float(squares[best]) - gain**2, 0.0) / max(self.images - 1, 1)  # squared, of the mean gain
+        best = best if gain > error**0.5 else plain
+        return Judgement(float(means[best]), SCALES[best], center)
+
+    def _mean(self, total: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the images of all ranks, from this rank's sum."""
+        return sum_over_ranks(total, self._calibration.accelerator) / self.images
 
 
 def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[torch.Tensor]:
@@ -86,6 +104,6 @@ def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[tor
 
 
 def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Compute the divergence of the probabilities of logits (B, classes), summed over images."""
+    """Compute the divergence of the probabilities of logits (B, classes) for each image."""
     target = wanted.log_softmax(-1)
-    return (target.exp() * (target - found.log_softmax(-1))).sum()
+    return (target.exp() * (target - found.log_softmax(-1))).sum(-1)

@@ -1,4 +1,4 @@
-"""Scale the logits of a network by scaling the layer that computes them (`scale_logits`)."""
+"""Scale the logits of a network around their mean by changing the layer that computes them (`scale_logits`)."""
 
 from typing import Any
 
@@ -13,11 +13,12 @@ from isoprune_hf.pruning.graph.layers import ConvNd
 _TOLERANCE = 1e-4  # of the largest logit
 
 
-def scale_logits(model: IsoPruneForImageClassification, scale: float) -> bool:
-    """Multiply weight and bias of the layer whose output the logits are, in place.
+def scale_logits(model: IsoPruneForImageClassification, scale: float, center: torch.Tensor) -> bool:
+    """Multiply the distances of the logits from `center` (classes,), in weight and bias of their layer, in place.
 
     Returns:
-        False if there is no such layer, or if the logits of an image are not scaled by it; nothing is then changed.
+        False if no layer with a bias computes the logits, or if those of an image do not change as they should;
+        nothing is then changed.
     """
     if scale == 1:
         return True
@@ -27,11 +28,12 @@ def scale_logits(model: IsoPruneForImageClassification, scale: float) -> bool:
         logits, head = _find_head(model, images)
         if head is None:
             return False
-        parameters = list(head.parameters())
+        parameters = [head.weight, head.bias]
         before = [parameter.clone() for parameter in parameters]
-        for parameter in parameters:
-            parameter.mul_(scale)
-        wanted = scale * logits
+        center = center.to(logits)
+        head.weight.mul_(scale)
+        head.bias.copy_(center + scale * (head.bias - center))
+        wanted = center + scale * (logits - center)
         found = model(pixel_values=images).logits
         if torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * float(wanted.abs().max())):
             return True
@@ -40,14 +42,16 @@ def scale_logits(model: IsoPruneForImageClassification, scale: float) -> bool:
         return False
 
 
-def _find_head(model: IsoPruneForImageClassification, images: torch.Tensor) -> tuple[torch.Tensor, nn.Module | None]:
-    """Return the logits, and the linear or convolution whose output they are."""
+def _find_head(model: IsoPruneForImageClassification, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return the logits, and the linear or convolution with a bias whose output they are, or None."""
     outputs: list[tuple[torch.Tensor, nn.Module]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         outputs.append((output, module))
 
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, ConvNd))]
+    layers = [
+        module for module in model.modules() if isinstance(module, (nn.Linear, ConvNd)) and module.bias is not None
+    ]
     handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
         logits = model(pixel_values=images).logits

@@ -117,7 +117,8 @@ def choose_ridge(first: FitSums, second: FitSums, *, has_shift: bool) -> float |
     @cache
     def gain(at: int) -> float:
         fits = (solve_fit(half, RIDGES[at], has_shift=has_shift) for half in halves)
-        return sum(_gain(change, other) for change, other in zip(fits, reversed(halves), strict=True))
+        total = sum(_gain(change, other) for change, other in zip(fits, reversed(halves), strict=True))
+        return -math.inf if math.isnan(total) else total  # a fit that cannot be solved is worse than any other
 
     last = len(RIDGES) - 1
     best = last // 2
