@@ -3,8 +3,8 @@
 A waypoint is a module whose output is all that the rest of a pass needs, as that of a residual block is. To start a
 pass at one (`replaced_outputs`), `forward` of the waypoint is replaced, for the duration of the pass, by a function
 that returns a stored output, and `forward` of the modules before it by functions that return blanks. Hooks cannot do
-this: a module with a forward hook still runs. The replacement is an attribute of the instance, so deleting it restores
-the method of the class.
+this: a module with a forward hook still runs. The replacement is an attribute of the instance; some modules have such
+an attribute of their own (FasterNet chooses a method in its constructor), which is put back.
 
 Which modules are waypoints is tested, because it cannot be read from them: with NaN for the outputs of all modules
 that ran before a waypoint, and zeros for the images, the network must return the same logits, bit for bit, and every
@@ -257,6 +257,7 @@ def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: to
 def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[str, Any]) -> Iterator[None]:
     """Replace modules, within the context, by their stored outputs; tensors on the meta device become NaN."""
     modules = {name: network.model.get_submodule(name) for name in outputs}
+    own = [(module, vars(module)["forward"]) for module in modules.values() if "forward" in vars(module)]
 
     def return_copy(output: Any, /, *args: Any, **kwargs: Any) -> Any:
         # A new tensor for each call: the following modules may write into it.
@@ -270,6 +271,8 @@ def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[s
     finally:
         for module in modules.values():
             vars(module).pop("forward", None)
+        for module, forward in own:
+            vars(module)["forward"] = forward
 
 
 def _blank(output: Any) -> Any:

@@ -22,6 +22,7 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers as fitting
 from isoprune_hf.pruning.repairing.passes import Passes
+from isoprune_hf.pruning.repairing.waypoints import replaced_outputs
 
 Model = IsoPruneForImageClassification
 EVERYWHERE = 2**32
@@ -36,6 +37,16 @@ def halved(model: Model) -> tuple[Model, dict[tuple[str, int], np.ndarray]]:
 
 def waypoint_names(model: Model) -> list[str]:
     return [way.name for way in Passes(model, copy.deepcopy(model), batches_of(model, [1]))._waypoints]
+
+
+def test_module_keeps_a_forward_of_its_own(tmp_path: Path) -> None:
+    model = make_base("resnet", tmp_path)
+    block = next(part for part in model.model.modules() if [*part.children()] and part is not model.model)
+    name = next(name for name, part in model.model.named_modules() if part is block)
+    own = vars(block)["forward"] = block.forward
+    with replaced_outputs(model, {name: torch.zeros(1)}):
+        assert torch.equal(block(torch.ones(1)), torch.zeros(1))
+    assert vars(block)["forward"] is own
 
 
 @pytest.mark.parametrize("family", one_of_each(SAVED, "vit", "resnet", "hf-swin"))
