@@ -1,24 +1,15 @@
 """Run the command line in this process, and read what it printed and wrote."""
 
-import argparse
 import contextlib
-import functools
 import io
 import itertools
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
 from isoprune_hf.cli.main import main
-from isoprune_hf.cli.parser import parse, stage_parser
-from isoprune_hf.cli.table import STAGES
-
-_PARSING = sys.modules[parse.__module__]
 
 
 class Done(NamedTuple):
@@ -29,12 +20,6 @@ class Done(NamedTuple):
     err: str
 
 
-@functools.cache
-def parser_of(stage: str) -> argparse.ArgumentParser:
-    """Build the parser of a stage once, which takes as long as many a command."""
-    return stage_parser(STAGES[stage])
-
-
 def isoprune(*arguments: str | Path) -> Done:
     """Run the command line in this process, and restore the logging of the tests afterwards."""
     root, package = logging.getLogger(), logging.getLogger("isoprune_hf")
@@ -42,12 +27,7 @@ def isoprune(*arguments: str | Path) -> Done:
     root.handlers = []
     out, err = io.StringIO(), io.StringIO()
     try:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            patch.setattr(_PARSING, "stage_parser", lambda stage: parser_of(stage.name))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([str(argument) for argument in arguments])
     except SystemExit as stopped:
         code = stopped.code
