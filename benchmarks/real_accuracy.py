@@ -27,6 +27,7 @@ import torch
 import yaml
 from pruned_accuracy_methods import MICRO_BATCH, Case, Pruned, with_torch_pruning
 from real_accuracy_data import NETS, Photographs, logits_of, open_net, open_photographs, split_classes
+from safetensors.torch import load_file, save_file
 
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -67,11 +68,11 @@ class Net(NamedTuple):
 
     def dense_logits(self) -> torch.Tensor:
         """Compute the logits of the dense net for all photographs, or load those of an earlier call."""
-        file = self.workdir / f"{self.name}_logits.pt"
+        file = self.workdir / f"{self.name}_logits.safetensors"
         if not file.is_file():
-            torch.save(logits_of(self.model, self.photographs, torch.arange(len(self.photographs.labels))), file)
-        logits: torch.Tensor = torch.load(file, weights_only=True)
-        return logits
+            everything = torch.arange(len(self.photographs.labels))
+            save_file({"logits": logits_of(self.model, self.photographs, everything)}, file)
+        return load_file(file)["logits"]
 
 
 def prune_with_recipe(net: Net, budget: float, images: int, settings: Mapping[str, Any]) -> Pruned:

@@ -99,7 +99,7 @@ def test_prune_prints_json_and_logs_to_stderr(tmp_path: Path) -> None:
     vit = ["--prune.model", "timm/test_vit", "--prune.pretrained", "false", "--prune.criterion", "l1"]
     done = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "out", "--json")
     cost = read(tmp_path / "out", "config.json")["cost"]
-    assert done.code == 0 and json.loads(done.out) == {"folder": str(tmp_path / "out"), "models": cost}
+    assert done.code == 0 and json.loads(done.out) == {"folder": str(tmp_path / "out"), "models": cost, "notes": []}
     assert re.search(r"^pruned \w+: ", done.err)
     quiet = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "quiet", "--quiet")
     loud = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "loud")
