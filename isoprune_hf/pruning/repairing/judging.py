@@ -18,6 +18,7 @@ from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ran
 # The scales of logits that are compared: a repaired network is less confident than the dense one.
 SCALES = tuple(2 ** (step / 8) for step in range(-8, 33))
 _HELD_OUT = 5  # one of so many images of each micro-batch
+NEGLIGIBLE = 1e-8  # nats: smaller differences between divergences are those of rounding
 
 
 class Judgement(NamedTuple):
@@ -26,7 +27,7 @@ class Judgement(NamedTuple):
     Args:
         divergence: Mean divergence at the scale, in nats; infinite if logits are not finite.
         scale: Factor of the distances of the logits from `center` at which the divergence is smallest; 1 if the gain
-            over 1 is below its standard error.
+            over 1 is negligible or below its standard error.
         center: Mean logits of the cut network over the images, (classes,), in float64 on the CPU.
     """
 
@@ -89,7 +90,7 @@ class Judge:
         best = int(means.argmin())
         gain = float(means[plain] - means[best])
         error = max(float(squares[best]) - gain**2, 0.0) / max(self.images - 1, 1)  # squared, of the mean gain
-        best = best if gain > error**0.5 else plain
+        best = best if gain > max(error**0.5, NEGLIGIBLE) else plain
         return Judgement(float(means[best]), SCALES[best], center)
 
     def _mean(self, total: torch.Tensor) -> torch.Tensor:

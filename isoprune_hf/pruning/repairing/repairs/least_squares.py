@@ -6,7 +6,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.repairing.fit_layers import fit_layers
-from isoprune_hf.pruning.repairing.judging import Judge, Judgement, hold_out
+from isoprune_hf.pruning.repairing.judging import NEGLIGIBLE, Judge, Judgement, hold_out
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
@@ -41,7 +41,7 @@ class LeastSquaresRepair:
             _restore(task.pruned, before)
         notes = _fit(task, fitted)
         found["least_squares"] = judge.compare(task.pruned)
-        best = min(reversed(found), key=lambda name: found[name].divergence)
+        best = min(reversed(found), key=lambda name: max(found[name].divergence, NEGLIGIBLE))
         if best != "least_squares":
             _restore(task.pruned, before)
             notes = (_describe_choice(best, found, judge.images),)
