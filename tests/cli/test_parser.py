@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("TQDM_DISABLE", "")  # which --quiet sets: back to what it was after each test
 
 
 def section(title: str) -> str:

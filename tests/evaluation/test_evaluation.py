@@ -2,6 +2,7 @@ import functools
 import io
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from helpers.evaluation import TinyNet, calibration_error_by_hand, make_net, make_processor, make_split
 from helpers.ranks import call_on_ranks
+from tqdm import tqdm
 
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.evaluation.evaluate import evaluate_model, predict_split, tabulate_classes
@@ -112,10 +114,16 @@ class Terminal(io.StringIO):
 )
 def test_only_the_main_terminal_shows_a_bar(monkeypatch, stream, rank, is_shown):
     monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(tqdm, "_instances", weakref.WeakSet(), raising=False)  # bars that other tests left open
     accelerator = SimpleNamespace(process_index=rank, num_processes=1, unwrap_model=lambda model: model)
     evaluate_model(make_net(), make_split(5), make_processor(), accelerator=accelerator, batch_size=2)
     shown = sys.stderr.getvalue()
-    assert ("evaluate" in shown and "/3" in shown) if is_shown else shown == ""
+    if is_shown:
+        assert "evaluate" in shown and "/3" in shown
+    else:
+        assert shown == ""
 
 
 def save_figures(accelerator: Accelerator, folder: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ class Done(NamedTuple):
 
 
 def isoprune(*arguments: str | Path) -> Done:
-    """Run the command line in this process, and restore the logging of the tests afterwards."""
+    """Run the command line in this process, and restore the logging and the progress bars of the tests afterwards."""
+    is_quiet = os.environ.get("TQDM_DISABLE", "")
     root, package = logging.getLogger(), logging.getLogger("isoprune_hf")
     handlers, levels = root.handlers, (root.level, package.level)
     root.handlers = []
@@ -35,6 +37,7 @@ def isoprune(*arguments: str | Path) -> Done:
         root.handlers = handlers
         root.setLevel(levels[0])
         package.setLevel(levels[1])
+        os.environ["TQDM_DISABLE"] = is_quiet  # which --quiet sets
     return Done(code, out.getvalue(), err.getvalue())
 
 
