@@ -72,7 +72,7 @@ class Decoding:
 
     @property
     def makes_tensors(self) -> bool:
-        """Whether images are uint8 tensors of shape (C, H, W), not images of Pillow."""
+        """Return whether images are uint8 tensors of shape (C, H, W), not images of Pillow."""
         return self.decoder == "torchvision" or self.channels not in PILLOW_CHANNELS
 
 

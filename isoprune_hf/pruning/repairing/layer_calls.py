@@ -151,7 +151,7 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
 
 
 class _Watched(NamedTuple):
-    """What one forward pass shows of the layers of a network.
+    """Observations of the layers of a network in one forward pass.
 
     Args:
         shapes: Layer -> shapes of its outputs, in the order of its calls.
