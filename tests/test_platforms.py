@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from helpers.fresh_python import FreshPython
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ runpy.run_path({str(ROOT / ".ci" / "smoke.py")!r}, run_name="__main__")
 """
 
 
+@pytest.mark.launch
 def test_package_works_without_unix_only_modules(fresh_python: FreshPython) -> None:
     done = fresh_python.run(WINDOWS)
     assert done.returncode == 0, done.stderr

@@ -86,6 +86,7 @@ def test_layer_shares_match_hand_computed_macs() -> None:
     assert layers["unaligned"] == pytest.approx(dict.fromkeys(("8", "16", "32"), (4352 + 680) / total))
 
 
+@pytest.mark.benchmarks
 def test_benchmark_is_saved_and_shown_on_card(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     folder = shutil.copytree(pruned("vit").folder, tmp_path / "vit")
     (folder / "speed.json").write_text(

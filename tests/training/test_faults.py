@@ -130,6 +130,7 @@ def kill_at_random(case: Case, output: Path, kills: int, seed: int, world: int =
     return met
 
 
+@pytest.mark.kills
 def test_run_killed_at_random_resumes_byte_for_byte(case: Case, tmp_path: Path) -> None:
     assert kill_at_random(case, tmp_path / "out", kills=3, seed=0) >= 1
     finish(case, tmp_path / "out")
@@ -245,6 +246,7 @@ def test_run_is_saved_when_time_is_up(case: Case, tmp_path: Path) -> None:
     finish(case, out)
 
 
+@pytest.mark.kills
 def test_two_ranks_stop_together_and_resume_exactly(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
     ranks = start_ranks(command, tmp_path / "log")
@@ -504,6 +506,7 @@ def test_bad_steps_are_skipped_on_all_ranks(case: Case, tmp_path: Path) -> None:
     assert "the loss is nan at update 3 of epoch 2, 3 times in a row" in "".join(end.err for end in ended)
 
 
+@pytest.mark.kills
 def test_hanging_rank_stops_the_others(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*case.command, "--finetune.rank_minutes", "0.05", "--output", out]

@@ -18,8 +18,8 @@ from PIL import Image
 from isoprune_hf.pruning.calibration import resumable
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-CRITERIA = ["taylor", "activation_variance"]
-CRITERIA += [pytest.param(name, marks=pytest.mark.kills) for name in ("hessian", "gate_fisher_joint")]
+OTHERS = ("activation_variance", "hessian", "gate_fisher_joint")
+CRITERIA = ["taylor", *(pytest.param(name, marks=pytest.mark.kills) for name in OTHERS)]
 
 
 class Case(NamedTuple):
