@@ -112,13 +112,15 @@ class _Exact(TorchDispatchMode):
 
 @contextmanager
 def _in_float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
+    before, is_fast = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
     torch.set_default_dtype(torch.float64)
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation, which hides its softmax and scale from `follow`
     try:
         with torch.no_grad(), _Exact():
             yield
     finally:
         torch.set_default_dtype(before)
+        torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
 def exact_logits(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
