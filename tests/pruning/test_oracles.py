@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.marks import one_of_each
+from helpers.odd_networks import open_odd
 from helpers.oracles import (
     NotComparableError,
     axis_counts,
@@ -124,6 +126,20 @@ def test_both_oracles_see_members_that_changed_groups(family: str, base) -> None
         cut(model, faulty, scope="local")  # widths stay alike
     plan, pruned = cut(model, groups, scope="local")
     assert mask_error(model, pruned, faulty, plan, images) > 1e-6
+
+
+def test_mask_follows_the_fast_path_of_attention() -> None:
+    model = open_odd("bare_tokens").model
+    randomize(model)
+    groups = trace_groups(model)
+    plan, pruned = cut(model, groups)
+    attention, whole = (net.model.get_submodule("attention") for net in (pruned, model))
+    assert attention.embed_dim // attention.num_heads < whole.head_dim  # the temperature differs
+    images = make_images(model).double()
+    with torch.no_grad():
+        fast = copy.deepcopy(pruned).double().eval()(images).logits  # as a user runs it
+    torch.testing.assert_close(fast, exact_logits(pruned, images), rtol=1e-12, atol=1e-12)
+    assert mask_error(model, pruned, groups, plan, images) < 1e-12
 
 
 def test_mask_detects_channels_that_differ_from_plan(base) -> None:
