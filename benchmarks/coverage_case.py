@@ -44,6 +44,7 @@ ORACLE_IMAGES = 2
 MICRO_BATCH = 16
 PERMUTATION_TOLERANCE = 1e-9
 MASK_TOLERANCE = 1e-6
+_UNREPAIRED = "prune.reconstruct none is used"  # beginning of the note on a model that no repair brings nearer
 # Function of `prune_model` -> its stage.
 _STAGES = {
     "_trace": "trace",
@@ -220,10 +221,19 @@ def check_repair(
     held_out: tuple[torch.Tensor, torch.Tensor],
     record: Record,
 ) -> None:
-    """Check that the repair brings held-out logits closer to those of the base, in the mean of their squares."""
+    """Check that the repair brings held-out logits closer to those of the base, in the mean of their squares.
+
+    A cut model that no repair changed is right if its plan says that none is nearest; the reason is written down.
+    """
     images, logits = held_out
     unrepaired = prune_model(model, replace(recipe, reconstruct="none"), batches, scores=result.scores)
     require(unrepaired.plan.kept == result.plan.kept, "the plan differs without a repair")
+    weights = unrepaired.model.state_dict()
+    if all(torch.equal(value, weights[name]) for name, value in result.model.state_dict().items()):
+        reason = next((note for note in result.plan.notes if note.startswith(_UNREPAIRED)), None)
+        require(reason is not None, "no repair changed the weights, and the plan does not say why")
+        record.add(unrepaired=reason)
+        return
     scale = float((logits - logits.mean(0)).square().mean())
     before, after = (
         float((run(cut, images) - logits).square().mean()) / scale for cut in (unrepaired.model, result.model)

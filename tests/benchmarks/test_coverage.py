@@ -7,12 +7,13 @@ order, the first `SAMPLED` models that took at most `CHEAP` seconds of CPU time 
 import copy
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from coverage_case import IMAGES, FailedError, Record, describe
+from coverage_case import IMAGES, FailedError, Record, check_repair, describe
 from coverage_images import read_images
 from coverage_models import Case, cases_of, in_strata
 from coverage_run import RESULTS, Run, known_rows, read_records, run_cases
@@ -198,7 +199,7 @@ def test_model_passes_as_users_prune_it(case: Case, tmp_path: Path) -> None:
     row = read_rows(tmp_path / "rows")[case.name]
     for part in ("load", *WAYS):
         assert row[part]["step"] == "done", row[part]
-    assert row["default"]["error_repaired"] < row["default"]["error_unrepaired"]
+    assert "unrepaired" in row["default"] or row["default"]["error_repaired"] < row["default"]["error_unrepaired"]
     assert row["plain"]["permutation"] <= 1e-9 and row["plain"]["mask"] <= 1e-6
     assert all(row[way]["macs"] <= 0.5 or "cannot be reached" in row[way]["over"] for way in WAYS)
 
@@ -214,6 +215,20 @@ def test_killed_process_is_over_a_limit(tmp_path: Path) -> None:
     Record(tmp_path / "load").add(step="load")
     row = read_records(TINY, tmp_path, -signal.SIGXCPU)
     assert row["load"]["kind"] == "limit" and row["load"]["step"] == "load"
+
+
+def test_unrepaired_weights_need_a_reason(tmp_path: Path) -> None:
+    model = load_base("timm/test_vit", pretrained=False, num_labels=3).model
+    images = make_images(model, 2)
+    recipe = PruneRecipe(criterion="l1", reconstruct="none", target_macs="50%")
+    result = prune_model(model, recipe)
+    reason = "prune.reconstruct none is used instead of least_squares: it is nearest"
+    noted = replace(result, plan=replace(result.plan, notes=(*result.plan.notes, reason)))
+    record = Record(tmp_path / "record")
+    with pytest.raises(FailedError):
+        check_repair(model, result, recipe, None, (images, run(model, images)), record)
+    check_repair(model, noted, recipe, None, (images, run(model, images)), record)
+    assert json.loads((tmp_path / "record").read_text()) == {"unrepaired": reason}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from coverage_table import (
     passed,
     read_rows,
     share_table,
+    unrepaired_table,
     worst_table,
 )
 
@@ -30,12 +31,19 @@ def test_failures_are_counted_by_kind() -> None:
         "c": make_row("c"),
     }
     assert count_table(CASES, rows, "default")[2:] == [
-        "| timm | 2 | 1 | 0 (0.0%) | 0 | 0 | 1 | 0 |",
-        "| torchvision | 1 | 1 | 1 (100.0%) | 0 | 0 | 0 | 0 |",
-        "| all | 3 | 2 | 1 (50.0%) | 0 | 0 | 1 | 0 |",
+        "| timm | 2 | 1 | 0 (0.0%) | 0 | 0 | 0 | 1 | 0 |",
+        "| torchvision | 1 | 1 | 1 (100.0%) | 0 | 0 | 0 | 0 | 0 |",
+        "| all | 3 | 2 | 1 (50.0%) | 0 | 0 | 0 | 1 | 0 |",
     ]
     assert failure_table(rows, "default")[2:] == ["| a | traceback | score | KeyError: no / such |"]
     assert failure_table(rows, "plain") == []
+
+
+def test_unrepaired_models_are_counted_and_listed() -> None:
+    rows = {"a": make_row("a", unrepaired="none is nearest"), "b": make_row("b"), "c": make_row("c")}
+    assert count_table(CASES, rows, "default")[2] == "| timm | 2 | 2 | 2 (100.0%) | 1 | 0 | 0 | 0 | 0 |"
+    assert count_table(CASES, rows, "plain")[2] == "| timm | 2 | 2 | 2 (100.0%) | 0 | 0 | 0 | 0 |"
+    assert unrepaired_table(rows)[2:] == ["| a | none is nearest |"]
 
 
 def test_model_that_does_not_open_fails_in_both_ways() -> None:
