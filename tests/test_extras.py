@@ -104,12 +104,14 @@ print(json.dumps(answers))
     return answers
 
 
+@pytest.mark.launch
 def test_light_installation_opens_model_and_predicts(light: dict[str, Any], pruned: Callable[[str], Pruned]) -> None:
     model = pruned("vit").model
     assert len(light["labels"]) == 5 and set(light["labels"]) <= model.config.label2id.keys()
     assert light["params"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.launch
 def test_light_installation_names_extra_of_every_stage(light: dict[str, Any]) -> None:
     line = r"isoprune: error: the command line needs \w+, which is not installed: pip install isoprune-hf\[prune\]\n"
     assert len(light["refused"]) == len(REFUSED) > len(STAGES)
@@ -117,6 +119,7 @@ def test_light_installation_names_extra_of_every_stage(light: dict[str, Any]) ->
         assert (code, out) == (2, "") and re.fullmatch(line, err), err
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("arguments", ANSWERED, ids=" ".join)
 def test_light_installation_answers_help_and_version(arguments: list[str], light: dict[str, Any]) -> None:
     code, out, err = light["answered"][ANSWERED.index(arguments)]

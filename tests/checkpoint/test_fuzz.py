@@ -71,9 +71,6 @@ def _watch(event: str, arguments: tuple) -> None:
         _forbidden.append(f"{event} {arguments!r:.99}")
 
 
-sys.addaudithook(_watch)
-
-
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
     """Yield every place in a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -160,7 +157,8 @@ def honest(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def offline() -> Iterator[None]:
+    sys.addaudithook(_watch)  # nothing removes it: only a process that runs these tests may pay for it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield

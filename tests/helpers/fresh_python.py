@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,7 +35,12 @@ class FreshPython:
         )
 
     def run(
-        self, code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self,
+        code: str,
+        *arguments: object,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        absent: Sequence[str] = (),
     ) -> Finished:
         """Run a script to its end.
 
@@ -44,12 +49,13 @@ class FreshPython:
             arguments: Its `sys.argv[1:]`.
             cwd: The folder it runs in; None for an empty one.
             env: Variables that it sees besides those of the helper interpreter.
+            absent: Packages that it cannot import.
         """
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
         request = {"code": code, "arguments": [str(argument) for argument in arguments], "output": str(folder)}
-        request |= {"cwd": str(cwd or folder), "env": dict(env or {})}
+        request |= {"cwd": str(cwd or folder), "env": dict(env or {}), "absent": list(absent)}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -85,6 +91,7 @@ def _run(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
+    sys.modules.update(dict.fromkeys(request["absent"]))  # importing a name whose module is None raises
     sys.argv = ["-c", *request["arguments"]]
     sys.modules["__main__"] = ModuleType("__main__")
     code = 1

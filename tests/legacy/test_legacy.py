@@ -148,8 +148,8 @@ def test_inconvertible_files_are_refused_in_one_line(resnet: nn.Module, tmp_path
     for content in (resnet.state_dict(), {"model": resnet.state_dict(), "epoch": 3}):
         with pytest.raises(CheckpointError, match=r"state\.pth .*state_dict"):
             convert_file(save(content, tmp_path / "state.pth"))
-    with pytest.raises(RecipeError, match=r"torchvision.models.vgg.VGG .*--base"):
-        convert_file(save(torchvision.models.VGG(nn.Sequential(), init_weights=False), tmp_path / "vgg.pth"))
+    with pytest.raises(RecipeError, match=r"torchvision.models.squeezenet.SqueezeNet .*--base"):
+        convert_file(save(torchvision.models.squeezenet1_1(), tmp_path / "squeezenet.pth"))
     with pytest.raises(RecipeError, match="does not exist"):
         convert_file(tmp_path / "none.pth")
 

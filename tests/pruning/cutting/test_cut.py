@@ -108,7 +108,8 @@ def test_fused_and_eager_attention_agree_after_the_cut(tmp_path: Path) -> None:
     torch.testing.assert_close(fused, eager, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.families)])
+@pytest.mark.export
+@pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_the_cut_model_compiles_without_graph_breaks(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
     groups, plan = plan_random(model)
