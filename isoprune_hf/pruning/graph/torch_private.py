@@ -4,13 +4,14 @@ Only `layers.py` uses others, the base classes of layers. When torch is upgraded
 compare with its sources.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = (
     "GET_SHAPE",
@@ -23,6 +24,7 @@ __all__ = (
     "own_parameters",
     "tree_leaves",
     "tree_map_only",
+    "weak_tensor_dict",
 )
 
 aten = torch.ops.aten
@@ -73,3 +75,8 @@ def own_buffers(module: nn.Module) -> Mapping[str, Tensor | None]:
 def own_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """Return the children of a module, those registered as None and repeated ones included."""
     return module._modules
+
+
+def weak_tensor_dict() -> MutableMapping[Tensor, Any]:
+    """Return an empty dict whose keys are tensors, compared by identity; an entry goes with its tensor."""
+    return WeakTensorKeyDictionary()

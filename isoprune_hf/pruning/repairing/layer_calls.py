@@ -84,10 +84,9 @@ def find_layers(
         outputs: Layer -> for each call, dim of its output -> which of its elements were kept.
         factors: Weight -> factors for the dense outputs.
     """
-    blank = torch.zeros(1, *image_size_of(pruned), device=pruned.device)
-    several = blank.expand(_SHAPE_IMAGES, *blank.shape[1:])
-    wanted = _watch_calls(dense, several).shapes
-    found, windows, norms = _watch_calls(pruned, several)
+    blank = torch.zeros(_SHAPE_IMAGES, *image_size_of(pruned), device=pruned.device)
+    wanted = _watch_calls(dense, blank).shapes
+    found, windows, norms, added = _watch_calls(pruned, blank)
     shared = _layers_that_share(pruned)
     layers = []
     left: dict[str, list[str]] = {}
@@ -110,12 +109,9 @@ def find_layers(
         dim, rows = places[0], {at: _indices(kept, pruned.device) for at, kept in places[1].items()}
         norm = norms.get(name) if module.bias is None else None
         kept = None if mask is None else _indices(mask, pruned.device)
-        is_added = len(shapes) == 1
+        is_added = len(shapes) == 1 and name in added
         factor = factors.get(weight)
-        layer = FittedLayer(name, module, windows[name], len(shapes), dim, kept, rows, factor, norm, is_added)
-        if layer.is_added and observe_calls(pruned, layer, blank)[0].stream is None:
-            layer = layer._replace(is_added=False)
-        layers.append(layer)
+        layers.append(FittedLayer(name, module, windows[name], len(shapes), dim, kept, rows, factor, norm, is_added))
     return layers, left
 
 
@@ -128,7 +124,7 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
         inputs = read_tensor(args, kwargs) if call is None else call.inputs
         calls.append(LayerCall(inputs, output.clone() if layer.is_added else output))
         if layer.is_added:
-            probe.follow(output)
+            probe.follow(output, on_sum)
         elif len(calls) == layer.calls:
             raise PassStopped
 
@@ -136,7 +132,7 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
         calls[0] = calls[0]._replace(stream=other)
         raise PassStopped
 
-    probe = ResidualProbe(on_sum)
+    probe = ResidualProbe()
     module = model.model.get_submodule(layer.name)
     functions = FunctionalProbe([module])
     handle = module.register_forward_hook(on_call, with_kwargs=True)
@@ -158,16 +154,18 @@ class _Watched(NamedTuple):
         windows: Layer whose outputs are those of `linear` or `conv2d` with its own weight, or that is a LayerNorm ->
             settings of the convolution.
         norms: Layer -> the BatchNorm that reads its output.
+        added: Layers of which the output of a call is added to another tensor.
     """
 
     shapes: dict[str, list[torch.Size]]
     windows: dict[str, Window | None]
     norms: dict[str, nn.Module]
+    added: set[str]
 
 
 def _watch_calls(network: IsoPruneForImageClassification, images: torch.Tensor) -> _Watched:
     """Run a forward pass and watch the layers."""
-    watched = _Watched({}, {}, {})
+    watched = _Watched({}, {}, {}, set())
     others: set[str] = set()
     # Outputs by id. The tensors are kept, too, so that no other tensor gets the id of one of them.
     written: dict[int, tuple[torch.Tensor, str]] = {}
@@ -180,6 +178,7 @@ def _watch_calls(network: IsoPruneForImageClassification, images: torch.Tensor) 
         is_known = call is not None or isinstance(module, nn.LayerNorm)
         if not is_known or watched.windows.setdefault(name, window) != window:
             others.add(name)
+        probe.follow(output, lambda _: watched.added.add(name))
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = first_tensor(args, kwargs)
@@ -194,9 +193,9 @@ def _watch_calls(network: IsoPruneForImageClassification, images: torch.Tensor) 
         elif isinstance(module, (nn.Linear, ConvNd, nn.LayerNorm)):
             layers.append(module)
             handles.append(module.register_forward_hook(partial(after, name)))
-    functions = FunctionalProbe(layers)
+    functions, probe = FunctionalProbe(layers), ResidualProbe()
     try:
-        with functions:
+        with functions, probe:
             network(pixel_values=images)
     finally:
         for handle in handles:

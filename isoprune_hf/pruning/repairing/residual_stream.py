@@ -5,12 +5,16 @@ expressed in the layout and scale of the layer's output: operations between the 
 statistics, a scale of each channel, a permutation) are undone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from inspect import signature
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from isoprune_hf.pruning.graph.torch_private import weak_tensor_dict
 
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
@@ -19,27 +23,72 @@ _NEAR_ZERO_SHARE = 1e-3  # of the mean scale
 _Operation = Callable[[Tensor], Tensor]
 
 
-class ResidualProbe(TorchFunctionMode):
-    """Follows the output of a layer through torch functions until it is added to another tensor of its shape.
+@dataclass(eq=False)
+class _Origin:
+    """How a tensor was computed from outputs that are followed.
 
     Args:
-        on_sum: Called with the other tensor, in the layout and scale of the output.
+        index: Number of its computation, in their order.
+        parents: The origins of the tensors that it was computed from.
     """
 
-    def __init__(self, on_sum: Callable[[Tensor], None]):
-        super().__init__()
-        self._on_sum = on_sum
-        self._followed: Tensor | None = None
-        self._inverses: list[_Operation] = []  # of the operations since the layer, in their order
-        # Tensors computed from the output, by id: adding one of them is no residual stream. The tensors are kept, too,
-        # so that no other tensor gets the id of one of them.
-        self._derived: dict[int, Tensor] = {}
+    index: int
+    parents: tuple["_Origin", ...] = ()
 
-    def follow(self, output: Tensor) -> None:
-        """Start to follow an output."""
-        self._followed = output
-        self._inverses = []
-        self._derived = {id(output): output}
+    def is_from(self, other: "_Origin") -> bool:
+        """Return whether it was computed from another one, or is it."""
+        waiting, seen = [self], {self}
+        while waiting:
+            origin = waiting.pop()
+            if origin is other:
+                return True
+            newer = {parent for parent in origin.parents if parent.index >= other.index} - seen
+            seen |= newer
+            waiting.extend(newer)
+        return False
+
+
+@dataclass(eq=False)
+class _Path:
+    """The operations between the output of a layer and the tensor that is followed now.
+
+    Args:
+        start: Origin of the output.
+        on_sum: Called with the tensor that the output is added to.
+        inverses: Of the operations, in their order.
+    """
+
+    start: _Origin
+    on_sum: Callable[[Tensor], None]
+    inverses: list[_Operation] = field(default_factory=list)
+
+    def report(self, other: Tensor) -> None:
+        """Call `on_sum` with a tensor that the followed one is added to."""
+        for invert in reversed(self.inverses):
+            other = invert(other)
+        self.on_sum(other)
+
+
+class ResidualProbe(TorchFunctionMode):
+    """Follows the outputs of layers through torch functions until each is added to another tensor of its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = count()
+        # Tensors computed from followed outputs: adding one of them to such an output is no residual stream.
+        self._origins: MutableMapping[Tensor, _Origin] = weak_tensor_dict()
+        self._paths: MutableMapping[Tensor, list[_Path]] = weak_tensor_dict()
+
+    def follow(self, output: Tensor, on_sum: Callable[[Tensor], None]) -> None:
+        """Start to follow an output.
+
+        Args:
+            output: The output of a layer.
+            on_sum: Called once at most, with the tensor that the output is added to in the layout and scale of the
+                output.
+        """
+        start = self._origins.setdefault(output, _Origin(next(self._count)))
+        self._paths.setdefault(output, []).append(_Path(start, on_sum))
 
     def __torch_function__(
         self,
@@ -49,30 +98,41 @@ class ResidualProbe(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        followed = self._followed
-        if followed is None or not any(id(arg) in self._derived for arg in (*args, *kwargs.values())):
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        parents = tuple(origin for origin in map(self._origins.get, tensors) if origin is not None)
+        if not parents:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        others = [arg for arg in args[:2] if isinstance(arg, Tensor) and arg is not followed]
-        is_next = any(arg is followed for arg in args)
-        if is_next and name in _SUMS and len(others) == 1 and others[0].shape == followed.shape and not kwargs:
-            self._followed = None
-            if id(others[0]) not in self._derived:
-                self._report(others[0].clone())
-            return func(*args, **kwargs)
+        followed = [arg for arg in args if isinstance(arg, Tensor) and arg in self._paths]
+        for tensor in followed:
+            others = _others(args, tensor)
+            if name in _SUMS and len(others) == 1 and others[0].shape == tensor.shape and not kwargs:
+                self._end(tensor, others[0])
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            self._derived[id(result)] = result
-            inverse = _invert(name, args, kwargs, followed, others) if is_next else None
-            if inverse is not None:
-                self._followed = result
-                self._inverses.append(inverse)
+            self._origins[result] = _Origin(next(self._count), parents)
+            for tensor in followed:
+                self._go_on(tensor, result, _invert(name, args, kwargs, tensor, _others(args, tensor)))
         return result
 
-    def _report(self, other: Tensor) -> None:
-        for invert in reversed(self._inverses):
-            other = invert(other)
-        self._on_sum(other)
+    def _end(self, followed: Tensor, other: Tensor) -> None:
+        """Report a sum to the paths of its first term, unless the other one was computed from the same output."""
+        origin = self._origins.get(other)
+        for path in self._paths.pop(followed):
+            if origin is None or not origin.is_from(path.start):
+                path.report(other.clone())
+
+    def _go_on(self, followed: Tensor, result: Tensor, inverse: _Operation | None) -> None:
+        """Follow the result of an operation instead of the tensor that it read, if it can be inverted."""
+        if inverse is None:
+            return
+        for path in self._paths.pop(followed, []):
+            path.inverses.append(inverse)
+            self._paths.setdefault(result, []).append(path)
+
+
+def _others(args: tuple[Any, ...], followed: Tensor) -> list[Tensor]:
+    return [arg for arg in args[:2] if isinstance(arg, Tensor) and arg is not followed]
 
 
 def _invert(
