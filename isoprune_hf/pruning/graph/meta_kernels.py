@@ -1,4 +1,4 @@
-"""Fast meta-device kernels of common operations: `run_op`.
+"""Fast meta-device kernels of common operations: `run_op`, and `FastMetaKernels` for whole passes.
 
 A kernel of torch on the meta device takes as long as a real one of a small model, mostly for checks of types and
 strides, while a trace only needs the shape of the output. Each function here returns the output of one operation, or
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoprune_hf.pruning.graph.torch_private import OpOverload, aten
+from isoprune_hf.pruning.graph.torch_private import DispatchMode, OpOverload, aten
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -115,8 +115,7 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
 
 def _batch_norm(x: Tensor, *args: Any) -> tuple[Tensor, ...] | None:
     fits = all(part.shape == x.shape[1:2] for part in args if isinstance(part, Tensor))
-    is_training = args[4] if len(args) == 7 else False
-    return (_like(x), _empty(x, 0), _empty(x, 0)) if fits and not is_training else None
+    return (_like(x), _empty(x, 0), _empty(x, 0)) if fits else None
 
 
 _UNARY = ("gelu", "relu", "sigmoid", "silu", "tanh", "hardswish", "hardsigmoid", "exp", "hardtanh", "_softmax")
@@ -148,3 +147,11 @@ def run_op(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         if out is not None:
             return out
     return func(*args, **kwargs)
+
+
+class FastMetaKernels(DispatchMode):
+    """A context in which every aten operation is run by `run_op`."""
+
+    def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and return its output."""
+        return run_op(func, args, kwargs)

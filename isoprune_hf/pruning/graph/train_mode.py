@@ -6,7 +6,7 @@ after the cut.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.pruning.graph.axis import freeze, leaves
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
-from isoprune_hf.pruning.graph.meta_kernels import run_op
+from isoprune_hf.pruning.graph.meta_kernels import FastMetaKernels, run_op
 from isoprune_hf.pruning.graph.torch_private import DispatchMode, OpOverload, tree_leaves
 from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS, run_traced
@@ -87,7 +87,8 @@ def _run_in_train_mode(network: nn.Module, image_size: Sequence[int], *, on_meta
     else:
         copied = copy_modules(network, torch.clone, with_hooks=False)  # a pass changes the statistics of BatchNorm
     image = blank_image(copied, image_size)
-    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad():
+    kernels = FastMetaKernels() if on_meta else nullcontext()
+    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.no_grad(), kernels:
         copied.train()(image.expand(_BATCH, *image_size))
 
 
