@@ -167,3 +167,25 @@ def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
     after = Judge(task.dense, task.calibration).compare(task.pruned)
     assert after.divergence < before.divergence
     assert after.scale == pytest.approx(1, abs=0.5)
+
+
+def test_kept_fit_is_repeated_on_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("vit", tmp_path)
+    cut = copy.deepcopy(task.pruned.state_dict())
+    target = copy.deepcopy(task.pruned)
+    least_squares.fit_layers(task.dense, target, task.masks, task.calibration)
+    begun: list[tuple[int, bool]] = []
+    fit_layers = least_squares.fit_layers
+
+    def record(dense: Model, pruned: Model, masks: object, calibration: Calibration, **kwargs: object) -> object:
+        images = sum(len(labels) for _, labels in calibration.batches)
+        is_cut = all(torch.equal(value, cut[name]) for name, value in pruned.state_dict().items())
+        begun.append((images, is_cut))
+        return fit_layers(dense, pruned, masks, calibration)
+
+    monkeypatch.setattr(least_squares, "fit_layers", record)
+    monkeypatch.setattr(least_squares, "scale_logits", lambda *args: True)
+    assert least_squares.LeastSquaresRepair().repair(task) == ()
+    assert begun == [(16, True), (20, True)]
+    found = task.pruned.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in target.state_dict().items())

@@ -18,7 +18,8 @@ class LeastSquaresRepair:
     """Fit weights and biases of layers (see `fit_layers`), unless a simpler repair does better.
 
     Part of the images is held out. The fit, new statistics of BatchNorm and the cut as it is are compared with the
-    dense network on these images, and the nearest one is kept; its logits are scaled around their mean to match.
+    dense network on these images, and the nearest one is kept, done again with all images; its logits are scaled
+    around their mean to match.
 
     Source:
         He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
@@ -47,6 +48,9 @@ class LeastSquaresRepair:
             notes = (_describe_choice(best, found, judge.images),)
         if best == "bn":
             notes += recalibrate_batchnorm(task.pruned, task.calibration)
+        elif best == "least_squares":
+            _restore(task.pruned, before)
+            notes = _fit(task, task.calibration)
         if not scale_logits(task.pruned, found[best].scale, found[best].center):
             notes += (
                 f"the logits are not scaled by {found[best].scale:.3g}: no single layer with a bias computes them",
