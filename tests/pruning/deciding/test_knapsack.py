@@ -5,13 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers.marks import one_of_each
+from helpers.plain_knapsack import plain_round
 from helpers.plans import cost_of, group
 from helpers.tiny_models import FAMILIES, make_base
 
-from isoprune_hf.errors import BudgetError, RecipeError
+from isoprune_hf.errors import BudgetError, IsoPruneError, RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, Term, cost_model
+from isoprune_hf.pruning.deciding import knapsack
 from isoprune_hf.pruning.deciding.make_plan import make_plan
+from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.widths import Tie, Width
 from isoprune_hf.pruning.groups import CoupledGroup
@@ -23,10 +27,11 @@ from isoprune_hf.recipes import PruneRecipe
 SIZES = {"a": 14, "b": 10, "c": 12}
 
 
-def solve(groups, cost, scores, latency=None, **options) -> PruningPlan:
+def solve(groups, cost, scores, latency=None, blocks=(), **options) -> PruningPlan:
     recipe = PruneRecipe(**{"criterion": "taylor", "round_to": 1, "min_keep": 1, "allocation": "knapsack", **options})
     values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in scores.items()}
-    return make_plan(groups, ImportanceScores(values, "gate_fisher", "print", {}), recipe, cost=cost, latency=latency)
+    known = ImportanceScores(values, "gate_fisher", "print", {}, blocks={block.name: 0.0 for block in blocks})
+    return make_plan(groups, known, recipe, cost=cost, latency=latency, blocks=blocks)
 
 
 def widths(plan: PruningPlan, groups) -> dict[str, int]:
@@ -99,6 +104,59 @@ def test_what_costs_more_leaves_first_at_equal_loss() -> None:
         groups, cost_of(groups), {"a": np.ones(8), "b": np.ones(8)}, target_macs="60%", allocation="class"
     )
     assert widths(by_class, groups) != widths(plan, groups)
+
+
+def draw_decision(rng: np.random.Generator, groups, cost, blocks):
+    """Draw scores with or without ties or negative values, and settings and a budget of every kind."""
+    kind = rng.choice(["lognormal", "ties", "normal"])
+    scores = {}
+    for g in groups:
+        values = {
+            "lognormal": rng.lognormal(0, 1, g.channels) * 10 ** rng.uniform(-1, 1),
+            "ties": rng.integers(0, 4, g.channels),
+            "normal": np.append(rng.normal(1, 1, g.channels - 1), 1.0),
+        }
+        scores[g.name] = values[kind]
+    options = {
+        "normalizer": "none",
+        "round_to": int(rng.choice([1, 1, 2, 3, 4, 8])),
+        "min_keep": int(rng.choice([1, 2, 4])),
+        "max_ratio": float(rng.choice([0.5, 0.9, 1.0])),
+        "head_ratio": float(rng.choice([0.0, 0.5, 0.9])),
+        "head_dims": str(rng.choice(["per_head", "shared", "shared_all"])),
+        "rounding": str(rng.choice(["balanced", "down"])),
+        "layout": "uniform" if rng.random() < 0.2 else "per-layer",
+        "ratios": {groups[rng.integers(len(groups))].name: 0.25} if rng.random() < 0.2 else {},
+        "remove_blocks": 1 if blocks and rng.random() < 0.2 else None,
+    }
+    share = f"{rng.integers(25, 98)}%"
+    budget = str(rng.choice(["macs", "params", "latency", "ratio"]))
+    if budget == "ratio":
+        return scores, {**options, "ratio": 0.4}, None
+    if budget != "latency":
+        return scores, {**options, f"target_{budget}": share}, None
+    times = {name: (rng.uniform(0, 0.01), rng.uniform(1e-7, 1e-5)) for name in cost.layer_macs({}, {})}
+    return scores, {**options, "target_latency": share, "latency_batch_size": 1}, LatencyModel(1.0, times)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", one_of_each(range(10), 0))
+def test_plans_equal_those_of_plain_rounds(family: str, seed: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base(family, tmp_path)
+    groups, blocks = trace_groups(model), find_blocks(model)
+    cost = cost_model(model, groups, blocks)
+    rng = np.random.default_rng(seed)
+    compared = 0
+    while compared < 3:
+        scores, options, latency = draw_decision(rng, groups, cost, blocks)
+        try:
+            plan = solve(groups, cost, scores, latency, blocks=blocks, **options)
+        except IsoPruneError:  # blocks that differ, or a budget below the floors
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(knapsack, "next_allocation", plain_round)
+            assert solve(groups, cost, scores, latency, blocks=blocks, **options).to_json() == plan.to_json()
+        compared += 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
