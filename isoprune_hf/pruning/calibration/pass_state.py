@@ -7,8 +7,8 @@ pass, so a second backward pass fails at them, and they must not remain in the m
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
+from operator import is_
 from typing import Any
 
 import torch
@@ -55,16 +55,22 @@ def undoing_passes(model: nn.Module) -> Iterator[None]:
         before.restore()
 
 
-@dataclass
 class _Slot:
     """A buffer before a pass: its owner's table and name, its number of writes and its values."""
 
-    table: dict[str, torch.Tensor | None]
-    name: str
-    first: torch.Tensor
-    buffer: torch.Tensor
-    version: int
-    saved: torch.Tensor
+    def __init__(self, table: dict[str, torch.Tensor | None], name: str, first: torch.Tensor):
+        self.table, self.name, self.first = table, name, first
+        self.hold(first)
+
+    def hold(self, buffer: torch.Tensor) -> None:
+        """Note the values of a buffer; tensors of inference mode count no writes and are never written."""
+        self.buffer, self.saved = buffer, buffer.detach().clone()
+        self._counts = not buffer.is_inference()
+        self._writes = buffer._version if self._counts else 0
+
+    def is_written(self) -> bool:
+        """Return whether the buffer was written since `hold`."""
+        return self._counts and self.buffer._version != self._writes
 
 
 class _Buffers:
@@ -72,7 +78,7 @@ class _Buffers:
 
     def __init__(self, model: nn.Module):
         self._slots = [
-            _Slot(module._buffers, name, buffer, buffer, _version(buffer), buffer.detach().clone())
+            _Slot(module._buffers, name, buffer)
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -82,15 +88,14 @@ class _Buffers:
         """Note the values with which a pass begins."""
         for slot in self._slots:
             now = slot.table.get(slot.name)
-            if now is not None and (now is not slot.buffer or _version(now) != slot.version):
-                slot.buffer, slot.version, slot.saved = now, _version(now), now.detach().clone()
+            if now is not None and (now is not slot.buffer or slot.is_written()):
+                slot.hold(now)
 
     def undo(self) -> None:
         """Undo the writes of a pass; its graph may refer to a tensor that it wrote, so another takes its place."""
         for slot in self._slots:
-            if _version(slot.buffer) != slot.version:
-                slot.buffer = slot.saved.clone()
-                slot.version = _version(slot.buffer)
+            if slot.is_written():
+                slot.hold(slot.saved)
             slot.table[slot.name] = slot.buffer
 
     @torch.no_grad()
@@ -107,10 +112,10 @@ class _State:
     """Attributes of all modules of a model and contents of containers, as they are now."""
 
     def __init__(self, model: nn.Module):
-        self._attributes = [(vars(module), _plain(module)) for module in model.modules()]
+        self._attributes = [_Attributes(module) for module in model.modules()]
         self._contents: dict[int, tuple[Any, Any]] = {}
-        for _, values in self._attributes:
-            for value in values.values():
+        for attributes in self._attributes:
+            for value in attributes.values.values():
                 self._note(value)
 
     def _note(self, value: Any) -> None:
@@ -121,38 +126,46 @@ class _State:
 
     def restore(self) -> None:
         """Restore the state, in place."""
-        for now, values in self._attributes:
-            for name in [name for name in now if name not in values and _is_plain(name)]:
-                del now[name]
-            for name, value in values.items():
-                if now.get(name) is not value:
-                    now[name] = value
+        for attributes in self._attributes:
+            if not _has_same(attributes.now, attributes.last):
+                attributes.restore()
         for value, content in self._contents.values():
-            if len(value) == len(content) and all(map(_is_same, _parts(value), _parts(content))):
+            if _has_same(value, content):
                 continue
             value.clear()
             value.extend(content) if isinstance(value, list | deque) else value.update(content)
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if _is_plain(name)}
+class _Attributes:
+    """The attributes of a module: those of now, those to restore, and all of them after they were restored last."""
+
+    def __init__(self, module: nn.Module):
+        self.now = vars(module)
+        self.values = {name: value for name, value in self.now.items() if _is_plain(name)}
+        self.last = dict(self.now)
+
+    def restore(self) -> None:
+        """Restore the values, in place."""
+        for name in [name for name in self.now if name not in self.values and _is_plain(name)]:
+            del self.now[name]
+        for name, value in self.values.items():
+            if self.now.get(name) is not value:
+                self.now[name] = value
+        self.last = dict(self.now)
 
 
-@cache  # called for every attribute of every module in each pass
+@cache
 def _is_plain(name: str) -> bool:
     """Return whether an attribute is not one in which `nn.Module` itself keeps its parts."""
     registry = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     return name not in registry and name not in _KEPT and "_hooks" not in name
 
 
-def _parts(container: Any) -> Any:
-    return [*container, *container.values()] if isinstance(container, dict) else container
+def _has_same(one: Any, other: Any) -> bool:
+    """Return whether two containers have the same objects in the same order, under the same names if they are dicts.
 
-
-def _is_same(one: object, other: object) -> bool:
-    return one is other
-
-
-def _version(buffer: torch.Tensor) -> int:
-    """Return the number of writes to a buffer; tensors of inference mode do not count them and are never written."""
-    return 0 if buffer.is_inference() else buffer._version
+    It is called for every module in each pass, and a pass changes hardly any: the loop over the parts runs in C.
+    """
+    if len(one) != len(other) or not all(map(is_, one, other)):
+        return False
+    return not isinstance(one, dict) or all(map(is_, one.values(), other.values()))

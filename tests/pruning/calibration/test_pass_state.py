@@ -2,6 +2,7 @@
 
 import copy
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers.odd_networks import calibration_batches, open_odd
 from torch import Tensor, nn
 
 from isoprune_hf import PruneRecipe, prune_model
+from isoprune_hf.pruning.calibration import pass_state
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.calibration.pass_state import undoing_passes
 
@@ -87,6 +89,54 @@ def test_parameters_and_modes_may_change_within() -> None:
         keeper.layer.train()
         keeper(torch.randn(2, 3))
     assert keeper.layer.bias.sum() == 3 and keeper.layer.training
+
+
+class Changed(nn.Module):
+    """Each pass calls a function with the module."""
+
+    def __init__(self, change: Callable[["Changed"], None]) -> None:
+        super().__init__()
+        self.change, self.one, self.table = change, 1, {"first": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self)
+        return x
+
+
+def rename(module: Changed) -> None:
+    module.other = module.table
+    del module.table
+
+
+def replace_by_an_equal_value(module: Changed) -> None:
+    module.one = True
+
+
+def rename_in_container(module: Changed) -> None:
+    module.table["second"] = module.table.pop("first")
+
+
+@pytest.mark.parametrize("change", [rename, replace_by_an_equal_value, rename_in_container])
+def test_changes_that_look_alike_are_undone(change: Callable[[Changed], None]) -> None:
+    module = Changed(change)
+    before, names = dict(vars(module)), list(vars(module))
+    with undoing_passes(module):
+        for _ in range(2):
+            module(torch.zeros(1))
+    assert vars(module).keys() == before.keys() and module.table == {"first": 1}
+    assert all(vars(module)[name] is before[name] for name in names)
+
+
+def test_unchanged_modules_are_not_searched() -> None:
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(20)))
+    with undoing_passes(blocks):
+        blocks.eval()
+        searched = []
+        for _ in range(3):
+            before = pass_state._is_plain.cache_info().hits
+            blocks(torch.zeros(2, 3))
+            searched.append(pass_state._is_plain.cache_info().hits - before)
+    assert searched[1:] == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["keeps_maps", "caches_bias", "writes_in_place"])
