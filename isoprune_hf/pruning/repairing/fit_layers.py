@@ -11,15 +11,19 @@ directions that the sample does not determine keep the weights of the cut. It is
 halves of the images, for each layer; it may be infinite, which fits the bias alone, and a layer of which no fit to one
 half removes any error of the other one is left as it is. Labels are not used.
 
+For fewer rows than features the same solution follows from a matrix of the size of the rows. A layer whose equations
+need too much memory in either form is left as it is.
+
 Source:
     He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -27,18 +31,15 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.plan import note_left
+from isoprune_hf.pruning.repairing.equations import Equations
+from isoprune_hf.pruning.repairing.fitted_rows import FitSize, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
-from isoprune_hf.pruning.repairing.normal_equations import (
-    FitSums,
-    choose_ridge,
-    fit_sums,
-    pieces_of_halves,
-    solve_fit,
-    zero_fit_sums,
-)
 from isoprune_hf.pruning.repairing.passes import Passes
+from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
+_MAX_BYTES = 2**33  # of the equations of a layer and their solution
+_TOO_LARGE = "the equations of their fits need too much memory"
 _NOT_FINITE = "their fits are not finite"
 _NO_BIAS = "only a bias could be fitted, and they have none"
 
@@ -52,6 +53,7 @@ def fit_layers(
     outputs: OutputMasks | None = None,
     factors: Mapping[str, torch.Tensor] | None = None,
     is_bias_only: bool = False,
+    max_bytes: int = _MAX_BYTES,
 ) -> tuple[str, ...]:
     """Fit the layers of a cut network, in place, to those of the dense one.
 
@@ -59,12 +61,13 @@ def fit_layers(
         dense: The network before the cut; left untouched.
         pruned: The cut network.
         masks: (parameter, dim) -> which of its elements were kept.
-        calibration: Images. There is one pass for each layer, which starts at the last waypoint before it; float64
-            sums are reduced over ranks once for every layer.
+        calibration: Images. There is one pass for each layer, which starts at the last waypoint before it; its
+            equations are reduced over ranks once for every layer.
         outputs: Layer -> for each call, dim of its output -> which of its elements were kept. Without it, a layer is
             left as it was cut if other dims than that of its channels became smaller.
         factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
         is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
+        max_bytes: Largest number of bytes of the equations of a layer and their solution.
 
     Returns:
         A note on the layers that were left as they were cut.
@@ -75,11 +78,19 @@ def fit_layers(
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
         passes = Passes(dense, pruned, calibration.batches)
+        images = _count_images(passes, dense.device, calibration.accelerator)
         for layer in layers:
+            size = size_of(layer.module, is_bias_only=is_bias_only)
+            form = form_of_fit(size, images * layer.positions, max_bytes)
+            if form is None:
+                left.setdefault(_TOO_LARGE, []).append(layer.name)
+                continue
             passes.reach(layer.name)
-            halves = _sum_over_images(dense, pruned, layer, passes)
-            first, second = (sum_over_ranks(sums, calibration.accelerator) for sums in halves)
-            reason = _fit(layer, first, second, is_bias_only=is_bias_only)
+            halves = [form.empty(size, pruned.device) for _ in range(2)]
+            _add_images(dense, pruned, layer, size, passes, halves)
+            for half in halves:
+                half.add_ranks(calibration.accelerator)
+            reason = _fit(layer, *halves, is_bias_only=is_bias_only)
             if reason is not None:
                 left.setdefault(reason, []).append(layer.name)
     if not layers and not left:
@@ -87,15 +98,26 @@ def fit_layers(
     return note_left("left as cut by prune.reconstruct", "layer", left)
 
 
-def _sum_over_images(
+def _count_images(passes: Passes, device: torch.device, accelerator: Accelerator | None) -> int:
+    """Count the images of all ranks.
+
+    Raises:
+        RecipeError: There is no image.
+    """
+    images = sum_over_ranks(torch.tensor(passes.images, device=device), accelerator)
+    require_images(images, "prune.reconstruct")
+    return int(images)
+
+
+def _add_images(
     dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
     layer: FittedLayer,
+    size: FitSize,
     passes: Passes,
-) -> tuple[FitSums, FitSums]:
-    """Compute the sums of a fit over both halves of this rank's images."""
-    module = layer.module
-    halves = (zero_fit_sums(module, pruned.device), zero_fit_sums(module, pruned.device))
+    halves: Sequence[Equations],
+) -> None:
+    """Add the rows of both halves of this rank's images to the equations of a layer, in place."""
     for images, begin in passes:
         with begin(dense), begin(pruned):
             wanted_calls = observe_calls(dense, layer, images)
@@ -103,33 +125,28 @@ def _sum_over_images(
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
             missing = _missing_output(layer, wanted, found)
             for half, part in pieces_of_halves(layer.window, found.inputs):
-                added = fit_sums(
-                    module,
+                rows = rows_of(
+                    layer.module,
                     layer.window,
+                    size,
                     x=found.inputs[part],
                     output=found.output[part],
                     missing=missing[part],
                     dim=layer.dim,
                 )
-                for key, value in added.items():
-                    halves[half][key] += value
-    return halves
+                halves[half].add(rows)
 
 
-def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: bool) -> str | None:
-    """Fit one layer, in place, to the sums over both halves of the images of all ranks.
+def _fit(layer: FittedLayer, first: Equations, second: Equations, *, is_bias_only: bool) -> str | None:
+    """Fit one layer, in place, to both halves of the images of all ranks; the first half absorbs the second one.
 
     Returns:
         The reason if the layer is left as it was cut.
-
-    Raises:
-        RecipeError: There is no image.
     """
-    sums = {key: first[key] + second[key] for key in first}
-    require_images(sums["count"], "prune.reconstruct")
-    if sums["residual"] <= _NEGLIGIBLE_RESIDUAL_SHARE * sums["energy"]:
+    energy, residual, _ = first.totals + second.totals
+    if residual <= _NEGLIGIBLE_RESIDUAL_SHARE * energy:
         return None
-    if not all(total.isfinite().all() for total in sums.values()):
+    if not (first.is_finite() and second.is_finite()):
         return _NOT_FINITE
     has_shift = layer.module.bias is not None or layer.norm is not None
     ridge = math.inf if is_bias_only else choose_ridge(first, second, has_shift=has_shift)
@@ -137,7 +154,8 @@ def _fit(layer: FittedLayer, first: FitSums, second: FitSums, *, is_bias_only: b
         return None
     if math.isinf(ridge) and not has_shift:
         return _NO_BIAS
-    change = solve_fit(sums, ridge, has_shift=has_shift)
+    first.absorb(second)
+    change = first.solve(ridge, has_shift=has_shift)
     if not change.to(layer.module.weight.dtype).isfinite().all():
         return _NOT_FINITE
     _apply_change(layer, change)

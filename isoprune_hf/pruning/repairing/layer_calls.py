@@ -1,5 +1,6 @@
 """Find the layers of a network that can be fitted (`find_layers`), and observe their calls (`observe_calls`)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,8 +15,8 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.calibration.inputs import first_tensor, read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
+from isoprune_hf.pruning.repairing.fitted_rows import FittedModule
 from isoprune_hf.pruning.repairing.functional_calls import FunctionalProbe, Window
-from isoprune_hf.pruning.repairing.normal_equations import FittedModule
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
 from isoprune_hf.pruning.repairing.waypoints import PassStopped
 
@@ -34,6 +35,7 @@ class FittedLayer(NamedTuple):
         module: The layer in the cut network.
         window: Settings of a convolution; None for other layers.
         calls: Number of its calls in a forward pass.
+        positions: Number of positions of all its calls for each image.
         dim: Dim of its outputs on which the channels lie.
         kept: Indices of the dense layer's outputs that were kept; None if none was removed.
         rows: Another dim of its outputs -> indices that were kept there, as of a linear that runs over tokens.
@@ -46,6 +48,7 @@ class FittedLayer(NamedTuple):
     module: FittedModule
     window: Window | None
     calls: int
+    positions: int
     dim: int
     kept: torch.Tensor | None
     rows: Mapping[int, torch.Tensor]
@@ -111,7 +114,10 @@ def find_layers(
         kept = None if mask is None else _indices(mask, pruned.device)
         is_added = len(shapes) == 1 and name in added
         factor = factors.get(weight)
-        layers.append(FittedLayer(name, module, windows[name], len(shapes), dim, kept, rows, factor, norm, is_added))
+        positions = math.ceil(sum(shape.numel() // shape[dim] for shape in shapes) / _SHAPE_IMAGES)
+        layers.append(
+            FittedLayer(name, module, windows[name], len(shapes), positions, dim, kept, rows, factor, norm, is_added)
+        )
     return layers, left
 
 

@@ -49,6 +49,9 @@ class Passes:
         pruned: The cut network, with modules of the same names.
         batches: This rank's micro-batches: images (B, C, H, W), labels (B,).
         max_bytes: Largest number of bytes of stored images, or of stored outputs.
+
+    Attributes:
+        images: Number of this rank's images.
     """
 
     def __init__(
@@ -65,10 +68,10 @@ class Passes:
         self._held: list[HeldBatch] = []
         self._batches = batches
         self._stored: list[torch.Tensor] | None = []  # all images, unless they need too many bytes
-        self._count = 0
+        self.images = 0
         size = 0
         for pixels, _ in batches:
-            self._count += len(pixels)
+            self.images += len(pixels)
             size += pixels.nbytes
             if size > max_bytes:
                 self._stored = None
@@ -93,7 +96,7 @@ class Passes:
         past = -1 if self._current is None else self._current.end
         start = self._starts.get(layer, -1)
         passed = [way for way in self._waypoints if past < way.end < start]
-        passed = [way for way in passed if way.size * self._count <= self._max_bytes]
+        passed = [way for way in passed if way.size * self.images <= self._max_bytes]
         if not passed:
             return
         way = max(passed, key=lambda way: way.end)

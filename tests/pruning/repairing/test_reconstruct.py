@@ -23,9 +23,9 @@ from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.pruning.repairing import normal_equations
 from isoprune_hf.pruning.repairing.fit_layers import fit_layers
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
+from isoprune_hf.pruning.repairing.ridge import RIDGES
 from isoprune_hf.recipes import PruneRecipe
 
 Model = IsoPruneForImageClassification
@@ -100,7 +100,7 @@ def cross_validated(groups: list[tuple[np.ndarray, np.ndarray]], half: np.ndarra
                 total += np.square(missing[half == other] - rows[half == other] @ change).sum()
         return total
 
-    best = min(normal_equations.RIDGES, key=error_of)
+    best = min(RIDGES, key=error_of)
     assert error_of(best) < sum(np.square(missing).sum() for _, missing in groups)
     return best, [fit(rows, missing, best) for rows, missing in groups]
 
@@ -346,54 +346,6 @@ def test_two_ranks_repair_as_one_does(cases: tuple[tuple[str, str, tuple[int, ..
             if value.is_floating_point():
                 difference = (first[name] - value).norm()
                 assert difference <= 1e-3 * value.norm() + 1e-5, f"{case} {name}"
-
-
-def test_ridge_grows_with_the_noise() -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(40, 3, dtype=torch.float64)
-
-    def sums(count: int, slope: float, noise: float, shift: float = 2.0) -> normal_equations.FitSums:
-        x, error = (torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (40, 3))
-        missing = shift + slope * x[:, :3] + noise * error
-        return normal_equations.fit_sums(layer, None, x=x, output=missing, missing=missing, dim=1)
-
-    def chosen(count: int, **values: float) -> float | None:
-        return normal_equations.choose_ridge(sums(count, **values), sums(count, **values), has_shift=True)
-
-    assert chosen(400, slope=1, noise=0) == min(normal_equations.RIDGES)
-    assert min(normal_equations.RIDGES) < chosen(400, slope=1, noise=3) < float("inf")
-    assert chosen(60, slope=0, noise=1) == float("inf")  # the bias alone
-    assert chosen(60, slope=0, noise=1, shift=0) is None  # nothing
-    empty = normal_equations.zero_fit_sums(layer, torch.device("cpu"))
-    assert normal_equations.choose_ridge(sums(60, 1, 1), empty, has_shift=True) in normal_equations.RIDGES
-
-
-def test_features_that_never_change_get_a_bias() -> None:
-    # Products of 960 features that are almost constant, in float32, have no Cholesky factor.
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(960, 7)
-    level = 10 * torch.rand(960, generator=generator)
-
-    def sums() -> normal_equations.FitSums:
-        x = level * (1 + 1e-6 * torch.randn(30, 960, generator=generator))
-        missing = torch.full((30, 7), 2.0)
-        return normal_equations.fit_sums(layer, None, x=x, output=missing, missing=missing, dim=1)
-
-    first = sums()
-    assert not normal_equations.solve_fit(first, 0.1, has_shift=True).isfinite().all()
-    assert normal_equations.choose_ridge(first, sums(), has_shift=True) == float("inf")
-
-
-def test_layer_without_a_bias_is_fitted_without() -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(4, 2, bias=False, dtype=torch.float64)
-    x = 3 + torch.randn(50, 4, generator=generator, dtype=torch.float64)
-    missing = 5 + x[:, :2]
-    sums = normal_equations.fit_sums(layer, None, x=x, output=missing, missing=missing, dim=1)
-    change = normal_equations.solve_fit(sums, 1e-12, has_shift=False)
-    expected, *_ = np.linalg.lstsq(x.numpy(), missing.numpy(), rcond=None)
-    np.testing.assert_allclose(change[0, :-1].numpy(), expected, rtol=1e-4)
-    assert not change[0, -1].any()
 
 
 def test_wide_network_is_not_fitted_to_few_images(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import TracedGroups, trace_groups
 from isoprune_hf.pruning.graph.output_masks import output_masks
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing import fit_layers as fitting
 from isoprune_hf.pruning.repairing.fit_layers import fit_layers
+from isoprune_hf.pruning.repairing.fitted_rows import size_of
+from isoprune_hf.pruning.repairing.kernel_equations import KernelEquations
+from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
 from isoprune_hf.pruning.repairing.repair import repair
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.rotation import Rotated
@@ -144,15 +146,33 @@ def test_norm_with_activation_is_left_as_cut() -> None:
     assert not torch.equal(pruned.model.plain.weight, before.plain.weight)
 
 
+def test_layer_above_the_limit_is_left_as_cut() -> None:
+    dense, pruned, plan = cut_in_half("reused")
+    before = copy.deepcopy(pruned.state_dict())
+    masks = keep_masks(plan, trace_groups(dense), dense.model)
+    fitted = copy.deepcopy(pruned)
+    (note,) = fit_layers(dense, fitted, masks, Calibration(calibration_batches(3)), max_bytes=0)
+    assert all(torch.equal(value, before[name]) for name, value in fitted.state_dict().items())
+    assert "too much memory" in note and "\n" not in note
+    limit = NormalEquations.bytes_of(size_of(pruned.model.block.conv1), 0) - 1  # the head needs less
+    (note,) = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)), max_bytes=limit)
+    assert "block.conv1" in note and "head" not in note
+    assert torch.equal(pruned.model.block.conv1.weight, before["model.block.conv1.weight"])
+    assert not torch.equal(pruned.model.head.bias, before["model.head.bias"])
+
+
 def test_fit_that_is_not_finite_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, pruned, plan = cut_in_half("reused")
     before = copy.deepcopy(pruned.state_dict())
+    for form in (NormalEquations, KernelEquations):
 
-    def solve_nan(*args: object, **kwargs: object) -> torch.Tensor:
-        return torch.full_like(solve(*args, **kwargs), float("nan"))
+        def solve_nan(
+            *args: object, solve: Callable[..., torch.Tensor] = form.solve, **kwargs: object
+        ) -> torch.Tensor:
+            return torch.full_like(solve(*args, **kwargs), float("nan"))
 
-    solve: Callable[..., torch.Tensor] = fitting.solve_fit
-    monkeypatch.setattr(fitting, "solve_fit", solve_nan)
+        monkeypatch.setattr(form, "solve", solve_nan)
+    monkeypatch.setattr("isoprune_hf.pruning.repairing.fit_layers.choose_ridge", lambda *args, **kwargs: 0.1)
     masks = keep_masks(plan, trace_groups(dense), dense.model)
     notes = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)))
     assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())

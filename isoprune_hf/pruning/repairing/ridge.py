@@ -1,0 +1,65 @@
+"""Choose the form of a least-squares fit by its cost (`form_of_fit`), and its ridge by cross-validation."""
+
+import math
+from functools import cache
+
+from isoprune_hf.pruning.repairing.equations import Equations
+from isoprune_hf.pruning.repairing.fitted_rows import FitSize
+from isoprune_hf.pruning.repairing.kernel_equations import KernelEquations
+from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
+
+# Shares of a feature's variance. The last one fits the bias alone, as ever larger shares do.
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
+_RIDGE_OF_ONE_HALF = 0.1
+_MAX_COMPARED_OUTPUTS = 128
+_ROWS_PER_FEATURE = 0.5  # below it the dual form takes less time
+
+
+def form_of_fit(size: FitSize, rows: int, max_bytes: int) -> type[Equations] | None:
+    """Return the faster form of a fit, or the other one if the first needs too much memory.
+
+    Args:
+        size: Size of the fit.
+        rows: Rows of all ranks.
+        max_bytes: Largest number of bytes of equations and solution.
+
+    Returns:
+        None if both need too much.
+    """
+    forms: list[type[Equations]] = [NormalEquations, KernelEquations]
+    if rows < _ROWS_PER_FEATURE * size.features:
+        forms.reverse()
+    return next((form for form in forms if form.bytes_of(size, rows) <= max_bytes), None)
+
+
+def choose_ridge(first: Equations, second: Equations, *, has_shift: bool) -> float | None:
+    """Return the ridge of `RIDGES` by cross-validation between the halves of a sample.
+
+    Each fit to one half removes a part of the squared error of the other half; the sum of both is compared. The best
+    ridge is searched from the middle of the finite ones in the direction in which it improves.
+
+    Args:
+        first: Equations of one half of the images.
+        second: Those of the other half, in the same form.
+        has_shift: The layer has a bias to fit.
+
+    Returns:
+        None if no fit removes any error: the layer is then best left as it is.
+    """
+    if not first.totals[-1] or not second.totals[-1]:
+        return _RIDGE_OF_ONE_HALF  # one image says nothing about others
+    halves = [half.with_some_outputs(_MAX_COMPARED_OUTPUTS) for half in (first, second)]
+
+    @cache
+    def gain(at: int) -> float:
+        pairs = zip(halves, reversed(halves), strict=True)
+        total = sum(other.gain(half.solve(RIDGES[at], has_shift=has_shift)) for half, other in pairs)
+        return -math.inf if math.isnan(total) else total  # a fit that cannot be solved is worse than any other
+
+    last = len(RIDGES) - 1
+    best = last // 2
+    for step in (1, -1):
+        while 0 <= best + step <= last and gain(best + step) > gain(best):
+            best += step
+    best = max(best, last, key=gain)
+    return RIDGES[best] if gain(best) > 0 else None

@@ -1,0 +1,89 @@
+"""The form of a fit, and the ridge that cross-validation between the halves of a sample chooses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from isoprune_hf.pruning.repairing.equations import Equations
+from isoprune_hf.pruning.repairing.fitted_rows import FitSize, rows_of, size_of
+from isoprune_hf.pruning.repairing.kernel_equations import KernelEquations
+from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
+from isoprune_hf.pruning.repairing.ridge import RIDGES, choose_ridge, form_of_fit
+
+FORMS: tuple[type[Equations], ...] = (NormalEquations, KernelEquations)
+LARGE = 2**40
+
+
+def equations_of(form: type[Equations], layer: nn.Linear, x: torch.Tensor, missing: torch.Tensor) -> Equations:
+    equations = form.empty(size_of(layer), torch.device("cpu"))
+    equations.add(rows_of(layer, None, size_of(layer), x=x, output=missing, missing=missing, dim=1))
+    return equations
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_ridge_grows_with_the_noise(form: type[Equations]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(40, 3, dtype=torch.float64)
+
+    def noisy(count: int, slope: float, noise: float, shift: float = 2.0) -> Equations:
+        x, error = (torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (40, 3))
+        return equations_of(form, layer, x, shift + slope * x[:, :3] + noise * error)
+
+    def chosen(count: int, **values: float) -> float | None:
+        return choose_ridge(noisy(count, **values), noisy(count, **values), has_shift=True)
+
+    assert chosen(400, slope=1, noise=0) == min(RIDGES)
+    assert min(RIDGES) < chosen(400, slope=1, noise=3) < math.inf
+    assert chosen(60, slope=0, noise=1) == math.inf  # the bias alone
+    assert chosen(60, slope=0, noise=1, shift=0) is None  # nothing
+    empty = form.empty(size_of(layer), torch.device("cpu"))
+    assert choose_ridge(noisy(60, 1, 1), empty, has_shift=True) in RIDGES
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 4.0, 16.0])
+@pytest.mark.parametrize("count", [12, 100])
+def test_both_forms_choose_the_same_ridge(count: int, noise: float) -> None:
+    layer = nn.Linear(40, 200, dtype=torch.float64)  # more outputs than are compared
+    chosen = []
+    for form in FORMS:
+        generator = torch.Generator().manual_seed(count)
+        halves = []
+        for _ in range(2):
+            x, error = (torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (40, 200))
+            halves.append(equations_of(form, layer, x, x.repeat(1, 5) + noise * error))
+        chosen.append(choose_ridge(*halves, has_shift=True))
+    assert chosen[0] == chosen[1]
+
+
+def test_features_that_never_change_get_a_bias() -> None:
+    # Products of 960 features that are almost constant, in float32, have no Cholesky factor.
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(960, 7)
+    level = 10 * torch.rand(960, generator=generator)
+
+    def constant() -> Equations:
+        x = level * (1 + 1e-6 * torch.randn(30, 960, generator=generator))
+        return equations_of(NormalEquations, layer, x, torch.full((30, 7), 2.0))
+
+    first = constant()
+    assert not first.solve(0.1, has_shift=True).isfinite().all()
+    assert choose_ridge(first, constant(), has_shift=True) == math.inf
+
+
+def test_form_follows_from_rows_and_limit() -> None:
+    size = FitSize(groups=1, features=1000, outputs=10, dtype=torch.float32)
+    assert form_of_fit(size, 10_000, LARGE) is NormalEquations
+    assert form_of_fit(size, 100, LARGE) is KernelEquations
+    # 5 matrices of 1001 x 1001 in float64 have 40 MB, 3 of 600 x 600 and rows of 1001 features 16 MB.
+    assert form_of_fit(size, 600, 45 * 10**6) is NormalEquations
+    assert form_of_fit(size, 600, 30 * 10**6) is KernelEquations
+    assert form_of_fit(size, 600, 15 * 10**6) is None
+    assert form_of_fit(size, 10_000, 30 * 10**6) is None
+
+
+def test_bias_alone_needs_few_bytes() -> None:
+    layer = nn.Linear(25_088, 4096, device="meta")
+    assert form_of_fit(size_of(layer), 10**6, 2**30) is None
+    assert form_of_fit(size_of(layer, is_bias_only=True), 10**6, 2**20) is NormalEquations
