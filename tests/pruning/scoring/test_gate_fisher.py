@@ -1,6 +1,7 @@
 """Gate gradients, compared with differences of losses for scaled weights, image by image."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring import gate_gradients as gates
-from isoprune_hf.pruning.scoring.criteria.gate_fisher import gate_fisher
+from isoprune_hf.pruning.scoring.criteria import gate_fisher as criterion
+from isoprune_hf.pruning.scoring.criteria.gate_fisher import gate_fisher, gate_fisher_joint, remove_in_turn
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
 from isoprune_hf.pruning.scoring.gate_points import find_gate_points
 from isoprune_hf.pruning.scoring.score_groups import score_groups
@@ -131,6 +133,62 @@ def test_score_is_half_the_mean_squared_slope(case: str, tmp_path: Path) -> None
     expected = [removal_loss(model, batches, places, channel) for channel in channels]
     torch.testing.assert_close(score[channels], torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-12)
     assert max(expected) > 1e-8
+
+
+def test_removal_in_turn_by_hand() -> None:
+    # Channel 2 leaves at 0.9, then 0 at 1; 1 would cost 1.2 - 2 x 0.5 and gets the score of 0. The last one, 3, costs
+    # 2 + 2 x 0.25 for each of the channels 0 and 2.
+    losses = torch.tensor(
+        [[1.0, -0.5, 0.0, 0.25], [-0.5, 1.2, 0.0, 0.0], [0.0, 0.0, 0.9, 0.25], [0.25, 0.0, 0.25, 2.0]],
+        dtype=torch.float64,
+    )
+    assert remove_in_turn(losses).tolist() == [1.0, 1.0, 0.9, 3.0]
+
+
+def test_joint_score_is_loss_of_growing_sets(tmp_path: Path) -> None:
+    model = make_base("vit", tmp_path)
+    batches = batches_of(model, [3, 2])
+    group = group_with(trace_groups(model), "blocks.0.mlp.fc1.weight", 0)
+    scores = gate_fisher_joint(model, [group], Calibration(batches))[group.name]
+    points, factors = find_gate_points(model, [group])
+    parts = [gradients for gradients, _ in gate_gradients(model, points, batches)]
+    slopes = torch.cat([sum(factors[group.name] * part.double().sum(2) for part in batch) for batch in parts])
+
+    def loss(removed: list[int]) -> float:
+        return float(slopes[:, removed].sum(1).square().mean()) / 2
+
+    removed: list[int] = []
+    highest = 0.0
+    for _ in range(12):
+        left = [channel for channel in range(group.channels) if channel not in removed]
+        costs = {channel: loss([*removed, channel]) - loss(removed) for channel in left}
+        cheapest = min(costs, key=costs.__getitem__)
+        highest = max(highest, costs[cheapest])
+        assert float(scores[cheapest]) == pytest.approx(highest, rel=1e-6)
+        removed.append(cheapest)
+
+
+def test_joint_losses_need_one_set_of_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    sums: set[int] = set()
+    matrices: list[weakref.ref[torch.Tensor]] = []
+    remaining = criterion.remaining
+
+    def record_sums(running, batches):
+        sums.update(total.data_ptr() for total in running.values())
+        return remaining(running, batches)
+
+    def record_matrix(losses: torch.Tensor) -> torch.Tensor:
+        assert losses.data_ptr() in sums  # divided in place
+        assert all(matrix() is None for matrix in matrices)  # the earlier ones are released
+        matrices.append(weakref.ref(losses))
+        return losses.diagonal().clone()
+
+    monkeypatch.setattr(criterion, "remaining", record_sums)
+    monkeypatch.setattr(criterion, "remove_in_turn", record_matrix)
+    gate_fisher_joint(model, groups, Calibration(batches_of(model, [2, 1])))
+    assert len(matrices) == len(groups)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

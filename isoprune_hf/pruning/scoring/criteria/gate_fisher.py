@@ -9,7 +9,7 @@ Source:
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -65,8 +65,7 @@ def gate_fisher(
     Raises:
         RecipeError: There is no image.
     """
-    sums = {group.name: _zeros(model, group.channels) for group in groups}
-    return _mean_losses(model, groups, calibration, sums, lambda gradient: gradient.square().sum(0))
+    return dict(_mean_losses(model, groups, calibration, lambda gradient: gradient.square().sum(0)))
 
 
 def gate_fisher_joint(
@@ -76,9 +75,8 @@ def gate_fisher_joint(
 
     Needs channels^2 float64 numbers for each group. Args, Returns and Raises as in `gate_fisher`.
     """
-    sums = {group.name: _zeros(model, group.channels, group.channels) for group in groups}
-    losses = _mean_losses(model, groups, calibration, sums, lambda gradient: gradient.T @ gradient)
-    return {name: remove_in_turn(loss) for name, loss in losses.items()}
+    losses = _mean_losses(model, groups, calibration, lambda gradient: gradient.T @ gradient)
+    return {name: remove_in_turn(loss) for name, loss in losses}
 
 
 def remove_in_turn(losses: torch.Tensor) -> torch.Tensor:
@@ -120,30 +118,28 @@ def _score(task: ScoringTask, losses: Mapping[str, torch.Tensor]) -> RawScores:
     return score_each(task, score)
 
 
-def _zeros(model: IsoPruneForImageClassification, *shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=model.device)
-
-
 def _mean_losses(
     model: IsoPruneForImageClassification,
     groups: Sequence[CoupledGroup],
     calibration: Calibration,
-    sums: Mapping[str, torch.Tensor],
     square: Callable[[torch.Tensor], torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Compute half the mean over all images of a square of the gate gradients, on the CPU.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each group with half the mean over all images of a square of its gate gradients, on the CPU.
+
+    The sums of all groups are held during the passes over the images; afterwards each is divided in place and released
+    before the next one, so that there is no second set of them.
 
     Args:
         model: The model.
         groups: Groups of `trace_groups`.
         calibration: Images and labels.
-        sums: Group -> zeros of the shape of the result; changed.
         square: Turns gradients (B, channels) of a micro-batch into a sum over its images.
     """
     points, factors = find_gate_points(model, groups)
     if not points:
-        return {}
-    sums = {name: total for name, total in sums.items() if name in factors}
+        return
+    no_image = torch.zeros(0, dtype=torch.float64, device=model.device)
+    sums = {group.name: square(no_image.view(0, group.channels)) for group in groups if group.name in factors}
     images = zero_images(model)
     # A resumed scoring chooses between the two ways of `gate_gradients` by the same images as the interrupted one.
     is_resumable = isinstance(calibration.batches, ResumableBatches)
@@ -157,6 +153,7 @@ def _mean_losses(
         for name, total in totals.items():
             sums[name].add_(square(total))
         images += len(labels)
-    reduced, count = sum_over_ranks((dict(sums), images), calibration.accelerator)
+    count = sum_over_ranks(images, calibration.accelerator)
     require_images(count)
-    return {name: (total / (2 * count)).cpu() for name, total in reduced.items()}
+    for name in list(sums):
+        yield name, sum_over_ranks(sums.pop(name), calibration.accelerator).div_(2 * count).cpu()
