@@ -125,7 +125,8 @@ def test_documented_script_runs_without_isoprune_hf(
     assert done.stdout.strip() == LABELS[int(logits.argmax())]
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.export)])
+@pytest.mark.export
+@pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_eight_bit_weights_shrink_file_and_keep_classes(
     family: str, pruned: Callable[[str], Pruned], exported: Callable[..., Exported]
 ) -> None:

@@ -48,7 +48,7 @@ TRANSFORMERS = {
 }
 ALL_FAMILIES = [*TIMM, *TRANSFORMERS]
 # Parameters of tests: the variants of a family that another one stands for are run by `make test-all`.
-FAMILIES = one_of_each(ALL_FAMILIES, "vit", "deit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit")
+FAMILIES = one_of_each(ALL_FAMILIES, "vit", "swin", "convnext", "resnet", "mobilenet_v2", "hf-vit")
 
 
 def make_base(family: str, folder: Path, labels: int = 7) -> IsoPruneForImageClassification:

@@ -10,8 +10,7 @@ import timm
 import torch
 from helpers.marks import one_of_each
 from helpers.plain_scores import batches_of
-from helpers.pruned_models import SAVED
-from helpers.tiny_models import make_base
+from helpers.tiny_models import ALL_FAMILIES, make_base
 from helpers.traced_models import make_timm
 from torch import nn
 
@@ -49,7 +48,7 @@ def test_module_keeps_a_forward_of_its_own(tmp_path: Path) -> None:
     assert vars(block)["forward"] is own
 
 
-@pytest.mark.parametrize("family", one_of_each(SAVED, "vit", "resnet"))
+@pytest.mark.parametrize("family", one_of_each(ALL_FAMILIES, "vit", "resnet"))
 @pytest.mark.parametrize("is_bias_only", [False, True], ids=["least squares", "bias"])
 def test_fit_from_waypoints_equals_fit_of_whole_passes(
     family: str, is_bias_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
