@@ -4,8 +4,11 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable
-from typing import Literal, TextIO
+from typing import Literal, TextIO, TypeVar
 
+from tqdm import tqdm
+
+Value = TypeVar("Value")
 Look = Literal["bold", "red", "green"]
 _CODES: dict[Look, str] = {"bold": "1", "red": "31;1", "green": "32"}
 
@@ -19,6 +22,24 @@ def paint(text: str, look: Look, stream: TextIO) -> str:
 def has_bars() -> bool:
     """Return whether progress bars are shown: on a terminal, unless TQDM_DISABLE is set."""
     return sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
+
+
+def with_bar(
+    values: Iterable[Value], text: str, unit: str, *, rank: int = 0, initial: int = 0, total: int | None = None
+) -> Iterable[Value]:
+    """Iterate over values; the terminal of rank 0 shows a bar with the time left.
+
+    Args:
+        values: What to iterate over.
+        text: Name of the work.
+        unit: Name of one value.
+        rank: Rank of this process.
+        initial: Number of values that an earlier process has finished.
+        total: Number of all values with those; by default the length of `values`, if it has one.
+    """
+    is_shown = rank == 0 and has_bars()
+    bar: Iterable[Value] = tqdm(values, text, total, leave=False, unit=unit, initial=initial, disable=not is_shown)
+    return bar
 
 
 def suggest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

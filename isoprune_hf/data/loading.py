@@ -191,6 +191,9 @@ class CalibrationBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.starting_at(0)
 
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
     def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate from micro-batch `number` on (skip the first `number`)."""
         broken = 0

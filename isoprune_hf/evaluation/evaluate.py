@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
@@ -17,7 +16,7 @@ from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, ev
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.metrics import TOP, ImageClassificationMetric, PerClassMetric, per_class_table
-from isoprune_hf.terminal import has_bars
+from isoprune_hf.terminal import with_bar
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
@@ -121,9 +120,7 @@ def predict_split(
     model = model if accelerator is None else accelerator.unwrap_model(model)
     decoding = options.decoding
     loader = eval_loader(split, processor, options, ranks)
-    # Only the terminal of the main process shows a progress bar.
-    is_shown = ranks.rank == 0 and has_bars()
-    batches = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not is_shown)
+    batches = with_bar(loader, "evaluate", "batch", rank=ranks.rank)
     tensors = _predict_shard(model, processor, batches, len(split))
     if accelerator is not None and ranks.world > 1:
         # Each place was written by one rank, so the sum is a union.

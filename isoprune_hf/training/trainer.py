@@ -18,7 +18,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
-from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from isoprune_hf.data.augmentation import train_transform
@@ -30,7 +29,7 @@ from isoprune_hf.data.streaming import count_images, epoch_batches
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.evaluate import Figures, compute_figures, predict_split
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.terminal import has_bars
+from isoprune_hf.terminal import with_bar
 from isoprune_hf.training.acceleration import float64_device
 from isoprune_hf.training.callbacks import Callback
 from isoprune_hf.training.log import describe_epoch
@@ -170,14 +169,13 @@ class Trainer:
         progress, updates = self.progress, len(batches.totals)
         self.student.network.train()
         stream = iter(batches.loader)
-        for _ in tqdm(
+        for _ in with_bar(
             range(progress.update, updates),
+            f"epoch {progress.epoch}",
+            "update",
+            rank=self.accelerator.process_index,
             initial=progress.update,
             total=updates,
-            desc=f"epoch {progress.epoch}",
-            unit="update",
-            leave=False,
-            disable=not (has_bars() and self.accelerator.is_main_process),
         ):
             start = time.perf_counter()
             update = self.update(batches, stream)

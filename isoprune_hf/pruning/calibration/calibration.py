@@ -26,3 +26,8 @@ class Calibration:
     batches: Batches
     accelerator: Accelerator | None = None
     precision: Precision = "no"
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of this process."""
+        return 0 if self.accelerator is None else self.accelerator.process_index

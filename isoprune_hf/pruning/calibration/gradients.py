@@ -50,7 +50,7 @@ def mean_gradients(
     sums = zero_sums(parameters)
     images = zero_images(model)
     with scoring_mode(model, requires_grad=True):
-        for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration.batches):
+        for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration):
             loss = summed_loss(model, pixel_values.to(model.device), labels.to(model.device), calibration.precision)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):

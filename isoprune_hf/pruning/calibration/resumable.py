@@ -1,6 +1,6 @@
 """Sums over the calibration images that survive their process, so that an interrupted scoring can be resumed.
 
-A criterion iterates over `remaining(sums, batches)` and adds every micro-batch to the sums in place. If the batches
+A criterion iterates over `remaining(sums, calibration)` and adds every micro-batch to the sums in place. If these
 are `ResumableBatches`, the sums are written at intervals as a snapshot (atomically, verified when read) together with
 the number of micro-batches they contain. The same scoring started again reads them and adds the rest in the same
 order, so the final sums are equal bit for bit. Every rank writes its own snapshots.
@@ -8,7 +8,7 @@ order, so the final sums are equal bit for bit. Every rank writes its own snapsh
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.snapshots import Snapshot, read_newest_snapshot, remove_snapshots, write_snapshot
 from isoprune_hf.errors import DamagedStateError
-from isoprune_hf.pruning.calibration.calibration import Batch
+from isoprune_hf.pruning.calibration.calibration import Batch, Calibration
+from isoprune_hf.terminal import with_bar
 
 logger = get_logger(__name__)
 
@@ -29,6 +30,8 @@ class Repeatable(Protocol):
     """Micro-batches that come in the same order in every pass, and of which the first ones can be skipped."""
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
 
     def starting_at(self, number: int) -> Iterator[Batch]:
         """Iterate from micro-batch `number` on (skip the first `number`)."""
@@ -54,14 +57,17 @@ class ResumableBatches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
     def with_key(self, **identity: Any) -> "ResumableBatches":
         """Return a copy whose identity also includes these entries."""
         return ResumableBatches(self._batches, self._folder, {**self._identity, **identity}, self._minutes)
 
-    def remaining(self, sums: RunningSums) -> Iterator[Batch]:
+    def remaining(self, sums: RunningSums, *, rank: int = 0) -> Iterator[Batch]:
         """Restore the saved sums, if there are any, and iterate over the micro-batches that they do not include yet.
 
-        The caller adds each micro-batch to `sums`, in place, before it requests the next one.
+        The caller adds each micro-batch to `sums`, in place, before it requests the next one. Rank 0 shows a bar.
         """
         shapes = {name: [str(total.dtype), *total.shape] for name, total in sums.items()}
         known = {**self._identity, "sums": shapes, "torch": torch.__version__}
@@ -69,7 +75,10 @@ class ResumableBatches:
         folder = self._folder / run
         number = written = self._restore(folder, run, sums)
         last = time.monotonic()
-        for number, batch in enumerate(self._batches.starting_at(written), start=written + 1):
+        left = with_bar(
+            self._batches.starting_at(written), "score", "batch", rank=rank, initial=written, total=len(self._batches)
+        )
+        for number, batch in enumerate(left, start=written + 1):
             yield batch
             if time.monotonic() - last >= 60 * self._minutes:
                 written = self._save(folder, run, sums, number) or written
@@ -104,6 +113,9 @@ class ResumableBatches:
         return number
 
 
-def remaining(sums: RunningSums, batches: Iterable[Batch]) -> Iterator[Batch]:
+def remaining(sums: RunningSums, calibration: Calibration) -> Iterator[Batch]:
     """Iterate over the micro-batches not yet included in the sums: all of them, unless the batches are resumable."""
-    return batches.remaining(sums) if isinstance(batches, ResumableBatches) else iter(batches)
+    batches = calibration.batches
+    if isinstance(batches, ResumableBatches):
+        return batches.remaining(sums, rank=calibration.rank)
+    return iter(with_bar(batches, "score", "batch", rank=calibration.rank))

@@ -36,6 +36,7 @@ from isoprune_hf.pruning.repairing.fitted_rows import FitSize, pieces_of_halves,
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
+from isoprune_hf.terminal import with_bar
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
 _MAX_BYTES = 2**33  # of the equations of a layer and their solution
@@ -79,7 +80,7 @@ def fit_layers(
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
         passes = Passes(dense, pruned, calibration.batches)
         images = _count_images(passes, dense.device, calibration.accelerator)
-        for layer in layers:
+        for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
             size = size_of(layer.module, is_bias_only=is_bias_only)
             form = form_of_fit(size, images * layer.positions, max_bytes)
             if form is None:

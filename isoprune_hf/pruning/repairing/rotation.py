@@ -33,6 +33,7 @@ from isoprune_hf.pruning.repairing.head_products import (
     read_logits,
     transform_pairs,
 )
+from isoprune_hf.terminal import with_bar
 
 _FLOOR_SHARE = 1e-6  # of the mean moment, added to each: directions that no image uses stay invertible
 _NOT_FREE = "norms, positions or other operations lie between"
@@ -160,7 +161,7 @@ def _moments(
     Raises:
         RecipeError: There is no image.
     """
-    sums, images = _sum_activations(model, pairs, batches)
+    sums, images = _sum_activations(model, pairs, batches, 0 if accelerator is None else accelerator.process_index)
     sums, images = sum_over_ranks((sums, images), accelerator)
     require_images(images, "prune.rotate")
     for number, pair in enumerate(pairs):
@@ -171,7 +172,7 @@ def _moments(
 
 
 def _sum_activations(
-    model: IsoPruneForImageClassification, pairs: Sequence[BilinearPair], batches: Batches
+    model: IsoPruneForImageClassification, pairs: Sequence[BilinearPair], batches: Batches, rank: int
 ) -> tuple[_MomentSums, torch.Tensor]:
     """Sum the moments of the activations over this rank's images; return them with the number of images."""
     sums: _MomentSums = {}
@@ -194,7 +195,7 @@ def _sum_activations(
     images = 0
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
-            for pixel_values, labels in batches:
+            for pixel_values, labels in with_bar(batches, "rotate", "batch", rank=rank):
                 model(pixel_values=pixel_values.to(model.device))
                 images += len(labels)
     finally:

@@ -86,7 +86,7 @@ def mean_squared_gradients(
     images = zero_images(model)
     ways: Ways | None = None
     with scoring_mode(model, requires_grad=False):
-        for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration.batches):
+        for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration):
             pixel_values = pixel_values.to(model.device)
             labels = labels.to(model.device)
             if ways is None:

@@ -85,7 +85,7 @@ def input_variances(
     ]
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
-            for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration.batches):
+            for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration):
                 pixel_values = pixel_values.to(model.device)
                 is_bf16 = calibration.precision == "bf16"
                 with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=is_bf16):

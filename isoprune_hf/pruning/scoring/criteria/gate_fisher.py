@@ -144,7 +144,7 @@ def _mean_losses(
     # A resumed scoring chooses between the two ways of `gate_gradients` by the same images as the interrupted one.
     is_resumable = isinstance(calibration.batches, ResumableBatches)
     probe = list(itertools.islice(iter(calibration.batches), 1)) if is_resumable else None
-    left = remaining({**sums, IMAGES: images}, calibration.batches)
+    left = remaining({**sums, IMAGES: images}, calibration)
     for gradients, labels in gate_gradients(model, points, left, calibration.precision, probe):
         totals: dict[str, torch.Tensor] = {}
         for point, gradient in zip(points, gradients, strict=True):
