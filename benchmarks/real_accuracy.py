@@ -124,9 +124,10 @@ def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace)
     spent = time.process_time() - start
     indices = net.held_out(args.held_out)
     logits = logits_of(pruned, net.photographs, indices)
-    figures = figures_of(logits, net.dense_logits()[indices], net.photographs.labels[indices])
+    dense, labels = net.dense_logits()[indices], net.photographs.labels[indices]
     share = count_cost(pruned).macs / count_cost(net.model).macs
-    return {"share": share, **figures, "seconds": seconds, "cpu_seconds": spent}
+    times = {"seconds": seconds, "cpu_seconds": spent}
+    return {"share": share, "dense": figures_of(dense, dense, labels), **figures_of(logits, dense, labels), **times}
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -181,7 +182,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def write_table(results: dict[tuple[Any, ...], Record]) -> str:
-    """Return one Markdown table for each net and number of calibration images: methods by budgets."""
+    """Return one Markdown table for each net and number of images: methods by budgets, the dense net first."""
     tables: dict[tuple[Any, ...], dict[tuple[str, float], list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in results.values():
         table = record["net"], record["images"], record["held_out"]
@@ -190,10 +191,10 @@ def write_table(results: dict[tuple[Any, ...], Record]) -> str:
     for (name, images, held_out), cells in sorted(tables.items()):
         budgets = sorted({budget for _, budget in cells}, reverse=True)
         parts += [
-            f"\n### {name}, {images} calibration images, {held_out} evaluated: "
-            "top-1 ± standard error / agreement / loss / KL / confidence / calibration error\n",
+            f"\n### {name}, {images} calibration images, {held_out} evaluated\n",
             f"| method | {' | '.join(f'{budget:.0%}' for budget in budgets)} |",
-            f"|---|{'---|' * len(budgets)}",
+            f"|---|{'---:|' * len(budgets)}",
+            f"| dense | {' | '.join(describe_dense(cells, budget) for budget in budgets)} |",
         ]
         for method in dict.fromkeys(method for method, _ in cells):
             row = [describe_cell(cells.get((method, budget), [])) for budget in budgets]
@@ -202,14 +203,28 @@ def write_table(results: dict[tuple[Any, ...], Record]) -> str:
 
 
 def describe_cell(records: list[Record]) -> str:
-    """Return the figures of a cell, averaged over seeds."""
+    """Return the figures of a cell, averaged over seeds, with the share of the dense top-1 in parentheses."""
     if not records:
         return ""
+    dense = statistics.mean(record["dense"]["top1"] for record in records)
+    return describe_figures(records, f" ({statistics.mean(record['top1'] for record in records) / dense:.2f})")
+
+
+def describe_dense(cells: Mapping[tuple[str, float], list[Record]], budget: float) -> str:
+    """Return the figures of the dense net on the photographs of the seeds that a budget was measured with."""
+    by_seed = {
+        record["seed"]: record["dense"] for (_, other), found in cells.items() if other == budget for record in found
+    }
+    return describe_figures(list(by_seed.values()))
+
+
+def describe_figures(records: list[Record], share: str = "") -> str:
+    """Return figures averaged over seeds, with `share` after the top-1."""
     means = {key: statistics.mean(record[key] for record in records) for key in FIGURES}
     error = means["error"] / len(records) ** 0.5
     return (
-        f"{means['top1']:.1f} ± {error:.1f} / {means['agreement']:.1f} / {means['loss']:.2f} / {means['kl']:.2f} / "
-        f"{means['confidence']:.2f} / {means['calibration_error']:.2f}"
+        f"{means['top1']:.1f} ± {error:.1f}{share} / {means['agreement']:.1f} / {means['loss']:.2f} / "
+        f"{means['kl']:.2f} / {means['confidence']:.2f} / {means['calibration_error']:.2f}"
     )
 
 

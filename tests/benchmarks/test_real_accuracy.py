@@ -67,9 +67,15 @@ def test_figures_are_those_of_numpy() -> None:
 
 def test_table_averages_the_seeds(tmp_path: Path) -> None:
     cell = {"net": "lite0", "method": "best", "budget": 0.7, "images": 200, "held_out": 500}
-    records = [{**cell, "seed": seed, **dict.fromkeys(FIGURES, value)} for seed, value in ((0, 1.0), (1, 3.0))]
+    values = ((0, 1.0, 4.0), (1, 3.0, 6.0))
+    records = [
+        {**cell, "seed": seed, "dense": dict.fromkeys(FIGURES, dense), **dict.fromkeys(FIGURES, value)}
+        for seed, value, dense in values
+    ]
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in (*records, records[0])))
     results = read_results([file])
     assert len(results) == 2
-    assert "| `best` | 2.0 ± 1.4 / 2.0 / 2.00 / 2.00 / 2.00 / 2.00 |" in write_table(results)
+    table = write_table(results)
+    assert "| dense | 5.0 ± 3.5 / 5.0 / 5.00 / 5.00 / 5.00 / 5.00 |" in table
+    assert "| `best` | 2.0 ± 1.4 (0.40) / 2.0 / 2.00 / 2.00 / 2.00 / 2.00 |" in table
