@@ -63,6 +63,9 @@ class Equations(Protocol):
     def gain(self, change: torch.Tensor) -> float:
         """Compute how much of the squared error of the rows a change removes."""
 
+    def moments(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute mean and variance (G, 1, O) over the rows of the outputs of weights (G, F, O) without a bias."""
+
 
 def damping(ridge: float, variance: torch.Tensor, energy: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Return the damping of each feature.

@@ -11,6 +11,9 @@ directions that the sample does not determine keep the weights of the cut. It is
 halves of the images, for each layer; it may be infinite, which fits the bias alone, and a layer of which no fit to one
 half removes any error of the other one is left as it is. Labels are not used.
 
+W' is then scaled so that each output has the variance of the dense one (see `output_variance`), unless the output is
+added to a residual stream.
+
 For fewer rows than features the same solution follows from a matrix of the size of the rows. A layer whose equations
 need too much memory in either form is left as it is.
 
@@ -34,6 +37,7 @@ from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
+from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
 from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
 from isoprune_hf.terminal import with_bar
@@ -88,10 +92,12 @@ def fit_layers(
                 continue
             passes.reach(layer.name)
             halves = [form.empty(size, pruned.device) for _ in range(2)]
-            _add_images(dense, pruned, layer, size, passes, halves)
+            moments = DenseMoments.empty(size, pruned.device)
+            _add_images(dense, pruned, layer, size, passes, halves, moments)
             for half in halves:
                 half.add_ranks(calibration.accelerator)
-            reason = _fit(layer, *halves, is_bias_only=is_bias_only)
+            moments.add_ranks(calibration.accelerator)
+            reason = _fit(layer, *halves, moments=moments, is_bias_only=is_bias_only)
             if reason is not None:
                 left.setdefault(reason, []).append(layer.name)
     if not layers and not left:
@@ -117,8 +123,9 @@ def _add_images(
     size: FitSize,
     passes: Passes,
     halves: Sequence[Equations],
+    moments: DenseMoments,
 ) -> None:
-    """Add the rows of both halves of this rank's images to the equations of a layer, in place."""
+    """Add the rows of both halves of this rank's images to the equations and moments of a layer, in place."""
     for images, begin in passes:
         with begin(dense), begin(pruned):
             wanted_calls = observe_calls(dense, layer, images)
@@ -136,10 +143,15 @@ def _add_images(
                     dim=layer.dim,
                 )
                 halves[half].add(rows)
+                moments.add(rows)
 
 
-def _fit(layer: FittedLayer, first: Equations, second: Equations, *, is_bias_only: bool) -> str | None:
+def _fit(
+    layer: FittedLayer, first: Equations, second: Equations, *, moments: DenseMoments, is_bias_only: bool
+) -> str | None:
     """Fit one layer, in place, to both halves of the images of all ranks; the first half absorbs the second one.
+
+    The outputs get the variance of the dense ones, unless they are added to others or their mean cannot be kept.
 
     Returns:
         The reason if the layer is left as it was cut.
@@ -157,10 +169,18 @@ def _fit(layer: FittedLayer, first: Equations, second: Equations, *, is_bias_onl
         return _NO_BIAS
     first.absorb(second)
     change = first.solve(ridge, has_shift=has_shift)
+    if not (layer.is_added or math.isinf(ridge) or isinstance(layer.module, nn.LayerNorm)) and has_shift:
+        match_variance(change, _grouped_weights(layer.module, change), first, moments)
     if not change.to(layer.module.weight.dtype).isfinite().all():
         return _NOT_FINITE
     _apply_change(layer, change)
     return None
+
+
+def _grouped_weights(module: nn.Module, change: torch.Tensor) -> torch.Tensor:
+    """Return the weights of a layer in the layout of a change, (G, F, O)."""
+    groups, _, outputs = change.shape
+    return module.get_parameter("weight").reshape(groups, outputs, -1).mT
 
 
 def _missing_output(layer: FittedLayer, wanted: LayerCall, found: LayerCall) -> torch.Tensor:

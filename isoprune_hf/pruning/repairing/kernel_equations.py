@@ -112,6 +112,12 @@ class KernelEquations:
             total += float((added * (2 * missing - added)).sum().item())
         return total
 
+    def moments(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute mean and variance of the outputs of weights; see `Equations.moments`."""
+        outputs = torch.cat([piece[..., :-1].double() @ weights for piece in self.features], 1)
+        variance, mean = torch.var_mean(outputs, dim=1, correction=0, keepdim=True)
+        return mean, variance
+
 
 def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the features of pieces (G, N, F) in float64, without the last one."""

@@ -93,3 +93,10 @@ class NormalEquations:
         inputs = self.inputs[:, -size:, -size:]
         missing = self.missing[:, -size:]
         return float((change * (2 * missing - inputs @ change)).sum().item())
+
+    def moments(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute mean and variance of the outputs of weights; see `Equations.moments`."""
+        count = self.totals[-1]
+        mean = self.inputs[:, -1:, :-1] @ weights / count
+        square = (self.inputs[:, :-1, :-1] @ weights).mul_(weights).sum(1, keepdim=True) / count
+        return mean, square - mean.square()
