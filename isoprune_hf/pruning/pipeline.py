@@ -120,7 +120,7 @@ class PruningRun:
         return broadcast(plan, self.accelerator)
 
     def cut(self, plan: PruningPlan) -> IsoPruneForImageClassification:
-        """Cut a copy of the rotated base, in float32."""
+        """Cut a copy of the rotated base."""
         return apply_plan(self.rotated.model, plan, self.traced.groups, base_cost=self.traced.cost.base)
 
     def cut_to_budget(

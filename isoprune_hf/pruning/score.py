@@ -62,11 +62,15 @@ def rotate_base(
 ) -> Rotated:
     """Return the base in float32, with rotated heads if the recipe requests it.
 
+    A recipe that reads no images ranks and moves weights, both exact in every type: the base is returned as it is.
+
     Raises:
         RecipeError: The logits of the base are not finite; see also `check_calibration` and `rotate_heads`.
     """
+    if recipe.reads_images is None:
+        return Rotated(model, (), ())
     wide = in_float32(model)
-    if calibration is not None and recipe.reads_images is not None:
+    if calibration is not None:
         _check_logits(wide, calibration)
     if not recipe.rotate:
         return Rotated(wide, (), ())

@@ -1,7 +1,9 @@
 """Bases stored in half precision: computed in float32, saved in their own type, and reopened bit for bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +18,9 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig, Tim
 from isoprune_hf import PruneRecipe, load_base, prune_model, score_groups, trace_groups
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.models import BaseModel
+from isoprune_hf.pruning.cutting import cut as cut_module
 from isoprune_hf.pruning.cutting.cut import apply_plan
+from isoprune_hf.pruning.graph import precision
 from isoprune_hf.pruning.graph.precision import in_float32, in_stored_types
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
 
@@ -125,6 +129,34 @@ def test_values_too_large_for_float16_stay_in_float32(tmp_path: Path) -> None:
         wide.model.classifier.weight[0, 0] = 1e6
     same, notes = in_stored_types(wide, model)
     assert same is wide and len(notes) == 1 and "classifier.weight" in notes[0]
+
+
+@pytest.mark.parametrize("criterion", sorted(name for name, method in CRITERIA.items() if not method.reads_images))
+def test_recipes_without_images_copy_no_base(criterion: str, tmp_path: Path, monkeypatch) -> None:
+    model = store("timm-resnet", torch.bfloat16, tmp_path / "base").model
+    recipe = PruneRecipe(criterion=criterion, target_macs="50%", round_to=1)
+    expected = prune_model(in_float32(model), recipe)
+    types: set[torch.dtype] = set()
+    monkeypatch.setattr(cut_module, "copy_modules", record_types(types, cut_module.copy_modules))
+    monkeypatch.setattr(precision, "copy_modules", record_types(types, precision.copy_modules))
+    result = prune_model(model, recipe)
+    assert torch.float32 not in types and torch.bfloat16 in types
+    assert (result.plan.kept, result.plan.heads) == (expected.plan.kept, expected.plan.heads) and result.plan.kept
+    wanted = expected.model.state_dict()
+    assert all(
+        torch.equal(tensor, wanted[name].to(tensor.dtype)) for name, tensor in result.model.state_dict().items()
+    )
+
+
+def record_types(types: set[torch.dtype], copy: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Return a `copy_modules` that collects the types of the parameters of its results."""
+
+    def recorded(*args: Any, **options: Any) -> nn.Module:
+        copied = copy(*args, **options)
+        types.update(parameter.dtype for parameter in copied.parameters())
+        return copied
+
+    return recorded
 
 
 def test_float32_base_is_not_copied(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Compute in float32 with a model that is stored in half precision: `in_float32`, and `in_stored_types` afterwards.
 
 Sums over images, gradients of small losses and fits of layers need more digits than bfloat16 has, and a wider range
-than float16 has. So scoring, rotation, cut and repair run on a copy in float32, and the result gets the types of the
-base at the end.
+than float16 has. So recipes that read images score, rotate, cut and repair a copy in float32, and the result gets the
+types of the base at the end.
 """
 
 import torch

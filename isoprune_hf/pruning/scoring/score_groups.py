@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
@@ -18,7 +18,7 @@ from isoprune_hf.pruning.calibration.resumable import ResumableBatches
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.graph.precision import in_float32
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, Reduction, ScoringTask
+from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, Reduction, ScoringTask, Values
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
 from isoprune_hf.pruning.scoring.rank_correlation import correlate_precisions
 from isoprune_hf.pruning.scoring.reduction import refuse_unscored
@@ -76,7 +76,7 @@ def score_groups(
     key = fingerprint(model.model)
     first, images = _open_images(batches if method.reads_images else (), criterion, precision, key)
     calibration = Calibration(images, accelerator, precision)
-    wide = in_float32(model)
+    wide = in_float32(model) if method.reads_images else model
     weights, batchnorm = _scored_weights(wide.model, groups, blocks, score_batchnorm=score_batchnorm)
     task = ScoringTask(
         criterion, wide, groups, blocks, weights, batchnorm, calibration, seed, reduction, score_batchnorm
@@ -140,13 +140,29 @@ def _finite_scores(task: ScoringTask, raw: RawScores) -> RawScores:
     return RawScores(finite, blocks, raw.unscored | dict.fromkeys(names, "finite scores"))
 
 
+class _InFloat32(Mapping[str, torch.Tensor]):
+    """Weights by name, each converted when it is read: all of them in float32 never exist at once."""
+
+    def __init__(self, stored: Mapping[str, torch.Tensor]):
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
 def _scored_weights(
     base: nn.Module,
     groups: Sequence[CoupledGroup],
     blocks: Sequence[ResidualBlock],
     *,
     score_batchnorm: bool,
-) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+) -> tuple[Values, frozenset[str]]:
     """Collect the parameters of groups and blocks in float32, and the names of those that belong to BatchNorm.
 
     Raises:
@@ -157,10 +173,8 @@ def _scored_weights(
     wanted |= {name for block in blocks for name in block.parameters}
     named = {name: parameter for name, parameter in base.named_parameters() if name in wanted}
     batchnorm = frozenset(name for name in named if name.rpartition(".")[0] in norms)
-    weights = {
-        name: parameter.detach().float()
-        for name, parameter in sorted(named.items())
-        if score_batchnorm or name not in batchnorm
-    }
+    weights = _InFloat32(
+        {name: named[name].detach() for name in sorted(named) if score_batchnorm or name not in batchnorm}
+    )
     check_finite(weights, "weights")
     return weights, batchnorm & weights.keys()

@@ -21,7 +21,8 @@ class ScoringTask:
 
     Args:
         criterion: Name of the criterion, for messages.
-        model: The base. A criterion restores its mode, gradients and buffers.
+        model: The base, in float32 if the criterion reads images. A criterion restores its mode, gradients and
+            buffers.
         groups: Groups to score.
         blocks: Residual blocks to score.
         weights: Parameters of the groups and blocks, in float32; without those of BatchNorm if `score_batchnorm` is
