@@ -34,6 +34,7 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.plan import note_left
+from isoprune_hf.pruning.repairing.dense_outputs import DenseOutput, DenseOutputs
 from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
@@ -66,8 +67,8 @@ def fit_layers(
         dense: The network before the cut; left untouched.
         pruned: The cut network.
         masks: (parameter, dim) -> which of its elements were kept.
-        calibration: Images. There is one pass for each layer, which starts at the last waypoint before it; its
-            equations are reduced over ranks once for every layer.
+        calibration: Images. There is one pass of the cut network for each layer, which starts at the last waypoint
+            before it; its equations are reduced over ranks once for every layer.
         outputs: Layer -> for each call, dim of its output -> which of its elements were kept. Without it, a layer is
             left as it was cut if other dims than that of its channels became smaller.
         factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
@@ -84,16 +85,19 @@ def fit_layers(
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
         passes = Passes(dense, pruned, calibration.batches)
         images = _count_images(passes, dense.device, calibration.accelerator)
+        sizes = {layer.name: size_of(layer.module, is_bias_only=is_bias_only) for layer in layers}
+        forms = {layer.name: form_of_fit(sizes[layer.name], images * layer.positions, max_bytes) for layer in layers}
+        outputs_of_dense = DenseOutputs(dense, [layer for layer in layers if forms[layer.name]], passes)
         for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
-            size = size_of(layer.module, is_bias_only=is_bias_only)
-            form = form_of_fit(size, images * layer.positions, max_bytes)
+            form, size = forms[layer.name], sizes[layer.name]
             if form is None:
                 left.setdefault(_TOO_LARGE, []).append(layer.name)
                 continue
             passes.reach(layer.name)
+            wanted = outputs_of_dense.of_next()
             halves = [form.empty(size, pruned.device) for _ in range(2)]
             moments = DenseMoments.empty(size, pruned.device)
-            _add_images(dense, pruned, layer, size, passes, halves, moments)
+            _add_images(pruned, layer, size, passes, wanted, halves, moments)
             for half in halves:
                 half.add_ranks(calibration.accelerator)
             moments.add_ranks(calibration.accelerator)
@@ -117,18 +121,17 @@ def _count_images(passes: Passes, device: torch.device, accelerator: Accelerator
 
 
 def _add_images(
-    dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
     layer: FittedLayer,
     size: FitSize,
     passes: Passes,
+    outputs: Sequence[Sequence[DenseOutput]],
     halves: Sequence[Equations],
     moments: DenseMoments,
 ) -> None:
     """Add the rows of both halves of this rank's images to the equations and moments of a layer, in place."""
-    for images, begin in passes:
-        with begin(dense), begin(pruned):
-            wanted_calls = observe_calls(dense, layer, images)
+    for (images, begin), wanted_calls in zip(passes, outputs, strict=True):
+        with begin(pruned):
             found_calls = observe_calls(pruned, layer, images)
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
             missing = _missing_output(layer, wanted, found)
@@ -183,25 +186,19 @@ def _grouped_weights(module: nn.Module, change: torch.Tensor) -> torch.Tensor:
     return module.get_parameter("weight").reshape(groups, outputs, -1).mT
 
 
-def _missing_output(layer: FittedLayer, wanted: LayerCall, found: LayerCall) -> torch.Tensor:
+def _missing_output(layer: FittedLayer, wanted: DenseOutput, found: LayerCall) -> torch.Tensor:
     """Compute the difference between the dense outputs and those of the cut layer.
 
     For a layer whose output is added to a residual stream, this is the difference between the sums: the layer also
     corrects the error that earlier layers left in the stream.
     """
-    target = _select_kept(wanted.output, layer)
+    target = wanted.output
     if layer.factor is not None:
         target = target * layer.factor.view([-1 if at == layer.dim else 1 for at in range(target.ndim)])
     missing = target - found.output
     if found.stream is None or wanted.stream is None:
         return missing
-    return missing + (_select_kept(wanted.stream, layer) - found.stream)
-
-
-def _select_kept(values: torch.Tensor, layer: FittedLayer) -> torch.Tensor:
-    for dim, kept in layer.rows.items():
-        values = values.index_select(dim, kept)
-    return values if layer.kept is None else values.index_select(layer.dim, layer.kept)
+    return missing + (wanted.stream - found.stream)
 
 
 def _apply_change(layer: FittedLayer, change: torch.Tensor) -> None:

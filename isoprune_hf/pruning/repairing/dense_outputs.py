@@ -1,0 +1,122 @@
+"""Compute the outputs that layers are fitted to (`DenseOutputs`), in few passes through the dense network.
+
+The dense network does not change during a fit, so one pass through it serves all layers whose outputs can be kept.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.repairing.fitted_rows import size_of
+from isoprune_hf.pruning.repairing.layer_calls import FittedLayer
+from isoprune_hf.pruning.repairing.passes import Passes
+from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
+from isoprune_hf.pruning.repairing.waypoints import PassStopped
+
+_MAX_BYTES = 2**30  # of kept outputs, on each rank
+
+
+class DenseOutput(NamedTuple):
+    """One call of a layer in the dense network, on the elements that were kept.
+
+    Args:
+        output: Its output.
+        stream: The tensor that the output is added to, in the layout and scale of the output.
+    """
+
+    output: torch.Tensor
+    stream: torch.Tensor | None = None
+
+
+class DenseOutputs:
+    """The outputs of layers in a network that does not change.
+
+    Args:
+        dense: The network.
+        layers: The layers, in the order of execution.
+        passes: Micro-batches; they have not passed any layer whose outputs are still to come.
+        max_bytes: Largest number of bytes of the kept outputs, unless those of one layer are larger.
+    """
+
+    def __init__(
+        self,
+        dense: IsoPruneForImageClassification,
+        layers: Sequence[FittedLayer],
+        passes: Passes,
+        max_bytes: int = _MAX_BYTES,
+    ):
+        self._dense, self._passes, self._max_bytes = dense, passes, max_bytes
+        self._coming = list(layers)
+        self._kept: dict[str, list[list[DenseOutput]]] = {}
+
+    def of_next(self) -> list[list[DenseOutput]]:
+        """Return the outputs of all calls of the next layer, for each micro-batch."""
+        if self._coming[0].name not in self._kept:
+            self._run()
+        return self._kept.pop(self._coming.pop(0).name)
+
+    def _run(self) -> None:
+        """Keep the outputs of the next layers: as many as the limit allows, and one at least."""
+        sizes = accumulate(self._passes.images * _bytes_of(layer) for layer in self._coming)
+        count = max(1, sum(size <= self._max_bytes for size in sizes))
+        layers = self._coming[:count]
+        self._kept = {layer.name: [] for layer in layers}
+        for images, begin in self._passes:
+            with begin(self._dense):
+                found = _observe(self._dense, layers, images)
+            for name, calls in found.items():
+                self._kept[name].append(calls)
+
+
+def _bytes_of(layer: FittedLayer) -> int:
+    """Return the bytes of the outputs of all calls of a layer for one image, and of the tensors they are added to."""
+    size = size_of(layer.module)
+    return layer.positions * size.groups * size.outputs * size.dtype.itemsize * (1 + layer.is_added)
+
+
+def _observe(
+    dense: IsoPruneForImageClassification, layers: Sequence[FittedLayer], images: torch.Tensor
+) -> dict[str, list[DenseOutput]]:
+    """Run a forward pass until the outputs of some layers are found, and their sums."""
+    found: dict[str, list[DenseOutput]] = {layer.name: [] for layer in layers}
+    waiting = set(found)
+    probe = ResidualProbe()
+
+    def on_call(layer: FittedLayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        kept = select_kept(output, layer)
+        found[layer.name].append(DenseOutput(output.clone() if kept is output else kept))
+        if layer.is_added:
+            probe.follow(output, partial(on_sum, layer))
+        elif len(found[layer.name]) == layer.calls:
+            finish(layer)
+
+    def on_sum(layer: FittedLayer, other: torch.Tensor) -> None:
+        found[layer.name] = [found[layer.name][0]._replace(stream=select_kept(other, layer))]
+        finish(layer)
+
+    def finish(layer: FittedLayer) -> None:
+        waiting.remove(layer.name)
+        if not waiting:
+            raise PassStopped
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = dense.model.get_submodule(layer.name).register_forward_hook(partial(on_call, layer))
+            stack.callback(handle.remove)
+        stack.enter_context(probe)
+        with suppress(PassStopped):
+            dense(pixel_values=images)
+    return found
+
+
+def select_kept(values: torch.Tensor, layer: FittedLayer) -> torch.Tensor:
+    """Select the elements that were kept from the outputs of a dense layer."""
+    for dim, kept in layer.rows.items():
+        values = values.index_select(dim, kept)
+    return values if layer.kept is None else values.index_select(layer.dim, layer.kept)

@@ -1,0 +1,69 @@
+"""One pass through the dense network serves many layers of a fit."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from helpers.odd_networks import calibration_batches, open_odd
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.gradients import scoring_mode
+from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
+from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing import fit_layers
+from isoprune_hf.pruning.repairing.dense_outputs import DenseOutputs
+from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, find_layers, observe_calls
+from isoprune_hf.pruning.repairing.passes import Passes
+
+Model = IsoPruneForImageClassification
+
+
+def cut(name: str) -> tuple[Model, Model, dict]:
+    dense = open_odd(name).model.eval()
+    groups = trace_groups(dense)
+    plan = PruningPlan({group.name: tuple(range(0, group.channels, 2)) for group in groups if not group.num_heads}, {})
+    return dense, apply_plan(dense, plan, groups), keep_masks(plan, groups, dense.model)
+
+
+def kept(values: torch.Tensor, layer: FittedLayer) -> torch.Tensor:
+    return values if layer.kept is None else values.index_select(layer.dim, layer.kept)
+
+
+@pytest.mark.parametrize("name", ["keyword_calls", "reused", "writes_in_place", "channel_attention"])
+@pytest.mark.parametrize("max_bytes", [0, 20_000, 2**30])
+def test_outputs_are_those_of_a_pass_for_each_layer(name: str, max_bytes: int) -> None:
+    dense, pruned, masks = cut(name)
+    batches = calibration_batches(3)
+    with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
+        layers, _ = find_layers(dense, pruned, masks, {}, {})
+        outputs = DenseOutputs(dense, layers, Passes(dense, pruned, batches), max_bytes)
+        for layer in layers:
+            for (images, _), calls in zip(batches, outputs.of_next(), strict=True):
+                expected = observe_calls(dense, layer, images)
+                assert len(calls) == len(expected) == layer.calls
+                for call, other in zip(calls, expected, strict=True):
+                    assert torch.equal(call.output, kept(other.output, layer))
+                    assert (call.stream is None) == (other.stream is None)
+                    assert call.stream is None or torch.equal(call.stream, kept(other.stream, layer))
+
+
+def test_dense_network_runs_once_for_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, pruned, masks = cut("writes_in_place")  # four layers and no waypoint
+    batches = calibration_batches(3)
+    passes, counts, weights = [], [], []
+    dense.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    for max_bytes in (2**30, 0):
+        monkeypatch.setattr(fit_layers, "DenseOutputs", partial(DenseOutputs, max_bytes=max_bytes))
+        network = copy.deepcopy(pruned)
+        fit_layers.fit_layers(dense, network, masks, Calibration(batches))
+        weights.append(network.state_dict())
+        counts.append(passes.count(len(batches[0][0])))
+        passes.clear()
+    assert counts == [len(batches), 4 * len(batches)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not torch.equal(weights[0]["model.conv2.weight"], pruned.state_dict()["model.conv2.weight"])
