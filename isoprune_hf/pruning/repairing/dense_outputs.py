@@ -15,9 +15,9 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.repairing.fitted_rows import size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer
+from isoprune_hf.pruning.repairing.observation import PassStopped
 from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
-from isoprune_hf.pruning.repairing.waypoints import PassStopped
 
 _MAX_BYTES = 2**30  # of kept outputs, on each rank
 

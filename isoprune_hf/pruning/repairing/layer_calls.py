@@ -17,8 +17,8 @@ from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.repairing.fitted_rows import FittedModule
 from isoprune_hf.pruning.repairing.functional_calls import FunctionalProbe, Window
+from isoprune_hf.pruning.repairing.observation import PassStopped
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
-from isoprune_hf.pruning.repairing.waypoints import PassStopped
 
 # Number of images from whose outputs the places of channels are found: a dim that joins images has another size.
 _SHAPE_IMAGES = 3

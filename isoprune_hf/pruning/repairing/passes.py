@@ -1,20 +1,19 @@
 """Micro-batches for passes through a dense and a cut network that start in the middle of the network (`Passes`).
 
-Two networks are compared layer by layer. When all layers up to a waypoint are finished, its outputs for all images are
-stored, and later passes start there: a fit of all layers is linear in the depth.
+Two networks are compared layer by layer. When all layers up to a waypoint are finished, the outputs that the rest of
+a pass needs are stored for all images, and later passes start there: a fit of all layers is linear in the depth.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Batches
 from isoprune_hf.pruning.repairing.waypoints import (
-    HeldOutput,
     Waypoint,
     find_waypoints,
     replaced_outputs,
@@ -31,11 +30,11 @@ class HeldBatch(NamedTuple):
 
     Args:
         images: The images on the meta device.
-        outputs: One entry for each network.
+        outputs: For each network, module -> its output; on the meta device if nothing needs it.
     """
 
     images: torch.Tensor
-    outputs: tuple[HeldOutput, ...]
+    outputs: tuple[Mapping[str, Any], ...]
 
 
 class Passes:
@@ -86,7 +85,7 @@ class Passes:
                 yield pixels.to(device), _begin_with_images
             return
         for held in self._held:
-            yield torch.zeros_like(held.images, device=device), partial(self._begin, self._current, held.outputs)
+            yield torch.zeros_like(held.images, device=device), partial(self._begin, held.outputs)
 
     def reach(self, layer: str) -> None:
         """Start later passes at the last waypoint before a layer whose outputs can be stored.
@@ -111,10 +110,9 @@ class Passes:
         self._held = held
 
     def _begin(
-        self, way: Waypoint, outputs: Sequence[HeldOutput], network: IsoPruneForImageClassification
+        self, outputs: Sequence[Mapping[str, Any]], network: IsoPruneForImageClassification
     ) -> AbstractContextManager[None]:
-        value, blanks = outputs[self._networks.index(network)]
-        return replaced_outputs(network, {**blanks, way.name: value})
+        return replaced_outputs(network, outputs[self._networks.index(network)])
 
 
 def _begin_with_images(network: IsoPruneForImageClassification) -> AbstractContextManager[None]:

@@ -1,15 +1,18 @@
 """Find the waypoints of a network (`find_waypoints`), store their outputs and start forward passes from them.
 
-A waypoint is a module whose output is all that the rest of a pass needs, as that of a residual block is. To start a
-pass at one (`replaced_outputs`), `forward` of the waypoint is replaced, for the duration of the pass, by a function
-that returns a stored output, and `forward` of the modules before it by functions that return blanks. Hooks cannot do
-this: a module with a forward hook still runs. The replacement is an attribute of the instance; some modules have such
-an attribute of their own (FasterNet chooses a method in its constructor), which is put back.
+A waypoint is a module whose output, with those of some modules before it, is all that the rest of a pass needs. A
+residual block needs no other one; in a network whose cells read the two cells before them, the output of the cell
+before it is needed, too. To start a pass at a waypoint (`replaced_outputs`), `forward` of these modules is replaced,
+for the duration of the pass, by functions that return stored outputs, and `forward` of the other modules before it by
+functions that return blanks. Hooks cannot do this: a module with a forward hook still runs. The replacement is an
+attribute of the instance; some modules have such an attribute of their own (FasterNet chooses a method in its
+constructor), which is put back.
 
-Which modules are waypoints is tested, because it cannot be read from them: with NaN for the outputs of all modules
-that ran before a waypoint, and zeros for the images, the network must return the same logits, bit for bit, and every
-module that ends later must read and return the same. The logits alone do not show it: a layer may read tokens that the
-head does not.
+Outputs that a function of torch reads after the waypoint has returned are the needed ones. Whether they suffice is
+tested, because a tensor that was computed from another output may be read as well: with NaN for the outputs of all
+other modules before a waypoint, and zeros for the images, the network must return the same logits, bit for bit, and
+every module that ends later must read and return the same. The logits alone do not show it: a layer may read tokens
+that the head does not.
 """
 
 import math
@@ -17,7 +20,6 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -26,63 +28,26 @@ from torch import nn
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
-from isoprune_hf.pruning.graph.torch_private import tree_leaves, tree_map_only
+from isoprune_hf.pruning.graph.torch_private import tree_map_only
+from isoprune_hf.pruning.repairing.observation import Observation, PassStopped, blank_of, observe, stored
 
 
 class Waypoint(NamedTuple):
-    """A module whose output is all that the rest of a pass needs.
+    """A module whose output, with those of some modules before it, is all that the rest of a pass needs.
 
     Args:
         name: Its path, the same in both networks.
-        before: Modules that ran before it, the outermost ones; they need not run again.
-        end: Time of its return, counted in calls and returns of modules.
-        size: Bytes of its outputs in both networks, for one image.
+        held: Modules whose outputs are needed: the waypoint itself, and others that ran before it.
+        before: The other modules that ran before it, the outermost ones; they need not run again.
+        end: Time of its return.
+        size: Bytes of the needed outputs in both networks, for one image.
     """
 
     name: str
+    held: tuple[str, ...]
     before: tuple[str, ...]
     end: int
     size: int
-
-
-class HeldOutput(NamedTuple):
-    """The outputs of one network for one micro-batch.
-
-    Args:
-        value: Output of the waypoint, on the CPU.
-        blanks: Module that ran before it -> its output on the meta device.
-    """
-
-    value: Any
-    blanks: Mapping[str, Any]
-
-
-class Observation(NamedTuple):
-    """The order in which the modules of a network ran in one forward pass, and what they read and returned.
-
-    Args:
-        starts: Module -> time of its first call, counted in calls and returns of modules.
-        ends: Module -> time of its last return.
-        sizes: Module that was called once and returned floating-point tensors -> their bytes.
-        read: Module -> sums of the tensors that its last call read, by which two passes are compared.
-        returned: Module -> sums of the tensors that its last call returned.
-        outputs: Module of those that were to be kept -> its last output, on the CPU.
-        blanks: Module -> its last output, on the meta device.
-        logits: The logits; empty if the pass was stopped.
-    """
-
-    starts: dict[str, int]
-    ends: dict[str, int]
-    sizes: dict[str, int]
-    read: dict[str, list[torch.Tensor]]
-    returned: dict[str, list[torch.Tensor]]
-    outputs: dict[str, Any]
-    blanks: dict[str, Any]
-    logits: torch.Tensor
-
-
-class PassStopped(Exception):
-    """Raised by a hook to stop a forward pass early."""
 
 
 def find_waypoints(
@@ -91,7 +56,11 @@ def find_waypoints(
     """Find the first calls of the modules of the cut network, and the common waypoints of both, in their order."""
     _, of_dense = _waypoints_of(dense)
     starts, of_pruned = _waypoints_of(pruned, among=of_dense)
-    common = [way._replace(size=way.size + of_dense[name].size) for name, way in of_pruned.items()]
+    common = [
+        way._replace(size=way.size + of_dense[name].size)
+        for name, way in of_pruned.items()
+        if way.held == of_dense[name].held
+    ]
     return starts, sorted(common, key=lambda way: way.end)
 
 
@@ -100,14 +69,14 @@ def _waypoints_of(
 ) -> tuple[dict[str, int], dict[str, Waypoint]]:
     """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given.
 
-    The last candidate is tested first. All that comes after a waypoint follows from its output, so the test of an
+    The last candidate is tested first. All that comes after a waypoint follows from its outputs, so the test of an
     earlier candidate ends there: the time of all tests is linear in the depth.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, *image_size_of(network), generator=generator).to(network.device)
     parents = {name for name, module in network.model.named_modules() if name and any(module.children())}
     names = parents if among is None else parents & among.keys()
-    whole = _observe(network, images, kept=names)
+    whole = observe(network, images, kept=parents)
     ways: dict[str, Waypoint] = {}
     following: Waypoint | None = None
     for way in reversed(_candidates(whole, names)):
@@ -127,65 +96,12 @@ def _candidates(whole: Observation, names: Collection[str]) -> list[Waypoint]:
             outermost = [other for other in outermost if not other.startswith(f"{outer}.")]
             outermost.append(outer)
         if outermost:
-            found.append(Waypoint(name, tuple(outermost), whole.ends[name], whole.sizes[name]))
+            end = whole.ends[name]
+            needed = [other for other in outermost if other in whole.outputs and whole.uses.get(other, -1) > end]
+            before = tuple(other for other in outermost if other not in needed)
+            held = (*needed, name)
+            found.append(Waypoint(name, held, before, end, sum(whole.sizes[other] for other in held)))
     return sorted(found, key=lambda way: way.end)
-
-
-def _observe(
-    network: IsoPruneForImageClassification,
-    images: torch.Tensor,
-    *,
-    kept: Collection[str] = (),
-    names: Collection[str] | None = None,
-    last: str | None = None,
-) -> Observation:
-    """Run a forward pass and record when modules start and end, what they read and what they return.
-
-    Args:
-        network: The network.
-        images: (B, C, H, W).
-        kept: Modules whose outputs are kept.
-        names: Modules to record; None for all.
-        last: Module after whose return the pass stops; None for a whole pass.
-    """
-    seen = Observation({}, {}, {}, {}, {}, {}, {}, torch.empty(0))
-    calls: dict[str, int] = {}
-    clock = count()
-
-    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.starts.setdefault(name, next(clock))
-        calls[name] = calls.get(name, 0) + 1
-        seen.read[name] = [leaf.sum() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-
-    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen.ends[name] = next(clock)
-        leaves = tree_leaves(output)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        seen.returned[name] = [leaf.sum() for leaf in tensors]
-        seen.blanks[name] = _blank(output)
-        if name in kept:
-            seen.outputs[name] = _stored(output)
-        is_plain = all(leaf.is_floating_point() for leaf in tensors)
-        if tensors and is_plain and all(isinstance(leaf, torch.Tensor | int | float | None) for leaf in leaves):
-            seen.sizes[name] = sum(leaf.nbytes for leaf in tensors)
-        if name == last:
-            raise PassStopped
-
-    handles = []
-    for name, module in network.model.named_modules():
-        if name and (names is None or name in names):
-            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(after, name)))
-    logits = seen.logits
-    try:
-        logits = network(pixel_values=images).logits
-    except PassStopped:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = {name: size for name, size in seen.sizes.items() if calls[name] == 1}
-    return seen._replace(sizes=once, logits=logits)
 
 
 def _is_waypoint(
@@ -207,10 +123,10 @@ def _is_waypoint(
     last = None if following is None else following.name
     limit = math.inf if following is None else following.end
     later = [name for name, end in whole.ends.items() if way.end < end <= limit]
-    given = {name: whole.blanks[name] for name in way.before} | {way.name: whole.outputs[way.name]}
+    given = {name: whole.blanks[name] for name in way.before} | {name: whole.outputs[name] for name in way.held}
     try:
         with replaced_outputs(network, given):
-            found = _observe(network, torch.zeros_like(images), names=frozenset(later), last=last)
+            found = observe(network, torch.zeros_like(images), names=frozenset(later), last=last)
     except LIBRARY_ERRORS:  # an earlier output is used in a way that NaN does not allow
         return False
     if last is None and not torch.equal(found.logits, whole.logits):
@@ -228,21 +144,19 @@ def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) ->
     )
 
 
-def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor) -> HeldOutput:
-    """Run until the end of a waypoint; return its output, and blanks for the outputs of the modules before it."""
+def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor) -> dict[str, Any]:
+    """Run until the end of a waypoint; return the outputs of the modules that it needs, and blanks for the others."""
     found: dict[str, Any] = {}
 
-    def keep_blank(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        found[name] = _blank(output)
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        found[way.name] = _stored(output)
-        raise PassStopped
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        found[name] = stored(output) if name in way.held else blank_of(output)
+        if name == way.name:
+            raise PassStopped
 
     handles = [
-        network.model.get_submodule(name).register_forward_hook(partial(keep_blank, name)) for name in way.before
+        network.model.get_submodule(name).register_forward_hook(partial(keep, name))
+        for name in (*way.before, *way.held)
     ]
-    handles.append(network.model.get_submodule(way.name).register_forward_hook(stop))
     try:
         network(pixel_values=images)
     except PassStopped:
@@ -250,7 +164,7 @@ def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: to
     finally:
         for handle in handles:
             handle.remove()
-    return HeldOutput(found.pop(way.name), found)
+    return found
 
 
 @contextmanager
@@ -273,14 +187,6 @@ def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[s
             vars(module).pop("forward", None)
         for module, forward in own:
             vars(module)["forward"] = forward
-
-
-def _blank(output: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), output)
-
-
-def _stored(output: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
 
 
 def _filled(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -34,8 +34,11 @@ def halved(model: Model) -> tuple[Model, dict[tuple[str, int], np.ndarray]]:
     return apply_plan(model, plan, groups), keep_masks(plan, groups, model.model)
 
 
-def waypoint_names(model: Model) -> list[str]:
-    return [way.name for way in Passes(model, copy.deepcopy(model), batches_of(model, [1]))._waypoints]
+def waypoints_of(model: Model) -> dict[str, tuple[str, ...]]:
+    """Return for each waypoint the modules before it whose outputs are needed, too."""
+    ways = Passes(model, copy.deepcopy(model), batches_of(model, [1]))._waypoints
+    assert all(way.held[-1] == way.name for way in ways)
+    return {way.name: way.held[:-1] for way in ways}
 
 
 def test_module_keeps_a_forward_of_its_own(tmp_path: Path) -> None:
@@ -75,7 +78,8 @@ def test_fit_from_waypoints_equals_fit_of_whole_passes(
 
 
 def test_blocks_of_a_vit_are_its_waypoints(tmp_path: Path) -> None:
-    assert waypoint_names(make_base("vit", tmp_path)) == ["blocks.0", "blocks.1", "blocks"]
+    expected = {"blocks.0": (), "blocks.1.attn": ("blocks.0",), "blocks.1": (), "blocks": ()}
+    assert waypoints_of(make_base("vit", tmp_path)) == expected
 
 
 class Reader(nn.Module):
@@ -96,8 +100,10 @@ class Reader(nn.Module):
             second = second + first
         elif self.reads == "image":
             second = second + pixel_values[:, :1]
-        elif self.reads == "hidden":  # NaN is hidden by max, and zeros of the image are not
-            second = second + first.nan_to_num(0.5)
+        elif self.reads == "stem":  # the output of a layer is not stored
+            second = second + x
+        elif self.reads == "hidden":  # NaN is hidden, and zeros of the image are not
+            second = second + x.nan_to_num(0.5)
         return self.head(self.third(second).mean((2, 3)))
 
 
@@ -111,14 +117,80 @@ def reader(reads: str, folder: Path) -> Model:
 @pytest.mark.parametrize(
     ("reads", "expected"),
     [
-        ("nothing", ["first", "second", "third"]),
-        ("first", ["first", "third"]),
-        ("image", ["third"]),
-        ("hidden", ["first", "third"]),
+        ("nothing", {"first": (), "second": (), "third": ()}),
+        ("first", {"first": (), "second": ("first",), "third": ()}),
+        ("stem", {"third": ()}),
+        ("image", {"third": ()}),
+        ("hidden", {"third": ()}),
     ],
 )
-def test_module_bypassed_by_a_reader_is_no_waypoint(reads: str, expected: list[str], tmp_path: Path) -> None:
-    assert waypoint_names(reader(reads, tmp_path)) == expected
+def test_waypoint_needs_all_that_is_read_later(
+    reads: str, expected: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    assert waypoints_of(reader(reads, tmp_path)) == expected
+
+
+class Cell(nn.Module):
+    """A cell that reads the two cells before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, before: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        return self.left(before).relu() + self.right(last)
+
+
+class Cells(nn.Module):
+    """A network of cells that each read the two cells before them, as those of architecture searches do."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1))
+        self.cells = nn.ModuleList(Cell() for _ in range(depth))
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        before = last = self.stem(pixel_values)
+        for cell in self.cells:
+            before, last = last, cell(before, last)
+        return self.head(last.mean((2, 3)))
+
+
+def cells(depth: int, folder: Path) -> Model:
+    torch.manual_seed(0)
+    model = make_base("vit", folder)
+    model.model, model.config.image_size = Cells(depth), [3, 8, 8]
+    return model.eval()
+
+
+def test_cells_that_read_two_cells_are_waypoints(tmp_path: Path) -> None:
+    assert waypoints_of(cells(4, tmp_path)) == {
+        "cells.0": ("stem",),
+        "cells.1": ("cells.0",),
+        "cells.2": ("cells.1",),
+        "cells.3": (),
+    }
+
+
+def test_fit_of_cells_is_linear_in_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, states, convolve = [], [], nn.Conv2d.forward
+    for depth, size in ((3, EVERYWHERE), (6, EVERYWHERE), (12, EVERYWHERE), (12, NEVER)):
+        dense = cells(depth, tmp_path)
+        fitted = copy.deepcopy(dense)
+        with torch.no_grad():
+            for cell in fitted.model.cells:
+                cell.left.weight.mul_(0.9)
+        calls: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(1) or convolve(self, x))  # noqa: B023
+            patch.setattr(fitting, "Passes", functools.partial(Passes, max_bytes=size))
+            fitting.fit_layers(dense, fitted, {}, Calibration(batches_of(dense, [4])))
+        counts.append(len(calls))
+        states.append(fitted.state_dict())
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+    assert counts[2] < counts[3]
+    assert all(torch.equal(value, states[2][name]) for name, value in states[3].items())
 
 
 def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +253,7 @@ def tiny_unread_tokens(num_classes: int = 5, **_: object) -> nn.Module:
 
 def test_module_is_no_waypoint_if_later_layers_read_more() -> None:
     model = make_timm("tiny_unread_tokens", 32).eval()
-    assert waypoint_names(model) == ["early"]
+    assert waypoints_of(model) == {"early": ()}
 
 
 def test_search_for_waypoints_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +266,6 @@ def test_search_for_waypoints_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch
         linear = nn.Linear.forward
         with monkeypatch.context() as patch:
             patch.setattr(nn.Linear, "forward", lambda self, x: calls.append(1) or linear(self, x))  # noqa: B023
-            assert waypoint_names(model.eval())[-2:] == [f"blocks.{depth - 1}", "blocks"]
+            assert [*waypoints_of(model.eval())][-2:] == [f"blocks.{depth - 1}", "blocks"]
         counts.append(len(calls))
     assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])

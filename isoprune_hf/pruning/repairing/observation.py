@@ -1,0 +1,142 @@
+"""Observe one forward pass of a network: what its modules read and return, and when (`observe`)."""
+
+from collections.abc import Callable, Collection, MutableMapping
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.graph.torch_private import tree_leaves, tree_map_only, weak_tensor_dict
+
+
+class Observation(NamedTuple):
+    """The order in which the modules of a network ran in one forward pass, and what they read and returned.
+
+    Args:
+        starts: Module -> time of its first call, counted in calls and returns of modules, and tensors read.
+        ends: Module -> time of its last return.
+        uses: Module -> time at which a function of torch last read what it returned.
+        sizes: Module that was called once and returned floating-point tensors -> their bytes.
+        read: Module -> sums of the tensors that its last call read, by which two passes are compared.
+        returned: Module -> sums of the tensors that its last call returned.
+        outputs: Module of those that were to be kept -> its last output, on the CPU.
+        blanks: Module -> its last output, on the meta device.
+        logits: The logits; empty if the pass was stopped.
+    """
+
+    starts: dict[str, int]
+    ends: dict[str, int]
+    uses: dict[str, int]
+    sizes: dict[str, int]
+    read: dict[str, list[torch.Tensor]]
+    returned: dict[str, list[torch.Tensor]]
+    outputs: dict[str, Any]
+    blanks: dict[str, Any]
+    logits: torch.Tensor
+
+
+class PassStopped(Exception):
+    """Raised by a hook to stop a forward pass early."""
+
+
+def observe(
+    network: IsoPruneForImageClassification,
+    images: torch.Tensor,
+    *,
+    kept: Collection[str] = (),
+    names: Collection[str] | None = None,
+    last: str | None = None,
+) -> Observation:
+    """Run a forward pass and record when modules start and end, what they read and what they return.
+
+    Args:
+        network: The network.
+        images: (B, C, H, W).
+        kept: Modules whose outputs are kept.
+        names: Modules to record; None for all.
+        last: Module after whose return the pass stops; None for a whole pass.
+    """
+    seen = Observation({}, {}, {}, {}, {}, {}, {}, {}, torch.empty(0))
+    calls: dict[str, int] = {}
+    writers: MutableMapping[torch.Tensor, list[str]] = weak_tensor_dict()  # tensor -> modules that returned it
+    clock = count()
+
+    def read(tensor: torch.Tensor) -> None:
+        seen.uses.update(dict.fromkeys(writers.get(tensor, ()), next(clock)))
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.starts.setdefault(name, next(clock))
+        calls[name] = calls.get(name, 0) + 1
+        seen.read[name] = [leaf.sum() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen.ends[name] = next(clock)
+        leaves = tree_leaves(output)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        seen.returned[name] = [leaf.sum() for leaf in tensors]
+        seen.blanks[name] = blank_of(output)
+        for tensor in tensors:
+            writers.setdefault(tensor, []).append(name)
+        if name in kept:
+            seen.outputs[name] = stored(output)
+        is_plain = all(leaf.is_floating_point() for leaf in tensors)
+        if tensors and is_plain and all(isinstance(leaf, torch.Tensor | int | float | None) for leaf in leaves):
+            seen.sizes[name] = sum(leaf.nbytes for leaf in tensors)
+        if name == last:
+            raise PassStopped
+
+    handles = []
+    for name, module in network.model.named_modules():
+        if name and (names is None or name in names):
+            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(after, name)))
+    logits = seen.logits
+    try:
+        with _Reads(read):
+            logits = network(pixel_values=images).logits
+    except PassStopped:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = {name: size for name, size in seen.sizes.items() if calls[name] == 1}
+    return seen._replace(sizes=once, logits=logits)
+
+
+def blank_of(output: Any) -> Any:
+    """Return an output with its tensors on the meta device."""
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), output)
+
+
+def stored(output: Any) -> Any:
+    """Return a copy of an output with its tensors on the CPU."""
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
+
+
+class _Reads(TorchFunctionMode):
+    """Reports, within its context, every tensor that a function of torch reads.
+
+    Args:
+        on_read: Called with the tensor.
+    """
+
+    def __init__(self, on_read: Callable[[torch.Tensor], None]):
+        super().__init__()
+        self._on_read = on_read
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self._on_read(leaf)
+        return func(*args, **kwargs)
