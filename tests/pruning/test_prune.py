@@ -189,6 +189,18 @@ def test_width_and_depth_meet_one_budget(family: str, tmp_path: Path) -> None:
     assert again.model.config.structure["removed"] == list(result.plan.removed_blocks)
 
 
+@pytest.mark.parametrize("normalizer", ["none", "mean", "max"])
+def test_named_block_leaves_in_several_steps(normalizer: str, tmp_path: Path) -> None:
+    # After the first step all channels inside the block have scores below 0.
+    model = deep_base("vit", tmp_path)
+    leaving = find_blocks(model)[0].name
+    options = {"criterion": "l1", "ratio": 0.5, "round_to": 1, "remove_blocks": [leaving], "normalizer": normalizer}
+    one, two = (prune_model(model, PruneRecipe(**options, steps=steps)) for steps in (1, 2))
+    assert one.plan.removed_blocks == two.plan.removed_blocks == (leaving,)
+    assert sum(map(len, one.plan.kept.values())) == sum(map(len, two.plan.kept.values()))
+    assert two.model(make_images(model)).logits.isfinite().all()
+
+
 def test_model_with_convolution_classifier_is_cut() -> None:
     args = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 16], "stem_chs": 8}
     model = load_base("timm/resnetv2_50", False, model_args=args, num_labels=7).model

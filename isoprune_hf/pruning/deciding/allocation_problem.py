@@ -174,7 +174,9 @@ class AllocationProblem:
 
 def _normalize(scores: np.ndarray, normalizer: str) -> np.ndarray:
     kept = scores[scores >= 0]  # negative scores mark channels that an earlier step removed
-    divisor = {"none": 1.0, "mean": kept.mean(), "max": kept.max()}[normalizer]
+    if normalizer == "none" or not len(kept):  # of a group inside a removed block none is left
+        return scores
+    divisor = kept.mean() if normalizer == "mean" else kept.max()
     return scores / divisor if divisor else scores
 
 
