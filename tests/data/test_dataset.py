@@ -1,3 +1,4 @@
+import multiprocessing
 import pickle
 import sys
 import tarfile
@@ -402,6 +403,7 @@ def test_damaged_image_is_named_by_its_file(content, workers, tmp_path):
         list(eval_loader(split, PROCESSOR, LoaderOptions(batch_size=1, num_workers=workers)))
     assert str(caught.value).startswith(f"data: {damaged} cannot be read (")
     assert str(caught.value).endswith("data.broken: skip") and "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_damaged_image_without_file_is_named_by_position():
