@@ -1,4 +1,4 @@
-"""The floors of the package, and which modules may import which library."""
+"""The floors of the package, which modules may import which library, and other rules of the house."""
 
 import ast
 import subprocess
@@ -58,3 +58,13 @@ def test_text_files_are_read_and_written_as_utf8() -> None:
                 if is_text and "encoding" not in {keyword.arg for keyword in node.keywords}:
                     missing.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert missing == []
+
+
+def test_names_of_tests_have_at_most_eight_words() -> None:
+    names = [
+        node.name.removeprefix("test_")
+        for path in ROOT.glob("tests/**/test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(names) > 1000 and [name for name in names if len(name.split("_")) > 8] == []

@@ -46,7 +46,7 @@ def test_unrepaired_models_are_counted_and_listed() -> None:
     assert unrepaired_table(rows)[2:] == ["| a | none is nearest |"]
 
 
-def test_model_that_does_not_open_fails_in_both_ways() -> None:
+def test_model_that_cannot_open_fails_both_ways() -> None:
     load = {"step": "load", "kind": "refused", "type": "RecipeError", "error": "no head"}
     rows = {"a": {"name": "a", "library": "timm", "family": "f", "load": load}}
     for way in ("default", "plain"):

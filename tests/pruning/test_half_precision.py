@@ -104,7 +104,7 @@ def test_half_base_is_pruned_in_its_own_type(kind: str, dtype: torch.dtype, reci
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
-def test_scores_of_a_half_base_are_those_in_float32(criterion: str, tmp_path: Path) -> None:
+def test_half_base_scores_are_those_in_float32(criterion: str, tmp_path: Path) -> None:
     model = store("timm-resnet", torch.bfloat16, tmp_path / "base").model
     batches, groups = batches_for(model), trace_groups(model)
     found = score_groups(model, groups, criterion=criterion, batches=batches)

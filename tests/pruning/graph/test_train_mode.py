@@ -106,7 +106,7 @@ def train_once(model: IsoPruneForImageClassification) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ["axes", "torch-pruning"])
-def test_part_of_train_mode_is_cut_with_its_input(engine: str) -> None:
+def test_train_mode_part_is_cut_with_its_input(engine: str) -> None:
     model = open_trained("head")
     groups = trace_groups(model, engine=engine)
     assert not any("part" in name for name in members(groups))

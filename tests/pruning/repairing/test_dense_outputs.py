@@ -34,7 +34,7 @@ def kept(values: torch.Tensor, layer: FittedLayer) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["keyword_calls", "reused", "writes_in_place", "channel_attention"])
 @pytest.mark.parametrize("max_bytes", [0, 20_000, 2**30])
-def test_outputs_are_those_of_a_pass_for_each_layer(name: str, max_bytes: int) -> None:
+def test_outputs_equal_one_pass_for_each_layer(name: str, max_bytes: int) -> None:
     dense, pruned, masks = cut(name)
     batches = calibration_batches(3)
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():

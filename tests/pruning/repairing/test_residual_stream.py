@@ -29,7 +29,7 @@ def test_several_outputs_are_followed_at_once() -> None:
     assert "a" not in streams.found  # the other term was computed from a
 
 
-def test_each_of_two_terms_is_the_stream_of_the_other() -> None:
+def test_each_term_is_the_stream_of_the_other() -> None:
     streams, first, second = Streams(), torch.randn(2, 4), torch.randn(2, 4)
     with streams.probe:
         a, b = streams.follow("a", first * 1), streams.follow("b", second * 1)
@@ -48,7 +48,7 @@ def test_operations_after_each_output_are_undone() -> None:
     assert torch.equal(streams.found["b"], y / scale)
 
 
-def test_other_operations_end_a_path_but_not_its_output() -> None:
+def test_other_operations_end_a_path_before_output() -> None:
     streams, x = Streams(), torch.randn(2, 4)
     with streams.probe:
         a = streams.follow("a", torch.randn(2, 4) * 1)

@@ -214,7 +214,7 @@ def test_attention_that_cannot_be_rotated_stays(broken: str, tmp_path: Path, mon
     assert_same(logits(rotated.model, images), logits(model, images), 1e-5)
 
 
-def test_image_with_nan_leaves_all_heads_as_they_are(tmp_path: Path) -> None:
+def test_image_with_nan_leaves_all_heads_unchanged(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     batches = batches_of(model, [2])
     batches[0][0][0, 0, 0, 0] = torch.nan

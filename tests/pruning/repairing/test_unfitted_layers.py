@@ -200,7 +200,7 @@ def test_result_with_nan_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         prune_model(open_odd("reused").model, recipe, calibration_batches(3))
 
 
-def test_nan_of_the_base_is_no_fault_of_the_pruning() -> None:
+def test_nan_of_the_base_is_not_reported() -> None:
     model = open_odd("reused").model
     nn.init.constant_(model.model.head.bias, float("nan"))
     recipe = PruneRecipe(target_macs="50%", round_to=1, criterion="l1", reconstruct="none")

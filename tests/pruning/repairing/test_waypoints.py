@@ -251,7 +251,7 @@ def tiny_unread_tokens(num_classes: int = 5, **_: object) -> nn.Module:
     return net
 
 
-def test_module_is_no_waypoint_if_later_layers_read_more() -> None:
+def test_module_with_other_readers_is_no_waypoint() -> None:
     model = make_timm("tiny_unread_tokens", 32).eval()
     assert waypoints_of(model) == {"early": ()}
 
