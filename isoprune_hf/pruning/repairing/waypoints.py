@@ -80,6 +80,8 @@ def _waypoints_of(
     ways: dict[str, Waypoint] = {}
     following: Waypoint | None = None
     for way in reversed(_candidates(whole, names)):
+        if len(way.held) > 1 and following is not None and way.name.startswith(f"{following.name}."):
+            continue  # to store several outputs in the middle of a block takes more time than it saves
         if _is_waypoint(network, way, following, images, whole):
             ways[way.name] = following = way
     return whole.starts, ways

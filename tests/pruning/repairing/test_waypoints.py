@@ -78,7 +78,7 @@ def test_fit_from_waypoints_equals_fit_of_whole_passes(
 
 
 def test_blocks_of_a_vit_are_its_waypoints(tmp_path: Path) -> None:
-    expected = {"blocks.0": (), "blocks.1.attn": ("blocks.0",), "blocks.1": (), "blocks": ()}
+    expected: dict[str, tuple[str, ...]] = {"blocks.0": (), "blocks.1": (), "blocks": ()}
     assert waypoints_of(make_base("vit", tmp_path)) == expected
 
 
