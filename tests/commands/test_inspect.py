@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.command_line import succeed
 from helpers.cut_folders import MODEL_ARGS, NAME, OPEN, check_refused
+from helpers.marks import one_of_each
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.models import load_base
@@ -29,7 +30,7 @@ def widths_of(printed: str, names: Iterable[str]) -> dict[str, list[str]]:
     return {name: found[name] for name in names}
 
 
-@pytest.mark.parametrize("given", ["name", "folder", "scores"])
+@pytest.mark.parametrize("given", one_of_each(["name", "folder", "scores"], "folder"))
 def test_compared_plans_equal_those_made_directly(given: str, folders: Path, tmp_path: Path) -> None:
     model, groups = open_dense()
     scores, cost = score_groups(model, groups, criterion="l1"), cost_model(model, groups)

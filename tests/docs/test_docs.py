@@ -221,6 +221,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
 
 
+@pytest.mark.launch
 def test_site_builds_strictly_without_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs isoprune-hf[docs]")
     pytest.importorskip("mkdocstrings_handlers.python", reason="needs isoprune-hf[docs]")

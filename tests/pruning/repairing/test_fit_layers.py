@@ -58,7 +58,7 @@ def test_both_forms_give_the_same_weights(
 
 
 def test_networks_use_the_form_that_costs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = make_base("resnet", tmp_path).eval()
+    dense = make_base("mobilenet_v2", tmp_path).eval()
     chosen = []
     monkeypatch.setattr(fitting, "form_of_fit", lambda *args: chosen.append(form_of_fit(*args)) or chosen[-1])
     fitting.fit_layers(dense, copy.deepcopy(dense), {}, Calibration(batches_of(dense, [2])))
