@@ -1,4 +1,4 @@
-"""Give the outputs of a fitted layer the variance of the dense ones (`match_variance`).
+"""Scale the outputs of a fitted layer to the variance of the dense ones (`match_variance`).
 
 A least-squares fit reproduces the part of an output that follows from its inputs, so the fitted outputs vary less than
 the dense ones, and over the layers of a network the loss multiplies. The distances of each output from its mean are
