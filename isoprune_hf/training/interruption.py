@@ -21,8 +21,12 @@ _HAS_TIMER = hasattr(signal, "setitimer")
 _ECHO_SECONDS = 2.0
 
 
+class _Received(BaseException):
+    """Raised by a signal handler, anywhere in the block: no `except Exception` may take it for its own error."""
+
+
 class Interruption:
-    """Handles signals inside its block: a signal raises Interrupted, at once or at the end of a deferred part.
+    """Handles signals inside its block: a signal ends it with Interrupted, at once or after a deferred part.
 
     A second signal, more than two seconds after the first, ends the process immediately. Loader processes ignore
     signals that are sent to the whole process group, since the current update still needs them.
@@ -56,6 +60,8 @@ class Interruption:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        if isinstance(error, _Received) and self.signal is not None:
+            raise self._error(self.signal) from None
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -87,7 +93,7 @@ class Interruption:
         self._is_time_up = self.signal.name == "SIGALRM"
         self._received_at = now
         if not self._is_deferred:
-            raise self._error(self.signal)
+            raise _Received
 
     def _error(self, number: signal.Signals) -> Interrupted:
         kind = Cancelled if number == signal.SIGINT else Interrupted

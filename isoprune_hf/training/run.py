@@ -28,6 +28,7 @@ from isoprune_hf.checkpoint.snapshots import (
 from isoprune_hf.errors import (
     CheckpointError,
     DamagedStateError,
+    Interrupted,
     IsoPruneError,
     OccupiedError,
     RecipeError,
@@ -128,7 +129,15 @@ class TrainingRun:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.interruption.__exit__(kind, error, trace)
+        try:
+            self.interruption.__exit__(kind, error, trace)
+        except Interrupted as stopped:
+            self._close(stopped)
+            raise
+        self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Release the folder after `error`, or after no error."""
         if not self._lock.is_held:
             return
         if isinstance(error, IsoPruneError) and not self.is_finished and not has_snapshots(self.folder):

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import datasets
@@ -25,6 +26,7 @@ from safetensors.torch import load, load_file
 
 from isoprune_hf.data.augmentation import TransformedImages
 from isoprune_hf.data.loading import ImageBatch
+from isoprune_hf.training import log
 from isoprune_hf.training.part_loss import PartLoss
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -235,6 +237,21 @@ def test_signals_stop_a_run_after_an_update(case: Case, tmp_path: Path) -> None:
         if before:
             epoch, update = before[-1].split("-")
             assert f"resuming after update {int(update)} of epoch {int(epoch)}" in ended.out
+    finish(case, out)
+
+
+@pytest.mark.kills
+def test_signal_within_writing_of_log_loses_nothing(case: Case, tmp_path: Path) -> None:
+    def dumps(entry: dict[str, Any]) -> str:
+        if entry["epoch"] == 1 and "update" not in entry:
+            signal.raise_signal(signal.SIGTERM)
+        return json.dumps(entry)
+
+    def prepare() -> None:  # in the process of the training
+        log.json = SimpleNamespace(dumps=dumps, loads=json.loads)
+
+    out = tmp_path / "out"
+    assert run([*case.command, "--output", out], tmp_path / "log", before=prepare).code == 75
     finish(case, out)
 
 

@@ -19,6 +19,16 @@ def test_signal_raises_at_once_outside_a_deferred_part(number: signal.Signals, k
     assert type(caught.value) is kind and signal.getsignal(number) == before
 
 
+def test_signal_passes_handlers_of_other_errors() -> None:
+    handled = []
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), Interruption():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:  # noqa: BLE001 - such as a log that must not end a training
+            handled.append(error)
+    assert handled == []
+
+
 def test_deferred_signal_raises_at_the_end() -> None:
     finished = False
     stopped = pytest.raises(Interrupted, match="stopped by SIGTERM: half is saved")
