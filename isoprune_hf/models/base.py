@@ -12,6 +12,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 
 OTHER_TASK = "not an image classifier; choose a model with a classification head"
+UNTRAINED = "--prune.pretrained false (in evaluate: --pretrained false)"
 
 
 class BaseModel(NamedTuple):
@@ -67,8 +68,9 @@ def default_labels(count: int) -> tuple[str, ...]:
 def without_head(place: str) -> RecipeError:
     """Return the error for an encoder that is opened without a number of labels."""
     return RecipeError(
-        f"model: {place} is an encoder without a classification head; for a new head, set --prune.num_labels to a "
-        "number of classes, or to data for those of the data set"
+        f"model: {place} is an encoder without a classification head; for a new head, set --prune.num_labels (in "
+        "evaluate: --num_labels) to a number of classes, or to data for those of the data set; finetune takes the "
+        "folder that prune then writes"
     )
 
 
@@ -82,10 +84,10 @@ def unreadable(place: str, error: Exception) -> RecipeError:
     if os.path.isdir(place):
         return RecipeError(
             f"model: the weights or config in {place} cannot be opened: {single_line(error)}; "
-            "for random weights, use --prune.pretrained false"
+            f"for random weights, use {UNTRAINED}"
         )
     return RecipeError(
         f"model: the weights or config of {place!r} are not on this machine and could not be fetched "
         f"({type(error).__name__}); check the name and the network, or use random weights with "
-        "--prune.pretrained false"
+        f"{UNTRAINED}"
     )

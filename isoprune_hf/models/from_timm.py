@@ -13,7 +13,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.dense import build_limited
 from isoprune_hf.errors import CheckpointError, RecipeError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, unreadable, without_head
+from isoprune_hf.models.base import OTHER_TASK, UNTRAINED, BaseModel, unreadable, without_head
 from isoprune_hf.models.head import with_new_head
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions
@@ -60,7 +60,7 @@ def _open_architecture(source: BaseSource, options: LoadOptions) -> BaseModel:
     if dot and name not in known:
         raise RecipeError(f"model: timm/{name}: unknown weights {tag!r}; timm has {', '.join(known) or 'none'}")
     if options.pretrained and options.model_args.keys() - {"in_chans"}:  # to which timm adapts trained weights
-        raise RecipeError("prune.model_args changes the architecture and needs --prune.pretrained false")
+        raise RecipeError(f"prune.model_args changes the architecture and needs {UNTRAINED}")
     labels = _head_labels(options) if is_encoder(name) else None
     module = _create(name, f"timm/{name}", options.model_args, options, labels)
     data = resolve_model_data_config(module)  # type: ignore[no-untyped-call]  # untyped in timm
@@ -78,9 +78,7 @@ def _open_saved(source: BaseSource, options: LoadOptions) -> BaseModel:
         raise RecipeError(f"model: {place}/config.json: model_args must be a mapping, got {model_args!r:.99}")
     is_folder = source.kind == "folder"
     if is_folder and options.pretrained and not list(Path(place).glob("*.safetensors")):
-        raise RecipeError(
-            f"model: {place} contains no model.safetensors; for random weights, use --prune.pretrained false"
-        )
+        raise RecipeError(f"model: {place} contains no model.safetensors; for random weights, use {UNTRAINED}")
     timm_name = f"{'local-dir' if is_folder else 'hf-hub'}:{place}"
     labels = _head_labels(options) if _is_saved_encoder(source.config) else None
     with default_type(stored_type(place) if options.pretrained else torch.float32):

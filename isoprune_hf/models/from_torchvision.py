@@ -4,7 +4,7 @@ import torchvision
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.base import OTHER_TASK, BaseModel, draw_base, label_fields, unreadable, wrap_module
+from isoprune_hf.models.base import OTHER_TASK, UNTRAINED, BaseModel, draw_base, label_fields, unreadable, wrap_module
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions
 from isoprune_hf.models.processors import torchvision_processor
@@ -23,7 +23,7 @@ def open_torchvision(source: BaseSource, options: LoadOptions) -> BaseModel:
         task = OTHER_TASK if name in torchvision.models.list_models() else "unknown"
         raise RecipeError(f"model: torchvision/{name} is {task}{suggest(name, known)}")
     if options.pretrained and options.model_args:
-        raise RecipeError("prune.model_args changes the architecture and needs --prune.pretrained false")
+        raise RecipeError(f"prune.model_args changes the architecture and needs {UNTRAINED}")
     choices = torchvision.models.get_model_weights(name)
     if version and version not in choices.__members__:
         raise RecipeError(

@@ -269,7 +269,9 @@ def test_labels_that_agree_are_accepted():
 
 
 def test_another_number_of_classes_offers_a_new_head():
-    with pytest.raises(DatasetError, match=r"2 classes, .* 3; .*--prune\.num_labels data"):
+    with pytest.raises(
+        DatasetError, match=r"2 classes, .* 3; .*--prune\.num_labels data.*evaluate: `--num_labels data"
+    ):
         check_labels(["a", "b"], {0: "a", 1: "b", 2: "c"})
 
 

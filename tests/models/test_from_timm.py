@@ -74,7 +74,7 @@ def test_untrained_image_size_needs_no_border() -> None:
 
 
 def test_encoder_without_head_names_num_labels() -> None:
-    with pytest.raises(RecipeError, match=r"--prune\.num_labels"):
+    with pytest.raises(RecipeError, match=r"--prune\.num_labels .*evaluate: --num_labels.*finetune"):
         load_base(ENCODER, pretrained=False, model_args=SMALL)
     with pytest.raises(RecipeError, match=r"prune\.num_labels .*3.* 2 names"):
         load_base(ENCODER, pretrained=False, model_args=SMALL, num_labels=3, label_names=("ant", "bee"))
