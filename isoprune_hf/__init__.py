@@ -2,9 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor, IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import (
+    IsoImageProcessor,
+    IsoPruneConfig,
+    IsoPruneForImageClassification,
+    IsoPruneModel,
+)
 from isoprune_hf.errors import (
     BudgetError,
     CheckpointError,
@@ -72,6 +77,7 @@ __all__ = [
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
+    "IsoPruneModel",
     "MissingExtraError",
     "PruneRecipe",
     "PruningPlan",
@@ -95,6 +101,7 @@ __all__ = [
 ]
 
 AutoConfig.register("isoprune", IsoPruneConfig)
+AutoModel.register(IsoPruneConfig, IsoPruneModel)
 AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassification)
 AutoImageProcessor.register(
     IsoPruneConfig, image_processor_classes={"pil": IsoImageProcessor, "torchvision": IsoImageProcessor}

@@ -88,6 +88,15 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # untyped in transformers
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a config; `attn_implementation` is taken from the caller alone, not from a file."""
+        requested = kwargs.pop("attn_implementation", None)
+        found = super().from_dict(config_dict, **kwargs)
+        if requested is not None:
+            (found[0] if isinstance(found, tuple) else found)._attn_implementation = requested
+        return found
+
 
 def _check_entries(entries: dict[str, Any]) -> None:
     """Check the entries on which transformers would fail and those that other code relies on."""
@@ -150,7 +159,7 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     if base is None or not isinstance(library, str) or library not in ("timm", "torchvision", "transformers"):
         raise CheckpointError(f"config.base: library must be timm, torchvision or transformers, got {base!r}")
     if library == "transformers":
-        return _build_transformers(base.get("config"), config.num_labels)
+        return _build_transformers(base.get("config"), config.num_labels, config._attn_implementation)
     return _build_by_name(library, base, config.num_labels)
 
 
@@ -174,7 +183,7 @@ def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -
     )
 
 
-def _build_transformers(values: Any, num_labels: int | None) -> nn.Module:
+def _build_transformers(values: Any, num_labels: int | None, attention: str | dict[str, Any] | None) -> nn.Module:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError(
@@ -195,6 +204,8 @@ def _build_transformers(values: Any, num_labels: int | None) -> nn.Module:
         inner = config_class.from_dict(values)
         inner.num_labels = num_labels  # type: ignore[assignment]  # transformers types only the getter as optional
         inner.return_dict = True
+        if attention not in (None, "sdpa"):  # which transformers sets by itself, also where the base has no sdpa
+            inner._attn_implementation = attention
         architecture = (inner.architectures or [""])[0]
         model: nn.Module = named.get(architecture, next(iter(named.values())))(inner)
         return model

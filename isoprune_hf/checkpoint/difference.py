@@ -26,6 +26,7 @@ from isoprune_hf.checkpoint.dense import (
     require,
 )
 from isoprune_hf.checkpoint.meta import move_to_meta
+from isoprune_hf.checkpoint.transfer import fit_classes
 from isoprune_hf.errors import CheckpointError
 
 # Autograd nodes of operations that add to a tensor, rectify it or change its layout: a shortcut runs through these.
@@ -275,8 +276,12 @@ def keep_cut_buffers(model: nn.Module, structure: dict[str, Any] | None) -> None
 def build_pruned(config: IsoPruneConfig) -> nn.Module:
     """Build the architecture of `config`, without trained weights, on the current default device.
 
+    The shapes of the head in `config.structure` get the number of classes of `config`, see `fit_classes`.
+
     Raises:
         CheckpointError: The base cannot be built, or the structure does not fit it.
     """
+    base = build_base(config)
+    config.structure = fit_classes(config, base)
     skippable = skippable_blocks(config) if (config.structure or {}).get("removed") else {}
-    return apply_structure(build_base(config), config.structure, skippable)
+    return apply_structure(base, config.structure, skippable)

@@ -1,251 +1,105 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
-"""The model class of a pruned image classifier (part of the shipped file).
+"""The models that a folder opens as (part of the shipped file)."""
 
-`code_that_ships` returns the file that is saved next to the weights: the modules of `PARTS`, concatenated. These
-modules therefore depend on no other module of the package, and contain everything that loading needs. It is a single
-file because transformers, loading config and model from two files of a local folder, would create two distinct
-config classes.
-
-Private names of transformers that are used here and in no other module (as of 5.24): `_finalize_model_loading`,
-`_init_weights`, `_is_hf_initialized`, `_load_pretrained_model`, `_supports_sdpa`, `_tied_weights_keys`.
-"""
-
-import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from isoprune_hf.checkpoint.dense import (
-    FORMAT_VERSION,
-    IsoPruneConfig,
-    build_base,
-    describe_error,
-    require,
-)
-from isoprune_hf.checkpoint.difference import (
-    SkippedBlock,
-    apply_structure,
-    build_pruned,
-    check_structure,
-    keep_cut_buffers,
-    named_tensors,
-    run_once,
-    skippable_blocks,
-)
+from isoprune_hf.checkpoint.dense import FORMAT_VERSION, IsoPruneConfig, build_base
+from isoprune_hf.checkpoint.difference import SkippedBlock, apply_structure, check_structure, skippable_blocks
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
-from isoprune_hf.checkpoint.meta import move_to_meta, unsaved_buffers
+from isoprune_hf.checkpoint.outputs import HiddenStates, call_classifier, call_features
+from isoprune_hf.checkpoint.pretrained import PARTS, IsoPrunePreTrainedModel, code_that_ships
 from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
-
-_ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
-_PACKAGE = "isoprune_hf"
-# Paths inside the package, in the order of their imports.
-_MODULES = ("meta", "dense", "difference", "image_processor", "modeling_isoprune")
-PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in _MODULES))
-# Names of safetensors for data types -> names of torch; all floating-point types may be cast to one another.
-_DTYPE_NAMES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
 
 __all__ = [
     "FORMAT_VERSION",
+    "PARTS",
     "CheckpointError",
     "ImageError",
     "IsoImageProcessor",
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
+    "IsoPruneModel",
     "SkippedBlock",
     "apply_structure",
     "build_base",
     "check_structure",
+    "code_that_ships",
     "skippable_blocks",
 ]
 
 
-class IsoPruneForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
+class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
     """An image classifier with the architecture `config.base`, changed by `config.structure`.
 
     Without a structure it is the dense base: base and pruned model share one class, one forward and one label map.
     """
 
-    config: IsoPruneConfig
-    config_class = IsoPruneConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)  # type: ignore[assignment]  # transformers itself assigns tuples
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-
-    def __init__(self, config: IsoPruneConfig):
-        super().__init__(config)
-        self.model = build_pruned(config)
-        if not any(parameter.is_meta for parameter in self.model.parameters()):
-            # The base has initialised its own weights; without the mark transformers would initialise them again.
-            for module in self.modules():
-                vars(module)["_is_hf_initialized"] = True
-        self.post_init()  # type: ignore[no-untyped-call]  # untyped in transformers
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[no-untyped-call]  # untyped in transformers
-        # Index tables and masks of timm that are not in the file; if any of a module was cut, all of them are in it.
-        init_buffers = getattr(module, "init_non_persistent_buffers", None)
-        if init_buffers is not None and module._non_persistent_buffers_set:
-            init_buffers()
-
-    @property
-    def _tied_weights_keys(self) -> dict[str, str]:  # type: ignore[override]  # transformers only reads it
-        """Each further name of a shared tensor -> its first name, which is the one that is saved."""
-        first: dict[int, str] = {}
-        named = {f"model.{name}": tensor for name, tensor in named_tensors(self.model).items()}
-        return {name: found for name, t in named.items() if (found := first.setdefault(id(t), name)) != name}
-
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Return the names that transformers ties after loading: all tensors that the base shares."""
-        return self._tied_weights_keys
-
     @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
-    ) -> ImageClassifierOutput:
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: HiddenStates = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Classify images.
 
         Args:
             pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
             labels: Class indices of shape (B,) for the cross-entropy loss.
+            output_hidden_states: Whether to return the output of each block; for bases of timm also the indices of
+                some blocks.
+            output_attentions: Whether to return the attention weights; only for bases of transformers.
+            kwargs: Further arguments of the base's own forward, such as `interpolate_pos_encoding`.
 
         Returns:
-            `logits` of shape (B, num_labels), and `loss` if there are labels.
-        """
-        output = self.model(pixel_values.to(self.dtype))
-        # The first entry of a transformers output: not all types call it logits (PP-LCNet does not).
-        logits = output if isinstance(output, torch.Tensor) else output[0]
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # accepts all keywords of transformers
-        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Load a model like `PreTrainedModel.from_pretrained`, but only from safetensors and only if it fits.
+            The output of the base's class in transformers: `logits` of shape (B, num_labels), and `loss` if there are
+            labels.
 
         Raises:
-            CheckpointError: An entry of the config or a tensor of the file does not fit, or the model does not run.
+            TypeError: The base has no such argument.
+            ValueError: The base cannot return its hidden states or attentions.
         """
-        kwargs["use_safetensors"] = True
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        if pretrained_model_name_or_path and folder.is_dir() and not kwargs.get("variant"):
-            _check_files(folder)
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise CheckpointError(f"model.safetensors: not a readable safetensors file ({error})") from error
+        output: Any = call_classifier(
+            self.model,
+            self._cast(pixel_values),
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            self.config.output_attentions if output_attentions is None else output_attentions,
+            **kwargs,
+        )
+        if labels is None:
+            return output
+        loss = nn.functional.cross_entropy(output.logits.float(), labels)
+        return type(output)(**{**output, "loss": loss})
 
-    @staticmethod
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+
+class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """The same network without its classification: the features that its head reads."""
+
+    @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: HiddenStates = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
-        # The last point at which the model is on meta and no memory has been allocated.
-        _check_tensors(model, state_dict, checkpoint_files or [])
-        if any((model.config.structure or {}).values()):  # a dense base that does not run is not refused
-            with torch.device("meta"):
-                run_once(move_to_meta(build_pruned(model.config)).eval(), model.config.image_size)
-        loaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, expected_keys
+        """Compute features of images; see `IsoPruneForImageClassification.forward`.
+
+        Returns:
+            The output of the base's class in transformers: `last_hidden_state` and, as the base has it,
+            `pooler_output`.
+        """
+        return call_features(
+            self.model,
+            self._cast(pixel_values),
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            self.config.output_attentions if output_attentions is None else output_attentions,
+            **kwargs,
         )
-        for tensor in (*model.parameters(), *model.buffers()):
-            # Tensors of a mapped file have any address, and kernels round differently on unaligned data.
-            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
-                tensor.data = tensor.data.clone()
-        return loaded
-
-    @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        # transformers leaves the buffers that are not in the file empty; their values are those of the constructor.
-        computed = [found for found in unsaved_buffers(model) if not found[2].is_meta]
-        info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        for owner, name, buffer in computed:
-            owner._buffers[name] = buffer.to(getattr(owner, name).device)
-        return info
-
-    def save_pretrained(  # type: ignore[override]  # accepts all keywords of transformers
-        self, save_directory: str | Path, **kwargs: Any
-    ) -> None:
-        """Save config, weights and the shipped file: the folder opens with and without isoprune_hf."""
-        # Tensors keep the names of their modules: the structure refers to them, and loading compares them.
-        kwargs["save_original_format"] = False
-        names = {"AutoConfig": "IsoPruneConfig", "AutoModelForImageClassification": type(self).__name__}
-        names["AutoImageProcessor"] = "IsoImageProcessor"  # unless preprocessor_config.json names another type
-        self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in names.items()}
-        keep_cut_buffers(self.model, self.config.structure)
-        super().save_pretrained(save_directory, **kwargs)
-        target = Path(save_directory) / "modeling_isoprune.py"
-        if kwargs.get("is_main_process", True) and target.resolve() != Path(__file__).resolve():
-            target.write_text(code_that_ships(), encoding="utf-8", newline="\n")
-
-
-def code_that_ships() -> str:
-    """Return the source of the file that is saved next to the weights: the modules of `PARTS`, concatenated."""
-    here = Path(__file__)
-    if __name__ != f"{_PACKAGE}.checkpoint.modeling_isoprune":  # running as the shipped file itself
-        return here.read_text(encoding="utf-8")
-    own_imports = re.compile(rf"^from {_PACKAGE}\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
-    return "\n\n".join(own_imports.sub("", (here.parents[1] / name).read_text(encoding="utf-8")) for name in PARTS)
-
-
-def _check_files(folder: Path) -> None:
-    """Check that the weights, whole or in shards, are files inside the folder."""
-    index = folder / "model.safetensors.index.json"
-    names: list[Any] = ["model.safetensors"]
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            values = json.loads(index.read_text(encoding="utf-8"))
-            names = [*values["weight_map"].values()] if isinstance(values["metadata"], dict) else [None]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # any JSON but an index
-            raise CheckpointError(f"{index.name}: not a readable index ({describe_error(error)})") from error
-    for name in names:
-        inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
-        require(
-            inside and (folder / name).is_file(),
-            f"{name!r}: no such file in {folder}; weights must be in the folder itself",
-        )
-
-
-def _check_tensors(
-    model: IsoPruneForImageClassification, state_dict: dict[str, torch.Tensor] | None, files: list[str]
-) -> None:
-    """Compare names, shapes and kinds of the stored tensors with those of the model."""
-    found = {name: _describe(tensor.shape, _kind(tensor.dtype)) for name, tensor in (state_dict or {}).items()}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    entry = opened.get_slice(name)
-                    dtype = entry.get_dtype()
-                    found[name] = _describe(entry.get_shape(), _DTYPE_NAMES.get(dtype, dtype))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{Path(file).name}: not a readable safetensors file ({error})") from error
-    tied = model._tied_weights_keys
-    expected = {
-        name: _describe(tensor.shape, _kind(tensor.dtype))
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
-    for name in sorted(expected.keys() | found.keys()):
-        have = found.get(name, "no such tensor")
-        want = expected.get(name, "no such tensor")
-        require(have == want, f"tensor {name!r}: the checkpoint has {have}, the config requires {want}")
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return "floats" if dtype.is_floating_point else str(dtype)
-
-
-def _describe(shape: Sequence[int], kind: str) -> str:
-    return f"{list(shape)} of {kind}"

@@ -1,0 +1,112 @@
+# Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
+"""Call a base network as its stock class in transformers is called (part of the shipped file).
+
+`call_classifier` and `call_features` return the outputs of transformers, for the networks of all three libraries.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import ModelOutput, TransformersKwargs
+
+# True, or the indices of the blocks, which only networks of timm select.
+HiddenStates = bool | Sequence[int] | None
+
+
+def call_classifier(
+    network: nn.Module,
+    pixel_values: torch.Tensor,
+    hidden_states: HiddenStates,
+    attentions: bool | None,
+    **options: Any,
+) -> ModelOutput:
+    """Return an output with `logits` and, as requested, `hidden_states` and `attentions`.
+
+    Args:
+        network: A classifier of transformers, timm or torchvision.
+        pixel_values: Images of shape (B, C, H, W).
+        hidden_states: Whether to return the output of each block.
+        attentions: Whether to return the attention weights.
+        options: Further arguments of the network's own forward.
+
+    Raises:
+        TypeError: The network has no such argument.
+        ValueError: The network cannot return the hidden states or the attentions.
+    """
+    if isinstance(network, PreTrainedModel):
+        output = _call_transformers(network, pixel_values, hidden_states, attentions, options)
+        if "logits" in output:
+            return output
+        # The first entry, whatever its name (PP-LCNet has another one).
+        return ImageClassifierOutput(logits=output[0], hidden_states=getattr(output, "hidden_states", None))
+    _check_requests(network, hidden_states, attentions)
+    if not hidden_states:
+        return ImageClassifierOutput(logits=network(pixel_values, **options))
+    timm_network: Any = network
+    last, states = timm_network.forward_intermediates(pixel_values, **_selected(hidden_states), **options)
+    return ImageClassifierOutput(logits=timm_network.forward_head(last), hidden_states=tuple(states))
+
+
+def call_features(
+    network: nn.Module,
+    pixel_values: torch.Tensor,
+    hidden_states: HiddenStates,
+    attentions: bool | None,
+    **options: Any,
+) -> ModelOutput:
+    """Return an output with `last_hidden_state` and `pooler_output`: what the head of a classifier reads.
+
+    Args and errors are those of `call_classifier`.
+    """
+    if isinstance(network, PreTrainedModel):
+        base: Any = network.base_model
+        return _call_transformers(base, pixel_values, hidden_states, attentions, options)
+    _check_requests(network, hidden_states, attentions)
+    if not hasattr(network, "forward_features"):
+        raise ValueError(f"{type(network).__name__} of torchvision has no method that returns features")
+    timm_network: Any = network
+    if hidden_states:
+        last, states = timm_network.forward_intermediates(pixel_values, **_selected(hidden_states), **options)
+    else:
+        last, states = timm_network.forward_features(pixel_values, **options), None
+    pooled = timm_network.forward_head(last, pre_logits=True)
+    return BaseModelOutputWithPooling(
+        last_hidden_state=last, pooler_output=pooled, hidden_states=None if states is None else tuple(states)
+    )
+
+
+def _call_transformers(
+    network: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    hidden_states: HiddenStates,
+    attentions: bool | None,
+    options: dict[str, Any],
+) -> ModelOutput:
+    # Many classes of transformers ignore an unknown argument.
+    known = inspect.signature(network.forward).parameters.keys() | TransformersKwargs.__annotations__.keys()
+    for name in options:
+        if name not in known:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    if hidden_states:
+        options = {**options, "output_hidden_states": True}
+    if attentions:
+        options = {**options, "output_attentions": True}
+    output: ModelOutput = network(pixel_values, return_dict=True, **options)
+    return output
+
+
+def _check_requests(network: nn.Module, hidden_states: HiddenStates, attentions: bool | None) -> None:
+    name = type(network).__name__
+    if attentions:
+        raise ValueError(f"output_attentions: {name} does not return them; only bases of transformers do")
+    if hidden_states and not hasattr(network, "forward_intermediates"):
+        raise ValueError(f"output_hidden_states: {name} has no forward_intermediates, which returns them")
+
+
+def _selected(hidden_states: HiddenStates) -> dict[str, Any]:
+    return {} if isinstance(hidden_states, bool) or hidden_states is None else {"indices": list(hidden_states)}
