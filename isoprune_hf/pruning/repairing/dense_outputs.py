@@ -3,7 +3,7 @@
 The dense network does not change during a fit, so one pass through it serves all layers whose outputs can be kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import accumulate
@@ -18,8 +18,10 @@ from isoprune_hf.pruning.repairing.layer_calls import FittedLayer
 from isoprune_hf.pruning.repairing.observation import PassStopped
 from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
+from isoprune_hf.pruning.repairing.waypoints import Waypoint, kept_outputs, replaced_outputs
 
 _MAX_BYTES = 2**30  # of kept outputs, on each rank
+_WAYPOINT = ""  # no layer has this name
 
 
 class DenseOutput(NamedTuple):
@@ -38,20 +40,18 @@ class DenseOutputs:
     """The outputs of layers in a network that does not change.
 
     Args:
-        dense: The network.
+        passes: Micro-batches for passes through the network.
         layers: The layers, in the order of execution.
-        passes: Micro-batches; they have not passed any layer whose outputs are still to come.
         max_bytes: Largest number of bytes of the kept outputs, unless those of one layer are larger.
     """
 
     def __init__(
         self,
-        dense: IsoPruneForImageClassification,
-        layers: Sequence[FittedLayer],
         passes: Passes,
+        layers: Sequence[FittedLayer],
         max_bytes: int = _MAX_BYTES,
     ):
-        self._dense, self._passes, self._max_bytes = dense, passes, max_bytes
+        self._passes, self._max_bytes = passes, max_bytes
         self._coming = list(layers)
         self._kept: dict[str, list[list[DenseOutput]]] = {}
 
@@ -63,15 +63,19 @@ class DenseOutputs:
 
     def _run(self) -> None:
         """Keep the outputs of the next layers: as many as the limit allows, and one at least."""
-        sizes = accumulate(self._passes.images * _bytes_of(layer) for layer in self._coming)
+        sizes = accumulate(self._passes.images.count * _bytes_of(layer) for layer in self._coming)
         count = max(1, sum(size <= self._max_bytes for size in sizes))
-        layers = self._coming[:count]
+        layers, later = self._coming[:count], self._coming[count:]
         self._kept = {layer.name: [] for layer in layers}
-        for images, begin in self._passes:
-            with begin(self._dense):
-                found = _observe(self._dense, layers, images)
+        way = self._passes.way_before(later[0].name) if later else None
+        held = []
+        for images, given in self._passes.batches():
+            found, outputs = _observe(self._passes.network, layers, images, given, way)
             for name, calls in found.items():
                 self._kept[name].append(calls)
+            held.append(outputs)
+        if way is not None:
+            self._passes.start_at(way, held)
 
 
 def _bytes_of(layer: FittedLayer) -> int:
@@ -81,11 +85,26 @@ def _bytes_of(layer: FittedLayer) -> int:
 
 
 def _observe(
-    dense: IsoPruneForImageClassification, layers: Sequence[FittedLayer], images: torch.Tensor
-) -> dict[str, list[DenseOutput]]:
-    """Run a forward pass until the outputs of some layers are found, and their sums."""
+    dense: IsoPruneForImageClassification,
+    layers: Sequence[FittedLayer],
+    images: torch.Tensor,
+    given: Mapping[str, Any],
+    way: Waypoint | None,
+) -> tuple[dict[str, list[DenseOutput]], Mapping[str, Any]]:
+    """Run a forward pass until the outputs of some layers are found, and their sums.
+
+    Args:
+        dense: The network.
+        layers: The layers.
+        images: (B, C, H, W).
+        given: Stored outputs, by module.
+        way: The waypoint at which the next pass will start.
+
+    Returns:
+        Layer -> its calls, and the outputs of the waypoint.
+    """
     found: dict[str, list[DenseOutput]] = {layer.name: [] for layer in layers}
-    waiting = set(found)
+    waiting = {*found, *(() if way is None else (_WAYPOINT,))}
     probe = ResidualProbe()
 
     def on_call(layer: FittedLayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -94,25 +113,29 @@ def _observe(
         if layer.is_added:
             probe.follow(output, partial(on_sum, layer))
         elif len(found[layer.name]) == layer.calls:
-            finish(layer)
+            finish(layer.name)
 
     def on_sum(layer: FittedLayer, other: torch.Tensor) -> None:
         found[layer.name] = [found[layer.name][0]._replace(stream=select_kept(other, layer))]
-        finish(layer)
+        finish(layer.name)
 
-    def finish(layer: FittedLayer) -> None:
-        waiting.remove(layer.name)
+    def finish(name: str) -> None:
+        waiting.remove(name)
         if not waiting:
             raise PassStopped
 
     with ExitStack() as stack:
+        outputs: Mapping[str, Any] = {}
+        if way is not None:
+            outputs = stack.enter_context(kept_outputs(dense, way, given, partial(finish, _WAYPOINT)))
         for layer in layers:
             handle = dense.model.get_submodule(layer.name).register_forward_hook(partial(on_call, layer))
             stack.callback(handle.remove)
+        stack.enter_context(replaced_outputs(dense, given))
         stack.enter_context(probe)
         with suppress(PassStopped):
             dense(pixel_values=images)
-    return found
+    return found, outputs
 
 
 def select_kept(values: torch.Tensor, layer: FittedLayer) -> torch.Tensor:

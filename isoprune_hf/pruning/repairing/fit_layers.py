@@ -39,8 +39,9 @@ from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
-from isoprune_hf.pruning.repairing.passes import Passes
+from isoprune_hf.pruning.repairing.passes import Images, Passes
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
+from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 from isoprune_hf.terminal import with_bar
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
@@ -83,11 +84,16 @@ def fit_layers(
     """
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
-        passes = Passes(dense, pruned, calibration.batches)
-        images = _count_images(passes, dense.device, calibration.accelerator)
+        images = Images(calibration.batches)
+        count = _count_images(images, dense.device, calibration.accelerator)
         sizes = {layer.name: size_of(layer.module, is_bias_only=is_bias_only) for layer in layers}
-        forms = {layer.name: form_of_fit(sizes[layer.name], images * layer.positions, max_bytes) for layer in layers}
-        outputs_of_dense = DenseOutputs(dense, [layer for layer in layers if forms[layer.name]], passes)
+        forms = {layer.name: form_of_fit(sizes[layer.name], count * layer.positions, max_bytes) for layer in layers}
+        fitted = [layer for layer in layers if forms[layer.name]]
+        of_dense, passes = (
+            Passes(network, images, find_waypoints(network, [layer.name for layer in fitted]))
+            for network in (dense, pruned)
+        )
+        outputs_of_dense = DenseOutputs(of_dense, fitted)
         for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
             form, size = forms[layer.name], sizes[layer.name]
             if form is None:
@@ -97,7 +103,7 @@ def fit_layers(
             wanted = outputs_of_dense.of_next()
             halves = [form.empty(size, pruned.device) for _ in range(2)]
             moments = DenseMoments.empty(size, pruned.device)
-            _add_images(pruned, layer, size, passes, wanted, halves, moments)
+            _add_images(passes, layer, size, wanted, halves, moments)
             for half in halves:
                 half.add_ranks(calibration.accelerator)
             moments.add_ranks(calibration.accelerator)
@@ -109,30 +115,29 @@ def fit_layers(
     return note_left("left as cut by prune.reconstruct", "layer", left)
 
 
-def _count_images(passes: Passes, device: torch.device, accelerator: Accelerator | None) -> int:
+def _count_images(images: Images, device: torch.device, accelerator: Accelerator | None) -> int:
     """Count the images of all ranks.
 
     Raises:
         RecipeError: There is no image.
     """
-    images = sum_over_ranks(torch.tensor(passes.images, device=device), accelerator)
-    require_images(images, "prune.reconstruct")
-    return int(images)
+    count = sum_over_ranks(torch.tensor(images.count, device=device), accelerator)
+    require_images(count, "prune.reconstruct")
+    return int(count)
 
 
 def _add_images(
-    pruned: IsoPruneForImageClassification,
+    passes: Passes,
     layer: FittedLayer,
     size: FitSize,
-    passes: Passes,
     outputs: Sequence[Sequence[DenseOutput]],
     halves: Sequence[Equations],
     moments: DenseMoments,
 ) -> None:
     """Add the rows of both halves of this rank's images to the equations and moments of a layer, in place."""
     for (images, begin), wanted_calls in zip(passes, outputs, strict=True):
-        with begin(pruned):
-            found_calls = observe_calls(pruned, layer, images)
+        with begin():
+            found_calls = observe_calls(passes.network, layer, images)
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
             missing = _missing_output(layer, wanted, found)
             for half, part in pieces_of_halves(layer.window, found.inputs):

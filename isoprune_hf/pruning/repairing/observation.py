@@ -1,6 +1,6 @@
 """Observe one forward pass of a network: what its modules read and return, and when (`observe`)."""
 
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ class Observation(NamedTuple):
     Args:
         starts: Module -> time of its first call, counted in calls and returns of modules, and tensors read.
         ends: Module -> time of its last return.
-        uses: Module -> time at which a function of torch last read what it returned.
+        uses: Module -> time at which a function of torch last read what it returned or what other functions computed
+            from it, unless another module returned that tensor in the meantime.
         sizes: Module that was called once and returned floating-point tensors -> their bytes.
         read: Module -> sums of the tensors that its last call read, by which two passes are compared.
         returned: Module -> sums of the tensors that its last call returned.
@@ -43,6 +44,11 @@ class PassStopped(Exception):
     """Raised by a hook to stop a forward pass early."""
 
 
+def stop_pass() -> None:
+    """Raise PassStopped."""
+    raise PassStopped
+
+
 def observe(
     network: IsoPruneForImageClassification,
     images: torch.Tensor,
@@ -62,25 +68,27 @@ def observe(
     """
     seen = Observation({}, {}, {}, {}, {}, {}, {}, {}, torch.empty(0))
     calls: dict[str, int] = {}
-    writers: MutableMapping[torch.Tensor, list[str]] = weak_tensor_dict()  # tensor -> modules that returned it
+    # Tensor -> the module that returned it last, or the modules from whose outputs functions computed it.
+    sources: MutableMapping[torch.Tensor, frozenset[str]] = weak_tensor_dict()
     clock = count()
 
-    def read(tensor: torch.Tensor) -> None:
-        seen.uses.update(dict.fromkeys(writers.get(tensor, ()), next(clock)))
+    def compute(read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
+        used = frozenset[str]().union(*(sources.get(tensor, ()) for tensor in read))
+        seen.uses.update(dict.fromkeys(used, next(clock)))
+        sources.update(dict.fromkeys(written, used))
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.starts.setdefault(name, next(clock))
         calls[name] = calls.get(name, 0) + 1
-        seen.read[name] = [leaf.sum() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        seen.read[name] = [leaf.sum() for leaf in _tensors_of((args, kwargs))]
 
     def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
         seen.ends[name] = next(clock)
         leaves = tree_leaves(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        sources.update(dict.fromkeys(tensors, frozenset((name,))))
         seen.returned[name] = [leaf.sum() for leaf in tensors]
         seen.blanks[name] = blank_of(output)
-        for tensor in tensors:
-            writers.setdefault(tensor, []).append(name)
         if name in kept:
             seen.outputs[name] = stored(output)
         is_plain = all(leaf.is_floating_point() for leaf in tensors)
@@ -90,13 +98,14 @@ def observe(
             raise PassStopped
 
     handles = []
-    for name, module in network.model.named_modules():
-        if name and (names is None or name in names):
-            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(after, name)))
+    recorded = [name for name, _ in network.model.named_modules() if name] if names is None else names
+    for name in recorded:
+        module = network.model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(partial(after, name)))
     logits = seen.logits
     try:
-        with _Reads(read):
+        with _Functions(compute):
             logits = network(pixel_values=images).logits
     except PassStopped:
         pass
@@ -117,16 +126,16 @@ def stored(output: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
 
 
-class _Reads(TorchFunctionMode):
-    """Reports, within its context, every tensor that a function of torch reads.
+class _Functions(TorchFunctionMode):
+    """Reports, within its context, the tensors that each function of torch reads and returns.
 
     Args:
-        on_read: Called with the tensor.
+        on_call: Called with the tensors that were read, and those that were returned.
     """
 
-    def __init__(self, on_read: Callable[[torch.Tensor], None]):
+    def __init__(self, on_call: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]):
         super().__init__()
-        self._on_read = on_read
+        self._on_call = on_call
 
     def __torch_function__(
         self,
@@ -136,7 +145,10 @@ class _Reads(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self._on_read(leaf)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._on_call(_tensors_of((args, kwargs)), _tensors_of(result))
+        return result
+
+
+def _tensors_of(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

@@ -16,10 +16,12 @@ that the head does not.
 """
 
 import math
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from heapq import nsmallest
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -29,18 +31,27 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.graph.torch_private import tree_map_only
-from isoprune_hf.pruning.repairing.observation import Observation, PassStopped, blank_of, observe, stored
+from isoprune_hf.pruning.repairing.observation import (
+    Observation,
+    PassStopped,
+    blank_of,
+    observe,
+    stop_pass,
+    stored,
+)
+
+_MAX_TESTS = 3  # of candidates between two layers
 
 
 class Waypoint(NamedTuple):
     """A module whose output, with those of some modules before it, is all that the rest of a pass needs.
 
     Args:
-        name: Its path, the same in both networks.
+        name: Its path.
         held: Modules whose outputs are needed: the waypoint itself, and others that ran before it.
         before: The other modules that ran before it, the outermost ones; they need not run again.
         end: Time of its return.
-        size: Bytes of the needed outputs in both networks, for one image.
+        size: Bytes of the needed outputs for one image.
     """
 
     name: str
@@ -50,60 +61,61 @@ class Waypoint(NamedTuple):
     size: int
 
 
-def find_waypoints(
-    dense: IsoPruneForImageClassification, pruned: IsoPruneForImageClassification
-) -> tuple[dict[str, int], list[Waypoint]]:
-    """Find the first calls of the modules of the cut network, and the common waypoints of both, in their order."""
-    _, of_dense = _waypoints_of(dense)
-    starts, of_pruned = _waypoints_of(pruned, among=of_dense)
-    common = [
-        way._replace(size=way.size + of_dense[name].size)
-        for name, way in of_pruned.items()
-        if way.held == of_dense[name].held
-    ]
-    return starts, sorted(common, key=lambda way: way.end)
+class Waypoints(NamedTuple):
+    """The waypoints of a network.
+
+    Args:
+        starts: Module -> time of its first call.
+        ways: The waypoints, in their order.
+    """
+
+    starts: Mapping[str, int]
+    ways: Sequence[Waypoint]
+
+    def before(self, layer: str) -> Iterator[Waypoint]:
+        """Yield the waypoints that end before a layer is called first, the last one first."""
+        start = self.starts.get(layer, -1)
+        return (way for way in reversed(self.ways) if way.end < start)
 
 
-def _waypoints_of(
-    network: IsoPruneForImageClassification, among: Mapping[str, Waypoint] | None = None
-) -> tuple[dict[str, int], dict[str, Waypoint]]:
-    """Find the first calls of modules, and the waypoints; only those of names in `among`, if it is given.
+def find_waypoints(network: IsoPruneForImageClassification, layers: Iterable[str]) -> Waypoints:
+    """Find the last waypoint before each of some layers, after the layer before it.
 
-    The last candidate is tested first. All that comes after a waypoint follows from its outputs, so the test of an
-    earlier candidate ends there: the time of all tests is linear in the depth.
+    Of the modules between two layers the one with the fewest bytes of needed outputs is taken. The last candidate is
+    tested first. All that comes after a waypoint follows from its outputs, so the test of an earlier candidate ends
+    there: the time of all tests is linear in the depth.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, *image_size_of(network), generator=generator).to(network.device)
-    parents = {name for name, module in network.model.named_modules() if name and any(module.children())}
-    names = parents if among is None else parents & among.keys()
-    whole = observe(network, images, kept=parents)
-    ways: dict[str, Waypoint] = {}
-    following: Waypoint | None = None
-    for way in reversed(_candidates(whole, names)):
-        if len(way.held) > 1 and following is not None and way.name.startswith(f"{following.name}."):
-            continue  # to store several outputs in the middle of a block takes more time than it saves
-        if _is_waypoint(network, way, following, images, whole):
-            ways[way.name] = following = way
-    return whole.starts, ways
+    whole = observe(network, images)
+    between = _candidates(whole, sorted({whole.starts[name] for name in layers if name in whole.starts}))
+    kept = {held for ways in between for way in ways for held in way.held}
+    outputs = observe(network, images, kept=kept, names=kept).outputs
+    order = sorted(whole.ends, key=whole.ends.__getitem__)
+    found: list[Waypoint] = []
+    for ways in reversed(between):
+        following = found[-1] if found else None
+        checked = (way for way in ways if _is_waypoint(network, way, following, images, whole, outputs, order))
+        found += islice(checked, 1)
+    return Waypoints(whole.starts, found[::-1])
 
 
-def _candidates(whole: Observation, names: Collection[str]) -> list[Waypoint]:
-    """Return the modules of `names` before which other modules ran, in the order in which they end."""
-    ended = deque(sorted(whole.sizes, key=whole.ends.__getitem__))
+def _candidates(whole: Observation, starts: Sequence[int]) -> list[list[Waypoint]]:
+    """Return the best candidates between each two times, the best one first."""
     outermost: list[str] = []
-    found = []
-    for name in sorted(names & whole.sizes.keys(), key=whole.starts.__getitem__):
-        while whole.ends[ended[0]] < whole.starts[name]:
-            outer = ended.popleft()  # a module ends after its parts
-            outermost = [other for other in outermost if not other.startswith(f"{outer}.")]
-            outermost.append(outer)
-        if outermost:
-            end = whole.ends[name]
-            needed = [other for other in outermost if other in whole.outputs and whole.uses.get(other, -1) > end]
-            before = tuple(other for other in outermost if other not in needed)
+    between: list[list[Waypoint]] = [[] for _ in starts]
+    for name in sorted(whole.sizes, key=whole.ends.__getitem__):
+        end = whole.ends[name]
+        place = bisect(starts, end)  # of the next layer
+        outermost = [other for other in outermost if not other.startswith(f"{name}.")]
+        if 0 < place < len(starts):
+            ran = [other for other in outermost if whole.ends[other] < whole.starts[name]]
+            needed = [other for other in ran if whole.uses.get(other, -1) > end]
+            before = tuple(other for other in ran if other not in needed)
             held = (*needed, name)
-            found.append(Waypoint(name, held, before, end, sum(whole.sizes[other] for other in held)))
-    return sorted(found, key=lambda way: way.end)
+            between[place].append(Waypoint(name, held, before, end, sum(whole.sizes[other] for other in held)))
+        outermost.append(name)
+    return [nsmallest(_MAX_TESTS, ways, key=lambda way: (way.size, -way.end)) for ways in between]
 
 
 def _is_waypoint(
@@ -112,6 +124,8 @@ def _is_waypoint(
     following: Waypoint | None,
     images: torch.Tensor,
     whole: Observation,
+    outputs: Mapping[str, Any],
+    order: Sequence[str],
 ) -> bool:
     """Check whether everything after a candidate is as in a whole pass if nothing before it is computed.
 
@@ -121,11 +135,14 @@ def _is_waypoint(
         following: The next waypoint, with which the check ends; None if there is none.
         images: Images of the whole pass.
         whole: The whole pass.
+        outputs: Module -> its output in the whole pass.
+        order: Modules in the order of their last returns.
     """
     last = None if following is None else following.name
     limit = math.inf if following is None else following.end
-    later = [name for name, end in whole.ends.items() if way.end < end <= limit]
-    given = {name: whole.blanks[name] for name in way.before} | {name: whole.outputs[name] for name in way.held}
+    places = [bisect(order, time, key=whole.ends.__getitem__) for time in (way.end, limit)]
+    later = order[slice(*places)]
+    given = {name: whole.blanks[name] for name in way.before} | {name: outputs[name] for name in way.held}
     try:
         with replaced_outputs(network, given):
             found = observe(network, torch.zeros_like(images), names=frozenset(later), last=last)
@@ -146,27 +163,48 @@ def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) ->
     )
 
 
-def run_until(network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor) -> dict[str, Any]:
-    """Run until the end of a waypoint; return the outputs of the modules that it needs, and blanks for the others."""
+def run_until(
+    network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Run until the end of a waypoint and return its outputs, see `kept_outputs`; images (B, C, H, W)."""
+    with (
+        kept_outputs(network, way, given, stop_pass) as found,
+        replaced_outputs(network, given),
+        suppress(PassStopped),
+    ):
+        network(pixel_values=images)
+    return found
+
+
+@contextmanager
+def kept_outputs(
+    network: IsoPruneForImageClassification, way: Waypoint, given: Mapping[str, Any], on_end: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """Keep, of a pass within the context, the outputs that a waypoint needs, and blanks for the modules before it.
+
+    Args:
+        network: The network.
+        way: The waypoint.
+        given: Module -> the stored output that replaces it in the pass; it is not copied.
+        on_end: Called when the waypoint has returned.
+    """
     found: dict[str, Any] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        found[name] = stored(output) if name in way.held else blank_of(output)
+        if name not in way.held:
+            found[name] = blank_of(output)
+        else:
+            found[name] = given[name] if name in given else stored(output)
         if name == way.name:
-            raise PassStopped
+            on_end()
 
-    handles = [
-        network.model.get_submodule(name).register_forward_hook(partial(keep, name))
-        for name in (*way.before, *way.held)
-    ]
+    names = (*way.before, *way.held)
+    handles = [network.model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
     try:
-        network(pixel_values=images)
-    except PassStopped:
-        pass
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 @contextmanager

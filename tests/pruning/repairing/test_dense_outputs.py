@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.odd_networks import calibration_batches, open_odd
+from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
@@ -16,7 +17,8 @@ from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutputs
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, find_layers, observe_calls
-from isoprune_hf.pruning.repairing.passes import Passes
+from isoprune_hf.pruning.repairing.passes import Images, Passes
+from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 
 Model = IsoPruneForImageClassification
 
@@ -39,7 +41,8 @@ def test_outputs_equal_one_pass_for_each_layer(name: str, max_bytes: int) -> Non
     batches = calibration_batches(3)
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
         layers, _ = find_layers(dense, pruned, masks, {}, {})
-        outputs = DenseOutputs(dense, layers, Passes(dense, pruned, batches), max_bytes)
+        ways = find_waypoints(dense, [layer.name for layer in layers])
+        outputs = DenseOutputs(Passes(dense, Images(batches), ways), layers, max_bytes)
         for layer in layers:
             for (images, _), calls in zip(batches, outputs.of_next(), strict=True):
                 expected = observe_calls(dense, layer, images)
@@ -50,20 +53,20 @@ def test_outputs_equal_one_pass_for_each_layer(name: str, max_bytes: int) -> Non
                     assert call.stream is None or torch.equal(call.stream, kept(other.stream, layer))
 
 
-def test_dense_network_runs_once_for_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, pruned, masks = cut("writes_in_place")  # four layers and no waypoint
+def test_each_layer_of_the_dense_network_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, pruned, masks = cut("writes_in_place")  # four layers
     batches = calibration_batches(3)
-    passes, counts, weights = [], [], []
-    dense.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(len(kwargs["pixel_values"])), with_kwargs=True
-    )
+    ran, counts, weights, convolve = [], [], [], nn.Conv2d.forward
+    convolutions = [part for part in dense.modules() if isinstance(part, nn.Conv2d)]
+    watch = lambda self, x: ran.append((self, len(x))) or convolve(self, x)  # noqa: E731
+    monkeypatch.setattr(nn.Conv2d, "forward", watch)
     for max_bytes in (2**30, 0):
         monkeypatch.setattr(fit_layers, "DenseOutputs", partial(DenseOutputs, max_bytes=max_bytes))
         network = copy.deepcopy(pruned)
         fit_layers.fit_layers(dense, network, masks, Calibration(batches))
         weights.append(network.state_dict())
-        counts.append(passes.count(len(batches[0][0])))
-        passes.clear()
-    assert counts == [len(batches), 4 * len(batches)]
+        counts.append([ran.count((part, len(batches[0][0]))) for part in convolutions])
+        ran.clear()
+    assert counts == [[len(batches)] * len(convolutions)] * 2
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert not torch.equal(weights[0]["model.conv2.weight"], pruned.state_dict()["model.conv2.weight"])

@@ -20,8 +20,9 @@ from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers as fitting
-from isoprune_hf.pruning.repairing.passes import Passes
-from isoprune_hf.pruning.repairing.waypoints import replaced_outputs
+from isoprune_hf.pruning.repairing.layer_calls import find_layers
+from isoprune_hf.pruning.repairing.passes import Images, Passes
+from isoprune_hf.pruning.repairing.waypoints import find_waypoints, replaced_outputs
 
 Model = IsoPruneForImageClassification
 EVERYWHERE = 2**32
@@ -36,7 +37,9 @@ def halved(model: Model) -> tuple[Model, dict[tuple[str, int], np.ndarray]]:
 
 def waypoints_of(model: Model) -> dict[str, tuple[str, ...]]:
     """Return for each waypoint the modules before it whose outputs are needed, too."""
-    ways = Passes(model, copy.deepcopy(model), batches_of(model, [1]))._waypoints
+    with torch.no_grad():
+        layers, _ = find_layers(model, model, {}, {}, {})
+        ways = find_waypoints(model, [layer.name for layer in layers]).ways
     assert all(way.held[-1] == way.name for way in ways)
     return {way.name: way.held[:-1] for way in ways}
 
@@ -77,9 +80,18 @@ def test_fit_from_waypoints_equals_fit_of_whole_passes(
     assert fast < slow
 
 
-def test_blocks_of_a_vit_are_its_waypoints(tmp_path: Path) -> None:
-    expected: dict[str, tuple[str, ...]] = {"blocks.0": (), "blocks.1": (), "blocks": ()}
-    assert waypoints_of(make_base("vit", tmp_path)) == expected
+def test_each_layer_of_a_vit_has_a_waypoint(tmp_path: Path) -> None:
+    assert waypoints_of(make_base("vit", tmp_path)) == {
+        "patch_embed": (),  # before the first qkv
+        "blocks.0.attn.norm": ("norm_pre",),  # before the projection of the heads
+        "blocks.0.drop_path1": ("norm_pre",),  # before fc1: the sum of both is no output of a module
+        "blocks.0.mlp.norm": ("norm_pre", "blocks.0.drop_path1"),  # before fc2
+        "blocks.0": (),
+        "blocks.1.attn.norm": ("blocks.0",),
+        "blocks.1.drop_path1": ("blocks.0",),
+        "blocks.1.mlp.norm": ("blocks.0", "blocks.1.drop_path1"),
+        "head_drop": (),
+    }
 
 
 class Reader(nn.Module):
@@ -100,7 +112,7 @@ class Reader(nn.Module):
             second = second + first
         elif self.reads == "image":
             second = second + pixel_values[:, :1]
-        elif self.reads == "stem":  # the output of a layer is not stored
+        elif self.reads == "stem":
             second = second + x
         elif self.reads == "hidden":  # NaN is hidden, and zeros of the image are not
             second = second + x.nan_to_num(0.5)
@@ -117,11 +129,11 @@ def reader(reads: str, folder: Path) -> Model:
 @pytest.mark.parametrize(
     ("reads", "expected"),
     [
-        ("nothing", {"first": (), "second": (), "third": ()}),
-        ("first", {"first": (), "second": ("first",), "third": ()}),
-        ("stem", {"third": ()}),
+        ("nothing", {"stem": (), "first": (), "second": (), "third": ()}),
+        ("first", {"stem": (), "first": (), "second": ("first",), "third": ()}),
+        ("stem", {"stem": (), "first": ("stem",), "second": ("stem",), "third": ()}),
         ("image", {"third": ()}),
-        ("hidden", {"third": ()}),
+        ("hidden", {"stem": (), "first": ("stem",), "second": ("stem",), "third": ()}),
     ],
 )
 def test_waypoint_needs_all_that_is_read_later(
@@ -165,11 +177,14 @@ def cells(depth: int, folder: Path) -> Model:
 
 
 def test_cells_that_read_two_cells_are_waypoints(tmp_path: Path) -> None:
-    assert waypoints_of(cells(4, tmp_path)) == {
+    assert waypoints_of(cells(3, tmp_path)) == {
+        "stem": (),
+        "cells.0.left": ("stem",),
         "cells.0": ("stem",),
+        "cells.1.left": ("cells.0",),
         "cells.1": ("cells.0",),
-        "cells.2": ("cells.1",),
-        "cells.3": (),
+        "cells.2.left": ("cells.1",),
+        "cells.2": (),
     }
 
 
@@ -193,39 +208,56 @@ def test_fit_of_cells_is_linear_in_depth(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(value, states[2][name]) for name, value in states[3].items())
 
 
-def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, pruned = reader("nothing", tmp_path), reader("nothing", tmp_path)
+def stages_of(model: Model, batches: list, max_bytes: int = EVERYWHERE) -> Passes:
+    """Return passes over a `Reader`, with a waypoint before each layer."""
     with torch.no_grad():
-        pruned.model.first[0].weight.mul_(2)
-    batches = batches_of(dense, [2, 3])
-    passes, ran = Passes(dense, pruned, batches), []
-    names, convolve = {module: name for name, module in pruned.model.named_modules()}, nn.Conv2d.forward
+        ways = find_waypoints(model, ["stem", "first.0", "second.0", "third.0", "head"])
+    return Passes(model, Images(batches), ways, max_bytes)
+
+
+def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reader("nothing", tmp_path)
+    batches = batches_of(model, [2, 3])
+    passes, ran = stages_of(model, batches), []
+    names, convolve = {module: name for name, module in model.model.named_modules()}, nn.Conv2d.forward
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: ran.append(names.get(self)) or convolve(self, x))
     stages = ["stem", "first.0", "second.0", "third.0"]
-    for layer, expected in (("stem", stages), ("third.0", stages[3:]), ("second.0", stages[3:])):
+    for layer, expected in (
+        ("stem", stages),
+        ("second.0", stages[2:]),
+        ("third.0", stages[3:]),
+        ("first.0", stages[3:]),
+    ):
         with torch.no_grad():
             passes.reach(layer)
             for (images, _), (begun, begin) in zip(batches, passes, strict=True):
                 assert begun.shape == images.shape
-                for network in (dense, pruned):
-                    wanted = network(pixel_values=images).logits
-                    ran.clear()
-                    with begin(network):
-                        assert torch.equal(network(pixel_values=begun).logits, wanted)
+                wanted = model(pixel_values=images).logits
+                ran.clear()
+                with begin():
+                    assert torch.equal(model(pixel_values=begun).logits, wanted)
                 assert ran == expected
 
 
 def test_outputs_above_the_byte_limit_are_not_stored(tmp_path: Path) -> None:
-    model = reader(
-        "nothing", tmp_path
-    )  # outputs of a stage for one image: 4 channels of 8 x 8 in float32, in two networks
+    model = reader("nothing", tmp_path)
     batches = batches_of(model, [2, 3])
-    size = 5 * 2 * 4 * 8 * 8 * 4
+    size = 5 * 4 * 8 * 8 * 4  # outputs of a stage: 4 channels of 8 x 8 in float32
     for allowed, starts in ((size, "first"), (size - 1, None)):
-        passes = Passes(model, copy.deepcopy(model), batches, allowed)
+        passes = stages_of(model, batches, allowed)
         with torch.no_grad():
             passes.reach("second.0")
         assert (passes._current and passes._current.name) == starts
+
+
+def test_output_that_is_still_needed_is_stored_once(tmp_path: Path) -> None:
+    model = reader("stem", tmp_path)
+    passes = stages_of(model, batches_of(model, [2]))
+    with torch.no_grad():
+        passes.reach("first.0")
+        stem = passes._held[0].outputs["stem"]
+        passes.reach("second.0")
+    assert passes._held[0].outputs["stem"] is stem
 
 
 class UnreadTokens(nn.Module):
@@ -251,9 +283,9 @@ def tiny_unread_tokens(num_classes: int = 5, **_: object) -> nn.Module:
     return net
 
 
-def test_module_with_other_readers_is_no_waypoint() -> None:
+def test_tokens_that_only_a_layer_reads_are_needed() -> None:
     model = make_timm("tiny_unread_tokens", 32).eval()
-    assert waypoints_of(model) == {"early": ()}
+    assert waypoints_of(model) == {"stem": (), "early": (), "block": ("early",), "last": ("block",)}
 
 
 def test_search_for_waypoints_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +298,6 @@ def test_search_for_waypoints_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch
         linear = nn.Linear.forward
         with monkeypatch.context() as patch:
             patch.setattr(nn.Linear, "forward", lambda self, x: calls.append(1) or linear(self, x))  # noqa: B023
-            assert [*waypoints_of(model.eval())][-2:] == [f"blocks.{depth - 1}", "blocks"]
+            assert [*waypoints_of(model.eval())][-2:] == [f"blocks.{depth - 1}.mlp.norm", "head_drop"]
         counts.append(len(calls))
     assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
