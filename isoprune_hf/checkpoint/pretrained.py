@@ -13,6 +13,7 @@ Private names of transformers that are used here and in no other module (as of 5
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,12 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         if init_buffers is not None and module._non_persistent_buffers_set:
             init_buffers()
 
-    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]  # as TimmWrapper does
-        """Return the module that embeds the patches; None for bases of timm and torchvision, as in TimmWrapper."""
-        return self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds the image: that of the base's class, or the first layer if there is none."""
+        if isinstance(self.model, PreTrainedModel):
+            with suppress(NotImplementedError):  # ResNet's
+                return self.model.get_input_embeddings()
+        return next(module for module in self.model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         set_in_timm = getattr(self.model, "set_grad_checkpointing", None)
