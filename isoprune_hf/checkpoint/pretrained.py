@@ -32,7 +32,7 @@ _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
 _MODULES = ("meta", "dense", "transfer", "difference", "image_processor", "outputs", "pretrained", "modeling_isoprune")
-PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in _MODULES))
+PARTS = ("errors.py", "checkpoint/needed.py", *(f"checkpoint/{name}.py" for name in _MODULES))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless
 # preprocessor_config.json names another type.
 AUTO_CLASSES = {

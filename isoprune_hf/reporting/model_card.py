@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.plan import PLAN_FILE
@@ -87,6 +88,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         timings=benchmark_table(speed["benchmark"]) if speed.get("benchmark") else [],
         hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
         versions=_list_versions(),
+        transformers_needed=NEEDED,
         show=_show,
     )
     return card
