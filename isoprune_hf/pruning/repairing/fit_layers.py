@@ -22,7 +22,10 @@ Source:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +33,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutput, DenseOutputs
 from isoprune_hf.pruning.repairing.equations import Equations
-from isoprune_hf.pruning.repairing.fitted_rows import FitSize, pieces_of_halves, rows_of, size_of
+from isoprune_hf.pruning.repairing.fitted_rows import pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
 from isoprune_hf.pruning.repairing.passes import Images, Passes
@@ -51,6 +54,18 @@ _NOT_FINITE = "their fits are not finite"
 _NO_BIAS = "only a bias could be fitted, and they have none"
 
 
+class Trial(NamedTuple):
+    """A copy of a cut network that is fitted without some of the images, to be judged by them.
+
+    Args:
+        network: The copy, which is changed.
+        left_out: This rank's micro-batches of these images: images (B, C, H, W), labels (B,).
+    """
+
+    network: IsoPruneForImageClassification
+    left_out: Batches
+
+
 def fit_layers(
     dense: IsoPruneForImageClassification,
     pruned: IsoPruneForImageClassification,
@@ -61,6 +76,7 @@ def fit_layers(
     factors: Mapping[str, torch.Tensor] | None = None,
     is_bias_only: bool = False,
     max_bytes: int = _MAX_BYTES,
+    trial: Trial | None = None,
 ) -> tuple[str, ...]:
     """Fit the layers of a cut network, in place, to those of the dense one.
 
@@ -68,13 +84,13 @@ def fit_layers(
         dense: The network before the cut; left untouched.
         pruned: The cut network.
         masks: (parameter, dim) -> which of its elements were kept.
-        calibration: Images. There is one pass of the cut network for each layer, which starts at the last waypoint
-            before it; its equations are reduced over ranks once for every layer.
+        calibration: Images. The equations of a layer are reduced over ranks once.
         outputs: Layer -> for each call, dim of its output -> which of its elements were kept. Without it, a layer is
             left as it was cut if other dims than that of its channels became smaller.
         factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
         is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
         max_bytes: Largest number of bytes of the equations of a layer and their solution.
+        trial: A copy of the cut network that is fitted as well, but without some of the images.
 
     Returns:
         A note on the layers that were left as they were cut.
@@ -82,32 +98,29 @@ def fit_layers(
     Raises:
         RecipeError: There is no image.
     """
-    with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
+    networks = [pruned] if trial is None else [trial.network, pruned]
+    with ExitStack() as modes:
+        for network in (dense, *networks):
+            modes.enter_context(scoring_mode(network, requires_grad=False))
+        modes.enter_context(torch.no_grad())
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
-        images = Images(calibration.batches)
-        count = _count_images(images, dense.device, calibration.accelerator)
+        images = Images([pixels for pixels, _ in calibration.batches])
+        parts = [images] if trial is None else [images, images + Images([pixels for pixels, _ in trial.left_out])]
+        count = _count_images(parts[-1], dense.device, calibration.accelerator)
         sizes = {layer.name: size_of(layer.module, is_bias_only=is_bias_only) for layer in layers}
         forms = {layer.name: form_of_fit(sizes[layer.name], count * layer.positions, max_bytes) for layer in layers}
         fitted = [layer for layer in layers if forms[layer.name]]
-        of_dense, passes = (
-            Passes(network, images, find_waypoints(network, [layer.name for layer in fitted]))
-            for network in (dense, pruned)
-        )
-        outputs_of_dense = DenseOutputs(of_dense, fitted)
+        find = partial(find_waypoints, layers=[layer.name for layer in fitted])
+        wanted = DenseOutputs(Passes(dense, parts[-1], partial(find, dense)), fitted)
+        ways = cache(partial(find, pruned))  # those of its copy are the same
+        fits = [Passes(network, part, ways) for network, part in zip(networks, parts, strict=True)]
         for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
-            form, size = forms[layer.name], sizes[layer.name]
+            form = forms[layer.name]
             if form is None:
                 left.setdefault(_TOO_LARGE, []).append(layer.name)
                 continue
-            passes.reach(layer.name)
-            wanted = outputs_of_dense.of_next()
-            halves = [form.empty(size, pruned.device) for _ in range(2)]
-            moments = DenseMoments.empty(size, pruned.device)
-            _add_images(passes, layer, size, wanted, halves, moments)
-            for half in halves:
-                half.add_ranks(calibration.accelerator)
-            moments.add_ranks(calibration.accelerator)
-            reason = _fit(layer, *halves, moments=moments, is_bias_only=is_bias_only)
+            equations = partial(form.empty, sizes[layer.name], pruned.device)
+            reason = _fit_networks(layer, fits, wanted.of_next(), equations, calibration.accelerator, is_bias_only)
             if reason is not None:
                 left.setdefault(reason, []).append(layer.name)
     if not layers and not left:
@@ -126,16 +139,46 @@ def _count_images(images: Images, device: torch.device, accelerator: Accelerator
     return int(count)
 
 
+def _fit_networks(
+    layer: FittedLayer,
+    fits: Sequence[Passes],
+    wanted: Sequence[Sequence[DenseOutput]],
+    equations: Callable[[], Equations],
+    accelerator: Accelerator | None,
+    is_bias_only: bool,
+) -> str | None:
+    """Fit a layer of several copies of a network, in place; the ridge is that of the first one.
+
+    Returns:
+        The reason if the layer of the last one is left as it was cut.
+    """
+    reason: str | None = None
+    for number, passes in enumerate(fits):
+        passes.reach(layer.name)
+        own = layer.in_network(passes.network)
+        halves = [equations() for _ in range(2)]
+        moments = DenseMoments.empty(size_of(own.module, is_bias_only=is_bias_only), passes.network.device)
+        _add_images(passes, own, wanted, halves, moments, is_bias_only)
+        for half in halves:
+            half.add_ranks(accelerator)
+        moments.add_ranks(accelerator)
+        if number == 0:
+            ridge = _choose_ridge(own, *halves, is_bias_only=is_bias_only)
+        reason = _fit(passes.network, own, *halves, moments=moments, ridge=ridge)
+    return reason
+
+
 def _add_images(
     passes: Passes,
     layer: FittedLayer,
-    size: FitSize,
     outputs: Sequence[Sequence[DenseOutput]],
     halves: Sequence[Equations],
     moments: DenseMoments,
+    is_bias_only: bool,
 ) -> None:
     """Add the rows of both halves of this rank's images to the equations and moments of a layer, in place."""
-    for (images, begin), wanted_calls in zip(passes, outputs, strict=True):
+    size = size_of(layer.module, is_bias_only=is_bias_only)
+    for (images, begin), wanted_calls in zip(passes, outputs, strict=False):  # there may be more outputs than images
         with begin():
             found_calls = observe_calls(passes.network, layer, images)
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
@@ -154,8 +197,26 @@ def _add_images(
                 moments.add(rows)
 
 
+def _choose_ridge(layer: FittedLayer, first: Equations, second: Equations, *, is_bias_only: bool) -> float | None:
+    """Return the ridge for a layer; None if the layer is best left as it was cut."""
+    if _is_negligible(first, second):
+        return None
+    return math.inf if is_bias_only else choose_ridge(first, second, has_shift=layer.has_shift)
+
+
+def _is_negligible(first: Equations, second: Equations) -> bool:
+    energy, residual, _ = first.totals + second.totals
+    return bool(residual <= _NEGLIGIBLE_RESIDUAL_SHARE * energy)
+
+
 def _fit(
-    layer: FittedLayer, first: Equations, second: Equations, *, moments: DenseMoments, is_bias_only: bool
+    pruned: IsoPruneForImageClassification,
+    layer: FittedLayer,
+    first: Equations,
+    second: Equations,
+    *,
+    moments: DenseMoments,
+    ridge: float | None,
 ) -> str | None:
     """Fit one layer, in place, to both halves of the images of all ranks; the first half absorbs the second one.
 
@@ -164,24 +225,21 @@ def _fit(
     Returns:
         The reason if the layer is left as it was cut.
     """
-    energy, residual, _ = first.totals + second.totals
-    if residual <= _NEGLIGIBLE_RESIDUAL_SHARE * energy:
+    if _is_negligible(first, second):
         return None
     if not (first.is_finite() and second.is_finite()):
         return _NOT_FINITE
-    has_shift = layer.module.bias is not None or layer.norm is not None
-    ridge = math.inf if is_bias_only else choose_ridge(first, second, has_shift=has_shift)
     if ridge is None:
         return None
-    if math.isinf(ridge) and not has_shift:
+    if math.isinf(ridge) and not layer.has_shift:
         return _NO_BIAS
     first.absorb(second)
-    change = first.solve(ridge, has_shift=has_shift)
-    if not (layer.is_added or math.isinf(ridge) or isinstance(layer.module, nn.LayerNorm)) and has_shift:
+    change = first.solve(ridge, has_shift=layer.has_shift)
+    if not (layer.is_added or math.isinf(ridge) or isinstance(layer.module, nn.LayerNorm)) and layer.has_shift:
         match_variance(change, _grouped_weights(layer.module, change), first, moments)
     if not change.to(layer.module.weight.dtype).isfinite().all():
         return _NOT_FINITE
-    _apply_change(layer, change)
+    _apply_change(pruned, layer, change)
     return None
 
 
@@ -206,7 +264,7 @@ def _missing_output(layer: FittedLayer, wanted: DenseOutput, found: LayerCall) -
     return missing + (wanted.stream - found.stream)
 
 
-def _apply_change(layer: FittedLayer, change: torch.Tensor) -> None:
+def _apply_change(pruned: IsoPruneForImageClassification, layer: FittedLayer, change: torch.Tensor) -> None:
     """Add the solution of a fit to weights and biases, in place: (G, F + 1, O), or only its last row."""
     module = layer.module
     has_weights = change.shape[1] > 1
@@ -221,5 +279,5 @@ def _apply_change(layer: FittedLayer, change: torch.Tensor) -> None:
     if module.bias is not None:
         module.bias.add_(shift.to(module.bias.dtype))
     elif layer.norm is not None:  # the BatchNorm subtracts its mean
-        mean = layer.norm.get_buffer("running_mean")
+        mean = pruned.model.get_buffer(f"{layer.norm}.running_mean")
         mean.sub_(shift.to(mean.dtype))

@@ -40,7 +40,7 @@ class FittedLayer(NamedTuple):
         kept: Indices of the dense layer's outputs that were kept; None if none was removed.
         rows: Another dim of its outputs -> indices that were kept there, as of a linear that runs over tokens.
         factor: Factors for the dense outputs: one number for each that was kept.
-        norm: The BatchNorm after a layer without a bias.
+        norm: Path of the BatchNorm after a layer without a bias.
         is_added: Its output is added to another tensor, as that of a residual branch.
     """
 
@@ -53,8 +53,17 @@ class FittedLayer(NamedTuple):
     kept: torch.Tensor | None
     rows: Mapping[int, torch.Tensor]
     factor: torch.Tensor | None
-    norm: nn.Module | None
+    norm: str | None
     is_added: bool
+
+    @property
+    def has_shift(self) -> bool:
+        """Return whether the mean of the outputs can be changed."""
+        return self.module.bias is not None or self.norm is not None
+
+    def in_network(self, network: IsoPruneForImageClassification) -> "FittedLayer":
+        """Return the same layer of a copy of the cut network."""
+        return self._replace(module=network.model.get_submodule(self.name))
 
 
 class LayerCall(NamedTuple):
@@ -159,13 +168,13 @@ class _Watched(NamedTuple):
         shapes: Layer -> shapes of its outputs, in the order of its calls.
         windows: Layer whose outputs are those of `linear` or `conv2d` with its own weight, or that is a LayerNorm ->
             settings of the convolution.
-        norms: Layer -> the BatchNorm that reads its output.
+        norms: Layer -> path of the BatchNorm that reads its output.
         added: Layers of which the output of a call is added to another tensor.
     """
 
     shapes: dict[str, list[torch.Size]]
     windows: dict[str, Window | None]
-    norms: dict[str, nn.Module]
+    norms: dict[str, str]
     added: set[str]
 
 
@@ -186,16 +195,16 @@ def _watch_calls(network: IsoPruneForImageClassification, images: torch.Tensor) 
             others.add(name)
         probe.follow(output, lambda _: watched.added.add(name))
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = first_tensor(args, kwargs)
         if id(x) in written:
-            watched.norms[written[id(x)][1]] = module
+            watched.norms[written[id(x)][1]] = name
 
     handles = []
     layers = []
     for name, module in network.model.named_modules():
         if isinstance(module, BatchNorm) and module.running_mean is not None:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
         elif isinstance(module, (nn.Linear, ConvNd, nn.LayerNorm)):
             layers.append(module)
             handles.append(module.register_forward_hook(partial(after, name)))

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Batches
 from isoprune_hf.pruning.repairing.waypoints import Waypoint, Waypoints, replaced_outputs, run_until
 
-MAX_BYTES = 2**32  # of stored images, and of stored outputs of each network, on each rank
+MAX_BYTES = 2**32  # of stored outputs of each network, on each rank
 
 Begin = Callable[[], AbstractContextManager[None]]
 
@@ -33,32 +32,18 @@ class HeldBatch(NamedTuple):
 
 
 class Images:
-    """The images of all micro-batches of this rank, read once if they fit into memory.
+    """Micro-batches of images (B, C, H, W), in memory.
 
     Args:
-        batches: Images (B, C, H, W), labels (B,).
-        max_bytes: Largest number of bytes of stored images.
-
-    Attributes:
-        count: Number of images.
+        parts: The micro-batches.
     """
 
-    def __init__(self, batches: Batches, max_bytes: int = MAX_BYTES):
-        self._batches = batches
-        self._stored: list[torch.Tensor] | None = []
-        self.count = size = 0
-        for pixels, _ in batches:
-            self.count += len(pixels)
-            size += pixels.nbytes
-            if size > max_bytes:
-                self._stored = None
-            elif self._stored is not None:
-                self._stored.append(pixels)
+    def __init__(self, parts: Sequence[torch.Tensor]):
+        self.parts = parts
+        self.count = sum(len(pixels) for pixels in parts)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        if self._stored is not None:
-            return iter(self._stored)
-        return (pixels for pixels, _ in self._batches)
+    def __add__(self, other: "Images") -> "Images":
+        return Images([*self.parts, *other.parts])
 
 
 class Passes:
@@ -70,7 +55,7 @@ class Passes:
     Args:
         network: The network.
         images: The images.
-        waypoints: Its waypoints.
+        find: Finds its waypoints; called once one is needed.
         max_bytes: Largest number of bytes of stored outputs.
     """
 
@@ -78,11 +63,11 @@ class Passes:
         self,
         network: IsoPruneForImageClassification,
         images: Images,
-        waypoints: Waypoints,
+        find: Callable[[], Waypoints],
         max_bytes: int = MAX_BYTES,
     ):
         self.network, self.images = network, images
-        self._waypoints, self._max_bytes = waypoints, max_bytes
+        self._find, self._max_bytes = find, max_bytes
         self._current: Waypoint | None = None
         self._held: list[HeldBatch] = []
 
@@ -94,7 +79,7 @@ class Passes:
         """Yield the images of each micro-batch with the stored outputs, by module."""
         device = self.network.device
         if self._current is None:
-            yield from ((pixels.to(device), {}) for pixels in self.images)
+            yield from ((pixels.to(device), {}) for pixels in self.images.parts)
         for held in self._held:
             yield torch.zeros_like(held.images, device=device), held.outputs
 
@@ -110,7 +95,7 @@ class Passes:
     def way_before(self, layer: str) -> Waypoint | None:
         """Return the waypoint that `reach` starts at; None if it is the one that was reached last."""
         past = -1 if self._current is None else self._current.end
-        ways = (way for way in self._waypoints.before(layer) if way.end > past)
+        ways = (way for way in self._find().before(layer) if way.end > past)
         return next((way for way in ways if way.size * self.images.count <= self._max_bytes), None)
 
     def start_at(self, way: Waypoint, outputs: Sequence[Mapping[str, Any]]) -> None:

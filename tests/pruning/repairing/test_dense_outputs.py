@@ -41,8 +41,8 @@ def test_outputs_equal_one_pass_for_each_layer(name: str, max_bytes: int) -> Non
     batches = calibration_batches(3)
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
         layers, _ = find_layers(dense, pruned, masks, {}, {})
-        ways = find_waypoints(dense, [layer.name for layer in layers])
-        outputs = DenseOutputs(Passes(dense, Images(batches), ways), layers, max_bytes)
+        find = partial(find_waypoints, dense, [layer.name for layer in layers])
+        outputs = DenseOutputs(Passes(dense, Images([images for images, _ in batches]), find), layers, max_bytes)
         for layer in layers:
             for (images, _), calls in zip(batches, outputs.of_next(), strict=True):
                 expected = observe_calls(dense, layer, images)

@@ -15,6 +15,8 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.repairing import fit_layers as fit_layers_module
+from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.judging import SCALES, Judge, hold_out
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs import least_squares
@@ -129,8 +131,10 @@ def test_repair_that_does_worse_is_not_kept(best: str, tmp_path: Path, monkeypat
                 buffer.add_(100)
     expected = copy.deepcopy(task.pruned)
 
-    def damage(dense: Model, pruned: Model, *args: object, **kwargs: object) -> tuple[str, ...]:
-        for parameter in pruned.parameters():
+    def damage(
+        dense: Model, pruned: Model, *args: object, trial: fit_layers_module.Trial, **kwargs: object
+    ) -> tuple[str, ...]:
+        for parameter in (*pruned.parameters(), *trial.network.parameters()):
             torch.nn.init.normal_(parameter)
         return ("a note about layers",)
 
@@ -169,23 +173,55 @@ def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
     assert after.scale == pytest.approx(1, abs=0.5)
 
 
-def test_kept_fit_is_repeated_on_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_that_is_judged_sees_no_held_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("vit", tmp_path)
-    cut = copy.deepcopy(task.pruned.state_dict())
-    target = copy.deepcopy(task.pruned)
-    least_squares.fit_layers(task.dense, target, task.masks, task.calibration)
-    begun: list[tuple[int, bool]] = []
-    fit_layers = least_squares.fit_layers
+    alone = copy.deepcopy(task.pruned)
+    fitted, _ = hold_out(task.calibration)
+    least_squares.fit_layers(task.dense, alone, task.masks, fitted)
+    judged: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(least_squares, "Judge", lambda *args: Recorder(judged, Judge(*args)))
+    assert least_squares.LeastSquaresRepair().repair(task) == ()
+    found = judged[-1]
+    assert all(torch.equal(value, found[name]) for name, value in alone.state_dict().items())
+    assert not all(torch.equal(value, found[name]) for name, value in task.pruned.state_dict().items())
 
-    def record(dense: Model, pruned: Model, masks: object, calibration: Calibration, **kwargs: object) -> object:
-        images = sum(len(labels) for _, labels in calibration.batches)
-        is_cut = all(torch.equal(value, cut[name]) for name, value in pruned.state_dict().items())
-        begun.append((images, is_cut))
-        return fit_layers(dense, pruned, masks, calibration)
 
-    monkeypatch.setattr(least_squares, "fit_layers", record)
+class Recorder:
+    """A judge that records the weights that it is shown."""
+
+    def __init__(self, judged: list[dict[str, torch.Tensor]], judge: Judge):
+        self.judged, self.judge, self.images = judged, judge, judge.images
+
+    def compare(self, pruned: Model) -> object:
+        self.judged.append(copy.deepcopy(pruned.state_dict()))
+        return self.judge.compare(pruned)
+
+
+def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("vit", tmp_path)
+    alone = copy.deepcopy(task.pruned)
+    parts = [[*part.batches] for part in hold_out(task.calibration)]
+    ridge = 0.3  # which is otherwise chosen without the held-out images
+    monkeypatch.setattr(fit_layers_module, "choose_ridge", lambda *args, **kwargs: ridge)
+    least_squares.fit_layers(task.dense, alone, task.masks, Calibration([*parts[0], *parts[1]]))
     monkeypatch.setattr(least_squares, "scale_logits", lambda *args: True)
     assert least_squares.LeastSquaresRepair().repair(task) == ()
-    assert begun == [(16, True), (20, True)]
     found = task.pruned.state_dict()
-    assert all(torch.equal(value, found[name]) for name, value in target.state_dict().items())
+    assert all(torch.equal(value, found[name]) for name, value in alone.state_dict().items())
+
+
+def test_ridge_is_chosen_once_without_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("vit", tmp_path)
+    rows: list[float] = []
+
+    def choose(first: Equations, second: Equations, **kwargs: bool) -> float:
+        rows.append(float(first.totals[-1] + second.totals[-1]))
+        return 0.3
+
+    monkeypatch.setattr(fit_layers_module, "choose_ridge", choose)
+    fitted, held = hold_out(task.calibration)
+    trial = fit_layers_module.Trial(copy.deepcopy(task.pruned), held.batches)
+    least_squares.fit_layers(task.dense, task.pruned, task.masks, fitted, trial=trial)
+    names = [module for module in task.pruned.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(rows) >= len(names)
+    assert all(count % 16 == 0 for count in rows)  # 16 of 20 images, each with the same number of rows

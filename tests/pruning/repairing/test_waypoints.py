@@ -210,9 +210,9 @@ def test_fit_of_cells_is_linear_in_depth(tmp_path: Path, monkeypatch: pytest.Mon
 
 def stages_of(model: Model, batches: list, max_bytes: int = EVERYWHERE) -> Passes:
     """Return passes over a `Reader`, with a waypoint before each layer."""
-    with torch.no_grad():
-        ways = find_waypoints(model, ["stem", "first.0", "second.0", "third.0", "head"])
-    return Passes(model, Images(batches), ways, max_bytes)
+    layers = ["stem", "first.0", "second.0", "third.0", "head"]
+    find = functools.cache(functools.partial(find_waypoints, model, layers))
+    return Passes(model, Images([images for images, _ in batches]), find, max_bytes)
 
 
 def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

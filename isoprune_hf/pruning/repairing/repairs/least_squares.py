@@ -4,8 +4,9 @@ import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm
-from isoprune_hf.pruning.repairing.fit_layers import fit_layers
+from isoprune_hf.pruning.repairing.fit_layers import Trial, fit_layers
 from isoprune_hf.pruning.repairing.judging import NEGLIGIBLE, Judge, Judgement, hold_out
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
@@ -18,8 +19,8 @@ class LeastSquaresRepair:
     """Fit weights and biases of layers (see `fit_layers`), unless a simpler repair does better.
 
     Part of the images is held out. The fit, new statistics of BatchNorm and the cut as it is are compared with the
-    dense network on these images, and the nearest one is kept, done again with all images; its logits are scaled
-    around their mean to match.
+    dense network on these images, and the nearest one is kept, with all images; its logits are scaled around their
+    mean to match. Both fits, to most of the images and to all, are made layer by layer side by side.
 
     Source:
         He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
@@ -33,24 +34,24 @@ class LeastSquaresRepair:
         fitted, held = hold_out(task.calibration)
         judge = Judge(task.dense, held)
         if not judge.images:
-            return _fit(task, task.calibration)
+            return _fit(task, task.calibration, None)
         before = _state(task.pruned)
         found = {"none": judge.compare(task.pruned)}
         if any(isinstance(module, BatchNorm) for module in task.pruned.modules()):
             recalibrate_batchnorm(task.pruned, fitted)
             found["bn"] = judge.compare(task.pruned)
             _restore(task.pruned, before)
-        notes = _fit(task, fitted)
-        found["least_squares"] = judge.compare(task.pruned)
+        trial = Trial(
+            copy_modules(task.pruned, lambda tensor: replace_tensor(tensor, tensor.detach().clone())), held.batches
+        )
+        notes = _fit(task, fitted, trial)
+        found["least_squares"] = judge.compare(trial.network)
         best = min(reversed(found), key=lambda name: max(found[name].divergence, NEGLIGIBLE))
         if best != "least_squares":
             _restore(task.pruned, before)
             notes = (_describe_choice(best, found, judge.images),)
         if best == "bn":
             notes += recalibrate_batchnorm(task.pruned, task.calibration)
-        elif best == "least_squares":
-            _restore(task.pruned, before)
-            notes = _fit(task, task.calibration)
         if not scale_logits(task.pruned, found[best].scale, found[best].center):
             notes += (
                 f"the logits are not scaled by {found[best].scale:.3g}: no single layer with a bias computes them",
@@ -58,8 +59,16 @@ class LeastSquaresRepair:
         return notes
 
 
-def _fit(task: RepairTask, calibration: Calibration) -> tuple[str, ...]:
-    return fit_layers(task.dense, task.pruned, task.masks, calibration, outputs=task.outputs, factors=task.factors)
+def _fit(task: RepairTask, calibration: Calibration, trial: Trial | None) -> tuple[str, ...]:
+    return fit_layers(
+        task.dense,
+        task.pruned,
+        task.masks,
+        calibration,
+        outputs=task.outputs,
+        factors=task.factors,
+        trial=trial,
+    )
 
 
 def _state(model: IsoPruneForImageClassification) -> State:
