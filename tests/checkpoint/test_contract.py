@@ -216,8 +216,9 @@ def test_feature_pipeline_opens_pruned_folder(pruned) -> None:
     assert features.shape == (1, 17, sample.model.model.norm.weight.numel())
 
 
-def test_saving_takes_the_arguments_of_transformers(pruned, tmp_path: Path) -> None:
-    sample = pruned("vit")
+@pytest.mark.parametrize("family", ["vit", "hf-vit", "mobilenet_v2"])
+def test_saving_takes_the_arguments_of_transformers(family: str, pruned, tmp_path: Path) -> None:
+    sample = pruned(family)
     sample.model.save_pretrained(tmp_path / "no", False)
     assert not (tmp_path / "no" / "model.safetensors").exists()
     sample.model.save_pretrained(tmp_path / "shards", True, None, False, "30KB", variant="fp32")
@@ -226,8 +227,9 @@ def test_saving_takes_the_arguments_of_transformers(pruned, tmp_path: Path) -> N
     assert torch.equal(logits(model, sample.images), sample.logits)
 
 
-def test_replica_of_data_parallel_gives_the_same_logits(pruned) -> None:
-    sample = pruned("vit")
+@pytest.mark.parametrize("family", ["vit", "hf-vit", "mobilenet_v2"])
+def test_replica_of_data_parallel_gives_the_same_logits(family: str, pruned) -> None:
+    sample = pruned(family)
     replica = copy.deepcopy(sample.model)
     for module in list(replica.modules()):  # as torch.nn.parallel.replicate leaves the modules of a replica
         module._former_parameters = dict(module._parameters)
@@ -238,7 +240,7 @@ def test_replica_of_data_parallel_gives_the_same_logits(pruned) -> None:
     assert torch.equal(logits(replica, sample.images.double()), sample.logits)
 
 
-@pytest.mark.parametrize("family", ["vit", "hf-vit"])
+@pytest.mark.parametrize("family", ["vit", "hf-vit", "mobilenet_v2"])
 def test_model_survives_pickle_of_a_process(family: str, pruned) -> None:
     sample = pruned(family)
     again = pickle.loads(pickle.dumps(sample.model))

@@ -123,6 +123,8 @@ def prepare(name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
     places = {"README.md": "output/digits/model", "migrating.md": "output/finetuned/deit_4.2g"}
     if name in places:
         shutil.copytree(pruned("deit").folder, folder / places[name])
+    if name == "transformers.md":
+        shutil.copytree(pruned("vit").folder, folder / "output" / "digits" / "model")
     if name == "layouts.md":
         processor = load_base(TIMM["vit"][0], False, model_args=TIMM["vit"][1]).processor
         recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, layout="uniform")
