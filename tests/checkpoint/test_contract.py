@@ -221,7 +221,7 @@ def test_saving_takes_the_arguments_of_transformers(family: str, pruned, tmp_pat
     sample = pruned(family)
     sample.model.save_pretrained(tmp_path / "no", False)
     assert not (tmp_path / "no" / "model.safetensors").exists()
-    sample.model.save_pretrained(tmp_path / "shards", True, None, False, "30KB", variant="fp32")
+    sample.model.save_pretrained(tmp_path / "shards", True, None, False, "10KB", variant="fp32")
     assert len(list((tmp_path / "shards").glob("model.fp32-*.safetensors"))) > 1
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "shards", variant="fp32")
     assert torch.equal(logits(model, sample.images), sample.logits)
