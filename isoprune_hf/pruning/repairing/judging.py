@@ -1,11 +1,11 @@
-"""Judge a cut network by images that its repair did not see: `hold_out` sets them aside, `Judge` compares logits.
+"""Judge a cut network by images that its repair did not see: `split_images` sets them aside, `Judge` compares logits.
 
 The measure is the mean Kullback-Leibler divergence of the dense network's probabilities from those of the cut one, at
 the scale of the logits around their mean that suits the cut one best: a ridge pulls outputs towards their mean. Labels
 are not used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +18,22 @@ from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ran
 # The scales of logits that are compared: a repaired network is less confident than the dense one.
 SCALES = tuple(2 ** (step / 8) for step in range(-8, 33))
 _HELD_OUT = 5  # one of so many images of each micro-batch
+_FEW = 64  # images: a fifth of fewer is too small a sample
 NEGLIGIBLE = 1e-8  # nats: smaller differences between divergences are those of rounding
+
+
+class Divergences(NamedTuple):
+    """Sums over images that a cut network was compared on.
+
+    Args:
+        sums: Divergences at each of `SCALES`, and the squares of their differences from that at scale 1, (2, scales).
+        logits: Logits of the cut network, (classes,).
+        images: Number of images of all ranks.
+    """
+
+    sums: torch.Tensor
+    logits: torch.Tensor
+    images: int
 
 
 class Judgement(NamedTuple):
@@ -38,26 +53,45 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One part of every micro-batch: the images before the held-out ones, or these."""
+    """One part of every micro-batch: its last images, one of so many, or those before them."""
 
     batches: Batches
-    is_held_out: bool
+    one_of: int
+    is_last: bool
 
     def __iter__(self) -> Iterator[Batch]:
         for images, labels in self.batches:
-            first = len(images) - len(images) // _HELD_OUT
-            part = slice(first, None) if self.is_held_out else slice(first)
+            first = len(images) - len(images) // self.one_of
+            part = slice(first, None) if self.is_last else slice(first)
             if len(images[part]):
                 yield images[part], labels[part]
 
 
-def hold_out(calibration: Calibration) -> tuple[Calibration, Calibration]:
-    """Split the images of each micro-batch: most of them for a repair, every fifth to judge it.
+def split_images(calibration: Calibration, device: torch.device) -> tuple[tuple[Calibration, Calibration], ...]:
+    """Split the images of each micro-batch into those for a repair and those that judge it.
 
-    A micro-batch of fewer than five images is not split. The split does not depend on which rank has a micro-batch.
+    Every fifth of many images judges. Of fewer than 64, each half judges a repair with the other half, so that all of
+    them judge. A micro-batch of fewer images than parts is not split, and the split does not depend on which rank has
+    a micro-batch.
+
+    Args:
+        calibration: The images; every rank has its own.
+        device: The device of sums over ranks.
+
+    Returns:
+        A pair for each repair; none if no image can be set aside.
     """
-    fitted, held = (replace(calibration, batches=_Part(calibration.batches, which)) for which in (False, True))
-    return fitted, held
+    count = 0
+    for images, _ in calibration.batches:
+        count += len(images)
+        if count >= _FEW:
+            break
+    is_few = int(sum_over_ranks(torch.tensor(count, device=device), calibration.accelerator)) < _FEW
+    first, last = (
+        replace(calibration, batches=_Part(calibration.batches, 2 if is_few else _HELD_OUT, which))
+        for which in (False, True)
+    )
+    return ((first, last), (last, first)) if is_few else ((first, last),)
 
 
 class Judge:
@@ -74,28 +108,34 @@ class Judge:
         count = torch.tensor(sum(len(part) for part in self._wanted), device=dense.device)
         self.images = int(sum_over_ranks(count, calibration.accelerator))
 
-    def compare(self, pruned: IsoPruneForImageClassification) -> Judgement:
-        """Compute the divergence of a cut network, and its best scale; there must be images."""
+    def compare(self, pruned: IsoPruneForImageClassification) -> Divergences:
+        """Compute the divergences of a cut network at all scales; there must be images."""
         found = _logits(pruned, self._calibration.batches)
         nothing = torch.zeros(len(pruned.config.id2label or {}), dtype=torch.float64)  # a rank may have no images
-        total = sum((logits.sum(0) for logits in found), start=nothing)
-        center = self._mean(total.to(pruned.device)).cpu()
-        plain = SCALES.index(1)
+        total = self._sum(sum((logits.sum(0) for logits in found), start=nothing), pruned.device)
+        center = total / self.images
         sums = torch.zeros(2, len(SCALES), dtype=torch.float64)
         for wanted, logits in zip(self._wanted, found, strict=True):
-            scaled = [_divergence(wanted, center + scale * (logits - center)) for scale in SCALES]
-            gains = torch.stack(scaled) - scaled[plain]
-            sums += torch.stack([torch.stack(scaled).sum(1), (gains**2).sum(1)])
-        means, squares = self._mean(sums.to(pruned.device)).cpu().nan_to_num(nan=torch.inf)
-        best = int(means.argmin())
-        gain = float(means[plain] - means[best])
-        error = max(float(squares[best]) - gain**2, 0.0) / max(self.images - 1, 1)  # squared, of the mean gain
-        best = best if gain > max(error**0.5, NEGLIGIBLE) else plain
-        return Judgement(float(means[best]), SCALES[best], center)
+            scaled = torch.stack([_divergence(wanted, center + scale * (logits - center)) for scale in SCALES])
+            gains = scaled[SCALES.index(1)] - scaled
+            sums += torch.stack([scaled.sum(1), (gains**2).sum(1)])
+        return Divergences(self._sum(sums, pruned.device), total, self.images)
 
-    def _mean(self, total: torch.Tensor) -> torch.Tensor:
-        """Return the mean over the images of all ranks, from this rank's sum."""
-        return sum_over_ranks(total, self._calibration.accelerator) / self.images
+    def _sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the sum over all ranks, on the CPU."""
+        return sum_over_ranks(values.to(device), self._calibration.accelerator).cpu()
+
+
+def judge(parts: Sequence[Divergences]) -> Judgement:
+    """Return the divergence of a cut network over all images that it was compared on, and its best scale."""
+    images = sum(part.images for part in parts)
+    sums, logits = (sum(values) / images for values in zip(*((part.sums, part.logits) for part in parts), strict=True))
+    means, squares = sums.nan_to_num(nan=torch.inf)
+    plain, best = SCALES.index(1), int(means.argmin())
+    gain = float(means[plain] - means[best])
+    error = max(float(squares[best]) - gain**2, 0.0) / max(images - 1, 1)  # squared, of the mean gain
+    best = best if gain > max(error**0.5, NEGLIGIBLE) else plain
+    return Judgement(float(means[best]), SCALES[best], logits)
 
 
 def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[torch.Tensor]:

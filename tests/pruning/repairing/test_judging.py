@@ -17,7 +17,7 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers as fit_layers_module
 from isoprune_hf.pruning.repairing.equations import Equations
-from isoprune_hf.pruning.repairing.judging import SCALES, Judge, hold_out
+from isoprune_hf.pruning.repairing.judging import SCALES, Divergences, Judge, Judgement, judge, split_images
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs import least_squares
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
@@ -47,20 +47,48 @@ def task_of(family: str, folder: Path) -> RepairTask:
     )
 
 
-def test_every_fifth_image_is_held_out() -> None:
-    images, labels = torch.arange(18.0).view(18, 1, 1, 1), torch.arange(18)
-    batches = list(zip(images.split([11, 4, 3]), labels.split([11, 4, 3]), strict=True))
-    parts = hold_out(Calibration(batches))
+def folds_of(task: RepairTask) -> tuple[tuple[Calibration, Calibration], ...]:
+    return split_images(task.calibration, task.dense.device)
+
+
+def judgement_of(model: Model, dense: Model, calibration: Calibration) -> Judgement:
+    return judge([Judge(dense, calibration).compare(model)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([60, 4], [[*range(48, 60)]]),  # every fifth of 64 images
+        ([11, 4, 3, 1], [[6, 7, 8, 9, 10, 13, 14, 17], [0, 1, 2, 3, 4, 5, 11, 12, 15, 16, 18]]),  # both halves of few
+    ],
+)
+def test_images_are_held_out(sizes: list[int], expected: list[list[int]]) -> None:
+    count = sum(sizes)
+    images, labels = torch.arange(float(count)).view(count, 1, 1, 1), torch.arange(count)
+    batches = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+    folds = split_images(Calibration(batches), torch.device("cpu"))
     for _ in range(2):  # they are read several times
-        fitted, held = ([label for _, part in half.batches for label in part.tolist()] for half in parts)
-        assert held == [9, 10]
-        assert sorted(fitted + held) == list(range(18))
-    assert all(torch.equal(x.flatten(), y.float()) for half in parts for x, y in half.batches)
+        for parts, wanted in zip(folds, expected, strict=True):
+            fitted, held = ([label for _, part in half.batches for label in part.tolist()] for half in parts)
+            assert held == wanted
+            assert sorted(fitted + held) == list(range(count))
+    assert all(torch.equal(x.flatten(), y.float()) for parts in folds for half in parts for x, y in half.batches)
+
+
+def test_parts_are_judged_together(tmp_path: Path) -> None:
+    task = task_of("resnet", tmp_path)
+    parts = [Judge(task.dense, Calibration([batch])).compare(task.pruned) for batch in task.calibration.batches]
+    images = torch.cat([images for images, _ in task.calibration.batches])
+    wanted, found = logits_of(task.dense, images), logits_of(task.pruned, images)
+    np.testing.assert_allclose(judge(parts).center, found.mean(0), rtol=1e-4, atol=1e-6)
+    at_one = SCALES.index(1)
+    plain = [Divergences(part.sums[:, [at_one]].expand(2, len(SCALES)), part.logits, part.images) for part in parts]
+    assert judge(plain).divergence == pytest.approx(divergence(wanted, found).mean(), rel=1e-4)
 
 
 def test_divergence_and_scale_are_those_of_numpy(tmp_path: Path) -> None:
     task = task_of("resnet", tmp_path)
-    found = Judge(task.dense, task.calibration).compare(task.pruned)
+    found = judgement_of(task.pruned, task.dense, task.calibration)
     images = torch.cat([images for images, _ in task.calibration.batches])
     wanted, cut = logits_of(task.dense, images), logits_of(task.pruned, images)
     center = cut.mean(0)
@@ -78,7 +106,7 @@ def test_scale_within_its_error_is_one(tmp_path: Path) -> None:
     images = make_images(dense, 2)
     wanted = torch.from_numpy(logits_of(dense, images))
     labels = torch.zeros(1, dtype=torch.long)
-    judge = Judge(dense, Calibration([(image[None], labels) for image in images]))
+    compared = Judge(dense, Calibration([(image[None], labels) for image in images]))
     other = copy.deepcopy(dense)
     with torch.no_grad():
         other.model.head.weight.zero_()
@@ -87,21 +115,20 @@ def test_scale_within_its_error_is_one(tmp_path: Path) -> None:
     for factors, scale in (((0.5, 0.5), 2), ((0.5, 1.6), 1)):
         answers = iter([center + factor * (row - center) for factor, row in zip(factors, wanted, strict=True)])
         hook = head(lambda module, args, output, answers=answers: next(answers)[None].float())
-        assert judge.compare(other).scale == scale
+        assert judge([compared.compare(other)]).scale == scale
         hook.remove()
 
 
 def test_logits_halfway_to_their_mean_are_scaled(tmp_path: Path) -> None:
     task = task_of("vit", tmp_path)
-    judge = Judge(task.dense, task.calibration)
     halved = copy.deepcopy(task.dense)
     images = torch.cat([images for images, _ in task.calibration.batches])
     assert scale_logits(halved, 0.5, torch.from_numpy(logits_of(task.dense, images).mean(0)))
-    assert judge.images == 20
-    assert judge.compare(halved).scale == 2
-    assert judge.compare(halved).divergence == pytest.approx(0, abs=1e-6)
+    found = judgement_of(halved, task.dense, task.calibration)
+    assert found.scale == 2
+    assert found.divergence == pytest.approx(0, abs=1e-6)
     torch.nn.init.constant_(halved.model.head.bias, float("nan"))
-    assert judge.compare(halved).divergence == float("inf")
+    assert judgement_of(halved, task.dense, task.calibration).divergence == float("inf")
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet", "hf-vit"])
@@ -132,9 +159,9 @@ def test_repair_that_does_worse_is_not_kept(best: str, tmp_path: Path, monkeypat
     expected = copy.deepcopy(task.pruned)
 
     def damage(
-        dense: Model, pruned: Model, *args: object, trial: fit_layers_module.Trial, **kwargs: object
+        dense: Model, pruned: Model, *args: object, trial: fit_layers_module.Trial | None = None, **kwargs: object
     ) -> tuple[str, ...]:
-        for parameter in (*pruned.parameters(), *trial.network.parameters()):
+        for parameter in (*pruned.parameters(), *(trial.network.parameters() if trial else ())):
             torch.nn.init.normal_(parameter)
         return ("a note about layers",)
 
@@ -161,14 +188,35 @@ def test_repair_that_does_worse_is_not_kept(best: str, tmp_path: Path, monkeypat
     assert any(ratio[0, 0] == pytest.approx(scale, rel=1e-3) for scale in SCALES)
 
 
+def test_fit_that_fails_on_one_half_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("vit", tmp_path)
+    expected = copy.deepcopy(task.pruned)
+    fit_layers = least_squares.fit_layers
+
+    def fit(
+        dense: Model, pruned: Model, *args: object, trial: fit_layers_module.Trial | None, **kwargs: object
+    ) -> tuple[str, ...]:
+        notes = fit_layers(dense, pruned, *args, trial=trial, **kwargs)
+        if trial is None:  # the fit to the second half
+            torch.nn.init.normal_(pruned.model.head.weight, std=10)
+        return notes
+
+    monkeypatch.setattr(least_squares, "fit_layers", fit)
+    (note,) = least_squares.LeastSquaresRepair().repair(task)
+    assert "prune.reconstruct none " in note and "on 20 images" in note
+    head = {name for name in expected.state_dict() if "head." in name}
+    found = task.pruned.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items() if name not in head)
+
+
 def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
     task = task_of("vit", tmp_path)
     with torch.no_grad():
         for parameter in task.pruned.parameters():
             parameter.mul_(0.5)
-    before = Judge(task.dense, task.calibration).compare(task.pruned)
+    before = judgement_of(task.pruned, task.dense, task.calibration)
     assert least_squares.LeastSquaresRepair().repair(task) == ()
-    after = Judge(task.dense, task.calibration).compare(task.pruned)
+    after = judgement_of(task.pruned, task.dense, task.calibration)
     assert after.divergence < before.divergence
     assert after.scale == pytest.approx(1, abs=0.5)
 
@@ -176,7 +224,7 @@ def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
 def test_fit_that_is_judged_sees_no_held_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("vit", tmp_path)
     alone = copy.deepcopy(task.pruned)
-    fitted, _ = hold_out(task.calibration)
+    fitted, _ = folds_of(task)[0]
     least_squares.fit_layers(task.dense, alone, task.masks, fitted)
     judged: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr(least_squares, "Judge", lambda *args: Recorder(judged, Judge(*args)))
@@ -200,7 +248,7 @@ class Recorder:
 def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("vit", tmp_path)
     alone = copy.deepcopy(task.pruned)
-    parts = [[*part.batches] for part in hold_out(task.calibration)]
+    parts = [[*part.batches] for part in folds_of(task)[0]]
     ridge = 0.3  # which is otherwise chosen without the held-out images
     monkeypatch.setattr(fit_layers_module, "choose_ridge", lambda *args, **kwargs: ridge)
     least_squares.fit_layers(task.dense, alone, task.masks, Calibration([*parts[0], *parts[1]]))
@@ -219,9 +267,9 @@ def test_ridge_is_chosen_once_without_held_images(tmp_path: Path, monkeypatch: p
         return 0.3
 
     monkeypatch.setattr(fit_layers_module, "choose_ridge", choose)
-    fitted, held = hold_out(task.calibration)
+    fitted, held = folds_of(task)[0]
     trial = fit_layers_module.Trial(copy.deepcopy(task.pruned), held.batches)
     least_squares.fit_layers(task.dense, task.pruned, task.masks, fitted, trial=trial)
     names = [module for module in task.pruned.modules() if isinstance(module, torch.nn.Linear)]
     assert len(rows) >= len(names)
-    assert all(count % 16 == 0 for count in rows)  # 16 of 20 images, each with the same number of rows
+    assert all(count % 11 == 0 for count in rows)  # 8 + 3 of 15 + 5 images, each with the same number of rows

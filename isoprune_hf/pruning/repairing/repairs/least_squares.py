@@ -1,5 +1,7 @@
 """`least_squares`: bring the outputs of every layer nearest to those of the dense one."""
 
+from collections.abc import Sequence
+
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -7,20 +9,21 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.repairing.fit_layers import Trial, fit_layers
-from isoprune_hf.pruning.repairing.judging import NEGLIGIBLE, Judge, Judgement, hold_out
+from isoprune_hf.pruning.repairing.judging import NEGLIGIBLE, Judge, Judgement, judge, split_images
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 
 State = dict[str, torch.Tensor]
+Folds = tuple[tuple[Calibration, Calibration], ...]
 
 
 class LeastSquaresRepair:
     """Fit weights and biases of layers (see `fit_layers`), unless a simpler repair does better.
 
-    Part of the images is held out. The fit, new statistics of BatchNorm and the cut as it is are compared with the
-    dense network on these images, and the nearest one is kept, with all images; its logits are scaled around their
-    mean to match. Both fits, to most of the images and to all, are made layer by layer side by side.
+    Part of the images is held out, or each half in turn if there are few. The fit, new statistics of BatchNorm and the
+    cut as it is are compared with the dense network on these images, and the nearest one is kept, with all images; its
+    logits are scaled around their mean to match. The fits to one part and to all are made layer by layer side by side.
 
     Source:
         He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, without the ridge.
@@ -31,25 +34,19 @@ class LeastSquaresRepair:
 
     def repair(self, task: RepairTask) -> tuple[str, ...]:
         """Repair `task.pruned`, in place."""
-        fitted, held = hold_out(task.calibration)
-        judge = Judge(task.dense, held)
-        if not judge.images:
+        folds = split_images(task.calibration, task.dense.device)
+        judges = [Judge(task.dense, held) for _, held in folds]
+        if not all(each.images for each in judges):
             return _fit(task, task.calibration, None)
         before = _state(task.pruned)
-        found = {"none": judge.compare(task.pruned)}
+        found = {"none": judge([each.compare(task.pruned) for each in judges])}
         if any(isinstance(module, BatchNorm) for module in task.pruned.modules()):
-            recalibrate_batchnorm(task.pruned, fitted)
-            found["bn"] = judge.compare(task.pruned)
-            _restore(task.pruned, before)
-        trial = Trial(
-            copy_modules(task.pruned, lambda tensor: replace_tensor(tensor, tensor.detach().clone())), held.batches
-        )
-        notes = _fit(task, fitted, trial)
-        found["least_squares"] = judge.compare(trial.network)
+            found["bn"] = _judge_batchnorm(task, folds, judges, before)
+        notes, found["least_squares"] = _fit_and_judge(task, folds, judges, before)
         best = min(reversed(found), key=lambda name: max(found[name].divergence, NEGLIGIBLE))
         if best != "least_squares":
             _restore(task.pruned, before)
-            notes = (_describe_choice(best, found, judge.images),)
+            notes = (_describe_choice(best, found, sum(each.images for each in judges)),)
         if best == "bn":
             notes += recalibrate_batchnorm(task.pruned, task.calibration)
         if not scale_logits(task.pruned, found[best].scale, found[best].center):
@@ -57,6 +54,33 @@ class LeastSquaresRepair:
                 f"the logits are not scaled by {found[best].scale:.3g}: no single layer with a bias computes them",
             )
         return notes
+
+
+def _judge_batchnorm(task: RepairTask, folds: Folds, judges: Sequence[Judge], before: State) -> Judgement:
+    """Judge new statistics of BatchNorm; `task.pruned` is as before at the end."""
+    parts = []
+    for (fitted, _), each in zip(folds, judges, strict=True):
+        recalibrate_batchnorm(task.pruned, fitted)
+        parts.append(each.compare(task.pruned))
+        _restore(task.pruned, before)
+    return judge(parts)
+
+
+def _fit_and_judge(
+    task: RepairTask, folds: Folds, judges: Sequence[Judge], before: State
+) -> tuple[tuple[str, ...], Judgement]:
+    """Fit `task.pruned` to all images, in place, and judge fits without the images of each fold."""
+    parts = []
+    for (fitted, _), each in zip(folds[1:], judges[1:], strict=True):
+        _fit(task, fitted, None)
+        parts.append(each.compare(task.pruned))
+        _restore(task.pruned, before)
+    fitted, held = folds[0]
+    trial = Trial(
+        copy_modules(task.pruned, lambda tensor: replace_tensor(tensor, tensor.detach().clone())), held.batches
+    )
+    notes = _fit(task, fitted, trial)
+    return notes, judge([*parts, judges[0].compare(trial.network)])
 
 
 def _fit(task: RepairTask, calibration: Calibration, trial: Trial | None) -> tuple[str, ...]:
