@@ -7,7 +7,6 @@ import torch
 from helpers.folders import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
@@ -54,8 +53,9 @@ def test_adapter_trains_reloads_and_merges(family: str, pruned, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", ["vit", "hf-vit"])
 def test_folder_opens_with_int8_weights(family: str, pruned) -> None:
+    quantization = pytest.importorskip("torchao.quantization")  # an import of it prints to all that is tested here
     sample = pruned(family)
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     model = AutoModelForImageClassification.from_pretrained(sample.folder, quantization_config=config)
     assert {type(parameter.data).__name__ for parameter in model.parameters()} == {"Int8Tensor", "Tensor"}
     # The spacing of a row's largest weight over 127 steps, in a network of two blocks.

@@ -180,6 +180,7 @@ def test_skipped_blocks_need_network_or_another_library() -> None:
         ("README.md", "what `make demo` prints"),
         ("command_line.md", "in an environment without extras"),
         ("scaling.md", "a file of accelerate's"),
+        ("transformers.md", "needs torchao"),
         ("scaling.md", "there is no Slurm here"),
         ("imagenet_protocol.md", "needs ImageNet"),
         ("axes.md", "lines from the inside of timm's attention"),
