@@ -1,9 +1,11 @@
-"""Measure how much memory a forward pass needs; call `peak_memory`."""
+"""Measure how much memory a forward pass needs (`peak_memory`), and how much is free (`free_memory`)."""
 
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -13,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from isoprune_hf.measuring.speed import draw_images, with_precision
 from isoprune_hf.recipes.values import Precision
+
+_CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
 
 
 def peak_memory(
@@ -42,6 +46,25 @@ def peak_memory(
         with counter:
             copied(pixels)
     return weights + pixels.nbytes + counter.peak
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Return the free and all bytes of the memory of a device; that of the host ends at the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    free, total = int(memory.available), int(memory.total)
+    limit, used = (_read_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
+    return (free, total) if limit is None or used is None else (min(free, limit - used), min(total, limit))
+
+
+def _read_number(file: Path) -> int | None:
+    """Return the number in a file of the system; None if there is none."""
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
 
 
 class _TensorBytesCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its hooks untyped

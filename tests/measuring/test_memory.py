@@ -1,8 +1,13 @@
 """Memory of a forward pass, compared with counts by hand."""
 
+from pathlib import Path
+
+import psutil
+import pytest
 import torch
 from torch import nn
 
+from isoprune_hf.measuring import memory
 from isoprune_hf.measuring.memory import peak_memory
 
 
@@ -38,3 +43,18 @@ def test_peak_counts_tensors_alive_at_once() -> None:
 
 def test_views_and_in_place_results_count_once() -> None:
     assert peak_memory(InPlace().eval(), (3, 2, 2)) == 1_000_000 + 4_000 + 48
+
+
+def test_free_memory_ends_at_limit_of_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    whole = psutil.virtual_memory().total
+    assert memory.free_memory(cpu)[1] == whole
+    for limit, expected in (("max", whole), ("4096", 4096), (str(2 * whole), whole)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("1024\n")
+        free, total = memory.free_memory(cpu)
+        assert total == expected
+        assert 0 < free <= total
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert memory.free_memory(cpu)[0] == 3072

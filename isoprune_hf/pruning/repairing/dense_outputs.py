@@ -18,7 +18,7 @@ from isoprune_hf.pruning.repairing.layer_calls import FittedLayer
 from isoprune_hf.pruning.repairing.observation import PassStopped
 from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
-from isoprune_hf.pruning.repairing.waypoints import Waypoint, kept_outputs, replaced_outputs
+from isoprune_hf.pruning.repairing.waypoints import Given, Stop, kept_outputs, replaced_outputs
 
 _MAX_BYTES = 2**30  # of kept outputs, on each rank
 _WAYPOINT = ""  # no layer has this name
@@ -67,15 +67,15 @@ class DenseOutputs:
         count = max(1, sum(size <= self._max_bytes for size in sizes))
         layers, later = self._coming[:count], self._coming[count:]
         self._kept = {layer.name: [] for layer in layers}
-        way = self._passes.way_before(later[0].name) if later else None
+        stop = self._passes.stop_before(later[0].name) if later else None
         held = []
         for images, given in self._passes.batches():
-            found, outputs = _observe(self._passes.network, layers, images, given, way)
+            found, outputs = _observe(self._passes.network, layers, images, given, stop)
             for name, calls in found.items():
                 self._kept[name].append(calls)
             held.append(outputs)
-        if way is not None:
-            self._passes.start_at(way, held)
+        if stop is not None:
+            self._passes.start_at(stop, held)
 
 
 def _bytes_of(layer: FittedLayer) -> int:
@@ -88,8 +88,8 @@ def _observe(
     dense: IsoPruneForImageClassification,
     layers: Sequence[FittedLayer],
     images: torch.Tensor,
-    given: Mapping[str, Any],
-    way: Waypoint | None,
+    given: Given,
+    stop: Stop | None,
 ) -> tuple[dict[str, list[DenseOutput]], Mapping[str, Any]]:
     """Run a forward pass until the outputs of some layers are found, and their sums.
 
@@ -97,14 +97,14 @@ def _observe(
         dense: The network.
         layers: The layers.
         images: (B, C, H, W).
-        given: Stored outputs, by module.
-        way: The waypoint at which the next pass will start.
+        given: Stored outputs.
+        stop: The waypoint at which the next pass will start.
 
     Returns:
         Layer -> its calls, and the outputs of the waypoint.
     """
     found: dict[str, list[DenseOutput]] = {layer.name: [] for layer in layers}
-    waiting = {*found, *(() if way is None else (_WAYPOINT,))}
+    waiting = {*found, *(() if stop is None else (_WAYPOINT,))}
     probe = ResidualProbe()
 
     def on_call(layer: FittedLayer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -126,8 +126,8 @@ def _observe(
 
     with ExitStack() as stack:
         outputs: Mapping[str, Any] = {}
-        if way is not None:
-            outputs = stack.enter_context(kept_outputs(dense, way, given, partial(finish, _WAYPOINT)))
+        if stop is not None:
+            outputs = stack.enter_context(kept_outputs(dense, stop, given, partial(finish, _WAYPOINT)))
         for layer in layers:
             handle = dense.model.get_submodule(layer.name).register_forward_hook(partial(on_call, layer))
             stack.callback(handle.remove)

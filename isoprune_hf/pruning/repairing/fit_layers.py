@@ -44,6 +44,7 @@ from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, fi
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
 from isoprune_hf.pruning.repairing.passes import Images, Passes
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
+from isoprune_hf.pruning.repairing.storage import Storage
 from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 from isoprune_hf.terminal import with_bar
 
@@ -104,23 +105,25 @@ def fit_layers(
             modes.enter_context(scoring_mode(network, requires_grad=False))
         modes.enter_context(torch.no_grad())
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
-        images = Images([pixels for pixels, _ in calibration.batches])
+        accelerator = calibration.accelerator
+        storage = Storage(dense.device, 1 if accelerator is None else accelerator.num_processes)
+        images = Images([storage.hold(pixels) for pixels, _ in calibration.batches])
         parts = [images] if trial is None else [images, images + Images([pixels for pixels, _ in trial.left_out])]
-        count = _count_images(parts[-1], dense.device, calibration.accelerator)
+        count = _count_images(parts[-1], dense.device, accelerator)
         sizes = {layer.name: size_of(layer.module, is_bias_only=is_bias_only) for layer in layers}
         forms = {layer.name: form_of_fit(sizes[layer.name], count * layer.positions, max_bytes) for layer in layers}
         fitted = [layer for layer in layers if forms[layer.name]]
         find = partial(find_waypoints, layers=[layer.name for layer in fitted])
-        wanted = DenseOutputs(Passes(dense, parts[-1], partial(find, dense)), fitted)
+        wanted = DenseOutputs(Passes(dense, parts[-1], cache(partial(find, dense)), storage), fitted)
         ways = cache(partial(find, pruned))  # those of its copy are the same
-        fits = [Passes(network, part, ways) for network, part in zip(networks, parts, strict=True)]
+        fits = [Passes(network, part, ways, storage) for network, part in zip(networks, parts, strict=True)]
         for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
             form = forms[layer.name]
             if form is None:
                 left.setdefault(_TOO_LARGE, []).append(layer.name)
                 continue
             equations = partial(form.empty, sizes[layer.name], pruned.device)
-            reason = _fit_networks(layer, fits, wanted.of_next(), equations, calibration.accelerator, is_bias_only)
+            reason = _fit_networks(layer, fits, wanted.of_next(), equations, accelerator, is_bias_only)
             if reason is not None:
                 left.setdefault(reason, []).append(layer.name)
     if not layers and not left:

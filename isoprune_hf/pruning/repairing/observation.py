@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, MutableMapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ class Observation(NamedTuple):
         ends: Module -> time of its last return.
         uses: Module -> time at which a function of torch last read what it returned or what other functions computed
             from it, unless another module returned that tensor in the meantime.
+        written: Modules into whose outputs a function of torch wrote after they had returned.
         sizes: Module that was called once and returned floating-point tensors -> their bytes.
         read: Module -> sums of the tensors that its last call read, by which two passes are compared.
         returned: Module -> sums of the tensors that its last call returned.
@@ -32,6 +34,7 @@ class Observation(NamedTuple):
     starts: dict[str, int]
     ends: dict[str, int]
     uses: dict[str, int]
+    written: set[str]
     sizes: dict[str, int]
     read: dict[str, list[torch.Tensor]]
     returned: dict[str, list[torch.Tensor]]
@@ -66,16 +69,18 @@ def observe(
         names: Modules to record; None for all.
         last: Module after whose return the pass stops; None for a whole pass.
     """
-    seen = Observation({}, {}, {}, {}, {}, {}, {}, {}, torch.empty(0))
+    seen = Observation({}, {}, {}, set(), {}, {}, {}, {}, {}, torch.empty(0))
     calls: dict[str, int] = {}
     # Tensor -> the module that returned it last, or the modules from whose outputs functions computed it.
     sources: MutableMapping[torch.Tensor, frozenset[str]] = weak_tensor_dict()
+    owners: MutableMapping[torch.UntypedStorage, set[str]] = WeakKeyDictionary()  # with views of it
     clock = count()
 
-    def compute(read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
-        used = frozenset[str]().union(*(sources.get(tensor, ()) for tensor in read))
+    def compute(call: _Call) -> None:
+        used = frozenset[str]().union(*(sources.get(tensor, ()) for tensor in call.read))
         seen.uses.update(dict.fromkeys(used, next(clock)))
-        sources.update(dict.fromkeys(written, used))
+        seen.written.update(*(owners.get(tensor.untyped_storage(), ()) for tensor in call.changed))
+        sources.update(dict.fromkeys((*call.returned, *call.changed), used))
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.starts.setdefault(name, next(clock))
@@ -87,6 +92,8 @@ def observe(
         leaves = tree_leaves(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         sources.update(dict.fromkeys(tensors, frozenset((name,))))
+        for tensor in tensors:
+            owners.setdefault(tensor.untyped_storage(), set()).add(name)
         seen.returned[name] = [leaf.sum() for leaf in tensors]
         seen.blanks[name] = blank_of(output)
         if name in kept:
@@ -126,14 +133,28 @@ def stored(output: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda leaf: leaf.to("cpu", copy=True), output)
 
 
-class _Functions(TorchFunctionMode):
-    """Reports, within its context, the tensors that each function of torch reads and returns.
+class _Call(NamedTuple):
+    """A call of a function of torch.
 
     Args:
-        on_call: Called with the tensors that were read, and those that were returned.
+        read: Tensors among its arguments.
+        changed: Those of them that it wrote into.
+        returned: Tensors that it returned.
     """
 
-    def __init__(self, on_call: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]):
+    read: Sequence[torch.Tensor]
+    changed: Sequence[torch.Tensor]
+    returned: Sequence[torch.Tensor]
+
+
+class _Functions(TorchFunctionMode):
+    """Reports, within its context, each call of a function of torch.
+
+    Args:
+        on_call: Called after each call.
+    """
+
+    def __init__(self, on_call: Callable[[_Call], None]):
         super().__init__()
         self._on_call = on_call
 
@@ -145,9 +166,17 @@ class _Functions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        read = _tensors_of((args, kwargs))
+        versions = [_version_of(tensor) for tensor in read]
         result = func(*args, **kwargs)
-        self._on_call(_tensors_of((args, kwargs)), _tensors_of(result))
+        changed = [tensor for tensor, version in zip(read, versions, strict=True) if _version_of(tensor) != version]
+        self._on_call(_Call(read, changed, _tensors_of(result)))
         return result
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """Return the number of writes into a tensor; one of inference mode counts none and is never written."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors_of(values: Any) -> list[torch.Tensor]:

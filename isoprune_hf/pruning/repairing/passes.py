@@ -7,28 +7,22 @@ needs are stored for all images, and later passes start there: a fit of all laye
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.repairing.waypoints import Waypoint, Waypoints, replaced_outputs, run_until
-
-MAX_BYTES = 2**32  # of stored outputs of each network, on each rank
+from isoprune_hf.pruning.repairing.storage import Storage
+from isoprune_hf.pruning.repairing.waypoints import (
+    Given,
+    Stop,
+    Waypoint,
+    Waypoints,
+    replaced_outputs,
+    run_until,
+)
 
 Begin = Callable[[], AbstractContextManager[None]]
-
-
-class HeldBatch(NamedTuple):
-    """The outputs of a network for one micro-batch.
-
-    Args:
-        images: The images on the meta device.
-        outputs: Module -> its output; on the meta device if nothing needs it.
-    """
-
-    images: torch.Tensor
-    outputs: Mapping[str, Any]
 
 
 class Images:
@@ -56,7 +50,7 @@ class Passes:
         network: The network.
         images: The images.
         find: Finds its waypoints; called once one is needed.
-        max_bytes: Largest number of bytes of stored outputs.
+        storage: Room for the outputs.
     """
 
     def __init__(
@@ -64,42 +58,46 @@ class Passes:
         network: IsoPruneForImageClassification,
         images: Images,
         find: Callable[[], Waypoints],
-        max_bytes: int = MAX_BYTES,
+        storage: Storage,
     ):
         self.network, self.images = network, images
-        self._find, self._max_bytes = find, max_bytes
+        self._find, self._storage = find, storage
         self._current: Waypoint | None = None
-        self._held: list[HeldBatch] = []
+        self._held: list[tuple[torch.Tensor, Given]] = []  # images on the meta device
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Begin]]:
         for pixels, given in self.batches():
             yield pixels, partial(replaced_outputs, self.network, given)
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, Mapping[str, Any]]]:
-        """Yield the images of each micro-batch with the stored outputs, by module."""
+    def batches(self) -> Iterator[tuple[torch.Tensor, Given]]:
+        """Yield the images of each micro-batch with the stored outputs."""
         device = self.network.device
         if self._current is None:
-            yield from ((pixels.to(device), {}) for pixels in self.images.parts)
-        for held in self._held:
-            yield torch.zeros_like(held.images, device=device), held.outputs
+            yield from ((pixels.to(device), Given({}, ())) for pixels in self.images.parts)
+        for blank, given in self._held:
+            yield torch.zeros_like(blank, device=device), given
 
     def reach(self, layer: str) -> None:
-        """Start later passes at the last waypoint before a layer whose outputs can be stored.
+        """Start later passes at the last waypoint before a layer for whose outputs there is room.
 
         All layers that run before `layer` must have their final weights.
         """
-        way = self.way_before(layer)
-        if way is not None:
-            self.start_at(way, [run_until(self.network, way, pixels, given) for pixels, given in self.batches()])
+        stop = self.stop_before(layer)
+        if stop is not None:
+            self.start_at(stop, [run_until(self.network, stop, pixels, given) for pixels, given in self.batches()])
 
-    def way_before(self, layer: str) -> Waypoint | None:
-        """Return the waypoint that `reach` starts at; None if it is the one that was reached last."""
+    def stop_before(self, layer: str) -> Stop | None:
+        """Return the waypoint that `reach` starts at, with the room; None if it is the one that was reached last."""
         past = -1 if self._current is None else self._current.end
-        ways = (way for way in self._find().before(layer) if way.end > past)
-        return next((way for way in ways if way.size * self.images.count <= self._max_bytes), None)
+        waypoints = self._find()
+        for way in waypoints.before(layer):
+            keep = self._storage.place(way.size * self.images.count) if way.end > past else None
+            if keep is not None:
+                return Stop(way, keep, waypoints.written)
+        return None
 
-    def start_at(self, way: Waypoint, outputs: Sequence[Mapping[str, Any]]) -> None:
+    def start_at(self, stop: Stop, outputs: Sequence[Mapping[str, Any]]) -> None:
         """Start later passes at a waypoint, of which these are the outputs for each micro-batch."""
         blanks = [pixels.to("meta") for pixels, _ in self.batches()]
-        self._current = way
-        self._held = [HeldBatch(*held) for held in zip(blanks, outputs, strict=True)]
+        self._current = stop.way
+        self._held = [(blank, Given(found, stop.written)) for blank, found in zip(blanks, outputs, strict=True)]

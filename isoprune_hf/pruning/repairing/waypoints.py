@@ -17,7 +17,7 @@ that the head does not.
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from heapq import nsmallest
@@ -37,8 +37,8 @@ from isoprune_hf.pruning.repairing.observation import (
     blank_of,
     observe,
     stop_pass,
-    stored,
 )
+from isoprune_hf.pruning.repairing.storage import Keep
 
 _MAX_TESTS = 3  # of candidates between two layers
 
@@ -67,15 +67,43 @@ class Waypoints(NamedTuple):
     Args:
         starts: Module -> time of its first call.
         ways: The waypoints, in their order.
+        written: Modules into whose outputs the network writes after they have returned.
     """
 
     starts: Mapping[str, int]
     ways: Sequence[Waypoint]
+    written: Collection[str]
 
     def before(self, layer: str) -> Iterator[Waypoint]:
         """Yield the waypoints that end before a layer is called first, the last one first."""
         start = self.starts.get(layer, -1)
         return (way for way in reversed(self.ways) if way.end < start)
+
+
+class Stop(NamedTuple):
+    """A waypoint with the room for its outputs.
+
+    Args:
+        way: The waypoint.
+        keep: Stores a tensor.
+        written: Modules into whose outputs the network writes after they have returned.
+    """
+
+    way: Waypoint
+    keep: Keep
+    written: Collection[str]
+
+
+class Given(NamedTuple):
+    """Stored outputs that replace modules in a pass.
+
+    Args:
+        outputs: Module -> its output; on the meta device if nothing needs it.
+        written: Modules into whose outputs the network writes: these are copied for each pass.
+    """
+
+    outputs: Mapping[str, Any]
+    written: Collection[str]
 
 
 def find_waypoints(network: IsoPruneForImageClassification, layers: Iterable[str]) -> Waypoints:
@@ -97,7 +125,7 @@ def find_waypoints(network: IsoPruneForImageClassification, layers: Iterable[str
         following = found[-1] if found else None
         checked = (way for way in ways if _is_waypoint(network, way, following, images, whole, outputs, order))
         found += islice(checked, 1)
-    return Waypoints(whole.starts, found[::-1])
+    return Waypoints(whole.starts, found[::-1], whole.written)
 
 
 def _candidates(whole: Observation, starts: Sequence[int]) -> list[list[Waypoint]]:
@@ -144,7 +172,7 @@ def _is_waypoint(
     later = order[slice(*places)]
     given = {name: whole.blanks[name] for name in way.before} | {name: outputs[name] for name in way.held}
     try:
-        with replaced_outputs(network, given):
+        with replaced_outputs(network, Given(given, way.held)):
             found = observe(network, torch.zeros_like(images), names=frozenset(later), last=last)
     except LIBRARY_ERRORS:  # an earlier output is used in a way that NaN does not allow
         return False
@@ -164,11 +192,11 @@ def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) ->
 
 
 def run_until(
-    network: IsoPruneForImageClassification, way: Waypoint, images: torch.Tensor, given: Mapping[str, Any]
+    network: IsoPruneForImageClassification, stop: Stop, images: torch.Tensor, given: Given
 ) -> dict[str, Any]:
     """Run until the end of a waypoint and return its outputs, see `kept_outputs`; images (B, C, H, W)."""
     with (
-        kept_outputs(network, way, given, stop_pass) as found,
+        kept_outputs(network, stop, given, stop_pass) as found,
         replaced_outputs(network, given),
         suppress(PassStopped),
     ):
@@ -178,28 +206,31 @@ def run_until(
 
 @contextmanager
 def kept_outputs(
-    network: IsoPruneForImageClassification, way: Waypoint, given: Mapping[str, Any], on_end: Callable[[], None]
+    network: IsoPruneForImageClassification, stop: Stop, given: Given, on_end: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
     """Keep, of a pass within the context, the outputs that a waypoint needs, and blanks for the modules before it.
 
     Args:
         network: The network.
-        way: The waypoint.
-        given: Module -> the stored output that replaces it in the pass; it is not copied.
+        stop: The waypoint.
+        given: Stored outputs that replace modules in the pass; those that are still needed are kept as they are.
         on_end: Called when the waypoint has returned.
     """
-    found: dict[str, Any] = {}
+    way, found = stop.way, dict[str, Any]()
 
-    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def on_return(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if name not in way.held:
             found[name] = blank_of(output)
+        elif name in given.outputs:
+            found[name] = given.outputs[name]
         else:
-            found[name] = given[name] if name in given else stored(output)
+            keep = partial(stop.keep, is_copied=name in stop.written)
+            found[name] = tree_map_only(torch.Tensor, keep, output)
         if name == way.name:
             on_end()
 
     names = (*way.before, *way.held)
-    handles = [network.model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
+    handles = [network.model.get_submodule(name).register_forward_hook(partial(on_return, name)) for name in names]
     try:
         yield found
     finally:
@@ -208,28 +239,30 @@ def kept_outputs(
 
 
 @contextmanager
-def replaced_outputs(network: IsoPruneForImageClassification, outputs: Mapping[str, Any]) -> Iterator[None]:
+def replaced_outputs(network: IsoPruneForImageClassification, given: Given) -> Iterator[None]:
     """Replace modules, within the context, by their stored outputs; tensors on the meta device become NaN."""
-    modules = {name: network.model.get_submodule(name) for name in outputs}
+    modules = {name: network.model.get_submodule(name) for name in given.outputs}
     own = [(module, vars(module)["forward"]) for module in modules.values() if "forward" in vars(module)]
+    blanks: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}  # one for all that nothing needs
 
-    def return_copy(output: Any, /, *args: Any, **kwargs: Any) -> Any:
-        # A new tensor for each call: the following modules may write into it.
-        return tree_map_only(torch.Tensor, lambda leaf: _filled(leaf, network.device), output)
+    def fill(leaf: torch.Tensor, *, is_copied: bool) -> torch.Tensor:
+        if not leaf.is_meta:
+            return leaf.to(network.device, copy=is_copied)
+        key = leaf.shape, leaf.dtype
+        if key not in blanks:
+            blanks[key] = torch.full_like(leaf, float("nan"), device=network.device)
+        return blanks[key]
+
+    def return_output(name: str, /, *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, partial(fill, is_copied=name in given.written), given.outputs[name])
 
     try:
         for name, module in modules.items():
             # Stored in the module's __dict__, where it hides the method of the class.
-            vars(module)["forward"] = partial(return_copy, outputs[name])
+            vars(module)["forward"] = partial(return_output, name)
         yield
     finally:
         for module in modules.values():
             vars(module).pop("forward", None)
         for module, forward in own:
             vars(module)["forward"] = forward
-
-
-def _filled(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if leaf.is_meta:
-        return torch.full_like(leaf, float("nan"), device=device)
-    return leaf.to(device, copy=True)

@@ -18,6 +18,7 @@ from isoprune_hf.pruning.repairing import fit_layers
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutputs
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.passes import Images, Passes
+from isoprune_hf.pruning.repairing.storage import Storage
 from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 
 Model = IsoPruneForImageClassification
@@ -42,7 +43,8 @@ def test_outputs_equal_one_pass_for_each_layer(name: str, max_bytes: int) -> Non
     with scoring_mode(dense, requires_grad=False), scoring_mode(pruned, requires_grad=False), torch.no_grad():
         layers, _ = find_layers(dense, pruned, masks, {}, {})
         find = partial(find_waypoints, dense, [layer.name for layer in layers])
-        outputs = DenseOutputs(Passes(dense, Images([images for images, _ in batches]), find), layers, max_bytes)
+        passes = Passes(dense, Images([images for images, _ in batches]), find, Storage(dense.device))
+        outputs = DenseOutputs(passes, layers, max_bytes)
         for layer in layers:
             for (images, _), calls in zip(batches, outputs.of_next(), strict=True):
                 expected = observe_calls(dense, layer, images)

@@ -22,11 +22,23 @@ from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers as fitting
 from isoprune_hf.pruning.repairing.layer_calls import find_layers
 from isoprune_hf.pruning.repairing.passes import Images, Passes
-from isoprune_hf.pruning.repairing.waypoints import find_waypoints, replaced_outputs
+from isoprune_hf.pruning.repairing.storage import Keep, Storage
+from isoprune_hf.pruning.repairing.waypoints import Given, find_waypoints, replaced_outputs
 
 Model = IsoPruneForImageClassification
-EVERYWHERE = 2**32
+EVERYWHERE = 2**40
 NEVER = 0
+
+
+class Room(Storage):
+    """Room for so many bytes."""
+
+    def __init__(self, size: int, device: torch.device = torch.device("cpu"), ranks: int = 1):  # noqa: B008
+        super().__init__(device, ranks)
+        object.__setattr__(self, "size", size)
+
+    def place(self, size: int) -> Keep | None:
+        return super().place(0) if size <= self.size else None
 
 
 def halved(model: Model) -> tuple[Model, dict[tuple[str, int], np.ndarray]]:
@@ -49,7 +61,7 @@ def test_module_keeps_a_forward_of_its_own(tmp_path: Path) -> None:
     block = next(part for part in model.model.modules() if [*part.children()] and part is not model.model)
     name = next(name for name, part in model.model.named_modules() if part is block)
     own = vars(block)["forward"] = block.forward
-    with replaced_outputs(model, {name: torch.zeros(1)}):
+    with replaced_outputs(model, Given({name: torch.zeros(1)}, ())):
         assert torch.equal(block(torch.ones(1)), torch.zeros(1))
     assert vars(block)["forward"] is own
 
@@ -64,7 +76,7 @@ def test_fit_from_waypoints_equals_fit_of_whole_passes(
     batches, fitted, calls = batches_of(dense, [3, 1, 2]), [], []
     count = lambda module, args, output: calls.append(1)  # noqa: E731
     for size in (NEVER, EVERYWHERE):
-        monkeypatch.setattr(fitting, "Passes", functools.partial(Passes, max_bytes=size))
+        monkeypatch.setattr(fitting, "Storage", functools.partial(Room, size))
         network = copy.deepcopy(pruned)
         handles = [part.register_forward_hook(count) for part in network.model.modules() if not [*part.children()]]
         fitting.fit_layers(dense, network, masks, Calibration(batches), is_bias_only=is_bias_only)
@@ -199,7 +211,7 @@ def test_fit_of_cells_is_linear_in_depth(tmp_path: Path, monkeypatch: pytest.Mon
         calls: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(1) or convolve(self, x))  # noqa: B023
-            patch.setattr(fitting, "Passes", functools.partial(Passes, max_bytes=size))
+            patch.setattr(fitting, "Storage", functools.partial(Room, size))
             fitting.fit_layers(dense, fitted, {}, Calibration(batches_of(dense, [4])))
         counts.append(len(calls))
         states.append(fitted.state_dict())
@@ -208,11 +220,11 @@ def test_fit_of_cells_is_linear_in_depth(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(value, states[2][name]) for name, value in states[3].items())
 
 
-def stages_of(model: Model, batches: list, max_bytes: int = EVERYWHERE) -> Passes:
+def stages_of(model: Model, batches: list, room: int = EVERYWHERE) -> Passes:
     """Return passes over a `Reader`, with a waypoint before each layer."""
     layers = ["stem", "first.0", "second.0", "third.0", "head"]
     find = functools.cache(functools.partial(find_waypoints, model, layers))
-    return Passes(model, Images([images for images, _ in batches]), find, max_bytes)
+    return Passes(model, Images([images for images, _ in batches]), find, Room(room))
 
 
 def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +267,9 @@ def test_output_that_is_still_needed_is_stored_once(tmp_path: Path) -> None:
     passes = stages_of(model, batches_of(model, [2]))
     with torch.no_grad():
         passes.reach("first.0")
-        stem = passes._held[0].outputs["stem"]
+        stem = passes._held[0][1].outputs["stem"]
         passes.reach("second.0")
-    assert passes._held[0].outputs["stem"] is stem
+    assert passes._held[0][1].outputs["stem"] is stem
 
 
 class UnreadTokens(nn.Module):

@@ -1,0 +1,138 @@
+"""Tensors are stored in memory or in files, with the same bits, and the files leave nothing behind."""
+
+import copy
+import gc
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_models import make_base
+from torch import nn
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.repairing import fit_layers, storage
+from isoprune_hf.pruning.repairing.storage import Storage
+
+Model = IsoPruneForImageClassification
+CPU = torch.device("cpu")
+PLENTY, NONE = (2**40, 2**41), (0, 2**41)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let temporary files be written to a folder of the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, memory: tuple[int, int], disk: tuple[int, int]) -> None:
+    monkeypatch.setattr(storage, "free_memory", lambda device: memory)
+    monkeypatch.setattr(storage, "_free_disk", lambda: disk)
+
+
+def files_of(tensor: torch.Tensor) -> list[str]:
+    """Return the lines of the memory map that contain the address of a tensor and a file."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end and "isoprune-" in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("values", [torch.arange(24.0).view(2, 3, 4), torch.randn(3, 5).T, torch.zeros(0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_file_has_the_same_values(
+    values: torch.Tensor, dtype: torch.dtype, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(monkeypatch, NONE, PLENTY)
+    keep = Storage(CPU).place(values.nbytes)
+    kept = keep(values.to(dtype))
+    assert kept.dtype == dtype
+    assert torch.equal(kept, values.to(dtype))
+    assert bool(files_of(kept)) == bool(values.numel())
+    assert [*folder.iterdir()] == []
+
+
+def test_place_is_the_first_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(8)
+    limit(monkeypatch, (100, 200), (1000, 2000))  # a quarter of all stays free: 50 of 100, 500 of 1,000
+    store = Storage(CPU)
+    assert store.place(50)(values, is_copied=False) is values
+    assert files_of(store.place(51)(values))
+    assert files_of(store.place(500)(values))
+    assert store.place(501) is None
+    assert store.hold(values) is values  # 32 bytes
+    half = Storage(CPU, ranks=2)
+    assert files_of(half.hold(values))
+    assert half.place(26)(values, is_copied=False) is not values
+    assert half.place(251) is None
+
+
+def test_tensor_is_kept_itself_only_if_allowed() -> None:
+    values = torch.randn(4, 3)
+    keep = Storage(CPU).place(1)
+    assert keep(values, is_copied=False) is values
+    for other, is_copied in ((values, True), (values[:2], False)):
+        kept = keep(other, is_copied=is_copied)
+        assert torch.equal(kept, other)
+        assert kept.untyped_storage().nbytes() == other.nbytes
+        assert kept.data_ptr() != other.data_ptr()
+
+
+class Writer(nn.Module):
+    """A network that writes into outputs of its modules after they have returned, and into views of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.same = nn.Conv2d(3, 4, 3), nn.Identity()
+        self.first, self.second, self.third = (nn.Sequential(nn.Conv2d(4, 4, 1)) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.same(self.stem(images))
+        y = self.first(x)
+        x.relu_()  # the output of two modules
+        z = self.second(y) + x
+        y[:, :2].mul_(0.5)
+        return self.head(self.third(z + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("memory", "disk"), [(PLENTY, NONE), (NONE, PLENTY)], ids=["memory", "files"])
+def test_place_changes_no_bit_of_a_fit(
+    memory: tuple[int, int], disk: tuple[int, int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dense = make_base("vit", folder)
+    dense.model, dense.config.image_size = Writer().eval(), [3, 8, 8]
+    cut = copy.deepcopy(dense)
+    with torch.no_grad():
+        for part in (cut.model.stem, cut.model.first[0], cut.model.third[0]):
+            part.weight.mul_(0.7)
+    before = {path.name for path in folder.iterdir()}
+    batches = [(torch.randn(6, 3, 8, 8), torch.zeros(6)) for _ in range(2)]
+    fitted = []
+    for places in ((NONE, NONE), (memory, disk)):
+        limit(monkeypatch, *places)
+        network = copy.deepcopy(cut)
+        fit_layers.fit_layers(dense, network, {}, Calibration(batches))
+        fitted.append(network.state_dict())
+    assert all(torch.equal(value, fitted[1][name]) for name, value in fitted[0].items())
+    assert not torch.equal(fitted[0]["model.third.0.weight"], cut.state_dict()["model.third.0.weight"])
+    gc.collect()
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_file_is_gone_after_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, NONE, PLENTY)
+    before = [*folder.iterdir()]
+
+    def fail() -> None:
+        Storage(CPU).place(4)(torch.zeros(1))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [*folder.iterdir()] == before
