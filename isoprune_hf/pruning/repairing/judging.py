@@ -29,11 +29,13 @@ class Divergences(NamedTuple):
         sums: Divergences at each of `SCALES`, and the squares of their differences from that at scale 1, (2, scales).
         logits: Logits of the cut network, (classes,).
         images: Number of images of all ranks.
+        nearer: Number of images for which the network is as near to the dense one as the cut, or nearer.
     """
 
     sums: torch.Tensor
     logits: torch.Tensor
     images: int
+    nearer: int
 
 
 class Judgement(NamedTuple):
@@ -44,11 +46,13 @@ class Judgement(NamedTuple):
         scale: Factor of the distances of the logits from `center` at which the divergence is smallest; 1 if the gain
             over 1 is negligible or below its standard error.
         center: Mean logits of the cut network over the images, (classes,), in float64 on the CPU.
+        nearer: Number of images for which it is as near as without a repair, or nearer.
     """
 
     divergence: float
     scale: float
     center: torch.Tensor
+    nearer: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +103,17 @@ class Judge:
 
     Args:
         dense: The network before the cut.
+        cut: The network after it, without a repair.
         calibration: The images; every rank has its own.
     """
 
-    def __init__(self, dense: IsoPruneForImageClassification, calibration: Calibration):
+    def __init__(
+        self, dense: IsoPruneForImageClassification, cut: IsoPruneForImageClassification, calibration: Calibration
+    ):
         self._calibration = calibration
         self._wanted = _logits(dense, calibration.batches)
+        found = _logits(cut, calibration.batches)
+        self._of_cut = [_divergence(*pair) for pair in zip(self._wanted, found, strict=True)]
         count = torch.tensor(sum(len(part) for part in self._wanted), device=dense.device)
         self.images = int(sum_over_ranks(count, calibration.accelerator))
 
@@ -115,11 +124,13 @@ class Judge:
         total = self._sum(sum((logits.sum(0) for logits in found), start=nothing), pruned.device)
         center = total / self.images
         sums = torch.zeros(2, len(SCALES), dtype=torch.float64)
-        for wanted, logits in zip(self._wanted, found, strict=True):
+        nearer = torch.zeros((), dtype=torch.int64)
+        for wanted, before, logits in zip(self._wanted, self._of_cut, found, strict=True):
             scaled = torch.stack([_divergence(wanted, center + scale * (logits - center)) for scale in SCALES])
-            gains = scaled[SCALES.index(1)] - scaled
-            sums += torch.stack([scaled.sum(1), (gains**2).sum(1)])
-        return Divergences(self._sum(sums, pruned.device), total, self.images)
+            plain = scaled[SCALES.index(1)]
+            sums += torch.stack([scaled.sum(1), (plain - scaled).square().sum(1)])
+            nearer += (plain <= before + NEGLIGIBLE).sum()
+        return Divergences(self._sum(sums, pruned.device), total, self.images, int(self._sum(nearer, pruned.device)))
 
     def _sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return the sum over all ranks, on the CPU."""
@@ -135,7 +146,7 @@ def judge(parts: Sequence[Divergences]) -> Judgement:
     gain = float(means[plain] - means[best])
     error = max(float(squares[best]) - gain**2, 0.0) / max(images - 1, 1)  # squared, of the mean gain
     best = best if gain > max(error**0.5, NEGLIGIBLE) else plain
-    return Judgement(float(means[best]), SCALES[best], logits)
+    return Judgement(float(means[best]), SCALES[best], logits, sum(part.nearer for part in parts))
 
 
 def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[torch.Tensor]:

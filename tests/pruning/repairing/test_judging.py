@@ -52,7 +52,7 @@ def folds_of(task: RepairTask) -> tuple[tuple[Calibration, Calibration], ...]:
 
 
 def judgement_of(model: Model, dense: Model, calibration: Calibration) -> Judgement:
-    return judge([Judge(dense, calibration).compare(model)])
+    return judge([Judge(dense, model, calibration).compare(model)])
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,14 @@ def test_images_are_held_out(sizes: list[int], expected: list[list[int]]) -> Non
 
 def test_parts_are_judged_together(tmp_path: Path) -> None:
     task = task_of("resnet", tmp_path)
-    parts = [Judge(task.dense, Calibration([batch])).compare(task.pruned) for batch in task.calibration.batches]
+    parts = [
+        Judge(task.dense, task.pruned, Calibration([batch])).compare(task.pruned) for batch in task.calibration.batches
+    ]
     images = torch.cat([images for images, _ in task.calibration.batches])
     wanted, found = logits_of(task.dense, images), logits_of(task.pruned, images)
     np.testing.assert_allclose(judge(parts).center, found.mean(0), rtol=1e-4, atol=1e-6)
     at_one = SCALES.index(1)
-    plain = [Divergences(part.sums[:, [at_one]].expand(2, len(SCALES)), part.logits, part.images) for part in parts]
+    plain = [Divergences(part.sums[:, [at_one]].expand(2, len(SCALES)), *part[1:]) for part in parts]
     assert judge(plain).divergence == pytest.approx(divergence(wanted, found).mean(), rel=1e-4)
 
 
@@ -106,7 +108,7 @@ def test_scale_within_its_error_is_one(tmp_path: Path) -> None:
     images = make_images(dense, 2)
     wanted = torch.from_numpy(logits_of(dense, images))
     labels = torch.zeros(1, dtype=torch.long)
-    compared = Judge(dense, Calibration([(image[None], labels) for image in images]))
+    compared = Judge(dense, dense, Calibration([(image[None], labels) for image in images]))
     other = copy.deepcopy(dense)
     with torch.no_grad():
         other.model.head.weight.zero_()
@@ -207,6 +209,46 @@ def test_fit_that_fails_on_one_half_is_not_kept(tmp_path: Path, monkeypatch: pyt
     head = {name for name in expected.state_dict() if "head." in name}
     found = task.pruned.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items() if name not in head)
+
+
+class FixedJudge:
+    """A judge of 10 images with fixed results: a mean of 1 without a repair, else of 0.5."""
+
+    images = 10
+
+    def __init__(self, nearer: int, cut: Model):
+        self.nearer, self.cut = nearer, copy.deepcopy(cut.state_dict())
+
+    def compare(self, pruned: Model) -> Divergences:
+        is_cut = all(torch.equal(value, self.cut[name]) for name, value in pruned.state_dict().items())
+        sums = torch.full((2, len(SCALES)), 10.0 if is_cut else 5.0, dtype=torch.float64)
+        return Divergences(sums, torch.zeros(3, dtype=torch.float64), 10, 10 if is_cut else self.nearer)
+
+
+@pytest.mark.parametrize(("counts", "is_kept"), [((9, 1), False), ((9, 2), True)])
+def test_few_images_decide_by_mean_and_majority(
+    counts: tuple[int, int], is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of("vit", tmp_path)
+    expected = copy.deepcopy(task.pruned.state_dict())
+    nearer = iter(counts)
+    monkeypatch.setattr(least_squares, "Judge", lambda dense, cut, images: FixedJudge(next(nearer), cut))
+    notes = least_squares.LeastSquaresRepair().repair(task)
+    found = task.pruned.state_dict()
+    assert (notes == ()) == is_kept
+    assert all(torch.equal(value, found[name]) for name, value in expected.items()) != is_kept
+
+
+def test_nearer_images_are_counted(tmp_path: Path) -> None:
+    task = task_of("vit", tmp_path)
+    images = torch.cat([images for images, _ in task.calibration.batches])
+    other = copy.deepcopy(task.pruned)
+    with torch.no_grad():
+        other.model.head.bias.add_(torch.arange(len(other.model.head.bias)))
+    wanted, before, after = (logits_of(model, images) for model in (task.dense, task.pruned, other))
+    found = Judge(task.dense, task.pruned, task.calibration).compare(other)
+    assert found.nearer == (divergence(wanted, after) <= divergence(wanted, before)).sum()
+    assert Judge(task.dense, task.pruned, task.calibration).compare(task.pruned).nearer == 20
 
 
 def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
