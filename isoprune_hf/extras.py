@@ -18,6 +18,7 @@ EXTRAS = {
     "pyarrow": "prune",
     "shtab": "prune",
     "torch_pruning": "prune",
+    "psutil": "prune",
     "xxhash": "prune",
     "sklearn": "train",
     "matplotlib": "publish",
