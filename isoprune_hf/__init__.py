@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoImageProcessor,
+    IsoPruneBackbone,
     IsoPruneConfig,
     IsoPruneForImageClassification,
     IsoPruneModel,
@@ -74,6 +75,7 @@ __all__ = [
     "ImageError",
     "ImportanceScores",
     "IsoImageProcessor",
+    "IsoPruneBackbone",
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
@@ -101,6 +103,7 @@ __all__ = [
 ]
 
 AutoConfig.register("isoprune", IsoPruneConfig)
+AutoBackbone.register(IsoPruneConfig, IsoPruneBackbone)
 AutoModel.register(IsoPruneConfig, IsoPruneModel)
 AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassification)
 AutoImageProcessor.register(

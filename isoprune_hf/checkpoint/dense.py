@@ -77,6 +77,8 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     stage: str = "base"  # base, pruned or finetuned
     layout: str = "per-layer"  # or uniform: `base.config` itself has the pruned sizes, and there is no structure
     format_version: int = FORMAT_VERSION
+    out_features: list[str] | None = None  # stages of a backbone
+    out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         hidden = {

@@ -5,12 +5,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
 from isoprune_hf.checkpoint.dense import FORMAT_VERSION, IsoPruneConfig, build_base
-from isoprune_hf.checkpoint.difference import SkippedBlock, apply_structure, check_structure, skippable_blocks
+from isoprune_hf.checkpoint.difference import (
+    SkippedBlock,
+    apply_structure,
+    build_pruned,
+    check_structure,
+    skippable_blocks,
+)
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
-from isoprune_hf.checkpoint.outputs import HiddenStates, call_classifier, call_features
+from isoprune_hf.checkpoint.meta import move_to_meta
+from isoprune_hf.checkpoint.outputs import HiddenStates, call_classifier, call_features, call_stages
 from isoprune_hf.checkpoint.pretrained import PARTS, IsoPrunePreTrainedModel, code_that_ships
 from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
@@ -20,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "ImageError",
     "IsoImageProcessor",
+    "IsoPruneBackbone",
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
@@ -103,3 +112,57 @@ class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  
             self.config.output_attentions if output_attentions is None else output_attentions,
             **kwargs,
         )
+
+
+class IsoPruneBackbone(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """The same network as the backbone of a detector or segmenter: the feature maps of some of its stages.
+
+    `out_features` (names) or `out_indices` of `from_pretrained` select stages; without them the last one is returned.
+    """
+
+    def __init__(self, config: IsoPruneConfig):
+        super().__init__(config)
+        with torch.device("meta"):
+            image = torch.zeros(1, *(config.image_size or []))
+            maps = call_stages(move_to_meta(build_pruned(config)).eval(), image)
+        self.stage_names = [*maps]
+        self.num_features = [found.shape[1] for found in maps.values()]
+        self.out_indices = self._choose_stages()
+
+    @property
+    def out_features(self) -> list[str]:
+        """The names of the stages that are returned."""
+        return [self.stage_names[index] for index in self.out_indices]
+
+    @property
+    def channels(self) -> list[int]:
+        """The number of channels of each feature map."""
+        return [self.num_features[index] for index in self.out_indices]
+
+    def _choose_stages(self) -> list[int]:
+        """Return the indices of the stages that the config asks for, in their order.
+
+        Raises:
+            ValueError: There is no such stage.
+        """
+        count, wanted = len(self.stage_names), self.config.out_features
+        chosen = [self.stage_names.index(name) if name in self.stage_names else count for name in wanted or ()]
+        chosen = chosen or [index + count if index < 0 else index for index in self.config.out_indices or [count - 1]]
+        if not all(0 <= index < count for index in chosen):
+            raise ValueError(
+                f"out_features or out_indices: {wanted or self.config.out_indices} are no stages; there are "
+                f"{self.stage_names}"
+            )
+        return sorted(chosen)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """Compute the feature maps (B, C, H, W) of the selected stages, as `feature_maps`.
+
+        Args:
+            pixel_values: Images of shape (B, C, H, W).
+            kwargs: Further arguments of the base's own forward.
+        """
+        maps = call_stages(self.model, self._cast(pixel_values), **kwargs)
+        selected: Any = tuple(maps[name] for name in self.out_features)
+        return BackboneOutput(feature_maps=selected)

@@ -6,7 +6,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -64,8 +64,7 @@ def call_features(
     Args and errors are those of `call_classifier`.
     """
     if isinstance(network, PreTrainedModel):
-        base: Any = network.base_model
-        return _call_transformers(base, pixel_values, hidden_states, attentions, options)
+        return _call_transformers(cast(Any, network.base_model), pixel_values, hidden_states, attentions, options)
     _check_requests(network, hidden_states, attentions)
     if not hasattr(network, "forward_features"):
         raise ValueError(f"{type(network).__name__} of torchvision has no method that returns features")
@@ -78,6 +77,30 @@ def call_features(
     return BaseModelOutputWithPooling(
         last_hidden_state=last, pooler_output=pooled, hidden_states=None if states is None else tuple(states)
     )
+
+
+def call_stages(network: nn.Module, pixel_values: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+    """Return the feature maps (B, C, H, W) of all stages by name, in their order.
+
+    The stages of timm are those of its `feature_info`; those of transformers are its hidden states, named stem,
+    stage1, ... as in its backbones.
+
+    Raises:
+        ValueError: The network has no stages that are maps.
+    """
+    unknown = f"{type(network).__name__} does not return feature maps of its stages"
+    if isinstance(network, PreTrainedModel):
+        output: Any = _call_transformers(cast(Any, network.base_model), pixel_values, True, None, options)
+        maps = output.hidden_states or ()
+        if not maps or any(found.ndim != 4 for found in maps):
+            raise ValueError(unknown)
+        return {f"stage{number}" if number else "stem": found for number, found in enumerate(maps)}
+    info = getattr(network, "feature_info", None)
+    if info is None or not hasattr(network, "forward_intermediates"):
+        raise ValueError(unknown)
+    timm_network: Any = network
+    maps = timm_network.forward_intermediates(pixel_values, intermediates_only=True, **options)
+    return {stage["module"]: found for stage, found in zip(info, maps, strict=True)}
 
 
 def _call_transformers(

@@ -36,6 +36,7 @@ PARTS = ("errors.py", "checkpoint/needed.py", *(f"checkpoint/{name}.py" for name
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless
 # preprocessor_config.json names another type.
 AUTO_CLASSES = {
+    "AutoBackbone": "IsoPruneBackbone",
     "AutoConfig": "IsoPruneConfig",
     "AutoImageProcessor": "IsoImageProcessor",
     "AutoModel": "IsoPruneModel",

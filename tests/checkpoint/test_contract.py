@@ -7,23 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers.folders import assert_same, logits, tensors
 from helpers.tiny_models import TIMM, TRANSFORMERS, make_base, make_images
 from PIL import Image
 from torch import nn
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedModel,
+    ResNetBackbone,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
     pipeline,
 )
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, IsoPruneModel
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneBackbone, IsoPruneForImageClassification, IsoPruneModel
 from isoprune_hf.errors import CheckpointError
 
 STOCK = ("vit", "resnet", "hf-vit", "hf-swin", "hf-resnet", "hf-convnext")
@@ -207,6 +210,49 @@ def test_features_equal_those_of_transformers(family: str, pair, tmp_path: Path)
     images = make_images(ours)
     with torch.no_grad():
         assert_equal_outputs(AutoModel.from_pretrained(tmp_path)(images), stock.base_model(images))
+
+
+def test_feature_maps_equal_those_of_resnet_backbone(pair, tmp_path: Path) -> None:
+    ours, classifier = pair("hf-resnet")
+    ours.save_pretrained(tmp_path)
+    names = ["stage1", "stage3"]
+    config = copy.deepcopy(classifier.config)
+    config.out_features = names
+    stock = ResNetBackbone(config).eval()
+    stock.load_state_dict(
+        {name.removeprefix("resnet."): t for name, t in classifier.state_dict().items()}, strict=False
+    )
+    model = IsoPruneBackbone.from_pretrained(tmp_path, out_features=names)
+    assert (model.out_features, model.channels) == (stock.out_features, stock.channels)
+    images = make_images(ours)
+    with torch.no_grad():
+        assert_equal_outputs(model(images), stock(images))
+
+
+def test_feature_maps_equal_those_of_timm(pair, tmp_path: Path) -> None:
+    ours, _ = pair("resnet")
+    ours.save_pretrained(tmp_path)
+    name, args = TIMM["resnet"]
+    stock = timm.create_model(name.removeprefix("timm/"), features_only=True, out_indices=(1, 4), **args).eval()
+    stock.load_state_dict(ours.model.state_dict(), strict=False)
+    model = IsoPruneBackbone.from_pretrained(tmp_path, out_indices=[1, -1])
+    assert (model.out_features, model.channels) == (["layer1", "layer4"], stock.feature_info.channels())
+    images = make_images(ours)
+    with torch.no_grad():
+        maps = model(images).feature_maps
+        assert all(torch.equal(first, second) for first, second in zip(maps, stock(images), strict=True))
+
+
+def test_backbone_of_pruned_folder_has_its_channels(pruned) -> None:
+    sample = pruned("resnet")
+    config = AutoConfig.from_pretrained(sample.folder)
+    model = AutoBackbone.from_config(config)
+    maps = model.eval()(sample.images).feature_maps
+    assert [found.shape[1] for found in maps] == model.channels == [sample.model.model.fc.in_features]
+    with pytest.raises(ValueError, match=r"^out_features or out_indices: "):
+        IsoPruneBackbone.from_pretrained(sample.folder, out_features=["layer9"])
+    with pytest.raises(ValueError, match=r"^ViTForImageClassification does not return feature maps"):
+        IsoPruneBackbone.from_pretrained(pruned("hf-vit").folder)
 
 
 def test_feature_pipeline_opens_pruned_folder(pruned) -> None:

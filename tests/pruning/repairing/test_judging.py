@@ -190,7 +190,7 @@ def test_repair_that_does_worse_is_not_kept(best: str, tmp_path: Path, monkeypat
     assert any(ratio[0, 0] == pytest.approx(scale, rel=1e-3) for scale in SCALES)
 
 
-def test_fit_that_fails_on_one_half_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_that_fails_on_half_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("vit", tmp_path)
     expected = copy.deepcopy(task.pruned)
     fit_layers = least_squares.fit_layers
