@@ -59,6 +59,21 @@ def timm_processor(data: dict[str, Any]) -> IsoImageProcessor:
     return _processor(size, height, _RESAMPLE[data["interpolation"]], mean, std)
 
 
+def timm_data(processor: IsoImageProcessor) -> dict[str, Any]:
+    """Return the data config of timm with the transform of a processor; the inverse of `timm_processor`."""
+    crop, size = processor.crop_size, processor.size
+    scaled = size.get("shortest_edge") or size["height"]
+    return {
+        "input_size": (channels_of(processor), crop["height"], crop["width"]),
+        "interpolation": next(name for name, number in _RESAMPLE.items() if number == processor.resample),
+        "mean": tuple(processor.image_mean),
+        "std": tuple(processor.image_std),
+        # timm rounds the size before the crop down.
+        "crop_pct": crop["height"] / (scaled + 0.5),
+        "crop_mode": "center" if "shortest_edge" in size else "squash",
+    }
+
+
 def torchvision_processor(transform: TorchvisionPreset) -> IsoImageProcessor:
     """Build the processor of a torchvision preset."""
     size = {"shortest_edge": transform.resize_size[0]}
