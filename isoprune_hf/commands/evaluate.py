@@ -34,6 +34,7 @@ def run(
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
     from isoprune_hf.models import load_base
     from isoprune_hf.pruning.cost.macs import count_cost
+    from isoprune_hf.reporting.tables import describe_sample
 
     logger = get_logger(__name__)
     if per_class is not None:
@@ -62,11 +63,11 @@ def run(
         LoaderOptions(data.batch_size, data.num_workers, images.decoding),
         accelerator=accelerator,
     )
-    figures = compute_figures(predictions)
+    figures = images.with_sample(compute_figures(predictions))
     if per_class is not None and accelerator.is_main_process:
         write_file(Path(per_class), tabulate_classes(predictions, names))
     record_figures(model, base.model, figures, data, accelerator, has_own_transform=base is found)
-    line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}"
+    line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}{describe_sample([figures])}"
     return Answer(f"{line}\n{json.dumps(figures, sort_keys=True)}", {"model": model, **cost.to_dict(), **figures})
 
 

@@ -22,13 +22,14 @@ class ImageData:
 
     Args:
         train: For calibration and finetuning; a stream with `data.streaming`.
-        evaluation: For evaluation.
+        evaluation: For evaluation; a sample of the split with `data.eval_images`.
         label_names: Names of the classes by index.
         name: Value of `data.dataset`.
         fingerprint: Digest of the class names and of the labels of both splits in their order; equal on every machine.
             It leaves out the labels of a stream, which are not known.
         decoding: How the images are read.
         buffer: Number of rows of `train` that are shuffled together if it is a stream, else None.
+        split_images: Number of images of the evaluation split if `evaluation` is a sample of it, else None.
     """
 
     train: Dataset | IterableDataset | None
@@ -38,6 +39,11 @@ class ImageData:
     fingerprint: str
     decoding: Decoding = field(default_factory=Decoding)
     buffer: int | None = None
+    split_images: int | None = None
+
+    def with_sample(self, figures: dict[str, float | int]) -> dict[str, float | int]:
+        """Return figures of an evaluation with `split_images`, if they are those of a sample."""
+        return figures if self.split_images is None else {**figures, "split_images": self.split_images}
 
 
 def load_data(recipe: DataRecipe) -> ImageData:
@@ -55,10 +61,12 @@ def load_data(recipe: DataRecipe) -> ImageData:
             digest.update(read_labels(split).tobytes())
         else:
             digest.update(b"none" if split is None else b"stream")
-    evaluation = splits.get(recipe.eval_split)
+    whole = splits.get(recipe.eval_split)
+    evaluation = _sample(whole, recipe.eval_images) if isinstance(whole, Dataset) else None
+    is_sample = evaluation is not None and evaluation is not whole
     return ImageData(
         train=splits.get(recipe.train_split),
-        evaluation=evaluation if isinstance(evaluation, Dataset) else None,
+        evaluation=evaluation,
         label_names=label_names,
         name=str(recipe.dataset),
         fingerprint=digest.hexdigest()[:16],
@@ -66,7 +74,15 @@ def load_data(recipe: DataRecipe) -> ImageData:
             broken=recipe.broken, max_broken=recipe.max_broken, exif=recipe.exif, decoder=recipe.decoder
         ),
         buffer=recipe.shuffle_buffer if recipe.streaming else None,
+        split_images=len(whole) if isinstance(whole, Dataset) and is_sample else None,
     )
+
+
+def _sample(split: Dataset, count: int | None) -> Dataset:
+    """Return a sample of so many images in the order of the split; the split itself if it has no more."""
+    if count is None or count >= len(split):
+        return split
+    return split.select(np.sort(np.random.default_rng(0).permutation(len(split))[:count]))
 
 
 def with_encoded_images(rows: Rows) -> Rows:

@@ -19,6 +19,8 @@ class DataRecipe:
         label_column: Column of the classes.
         train_split: Split for calibration and finetuning.
         eval_split: Split for evaluation.
+        eval_images: Evaluate on a sample of so many images of that split, drawn once and equal for every model; by
+            default on all of them. The number is stored and shown with the figures.
         streaming: Stream the training split without storing a copy; needs `finetune.steps_per_epoch`. The evaluation
             split is downloaded.
         shuffle_buffer: Images of a stream that are shuffled at once; each rank keeps them encoded in memory.
@@ -41,6 +43,7 @@ class DataRecipe:
     label_column: str = "label"
     train_split: str = "train"
     eval_split: str = "validation"
+    eval_images: int | None = None
     streaming: bool = False
     shuffle_buffer: int = 4096
     resize: int | None = None
@@ -54,6 +57,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_range("data", "resize", self.resize, 1, 2**14)
+        check_range("data", "eval_images", self.eval_images, 1)
         check_range("data", "shuffle_buffer", self.shuffle_buffer, 1)
         check_range("data", "max_broken", self.max_broken, 0)
         check_range("data", "batch_size", self.batch_size, 1)

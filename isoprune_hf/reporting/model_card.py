@@ -20,7 +20,7 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
-from isoprune_hf.reporting.tables import format_figure
+from isoprune_hf.reporting.tables import describe_sample, format_figure
 from isoprune_hf.reporting.widths import PICTURE
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -77,6 +77,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         base=config.get("base") or {},
         recipe={key: recipe.get(key) or {} for key in ("prune", "data", "finetune")},
         saved=_compare(cost),
+        sample=describe_sample(metrics.values()),
         table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage, size),
         commands=_commands(recipe, stage),
         notes=[_show_note(note) for note in plan.get("notes") or ()],

@@ -1,6 +1,6 @@
 """Format figures in the units of their columns, and align tables for a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -49,6 +49,13 @@ def results_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             cells["params"] += " M"
         table.append([name, *cells.values()])
     return align_columns(table)
+
+
+def describe_sample(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return on how many images of the split figures were measured, if they are those of a sample, else nothing."""
+    samples = {(row["images"], row["split_images"]) for row in rows if "split_images" in row}
+    texts = [f"{images:,} of {split:,}" for images, split in sorted(samples)]
+    return f" (sample of {' and '.join(texts)} images)" if texts else ""
 
 
 def align_columns(table: Sequence[Sequence[str]]) -> str:

@@ -226,3 +226,21 @@ def test_invalid_evaluation_is_one_line(flags: list[str], words: list[str], prun
     line = refuse("evaluate", "--model", pruned, "--data.dataset", images, *flags)
     assert [word for word in words if word not in line] == [], line
     assert contents(pruned) == before
+
+
+def test_figures_of_a_sample_say_so(images: Path, pruned: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    shutil.copytree(pruned, folder)
+    output = succeed("evaluate", "--model", folder, "--data.dataset", images, "--data.eval_images", "7")
+    figures = read(folder, "metrics.json")
+    assert (figures["pruned"]["images"], figures["pruned"]["split_images"]) == (7, 20)
+    assert "split_images" not in figures["base"]
+    assert "(sample of 7 of 20 images)" in output
+    assert "(sample of 7 of 20 images)" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_of_a_cut_names_its_sample(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pruned"
+    flags = ["--prune.criterion", "l1", "--data.dataset", images, "--data.eval_images", "5", "--output", folder]
+    assert "Accuracy and loss (sample of 5 of 20 images)" in succeed("prune", *VIT, *flags)
+    assert {row["split_images"] for row in read(folder, "metrics.json").values()} == {20}

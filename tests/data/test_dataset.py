@@ -65,6 +65,20 @@ def test_digits_have_a_fixed_stratified_split():
     assert load_data(DataRecipe(dataset="digits")).fingerprint == loaded.fingerprint
 
 
+def test_evaluation_sample_is_part_of_the_split():
+    whole = load_data(DataRecipe(dataset="digits"))
+    samples = [load_data(DataRecipe(dataset="digits", eval_images=count)) for count in (100, 100, 450, 1000)]
+    assert [len(loaded.evaluation) for loaded in samples] == [100, 100, 450, 450]
+    assert [loaded.split_images for loaded in (whole, *samples)] == [None, 450, 450, None, None]
+    assert {loaded.fingerprint for loaded in samples} == {whole.fingerprint}
+    rows = {row["image"].tobytes() for row in whole.evaluation}
+    first, second = ([row["image"].tobytes() for row in loaded.evaluation] for loaded in samples[:2])
+    assert first == second and set(first) <= rows
+    assert min(np.bincount(samples[0].evaluation["label"], minlength=10)) >= 3  # not the first rows of a sorted split
+    assert samples[0].with_sample({"images": 100}) == {"images": 100, "split_images": 450}
+    assert whole.with_sample({"images": 450}) == {"images": 450}
+
+
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtraError, match=r"digits .*sklearn, .*isoprune-hf\[train\]"):

@@ -99,6 +99,20 @@ def test_results_equal_their_sources(tmp_path: Path) -> None:
     }
 
 
+def test_card_says_that_figures_are_of_samples(tmp_path: Path) -> None:
+    figures = {"top1": 0.5, "top5": 0.9, "loss": 1.0, "images": 500}
+    for name, sampled, expected in (
+        ("whole", figures, "of ILSVRC/imagenet-1k, measured with"),
+        (
+            "sample",
+            {**figures, "split_images": 50_000},
+            "of ILSVRC/imagenet-1k (sample of 500 of 50,000 images), measured with",
+        ),
+    ):
+        card = build_model_card(make_folder(tmp_path / name, {"base": sampled, "finetuned": sampled}))
+        assert expected in card.text
+
+
 def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
     card = build_model_card(make_folder(tmp_path / "deit"))
     cut, finetuning = read_table(card.text, "## Pruning"), read_table(card.text, "## Finetuning")

@@ -125,7 +125,7 @@ def evaluate_on(
     """Evaluate a model, which moves to the accelerator's device, on the evaluation split of `images`."""
     if images.evaluation is None:
         raise no_evaluation_split(images, data)
-    return evaluate_model(
+    figures = evaluate_model(
         model.to(accelerator.device),
         images.evaluation,
         processor,
@@ -134,6 +134,7 @@ def evaluate_on(
         num_workers=data.num_workers,
         decoding=images.decoding,
     )
+    return images.with_sample(figures)
 
 
 def open_scores(prune: PruneRecipe, file: str | None) -> tuple[PruneRecipe, ImportanceScores | None]:

@@ -18,7 +18,7 @@ from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.reporting.model_card import build_model_card
-from isoprune_hf.reporting.tables import results_table
+from isoprune_hf.reporting.tables import describe_sample, results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
 
 Metrics = dict[str, dict[str, float | int]]
@@ -106,7 +106,9 @@ def summarize(
         f"{imports}    from transformers import pipeline\n"
         f'    classify = pipeline("image-classification", model="{folder}")\n'
     )
-    text = "\n\n".join([results_table(rows), *(["\n".join(notes)] if notes else []), opening])
+    sample = describe_sample(rows.values())
+    table = results_table(rows) + (f"\nAccuracy and loss{sample}" if sample else "")
+    text = "\n\n".join([table, *(["\n".join(notes)] if notes else []), opening])
     return Answer(text, {"folder": str(folder), "models": rows, "notes": list(notes)})
 
 

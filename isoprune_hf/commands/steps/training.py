@@ -171,5 +171,7 @@ def train_student(
     )["history"]
     if images.evaluation is None:
         return {}
-    first, last = ({key: history[at][key] for key in _FIGURES if key in history[at]} for at in (0, -1))
+    first, last = (
+        images.with_sample({key: history[at][key] for key in _FIGURES if key in history[at]}) for at in (0, -1)
+    )
     return {"base": last} if is_dense else {"pruned": (metrics or {}).get("pruned", first), "finetuned": last}
