@@ -1,6 +1,7 @@
 """Observe one forward pass of a network: what its modules read and return, and when (`observe`)."""
 
 from collections.abc import Callable, Collection, MutableMapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def observe(
         network: The network.
         images: (B, C, H, W).
         kept: Modules whose outputs are kept.
-        names: Modules to record; None for all.
+        names: Modules to record, without `uses` and `written`; None for all.
         last: Module after whose return the pass stops; None for a whole pass.
     """
     seen = Observation({}, {}, {}, set(), {}, {}, {}, {}, {}, torch.empty(0))
@@ -112,7 +113,7 @@ def observe(
         handles.append(module.register_forward_hook(partial(after, name)))
     logits = seen.logits
     try:
-        with _Functions(compute):
+        with _Functions(compute) if names is None else nullcontext():
             logits = network(pixel_values=images).logits
     except PassStopped:
         pass
