@@ -36,15 +36,14 @@ def divergence(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
     return (p * np.log(p / q)).sum(1)
 
 
-def task_of(family: str, folder: Path) -> RepairTask:
-    """Cut every other channel, for 20 images in two micro-batches."""
+def task_of(family: str, folder: Path, sizes: tuple[int, ...] = (15, 5)) -> RepairTask:
+    """Cut every other channel, for images in micro-batches of these sizes."""
     dense = make_base(family, folder).eval()
     groups = trace_groups(dense)
     plan = PruningPlan({g.name: tuple(range(0, g.channels, 2)) for g in groups if not g.num_heads}, {})
     pruned = apply_plan(dense, plan, groups)
-    return RepairTask(
-        dense, pruned, keep_masks(plan, groups, dense.model), {}, Calibration(batches_of(dense, [15, 5]))
-    )
+    calibration = Calibration(batches_of(dense, list(sizes)))
+    return RepairTask(dense, pruned, keep_masks(plan, groups, dense.model), {}, calibration)
 
 
 def folds_of(task: RepairTask) -> tuple[tuple[Calibration, Calibration], ...]:
@@ -194,18 +193,21 @@ def test_fit_that_fails_on_half_is_dropped(tmp_path: Path, monkeypatch: pytest.M
     task = task_of("vit", tmp_path)
     expected = copy.deepcopy(task.pruned)
     fit_layers = least_squares.fit_layers
+    fitted: list[int] = []
 
     def fit(
-        dense: Model, pruned: Model, *args: object, trial: fit_layers_module.Trial | None, **kwargs: object
+        dense: Model, pruned: Model, masks: object, images: Calibration, *, trial: None, **kwargs: object
     ) -> tuple[str, ...]:
-        notes = fit_layers(dense, pruned, *args, trial=trial, **kwargs)
-        if trial is None:  # the fit to the second half
+        notes = fit_layers(dense, pruned, masks, images, trial=trial, **kwargs)
+        fitted.append(sum(len(labels) for _, labels in images.batches))
+        if len(fitted) == 2:  # the fit to the second half
             torch.nn.init.normal_(pruned.model.head.weight, std=10)
         return notes
 
     monkeypatch.setattr(least_squares, "fit_layers", fit)
     (note,) = least_squares.LeastSquaresRepair().repair(task)
     assert "prune.reconstruct none " in note and "on 20 images" in note
+    assert fitted == [11, 9, 20]
     head = {name for name in expected.state_dict() if "head." in name}
     found = task.pruned.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items() if name not in head)
@@ -264,7 +266,7 @@ def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
 
 
 def test_fit_that_is_judged_sees_no_held_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of("vit", tmp_path)
+    task = task_of("vit", tmp_path, (60, 4))
     alone = copy.deepcopy(task.pruned)
     fitted, _ = folds_of(task)[0]
     least_squares.fit_layers(task.dense, alone, task.masks, fitted)
@@ -287,8 +289,18 @@ class Recorder:
         return self.judge.compare(pruned)
 
 
-def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_fit_of_few_images_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("vit", tmp_path)
+    alone = copy.deepcopy(task.pruned)
+    least_squares.fit_layers(task.dense, alone, task.masks, task.calibration)
+    monkeypatch.setattr(least_squares, "scale_logits", lambda *args: True)
+    assert least_squares.LeastSquaresRepair().repair(task) == ()
+    found = task.pruned.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in alone.state_dict().items())
+
+
+def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("vit", tmp_path, (60, 4))
     alone = copy.deepcopy(task.pruned)
     parts = [[*part.batches] for part in folds_of(task)[0]]
     ridge = 0.3  # which is otherwise chosen without the held-out images
@@ -301,7 +313,7 @@ def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_ridge_is_chosen_once_without_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of("vit", tmp_path)
+    task = task_of("vit", tmp_path, (60, 4))
     rows: list[float] = []
 
     def choose(first: Equations, second: Equations, **kwargs: bool) -> float:
@@ -314,4 +326,4 @@ def test_ridge_is_chosen_once_without_held_images(tmp_path: Path, monkeypatch: p
     least_squares.fit_layers(task.dense, task.pruned, task.masks, fitted, trial=trial)
     names = [module for module in task.pruned.modules() if isinstance(module, torch.nn.Linear)]
     assert len(rows) >= len(names)
-    assert all(count % 11 == 0 for count in rows)  # 8 + 3 of 15 + 5 images, each with the same number of rows
+    assert all(count % 52 == 0 for count in rows)  # 48 + 4 of 60 + 4 images, each with the same number of rows

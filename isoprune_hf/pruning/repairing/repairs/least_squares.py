@@ -74,17 +74,19 @@ def _fit_and_judge(
     task: RepairTask, folds: Folds, judges: Sequence[Judge], before: State
 ) -> tuple[tuple[str, ...], Judgement]:
     """Fit `task.pruned` to all images, in place, and judge fits without the images of each fold."""
-    parts = []
-    for (fitted, _), each in zip(folds[1:], judges[1:], strict=True):
-        _fit(task, fitted, None)
-        parts.append(each.compare(task.pruned))
-        _restore(task.pruned, before)
-    fitted, held = folds[0]
+    if len(folds) > 1:
+        parts = []
+        for (fitted, _), each in zip(folds, judges, strict=True):
+            _fit(task, fitted, None)
+            parts.append(each.compare(task.pruned))
+            _restore(task.pruned, before)
+        return _fit(task, task.calibration, None), judge(parts)  # its ridges are chosen by all of the few images
+    ((fitted, held),) = folds
     trial = Trial(
         copy_modules(task.pruned, lambda tensor: replace_tensor(tensor, tensor.detach().clone())), held.batches
     )
     notes = _fit(task, fitted, trial)
-    return notes, judge([*parts, judges[0].compare(trial.network)])
+    return notes, judge([judges[0].compare(trial.network)])
 
 
 def _fit(task: RepairTask, calibration: Calibration, trial: Trial | None) -> tuple[str, ...]:
