@@ -1,4 +1,4 @@
-"""The stages `plan show`, `plan diff` and `plan apply`: read a pruning plan, compare two, replay one."""
+"""The stages `plan show`, `plan diff`, `plan apply` and `plan cost`: read, compare, replay plans; foretell costs."""
 
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,27 @@ def run_apply(
     return summarize(pruned, {}, {}, folder)
 
 
+def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe) -> Answer:
+    """Say what a pruning will cost; a small batch is timed, and nothing is scored."""
+    from dataclasses import asdict
+
+    from isoprune_hf.commands.steps.opening import open_data, open_inputs
+    from isoprune_hf.pruning.forecast import forecast
+    from isoprune_hf.reporting.plan_text import show_forecast
+
+    images = open_data(data, accelerator) if data.dataset else None
+    opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
+    cost = forecast(
+        opened.base.model,
+        prune,
+        images=opened.open_calibration().sample.get("images", 0),
+        evaluated=0 if images is None or images.evaluation is None else len(images.evaluation),
+        ranks=accelerator.num_processes,
+    )
+    figures = {**asdict(cost), "seconds": {stage: cost.seconds(stage) for stage in cost.passes}}
+    return Answer(show_forecast(cost), figures)
+
+
 _SHOW = Stage(
     name="plan show",
     run=run_show,
@@ -99,4 +120,17 @@ _APPLY = Stage(
     ),
     positional=("plan",),
 )
-STAGE = StageGroup("plan", "Show a pruning plan, compare two, or replay one on its base.", (_SHOW, _DIFF, _APPLY))
+_COST = Stage(
+    name="plan cost",
+    run=run_cost,
+    text="Say what `prune` with the same flags will cost, before anything is scored: passes over the images, time at "
+    "the measured speed of a small batch, and memory.",
+    heading=Heading.MEASURE,
+    order=8,
+    sections=("prune", "data"),
+)
+STAGE = StageGroup(
+    "plan",
+    "Show a pruning plan, compare two, replay one on its base, or foretell what a pruning costs.",
+    (_SHOW, _DIFF, _APPLY, _COST),
+)

@@ -1,4 +1,4 @@
-"""Show a plan as text (`show_plan`) and the differences of two plans (`diff_plans`)."""
+"""Show a plan as text (`show_plan`), the differences of two (`diff_plans`), and a forecast (`show_forecast`)."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from isoprune_hf.pruning.forecast import Forecast
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.tables import align_columns, format_figure
 
@@ -38,6 +39,34 @@ def show_plan(plan: PruningPlan, *, title: str, sizes: Mapping[str, tuple[int, i
     if plan.notes:
         parts.append("\n".join(["notes", *(f"  {note}" for note in plan.notes)]))
     return "\n\n".join(parts)
+
+
+def show_forecast(cost: Forecast) -> str:
+    """Return a forecast as text: passes and time of each stage, and memory."""
+    rows = [["stage", "passes", "products of fits", "time"]]
+    for stage, passes in cost.passes.items():
+        products = f"{cost.products:.1f}" if stage == "repair" and cost.products else "-"
+        rows.append([stage, f"{passes:.1f}", products, _duration(cost.seconds(stage))])
+    total = sum(cost.passes.values())
+    rows.append(["all", f"{total:.1f}", "", _duration(sum(map(cost.seconds, cost.passes)))])
+    gigabytes = {
+        "weights": cost.weight_bytes,
+        "a scored micro-batch": cost.score_bytes,
+        "outputs stored by the repair, in memory or temporary files": cost.stored_bytes,
+    }
+    memory = ", ".join(f"{name} {size / 1e9:.2g} GB" for name, size in gigabytes.items() if size)
+    return (
+        f"{align_columns(rows)}\n\n"
+        f"A pass is a forward pass of the base over {cost.images:,} images: {_duration(cost.pass_seconds)} at the "
+        f"measured speed.\nMemory: {memory}."
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def diff_plans(first: PruningPlan, second: PruningPlan, names: tuple[str, str]) -> str:

@@ -17,8 +17,8 @@ from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ran
 
 # The scales of logits that are compared: a repaired network is less confident than the dense one.
 SCALES = tuple(2 ** (step / 8) for step in range(-8, 33))
-_HELD_OUT = 5  # one of so many images of each micro-batch
-_FEW = 64  # images: a fifth of fewer is too small a sample
+HELD_OUT = 5  # one of so many images of each micro-batch
+FEW = 64  # images: a fifth of fewer is too small a sample
 NEGLIGIBLE = 1e-8  # nats: smaller differences between divergences are those of rounding
 
 
@@ -88,11 +88,11 @@ def split_images(calibration: Calibration, device: torch.device) -> tuple[tuple[
     count = 0
     for images, _ in calibration.batches:
         count += len(images)
-        if count >= _FEW:
+        if count >= FEW:
             break
-    is_few = int(sum_over_ranks(torch.tensor(count, device=device), calibration.accelerator)) < _FEW
+    is_few = int(sum_over_ranks(torch.tensor(count, device=device), calibration.accelerator)) < FEW
     first, last = (
-        replace(calibration, batches=_Part(calibration.batches, 2 if is_few else _HELD_OUT, which))
+        replace(calibration, batches=_Part(calibration.batches, 2 if is_few else HELD_OUT, which))
         for which in (False, True)
     )
     return ((first, last), (last, first)) if is_few else ((first, last),)
