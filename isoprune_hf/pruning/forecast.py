@@ -122,10 +122,10 @@ def _passes_of_repair(
         return 1 + 2 * share
     judged = 1.0 if is_few else 1 / HELD_OUT  # images that judge
     fitted = (0.5, 0.5, 1.0) if is_few else (1 - judged, 1.0)  # images of each fit
+    dense = sum(fitted) if is_few else 1.0  # otherwise the fits share the outputs of the base
     has_norm = any(isinstance(module, BatchNorm) for module in model.modules())
-    judging = 2 * judged + has_norm * (1.0 if not is_few else 2.0)  # the cut and the fit; statistics and their judge
-    dense = judged + 1.0 + (0.5 if is_few else 0.0)
-    return dense + share * (judging + 2 * sum(fitted))
+    statistics = 1 + judged if is_few else 1.0
+    return dense + judged + share * (3 * judged + has_norm * statistics + 2 * sum(fitted))
 
 
 def _layer_work(model: IsoPruneForImageClassification) -> tuple[float, int, int]:
