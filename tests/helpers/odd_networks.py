@@ -555,6 +555,74 @@ class TupleOutput(Net):
         return self.head(x), self.second(x)
 
 
+class Experts(nn.Module):
+    """Each token is added to by the two experts that a gate selects, as in Mixtral."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 4, bias=False)
+        self.experts = nn.ModuleList(Mlp() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weights, selected = self.gate(rows).softmax(-1).topk(2)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            row, place = torch.where(selected == number)
+            out.index_add_(0, row, expert(rows[row]) * weights[row, place, None])
+        return x + out.view_as(x)
+
+
+class ExpertsByMask(nn.Module):
+    """Each token is added to by one of four experts; those that no token selects do not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 4)
+        self.experts = nn.ModuleList(Mlp() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        selected = self.gate(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = selected == number
+            if mask.any():
+                out[mask] = expert(x[mask])
+        return x + out
+
+
+@odd
+class SelectedExperts(TokenNet):
+    def build(self) -> None:
+        self.blocks = nn.Sequential(Mlp(), Experts(), Mlp())
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+@odd
+class IdleExperts(TokenNet):
+    def build(self) -> None:
+        self.blocks = nn.Sequential(Mlp(), Mlp(), ExpertsByMask(), Mlp())
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+@odd
+class ExpertOfImage(Net):
+    """Python code selects the block that each image runs through."""
+
+    def build(self) -> None:
+        self.before, self.gate = nn.Sequential(Block(), Block()), nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(Block() for _ in range(3))
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        selected = self.gate(x.mean((2, 3))).argmax(-1).tolist()
+        return torch.cat([self.experts[number](x[at : at + 1]) for at, number in enumerate(selected)])
+
+
 def open_odd(name: str, seed: int = 0) -> BaseModel:
     """Open an odd network as a base with random weights."""
     return load_base(f"timm/isoprune_odd_{name}", pretrained=False, num_labels=CLASSES, seed=seed)

@@ -14,6 +14,7 @@ from isoprune_hf.pruning.graph.axis import Axis, find, freeze, leaves
 from isoprune_hf.pruning.graph.cells import Cell, find_cells
 from isoprune_hf.pruning.graph.comparisons import freeze_compared
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
+from isoprune_hf.pruning.graph.decisions import freeze_choices
 from isoprune_hf.pruning.graph.equations import Solution, solve_equations
 from isoprune_hf.pruning.graph.trace import Trace
 from isoprune_hf.pruning.graph.traced_int import Attribute
@@ -81,6 +82,7 @@ def build_axis_graph(base: nn.Module, image_size: Sequence[int]) -> AxisGraph:
     except FORWARD_ERRORS as error:
         network, trace = _trace_with_values(base, image_size, error)
         on_meta = False
+    freeze_choices(network, trace)
     values = _integer_attributes(network)
     trace_train_mode(network, trace, blank_image(network, image_size))
     while True:

@@ -53,6 +53,18 @@ class Slide(NamedTuple):
     weights: frozenset[str]
 
 
+class Decision(NamedTuple):
+    """A decision that code of a network takes by values.
+
+    Args:
+        module: Path of the module whose code takes it.
+        values: The number or indices that it reads, or the masks; empty if no operation reads them.
+    """
+
+    module: str
+    values: tuple[Any, ...]
+
+
 class TracedOp(NamedTuple):
     """An operation that computes values.
 
@@ -87,6 +99,7 @@ class Trace:
         modules: Paths of the modules that are running, the innermost last.
         train_only: Parameters and buffers that only a pass in train mode reads.
         notes: Lines for the user: parts that could not be traced.
+        decisions: Decisions that the code takes by values, in order.
     """
 
     tensors: dict[str, Axes] = field(default_factory=dict)
@@ -102,6 +115,7 @@ class Trace:
     modules: list[str] = field(default_factory=lambda: [""])
     train_only: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
 
     def axes(self, x: Tensor) -> Axes:
         """Return the axes of a tensor, after all unifications so far."""

@@ -5,7 +5,7 @@ are still traced integers, and applies the size rules. `_OpTracer` sees the aten
 and applies the axis rules.
 """
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from isoprune_hf.pruning.graph.axis import freeze, frozen_axis
+from isoprune_hf.pruning.graph.decisions import deciding_tensors, decision_of
 from isoprune_hf.pruning.graph.meta_kernels import run_op
 from isoprune_hf.pruning.graph.rules.pointwise import pointwise
 from isoprune_hf.pruning.graph.rules.registry import AxisRule
@@ -22,7 +23,7 @@ from isoprune_hf.pruning.graph.rules.sizes import CALLS_WITHOUT_SIZES, assume_co
 from isoprune_hf.pruning.graph.rules.tables import AXIS_RULES, SIZE_RULES
 from isoprune_hf.pruning.graph.tensor_notes import Note, Source, attach_note, read_note
 from isoprune_hf.pruning.graph.torch_private import GET_SHAPE, DispatchMode, OpOverload, op_name
-from isoprune_hf.pruning.graph.trace import ONE, Trace, TracedOp
+from isoprune_hf.pruning.graph.trace import ONE, Axes, Decision, Trace, TracedOp
 from isoprune_hf.pruning.graph.traced_int import TracedInt, mark_attributes
 
 # Operations that change the layout of a tensor but none of its values. Which of them run depends on strides, so a
@@ -55,6 +56,7 @@ _LAYOUT_OPS = frozenset(
 # A linear layer runs one or the other, depending on its input's strides.
 _EQUIVALENT_OPS = {"addmm": "mm"}
 _COLLECTIONS = (list, tuple)
+_VALUE_READERS = ("tolist", "numpy")  # methods of a tensor that no operation of aten sees
 # The errors that the code of a network may raise when it reads values, which the meta device does not have, or when it
 # does not support the size of the image. It is code of any author, so no narrower list is right.
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -71,6 +73,9 @@ class _OpTracer(DispatchMode):
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, apply its rule, and attach notes to its outputs."""
         out = run_op(func, args, kwargs)
+        deciding = deciding_tensors(func, args)
+        if any(any(self.trace.source(tensor)) for tensor in deciding):
+            self.trace.decisions.append(decision_of(func, deciding, out, self.trace.modules[-1]))
         known = self.rules.get(func)
         if known is None:
             known = self.rules[func] = _find_rule(func)
@@ -85,7 +90,7 @@ class _OpTracer(DispatchMode):
             ruled = trace.freeze_all(given, out, f"there is no rule for the operation {name}")
         else:
             ruled = rule(trace, out, *args, **kwargs)
-        found = [ruled] if isinstance(ruled, tuple) else ruled
+        found = self._check_sizes(name, args, outs, [ruled] if isinstance(ruled, tuple) else ruled)
         source = self._source_of(given)
         if is_bias(name, args, trace.names):
             source = Source(source.ops)  # a bias is not an input of the operation in its own right
@@ -93,13 +98,22 @@ class _OpTracer(DispatchMode):
             trace.ops.append(TracedOp(_EQUIVALENT_OPS.get(name, name), trace.modules[-1], tuple(found), source))
             source = Source(frozenset((len(trace.ops) - 1,)))
         for part, axes in zip(outs, found, strict=True):
-            if len(axes) != part.ndim or any(a.size != s for a, s in zip(axes, part.shape, strict=True)):
-                reason = f"an output of the operation {name} does not match its rule"
-                trace.freeze_inputs(tensors_in(args), reason)
-                axes = trace.frozen_axes(part, reason)
             if id(part) not in trace.names:
                 attach_note(part, Note(trace, axes, source))
         return out
+
+    def _check_sizes(
+        self, name: str, args: tuple[Any, ...], outs: Sequence[Tensor], found: Sequence[Axes]
+    ) -> list[Axes]:
+        """Return the axes of the outputs of an operation, frozen where their sizes are not those of the output."""
+        checked = []
+        for part, axes in zip(outs, found, strict=True):
+            if len(axes) != part.ndim or any(a.size != s for a, s in zip(axes, part.shape, strict=True)):
+                reason = f"an output of the operation {name} does not match its rule"
+                self.trace.freeze_inputs(tensors_in(args), reason)
+                axes = self.trace.frozen_axes(part, reason)
+            checked.append(axes)
+        return checked
 
     def _source_of(self, tensors: Iterable[Tensor]) -> Source:
         """Return the union of the sources of tensors."""
@@ -173,6 +187,8 @@ class _CallTracer(TorchFunctionMode):
             out = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         else:
             out = func(*args, **kwargs)
+        if name in _VALUE_READERS and any(self.trace.source(args[0])):
+            self.trace.decisions.append(Decision(self.trace.modules[-1], ()))
         if func == GET_SHAPE or name == "size":
             if isinstance(out, torch.Size):
                 return traced_shape(self.trace, args[0], out)

@@ -180,12 +180,12 @@ def _hooked(modules: Iterable[nn.Module], enter: Callable[[nn.Module, Any], None
 @contextmanager
 def _kept_record(trace: Trace, *, comparisons: bool = False) -> Iterator[None]:
     """Restore the operations and outputs of a trace at the end, and its comparisons unless they are wanted."""
-    before = trace.ops, trace.matrix_products, trace.outputs, trace.unknown
+    before = trace.ops, trace.matrix_products, trace.outputs, trace.unknown, trace.decisions
     count = len(trace.comparisons)
-    trace.ops, trace.matrix_products, trace.outputs, trace.unknown = [], [], {}, {}
+    trace.ops, trace.matrix_products, trace.outputs, trace.unknown, trace.decisions = [], [], {}, {}, []
     try:
         yield
     finally:
-        trace.ops, trace.matrix_products, trace.outputs, trace.unknown = before
+        trace.ops, trace.matrix_products, trace.outputs, trace.unknown, trace.decisions = before
         if not comparisons:
             del trace.comparisons[count:]

@@ -13,9 +13,11 @@ from isoprune_hf.pruning.graph.axis import Axis, find
 from isoprune_hf.pruning.graph.axis_graph import AxisGraph
 from isoprune_hf.pruning.graph.cells import Cell
 from isoprune_hf.pruning.graph.copying import blank_image, copy_modules, copy_shapes
+from isoprune_hf.pruning.graph.decisions import Replay, deciding_tensors
 from isoprune_hf.pruning.graph.meta_kernels import run_op
 from isoprune_hf.pruning.graph.tensor_notes import is_live, mark_live
 from isoprune_hf.pruning.graph.torch_private import DispatchMode, OpOverload
+from isoprune_hf.pruning.graph.trace import Decision
 from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS, decomposed_attention, is_bias, tensors_in, traced_name
 
 _Masks = Mapping[tuple[str, int], np.ndarray]
@@ -162,7 +164,9 @@ def check_cut(
         UnsupportedArchitectureError: The network does not run, or runs other operations or shapes.
     """
     try:
-        observed, overwritten = observe_run(network, image_size, on_meta=graph.on_meta)
+        observed, overwritten = observe_run(
+            network, image_size, on_meta=graph.on_meta, decisions=graph.trace.decisions
+        )
     except FORWARD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UnsupportedArchitectureError(
@@ -207,13 +211,18 @@ class _Observer(DispatchMode):
     Other operations compute constants, which a network may keep from one pass to the next.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]):
+    def __init__(self, tensors: Iterable[Tensor], decisions: Sequence[Decision]):
         super().__init__()
+        self.replay = Replay(decisions)
         self.ops: list[ObservedOp] = []
         self.live = {id(tensor): tensor for tensor in tensors}  # the tensors are kept so that their identities stay
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = run_op(func, args, kwargs)
+        out = None
+        if any(id(part) in self.live or is_live(part) for part in deciding_tensors(func, args)):
+            args, out = self.replay.run(func, args)
+        if out is None:
+            out = run_op(func, args, kwargs)
         outs = [part for part in tensors_in([out]) if id(part) not in self.live]
         given = tensors_in((*args, *kwargs.values()))
         if any(id(part) in self.live or is_live(part) for part in given):
@@ -227,7 +236,7 @@ class _Observer(DispatchMode):
 
 
 def observe_run(
-    network: nn.Module, image_size: Sequence[int], *, on_meta: bool
+    network: nn.Module, image_size: Sequence[int], *, on_meta: bool, decisions: Sequence[Decision] = ()
 ) -> tuple[list[ObservedOp], dict[str, tuple[int, ...]]]:
     """Run a copy of a network on a blank image; return its operations, and the new shapes of overwritten buffers."""
     if on_meta:
@@ -235,7 +244,7 @@ def observe_run(
     else:
         copied = copy_modules(network, lambda tensor: tensor, with_hooks=False)
     image = blank_image(copied, image_size)
-    observer = _Observer([image, *copied.parameters(), *copied.buffers()])
+    observer = _Observer([image, *copied.parameters(), *copied.buffers()], decisions)
     with torch.no_grad(), decomposed_attention(), observer:
         copied.eval()(image)
     before = dict(network.named_buffers())

@@ -22,7 +22,7 @@ Source:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from typing import NamedTuple
@@ -52,6 +52,7 @@ _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
 _MAX_BYTES = 2**33  # of the equations of a layer and their solution
 _TOO_LARGE = "the equations of their fits need too much memory"
 _NOT_FINITE = "their fits are not finite"
+_OTHER_ROWS = "the cut model runs them on other rows"
 _NO_BIAS = "only a bias could be fitted, and they have none"
 
 
@@ -78,6 +79,7 @@ def fit_layers(
     is_bias_only: bool = False,
     max_bytes: int = _MAX_BYTES,
     trial: Trial | None = None,
+    selecting: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Fit the layers of a cut network, in place, to those of the dense one.
 
@@ -92,6 +94,7 @@ def fit_layers(
         is_bias_only: Fit biases and no weights: the means of the outputs become those of the dense layer.
         max_bytes: Largest number of bytes of the equations of a layer and their solution.
         trial: A copy of the cut network that is fitted as well, but without some of the images.
+        selecting: Modules whose code selects by values what the layers in them read.
 
     Returns:
         A note on the layers that were left as they were cut.
@@ -104,7 +107,7 @@ def fit_layers(
         for network in (dense, *networks):
             modes.enter_context(scoring_mode(network, requires_grad=False))
         modes.enter_context(torch.no_grad())
-        layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {})
+        layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {}, selecting)
         accelerator = calibration.accelerator
         storage = Storage(dense.device, 1 if accelerator is None else accelerator.num_processes)
         images = Images([storage.hold(pixels) for pixels, _ in calibration.batches])
@@ -161,10 +164,12 @@ def _fit_networks(
         own = layer.in_network(passes.network)
         halves = [equations() for _ in range(2)]
         moments = DenseMoments.empty(size_of(own.module, is_bias_only=is_bias_only), passes.network.device)
-        _add_images(passes, own, wanted, halves, moments, is_bias_only)
+        is_same = _add_images(passes, own, wanted, halves, moments, is_bias_only)
         for half in halves:
             half.add_ranks(accelerator)
         moments.add_ranks(accelerator)
+        if sum_over_ranks(torch.tensor(not is_same, dtype=torch.int64, device=passes.network.device), accelerator):
+            return _OTHER_ROWS
         if number == 0:
             ridge = _choose_ridge(own, *halves, is_bias_only=is_bias_only)
         reason = _fit(passes.network, own, *halves, moments=moments, ridge=ridge)
@@ -178,12 +183,18 @@ def _add_images(
     halves: Sequence[Equations],
     moments: DenseMoments,
     is_bias_only: bool,
-) -> None:
-    """Add the rows of both halves of this rank's images to the equations and moments of a layer, in place."""
+) -> bool:
+    """Add the rows of both halves of this rank's images to the equations and moments of a layer, in place.
+
+    Returns:
+        False if the cut network runs the layer on other rows than the dense one, or another number of times.
+    """
     size = size_of(layer.module, is_bias_only=is_bias_only)
     for (images, begin), wanted_calls in zip(passes, outputs, strict=False):  # there may be more outputs than images
         with begin():
             found_calls = observe_calls(passes.network, layer, images)
+        if [call.output.shape for call in wanted_calls] != [call.output.shape for call in found_calls]:
+            return False
         for wanted, found in zip(wanted_calls, found_calls, strict=True):
             missing = _missing_output(layer, wanted, found)
             for half, part in pieces_of_halves(layer.window, found.inputs):
@@ -198,6 +209,7 @@ def _add_images(
                 )
                 halves[half].add(rows)
                 moments.add(rows)
+    return True
 
 
 def _choose_ridge(layer: FittedLayer, first: Equations, second: Equations, *, is_bias_only: bool) -> float | None:

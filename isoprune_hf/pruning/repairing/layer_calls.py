@@ -1,7 +1,7 @@
 """Find the layers of a network that can be fitted (`find_layers`), and observe their calls (`observe_calls`)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
@@ -23,6 +23,7 @@ from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
 # Number of images from whose outputs the places of channels are found: a dim that joins images has another size.
 _SHAPE_IMAGES = 3
 _OTHER_TYPE = "they are of types that it cannot fit"
+_SELECTED_ROWS = "the code selects by values what they read"
 _SHARED_WEIGHTS = "other layers use the same weights"
 _UNKNOWN_ROWS = "channels lie among their rows, and which ones were kept is not known"
 
@@ -86,6 +87,7 @@ def find_layers(
     masks: Mapping[tuple[str, int], np.ndarray],
     outputs: OutputMasks,
     factors: Mapping[str, torch.Tensor],
+    selecting: Collection[str] = (),
 ) -> tuple[list[FittedLayer], dict[str, list[str]]]:
     """Find the layers to fit in the order of execution, and for each reason the layers that cannot be fitted.
 
@@ -95,6 +97,7 @@ def find_layers(
         masks: (parameter, dim) -> which of its elements were kept.
         outputs: Layer -> for each call, dim of its output -> which of its elements were kept.
         factors: Weight -> factors for the dense outputs.
+        selecting: Modules whose code selects by values.
     """
     blank = torch.zeros(_SHAPE_IMAGES, *image_size_of(pruned), device=pruned.device)
     wanted = _watch_calls(dense, blank).shapes
@@ -110,6 +113,9 @@ def find_layers(
             continue  # all its channels were kept
         if not _is_fitted_type(module) or name not in windows:
             left.setdefault(_OTHER_TYPE, []).append(name)
+            continue
+        if any(name.startswith(f"{other}.") for other in selecting):
+            left.setdefault(_SELECTED_ROWS, []).append(name)
             continue
         if module in shared:
             left.setdefault(_SHARED_WEIGHTS, []).append(name)

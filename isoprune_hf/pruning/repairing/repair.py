@@ -54,8 +54,10 @@ def repair(
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}
     by_name = {name: factor for first, factor in (factors or {}).items() for name in names[first]}
-    outputs = output_masks(graph_of(rotated.model, groups), kept)
-    return method.repair(RepairTask(rotated.model, pruned, masks, by_name, calibration, outputs))
+    graph = graph_of(rotated.model, groups)
+    outputs = output_masks(graph, kept)
+    selecting = frozenset(decision.module for decision in graph.trace.decisions if decision.module)
+    return method.repair(RepairTask(rotated.model, pruned, masks, by_name, calibration, outputs, selecting))
 
 
 def _names_of_tensors(base: nn.Module) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ def broadcast(trace: Trace, tensors: Iterable[Tensor], shape: Sequence[int]) -> 
     result = []
     for at, size in enumerate(reversed(shape)):
         aligned = [row[at] for row in rows if at < len(row) and row[at].size == size]
-        result.append(trace.tie(aligned) if size > 1 and aligned else ONE)
+        result.append(trace.tie(aligned) if size != 1 and aligned else ONE)
     return tuple(result[::-1])
 
 

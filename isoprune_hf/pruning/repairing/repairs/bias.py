@@ -20,4 +20,5 @@ class BiasRepair:
             outputs=task.outputs,
             factors=task.factors,
             is_bias_only=True,
+            selecting=task.selecting,
         )

@@ -98,6 +98,7 @@ def _fit(task: RepairTask, calibration: Calibration, trial: Trial | None) -> tup
         outputs=task.outputs,
         factors=task.factors,
         trial=trial,
+        selecting=task.selecting,
     )
 
 

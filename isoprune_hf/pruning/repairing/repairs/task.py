@@ -23,6 +23,7 @@ class RepairTask:
         factors: Weight -> factors for the dense outputs of its layer, one for each that was kept.
         calibration: Images.
         outputs: Layer -> for each call, dim of its output -> which of its elements were kept; empty if not known.
+        selecting: Modules whose code selects by values what the layers in them read.
     """
 
     dense: IsoPruneForImageClassification
@@ -31,6 +32,7 @@ class RepairTask:
     factors: Mapping[str, torch.Tensor]
     calibration: Calibration
     outputs: OutputMasks = field(default_factory=dict)
+    selecting: frozenset[str] = frozenset()
 
 
 class Repair(Protocol):
