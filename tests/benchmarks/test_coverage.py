@@ -36,7 +36,7 @@ from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 LABELS, SIDE = 7, 64
-SAMPLED, CHEAP = 4, 5.0
+SAMPLED, CHEAP = 12, 5.0
 TINY = Case("tiny", "timm", "vision_transformer", "test_vit", {"img_size": 64, "depth": 1})
 _VIT = {
     "image_size": SIDE,
@@ -200,7 +200,8 @@ def test_model_passes_as_users_prune_it(case: Case, tmp_path: Path) -> None:
     for part in ("load", *WAYS):
         assert row[part]["step"] == "done", row[part]
     assert "unrepaired" in row["default"] or row["default"]["error_repaired"] < row["default"]["error_unrepaired"]
-    assert row["plain"]["permutation"] <= 1e-9 and row["plain"]["mask"] <= 1e-6
+    assert row["plain"]["permutation"] <= 1e-9
+    assert "not_comparable" in row["plain"] or row["plain"]["mask"] <= 1e-6
     assert all(row[way]["macs"] <= 0.5 or "cannot be reached" in row[way]["over"] for way in WAYS)
 
 
