@@ -6,9 +6,8 @@ names, without reading files or the network.
 """
 
 import itertools
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -20,17 +19,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
 from isoprune_hf.checkpoint.meta import build_on_meta
+from isoprune_hf.checkpoint.plain_values import MAX_CONFIG_NUMBER, check_args, is_plain, require
+from isoprune_hf.checkpoint.settings import apply_settings
 from isoprune_hf.errors import CheckpointError
 
-FORMAT_VERSION = 1
-# Both limits are far above the config values and module counts of existing image classifiers.
-MAX_CONFIG_NUMBER = 2**20
-MAX_MODULES = 20_000
+FORMAT_VERSION = 2  # the newest that this code reads
+MAX_MODULES = 20_000  # far above the module counts of existing image classifiers
 _MAX_IMAGE_SIDE = 2**14  # pixels
-# Arguments of timm and torchvision builders that would read files or the network, or change the kind of model.
-_FORBIDDEN_ARGUMENTS = re.compile(
-    "pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable|num_classes"
-)
 # Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
 # others.
 _IGNORED_ENTRIES = re.compile("_.*|.*implementation|quantization.*|layer_types|per_layer_config|use_return_dict")
@@ -50,12 +45,6 @@ LIBRARY_ERRORS = (
 )
 
 
-def require(holds: bool, message: str) -> None:
-    """Raise a CheckpointError with `message` unless the condition holds."""
-    if not holds:
-        raise CheckpointError(message)
-
-
 def describe_error(error: Exception) -> str:
     """Return the class and the message of an exception as one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -65,7 +54,8 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     """Configuration of a pruned image classifier: the dense base and its differences from the base."""
 
     model_type = "isoprune"
-    # `library` (timm, torchvision or transformers), with `architecture` and `args`; for transformers with `config`.
+    # `library` (timm, torchvision or transformers), with `architecture` and `args`; for transformers with `config`;
+    # `settings` and `modules` for what the arguments do not tell, see `settings.py`.
     base: dict[str, Any] | None = None
     # Origin of the dense weights: `name`, `pretrained`, `seed`, `model_args`, `num_labels`, `fingerprint`.
     source: dict[str, Any] | None = None
@@ -76,9 +66,9 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     recipe: dict[str, Any] | None = None  # settings that produced this model
     stage: str = "base"  # base, pruned or finetuned
     layout: str = "per-layer"  # or uniform: `base.config` itself has the pruned sizes, and there is no structure
-    format_version: int = FORMAT_VERSION
     out_features: list[str] | None = None  # stages of a backbone
     out_indices: list[int] | None = None
+    format_version: int = 1  # the oldest code that reads this folder right; 2 reads `settings` and `modules`
 
     def __post_init__(self, **kwargs: Any) -> None:
         hidden = {
@@ -161,8 +151,10 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     if base is None or not isinstance(library, str) or library not in ("timm", "torchvision", "transformers"):
         raise CheckpointError(f"config.base: library must be timm, torchvision or transformers, got {base!r}")
     if library == "transformers":
-        return _build_transformers(base.get("config"), config.num_labels, config._attn_implementation)
-    return _build_by_name(library, base, config.num_labels)
+        network = _build_transformers(base.get("config"), config.num_labels, config._attn_implementation)
+    else:
+        network = _build_by_name(library, base, config.num_labels)
+    return apply_settings(network, base)
 
 
 def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -> nn.Module:
@@ -195,7 +187,7 @@ def _build_transformers(values: Any, num_labels: int | None, attention: str | di
     values = {name: value for name, value in values.items() if not _IGNORED_ENTRIES.fullmatch(name)}
     values.pop("auto_map", None)
     for name, value in values.items():
-        require(_is_plain(value), f"config.base.config: {name}={value!r:.99} is not allowed")
+        require(is_plain(value), f"config.base.config: {name}={value!r:.99} is not allowed")
     config_class = CONFIG_MAPPING[kind]
     known = config_class in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in ("timm_wrapper", "isoprune")
     require(known, f"config.base.config: {kind} is not a transformers image classifier")
@@ -213,41 +205,6 @@ def _build_transformers(values: Any, num_labels: int | None, attention: str | di
         return model
 
     return build_limited(f"config.base.config: {kind} cannot be built", build)
-
-
-def check_args(args: dict[str, Any]) -> dict[str, Any]:
-    """Check that the arguments of a builder are plain values, and return a copy of them for one call of the builder.
-
-    A builder gets the same values at first and from config.json: lists in place of nested tuples, tuples in place of
-    outer lists.
-
-    Raises:
-        CheckpointError: An argument would read files, would change the kind of model, or is not a plain value of a
-            usual size, possibly in nested lists and mappings.
-    """
-    for key, value in args.items():
-        named = f"config.base.args: {key}={value!r:.99}"
-        require(
-            not any(_FORBIDDEN_ARGUMENTS.fullmatch(str(name)) for name in (key, *_keys(value))),
-            f"{named} is not allowed",
-        )
-        require(
-            all(isinstance(name, str) for name in (key, *_keys(value))) and _is_plain(value),
-            f"{named} is not allowed; config.json holds text, numbers of at most {MAX_CONFIG_NUMBER}, None, and lists "
-            "and mappings of these",
-        )
-    copied: dict[str, Any] = json.loads(json.dumps(args))
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in copied.items()}
-
-
-def _keys(value: Any) -> Iterator[Any]:
-    """Yield the keys of all mappings in a value."""
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _keys(part)
 
 
 def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -281,12 +238,3 @@ def _count_modules(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
     finally:
         hook.remove()
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether a value is None, text, a number of usual size, or a sequence or mapping of these."""
-    values = list(value.values()) if isinstance(value, dict) else value
-    if isinstance(values, list | tuple):
-        return all(map(_is_plain, values))
-    is_number = isinstance(value, int | float) and abs(value) <= MAX_CONFIG_NUMBER  # neither inf nor nan
-    return value is None or isinstance(value, str) or is_number

@@ -23,9 +23,9 @@ from isoprune_hf.checkpoint.dense import (
     IsoPruneConfig,
     build_base,
     describe_error,
-    require,
 )
 from isoprune_hf.checkpoint.meta import move_to_meta
+from isoprune_hf.checkpoint.plain_values import require
 from isoprune_hf.checkpoint.transfer import fit_classes
 from isoprune_hf.errors import CheckpointError
 

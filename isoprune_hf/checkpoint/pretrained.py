@@ -22,17 +22,20 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from isoprune_hf.checkpoint.dense import IsoPruneConfig, describe_error, require
+from isoprune_hf.checkpoint.dense import IsoPruneConfig, describe_error
 from isoprune_hf.checkpoint.difference import build_pruned, keep_cut_buffers, named_tensors, run_once
 from isoprune_hf.checkpoint.meta import move_to_meta, unsaved_buffers
+from isoprune_hf.checkpoint.plain_values import require
+from isoprune_hf.checkpoint.rebuild import settle_config
 from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.errors import CheckpointError
 
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-_MODULES = ("meta", "dense", "transfer", "difference", "image_processor", "outputs", "pretrained", "modeling_isoprune")
-PARTS = ("errors.py", "checkpoint/needed.py", *(f"checkpoint/{name}.py" for name in _MODULES))
+_VALUES = ("needed", "meta", "plain_values", "settings", "dense", "transfer", "difference")
+_MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
+PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_MODELS)))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless
 # preprocessor_config.json names another type.
 AUTO_CLASSES = {
@@ -164,14 +167,20 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def save_pretrained(  # type: ignore[override]  # accepts all keywords of transformers
         self, save_directory: str | Path, *args: Any, **kwargs: Any
     ) -> None:
-        """Save config, weights and the shipped file: the folder opens with and without isoprune_hf."""
+        """Save config, weights and the shipped file: the folder opens with and without isoprune_hf.
+
+        Raises:
+            CheckpointError: The folder would answer differently from the model, see `settle_config`.
+        """
         # Tensors keep the names of their modules: the structure refers to them, and loading compares them.
         kwargs["save_original_format"] = False
         self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in AUTO_CLASSES.items()}
         keep_cut_buffers(self.model, self.config.structure)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if is_main_process:
+            settle_config(self, self.config)
         super().save_pretrained(save_directory, *args, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"
-        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process and target.resolve() != Path(__file__).resolve():
             target.write_text(code_that_ships(), encoding="utf-8", newline="\n")
 

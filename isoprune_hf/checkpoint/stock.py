@@ -11,6 +11,8 @@ from transformers import BaseImageProcessor, PilBackend
 
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.plain_values import require
+from isoprune_hf.checkpoint.rebuild import settle_config
 from isoprune_hf.errors import CheckpointError
 
 ENTRY = "isoprune"  # transformers keeps unknown entries of a config
@@ -18,7 +20,14 @@ _ENTRY_FIELDS = ("source", "cost", "recipe", "stage", "format_version")
 
 
 def save_stock(folder: Path, model: IsoPruneForImageClassification) -> None:
-    """Write config and weights of the inner transformers model, with the `isoprune` entry, into a folder."""
+    """Write config and weights of the inner transformers model, with the `isoprune` entry, into a folder.
+
+    Raises:
+        CheckpointError: A stock config does not describe the model.
+    """
+    settle_config(model, model.config)
+    changed = [name for name in ("settings", "modules") if (model.config.base or {}).get(name)]
+    require(not changed, f"prune.layout uniform: a stock config has no place for the changed {' and '.join(changed)}")
     model.model.save_pretrained(folder, save_original_format=False)
     path = folder / "config.json"
     text = stock_config_text(json.loads(path.read_text(encoding="utf-8")), model.config)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
+from isoprune_hf.checkpoint.settings import TRAINING_RATES
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.legacy.archive import LegacyArchive
@@ -20,16 +21,6 @@ from isoprune_hf.pruning.cost.macs import count_cost
 
 # Modules that return their input in eval mode.
 _IDENTITIES = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "StochasticDepth"}
-# Attributes that matter only in training: recorded in the config, but not part of the structure.
-_TRAINING_RATES = {
-    "attn_drop_rate",
-    "drop_path_rate",
-    "drop_prob",
-    "drop_rate",
-    "p",
-    "pos_drop_rate",
-    "proj_drop_rate",
-}
 # Attributes that may differ from those of the base without an effect on the outputs.
 _IGNORED_ATTRIBUTES = {
     "distilled_training",
@@ -209,7 +200,7 @@ def _attributes(old: OldModel, path: str, module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
         now = theirs.get(name, value)
-        if name.startswith("_") or now == value or name in _TRAINING_RATES or name in _IGNORED_ATTRIBUTES:
+        if name.startswith("_") or now == value or name in TRAINING_RATES or name in _IGNORED_ATTRIBUTES:
             continue
         if _are_numbers(value) and _are_numbers(now):
             found[name] = list(now) if isinstance(now, tuple) else now
@@ -255,7 +246,7 @@ def _rates(old: OldModel) -> dict[str, dict[str, float]]:
     """Return the dropout rates, above 0 and at most 1, of each module."""
     found = {}
     for path, module in old.modules.items():
-        noted = {name: value for name, value in module.attributes.items() if name in _TRAINING_RATES}
+        noted = {name: value for name, value in module.attributes.items() if name in TRAINING_RATES}
         rates = {name: float(value) for name, value in noted.items() if type(value) in (int, float) and 0 < value <= 1}
         if rates:
             found[path] = rates

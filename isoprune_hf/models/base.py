@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, build_base
+from isoprune_hf.checkpoint.rebuild import record_settings
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 
 OTHER_TASK = "not an image classifier; choose a model with a classification head"
@@ -39,20 +40,36 @@ def draw_base(config: IsoPruneConfig, seed: int) -> nn.Module:
 def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassification:
     """Wrap the model of a library, and set it to eval mode.
 
+    Args:
+        config: Config that builds the model; attributes and module types that trained weights bring along are added.
+        module: The model.
+
     Raises:
         UnsupportedArchitectureError: `config` builds another model, so a saved folder could not be opened.
     """
-    # On meta: on a real device transformers would initialise all weights again.
-    with torch.device("meta"):
-        model = IsoPruneForImageClassification(config)
-    built = {key: tensor.shape for key, tensor in model.model.state_dict().items()}
-    if built != {key: tensor.shape for key, tensor in module.state_dict().items()}:
-        raise UnsupportedArchitectureError(
-            f"{type(module).__name__} cannot be rebuilt only from its name and arguments"
-        )
+    model = _on_meta(config)
+    before = config.base
+    record_settings(config, model.model, module)
+    if config.base != before:
+        model = _on_meta(config)
+    built, found = (
+        {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} for network in (model.model, module)
+    )
+    for name in sorted(built.keys() | found.keys()):
+        if built.get(name) != found.get(name):
+            raise UnsupportedArchitectureError(
+                f"{type(module).__name__} cannot be rebuilt only from its name and arguments: tensor {name!r} is "
+                f"{found.get(name, 'not in it')} and would be {built.get(name, 'missing')}"
+            )
     model.model = module
     model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
     return model
+
+
+def _on_meta(config: IsoPruneConfig) -> IsoPruneForImageClassification:
+    """Build the model of a config without weights; on a real device transformers would initialise all of them."""
+    with torch.device("meta"):
+        return IsoPruneForImageClassification(config)
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:

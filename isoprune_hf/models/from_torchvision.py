@@ -1,8 +1,15 @@
 """Open an image classifier of torchvision."""
 
-import torchvision
+import inspect
+from typing import Any
 
+import torch
+import torchvision
+from torch import nn
+
+from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.plain_values import is_plain
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.base import OTHER_TASK, UNTRAINED, BaseModel, draw_base, label_fields, unreadable, wrap_module
 from isoprune_hf.models.identify import BaseSource
@@ -41,4 +48,19 @@ def open_torchvision(source: BaseSource, options: LoadOptions) -> BaseModel:
             module = draw_base(config, options.seed)
     except OSError as error:
         raise unreadable(f"torchvision/{name}", error) from error
+    config.base = {**base, "args": {**options.model_args, **_args_of_weights(config, module)}}
     return BaseModel(wrap_module(config, module), torchvision_processor(transform))
+
+
+def _args_of_weights(config: IsoPruneConfig, module: nn.Module) -> dict[str, Any]:
+    """Return the arguments that trained weights change: those that a module keeps under their names.
+
+    Args:
+        config: Config without these arguments.
+        module: The model with its weights, such as a GoogLeNet without auxiliary heads.
+    """
+    with torch.device("meta"):
+        built = vars(build_base(config))
+    kept = vars(module)
+    names = inspect.signature(type(module)).parameters.keys() & kept.keys() - {"num_classes"}
+    return {name: kept[name] for name in sorted(names) if is_plain(kept[name]) and kept[name] != built.get(name)}

@@ -87,5 +87,6 @@ def _config_with(base: BaseModel, labels: tuple[str, ...], source: dict[str, boo
         base=old.base,
         source={**(old.source or {}), "num_labels": len(labels), **source},
         image_size=old.image_size,
+        format_version=old.format_version,
         **label_fields(labels),
     )

@@ -11,8 +11,9 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, check_args
+from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.plain_values import check_args
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models.base import BaseModel, default_labels, label_fields, single_line, unreadable, wrap_module
 from isoprune_hf.models.processors import timm_processor

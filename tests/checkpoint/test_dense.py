@@ -14,8 +14,9 @@ from helpers.tiny_models import TRANSFORMERS, VIT
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base, build_limited, check_args
+from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base, build_limited
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.plain_values import check_args
 from isoprune_hf.errors import CheckpointError
 
 BASE = {"library": "timm", "architecture": "vit_tiny_patch16_224", "args": VIT}
@@ -65,7 +66,7 @@ def refused(config: Any) -> str:
         *(("dtype", value) for value in ("nosuch", "int8", "Tensor", "float", 5, [1], {"a": 1}, "torch.int64")),
         *((name, value) for name in ("base", "source", "cost", "recipe") for value in (5, "x", [], True)),
         *(("stage", value) for value in (5, None, [])),
-        *(("format_version", value) for value in (0, 2, "1", True, 1.0, None, math.nan, HUGE, [1])),
+        *(("format_version", value) for value in (0, 3, "1", True, 1.0, None, math.nan, HUGE, [1])),
     ],
 )
 def test_entry_of_wrong_form_is_refused_by_name(name: str, value: Any, dense: Path, tmp_path: Path) -> None:
