@@ -18,6 +18,7 @@ def run(
     data: DataRecipe,
     model: str,
     pretrained: bool,
+    weights: str | None,
     model_args: dict[str, Any],
     num_labels: int | Literal["data"] | None,
     per_class: str | None,
@@ -49,6 +50,7 @@ def run(
         model_args=model_args,
         num_labels=len(names) if num_labels == "data" else num_labels,
         label_names=names if num_labels == "data" else None,
+        weights=weights,
     )
     check_labels(names, class_names(found.model))
     base = with_data_transform(found, data)
@@ -82,6 +84,7 @@ STAGE = Stage(
     flags=(
         MODEL,
         Flag("pretrained", bool, True, "Load the trained weights; false draws random weights without a network."),
+        Flag("weights", str | None, None, "File with the trained weights, as in prune.weights."),
         Flag("model_args", dict[str, Any], {}, 'Arguments of an untrained architecture, such as {"img_size": 64}.'),
         Flag("num_labels", int | Literal["data"] | None, None, "Size of a new, random head, as in prune.num_labels."),
         Flag("per_class", str | None, None, "CSV file for the figures of each class; an existing one is replaced."),

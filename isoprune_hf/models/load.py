@@ -1,5 +1,6 @@
 """Open a base model with the head that is asked for: `load_base`."""
 
+from pathlib import Path
 from typing import Any
 
 from isoprune_hf.checkpoint.difference import run_once
@@ -14,6 +15,7 @@ from isoprune_hf.models.head import log_new_head, replace_head
 from isoprune_hf.models.identify import Library, identify
 from isoprune_hf.models.opener import LoadOptions, Opener, describe_source
 from isoprune_hf.models.processors import processed_size
+from isoprune_hf.models.weights import open_with_weights
 
 OPENERS: dict[Library, Opener] = {
     "timm": open_timm,
@@ -31,6 +33,7 @@ def load_base(
     num_labels: int | None = None,
     label_names: tuple[str, ...] | None = None,
     seed: int = 0,
+    weights: str | Path | None = None,
 ) -> BaseModel:
     """Open a base model and its image processor.
 
@@ -39,10 +42,14 @@ def load_base(
             of isoprune_hf, transformers or timm.
         pretrained: Load trained weights. If false, weights are drawn from `seed`; timm, torchvision and folders then
             need no network.
-        model_args: Arguments of a timm or torchvision architecture without trained weights, such as {"img_size": 64}.
+        model_args: Arguments of a timm or torchvision architecture without its trained weights, such as
+            {"img_size": 64}.
         num_labels: Size of a new head, drawn from `seed`; None keeps the head of the base.
         label_names: Label names of a new head.
         seed: Seed of random weights; the global random state is not changed.
+        weights: File with the trained weights, in place of those of `name`: a state dict as safetensors or of
+            torch.save, possibly inside a checkpoint. Nothing in it is executed. The head has the size of the one in
+            the file.
 
     Returns:
         The model in eval mode, and its image processor.
@@ -58,7 +65,12 @@ def load_base(
         raise RecipeError(
             f"prune.model_args is only for names of timm and torchvision; the architecture of {source.name} is saved"
         )
-    base = OPENERS[source.library](source, options)
+    if weights is not None and not pretrained:
+        raise RecipeError("prune.weights are trained weights: remove --prune.pretrained false")
+    if weights is None:
+        base = OPENERS[source.library](source, options)
+    else:
+        base = open_with_weights(source, options, weights, OPENERS[source.library])
     if base.model.config.source is None:
         base.model.config.source = describe_source(source, options)
     _check_processor(source.name, base)

@@ -70,7 +70,9 @@ class PruneRecipe:
     Args:
         model: Base to prune: `timm/NAME`, `torchvision/NAME`, a transformers Hub id, or a folder.
         pretrained: Load the trained weights; false draws seeded random ones without network access.
-        model_args: Arguments of the architecture for a timm or torchvision name without trained weights, such as
+        weights: File with the trained weights of the base, in place of the published ones: a state dict as safetensors
+            or of torch.save, possibly inside a checkpoint. The head gets the size of the one in the file.
+        model_args: Arguments of the architecture for a timm or torchvision name without its trained weights, such as
             {img_size: 64}.
         num_labels: Replace the head of the base: a number of classes, or `data` for the classes of the data set.
         preset: Named values of the settings below: best (highest accuracy in our measurements), paper (the method as
@@ -133,6 +135,7 @@ class PruneRecipe:
 
     model: str | None = None
     pretrained: bool = True
+    weights: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     num_labels: int | Literal["data"] | None = None
     preset: Literal["best", "paper", "reference"] | None = None

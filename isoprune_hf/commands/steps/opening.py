@@ -220,7 +220,14 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseM
     """Load the base; generic labels of the model ("LABEL_0") become those of the data."""
     if images is None:
         num_labels = None if prune.num_labels == "data" else prune.num_labels
-        return load_base(name, prune.pretrained, model_args=prune.model_args, num_labels=num_labels, seed=prune.seed)
+        return load_base(
+            name,
+            prune.pretrained,
+            model_args=prune.model_args,
+            num_labels=num_labels,
+            seed=prune.seed,
+            weights=prune.weights,
+        )
     names = images.label_names
     num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
     base = load_base(
@@ -230,6 +237,7 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseM
         num_labels=num_labels,
         label_names=names if num_labels == len(names) else None,
         seed=prune.seed,
+        weights=prune.weights,
     )
     labels = class_names(base.model)
     check_labels(names, labels)

@@ -77,6 +77,7 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
         num_labels=num_labels,
         label_names=tuple(names[index] for index in sorted(names)) if num_labels else None,
         seed=source.get("seed", 0),
+        weights=None if is_saved else source.get("weights"),
     )
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
         raise CheckpointError(f"the base {place} has other weights than the one that was cut")
