@@ -26,6 +26,7 @@ from isoprune_hf.errors import CheckpointError
 FORMAT_VERSION = 2  # the newest that this code reads
 MAX_MODULES = 20_000  # far above the module counts of existing image classifiers
 _MAX_IMAGE_SIDE = 2**14  # pixels
+_PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
 # others.
 _IGNORED_ENTRIES = re.compile("_.*|.*implementation|quantization.*|layer_types|per_layer_config|use_return_dict")
@@ -117,6 +118,11 @@ def _check_entries(entries: dict[str, Any]) -> None:
     require(
         count is None or (type(count) is int and 1 <= count <= MAX_CONFIG_NUMBER),
         f"config.num_labels: {count!r:.99} is not a number of classes from 1 to {MAX_CONFIG_NUMBER}",
+    )
+    kind = entries.get("problem_type")
+    require(
+        kind is None or kind in _PROBLEM_TYPES,
+        f"config.problem_type: {kind!r:.99} is not supported; use {', '.join(_PROBLEM_TYPES)}",
     )
     dtype = entries["dtype"]
     dtype = entries.get("torch_dtype") if dtype is None else dtype

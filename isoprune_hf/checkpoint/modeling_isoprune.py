@@ -1,6 +1,7 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
 """The models that a folder opens as (part of the shipped file)."""
 
+import copy
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
 
         Args:
             pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
-            labels: Class indices of shape (B,) for the cross-entropy loss.
+            labels: Targets for the loss that `config.problem_type` names: class indices of shape (B,) for the
+                cross-entropy; for multi_label_classification 0 or 1, and for regression numbers, of shape
+                (B, num_labels).
             output_hidden_states: Whether to return the output of each block; for bases of timm also the indices of
                 some blocks.
             output_attentions: Whether to return the attention weights; only for bases of transformers.
@@ -84,7 +87,8 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
         )
         if labels is None:
             return output
-        loss = nn.functional.cross_entropy(output.logits.float(), labels)
+        # transformers records the problem type that it infers from the first labels; the config stays as it is here.
+        loss = self.loss_function(labels, output.logits.float(), copy.copy(self.config))
         return type(output)(**{**output, "loss": loss})
 
 

@@ -43,7 +43,7 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     """
     config = _read_config(source)
     _check_task(source, config)
-    processor = transformers_processor(source.place, config)
+    processor = transformers_processor(source, config)
     labels = _label_names(source, config)
     values = config.to_diff_dict() | {"model_type": config.model_type}
     # A stock model with a uniform layout has an entry of isoprune_hf in its config.
@@ -51,6 +51,7 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     outer = IsoPruneConfig(
         base={"library": "transformers", "config": values},
         image_size=transformers_image_size(config, processor),
+        problem_type=config.problem_type,
         **label_fields(labels),
         **fields,
     )
@@ -71,7 +72,9 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
 
 def _read_config(source: BaseSource) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.place, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.place, revision=source.revision or "main", trust_remote_code=False
+        )
     except (OSError, *LIBRARY_ERRORS) as error:
         if source.kind == "folder":
             raise RecipeError(
@@ -105,7 +108,11 @@ def _read_model(source: BaseSource) -> tuple[PreTrainedModel, frozenset[str]]:
     try:
         with torch.random.fork_rng():  # transformers draws the missing ones
             loaded = AutoModelForImageClassification.from_pretrained(
-                source.place, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                source.place,
+                revision=source.revision or "main",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except (OSError, SafetensorError, *LIBRARY_ERRORS) as error:
         raise unreadable(source.place, error) from error

@@ -87,6 +87,7 @@ def _config_with(base: BaseModel, labels: tuple[str, ...], source: dict[str, boo
         base=old.base,
         source={**(old.source or {}), "num_labels": len(labels), **source},
         image_size=old.image_size,
+        problem_type=old.problem_type,
         format_version=old.format_version,
         **label_fields(labels),
     )

@@ -37,7 +37,7 @@ def open_wrapped(source: BaseSource, options: LoadOptions) -> BaseModel:
         RecipeError: Its config or weights are damaged or could not be fetched, or it has no head and none is asked
             for.
     """
-    config, labels = _read_config(source.place)
+    config, labels = _read_config(source)
     is_headless = not labels
     if is_headless:
         if options.num_labels is None:
@@ -47,7 +47,7 @@ def open_wrapped(source: BaseSource, options: LoadOptions) -> BaseModel:
     args = config.model_args or {}
     untrained: frozenset[str] = frozenset()
     if options.pretrained:
-        module, untrained = _read_module(source.place, config)
+        module, untrained = _read_module(source, config)
         is_headless = is_headless or bool(untrained)
         if is_headless and options.num_labels is None:
             raise without_head(source.place)
@@ -57,13 +57,15 @@ def open_wrapped(source: BaseSource, options: LoadOptions) -> BaseModel:
     with reading(source.place):
         data = resolve_data_config(pretrained_cfg=noted)  # type: ignore[no-untyped-call]  # untyped in timm
     base = wrap_timm(TimmModule(module, config.architecture, args, data, labels))
+    base.model.config.problem_type = config.problem_type
     return with_new_head(base, source, options, untrained) if is_headless else base
 
 
-def _read_config(place: str) -> tuple[TimmWrapperConfig, tuple[str, ...]]:
+def _read_config(source: BaseSource) -> tuple[TimmWrapperConfig, tuple[str, ...]]:
     """Read the config and its label names; an encoder may have none."""
+    place = source.place
     with reading(place):
-        config = TimmWrapperConfig.from_pretrained(place)
+        config = TimmWrapperConfig.from_pretrained(place, revision=source.revision or "main")
         named = {int(index): name for index, name in (config.id2label or {}).items()}
         labels = tuple(named[index] for index in range(config.num_labels or 0))
     args = config.model_args or {}
@@ -79,15 +81,20 @@ def _base_config(config: TimmWrapperConfig, labels: Sequence[str]) -> IsoPruneCo
     return IsoPruneConfig(base=base, **label_fields(labels))
 
 
-def _read_module(place: str, config: TimmWrapperConfig) -> tuple[nn.Module, frozenset[str]]:
+def _read_module(source: BaseSource, config: TimmWrapperConfig) -> tuple[nn.Module, frozenset[str]]:
     """Read the module, and return it with the names of the tensors of a head that the file does not contain.
 
     The lists in `config.model_args` become tuples, in place, as the builder gets them.
     """
     config.model_args = checked_args(config.model_args or {})
+    place = source.place
     with reading(place):
         loaded: Any = TimmWrapperForImageClassification.from_pretrained(
-            place, config=config, use_safetensors=True, output_loading_info=True
+            place,
+            config=config,
+            revision=source.revision or "main",
+            use_safetensors=True,
+            output_loading_info=True,
         )
         model, info = loaded
         missing = frozenset(name.removeprefix("timm_model.") for name in info["missing_keys"])
