@@ -29,6 +29,11 @@ class LegacyArchive:
         path = Path(path)
         if not path.is_file():
             raise RecipeError("does not exist, or is not a file")
+        if is_safetensors(path):
+            raise RecipeError(
+                "is a safetensors file: it contains weights and no module to convert; name their architecture with "
+                f"--prune.model, such as timm/resnet50, and use the file with --prune.weights {path}"
+            )
         try:
             self._file = zipfile.ZipFile(path)
         except _ZIP_ERRORS as error:
@@ -79,6 +84,13 @@ class LegacyArchive:
             return self._file.read(f"{self._prefix}{name}")
         except _ZIP_ERRORS as error:
             raise CheckpointError(f"is damaged: its entry {name!r:.99} cannot be read") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors does: with the length of a JSON object and the object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> tuple[str, dict[str, int]]:

@@ -121,7 +121,8 @@ def _open_base(old: OldModel, given: str | None, model_args: dict[str, Any]) -> 
     pretrained = not model_args and old.num_labels in (None, base.model.config.num_labels)
     if not pretrained:
         base = load_base(name, pretrained=False, model_args=model_args, num_labels=old.num_labels)
-    source = {"name": name, "pretrained": True, "seed": 0, "model_args": {}} if pretrained else {}
+    place = (base.model.config.source or {})["name"]
+    source = {"name": place, "pretrained": True, "seed": 0, "model_args": {}} if pretrained else {}
     base.model.config.source = source
     return base
 

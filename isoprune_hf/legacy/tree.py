@@ -141,8 +141,9 @@ def _choose(content: Any, weights: Weights) -> tuple[ObjectRecord, dict[str, Any
         return _unwrap(raw)[0], None
     if any(isinstance(value, StoredTensor) for value in (raw if isinstance(raw, dict) else content).values()):
         raise CheckpointError(
-            "contains a state_dict and no module, but the tensors of a pruned model do not determine its number of "
-            "heads; load the state_dict into its module, save the whole module with torch.save, and convert that file"
+            "contains a state_dict and no module: the weights of an architecture that is not pruned are used with "
+            "--prune.model, such as timm/resnet50, and --prune.weights; those of a pruned model do not determine its "
+            "number of heads: load them into its module, save the whole module with torch.save, and convert that file"
         )
     raise CheckpointError(f"contains no module at 'model' ({_keys(content)})")
 

@@ -1,12 +1,13 @@
 """Open a folder or Hub repository that isoprune_hf wrote."""
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.base import BaseModel, single_line
 from isoprune_hf.models.head import redraw_weights
 from isoprune_hf.models.identify import BaseSource
-from isoprune_hf.models.opener import LoadOptions
+from isoprune_hf.models.opener import LoadOptions, describe_source
 from isoprune_hf.models.processors import saved_processor
 
 
@@ -18,12 +19,15 @@ def open_isoprune(source: BaseSource, options: LoadOptions) -> BaseModel:
         CheckpointError: The folder is damaged.
     """
     try:
-        model = IsoPruneForImageClassification.from_pretrained(source.place)
+        model = IsoPruneForImageClassification.from_pretrained(source.place, revision=source.revision or "main")
     except OSError as error:
         raise RecipeError(f"model: {source.place} cannot be opened: {single_line(error)}") from error
-    # An empty source is still a source: without it the folder itself would be recorded as the base.
-    model.config.source = model.config.source or {}
-    base = BaseModel(model, saved_processor(source.place))
+    known = model.config.source or {}
+    if is_cut(model.config):
+        model.config.source = known  # also an empty one: a pruned folder is not its own base
+    elif known.get("fingerprint") != fingerprint(model.model):  # trained since it was opened there
+        model.config.source = describe_source(source, options)
+    base = BaseModel(model, saved_processor(source.place, source.revision))
     if options.pretrained:
         return base
     if is_cut(model.config):

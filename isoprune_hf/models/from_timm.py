@@ -79,9 +79,9 @@ def _open_saved(source: BaseSource, options: LoadOptions) -> BaseModel:
     is_folder = source.kind == "folder"
     if is_folder and options.pretrained and not list(Path(place).glob("*.safetensors")):
         raise RecipeError(f"model: {place} contains no model.safetensors; for random weights, use {UNTRAINED}")
-    timm_name = f"{'local-dir' if is_folder else 'hf-hub'}:{place}"
+    timm_name = f"local-dir:{place}" if is_folder else f"hf-hub:{place}@{source.revision or 'main'}"
     labels = _head_labels(options) if _is_saved_encoder(source.config) else None
-    with default_type(stored_type(place) if options.pretrained else torch.float32):
+    with default_type(stored_type(place, source.revision) if options.pretrained else torch.float32):
         module = _create(timm_name, place, model_args, options, labels)
     with reading(place):
         data = resolve_model_data_config(module)  # type: ignore[no-untyped-call]  # untyped in timm

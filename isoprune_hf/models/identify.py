@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.base import unreadable
 
 Library = Literal["timm", "torchvision", "transformers", "isoprune"]
 Kind = Literal["architecture", "folder", "hub"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_PREFIXES = re.compile("(hf[-_]hub|local-dir):")  # of timm; a folder of this name would need ./ before it
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class BaseSource:
         kind: An architecture name of timm or torchvision, a local folder, or a Hub id.
         place: Name of the architecture, with its tag of weights if given; path of the folder; or Hub id.
         config: Content of config.json; empty for an architecture name.
+        revision: Commit of a Hub repository, from which all of its files are read; None for other kinds.
     """
 
     name: str
@@ -33,13 +38,16 @@ class BaseSource:
     kind: Kind
     place: str
     config: dict[str, Any]
+    revision: str | None = None
 
 
-def identify(name: str | Path) -> BaseSource:
+def identify(name: str | Path, revision: str | None = None) -> BaseSource:
     """Determine library, kind and place of a base model; reads its config.json, but no weights.
 
     Args:
-        name: `timm/NAME` or a bare timm name, `torchvision/NAME`, a Hub id, or a local folder.
+        name: `timm/NAME` or a bare timm name, `torchvision/NAME`, a Hub id, or a local folder; `hf-hub:` before an
+            id and `local-dir:` before a folder, as in timm, are allowed.
+        revision: Commit, branch or tag of a Hub repository; the newest commit by default.
 
     Raises:
         RecipeError: The name has none of these forms, or its config cannot be read.
@@ -49,13 +57,18 @@ def identify(name: str | Path) -> BaseSource:
         raise RecipeError(
             f"model: {name!r:.99} is not a model name; use timm/NAME, torchvision/NAME, a Hub id or a folder"
         )
-    kind = _kind(text)
+    is_on_hub = text.startswith(_HUB_PREFIXES)
+    plain = _PREFIXES.sub("", text)
+    kind: Kind = "hub" if is_on_hub and _HUB_ID.fullmatch(plain) else _kind(plain)
     if kind == "architecture":
-        library, _, place = text.rpartition("/")
+        library, _, place = plain.rpartition("/")
         return BaseSource(text, "torchvision" if library == "torchvision" else "timm", kind, place, {})
-    place = os.path.expanduser(text) if kind == "folder" else text
-    config = _folder_config(Path(place)) if kind == "folder" else _hub_config(place)
-    return BaseSource(text, _library(config), kind, place, config)
+    if kind == "folder":
+        place = os.path.expanduser(plain)
+        config = _folder_config(Path(place))
+        return BaseSource(text, _library(config), kind, place, config)
+    config = _hub_config(plain, revision)
+    return BaseSource(text, _library(config), kind, plain, config, _commit(plain, revision))
 
 
 def _kind(name: str) -> Kind:
@@ -64,13 +77,15 @@ def _kind(name: str) -> Kind:
         return "folder"
     if os.path.isfile(path):
         raise RecipeError(
-            f"model: {name} is a file; to convert an old checkpoint to a folder, run `isoprune convert {name}`"
+            f"model: {name} is a file; to use it as the weights of an architecture, name the architecture, such as "
+            f"timm/resnet50, and set --prune.weights {name} (--weights for evaluate); to convert a whole pruned "
+            f"module to a folder, run `isoprune convert {name}`"
         )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise RecipeError(f"model: the folder {name!r:.99} does not exist")
     if "/" not in name or name.startswith(("timm/", "torchvision/")):
         return "architecture"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+    if not _HUB_ID.fullmatch(name):
         raise RecipeError(f"model: {name!r:.99} is neither a folder nor a Hub id of the form owner/name")
     return "hub"
 
@@ -92,8 +107,14 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _hub_config(name: str) -> dict[str, Any]:
+def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     try:
-        return PreTrainedConfig.get_config_dict(name)[0]
+        return PreTrainedConfig.get_config_dict(name, revision=revision)[0]
     except (OSError, RecursionError, TypeError, ValueError) as error:  # not found, or not a JSON object
         raise unreadable(name, error) from error
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of the files that are read; None if the cache does not tell it."""
+    file = cached_file(name, "config.json", revision=revision)
+    return extract_commit_hash(file, None)

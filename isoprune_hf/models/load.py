@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from isoprune_hf.checkpoint.difference import run_once
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.base import BaseModel
@@ -34,6 +35,7 @@ def load_base(
     label_names: tuple[str, ...] | None = None,
     seed: int = 0,
     weights: str | Path | None = None,
+    revision: str | None = None,
 ) -> BaseModel:
     """Open a base model and its image processor.
 
@@ -50,6 +52,7 @@ def load_base(
         weights: File with the trained weights, in place of those of `name`: a state dict as safetensors or of
             torch.save, possibly inside a checkpoint. Nothing in it is executed. The head has the size of the one in
             the file.
+        revision: Commit, branch or tag of a Hub repository.
 
     Returns:
         The model in eval mode, and its image processor.
@@ -60,7 +63,7 @@ def load_base(
         UnsupportedArchitectureError: The model cannot be rebuilt from a config, or reads tokens.
     """
     options = LoadOptions(pretrained, {} if model_args is None else model_args, num_labels, label_names, seed)
-    source = identify(name)
+    source = identify(name, revision)
     if options.model_args and source.kind != "architecture":
         raise RecipeError(
             f"prune.model_args is only for names of timm and torchvision; the architecture of {source.name} is saved"
@@ -75,7 +78,7 @@ def load_base(
         base.model.config.source = describe_source(source, options)
     _check_processor(source.name, base)
     if num_labels is None or num_labels == base.model.config.num_labels:
-        return base
+        return _with_fingerprint(base)
     if is_cut(base.model.config):
         raise RecipeError(
             f"prune.num_labels: the model is already pruned and keeps its {base.model.config.num_labels} labels"
@@ -83,7 +86,15 @@ def load_base(
     headed = replace_head(base, options.head_labels(num_labels), seed=seed)
     if pretrained:
         log_new_head(headed)
-    return headed
+    return _with_fingerprint(headed)
+
+
+def _with_fingerprint(base: BaseModel) -> BaseModel:
+    """Record the weights that were opened in the config of a dense base, in place, and return the base."""
+    config = base.model.config
+    if not is_cut(config):
+        config.source = {**(config.source or {}), "fingerprint": fingerprint(base.model.model)}
+    return base
 
 
 def _check_processor(name: str, base: BaseModel) -> None:

@@ -1,5 +1,6 @@
 """The interface of the openers: what an opener takes and returns."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,10 +71,8 @@ class Opener(Protocol):
 
 
 def describe_source(source: BaseSource, options: LoadOptions) -> dict[str, Any]:
-    """Return the config entry `source`, from which the same base can be opened again."""
-    return {
-        "name": source.name,
-        "pretrained": options.pretrained,
-        "seed": options.seed,
-        "model_args": options.model_args,
-    }
+    """Return the config entry `source`, from which the same base can be opened again, from any working directory."""
+    place: dict[str, Any] = {"name": os.path.abspath(source.place) if source.kind == "folder" else source.name}
+    if source.revision is not None:
+        place["revision"] = source.revision
+    return {**place, "pretrained": options.pretrained, "seed": options.seed, "model_args": options.model_args}

@@ -23,6 +23,7 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of, layout_of
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.channels import fit_channels, fit_values, plain_size
+from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.recipes import Interpolation
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -81,7 +82,7 @@ def torchvision_processor(transform: TorchvisionPreset) -> IsoImageProcessor:
     return _processor(size, transform.crop_size[0], resample, transform.mean, transform.std)
 
 
-def transformers_processor(place: str, config: PreTrainedConfig) -> BaseImageProcessor:
+def transformers_processor(source: BaseSource, config: PreTrainedConfig) -> BaseImageProcessor:
     """Open the processor of a transformers model; if only a config exists, build the default of its type and size.
 
     For images that are not RGB, it is fitted to their channels; see `fit_channels`.
@@ -90,15 +91,16 @@ def transformers_processor(place: str, config: PreTrainedConfig) -> BaseImagePro
         CheckpointError: The saved processor cannot be opened.
         RecipeError: The default cannot be built for the size in the config.
     """
-    processor = _saved_or_default(place, config)
+    processor = _saved_or_default(source, config)
     channels = _config_channels(config)
     return processor if channels == 3 else fit_channels(processor, channels)
 
 
-def _saved_or_default(place: str, config: PreTrainedConfig) -> BaseImageProcessor:
+def _saved_or_default(source: BaseSource, config: PreTrainedConfig) -> BaseImageProcessor:
+    place = source.place
     if not os.path.isdir(place) or (Path(place) / "preprocessor_config.json").exists():
         try:
-            return saved_processor(place)
+            return saved_processor(place, source.revision)
         except CheckpointError:
             if os.path.isdir(place):
                 raise
@@ -117,7 +119,7 @@ def _saved_or_default(place: str, config: PreTrainedConfig) -> BaseImageProcesso
         ) from error
 
 
-def saved_processor(place: str) -> BaseImageProcessor:
+def saved_processor(place: str, revision: str | None = None) -> BaseImageProcessor:
     """Open the processor of a folder or a Hub id.
 
     Raises:
@@ -125,7 +127,7 @@ def saved_processor(place: str) -> BaseImageProcessor:
     """
     try:
         processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            place, trust_remote_code=False
+            place, revision=revision or "main", trust_remote_code=False
         )
     except (OSError, *LIBRARY_ERRORS) as error:
         raise CheckpointError(

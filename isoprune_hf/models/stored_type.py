@@ -10,10 +10,10 @@ from transformers.utils.hub import cached_file
 _HALF = {"F16": torch.float16, "BF16": torch.bfloat16}  # by the names that safetensors uses
 
 
-def stored_type(place: str) -> torch.dtype:
+def stored_type(place: str, revision: str | None = None) -> torch.dtype:
     """Return the type of the weights in a folder or Hub repository; float32 unless all are in one half precision."""
     try:
-        with safe_open(cached_file(place, "model.safetensors"), framework="pt") as opened:
+        with safe_open(cached_file(place, "model.safetensors", revision=revision), framework="pt") as opened:
             found = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):  # other files, or damaged ones, which the loader reports
         return torch.float32

@@ -16,6 +16,7 @@ from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
 from isoprune_hf.pruning.cost.macs import ModelCost, cost_model
+from isoprune_hf.pruning.cutting.replay import record_base
 from isoprune_hf.pruning.cutting.uniform import check_family, to_stock
 from isoprune_hf.pruning.deciding.budget import check_budget
 from isoprune_hf.pruning.deciding.iterative import lift_scores, recipe_of_step
@@ -211,7 +212,7 @@ def _record_origin(
     """Record the recipe and the fingerprint of the base in the config of a pruned model, in place."""
     pruned.config.recipe = {**copy.deepcopy(pruned.config.recipe or {}), "prune": recipe_to_dict(recipe)}
     if not is_cut(base.config):  # the source of a cut base names the base before it
-        pruned.config.source = {**(pruned.config.source or {}), "fingerprint": scores.fingerprint}
+        record_base(pruned.config, scores.fingerprint)
 
 
 def _recorded_cost(pruned: IsoPruneForImageClassification) -> ModelCost:

@@ -25,6 +25,7 @@ from helpers.tiny_models import SWIN, VIT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
@@ -101,7 +102,8 @@ def test_timm_name_draws_the_weights_of_timm(name: str, architecture: str, args:
     assert torch.equal(output_of(base.model, images), output_of(expected, images))
     assert base.model.config.base["library"] == "timm" and base.model.config.base["args"] == args
     assert base.model.config.base["architecture"].partition(".")[0] == architecture
-    assert base.model.config.source == {"name": name, "pretrained": False, "seed": 11, "model_args": args}
+    place = {"name": name, "pretrained": False, "seed": 11, "model_args": args}
+    assert base.model.config.source == {**place, "fingerprint": fingerprint(base.model.model)}
     assert (base.model.config.stage, base.model.config.structure) == ("base", None)
     assert not base.model.training and all(parameter.requires_grad for parameter in base.model.parameters())
 

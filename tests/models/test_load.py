@@ -12,6 +12,7 @@ from helpers.bases import (
     TINY,
     WRAPPED,
     assert_same,
+    put_in_cache,
     refused,
     save_timm,
     save_wrapped,
@@ -207,3 +208,32 @@ def test_folder_without_weights_names_the_flag(family: str, tmp_path: Path) -> N
     message = refused(str(tmp_path))
     assert str(tmp_path) in message and "model.safetensors" in message and "--prune.pretrained false" in message
     assert load_base(str(tmp_path), pretrained=False).model.config.source["pretrained"] is False
+
+
+@pytest.mark.parametrize("kind", ["timm", "wrapped", "transformers", "isoprune"])
+def test_hub_base_opens_at_its_commit(kind: str, offline: Path, tmp_path: Path, transformers_folder) -> None:
+    base = tiny(num_labels=3)
+    base.model.save_pretrained(tmp_path / "isoprune")
+    base.processor.save_pretrained(tmp_path / "isoprune")
+    folder = {
+        "timm": lambda: save_timm(tmp_path),
+        "wrapped": lambda: Path(save_wrapped(tmp_path / "wrapped", *WRAPPED[0]).config._name_or_path),
+        "transformers": lambda: transformers_folder("hf-vit"),
+        "isoprune": lambda: tmp_path / "isoprune",
+    }[kind]()
+    put_in_cache(offline, "someone/net", folder)
+    opened = load_base("hf-hub:someone/net")
+    (offline / "models--someone--net" / "refs" / "main").write_text("1" * 40)  # the branch has moved on
+    again = load_base("someone/net", revision="0" * 40)
+    assert_same(weights(again.model.model), weights(opened.model.model))
+    if kind != "isoprune":  # whose weights are still those of the base
+        assert opened.model.config.source["revision"] == "0" * 40
+    with pytest.raises(IsoPruneError):
+        load_base("someone/net")
+
+
+def test_local_dir_opens_like_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_timm(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    source = load_base(f"local-dir:{folder.name}").model.config.source
+    assert (source["name"], source["pretrained"]) == (str(folder), True)

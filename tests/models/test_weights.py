@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from timm.models import load_checkpoint
 from torch import nn
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.weights import fit_names, head_size
@@ -108,8 +109,9 @@ def test_weights_of_transformers_open_by_both_names(is_saved: bool, write: Write
 def test_source_names_the_file_absolutely(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(trained().state_dict())
     monkeypatch.chdir(file.parent)
-    source = opened(Path(file.name)).model.config.source
-    assert source == {"name": TIMM, "pretrained": True, "seed": 0, "model_args": VIT, "weights": str(file)}
+    model = opened(Path(file.name)).model
+    place = {"name": TIMM, "pretrained": True, "seed": 0, "model_args": VIT, "weights": str(file)}
+    assert model.config.source == {**place, "fingerprint": fingerprint(model.model)}
 
 
 def test_half_precision_of_a_file_is_kept(write: Write) -> None:

@@ -94,5 +94,5 @@ def _source_recipe(name: str, prune: PruneRecipe) -> PruneRecipe:
     source = load_base(name).model.config.source or {}
     if not source.get("name"):
         raise RecipeError(f"{name} has a plan but does not name the base that it was cut from: nothing can be scored")
-    settings = ("pretrained", "seed", "model_args", "num_labels")
+    settings = ("pretrained", "seed", "model_args", "num_labels", "weights")
     return replace(prune, model=source["name"], **{key: source[key] for key in settings if key in source})

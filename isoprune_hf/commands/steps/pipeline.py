@@ -1,5 +1,6 @@
 """The steps of the stage `run` after everything is opened; see `run_pipeline`."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import replace_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
@@ -127,10 +129,11 @@ def _pretrain(opened: Opened, images: ImageData, recipe: FinetuneRecipe, root: P
     logger.info(f"train the dense base, {recipe.epochs} epochs")
     train_student(base, images, opened.data, recipe, opened.accelerator)
     base.model.config.source = {
-        "name": str(root / "base"),
+        "name": os.path.abspath(root / "base"),
         "pretrained": True,
         "seed": opened.prune.seed,
         "model_args": {},
+        "fingerprint": fingerprint(base.model.model),
     }
     write_folder(root / "base", base.model, base.processor, opened.accelerator)
 

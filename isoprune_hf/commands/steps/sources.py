@@ -5,7 +5,8 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.data.labels import check_labels
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
@@ -25,21 +26,46 @@ def open_teacher(
         base: The dense base, if it is open already; if not, `teacher: auto` reopens it.
 
     Raises:
-        RecipeError: The teacher cannot be opened.
+        RecipeError: The teacher cannot be opened; with `auto`, that is the dense base, if it was trained.
         DatasetError: Its classes are not those of the student.
     """
     if finetune.distillation == "none" or finetune.teacher == "none":
         return None
     if finetune.teacher == "auto":
-        source = student.config.source or {}
-        if not source.get("pretrained") or source.get("num_labels"):
+        if _is_untrained(student.config):
             logger.info("no teacher: the dense base has untrained weights")
             return None
-        return base or reopen_base(student)
+        return base or _reopen_teacher(student)
     teacher = load_base(finetune.teacher)
     names = class_names(student)
     check_labels([names[index] for index in sorted(names)], class_names(teacher.model))
     return teacher
+
+
+def _is_untrained(config: IsoPruneConfig) -> bool:
+    """Return whether the dense base of a model has untrained weights, or is the model itself."""
+    source = config.source or {}
+    if not source.get("name"):
+        return not is_cut(config)
+    return not source.get("changed") and bool(not source.get("pretrained") or source.get("num_labels"))
+
+
+def _reopen_teacher(student: IsoPruneForImageClassification) -> BaseModel | None:
+    """Open the dense base of a student as its teacher.
+
+    Raises:
+        RecipeError: It cannot be opened, or has changed since the cut.
+    """
+    advice = "name its folder with --finetune.teacher, or train without a teacher with --finetune.teacher none"
+    if (student.config.source or {}).get("changed"):
+        raise RecipeError(
+            "finetune.teacher auto: the dense base was trained after it was opened, and its place is not known; "
+            f"{advice}"
+        )
+    try:
+        return open_source(student)
+    except IsoPruneError as error:
+        raise RecipeError(f"finetune.teacher auto: the dense base cannot be opened: {error}; {advice}") from error
 
 
 def reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
@@ -78,6 +104,7 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
         label_names=tuple(names[index] for index in sorted(names)) if num_labels else None,
         seed=source.get("seed", 0),
         weights=None if is_saved else source.get("weights"),
+        revision=None if is_saved else source.get("revision"),
     )
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
         raise CheckpointError(f"the base {place} has other weights than the one that was cut")

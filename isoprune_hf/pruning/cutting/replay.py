@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.cutting.cut import apply_plan
@@ -52,12 +52,24 @@ def replay_plan(
     groups = trace_groups(model)
     pruned = apply_plan(model, plan, groups)
     if not is_cut(model.config):  # the source of a cut model names its own base
-        pruned.config.source = {**(pruned.config.source or {}), "fingerprint": found}
+        record_base(pruned.config, found)
     cost: Mapping[str, Mapping[str, float]] = pruned.config.cost or {}
     known = {name: {key: plan.achieved.get(name, {}).get(key) for key in figures} for name, figures in cost.items()}
     if plan.settings.get("layout") == "uniform":
         pruned = to_stock(pruned)
     return pruned, replace(plan, fingerprint=found, achieved=plan.achieved if known == cost else cost)
+
+
+def record_base(config: IsoPruneConfig, found: str) -> None:
+    """Record the fingerprint of the base that was cut in a config, in place, and whether it was trained before.
+
+    Args:
+        config: Config of a cut model, with the source of its base.
+        found: Fingerprint of the base.
+    """
+    source = config.source or {}
+    changed = {"changed": True} if source.get("fingerprint") not in (None, found) else {}
+    config.source = {**source, **changed, "fingerprint": found}
 
 
 def _short(digest: str) -> str:
