@@ -37,6 +37,7 @@ from isoprune_hf.training.optimisation import learning_rate_at
 from isoprune_hf.training.optimizer_step import check_faults
 from isoprune_hf.training.progress import Entry, Progress, Update
 from isoprune_hf.training.replicas import count_parts, fit_batch_size
+from isoprune_hf.training.stored_precision import StoredPrecision
 from isoprune_hf.training.student import Part, PartSums, Student, open_student
 from isoprune_hf.training.teacher import TeacherLogits, TeacherModel
 from isoprune_hf.training.teacher_cache import open_teacher
@@ -71,6 +72,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ):
         self.model = model.to(accelerator.device)
+        self.precision = StoredPrecision(model)
         self.data = data
         self.processor = processor
         self.recipe = recipe
@@ -117,6 +119,7 @@ class Trainer:
         self.student.optimizer.zero_grad()
         if self.result is not self.model:
             self.model.load_state_dict(self.result.state_dict())
+        self.precision.restore(self.model)
         self.model.eval()
         return self.progress.history
 
@@ -263,6 +266,7 @@ class Trainer:
         return figures
 
     def _evaluate(self, model: nn.Module, split: Rows) -> Figures:
+        model = self.precision.stored(model)  # whose figures are recorded
         return compute_figures(predict_split(model, split, self.processor, self.options, accelerator=self.accelerator))
 
     def _record(self, entry: Entry) -> None:
@@ -289,4 +293,4 @@ class Trainer:
             checkpoints.append(("best", self.result))
         for name, model in checkpoints:
             for callback in self.callbacks:
-                callback.on_checkpoint(name, model, entry)
+                callback.on_checkpoint(name, self.precision.stored(model), entry)
