@@ -149,10 +149,7 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
-        for tensor in (*model.parameters(), *model.buffers()):
-            # Tensors of a mapped file have any address, and kernels round differently on unaligned data.
-            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
-                tensor.data = tensor.data.clone()
+        align_tensors(model)
         return loaded
 
     @staticmethod
@@ -183,6 +180,13 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         target = Path(save_directory) / "modeling_isoprune.py"
         if is_main_process and target.resolve() != Path(__file__).resolve():
             target.write_text(code_that_ships(), encoding="utf-8", newline="\n")
+
+
+def align_tensors(network: nn.Module) -> None:
+    """Move the tensors of a mapped file, which have any address, in place: kernels round differently on such data."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def code_that_ships() -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, build_base
+from isoprune_hf.checkpoint.pretrained import align_tensors
 from isoprune_hf.checkpoint.rebuild import record_settings
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
 
@@ -61,6 +62,7 @@ def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageCl
                 f"{type(module).__name__} cannot be rebuilt only from its name and arguments: tensor {name!r} is "
                 f"{found.get(name, 'not in it')} and would be {built.get(name, 'missing')}"
             )
+    align_tensors(module)
     model.model = module
     model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
     return model

@@ -211,3 +211,8 @@ def test_damaged_transformers_config_is_refused(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     refused(str(folder), IsoPruneError, pretrained=pretrained)
+
+
+def test_tensors_of_a_base_are_aligned(transformers_folder) -> None:
+    model = load_base(str(transformers_folder("hf-vit"))).model
+    assert not any(tensor.data_ptr() % 64 for tensor in model.state_dict().values())
