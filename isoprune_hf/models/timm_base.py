@@ -4,19 +4,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg
 from torch import nn
+from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
+from isoprune_hf.checkpoint.folder import read_json
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.plain_values import check_args
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models.base import BaseModel, default_labels, label_fields, single_line, unreadable, wrap_module
-from isoprune_hf.models.processors import timm_processor
+from isoprune_hf.models.processors import saved_processor, timm_processor
 
 _MIN_CROP_SHARE = 1e-3  # far below every crop_pct of timm
 
@@ -38,6 +42,27 @@ class TimmModule:
     model_args: dict[str, Any]
     data: dict[str, Any]
     labels: Sequence[str]
+
+
+def processor_of_folder(folder: Path, base: BaseModel) -> BaseImageProcessor | None:
+    """Return the image processor that a folder of trained weights records for a base; None if it records none.
+
+    Args:
+        folder: Folder with a preprocessor_config.json, or a config.json of timm with `pretrained_cfg`.
+        base: The base that the weights belong to.
+
+    Raises:
+        RecipeError, CheckpointError: The file is damaged.
+    """
+    if (folder / "preprocessor_config.json").is_file():
+        return saved_processor(str(folder))
+    noted = (read_json(folder, "config.json") or {}).get("pretrained_cfg")
+    if not isinstance(noted, dict):
+        return None
+    with reading(str(folder)):
+        data = resolve_data_config(pretrained_cfg=noted)  # type: ignore[no-untyped-call]  # untyped in timm
+    args = (base.model.config.base or {}).get("args") or {}
+    return timm_processor(_at_size_of(args, _checked_data(str(folder), data)))
 
 
 def wrap_timm(opened: TimmModule) -> BaseModel:

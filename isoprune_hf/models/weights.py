@@ -23,6 +23,7 @@ from isoprune_hf.models.base import BaseModel, default_labels, single_line
 from isoprune_hf.models.head import replace_head
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions, Opener, describe_source
+from isoprune_hf.models.timm_base import processor_of_folder
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ def open_with_weights(source: BaseSource, options: LoadOptions, file: str | Path
         file: A state dict as safetensors or of torch.save, possibly inside a checkpoint.
         opener: Opens the architecture.
 
+    Returns:
+        The base. Its image processor is the one that the folder of the file records, or that of the architecture.
+
     Raises:
         RecipeError: The file cannot be read, or its tensors are not those of the architecture.
     """
@@ -87,8 +91,9 @@ def open_with_weights(source: BaseSource, options: LoadOptions, file: str | Path
             **describe_source(source, options),
             "weights": str(Path(file).expanduser().resolve()),
         }
-    _log(source.name, file, stored, fitted, labels)
-    return base
+    processor = processor_of_folder(Path(file).expanduser().parent, base)
+    _log(source.name, file, stored, fitted, labels, has_processor=processor is not None)
+    return base if processor is None else base._replace(processor=processor)
 
 
 def read_weights(file: str | Path) -> StoredWeights:
@@ -219,12 +224,21 @@ def _show(names: Collection[str]) -> str:
     return ", ".join(shown) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _log(name: str, file: str | Path, stored: StoredWeights, fitted: FittedWeights, labels: int | None) -> None:
+def _log(
+    name: str,
+    file: str | Path,
+    stored: StoredWeights,
+    fitted: FittedWeights,
+    labels: int | None,
+    *,
+    has_processor: bool,
+) -> None:
     parts = [
         f"entry {stored.entry}" if stored.entry else "",
         f"prefix {fitted.prefix} removed" if fitted.prefix else "",
         f"a head of {labels} classes" if labels is not None else "",
         f"left out: {_show(fitted.left_out)}" if fitted.left_out else "",
+        "the image transform is that of its folder" if has_processor else "",
     ]
     found = "".join(f"; {part}" for part in parts if part)
     logger.info(f"{len(fitted.tensors)} tensors of {file} are the weights of {name}{found}")

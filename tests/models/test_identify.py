@@ -88,7 +88,7 @@ def test_value_that_is_no_name_is_refused(name: Any) -> None:
         ("timm/resnet50.", "unknown weights ''; timm has resnet50.a1_in1k, "),
         ("timm/timm/resnet18", "does not exist"),
         ("https://huggingface.co/timm/resnet18", "does not exist"),
-        ("hf-hub:timm/resnet18", "nor a Hub id of the form owner/name"),
+        ("hub:timm/resnet18", "nor a Hub id of the form owner/name"),
         ("a b/c", "nor a Hub id of the form owner/name"),
         ("\u00fc/\u00fc", "nor a Hub id of the form owner/name"),
         ("~nosuch_user/x", "does not exist"),

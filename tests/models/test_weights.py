@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers.bases import CLASSES, assert_same, output_of, seeded_images, weights
+from helpers.bases import CLASSES, assert_same, output_of, save_timm, seeded_images, weights
 from helpers.tiny_models import TRANSFORMERS, VIT
 from safetensors.torch import save_file
 from timm.models import load_checkpoint
 from torch import nn
+from transformers import ViTImageProcessor
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.errors import RecipeError
@@ -137,6 +138,19 @@ def test_label_names_of_file_size_are_taken(write: Write) -> None:
     base = opened(write(trained().state_dict()), num_labels=5, label_names=names)
     assert tuple(base.model.config.id2label.values()) == names
     assert_same(weights(base.model.model), weights(trained()))
+
+
+@pytest.mark.parametrize("is_timm", [True, False])
+def test_transform_of_the_folder_is_taken(is_timm: bool, tmp_path: Path) -> None:
+    if is_timm:
+        folder = save_timm(tmp_path, mean=(0.5, 0.5, 0.5), crop_pct=1.0)
+    else:
+        folder = tmp_path
+        save_file(trained().state_dict(), folder / "model.safetensors")
+        ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5] * 3).save_pretrained(folder)
+    processor = opened(folder / "model.safetensors").processor
+    assert list(processor.image_mean) == [0.5] * 3
+    assert dict(processor.size) == ({"shortest_edge": 16} if is_timm else {"height": 16, "width": 16})
 
 
 # --- what is refused
