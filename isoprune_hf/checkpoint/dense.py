@@ -58,7 +58,8 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     # `library` (timm, torchvision or transformers), with `architecture` and `args`; for transformers with `config`;
     # `settings` and `modules` for what the arguments do not tell, see `settings.py`.
     base: dict[str, Any] | None = None
-    # Origin of the dense weights: `name`, `pretrained`, `seed`, `model_args`, `num_labels`, `fingerprint`.
+    # Origin of the dense weights: `name` (with `revision`, or `weights` for a file), `pretrained`, `seed`,
+    # `model_args`, `num_labels`; `fingerprint`; `changed` if they were trained after they were opened.
     source: dict[str, Any] | None = None
     # Differences from the base: tensor `shapes`, plain module `attributes`, and `removed` modules.
     structure: dict[str, Any] | None = None

@@ -5,7 +5,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
