@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, IsoPruneConfig, describe_error
 from isoprune_hf.checkpoint.difference import named_tensors
@@ -45,8 +46,9 @@ def settle_config(model: PreTrainedModel, config: IsoPruneConfig) -> None:
         built = type(model)(copy.deepcopy(config))
     settled = copy.deepcopy(config)
     record_settings(settled, built.model, network)
-    if settled.base != config.base and _difference(model, settled, expected) is None:
-        config.base, config.format_version = settled.base, settled.format_version
+    is_new = (settled.base, settled.structure) != (config.base, config.structure)
+    if is_new and _difference(model, settled, expected) is None:
+        config.base, config.structure, config.format_version = settled.base, settled.structure, settled.format_version
         return
     raise CheckpointError(
         f"the model is not saved, since the folder would open as another network: {difference}; undo the change, or "
@@ -55,7 +57,9 @@ def settle_config(model: PreTrainedModel, config: IsoPruneConfig) -> None:
 
 
 def record_settings(config: IsoPruneConfig, built: nn.Module, network: nn.Module) -> None:
-    """Add to a config, in place, the attributes and module types of a network that its base does not have.
+    """Add to a config, in place, the attributes and module types of a network that it does not describe.
+
+    An attribute that `config.structure` sets is changed there, since the structure is applied after the base is built.
 
     Args:
         config: Config that builds `built`.
@@ -63,7 +67,13 @@ def record_settings(config: IsoPruneConfig, built: nn.Module, network: nn.Module
         network: The network to describe.
     """
     found = capture_settings(built, network)
-    if found:
+    cut = (config.structure or {}).get("attributes") or {}
+    settings = found.get("settings", {})
+    for path in settings.keys() & cut.keys():
+        changed = {name: settings[path].pop(name) for name in settings[path].keys() & cut[path].keys()}
+        cut[path].update(changed)
+    found = {**found, "settings": {path: values for path, values in settings.items() if values}}
+    if found["settings"] or found.get("modules"):
         config.base = merge_settings(config.base or {}, found)
         config.format_version = max(config.format_version, 2)
 
@@ -86,7 +96,8 @@ def _difference(model: PreTrainedModel, config: IsoPruneConfig, expected: torch.
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     stored = copy.deepcopy(config)
     stored.dtype = model.dtype  # as transformers records it, and casts all tensors to it when it opens the folder
-    rebuilt: Any = type(model).from_pretrained(None, config=stored, state_dict=state)
+    with _without_bars():
+        rebuilt: Any = type(model).from_pretrained(None, config=stored, state_dict=state)
     rebuilt.to(model.device)
     if _are_equal(_answer(rebuilt.model, config), expected):
         return None
@@ -126,6 +137,18 @@ def _are_equal(first: torch.Tensor | str | None, second: torch.Tensor | str | No
     if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return first == second
     return first.dtype == second.dtype and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Show no progress bars of transformers within the context: the caller saves a model and opens none."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
 
 
 def _uncompiled(network: nn.Module) -> AbstractContextManager[object]:

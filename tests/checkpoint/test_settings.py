@@ -156,6 +156,18 @@ def test_changed_network_opens_as_it_was_saved(change: Any, tmp_path: Path) -> N
     assert again.config.base != plain and again.config.format_version == 2
 
 
+def test_changed_attribute_of_a_cut_is_saved(pruned, tmp_path: Path) -> None:
+    sample = pruned("vit")
+    model = IsoPruneForImageClassification.from_pretrained(sample.folder)
+    attention = model.model.blocks[0].attn
+    attention.scale, attention.fused_attn = 2 * attention.scale, False
+    expected = output_of(model, sample.images)
+    model.save_pretrained(tmp_path)
+    again = IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(output_of(again, sample.images), expected)
+    assert not torch.equal(expected, sample.logits)
+
+
 def add_hook(network: nn.Module) -> None:
     network.layer1.register_forward_hook(lambda module, args, output: output * 2)
 

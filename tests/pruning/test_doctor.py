@@ -121,10 +121,9 @@ def test_surgery_that_changes_kept_values_is_found(vit: Pruned, monkeypatch: pyt
 
 
 def test_model_that_reloads_differently_is_found(vit: Pruned) -> None:
-    vit.model.model.blocks[0].attn.scale *= 2  # not in the config, so it is lost
-    vit.model.model.blocks[0].attn.fused_attn = False
+    vit.model.model.blocks[0].register_forward_hook(lambda module, args, output: output * 2)
     finding = examine(vit)["save-load"]
-    assert finding == Finding("save-load", "FAIL", "the logits came back different")
+    assert finding.verdict == "FAIL" and "'blocks.0' (Block) has forward hooks" in finding.text
 
 
 def test_impossible_check_fails_with_reason(vit: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
