@@ -111,7 +111,8 @@ def _call_transformers(
     options: dict[str, Any],
 ) -> ModelOutput:
     # Many classes of transformers ignore an unknown argument.
-    known = inspect.signature(network.forward).parameters.keys() | TransformersKwargs.__annotations__.keys()
+    parameters = inspect.signature(network.forward).parameters
+    known = parameters.keys() | TransformersKwargs.__annotations__.keys()
     for name in options:
         if name not in known:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
@@ -119,7 +120,9 @@ def _call_transformers(
         options = {**options, "output_hidden_states": True}
     if attentions:
         options = {**options, "output_attentions": True}
-    output: ModelOutput = network(pixel_values, return_dict=True, **options)
+    if "return_dict" in parameters or any(found.kind is found.VAR_KEYWORD for found in parameters.values()):
+        options = {**options, "return_dict": True}
+    output: ModelOutput = network(pixel_values, **options)
     return output
 
 
