@@ -139,7 +139,8 @@ def _choose(content: Any, weights: Weights) -> tuple[ObjectRecord, dict[str, Any
         return _unwrap(raw)[0], average
     if _is_module(raw):
         return _unwrap(raw)[0], None
-    if any(isinstance(value, StoredTensor) for value in (raw if isinstance(raw, dict) else content).values()):
+    mappings = [content, *(content[key] for key in (*_RAW_KEYS, *_EMA_KEYS) if isinstance(content.get(key), dict))]
+    if any(isinstance(value, StoredTensor) for mapping in mappings for value in mapping.values()):
         raise CheckpointError(
             "contains a state_dict and no module: the weights of an architecture that is not pruned are used with "
             "--prune.model, such as timm/resnet50, and --prune.weights; those of a pruned model do not determine its "

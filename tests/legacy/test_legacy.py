@@ -19,6 +19,7 @@ import torchvision
 from helpers.command_line import read, refuse, succeed
 from helpers.marks import one_of_each
 from helpers.reference_files import NAMES, cut, cut_swin, make_module, run, save
+from safetensors.torch import save_file
 from timm.models.vision_transformer import ResPostBlock
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
@@ -145,7 +146,8 @@ def test_inconvertible_files_are_refused_in_one_line(resnet: nn.Module, tmp_path
         convert_file(file, weights="ema")
     with pytest.raises(CheckpointError, match=r"'layer1\.0' .*Bottleneck .*BasicBlock "):
         convert_file(file, base="timm/resnet18")
-    for content in (resnet.state_dict(), {"model": resnet.state_dict(), "epoch": 3}):
+    state = resnet.state_dict()
+    for content in (state, {"model": state, "epoch": 3}, {"state_dict": state, "epoch": 3}):
         with pytest.raises(CheckpointError, match=r"state\.pth .*state_dict"):
             convert_file(save(content, tmp_path / "state.pth"))
     with pytest.raises(RecipeError, match=r"torchvision.models.squeezenet.SqueezeNet .*--base"):
@@ -394,3 +396,10 @@ def test_messages_contain_no_control_characters(tmp_path: Path) -> None:
 def _read_pickle(file: Path) -> bytes:
     with zipfile.ZipFile(file) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def test_safetensors_file_is_sent_to_weights(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"fc.weight": torch.ones(2, 2)}, file)
+    with pytest.raises(RecipeError, match=r"--prune\.weights"):
+        convert_file(file)
