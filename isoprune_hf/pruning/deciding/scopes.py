@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, TypeVar
 
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.pruning.deciding.settings import PatternSettings
 from isoprune_hf.pruning.groups import CoupledGroup
 
@@ -68,9 +68,14 @@ def resolve_rules(groups: Sequence[CoupledGroup], patterns: PatternSettings) -> 
         Group name -> its rule.
 
     Raises:
+        UnsupportedArchitectureError: There are no groups.
         RecipeError: A pattern matches no group, or no group may be cut.
     """
     names = [group.name for group in groups]
+    if not names:
+        raise UnsupportedArchitectureError(
+            "the model has no channels that can be cut; `isoprune inspect MODEL` lists the reasons"
+        )
     included = _match("include", patterns.include, names) if patterns.include else set(names)
     free = included - _match("exclude", patterns.exclude, names)
     if not free:

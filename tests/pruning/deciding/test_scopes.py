@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.pruning.deciding.scopes import GroupRule, resolve_rules
 from isoprune_hf.pruning.deciding.settings import AllocationSettings
 from isoprune_hf.pruning.groups import CoupledGroup, Member
@@ -65,3 +65,9 @@ def test_first_matching_pattern_applies() -> None:
 def test_pattern_without_match_is_refused(settings, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         rules(**settings)
+
+
+def test_model_without_groups_is_refused_by_name() -> None:
+    settings = AllocationSettings.from_recipe(PruneRecipe(criterion="l1")).patterns
+    with pytest.raises(UnsupportedArchitectureError, match="isoprune inspect"):
+        resolve_rules([], settings)
