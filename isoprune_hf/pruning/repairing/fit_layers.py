@@ -109,8 +109,8 @@ def fit_layers(
         modes.enter_context(torch.no_grad())
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {}, selecting)
         accelerator = calibration.accelerator
-        storage = Storage(dense.device, 1 if accelerator is None else accelerator.num_processes)
-        images = Images([storage.hold(pixels) for pixels, _ in calibration.batches])
+        storage = Storage.of_ranks(dense.device, accelerator)
+        images = Images([pixels for pixels, _ in calibration.batches])
         parts = [images] if trial is None else [images, images + Images([pixels for pixels, _ in trial.left_out])]
         count = _count_images(parts[-1], dense.device, accelerator)
         sizes = {layer.name: size_of(layer.module, is_bias_only=is_bias_only) for layer in layers}

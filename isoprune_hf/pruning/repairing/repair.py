@@ -1,6 +1,7 @@
 """Repair a cut model without training (`repair`) by the repair that was requested."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 from isoprune_hf.pruning.repairing.rotation import Rotated
+from isoprune_hf.pruning.repairing.storage import Storage
 
 
 def repair(
@@ -36,7 +38,7 @@ def repair(
         plan: What was kept.
         groups: Groups of the base.
         name: The repair: a key of `REPAIRS`.
-        calibration: Images, for repairs that read them; iterated over as often as the model has layers.
+        calibration: Images, for repairs that read them; iterated over once.
         factors: Those of `keep_scale`.
 
     Returns:
@@ -50,6 +52,8 @@ def repair(
         return ()
     if calibration is None:
         raise RecipeError("prune.reconstruct needs data: set --data.dataset, or remove the setting")
+    storage = Storage.of_ranks(pruned.device, calibration.accelerator)
+    held = [(storage.hold(images), labels) for images, labels in calibration.batches]
     names = _names_of_tensors(rotated.model.model)
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}
@@ -57,6 +61,7 @@ def repair(
     graph = graph_of(rotated.model, groups)
     outputs = output_masks(graph, kept)
     selecting = frozenset(decision.module for decision in graph.trace.decisions if decision.module)
+    calibration = replace(calibration, batches=held)
     return method.repair(RepairTask(rotated.model, pruned, masks, by_name, calibration, outputs, selecting))
 
 

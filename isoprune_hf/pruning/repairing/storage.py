@@ -9,9 +9,10 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
+from accelerate import Accelerator
 
 from isoprune_hf.measuring.memory import free_memory
 
@@ -38,6 +39,11 @@ class Storage:
 
     device: torch.device
     ranks: int = 1
+
+    @classmethod
+    def of_ranks(cls, device: torch.device, accelerator: Accelerator | None) -> Self:
+        """Return the room for a rank of an accelerator, or of one process."""
+        return cls(device, 1 if accelerator is None else accelerator.num_processes)
 
     def place(self, size: int) -> Keep | None:
         """Return a function that stores tensors; None if there is no room for so many bytes in all."""

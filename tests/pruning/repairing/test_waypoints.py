@@ -76,7 +76,7 @@ def test_fit_from_waypoints_equals_fit_of_whole_passes(
     batches, fitted, calls = batches_of(dense, [3, 1, 2]), [], []
     count = lambda module, args, output: calls.append(1)  # noqa: E731
     for size in (NEVER, EVERYWHERE):
-        monkeypatch.setattr(fitting, "Storage", functools.partial(Room, size))
+        monkeypatch.setattr(fitting.Storage, "of_ranks", lambda *_, size=size: Room(size))
         network = copy.deepcopy(pruned)
         handles = [part.register_forward_hook(count) for part in network.model.modules() if not [*part.children()]]
         fitting.fit_layers(dense, network, masks, Calibration(batches), is_bias_only=is_bias_only)
@@ -211,7 +211,7 @@ def test_fit_of_cells_is_linear_in_depth(tmp_path: Path, monkeypatch: pytest.Mon
         calls: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(1) or convolve(self, x))  # noqa: B023
-            patch.setattr(fitting, "Storage", functools.partial(Room, size))
+            patch.setattr(fitting.Storage, "of_ranks", lambda *_, size=size: Room(size))
             fitting.fit_layers(dense, fitted, {}, Calibration(batches_of(dense, [4])))
         counts.append(len(calls))
         states.append(fitted.state_dict())
