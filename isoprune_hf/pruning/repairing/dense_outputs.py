@@ -18,6 +18,7 @@ from isoprune_hf.pruning.repairing.layer_calls import FittedLayer
 from isoprune_hf.pruning.repairing.observation import PassStopped
 from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
+from isoprune_hf.pruning.repairing.storage import Keep
 from isoprune_hf.pruning.repairing.waypoints import Given, Stop, kept_outputs, replaced_outputs
 
 _MAX_BYTES = 2**30  # of kept outputs, on each rank
@@ -34,6 +35,11 @@ class DenseOutput(NamedTuple):
 
     output: torch.Tensor
     stream: torch.Tensor | None = None
+
+    def stored(self, keep: Keep) -> "DenseOutput":
+        """Return the call with its tensors where there is room for them."""
+        stream = None if self.stream is None else keep(self.stream, is_copied=False)
+        return DenseOutput(keep(self.output, is_copied=False), stream)
 
 
 class DenseOutputs:
@@ -62,9 +68,10 @@ class DenseOutputs:
         return self._kept.pop(self._coming.pop(0).name)
 
     def _run(self) -> None:
-        """Keep the outputs of the next layers: as many as the limit allows, and one at least."""
-        sizes = accumulate(self._passes.images.count * _bytes_of(layer) for layer in self._coming)
+        """Keep the outputs of the next layers: as many as the limit allows, and one at least, in files if need be."""
+        sizes = [*accumulate(self._passes.images.count * _bytes_of(layer) for layer in self._coming)]
         count = max(1, sum(size <= self._max_bytes for size in sizes))
+        keep = self._passes.storage.place(sizes[count - 1])
         layers, later = self._coming[:count], self._coming[count:]
         self._kept = {layer.name: [] for layer in layers}
         stop = self._passes.stop_before(later[0].name) if later else None
@@ -72,7 +79,7 @@ class DenseOutputs:
         for images, given in self._passes.batches():
             found, outputs = _observe(self._passes.network, layers, images, given, stop)
             for name, calls in found.items():
-                self._kept[name].append(calls)
+                self._kept[name].append(calls if keep is None else [call.stored(keep) for call in calls])
             held.append(outputs)
         if stop is not None:
             self._passes.start_at(stop, held)

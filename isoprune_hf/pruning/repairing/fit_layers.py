@@ -270,13 +270,13 @@ def _missing_output(layer: FittedLayer, wanted: DenseOutput, found: LayerCall) -
     For a layer whose output is added to a residual stream, this is the difference between the sums: the layer also
     corrects the error that earlier layers left in the stream.
     """
-    target = wanted.output
+    target = wanted.output.to(found.output.device)
     if layer.factor is not None:
         target = target * layer.factor.view([-1 if at == layer.dim else 1 for at in range(target.ndim)])
     missing = target - found.output
     if found.stream is None or wanted.stream is None:
         return missing
-    return missing + (wanted.stream - found.stream)
+    return missing + (wanted.stream.to(found.stream.device) - found.stream)
 
 
 def _apply_change(pruned: IsoPruneForImageClassification, layer: FittedLayer, change: torch.Tensor) -> None:

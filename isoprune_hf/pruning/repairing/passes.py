@@ -61,7 +61,7 @@ class Passes:
         storage: Storage,
     ):
         self.network, self.images = network, images
-        self._find, self._storage = find, storage
+        self._find, self.storage = find, storage
         self._current: Waypoint | None = None
         self._held: list[tuple[torch.Tensor, Given]] = []  # images on the meta device
 
@@ -91,7 +91,7 @@ class Passes:
         past = -1 if self._current is None else self._current.end
         waypoints = self._find()
         for way in waypoints.before(layer):
-            keep = self._storage.place(way.size * self.images.count) if way.end > past else None
+            keep = self.storage.place(way.size * self.images.count) if way.end > past else None
             if keep is not None:
                 return Stop(way, keep, waypoints.written)
         return None

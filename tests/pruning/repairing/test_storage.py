@@ -3,6 +3,7 @@
 import copy
 import gc
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.repairing import fit_layers, storage
+from isoprune_hf.pruning.repairing.dense_outputs import DenseOutputs
+from isoprune_hf.pruning.repairing.layer_calls import find_layers
+from isoprune_hf.pruning.repairing.passes import Images, Passes
 from isoprune_hf.pruning.repairing.storage import Storage
+from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 
 Model = IsoPruneForImageClassification
 CPU = torch.device("cpu")
@@ -123,6 +128,23 @@ def test_place_changes_no_bit_of_a_fit(
     assert not torch.equal(fitted[0]["model.third.0.weight"], cut.state_dict()["model.third.0.weight"])
     gc.collect()
     assert {path.name for path in folder.iterdir()} == before
+
+
+def test_large_dense_outputs_are_kept_in_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = make_base("vit", folder)
+    dense.model, dense.config.image_size = Writer().eval(), [3, 8, 8]
+    batches = [torch.randn(6, 3, 8, 8)] * 2
+    stem = 12 * 4 * 6 * 6 * 4  # bytes of the outputs of the stem, and of `first`
+    with torch.no_grad():
+        layers, _ = find_layers(dense, dense, {}, {}, {})
+        for room, in_files in ((2 * stem, []), (2 * stem - 1, ["stem", "first.0"])):
+            limit(monkeypatch, (room, 0), PLENTY)
+            find = partial(find_waypoints, dense, [layer.name for layer in layers])
+            passes = Passes(dense, Images(batches), find, Storage(CPU))
+            outputs = DenseOutputs(passes, layers, max_bytes=2 * stem)
+            for layer in layers[:2]:
+                calls = [call for calls in outputs.of_next() for call in calls]
+                assert [bool(files_of(call.output)) for call in calls] == [layer.name in in_files] * 2
 
 
 def test_file_is_gone_after_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
