@@ -25,7 +25,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.plan import note_left
@@ -45,6 +44,7 @@ from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_va
 from isoprune_hf.pruning.repairing.passes import Images, Passes
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
 from isoprune_hf.pruning.repairing.storage import Storage
+from isoprune_hf.pruning.repairing.trials import Share, Trial, shares_of
 from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 from isoprune_hf.terminal import with_bar
 
@@ -54,18 +54,6 @@ _TOO_LARGE = "the equations of their fits need too much memory"
 _NOT_FINITE = "their fits are not finite"
 _OTHER_ROWS = "the cut model runs them on other rows"
 _NO_BIAS = "only a bias could be fitted, and they have none"
-
-
-class Trial(NamedTuple):
-    """A copy of a cut network that is fitted without some of the images, to be judged by them.
-
-    Args:
-        network: The copy, which is changed.
-        left_out: This rank's micro-batches of these images: images (B, C, H, W), labels (B,).
-    """
-
-    network: IsoPruneForImageClassification
-    left_out: Batches
 
 
 def fit_layers(
@@ -102,24 +90,23 @@ def fit_layers(
     Raises:
         RecipeError: There is no image.
     """
-    networks = [pruned] if trial is None else [trial.network, pruned]
+    shares = shares_of(pruned, Images([pixels for pixels, _ in calibration.batches]), trial)
     with ExitStack() as modes:
-        for network in (dense, *networks):
+        for network in (dense, *(share.network for share in shares)):
             modes.enter_context(scoring_mode(network, requires_grad=False))
         modes.enter_context(torch.no_grad())
         layers, left = find_layers(dense, pruned, masks, outputs or {}, factors or {}, selecting)
         accelerator = calibration.accelerator
         storage = Storage.of_ranks(dense.device, accelerator)
-        images = Images([pixels for pixels, _ in calibration.batches])
-        parts = [images] if trial is None else [images, images + Images([pixels for pixels, _ in trial.left_out])]
-        count = _count_images(parts[-1], dense.device, accelerator)
+        images = shares[-1].images
+        count = _count_images(images, dense.device, accelerator)
         sizes = {layer.name: size_of(layer.module, is_bias_only=is_bias_only) for layer in layers}
         forms = {layer.name: form_of_fit(sizes[layer.name], count * layer.positions, max_bytes) for layer in layers}
         fitted = [layer for layer in layers if forms[layer.name]]
         find = partial(find_waypoints, layers=[layer.name for layer in fitted])
-        wanted = DenseOutputs(Passes(dense, parts[-1], cache(partial(find, dense)), storage), fitted)
-        ways = cache(partial(find, pruned))  # those of its copy are the same
-        fits = [Passes(network, part, ways, storage) for network, part in zip(networks, parts, strict=True)]
+        wanted = DenseOutputs(Passes(dense, images, cache(partial(find, dense)), storage), fitted)
+        ways = cache(partial(find, pruned))  # those of its copies are the same
+        fits = [(share, Passes(share.network, share.images, ways, storage)) for share in shares]
         for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
             form = forms[layer.name]
             if form is None:
@@ -147,30 +134,30 @@ def _count_images(images: Images, device: torch.device, accelerator: Accelerator
 
 def _fit_networks(
     layer: FittedLayer,
-    fits: Sequence[Passes],
+    fits: Sequence[tuple[Share, Passes]],
     wanted: Sequence[Sequence[DenseOutput]],
     equations: Callable[[], Equations],
     accelerator: Accelerator | None,
     is_bias_only: bool,
 ) -> str | None:
-    """Fit a layer of several copies of a network, in place; the ridge is that of the first one.
+    """Fit a layer of several copies of a network, in place.
 
     Returns:
         The reason if the layer of the last one is left as it was cut.
     """
     reason: str | None = None
-    for number, passes in enumerate(fits):
+    for share, passes in fits:
         passes.reach(layer.name)
         own = layer.in_network(passes.network)
         halves = [equations() for _ in range(2)]
         moments = DenseMoments.empty(size_of(own.module, is_bias_only=is_bias_only), passes.network.device)
-        is_same = _add_images(passes, own, wanted, halves, moments, is_bias_only)
+        is_same = _add_images(passes, own, wanted[share.first :], halves, moments, is_bias_only)
         for half in halves:
             half.add_ranks(accelerator)
         moments.add_ranks(accelerator)
         if sum_over_ranks(torch.tensor(not is_same, dtype=torch.int64, device=passes.network.device), accelerator):
             return _OTHER_ROWS
-        if number == 0:
+        if share.has_own_ridges:
             ridge = _choose_ridge(own, *halves, is_bias_only=is_bias_only)
         reason = _fit(passes.network, own, *halves, moments=moments, ridge=ridge)
     return reason

@@ -22,6 +22,7 @@ from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs import least_squares
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+from isoprune_hf.pruning.repairing.trials import Trial
 
 Model = IsoPruneForImageClassification
 
@@ -160,7 +161,7 @@ def test_repair_that_does_worse_is_not_kept(best: str, tmp_path: Path, monkeypat
     expected = copy.deepcopy(task.pruned)
 
     def damage(
-        dense: Model, pruned: Model, *args: object, trial: fit_layers_module.Trial | None = None, **kwargs: object
+        dense: Model, pruned: Model, *args: object, trial: Trial | None = None, **kwargs: object
     ) -> tuple[str, ...]:
         for parameter in (*pruned.parameters(), *(trial.network.parameters() if trial else ())):
             torch.nn.init.normal_(parameter)
@@ -193,21 +194,15 @@ def test_fit_that_fails_on_half_is_dropped(tmp_path: Path, monkeypatch: pytest.M
     task = task_of("vit", tmp_path)
     expected = copy.deepcopy(task.pruned)
     fit_layers = least_squares.fit_layers
-    fitted: list[int] = []
 
-    def fit(
-        dense: Model, pruned: Model, masks: object, images: Calibration, *, trial: None, **kwargs: object
-    ) -> tuple[str, ...]:
-        notes = fit_layers(dense, pruned, masks, images, trial=trial, **kwargs)
-        fitted.append(sum(len(labels) for _, labels in images.batches))
-        if len(fitted) == 2:  # the fit to the second half
-            torch.nn.init.normal_(pruned.model.head.weight, std=10)
+    def fit(*args: object, trial: Trial, **kwargs: object) -> tuple[str, ...]:
+        notes = fit_layers(*args, trial=trial, **kwargs)
+        torch.nn.init.normal_(trial.opposite.model.head.weight, std=10)  # that of the second half
         return notes
 
     monkeypatch.setattr(least_squares, "fit_layers", fit)
     (note,) = least_squares.LeastSquaresRepair().repair(task)
     assert "prune.reconstruct none " in note and "on 20 images" in note
-    assert fitted == [11, 9, 20]
     head = {name for name in expected.state_dict() if "head." in name}
     found = task.pruned.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items() if name not in head)
@@ -289,14 +284,19 @@ class Recorder:
         return self.judge.compare(pruned)
 
 
-def test_kept_fit_of_few_images_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_to_halves_are_those_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("vit", tmp_path)
-    alone = copy.deepcopy(task.pruned)
-    least_squares.fit_layers(task.dense, alone, task.masks, task.calibration)
+    folds = folds_of(task)
+    alone = []
+    for batches in (folds[0][0].batches, folds[1][0].batches, [*folds[0][0].batches, *folds[0][1].batches]):
+        alone.append(copy.deepcopy(task.pruned))
+        least_squares.fit_layers(task.dense, alone[-1], task.masks, Calibration(batches))
+    judged: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(least_squares, "Judge", lambda *args: Recorder(judged, Judge(*args)))
     monkeypatch.setattr(least_squares, "scale_logits", lambda *args: True)
     assert least_squares.LeastSquaresRepair().repair(task) == ()
-    found = task.pruned.state_dict()
-    assert all(torch.equal(value, found[name]) for name, value in alone.state_dict().items())
+    for network, found in zip(alone, [*judged[-2:], task.pruned.state_dict()], strict=True):
+        assert all(torch.equal(value, found[name]) for name, value in network.state_dict().items())
 
 
 def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,7 @@ def test_ridge_is_chosen_once_without_held_images(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(fit_layers_module, "choose_ridge", choose)
     fitted, held = folds_of(task)[0]
-    trial = fit_layers_module.Trial(copy.deepcopy(task.pruned), held.batches)
+    trial = Trial(copy.deepcopy(task.pruned), held.batches)
     least_squares.fit_layers(task.dense, task.pruned, task.masks, fitted, trial=trial)
     names = [module for module in task.pruned.modules() if isinstance(module, torch.nn.Linear)]
     assert len(rows) >= len(names)

@@ -8,11 +8,12 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm
-from isoprune_hf.pruning.repairing.fit_layers import Trial, fit_layers
+from isoprune_hf.pruning.repairing.fit_layers import fit_layers
 from isoprune_hf.pruning.repairing.judging import NEGLIGIBLE, Judge, Judgement, judge, split_images
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
 from isoprune_hf.pruning.repairing.repairs.batchnorm import recalibrate_batchnorm
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+from isoprune_hf.pruning.repairing.trials import Trial
 
 State = dict[str, torch.Tensor]
 Folds = tuple[tuple[Calibration, Calibration], ...]
@@ -42,7 +43,7 @@ class LeastSquaresRepair:
         found = {"none": judge([each.compare(task.pruned) for each in judges])}
         if any(isinstance(module, BatchNorm) for module in task.pruned.modules()):
             found["bn"] = _judge_batchnorm(task, folds, judges, before)
-        notes, found["least_squares"] = _fit_and_judge(task, folds, judges, before)
+        notes, found["least_squares"] = _fit_and_judge(task, folds, judges)
         images = sum(each.images for each in judges)
         # The mean of few images depends on the largest divergences: a repair must then be nearer for most images, too.
         least = images // 2 + 1 if len(folds) > 1 else 0
@@ -70,23 +71,12 @@ def _judge_batchnorm(task: RepairTask, folds: Folds, judges: Sequence[Judge], be
     return judge(parts)
 
 
-def _fit_and_judge(
-    task: RepairTask, folds: Folds, judges: Sequence[Judge], before: State
-) -> tuple[tuple[str, ...], Judgement]:
+def _fit_and_judge(task: RepairTask, folds: Folds, judges: Sequence[Judge]) -> tuple[tuple[str, ...], Judgement]:
     """Fit `task.pruned` to all images, in place, and judge fits without the images of each fold."""
-    if len(folds) > 1:
-        parts = []
-        for (fitted, _), each in zip(folds, judges, strict=True):
-            _fit(task, fitted, None)
-            parts.append(each.compare(task.pruned))
-            _restore(task.pruned, before)
-        return _fit(task, task.calibration, None), judge(parts)  # its ridges are chosen by all of the few images
-    ((fitted, held),) = folds
-    trial = Trial(
-        copy_modules(task.pruned, lambda tensor: replace_tensor(tensor, tensor.detach().clone())), held.batches
-    )
-    notes = _fit(task, fitted, trial)
-    return notes, judge([judges[0].compare(trial.network)])
+    copies = [copy_modules(task.pruned, lambda tensor: replace_tensor(tensor, tensor.detach().clone())) for _ in folds]
+    fitted, held = folds[0]
+    notes = _fit(task, fitted, Trial(copies[0], held.batches, *copies[1:]))
+    return notes, judge([each.compare(network) for each, network in zip(judges, copies, strict=True)])
 
 
 def _fit(task: RepairTask, calibration: Calibration, trial: Trial | None) -> tuple[str, ...]:
