@@ -43,12 +43,13 @@ def show_plan(plan: PruningPlan, *, title: str, sizes: Mapping[str, tuple[int, i
 
 def show_forecast(cost: Forecast) -> str:
     """Return a forecast as text: passes and time of each stage, and memory."""
-    rows = [["stage", "passes", "products of fits", "time"]]
-    for stage, passes in cost.passes.items():
+    rows = [["stage", "passes", "products of fits", "at least"]]
+    stages = {stage: passes for stage, passes in cost.passes.items() if passes}
+    for stage, passes in stages.items():
         products = f"{cost.products:.1f}" if stage == "repair" and cost.products else "-"
         rows.append([stage, f"{passes:.1f}", products, _duration(cost.seconds(stage))])
-    total = sum(cost.passes.values())
-    rows.append(["all", f"{total:.1f}", "", _duration(sum(map(cost.seconds, cost.passes)))])
+    seconds = sum(cost.seconds(stage) for stage in stages)
+    rows.append(["all", f"{sum(stages.values()):.1f}", "", _duration(seconds)])
     gigabytes = {
         "weights": cost.weight_bytes,
         "a scored micro-batch": cost.score_bytes,
@@ -58,7 +59,7 @@ def show_forecast(cost: Forecast) -> str:
     return (
         f"{align_columns(rows)}\n\n"
         f"A pass is a forward pass of the base over {cost.images:,} images: {_duration(cost.pass_seconds)} at the "
-        f"measured speed.\nMemory: {memory}."
+        f"measured speed.\nThe solutions of the fits, and passes over single images, come on top.\nMemory: {memory}."
     )
 
 
