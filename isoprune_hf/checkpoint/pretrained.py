@@ -7,8 +7,8 @@ file because transformers, loading config and model from two files of a local fo
 config classes.
 
 Private names of transformers that are used here and in no other module (as of 5.24): `_finalize_model_loading`,
-`_init_weights`, `_is_hf_initialized`, `_load_pretrained_model`, `_set_gradient_checkpointing`, `_supports_sdpa`,
-`_supports_flash_attn`, `_supports_flex_attn`, `_tied_weights_keys`.
+`_hf_peft_config_loaded`, `_init_weights`, `_is_hf_initialized`, `_load_pretrained_model`,
+`_set_gradient_checkpointing`, `_supports_sdpa`, `_supports_flash_attn`, `_supports_flex_attn`, `_tied_weights_keys`.
 """
 
 import json
@@ -111,6 +111,11 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Return the names that transformers ties after loading: all tensors that the base shares."""
         return self._tied_weights_keys
 
+    @property
+    def _has_other_weights(self) -> bool:
+        """Whether a quantizer or an adapter of PEFT has replaced layers, and decides what is saved."""
+        return vars(self).get("hf_quantizer") is not None or self._hf_peft_config_loaded
+
     def _cast(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Cast images to the type of the weights."""
         # A replica of DataParallel has its parameters elsewhere.
@@ -167,14 +172,16 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Save config, weights and the shipped file: the folder opens with and without isoprune_hf.
 
         Raises:
-            CheckpointError: The folder would answer differently from the model, see `settle_config`.
+            CheckpointError: The folder would answer differently from the model, see `settle_config`; not checked for
+                a given `state_dict`, quantized weights and adapters.
         """
         # Tensors keep the names of their modules: the structure refers to them, and loading compares them.
         kwargs["save_original_format"] = False
         self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in AUTO_CLASSES.items()}
         keep_cut_buffers(self.model, self.config.structure)
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
-        if is_main_process:
+        given_state = args[1] if len(args) > 1 else kwargs.get("state_dict")
+        if is_main_process and given_state is None and not self._has_other_weights:
             settle_config(self, self.config)
         super().save_pretrained(save_directory, *args, **kwargs)
         target = Path(save_directory) / "modeling_isoprune.py"

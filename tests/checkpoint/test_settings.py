@@ -11,6 +11,7 @@ import torchvision
 from helpers.bases import assert_same, output_of, seeded_images, weights
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
+from transformers import PreTrainedModel
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.settings import apply_settings, capture_settings, merge_settings
@@ -214,6 +215,25 @@ def test_unsavable_change_is_refused_by_name(change: Any, named: str, tmp_path: 
     with pytest.raises(CheckpointError, match=r"opens? as another network") as caught:
         model.save_pretrained(tmp_path / "folder")
     assert named in str(caught.value)
+
+
+def test_given_state_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = resnet()
+    add_hook(model.model)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=dict(state))  # transformers empties it
+    again = IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert_same(dict(again.state_dict()), state)
+
+
+@pytest.mark.parametrize("mark", ["hf_quantizer", "_hf_peft_config_loaded"])
+def test_quantized_weights_and_adapters_are_not_rebuilt(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = resnet()
+    add_hook(model.model)
+    vars(model)[mark] = True
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: None)
+    model.save_pretrained("folder")
 
 
 def test_saving_leaves_modes_hooks_and_draws(tmp_path: Path) -> None:
