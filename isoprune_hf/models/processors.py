@@ -168,9 +168,14 @@ def processed_size(name: str, processor: BaseImageProcessor) -> list[int]:
 
 
 def with_transform(
-    processor: BaseImageProcessor, *, resize: int | None = None, interpolation: Interpolation | None = None
+    processor: BaseImageProcessor,
+    *,
+    resize: int | None = None,
+    interpolation: Interpolation | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
 ) -> BaseImageProcessor:
-    """Return the processor with another resize before its centre crop, or another interpolation.
+    """Return the processor with another resize before its centre crop, interpolation, mean or std.
 
     The size of its output does not change.
 
@@ -179,13 +184,16 @@ def with_transform(
         resize: Length of the shorter side after the resize, in pixels. If given, the result is the transform of
             torchvision on PIL images, even if the processor had another one.
         interpolation: Interpolation of the resize.
+        mean: Mean of each channel that is subtracted, of values from 0 to 1.
+        std: Number for each channel that the difference is divided by.
 
     Returns:
         A new processor, or the same object if nothing changes.
 
     Raises:
-        RecipeError: The resize is smaller than the crop.
+        RecipeError: The resize is smaller than the crop, or a channel has no mean or std.
     """
+    processor = _with_values(_with_values(processor, "mean", mean), "std", std)
     if interpolation is not None and _RESAMPLE[interpolation] != _setting(processor, "resample"):
         processor = copy.deepcopy(processor)
         vars(processor)["resample"] = _RESAMPLE[interpolation]
@@ -204,6 +212,18 @@ def with_transform(
             return processor
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     return IsoImageProcessor(size=size, crop_size=crop, **{name: _setting(processor, name) for name in kept})
+
+
+def _with_values(processor: BaseImageProcessor, name: str, values: list[float] | None) -> BaseImageProcessor:
+    """Return the processor with another mean or std; the same object if it has these values."""
+    if values is None or list(_setting(processor, f"image_{name}") or ()) == values:
+        return processor
+    channels = channels_of(processor)
+    if len(values) != channels:
+        raise RecipeError(f"data.{name} must have a number for each of the {channels} channels, got {values}")
+    processor = copy.deepcopy(processor)
+    vars(processor).update({f"image_{name}": list(values), "do_normalize": True})
+    return processor
 
 
 def _setting(processor: BaseImageProcessor, name: str) -> Any:

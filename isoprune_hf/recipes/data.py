@@ -27,6 +27,9 @@ class DataRecipe:
         resize: Length in pixels of the shorter side of an image before the centre crop, for scoring and evaluation; by
             default that of the model. It is saved with a pruned model.
         interpolation: Interpolation of that resize, and of random crops; by default that of the model.
+        mean: Mean of each channel, of values from 0 to 1, that is subtracted from images; by default that of the
+            model. It is saved with a pruned model, and so is `std`.
+        std: Number for each channel that images are divided by after that.
         broken: How to handle an image that cannot be read: error stops; skip trains on the next image of the split
             instead and omits the image from an evaluation; grey uses a grey image instead. A warning names each image.
         max_broken: Stop if an epoch or an evaluation has more broken images.
@@ -48,6 +51,8 @@ class DataRecipe:
     shuffle_buffer: int = 4096
     resize: int | None = None
     interpolation: Interpolation | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     broken: Literal["error", "skip", "grey"] = "error"
     max_broken: int = field(default=100, metadata=IGNORED_FOR_RESUME)
     exif: bool = True
@@ -58,6 +63,9 @@ class DataRecipe:
     def __post_init__(self) -> None:
         check_range("data", "resize", self.resize, 1, 2**14)
         check_range("data", "eval_images", self.eval_images, 1)
+        for name, low in (("mean", 0), ("std", 1e-6)):
+            for value in getattr(self, name) or ():
+                check_range("data", name, value, low, 1)
         check_range("data", "shuffle_buffer", self.shuffle_buffer, 1)
         check_range("data", "max_broken", self.max_broken, 0)
         check_range("data", "batch_size", self.batch_size, 1)

@@ -79,3 +79,17 @@ def test_resize_below_the_crop_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"data\.resize .* 32 .* 31$"):
         with_transform(ours(), resize=31)
     assert pixels(with_transform(ours(), resize=32)).shape == (3, 32, 32)
+
+
+def test_mean_and_std_replace_those_of_the_model() -> None:
+    processor = ours()
+    plain = pixels(with_transform(processor, mean=[0.0] * 3, std=[1.0] * 3))
+    asked = pixels(with_transform(processor, mean=[0.5, 0.25, 0.0], std=[0.5, 0.25, 1.0]))
+    expected = (plain - torch.tensor([0.5, 0.25, 0.0])[:, None, None]) / torch.tensor([0.5, 0.25, 1.0])[:, None, None]
+    assert torch.allclose(asked, expected, atol=1e-6)
+    assert with_transform(processor, mean=list(processor.image_mean)) is processor
+
+
+def test_mean_of_other_channels_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"data\.mean"):
+        with_transform(ours(), mean=[0.5])

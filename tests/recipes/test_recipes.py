@@ -36,6 +36,7 @@ def test_malformed_size_is_refused(text: str) -> None:
         (PruneRecipe, {"num_labels": 0}, "prune.num_labels must be at least 1"),
         (DataRecipe, {"resize": 0}, "data.resize must be between 1 and 16384, got 0"),
         (DataRecipe, {"batch_size": 0}, "data.batch_size must be at least 1"),
+        (DataRecipe, {"std": [0.5, 0.0, 0.5]}, "data.std must be between 1e-06 and 1, got 0.0"),
         (FinetuneRecipe, {"epochs": -1}, "epochs must be at least 0"),
         (FinetuneRecipe, {"temperature": 0}, "temperature must be above 0"),
         (FinetuneRecipe, {"crop_scale": (0.9, 0.5)}, "crop_scale must be two numbers"),

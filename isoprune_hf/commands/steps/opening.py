@@ -188,7 +188,9 @@ def open_inputs(
 
 def with_data_transform(base: BaseModel, data: DataRecipe) -> BaseModel:
     """Return the model with the evaluation transform of the data section; `base` itself if that is its own."""
-    processor = with_transform(base.processor, resize=data.resize, interpolation=data.interpolation)
+    processor = with_transform(
+        base.processor, resize=data.resize, interpolation=data.interpolation, mean=data.mean, std=data.std
+    )
     return base if processor is base.processor else BaseModel(base.model, processor)
 
 
@@ -275,7 +277,8 @@ def _describe_sample(images: ImageData, ids: list[int], prune: PruneRecipe, data
         "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "ids": ids,
     }
-    transform = {"resize": data.resize, "interpolation": prune.interpolation or data.interpolation}
+    interpolation = prune.interpolation or data.interpolation
+    transform = {"resize": data.resize, "interpolation": interpolation, "mean": data.mean, "std": data.std}
     return sample | {name: value for name, value in transform.items() if value is not None}
 
 

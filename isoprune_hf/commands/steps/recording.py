@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 def describe_transform(data: DataRecipe) -> str:
     """Return the evaluation transform of the data section as text."""
-    given = {"resize": data.resize, "interpolation": data.interpolation}
+    given = {"resize": data.resize, "interpolation": data.interpolation, "mean": data.mean, "std": data.std}
     return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
 
 
