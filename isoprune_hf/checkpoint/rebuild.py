@@ -21,6 +21,7 @@ from isoprune_hf.errors import CheckpointError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NUM_IMAGES = 2
+_SPREADS = 4  # times the difference of two passes of one network that logits may differ if it is not 0
 
 
 def settle_config(model: PreTrainedModel, config: IsoPruneConfig) -> None:
@@ -99,7 +100,8 @@ def _difference(model: PreTrainedModel, config: IsoPruneConfig, expected: torch.
     with _without_bars():
         rebuilt: Any = type(model).from_pretrained(None, config=stored, state_dict=state)
     rebuilt.to(model.device)
-    if _are_equal(_answer(rebuilt.model, config), expected):
+    found = _answer(rebuilt.model, config)
+    if _are_equal(found, expected) or _varies_as_much(model.model, config, found, expected):
         return None
     with _recorded_outputs(model.model) as ours, _recorded_outputs(rebuilt.model) as theirs:
         _answer(model.model, config)
@@ -137,6 +139,24 @@ def _are_equal(first: torch.Tensor | str | None, second: torch.Tensor | str | No
     if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return first == second
     return first.dtype == second.dtype and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+def _varies_as_much(
+    network: nn.Module, config: IsoPruneConfig, found: torch.Tensor | str | None, expected: torch.Tensor | str | None
+) -> bool:
+    """Return whether logits differ no more than those of the network itself in two passes.
+
+    On GPUs some operations add in another order each time, so not even the same network gives the same bits.
+    """
+    again = _answer(network, config)
+    if not (
+        isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor) and isinstance(again, torch.Tensor)
+    ):
+        return False
+    if found.shape != expected.shape:
+        return False
+    spread, difference = ((answer - expected).abs().max() for answer in (again, found))
+    return bool(0 < difference <= _SPREADS * spread)
 
 
 @contextmanager

@@ -217,6 +217,15 @@ def test_unsavable_change_is_refused_by_name(change: Any, named: str, tmp_path: 
     assert named in str(caught.value)
 
 
+def test_network_that_never_repeats_itself_is_saved(tmp_path: Path) -> None:
+    model = resnet()
+    model.model.layer1.register_forward_hook(lambda module, args, output: output + 1e-6 * torch.rand_like(output))
+    model.save_pretrained(tmp_path)
+    model.model.layer2.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(CheckpointError, match="another network"):
+        model.save_pretrained(tmp_path / "changed")
+
+
 def test_given_state_is_saved_as_it_is(tmp_path: Path) -> None:
     model = resnet()
     add_hook(model.model)
