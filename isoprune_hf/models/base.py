@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, build_base
+from isoprune_hf.checkpoint.difference import build_pruned
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import align_tensors
 from isoprune_hf.checkpoint.rebuild import record_settings
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
@@ -25,7 +26,7 @@ class BaseModel(NamedTuple):
 
 
 def draw_base(config: IsoPruneConfig, seed: int) -> nn.Module:
-    """Build the base of `config` with random weights from `seed`; the global random state is not changed.
+    """Build the network of `config` with random weights from `seed`; the global random state is not changed.
 
     Raises:
         RecipeError: The library cannot build the base.
@@ -33,7 +34,7 @@ def draw_base(config: IsoPruneConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return build_base(config)
+            return build_pruned(config)
         except CheckpointError as error:
             raise RecipeError(f"prune.model or prune.model_args: {error}") from error
 

@@ -1,11 +1,13 @@
 """Replace the head of a base model, or all of its weights."""
 
+import copy
 import logging
 from collections.abc import Collection
 
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.models.base import BaseModel, draw_base, label_fields, wrap_module
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions, describe_source
@@ -18,7 +20,7 @@ def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrain
     """Return the base with a new head of random weights, in its type; tensors of unchanged shape keep their values.
 
     Args:
-        base: Dense base model; left untouched.
+        base: Dense or pruned model; left untouched.
         labels: Label names of the new head.
         seed: Seed of the new weights.
         untrained: Tensors that are drawn anew although their shapes stay.
@@ -83,6 +85,10 @@ def redraw_weights(base: BaseModel, labels: tuple[str, ...], *, seed: int) -> Ba
 
 def _config_with(base: BaseModel, labels: tuple[str, ...], source: dict[str, bool | int]) -> IsoPruneConfig:
     old = base.model.config
+    if is_cut(old):  # its source stays the dense base, with the head of that
+        config = copy.deepcopy(old)
+        config.id2label, config.label2id = label_fields(labels).values()
+        return config
     return IsoPruneConfig(
         base=old.base,
         source={**(old.source or {}), "num_labels": len(labels), **source},

@@ -79,12 +79,8 @@ def load_base(
     _check_processor(source.name, base)
     if num_labels is None or num_labels == base.model.config.num_labels:
         return _with_fingerprint(base)
-    if is_cut(base.model.config):
-        raise RecipeError(
-            f"prune.num_labels: the model is already pruned and keeps its {base.model.config.num_labels} labels"
-        )
     headed = replace_head(base, options.head_labels(num_labels), seed=seed)
-    if pretrained:
+    if pretrained and not is_cut(headed.model.config):
         log_new_head(headed)
     return _with_fingerprint(headed)
 

@@ -6,10 +6,13 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import is_cut
+from isoprune_hf.checkpoint.structure import is_cut, meta_copy
+from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.data.labels import check_labels
-from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
+from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.models.head import replace_head
+from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import FinetuneRecipe
 
 logger = get_logger(__name__)
@@ -35,7 +38,7 @@ def open_teacher(
         if _is_untrained(student.config):
             logger.info("no teacher: the dense base has untrained weights")
             return None
-        return base or _reopen_teacher(student)
+        return _of_equal_classes(student, base or _reopen_teacher(student))
     teacher = load_base(finetune.teacher)
     names = class_names(student)
     check_labels([names[index] for index in sorted(names)], class_names(teacher.model))
@@ -50,7 +53,7 @@ def _is_untrained(config: IsoPruneConfig) -> bool:
     return not source.get("changed") and bool(not source.get("pretrained") or source.get("num_labels"))
 
 
-def _reopen_teacher(student: IsoPruneForImageClassification) -> BaseModel | None:
+def _reopen_teacher(student: IsoPruneForImageClassification) -> BaseModel:
     """Open the dense base of a student as its teacher.
 
     Raises:
@@ -73,10 +76,40 @@ def reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
     if not (model.config.source or {}).get("name"):
         return None
     try:
-        return open_source(model)
+        return _of_equal_classes(model, open_source(model))
     except IsoPruneError as error:
         logger.warning(f"the dense base is neither evaluated nor used as a teacher: {error}")
         return None
+
+
+def _of_equal_classes(model: IsoPruneForImageClassification, base: BaseModel) -> BaseModel | None:
+    """Return the dense base, or None, with a line, if it has other classes than a model whose head was replaced."""
+    names = class_names(model)
+    try:
+        check_labels([names[index] for index in sorted(names)], class_names(base.model))
+    except DatasetError:
+        logger.info(
+            "the dense base is neither evaluated nor used as a teacher: it has other classes than the new head"
+        )
+        return None
+    return base
+
+
+def open_with_new_head(name: str, labels: tuple[str, ...], seed: int) -> BaseModel:
+    """Open a pruned model with a new head for other classes; its costs are those with this head.
+
+    Args:
+        name: Folder or Hub id.
+        labels: Names of the classes.
+        seed: Seed of the weights of the head.
+    """
+    found = load_base(name)
+    headed = replace_head(found, labels, seed=seed, untrained=find_class_dims(found.model.config))
+    model = headed.model
+    if model.config.cost is not None:
+        dense, pruned = count_cost(meta_copy(model, dense=True)), count_cost(model)
+        model.config.cost = {"base": dense.to_dict(), "pruned": pruned.to_dict()}
+    return headed
 
 
 def open_source(model: IsoPruneForImageClassification, name: str | None = None) -> BaseModel:
