@@ -24,7 +24,7 @@ def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:
     if len(label_names) != len(id2label):
         raise DatasetError(
             f"the data has {len(label_names)} classes, the model has {len(id2label)}; "
-            "set `--prune.num_labels data` (in evaluate: `--num_labels data`) for a new head"
+            "set `--prune.num_labels data` (in finetune and evaluate: `--num_labels data`) for a new head"
         )
     model_names = [id2label[index] for index in range(len(id2label))]
     if all(name in (f"LABEL_{index}", str(index)) for index, name in enumerate(model_names)):
@@ -42,8 +42,8 @@ def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:
         examples = "; ".join(f"index {i}: data {data_names[i]!r}, model {model_names[i]!r}" for i in differing[:3])
         raise DatasetError(
             f"the classes of the data and of the model differ at {len(differing)} of {len(model_names)} places: "
-            f"{examples}; reorder the classes of the data, or set `--prune.num_labels data` (in evaluate: "
-            "`--num_labels data`) for a new head"
+            f"{examples}; reorder the classes of the data, or set `--prune.num_labels data` (in finetune "
+            "and evaluate: `--num_labels data`) for a new head"
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.command_line import isoprune, refuse, succeed
+from helpers.command_line import isoprune
 from helpers.folders import logits, tensors
 from PIL import Image
 from transformers import AutoModelForImageClassification
@@ -32,8 +32,9 @@ def images(tmp_path: Path) -> Path:
 def test_finetune_replaces_head_for_other_classes(pruned, images: Path, tmp_path: Path) -> None:
     flags = ["--model", pruned("vit").folder, "--data.dataset", images, "--finetune.epochs", "1"]
     flags += ["--finetune.batch_size", "4", "--output", tmp_path / "out"]
-    assert "the data has 3 classes, the model has 7" in refuse("finetune", *map(str, flags))
-    succeed("finetune", *map(str, flags), "--num_labels", "data")
+    refused = isoprune("finetune", *map(str, flags))
+    assert refused.code == 2 and "the data has 3 classes, the model has 7" in refused.err
+    assert isoprune("finetune", *map(str, flags), "--num_labels", "data").code == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert sorted(model.config.label2id) == sorted(NAMES) and model.model.head.out_features == 3
     assert isoprune("doctor", str(tmp_path / "out")).code == 0
