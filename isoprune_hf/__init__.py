@@ -28,6 +28,8 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
 if TYPE_CHECKING:
+    from isoprune_hf.api.prune import prune
+    from isoprune_hf.api.pruned import Pruned
     from isoprune_hf.data.dataset import load_data
     from isoprune_hf.evaluation.evaluate import evaluate_model
     from isoprune_hf.export.export import export_model
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 # Imported on first use: opening a pruned model needs none of these modules.
 _LAZY = {
+    "prune": "api.prune",
+    "Pruned": "api.pruned",
     "load_base": "models",
     "find_blocks": "pruning.graph.blocks",
     "cost_model": "pruning.cost.macs",
@@ -82,6 +86,7 @@ __all__ = [
     "IsoPruneModel",
     "MissingExtraError",
     "PruneRecipe",
+    "Pruned",
     "PruningPlan",
     "RecipeError",
     "UnsupportedArchitectureError",
@@ -97,6 +102,7 @@ __all__ = [
     "load_base",
     "load_data",
     "make_plan",
+    "prune",
     "prune_model",
     "score_groups",
     "trace_groups",

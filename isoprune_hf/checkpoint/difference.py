@@ -62,6 +62,21 @@ def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
     Raises:
         CheckpointError: The base cannot be built, or does not run on an image of `config.image_size`.
     """
+    with torch.device("meta"):
+        base = move_to_meta(build_base(config)).eval()
+    return skippable_parts(base, config.image_size)
+
+
+def skippable_parts(base: nn.Module, image_size: list[int] | None) -> dict[str, SkippedBlock]:
+    """Find the blocks of a network that may be removed, each with its replacement; see `skippable_blocks`.
+
+    Args:
+        base: The network on the meta device, in eval mode; nothing else will use it.
+        image_size: Of one image, (C, H, W).
+
+    Raises:
+        CheckpointError: It does not run on such an image.
+    """
     found: dict[str, SkippedBlock | None] = {}
 
     def note(path: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -79,12 +94,11 @@ def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
         found[path] = replacement if is_residual and found.get(path, replacement) is not None else None
 
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
-        base = move_to_meta(build_base(config)).eval()
         for path, module in base.named_modules():
             is_entry = isinstance(base.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
             if is_entry and path and next(module.parameters(), None) is not None:
                 module.register_forward_hook(partial(note, path))
-        run_once(base, config.image_size)
+        run_once(base, image_size)
     blocks = {path: block for path, _ in base.named_modules() if (block := found.get(path)) is not None}
     return {path: block for path, block in blocks.items() if not any(p.startswith(f"{path}.") for p in blocks)}
 

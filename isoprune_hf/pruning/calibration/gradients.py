@@ -10,10 +10,10 @@ from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.held import loss_of_batch
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.pass_state import undoing_passes
 from isoprune_hf.pruning.calibration.replacing import replaced_parameters
@@ -67,12 +67,12 @@ def summed_loss(
     precision: Precision,
     replacements: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Compute the cross-entropy summed over the images: a scalar.
+    """Compute the loss summed over the images, the cross-entropy or that of a held model: a scalar.
 
     Args:
         model: Its `model` owns the parameters; its forward pass returns `logits`.
         pixel_values: (B, C, H, W).
-        labels: (B,).
+        labels: (B,), or the targets of a held model.
         precision: bf16 runs the forward pass under autocast.
         replacements: Parameter of `model.model` -> tensor that is used instead of it.
     """
@@ -81,8 +81,7 @@ def summed_loss(
         replaced_parameters(model.model, replacements or {}),
         torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=is_bf16),
     ):
-        logits = model(pixel_values=pixel_values).logits
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return loss_of_batch(model, pixel_values, labels)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.difference import keep_cut_buffers, number_tables
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import capture_structure, image_size_of, meta_copy
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.cutting.attributes import set_attributes
+from isoprune_hf.pruning.graph.blocks import replaceable_blocks
 from isoprune_hf.pruning.graph.copying import copy_modules
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
 from isoprune_hf.pruning.graph.train_mode import check_train_mode
@@ -45,7 +46,7 @@ def apply_plan(
     """
     groups = trace_groups(model) if groups is None else groups
     graph = graph_of(model, groups)
-    stand_ins = skippable_blocks(model.config) if plan.removed_blocks else {}
+    stand_ins = replaceable_blocks(model) if plan.removed_blocks else {}
     check_plan(plan, groups, stand_ins.keys() - set((model.config.structure or {}).get("removed") or ()))
     removed = tuple(f"{block}." for block in plan.removed_blocks)
     masks = keep_masks(plan, groups, model.model)

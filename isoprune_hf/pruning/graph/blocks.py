@@ -4,7 +4,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, skippable_blocks
+from isoprune_hf.checkpoint.difference import skippable_parts
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, SkippedBlock, skippable_blocks
+from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.pruning.graph.copying import copy_shapes
 from isoprune_hf.pruning.groups import ResidualBlock
 
 
@@ -23,7 +26,7 @@ def find_blocks(model: IsoPruneForImageClassification) -> tuple[ResidualBlock, .
     """
     modules = dict(model.model.named_modules())
     removed = set((model.config.structure or {}).get("removed") or ())
-    paths = [path for path in skippable_blocks(model.config) if path not in removed]
+    paths = [path for path in replaceable_blocks(model) if path not in removed]
     return tuple(
         ResidualBlock(
             path,
@@ -34,6 +37,13 @@ def find_blocks(model: IsoPruneForImageClassification) -> tuple[ResidualBlock, .
         for path in paths
         if _siblings(path, modules)
     )
+
+
+def replaceable_blocks(model: IsoPruneForImageClassification) -> dict[str, SkippedBlock]:
+    """Return the blocks of the dense base that may be removed, each with its replacement; see `skippable_blocks`."""
+    if model.config.base is not None:
+        return skippable_blocks(model.config)
+    return skippable_parts(copy_shapes(model.model).eval(), image_size_of(model))  # a module that no config describes
 
 
 def _siblings(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

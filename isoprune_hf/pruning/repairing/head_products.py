@@ -19,6 +19,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.models.held import with_probe_loss
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 from isoprune_hf.pruning.groups import CoupledGroup
@@ -76,8 +77,8 @@ def find_pairs(model: IsoPruneForImageClassification, groups: Sequence[CoupledGr
     points = [point for point in find_gate_points(model, heads)[0] if _is_called_layer(model, point)]
     if not points:
         return []
-    labels = torch.arange(_NUM_PROBE_IMAGES, device=images.device) % (model.config.num_labels or 1)
-    gradients, _ = next(gate_gradients(model, points, [(images, labels)]))
+    probe, labels = with_probe_loss(model, _NUM_PROBE_IMAGES)
+    gradients, _ = next(gate_gradients(probe, points, [(images, labels)]))
     pairs: list[BilinearPair] = []
     for group in heads:
         columns = {

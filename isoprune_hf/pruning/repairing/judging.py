@@ -1,8 +1,9 @@
 """Judge a cut network by images that its repair did not see: `split_images` sets them aside, `Judge` compares logits.
 
 The measure is the mean Kullback-Leibler divergence of the dense network's probabilities from those of the cut one, at
-the scale of the logits around their mean that suits the cut one best: a ridge pulls outputs towards their mean. Labels
-are not used.
+the scale of the logits around their mean that suits the cut one best: a ridge pulls outputs towards their mean. For
+outputs that are no logits of classes it is the sum of their squared differences, as a share of the mean sum of squares
+of the dense outputs, at scale 1. Labels are not used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,13 @@ from typing import NamedTuple
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches, Calibration
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 
 # The scales of logits that are compared: a repaired network is less confident than the dense one.
 SCALES = tuple(2 ** (step / 8) for step in range(-8, 33))
+_PLAIN = SCALES.index(1)
 HELD_OUT = 5  # one of so many images of each micro-batch
 FEW = 64  # images: a fifth of fewer is too small a sample
 NEGLIGIBLE = 1e-8  # nats: smaller differences between divergences are those of rounding
@@ -111,26 +114,41 @@ class Judge:
         self, dense: IsoPruneForImageClassification, cut: IsoPruneForImageClassification, calibration: Calibration
     ):
         self._calibration = calibration
+        self._compares_classes = not isinstance(dense, HeldModel) or dense.objective.compares_classes
         self._wanted = _logits(dense, calibration.batches)
-        found = _logits(cut, calibration.batches)
-        self._of_cut = [_divergence(*pair) for pair in zip(self._wanted, found, strict=True)]
         count = torch.tensor(sum(len(part) for part in self._wanted), device=dense.device)
         self.images = int(sum_over_ranks(count, calibration.accelerator))
+        squares = torch.tensor(sum(float(part.square().sum()) for part in self._wanted), dtype=torch.float64)
+        self._size = float(self._sum(squares, dense.device)) / max(self.images, 1)
+        found = _logits(cut, calibration.batches)
+        self._of_cut = [
+            self._distances(*pair, torch.zeros(1))[_PLAIN] for pair in zip(self._wanted, found, strict=True)
+        ]
 
     def compare(self, pruned: IsoPruneForImageClassification) -> Divergences:
         """Compute the divergences of a cut network at all scales; there must be images."""
         found = _logits(pruned, self._calibration.batches)
-        nothing = torch.zeros(len(pruned.config.id2label or {}), dtype=torch.float64)  # a rank may have no images
-        total = self._sum(sum((logits.sum(0) for logits in found), start=nothing), pruned.device)
+        total = torch.zeros(len(pruned.config.id2label or {}), dtype=torch.float64)  # a rank may have no images
+        if self._compares_classes:
+            total = self._sum(sum((logits.sum(0) for logits in found), start=total), pruned.device)
         center = total / self.images
         sums = torch.zeros(2, len(SCALES), dtype=torch.float64)
         nearer = torch.zeros((), dtype=torch.int64)
         for wanted, before, logits in zip(self._wanted, self._of_cut, found, strict=True):
-            scaled = torch.stack([_divergence(wanted, center + scale * (logits - center)) for scale in SCALES])
-            plain = scaled[SCALES.index(1)]
+            scaled = self._distances(wanted, logits, center)
+            plain = scaled[_PLAIN]
             sums += torch.stack([scaled.sum(1), (plain - scaled).square().sum(1)])
             nearer += (plain <= before + NEGLIGIBLE).sum()
         return Divergences(self._sum(sums, pruned.device), total, self.images, int(self._sum(nearer, pruned.device)))
+
+    def _distances(self, wanted: torch.Tensor, logits: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+        """Compute the distances of outputs (B, N) from the dense ones at all scales: (scales, B)."""
+        if self._compares_classes:
+            return torch.stack([_divergence(wanted, center + scale * (logits - center)) for scale in SCALES])
+        squares = (wanted - logits).square().sum(-1) / max(self._size, torch.finfo(torch.float64).tiny)
+        scaled = torch.full((len(SCALES), len(wanted)), torch.inf, dtype=torch.float64)
+        scaled[_PLAIN] = squares
+        return scaled
 
     def _sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return the sum over all ranks, on the CPU."""
@@ -142,10 +160,10 @@ def judge(parts: Sequence[Divergences]) -> Judgement:
     images = sum(part.images for part in parts)
     sums, logits = (sum(values) / images for values in zip(*((part.sums, part.logits) for part in parts), strict=True))
     means, squares = sums.nan_to_num(nan=torch.inf)
-    plain, best = SCALES.index(1), int(means.argmin())
-    gain = float(means[plain] - means[best])
+    best = int(means.argmin())
+    gain = float(means[_PLAIN] - means[best])
     error = max(float(squares[best]) - gain**2, 0.0) / max(images - 1, 1)  # squared, of the mean gain
-    best = best if gain > max(error**0.5, NEGLIGIBLE) else plain
+    best = best if gain > max(error**0.5, NEGLIGIBLE) else _PLAIN
     return Judgement(float(means[best]), SCALES[best], logits, sum(part.nearer for part in parts))
 
 

@@ -90,7 +90,7 @@ def mean_squared_gradients(
             pixel_values = pixel_values.to(model.device)
             labels = labels.to(model.device)
             if ways is None:
-                ways = choose_ways(model, names, tuple(pixel_values.shape[1:]))
+                ways = choose_ways(model, names, tuple(pixel_values.shape[1:]), labels[:1])
             for name, square in squared_gradients(model, ways, pixel_values, labels, calibration.precision).items():
                 sums[name] += square
             images += len(labels)
@@ -118,7 +118,9 @@ def squared_gradients(
     return squares
 
 
-def choose_ways(model: IsoPruneForImageClassification, names: Collection[str], image_size: tuple[int, ...]) -> Ways:
+def choose_ways(
+    model: IsoPruneForImageClassification, names: Collection[str], image_size: tuple[int, ...], label: torch.Tensor
+) -> Ways:
     """Choose the cheapest correct way for each parameter (see the module); the choice is the same on every rank.
 
     If the parameters that the layers get wrong have more than half of all elements, all parameters go through vmap:
@@ -128,10 +130,11 @@ def choose_ways(model: IsoPruneForImageClassification, names: Collection[str], i
         model: In `scoring_mode` without gradients.
         names: Parameters, relative to `model.model`.
         image_size: (C, H, W).
+        label: The label of all images that are tried, (1, ...).
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(_PROBE_IMAGES, *image_size, generator=generator).to(model.device)
-    labels = torch.zeros(_PROBE_IMAGES, dtype=torch.int64, device=model.device)
+    labels = label.repeat_interleave(_PROBE_IMAGES, 0)
     expected = looped_squares(model, names, images, labels)
     ways = _candidates(model.model, names)
     try:

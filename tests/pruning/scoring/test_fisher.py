@@ -57,7 +57,7 @@ def assert_exact(model: nn.Module, names=None, sizes=(4, 1, 3)) -> None:
 def ways_of(model: nn.Module) -> Ways:
     names = [name for name, _ in model.model.named_parameters()]
     with scoring_mode(model, requires_grad=False):
-        return choose_ways(model, names, tuple(model.config.image_size))
+        return choose_ways(model, names, tuple(model.config.image_size), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

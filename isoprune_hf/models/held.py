@@ -1,0 +1,81 @@
+"""The model of a caller as the pipeline takes it: `HeldModel` holds any module, with its loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.models.nested import separate
+from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss
+
+CLASSES = TargetLoss("cross_entropy", compares_classes=True)
+
+
+@dataclass
+class HeldOutput(ImageClassifierOutput):
+    """The outputs of a held model: `logits`, by which models are compared, and all tensors that the module returned.
+
+    Args:
+        outputs: The tensors.
+    """
+
+    outputs: tuple[Tensor, ...] | None = None
+
+
+class HeldModel(IsoPruneForImageClassification):
+    """A module with the loss that it is scored for.
+
+    The config describes the base only if the module is one of a library; for other modules `config.base` is None.
+
+    Args:
+        config: Config with the size of one input as `image_size`.
+        module: The module, which takes one tensor (B, ...); by default it is built from the config.
+        objective: The loss; by default the cross-entropy.
+    """
+
+    def __init__(self, config: IsoPruneConfig, module: nn.Module | None = None, objective: Objective = CLASSES):
+        if module is None:
+            super().__init__(config)
+        else:
+            PreTrainedModel.__init__(self, config)  # type: ignore[no-untyped-call]  # untyped in transformers
+            self.model = module
+        self.objective = objective
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> HeldOutput:
+        """Run the module.
+
+        Args:
+            pixel_values: Inputs (B, ...).
+            labels: Targets for the loss, (B, ...).
+        """
+        pixel_values = pixel_values.to(self.dtype)
+        outputs, _ = separate(self.model(pixel_values))
+        loss = None if labels is None else self.objective.summed_loss(outputs, labels, pixel_values) / len(labels)
+        return HeldOutput(loss=loss, logits=self.objective.logits(outputs), outputs=outputs)
+
+
+def loss_of_batch(model: IsoPruneForImageClassification, pixel_values: Tensor, labels: Tensor) -> Tensor:
+    """Run a model and return its loss summed over the images: the cross-entropy, or that of a held model.
+
+    Args:
+        model: A base, a pruned or a held model.
+        pixel_values: (B, C, H, W).
+        labels: (B,), or the targets of the held model, (B, ...).
+    """
+    output = model(pixel_values=pixel_values)
+    if isinstance(model, HeldModel):
+        return model.objective.summed_loss(output.outputs, labels, pixel_values)
+    return CLASSES.summed_loss([output.logits], labels, pixel_values)
+
+
+def with_probe_loss(
+    model: IsoPruneForImageClassification, samples: int
+) -> tuple[IsoPruneForImageClassification, Tensor]:
+    """Return a model with a loss for random images, and targets for that loss, (samples,); the module is shared."""
+    if isinstance(model, HeldModel):
+        return HeldModel(model.config, model.model, OutputNorm(model.objective)), torch.zeros(samples)
+    return model, torch.arange(samples, device=model.device) % (model.config.num_labels or 1)

@@ -1,0 +1,111 @@
+"""The loss of a model that a caller holds: `Objective`, with the losses that torch defines in `LOSSES`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Objective(Protocol):
+    """The loss that scores and repairs are computed for.
+
+    Attributes:
+        name: Its name in the result.
+        compares_classes: The outputs are logits of classes, (B, classes), one class for each sample: two models are
+            compared by their probabilities, and otherwise by the squares of their differences.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def compares_classes(self) -> bool: ...
+
+    def logits(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs by which two models are compared: (B, N)."""
+
+    def summed_loss(self, outputs: Sequence[Tensor], targets: Tensor, inputs: Tensor) -> Tensor:
+        """Return the loss summed over samples: a scalar.
+
+        Args:
+            outputs: All tensors that the model returns.
+            targets: One entry for each sample, (B, ...).
+            inputs: What the model was given, (B, ...).
+        """
+
+
+class TargetLoss:
+    """A loss of one output and one tensor of targets.
+
+    Args:
+        name: A name of `LOSSES`.
+        output: Number of the output.
+        compares_classes: See `Objective`.
+    """
+
+    def __init__(self, name: str, output: int = 0, *, compares_classes: bool = False):
+        self.name = name
+        self.compares_classes = compares_classes
+        self._output = output
+        self._loss = LOSSES[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TargetLoss":
+        return self  # a value: copies of a model share it
+
+    def logits(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the output as (B, N)."""
+        found = outputs[self._output]
+        return found if found.ndim == 2 else found.reshape(len(found), -1)
+
+    def summed_loss(self, outputs: Sequence[Tensor], targets: Tensor, inputs: Tensor) -> Tensor:
+        """Return the loss summed over samples."""
+        return self._loss(outputs[self._output], targets)
+
+
+class OutputNorm:
+    """The sum of the squared logits of another objective: a loss that needs no targets, for random or unlabelled data.
+
+    Args:
+        objective: The other objective.
+    """
+
+    name = "squared outputs"
+    compares_classes = False
+
+    def __init__(self, objective: Objective):
+        self._objective = objective
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OutputNorm":
+        return self
+
+    def logits(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the other objective."""
+        return self._objective.logits(outputs)
+
+    def summed_loss(self, outputs: Sequence[Tensor], targets: Tensor, inputs: Tensor) -> Tensor:
+        """Return the sum of the squared logits."""
+        return self.logits(outputs).square().sum()
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="sum")
+
+
+def _binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    wanted = target.to(output.dtype).view_as(output)
+    return nn.functional.binary_cross_entropy_with_logits(output, wanted, reduction="sum")
+
+
+def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+    difference: Tensor = output - target.to(output.dtype).view_as(output)
+    return difference.square().sum()
+
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {
+        "cross_entropy": _cross_entropy,
+        "binary_cross_entropy": _binary_cross_entropy,
+        "squared_error": _squared_error,
+    }
+)
