@@ -19,11 +19,13 @@ class CallerBatch(NamedTuple):
 
     Args:
         inputs: Its tensors that the model takes, each (B, ...).
+        names: For each input, the keyword that it is given by; None for one that is given by position.
         targets: What the loss compares the outputs with; None if it has none.
         whole: The batch as the caller's data gave it.
     """
 
     inputs: tuple[Tensor, ...]
+    names: tuple[str | None, ...]
     targets: Any
     whole: Any
 
@@ -65,9 +67,7 @@ def _batches_of(data: Iterable[Any], batch_size: int) -> Iterable[Any]:
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise DatasetError(
-            f"data: expected batches, got one {type(data).__name__}; pass a loader or a list of batches"
-        )
+        raise DatasetError(f"data: got {type(data).__name__}; pass a loader or a list of batches")
     return data
 
 
@@ -97,7 +97,7 @@ def _read(whole: Any, keys: InputKeys | None) -> CallerBatch:
         DatasetError: It has another form.
     """
     if isinstance(whole, Tensor):
-        return CallerBatch(_checked((whole,), ("the batch",)), None, whole)
+        return CallerBatch(_checked((whole,), ("the batch",)), (None,), None, whole)
     if isinstance(whole, Mapping):
         names = keys or [name for name in _INPUTS if name in whole][:1]
         if not names or any(name not in whole for name in names):
@@ -106,7 +106,8 @@ def _read(whole: Any, keys: InputKeys | None) -> CallerBatch:
                 "inputs=[...]"
             )
         targets = next((whole[name] for name in _TARGETS if name in whole and name not in names), None)
-        return CallerBatch(_checked([whole[name] for name in names], names), targets, whole)
+        keywords = tuple(map(str, keys)) if keys else (None,)
+        return CallerBatch(_checked([whole[name] for name in names], names), keywords, targets, whole)
     if isinstance(whole, Sequence) and not isinstance(whole, str):
         return _read_tuple(whole, keys)
     raise DatasetError(f"data: a batch must be a tensor, a tuple or a dict, got {type(whole).__name__}")
@@ -123,7 +124,8 @@ def _read_tuple(whole: Sequence[Any], keys: InputKeys | None) -> CallerBatch:
             "the model takes with inputs=[0, ...]"
         )
     targets = others[0] if len(others) == 1 else None
-    return CallerBatch(_checked([whole[place] for place in places], places), targets, whole)  # type: ignore[index]
+    inputs = _checked([whole[place] for place in places if isinstance(place, int)], places)
+    return CallerBatch(inputs, (None,) * len(inputs), targets, whole)
 
 
 def _checked(inputs: Sequence[Any], names: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -1,19 +1,25 @@
 """Hold the module of a caller so that the pipeline can run it: `unwrap`, `share` and `hold`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from isoprune_hf.api.batches import CallerBatch
+from isoprune_hf.api.objectives import Loss, choose_objective
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
+from isoprune_hf.models.calling import CallForm, adapt
 from isoprune_hf.models.held import HeldModel
-from isoprune_hf.models.objective import Objective
+from isoprune_hf.models.nested import separate
+from isoprune_hf.pruning.calibration.calibration import Batch
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
+from isoprune_hf.pruning.calibration.pass_state import undoing_passes
 from isoprune_hf.pruning.graph.copying import copy_modules, replace_tensor
 
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
@@ -72,28 +78,72 @@ def _own_hook(hook: Any, twins: Mapping[nn.Module, nn.Module]) -> Any:
     return hook if type(hook).__module__.startswith("torch.") else None
 
 
-def hold(module: nn.Module, example: Tensor, objective: Objective) -> HeldModel:
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A module that the pipeline may run, with the batches in the form that the pipeline takes.
+
+    Args:
+        model: The module with its loss.
+        read: Returns inputs and targets of a batch.
+    """
+
+    model: HeldModel
+    read: Callable[[CallerBatch], Batch]
+
+
+def hold(module: nn.Module, batches: Sequence[CallerBatch], loss: Loss | None, *, reads_targets: bool) -> Held:
     """Return a copy of a module, which the pipeline may run, in eval mode.
 
     Args:
         module: The module.
-        example: Inputs of the module, (B, ...).
-        objective: The loss.
+        batches: Batches of its inputs; the module runs on the first one.
+        loss: See `choose_objective`.
+        reads_targets: Targets are needed; otherwise none are looked at.
 
     Raises:
-        UnsupportedArchitectureError: The module does not run on the example.
+        UnsupportedArchitectureError: The module does not run on the first batch.
+        RecipeError, DatasetError: See `choose_objective`.
     """
-    config = IsoPruneConfig()
-    config.image_size = list(example.shape[1:])
-    held = HeldModel(config, share(module), objective)
-    held.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
+    first = batches[0]
+    form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs))
+    copied = share(module).eval()
+    output = _run(copied, form, first.inputs)
+    seen = batches if reads_targets else [first._replace(targets=None)]
+    chosen = choose_objective(output, seen, form, loss)
+    if not isinstance(output, Tensor) or form.names != (None,):
+        adapt(copied, form)
+    objective = chosen.objective
+    labels = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else 1
+    config = IsoPruneConfig(**label_fields(default_labels(labels)))
+    config.image_size = list(form.pack([value[:1] for value in first.inputs]).shape[1:])
+    model = HeldModel(config, copied, objective)
+    model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
+
+    def read(batch: CallerBatch) -> Batch:
+        inputs = form.pack(batch.inputs)
+        return inputs, _predicted_classes(model, inputs) if chosen.targets is None else chosen.targets(batch)
+
+    return Held(model, read)
+
+
+def _run(module: nn.Module, form: CallForm, inputs: Sequence[Tensor]) -> Any:
+    """Run a module in eval mode.
+
+    Raises:
+        UnsupportedArchitectureError: It does not run.
+    """
+    weight = next(module.parameters())
     try:
-        with scoring_mode(held, requires_grad=False), torch.no_grad():
-            logits = held(pixel_values=example[:1].to(held.device)).logits
+        with undoing_passes(module), torch.no_grad():
+            return form.call(module, [value.to(weight.device, weight.dtype) for value in inputs])
     except LIBRARY_ERRORS as error:  # of the module
+        shapes = ", ".join(str(list(value.shape)) for value in inputs)
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__} does not run on inputs of shape {list(example.shape)}: {describe_error(error)}"
+            f"{type(module).__name__} does not run on inputs of shape {shapes}: {describe_error(error)}"
         ) from error
-    for name, value in label_fields(default_labels(logits.shape[1])).items():
-        setattr(config, name, value)
-    return held
+
+
+def _predicted_classes(model: HeldModel, inputs: Tensor) -> Tensor:
+    with scoring_mode(model, requires_grad=False), torch.no_grad():
+        logits: Tensor = model(pixel_values=inputs.to(model.device)).logits
+        return logits.argmax(1).cpu()

@@ -77,5 +77,5 @@ def with_probe_loss(
 ) -> tuple[IsoPruneForImageClassification, Tensor]:
     """Return a model with a loss for random images, and targets for that loss, (samples,); the module is shared."""
     if isinstance(model, HeldModel):
-        return HeldModel(model.config, model.model, OutputNorm(model.objective)), torch.zeros(samples)
+        return HeldModel(model.config, model.model, OutputNorm(model.objective.logits)), torch.zeros(samples)
     return model, torch.arange(samples, device=model.device) % (model.config.num_labels or 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,6 +36,11 @@ class Objective(Protocol):
         """
 
 
+def side_by_side(outputs: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """Return some of the outputs, each with one entry for each sample, as one tensor (B, N)."""
+    return torch.cat([outputs[number].reshape(len(outputs[number]), -1) for number in numbers], 1)
+
+
 class TargetLoss:
     """A loss of one output and one tensor of targets.
 
@@ -64,27 +70,27 @@ class TargetLoss:
 
 
 class OutputNorm:
-    """The sum of the squared logits of another objective: a loss that needs no targets, for random or unlabelled data.
+    """The sum of squared outputs: a loss that needs no targets, for random or unlabelled data.
 
     Args:
-        objective: The other objective.
+        logits: Returns the outputs as (B, N).
     """
 
     name = "squared outputs"
     compares_classes = False
 
-    def __init__(self, objective: Objective):
-        self._objective = objective
+    def __init__(self, logits: Callable[[Sequence[Tensor]], Tensor]):
+        self._logits = logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OutputNorm":
         return self
 
     def logits(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return the logits of the other objective."""
-        return self._objective.logits(outputs)
+        """Return the outputs as (B, N)."""
+        return self._logits(outputs)
 
     def summed_loss(self, outputs: Sequence[Tensor], targets: Tensor, inputs: Tensor) -> Tensor:
-        """Return the sum of the squared logits."""
+        """Return the sum of the squared outputs."""
         return self.logits(outputs).square().sum()
 
 
