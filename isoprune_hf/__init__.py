@@ -28,6 +28,7 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
 if TYPE_CHECKING:
+    from isoprune_hf.api.finetune import finetune
     from isoprune_hf.api.prune import prune
     from isoprune_hf.api.pruned import Pruned
     from isoprune_hf.data.dataset import load_data
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from isoprune_hf.pruning.scoring.score_groups import score_groups
     from isoprune_hf.pruning.scoring.scores import ImportanceScores
     from isoprune_hf.reporting.model_card import build_model_card
-    from isoprune_hf.training.finetune import finetune
 
 # Imported on first use: opening a pruned model needs none of these modules.
 _LAZY = {
@@ -65,7 +65,7 @@ _LAZY = {
     "build_model_card": "reporting.model_card",
     "load_data": "data.dataset",
     "evaluate_model": "evaluation.evaluate",
-    "finetune": "training.finetune",
+    "finetune": "api.finetune",
 }
 
 __all__ = [

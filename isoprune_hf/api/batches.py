@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from isoprune_hf.data.images import holds_rows
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.models.nested import separate
 
@@ -61,14 +62,15 @@ def read_batches(
     return found
 
 
-def _batches_of(data: Iterable[Any], batch_size: int) -> Iterable[Any]:
+def _batches_of(data: Any, batch_size: int) -> Iterable[Any]:
     if isinstance(data, Tensor):
         return [data]
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) or holds_rows(data):
         return DataLoader(data, batch_size)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise DatasetError(f"data: got {type(data).__name__}; pass a loader or a list of batches")
-    return data
+    batches: Iterable[Any] = data
+    return batches
 
 
 def _pieces(whole: Any, size: int, batch_size: int) -> Iterator[Any]:

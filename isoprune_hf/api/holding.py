@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BaseImageProcessor
 
 from isoprune_hf.api.batches import CallerBatch
 from isoprune_hf.api.objectives import Loss, choose_objective
@@ -15,6 +16,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.calling import CallForm, adapt
+from isoprune_hf.models.from_module import Recognised, recognise
 from isoprune_hf.models.held import HeldModel
 from isoprune_hf.models.nested import separate
 from isoprune_hf.pruning.calibration.calibration import Batch
@@ -85,13 +87,22 @@ class Held:
     Args:
         model: The module with its loss.
         read: Returns inputs and targets of a batch.
+        processor: The image processor of its weights, if it is known.
     """
 
     model: HeldModel
     read: Callable[[CallerBatch], Batch]
+    processor: BaseImageProcessor | None
 
 
-def hold(module: nn.Module, batches: Sequence[CallerBatch], loss: Loss | None, *, reads_targets: bool) -> Held:
+def hold(
+    module: nn.Module,
+    batches: Sequence[CallerBatch],
+    loss: Loss | None,
+    *,
+    reads_targets: bool,
+    known: Recognised | None = None,
+) -> Held:
     """Return a copy of a module, which the pipeline may run, in eval mode.
 
     Args:
@@ -99,6 +110,7 @@ def hold(module: nn.Module, batches: Sequence[CallerBatch], loss: Loss | None, *
         batches: Batches of its inputs; the module runs on the first one.
         loss: See `choose_objective`.
         reads_targets: Targets are needed; otherwise none are looked at.
+        known: The config that builds the module, if it is known.
 
     Raises:
         UnsupportedArchitectureError: The module does not run on the first batch.
@@ -110,12 +122,16 @@ def hold(module: nn.Module, batches: Sequence[CallerBatch], loss: Loss | None, *
     output = _run(copied, form, first.inputs)
     seen = batches if reads_targets else [first._replace(targets=None)]
     chosen = choose_objective(output, seen, form, loss)
+    objective = chosen.objective
+    size = list(form.pack([value[:1] for value in first.inputs]).shape[1:])
+    if known is None and form.names == (None,):
+        known = recognise(copied, size)
     if not isinstance(output, Tensor) or form.names != (None,):
         adapt(copied, form)
-    objective = chosen.objective
     labels = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else 1
-    config = IsoPruneConfig(**label_fields(default_labels(labels)))
-    config.image_size = list(form.pack([value[:1] for value in first.inputs]).shape[1:])
+    config = IsoPruneConfig(**label_fields(default_labels(labels))) if known is None else known.config
+    config.image_size = size
+    config.source = config.source or {}  # where the weights come from may be unknown
     model = HeldModel(config, copied, objective)
     model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
 
@@ -123,7 +139,7 @@ def hold(module: nn.Module, batches: Sequence[CallerBatch], loss: Loss | None, *
         inputs = form.pack(batch.inputs)
         return inputs, _predicted_classes(model, inputs) if chosen.targets is None else chosen.targets(batch)
 
-    return Held(model, read)
+    return Held(model, read, None if known is None else known.processor)
 
 
 def _run(module: nn.Module, form: CallForm, inputs: Sequence[Tensor]) -> Any:

@@ -1,20 +1,30 @@
 """Prune any module in one call: `prune`."""
 
+import copy
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import BaseImageProcessor
 
 from isoprune_hf.api.batches import InputKeys, read_batches
 from isoprune_hf.api.holding import count_hooks, hold, unwrap
 from isoprune_hf.api.objectives import Loss
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
+from isoprune_hf.api.saving import wrap
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.data.images import holds_images, image_batches
+from isoprune_hf.data.loading import CalibrationBatches
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models import load_base
 from isoprune_hf.models.calling import restore
+from isoprune_hf.models.from_module import Recognised, processor_of
 from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.recipes import PruneRecipe
+from isoprune_hf.recipes import DataRecipe, PruneRecipe
 from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA
 
 _LOSS_READERS = {*DATA_CRITERIA} - {"activation_variance"}
@@ -22,28 +32,32 @@ _RATIOS = ("ratio", "head_ratio", "head_dim_ratio", "ratios", "remove_blocks", "
 
 
 def prune(
-    model: nn.Module,
-    data: Iterable[Any] | None = None,
+    model: nn.Module | str | Path,
+    data: Iterable[Any] | str | Path | DataRecipe | None = None,
     *,
     loss: Loss | None = None,
     inputs: InputKeys | None = None,
+    processor: BaseImageProcessor | None = None,
     target_macs: str | int | float | None = None,
     **settings: Any,
 ) -> Pruned:
     """Prune a module to a budget; neither the module nor any state of the caller changes.
 
     Args:
-        model: Any module. The one inside DataParallel, DistributedDataParallel and `torch.compile` is taken.
+        model: Any module, or a name or folder that `load_base` opens. The module inside DataParallel,
+            DistributedDataParallel and `torch.compile` is taken.
         data: Batches for scores and repair, as in the caller's own training loop: a loader, or anything else that
             gives tuples (inputs, targets), dicts with `pixel_values` or `image` and `labels` or `label`, or tensors.
             A tensor is one batch, and a data set of torch is loaded in its order. The first `calibration_batches *
-            batch_size` samples are read, once. For a criterion of weights only, such as l1, an example is enough.
+            batch_size` samples are read, once. Or images with labels, of which as many are drawn: rows of `datasets`,
+            or a name, folder or `DataRecipe`. For a criterion of weights only, such as l1, an example is enough.
         loss: `loss(outputs, batch)` returns the mean over the samples or one value for each sample, where `batch` has
             the form of the data and any number of samples; or cross_entropy, binary_cross_entropy or squared_error.
             By default the one of these that the targets fit. Data without targets are scored on the classes that the
             model itself predicts, or, if its outputs are no (B, classes), on the squares of its outputs.
         inputs: Positions or names of the entries of a batch that the model takes, if there are several; names are
             passed as keywords.
+        processor: Makes the inputs of images; by default that of the base, if it is known.
         target_macs: 4.2G, 350M, or a share of the base. Without this, another budget, ratios or a preset: 50%.
         **settings: Settings of `PruneRecipe`, such as `target_params`, `criterion`, `exclude` or `round_to`.
 
@@ -57,24 +71,68 @@ def prune(
         UnsupportedArchitectureError: The module cannot be cut, or does not run on the first batch.
     """
     recipe = _read_recipe(target_macs, settings)
-    module = unwrap(model)
     if data is None:
         raise RecipeError(
             "data is not set: pass batches such as a DataLoader; a criterion of weights only, such as criterion='l1', "
             "needs one tensor of example inputs"
         )
+    module, known = _open(model, recipe)
+    maker = processor or (processor_of(module) if known is None else known.processor)
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
-    with kept_random_state():
-        batches = read_batches(data, samples=samples, batch_size=recipe.batch_size, keys=inputs)
-        held = hold(module, batches, loss, reads_targets=reads_targets)
+    with torch.inference_mode(False), kept_random_state():
+        found: Any = _read_images(data, module, maker, recipe) if holds_images(data) else data
+        batches = read_batches(found, samples=samples, batch_size=recipe.batch_size, keys=inputs)
+        held = hold(module, batches, loss, reads_targets=reads_targets, known=known)
         result = prune_model(held.model, recipe, [*map(held.read, batches)] if recipe.reads_images else None)
-    pruned = result.model.model
+    pruned, config = result.model.model, result.model.config
     restore(pruned)
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *_note_hooks(module, pruned)))
     name = held.model.objective.name if reads_targets else None
     return Pruned(
-        pruned, plan, result.scores, result.groups, result.base_cost, result.pruned_cost, result.seconds, name
+        model=pruned if isinstance(model, nn.Module) and unwrap(model) is module else wrap(config, pruned),
+        plan=plan,
+        scores=result.scores,
+        groups=result.groups,
+        base_cost=result.base_cost,
+        pruned_cost=result.pruned_cost,
+        seconds=result.seconds,
+        loss=name,
+        config=config,
+        processor=held.processor if processor is None else processor,
+        base=module,
+    )
+
+
+def _open(model: nn.Module | str | Path, recipe: PruneRecipe) -> tuple[nn.Module, Recognised | None]:
+    """Return the module to prune, and the config that builds it if that is known."""
+    processor: BaseImageProcessor | None = None
+    if not isinstance(model, nn.Module):
+        labels = recipe.num_labels if isinstance(recipe.num_labels, int) else None
+        model, processor = load_base(
+            str(model), recipe.pretrained, model_args=recipe.model_args, num_labels=labels, seed=recipe.seed
+        )
+    module = unwrap(model)
+    if isinstance(module, IsoPruneForImageClassification):
+        return module.model, Recognised(copy.deepcopy(module.config), processor)
+    return module, None
+
+
+def _read_images(
+    data: Any, module: nn.Module, processor: BaseImageProcessor | None, recipe: PruneRecipe
+) -> CalibrationBatches:
+    """Return the batches of a data set of images.
+
+    Raises:
+        RecipeError: No processor is known.
+    """
+    if processor is None:
+        raise RecipeError(
+            f"processor is not set: {type(module).__name__} does not name one; pass the image processor that makes "
+            "its inputs, or batches of tensors"
+        )
+    return image_batches(
+        data, processor, batches=recipe.calibration_batches, batch_size=recipe.batch_size, seed=recipe.seed
     )
 
 

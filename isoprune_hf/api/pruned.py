@@ -1,10 +1,19 @@
 """The result of `prune`: `Pruned`."""
 
+import copy
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import nn
+from transformers import BaseImageProcessor
 
+from isoprune_hf.api.saving import describe_class, save_module
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.errors import CheckpointError
+from isoprune_hf.hub.push import push_folder
 from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
@@ -25,6 +34,9 @@ class Pruned:
         pruned_cost: Cost of `model`.
         seconds: Wall seconds of trace, rotate, score, solve, cut and repair.
         loss: Name of the loss that the scores are of; None for scores that need no loss.
+        config: Config of the pruned model; its entry `base` is None if no library builds the module.
+        processor: Image processor of the base, if it is known.
+        base: The module that was pruned.
     """
 
     model: nn.Module
@@ -34,9 +46,61 @@ class Pruned:
     base_cost: ModelCost
     pruned_cost: ModelCost
     seconds: Mapping[str, float]
-    loss: str | None = None
+    loss: str | None
+    config: IsoPruneConfig
+    processor: BaseImageProcessor | None
+    base: nn.Module
 
     def __repr__(self) -> str:
         """Return MACs, parameters and widths before and after, the loss, and the notes of the plan."""
         table = describe_result(type(self.model).__name__, self.base_cost, self.pruned_cost, self.groups, self.plan)
         return table if self.loss is None else f"{table}\nscored by {self.scores.criterion} of {self.loss}"
+
+    def save(
+        self,
+        folder: str | Path,
+        processor: BaseImageProcessor | None = None,
+        *,
+        builder: type[nn.Module] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the folder that `from_pretrained` opens, with the weights that `model` has now.
+
+        Args:
+            folder: Folder to write.
+            processor: Image processor; by default that of the base, if it is known.
+            builder: Class of the module, if it is not one of timm, torchvision or transformers. A program that opens
+                the folder imports the file of the class first.
+            arguments: Arguments of the class, by name: text, numbers, None, and lists and mappings of these.
+
+        Raises:
+            CheckpointError: The module cannot be rebuilt, or computes other outputs after it was.
+            RecipeError: The class cannot be imported by another program.
+        """
+        config = copy.deepcopy(self.config)
+        if builder is not None:
+            config.base = describe_class(builder, arguments, self.model, self.base_cost.params)
+        if config.base is None:
+            name = type(self.model).__name__
+            raise CheckpointError(
+                f"{name} is not a model of timm, torchvision or transformers with known arguments, so a folder could "
+                f"not be opened: pass builder={name} and its arguments, or register it as docs/own_models.md says; or "
+                "save model.state_dict() and plan.to_json() with the code that builds it"
+            )
+        module = self.model.model if isinstance(self.model, IsoPruneForImageClassification) else self.model
+        save_module(folder, module, config, self.processor if processor is None else processor, self.plan)
+
+    def push_to_hub(self, repo: str, processor: BaseImageProcessor | None = None, **options: Any) -> str:
+        """Save the model and upload its folder in one commit; return the address of the commit.
+
+        Args:
+            repo: `user/name`.
+            processor: See `save`.
+            **options: `builder` and `arguments` of `save`, and `private`, `revision`, `tag`, `create_pr`, `collection`
+                and `message` for the commit.
+        """
+        saving = {name: options.pop(name) for name in ("builder", "arguments") if name in options}
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / repo.rpartition("/")[2]
+            self.save(folder, processor, **saving)
+            return push_folder(folder, repo, **options)

@@ -7,7 +7,7 @@ names, without reading files or the network.
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
 from isoprune_hf.checkpoint.meta import build_on_meta
+from isoprune_hf.checkpoint.own_class import find_class
 from isoprune_hf.checkpoint.plain_values import MAX_CONFIG_NUMBER, check_args, is_plain, require
 from isoprune_hf.checkpoint.settings import apply_settings
 from isoprune_hf.errors import CheckpointError
@@ -26,6 +27,7 @@ from isoprune_hf.errors import CheckpointError
 FORMAT_VERSION = 2  # the newest that this code reads
 MAX_MODULES = 20_000  # far above the module counts of existing image classifiers
 _MAX_IMAGE_SIDE = 2**14  # pixels
+_LIBRARIES = ("timm", "torchvision", "transformers", "python")
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
 # others.
@@ -55,8 +57,9 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     """Configuration of a pruned image classifier: the dense base and its differences from the base."""
 
     model_type = "isoprune"
-    # `library` (timm, torchvision or transformers), with `architecture` and `args`; for transformers with `config`;
-    # `settings` and `modules` for what the arguments do not tell, see `settings.py`.
+    # `library` (timm, torchvision, transformers or python), with `architecture` and `args`; for transformers with
+    # `config`. The architecture of python is a class, `package.module:Class`. `settings` and `modules` for what the
+    # arguments do not tell, see `settings.py`.
     base: dict[str, Any] | None = None
     # Origin of the dense weights: `name` (with `revision`, or `weights` for a file), `pretrained`, `seed`,
     # `model_args`, `num_labels`; `fingerprint`; `changed` if they were trained after they were opened.
@@ -109,7 +112,9 @@ def _check_entries(entries: dict[str, Any]) -> None:
         layout in ("per-layer", "uniform"), f"config.layout: {layout!r:.99} is not supported; use per-layer or uniform"
     )
     size = entries["image_size"]
-    require(size is None or _is_image_size(size), f"config.image_size: {size!r:.99} is not [channels, height, width]")
+    lengths = range(1, 6) if (entries["base"] or {}).get("library") == "python" else (3,)
+    is_size = size is None or _is_image_size(size, lengths)
+    require(is_size, f"config.image_size: {size!r:.99} is not [channels, height, width]")
     labels = entries["id2label"]
     require(
         labels is None or _are_labels(labels),
@@ -133,10 +138,9 @@ def _check_entries(entries: dict[str, Any]) -> None:
     )
 
 
-def _is_image_size(size: Any) -> bool:
-    if not isinstance(size, list) or len(size) != 3:
-        return False
-    return all(type(number) is int and 1 <= number <= _MAX_IMAGE_SIDE for number in size)
+def _is_image_size(size: Any, lengths: Collection[int]) -> bool:
+    is_list = isinstance(size, list) and len(size) in lengths
+    return is_list and all(type(number) is int and 1 <= number <= _MAX_IMAGE_SIDE for number in size)
 
 
 def _are_labels(labels: Any) -> bool:
@@ -155,8 +159,8 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     """
     base = config.base
     library = base.get("library") if isinstance(base, dict) else None
-    if base is None or not isinstance(library, str) or library not in ("timm", "torchvision", "transformers"):
-        raise CheckpointError(f"config.base: library must be timm, torchvision or transformers, got {base!r}")
+    if base is None or not isinstance(library, str) or library not in _LIBRARIES:
+        raise CheckpointError(f"config.base: library must be one of {', '.join(_LIBRARIES)}, got {base!r}")
     if library == "transformers":
         network = _build_transformers(base.get("config"), config.num_labels, config._attn_implementation)
     else:
@@ -165,12 +169,15 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
 
 
 def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -> nn.Module:
-    """Build an architecture of timm or torchvision; neither loads weights unless told to."""
+    """Build an architecture of timm or torchvision, which load no weights unless told to, or a class of the caller."""
     name = base.get("architecture")
     args = {} if base.get("args") is None else base["args"]
     if not isinstance(name, str) or not isinstance(args, dict):
         raise CheckpointError("config.base: `architecture` must be a string and `args` a mapping")
     args = check_args(args)
+    complaint = f"config.base: {name} with {args} cannot be built"
+    if library == "python":
+        return build_limited(complaint, partial(find_class(name), **args))
     try:
         module = import_module(library)
     except ImportError as error:
@@ -179,9 +186,7 @@ def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -
     known = module.is_model(name) if is_timm else name in module.models.list_models(module.models)
     require(known, f"config.base.architecture: {library} {module.__version__} has no {name!r}")
     create = module.create_model if is_timm else module.models.get_model
-    return build_limited(
-        f"config.base: {name} with {args} cannot be built", lambda: create(name, num_classes=num_labels, **args)
-    )
+    return build_limited(complaint, lambda: create(name, num_classes=num_labels, **args))
 
 
 def _build_transformers(values: Any, num_labels: int | None, attention: str | dict[str, Any] | None) -> nn.Module:

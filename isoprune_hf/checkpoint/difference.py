@@ -52,9 +52,8 @@ class SkippedBlock(nn.Module):
 def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
     """Find the blocks of the dense base that may be removed, each with its replacement.
 
-    A block qualifies if it is an entry of a list of modules, has parameters, and returns its first input plus
-    something: the modules after it still receive a tensor of the expected form. One forward pass on the meta device
-    decides.
+    A block qualifies if it is an entry of a list of modules, has parameters, and returns its first input plus a term,
+    so that the modules after it still receive a tensor. One forward pass on the meta device decides.
 
     Returns:
         Path of each block -> its replacement, in the order of the base; of nested blocks, only the innermost.
@@ -62,20 +61,16 @@ def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
     Raises:
         CheckpointError: The base cannot be built, or does not run on an image of `config.image_size`.
     """
-    with torch.device("meta"):
+    with torch.inference_mode(False), torch.device("meta"):
         base = move_to_meta(build_base(config)).eval()
     return skippable_parts(base, config.image_size)
 
 
 def skippable_parts(base: nn.Module, image_size: list[int] | None) -> dict[str, SkippedBlock]:
-    """Find the blocks of a network that may be removed, each with its replacement; see `skippable_blocks`.
-
-    Args:
-        base: The network on the meta device, in eval mode; nothing else will use it.
-        image_size: Of one image, (C, H, W).
+    """Find the blocks of a network that may be removed; it lies on the meta device, in eval mode, and is changed.
 
     Raises:
-        CheckpointError: It does not run on such an image.
+        CheckpointError: It does not run on an image of `image_size` (C, H, W).
     """
     found: dict[str, SkippedBlock | None] = {}
 

@@ -73,7 +73,7 @@ def check_output(
 def save_model_folder(
     folder: str | Path,
     model: IsoPruneForImageClassification,
-    processor: BaseImageProcessor,
+    processor: BaseImageProcessor | None,
     *,
     plan: str | None = None,
     metrics: dict[str, Any] | None = None,
@@ -85,7 +85,7 @@ def save_model_folder(
     Args:
         folder: Folder to write.
         model: Model to save.
-        processor: Image processor of the model.
+        processor: Image processor of the model; None if it has none.
         plan: Pruning plan as JSON.
         metrics: `{base, pruned, finetuned}`, each `{top1, top5, loss, images}`.
         keep: Name of a subfolder of an existing folder that is not replaced. The files around it are then replaced
@@ -99,10 +99,11 @@ def save_model_folder(
     def write(temporary: Path) -> None:
         if model.config.layout == "uniform":
             save_stock(temporary, model)
-            stock_processor(processor).save_pretrained(temporary)
         else:
             model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
+        if processor is not None:
+            saved = stock_processor(processor) if model.config.layout == "uniform" else processor
+            saved.save_pretrained(temporary)
         if plan is not None:
             _write_text(temporary / "pruning_plan.json", plan)
         if metrics:

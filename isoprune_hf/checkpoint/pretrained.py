@@ -33,7 +33,7 @@ from isoprune_hf.errors import CheckpointError
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-_VALUES = ("needed", "meta", "plain_values", "settings", "dense", "transfer", "difference")
+_VALUES = ("needed", "meta", "own_class", "plain_values", "settings", "dense", "transfer", "difference")
 _MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
 PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_MODELS)))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless

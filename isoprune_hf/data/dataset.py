@@ -85,6 +85,18 @@ def _sample(split: Dataset, count: int | None) -> Dataset:
     return split.select(np.sort(np.random.default_rng(0).permutation(len(split))[:count]))
 
 
+def labelled_rows(rows: Dataset) -> ImageData:
+    """Return rows with the columns `image` and `label` as a training split.
+
+    Raises:
+        DatasetError: The rows have no such columns.
+    """
+    recipe = DataRecipe(dataset="rows")
+    splits, label_names = _name_classes({"train": _select(rows, "train", recipe)}, recipe)
+    digest = hashlib.sha256("\n".join(label_names).encode() + read_labels(splits["train"]).tobytes())
+    return ImageData(splits["train"], None, label_names, "rows", digest.hexdigest()[:16])
+
+
 def with_encoded_images(rows: Rows) -> Rows:
     """Return the rows of a data set with their images as stored: a path or bytes, or an array of uint8.
 

@@ -13,7 +13,7 @@ from transformers import (
 @pytest.mark.parametrize("library", ["keras", "os", None, 1, ["timm"], {"timm": 1}])
 def test_unknown_library_is_refused(library: Any, edited) -> None:
     message = refused(edited(lambda config: config["base"].update(library=library)))
-    assert message.startswith("config.base: library must be timm, torchvision or transformers")
+    assert message.startswith("config.base: library must be one of timm, torchvision, transformers")
 
 
 @pytest.mark.parametrize("base", [None, "timm", ["timm"], {}, 1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.difference import skippable_parts
@@ -43,7 +44,9 @@ def replaceable_blocks(model: IsoPruneForImageClassification) -> dict[str, Skipp
     """Return the blocks of the dense base that may be removed, each with its replacement; see `skippable_blocks`."""
     if model.config.base is not None:
         return skippable_blocks(model.config)
-    return skippable_parts(copy_shapes(model.model).eval(), image_size_of(model))  # a module that no config describes
+    with torch.inference_mode(False):  # a module that no config describes
+        copied = copy_shapes(model.model).eval()
+    return skippable_parts(copied, image_size_of(model))
 
 
 def _siblings(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -121,9 +121,7 @@ class Judge:
         squares = torch.tensor(sum(float(part.square().sum()) for part in self._wanted), dtype=torch.float64)
         self._size = float(self._sum(squares, dense.device)) / max(self.images, 1)
         found = _logits(cut, calibration.batches)
-        self._of_cut = [
-            self._distances(*pair, torch.zeros(1))[_PLAIN] for pair in zip(self._wanted, found, strict=True)
-        ]
+        self._of_cut = [self._distance(*pair) for pair in zip(self._wanted, found, strict=True)]
 
     def compare(self, pruned: IsoPruneForImageClassification) -> Divergences:
         """Compute the divergences of a cut network at all scales; there must be images."""
@@ -144,11 +142,16 @@ class Judge:
     def _distances(self, wanted: torch.Tensor, logits: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Compute the distances of outputs (B, N) from the dense ones at all scales: (scales, B)."""
         if self._compares_classes:
-            return torch.stack([_divergence(wanted, center + scale * (logits - center)) for scale in SCALES])
-        squares = (wanted - logits).square().sum(-1) / max(self._size, torch.finfo(torch.float64).tiny)
+            return torch.stack([self._distance(wanted, center + scale * (logits - center)) for scale in SCALES])
         scaled = torch.full((len(SCALES), len(wanted)), torch.inf, dtype=torch.float64)
-        scaled[_PLAIN] = squares
+        scaled[_PLAIN] = self._distance(wanted, logits)
         return scaled
+
+    def _distance(self, wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """Compute the distance of each output (B, N) from the dense one: (B,)."""
+        if self._compares_classes:
+            return _divergence(wanted, found)
+        return (wanted - found).square().sum(-1) / max(self._size, torch.finfo(torch.float64).tiny)
 
     def _sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return the sum over all ranks, on the CPU."""

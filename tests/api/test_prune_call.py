@@ -220,6 +220,55 @@ def test_module_without_parameters_is_refused() -> None:
         prune(nn.Flatten(), make_batches())
 
 
+def test_module_without_groups_is_refused() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(UnsupportedArchitectureError, match="no channels"):
+        prune(net, make_batches(5), round_to=1)
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.second = self.first
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).relu() + self.second(x).tanh())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.cells = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.embed(x).relu())[0][:, -1])
+
+
+@pytest.mark.parametrize("criterion", [None, "hessian", "gate_fisher", "gate_fisher_joint"])
+@pytest.mark.parametrize(("kind", "size"), [(TwoNames, (5,)), (Recurrent, (3, 5))])
+def test_shared_and_recurrent_layers_are_untouched(kind: Any, size: tuple[int, ...], criterion: str | None) -> None:
+    torch.manual_seed(0)
+    net, batches = kind(), make_batches(*size)
+
+    def state() -> list[Any]:
+        return [
+            [(name, id(value)) for name, value in net.named_parameters(remove_duplicate=False)],
+            [(name, id(part), sorted(vars(part))) for name, part in net.named_modules(remove_duplicate=False)],
+            [id(weight) for part in net.modules() if isinstance(part, nn.LSTM) for weight in part._flat_weights],
+            net(batches[0][0]).tolist(),
+        ]
+
+    before = state()
+    result = prune(net, batches, round_to=1, **({} if criterion is None else {"criterion": criterion}))
+    assert state() == before
+    assert result.pruned_cost.macs <= 0.5 * result.base_cost.macs
+    assert result.model(batches[0][0]).shape == (8, 4)
+
+
 def test_module_of_torchscript_is_refused() -> None:
     with pytest.raises(UnsupportedArchitectureError, match="TorchScript"):
         prune(torch.jit.script(nn.Linear(3, 4)), make_batches())

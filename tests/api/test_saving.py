@@ -1,0 +1,178 @@
+"""A pruned module is saved as a folder that computes the same, or is refused with the ways to save it."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from helpers.own_nets import OwnNet
+from torch import nn
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from isoprune_hf import IsoPruneForImageClassification, Pruned, load_base, prune
+from isoprune_hf.errors import CheckpointError, RecipeError
+
+VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def make_vit() -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**VIT, intermediate_size=64, id2label={0: "cat", 1: "dog", 2: "owl"}))
+
+
+# Name -> how a caller makes the module, and the size of its images.
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "timm": (lambda: timm.create_model("test_resnet", num_classes=3), (3, 32, 32)),
+    "timm of four channels": (lambda: timm.create_model("test_resnet", num_classes=3, in_chans=4), (4, 32, 32)),
+    "timm of another size": (lambda: timm.create_model("test_vit", num_classes=3, img_size=64), (3, 64, 64)),
+    "torchvision": (lambda: torchvision.models.squeezenet1_1(num_classes=3), (3, 32, 32)),
+    "transformers": (make_vit, (3, 16, 16)),
+}
+
+
+def cut(module: nn.Module, size: tuple[int, ...], **settings: Any) -> Pruned:
+    return prune(module, torch.zeros(1, *size), criterion="l1", ratio=0.5, round_to=2, **settings)
+
+
+def logits(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_module_of_a_library_is_saved(kind: str, tmp_path: Path) -> None:
+    make, size = MODULES[kind]
+    torch.manual_seed(0)
+    module = make()
+    result = cut(module, size)
+    assert type(result.model) is type(module)
+    result.save(tmp_path / "half")
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "half")
+    images = torch.randn(2, *size)
+    with torch.no_grad():
+        assert torch.equal(opened(images).logits, logits(result.model(images)))
+    assert type(opened.model) is type(module)
+    assert not (tmp_path / "half" / "preprocessor_config.json").exists()  # that of the weights makes other images
+    assert "isoprune" in (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
+
+
+def test_encoder_of_a_library_is_pruned(tmp_path: Path) -> None:
+    module = timm.create_model("test_resnet", features_only=True).eval()
+    result = cut(module, (3, 32, 32))
+    expected = [value.shape for value in module(torch.zeros(1, 3, 32, 32))]
+    assert [value.shape for value in result.model(torch.zeros(1, 3, 32, 32))] == expected
+    with pytest.raises(CheckpointError, match="builder"):
+        result.save(tmp_path / "half")
+
+
+def test_labels_and_processor_of_base_are_saved(tmp_path: Path) -> None:
+    cut(make_vit(), (3, 16, 16)).save(tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
+    cut(timm.create_model("test_resnet"), (3, 160, 160)).save(tmp_path / "timm")
+    processor = json.loads((tmp_path / "timm" / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert processor["crop_size"] == {"height": 160, "width": 160}
+
+
+def test_weights_of_now_are_saved(tmp_path: Path) -> None:
+    result = cut(make_vit(), (3, 16, 16))
+    with torch.no_grad():
+        result.model.classifier.bias.fill_(3)
+    result.save(tmp_path)
+    opened = IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert opened.model.classifier.bias.tolist() == [3, 3, 3]
+
+
+def test_name_and_opened_model_give_our_class(tmp_path: Path) -> None:
+    settings = {"criterion": "l1", "ratio": 0.5, "round_to": 2}
+    named = prune("timm/test_resnet", torch.zeros(1, 3, 160, 160), pretrained=False, **settings)
+    opened = prune(load_base("timm/test_resnet", pretrained=False).model, torch.zeros(1, 3, 160, 160), **settings)
+    assert type(named.model) is type(opened.model) is IsoPruneForImageClassification
+    assert named.plan.kept == opened.plan.kept
+    named.save(tmp_path)
+    twice = prune(tmp_path, torch.zeros(1, 3, 160, 160), **settings)
+    assert twice.pruned_cost.macs < named.pruned_cost.macs
+    assert twice.config.cost["base"] == named.base_cost.to_dict()
+
+
+def test_own_class_is_saved_with_its_arguments(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    result = cut(OwnNet(8), (5,))
+    result.save(tmp_path, builder=OwnNet, arguments={"width": 8})
+    opened = IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert type(opened.model) is OwnNet
+    assert opened.model.hidden.out_features == 4
+    inputs = torch.randn(3, 5)
+    assert torch.equal(opened(inputs).logits, result.model(inputs))
+
+
+def test_class_is_never_imported_by_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(OwnNet(8), (5,)).save(tmp_path, builder=OwnNet, arguments={"width": 8})
+    monkeypatch.delitem(sys.modules, "helpers.own_nets")
+    with pytest.raises(CheckpointError, match=r"helpers\.own_nets"):
+        IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert "helpers.own_nets" not in sys.modules
+
+
+@pytest.mark.parametrize("architecture", ["os:system", "os:PathLike", "torch.nn.functional:relu", "torch:", "torch"])
+def test_what_is_no_module_class_is_refused(architecture: str, tmp_path: Path) -> None:
+    cut(OwnNet(8), (5,)).save(tmp_path, builder=OwnNet, arguments={"width": 8})
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base"] = {"library": "python", "architecture": architecture, "args": {}}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="architecture"):
+        IsoPruneForImageClassification.from_pretrained(tmp_path)
+
+
+class LocalNet(OwnNet):
+    """Not the class that `builder` names."""
+
+
+@pytest.mark.parametrize(
+    ("builder", "arguments", "error"),
+    [
+        (None, None, CheckpointError),
+        (LocalNet, {"width": 8}, RecipeError),
+        (lambda: OwnNet(8), None, RecipeError),
+        (OwnNet, {"width": torch.tensor(8)}, CheckpointError),
+        (OwnNet, {"width": 4}, RecipeError),
+        (OwnNet, None, CheckpointError),
+    ],
+)
+def test_unusable_builder_is_refused(builder: Any, arguments: Any, error: type[Exception], tmp_path: Path) -> None:
+    result = cut(OwnNet(8), (5,))
+    with pytest.raises(error):
+        result.save(tmp_path / "own", builder=builder, arguments=arguments)
+    assert not (tmp_path / "own").exists()
+
+
+def test_class_inside_a_function_is_refused(tmp_path: Path) -> None:
+    class Inner(OwnNet):
+        pass
+
+    with pytest.raises(RecipeError, match="Inner"):
+        cut(Inner(8), (5,)).save(tmp_path / "own", builder=Inner, arguments={"width": 8})
+
+
+def test_module_that_config_cannot_describe_is_refused(tmp_path: Path) -> None:
+    module = timm.create_model("test_resnet", num_classes=3)
+    module.forward_head = lambda hidden: module.fc(hidden.amax((2, 3)))  # of this one instance
+    with pytest.raises(CheckpointError):
+        cut(module, (3, 64, 64)).save(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
+def test_changed_epsilon_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet", num_classes=3)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eps = 0.1
+    result, images = cut(module, (3, 32, 32)), torch.randn(2, 3, 32, 32)
+    result.save(tmp_path)
+    opened = IsoPruneForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(opened(images).logits, result.model(images))
