@@ -126,7 +126,7 @@ def hold(
     size = list(form.pack([value[:1] for value in first.inputs]).shape[1:])
     if known is None and form.names == (None,):
         known = recognise(copied, size)
-    if not isinstance(output, Tensor) or form.names != (None,):
+    if form.names != (None,) or not _is_traced(output):
         adapt(copied, form)
     labels = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else 1
     config = IsoPruneConfig(**label_fields(default_labels(labels))) if known is None else known.config
@@ -140,6 +140,11 @@ def hold(
         return inputs, _predicted_classes(model, inputs) if chosen.targets is None else chosen.targets(batch)
 
     return Held(model, read, None if known is None else known.processor)
+
+
+def _is_traced(output: Any) -> bool:
+    """Return whether the trace keeps the sizes of an output as it is: a tensor, or a mapping with logits alone."""
+    return isinstance(output, Tensor) or (isinstance(output, Mapping) and set(output) == {"logits"})
 
 
 def _run(module: nn.Module, form: CallForm, inputs: Sequence[Tensor]) -> Any:

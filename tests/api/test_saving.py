@@ -166,6 +166,13 @@ def test_module_that_config_cannot_describe_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "half").exists()
 
 
+def test_uniform_layout_gives_a_stock_model(tmp_path: Path) -> None:
+    result = cut(make_vit(), (3, 16, 16), layout="uniform")
+    result.save(tmp_path)
+    opened, images = ViTForImageClassification.from_pretrained(tmp_path), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(opened(images).logits, logits(result.model(images)))
+
+
 def test_changed_epsilon_is_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=3)
