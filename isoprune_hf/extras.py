@@ -19,7 +19,6 @@ EXTRAS = {
     "shtab": "prune",
     "torch_pruning": "prune",
     "psutil": "prune",
-    "xxhash": "prune",
     "sklearn": "train",
     "matplotlib": "publish",
     "onnx": "export",

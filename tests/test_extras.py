@@ -153,7 +153,8 @@ def test_stage_names_its_missing_extra(
 
 
 def test_public_name_names_its_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "isoprune_hf.training.finetune", raising=False)
+    for name in ("isoprune_hf.api.finetune", "isoprune_hf.training.finetune"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingExtraError, match=r"^finetune .*accelerate.* isoprune-hf\[prune\]$"):
         _ = isoprune_hf.finetune

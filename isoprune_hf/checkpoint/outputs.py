@@ -40,13 +40,15 @@ def call_classifier(
     """
     if isinstance(network, PreTrainedModel):
         output = _call_transformers(network, pixel_values, hidden_states, attentions, options)
-        if "logits" in output:
+        if isinstance(output, ModelOutput) and {"logits", "loss"} <= vars(output).keys():
             return output
         # The first entry, whatever its name (PP-LCNet has another one).
-        return ImageClassifierOutput(logits=output[0], hidden_states=getattr(output, "hidden_states", None))
+        states = {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
+        return ImageClassifierOutput(logits=output[0], **states)
     _check_requests(network, hidden_states, attentions)
     if not hidden_states:
-        return ImageClassifierOutput(logits=network(pixel_values, **options))
+        found = network(pixel_values, **options)
+        return ImageClassifierOutput(logits=found if isinstance(found, torch.Tensor) else found[0])
     timm_network: Any = network
     last, states = timm_network.forward_intermediates(pixel_values, **_selected(hidden_states), **options)
     return ImageClassifierOutput(logits=timm_network.forward_head(last), hidden_states=tuple(states))

@@ -108,7 +108,7 @@ def test_outputs_that_base_lacks_are_refused(tmp_path: Path) -> None:
             ours(make_images(ours), **{name: True})
 
 
-def test_attention_implementation_reaches_base(pruned) -> None:
+def test_attention_implementation_reaches_base(pruned, tmp_path: Path) -> None:
     sample = pruned("hf-vit")
     model = AutoModelForImageClassification.from_pretrained(sample.folder, attn_implementation="eager")
     assert model.model.config._attn_implementation == "eager"
@@ -116,6 +116,10 @@ def test_attention_implementation_reaches_base(pruned) -> None:
     with torch.no_grad():
         first = model(sample.images, output_attentions=True).attentions[0]
     torch.testing.assert_close(first.sum(-1), torch.ones(first.shape[:3]))
+    model.save_pretrained(tmp_path)  # what a folder is opened with is not a part of it
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert again.model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(again, sample.images), sample.logits)
     model.set_attn_implementation("sdpa")
     assert model.model.config._attn_implementation == "sdpa"
 

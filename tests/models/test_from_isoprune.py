@@ -56,9 +56,14 @@ def test_dense_folder_takes_a_new_head(tmp_path: Path) -> None:
     assert_same(*({k: v for k, v in part.items() if k not in head} for part in parts))
 
 
-def test_pruned_folder_takes_no_new_head(pruned) -> None:
-    with pytest.raises(RecipeError, match=r"^prune\.num_labels: "):
-        load_base(str(pruned("vit").folder), num_labels=3)
+def test_pruned_folder_takes_a_new_head(pruned) -> None:
+    sample = pruned("vit")
+    headed = load_base(str(sample.folder), num_labels=3)
+    assert output_of(headed.model, sample.images).shape == (2, 3)
+    with torch.no_grad():
+        features = (found.model.model.forward_features(sample.images) for found in (headed, sample))
+        assert torch.equal(*features)
+    assert headed.model.config.structure["shapes"]["head.weight"][0] == 3
 
 
 def test_dense_folder_draws_seeded_weights(tmp_path: Path) -> None:
@@ -90,8 +95,7 @@ def test_isoprune_hub_id_opens_like_its_folder(offline: Path, pruned) -> None:
     base = load_base("someone/pruned")
     assert torch.equal(output_of(base.model, sample.images), sample.logits)
     assert base.model.config.source == sample.model.config.source
-    with pytest.raises(RecipeError, match=r"prune\.num_labels"):
-        load_base("someone/pruned", num_labels=3)
+    assert output_of(load_base("someone/pruned", num_labels=3).model, sample.images).shape == (2, 3)
 
 
 def test_folder_with_another_model_type_is_refused(pruned, tmp_path: Path) -> None:

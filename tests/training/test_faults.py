@@ -29,7 +29,7 @@ from isoprune_hf.data.loading import ImageBatch
 from isoprune_hf.training import log
 from isoprune_hf.training.part_loss import PartLoss
 
-MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 # An epoch of 48 images has six updates; stochastic depth, mixing and the moving average must continue as before.
 SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.9, "best": "ema", "state_every": 2}
 SETTINGS |= {"mixup": 0.5, "drop_path": 0.2, "virtual_replicas": 2, "label_smoothing": 0.0, "evaluate_every": 2}
