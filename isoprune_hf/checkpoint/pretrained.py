@@ -113,7 +113,7 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @property
     def _has_other_weights(self) -> bool:
-        """Whether a quantizer or an adapter of PEFT has replaced layers, and decides what is saved."""
+        """Return whether a quantizer or an adapter of PEFT has replaced layers, and decides what is saved."""
         return vars(self).get("hf_quantizer") is not None or self._hf_peft_config_loaded
 
     def _cast(self, pixel_values: torch.Tensor) -> torch.Tensor:

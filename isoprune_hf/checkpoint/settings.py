@@ -1,5 +1,5 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a base has besides the arguments of its constructor: attributes and modules that were set afterwards.
+"""Record and restore attributes and modules of a base that were set after its constructor.
 
 `capture_settings` finds them by comparing two networks, `apply_settings` sets them (part of the shipped file).
 """

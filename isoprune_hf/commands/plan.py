@@ -61,7 +61,7 @@ def run_apply(
 
 
 def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe) -> Answer:
-    """Say what a pruning will cost; a small batch is timed, and nothing is scored."""
+    """Estimate the cost of a pruning; a small batch is timed, and nothing is scored."""
     from dataclasses import asdict
 
     from isoprune_hf.commands.steps.opening import open_data, open_inputs

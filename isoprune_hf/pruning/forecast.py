@@ -30,7 +30,7 @@ _FORWARD_ONLY = ("activation_variance",)
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a pruning will cost.
+    """Estimated cost of a pruning.
 
     Args:
         images: Calibration images.

@@ -36,7 +36,7 @@ class StoredPrecision:
         return copied
 
     def restore(self, model: nn.Module) -> None:
-        """Give a model the stored types again, in place."""
+        """Cast a model to its stored types, in place."""
         _cast(model, self._types)
 
 
