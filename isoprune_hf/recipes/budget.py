@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes.values import shorten
 
 BudgetKind = Literal["macs", "params", "latency"]
 
 _COUNT_UNITS: dict[str, float] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _TIME_UNITS: dict[str, float] = {"": 1.0, "US": 1e-3, "MS": 1.0, "S": 1e3}
+_MAX_VALUE = 10**18  # of MACs, parameters or milliseconds, and of per cent
 _NUMBER_WITH_UNIT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*|%)\s*", re.IGNORECASE)
 
 
@@ -35,15 +37,14 @@ class Budget:
             RecipeError: `text` is not a size or time, or not above zero.
         """
         units = _TIME_UNITS if kind == "latency" else _COUNT_UNITS
-        match = _NUMBER_WITH_UNIT.fullmatch(str(text))
-        if match is not None and float(match[1]) > 0:
-            number, unit = float(match[1]), match[2].upper()
-            if unit == "%":
-                return cls(kind, number, is_share=True)
-            if unit in units:
-                return cls(kind, number * units[unit], is_share=False)
+        match = _NUMBER_WITH_UNIT.fullmatch(text if isinstance(text, str) else shorten(text))
+        if match is not None:
+            unit = match[2].upper()
+            value = float(match[1]) * units.get(unit, 1)
+            if 0 < value <= _MAX_VALUE and (unit == "%" or unit in units):
+                return cls(kind, value, is_share=unit == "%")
         example = "a time such as 12ms, 0.5s or 50%" if kind == "latency" else "a size such as 4.2G, 350M or 50%"
-        raise RecipeError(f"prune.target_{kind} must be {example}, got {text!r}")
+        raise RecipeError(f"prune.target_{kind} must be {example}, got {shorten(text)}")
 
     @property
     def setting(self) -> str:

@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, Interpolation, check_range
+from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, IMAGES, Interpolation, Range, check_numbers, whole
+
+RANGES = {
+    "eval_images": whole(1, 2**40),
+    "shuffle_buffer": whole(1, 2**20),
+    "resize": whole(1, 2**14),
+    "mean": Range(0, 1),
+    "std": Range(1e-6, 1),
+    "max_broken": whole(0, 2**40),
+    "batch_size": IMAGES,
+    "num_workers": whole(0, 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +72,4 @@ class DataRecipe:
     num_workers: int = field(default=0, metadata=IGNORED_FOR_RESUME)
 
     def __post_init__(self) -> None:
-        check_range("data", "resize", self.resize, 1, 2**14)
-        check_range("data", "eval_images", self.eval_images, 1)
-        for name, low in (("mean", 0), ("std", 1e-6)):
-            for value in getattr(self, name) or ():
-                check_range("data", name, value, low, 1)
-        check_range("data", "shuffle_buffer", self.shuffle_buffer, 1)
-        check_range("data", "max_broken", self.max_broken, 0)
-        check_range("data", "batch_size", self.batch_size, 1)
-        check_range("data", "num_workers", self.num_workers, 0)
+        check_numbers("data", self, RANGES)

@@ -5,9 +5,42 @@ from importlib import import_module
 from typing import ClassVar, Literal
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, check_range
+from isoprune_hf.recipes.values import (
+    IGNORED_FOR_RESUME,
+    IMAGES,
+    MINUTES,
+    SEED,
+    SHARE,
+    SHARE_BELOW_ONE,
+    Range,
+    above_zero,
+    check_numbers,
+    whole,
+)
 
 _TORCH_OPTIMIZERS = ("adamw", "sgd")
+_SHARES = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip", "random_erasing")
+_INTERVALS = ("step_epochs", "steps_per_epoch", "evaluate_every", "save_every", "state_every", "log_every")
+RANGES = {
+    **dict.fromkeys((*_SHARES, "step_gamma"), SHARE),
+    **dict.fromkeys(("ema_decay", "dropout", "drop_path"), SHARE_BELOW_ONE),
+    **dict.fromkeys(_INTERVALS, whole(1, 10**9)),
+    **dict.fromkeys(("grad_accumulation", "virtual_replicas"), whole(1, 2**16)),
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "weight_decay", "mixup", "cutmix"), Range(0, 10**4)),
+    **dict.fromkeys(("layer_decay", "crop_scale"), above_zero(1)),
+    "epochs": whole(0, 10**6),
+    "batch_size": IMAGES,
+    "repeated_augmentation": whole(1, 1024),
+    "clip_grad": above_zero(10**12),
+    "max_bad_steps": whole(0, 10**9),
+    "rank_minutes": above_zero(MINUTES.high),
+    "max_minutes": above_zero(MINUTES.high),
+    "state_minutes": MINUTES,
+    "warmup_epochs": Range(0, 10**6),
+    "temperature": Range(1e-3, 10**4),
+    "peak_tflops": above_zero(10**9),
+    "seed": SEED,
+}
 
 
 def list_optimizers() -> list[str]:
@@ -161,29 +194,13 @@ class FinetuneRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = ("batch_size", "grad_accumulation", "virtual_replicas", "repeated_augmentation", "step_epochs")
-        for name in (*whole, "steps_per_epoch", "evaluate_every", "save_every", "state_every", "log_every"):
-            self._check(name, 1)
-        for name in ("epochs", "warmup_epochs", "learning_rate", "min_learning_rate", "weight_decay", "seed"):
-            self._check(name, 0)
-        for name in ("mixup", "cutmix", "state_minutes", "max_bad_steps"):
-            self._check(name, 0)
-        shares = ("momentum", "label_smoothing", "teacher_label_smoothing", "distillation_weight", "hflip")
-        for name in (*shares, "random_erasing", "step_gamma"):
-            self._check(name, 0, 1)
-        for name in ("ema_decay", "dropout", "drop_path"):
-            self._check_below_one(name)
-        for name in ("temperature", "rank_minutes", "max_minutes", "layer_decay", "clip_grad", "peak_tflops"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise RecipeError(f"{self.section}.{name} must be above 0, got {getattr(self, name)}")
-        self._check("layer_decay", 0, 1)
+        check_numbers(self.section, self, RANGES)
         if self.optimizer not in _TORCH_OPTIMIZERS and self.optimizer not in list_optimizers():
             raise RecipeError(
                 f"{self.section}.optimizer must be adamw, sgd or one of timm ({', '.join(list_optimizers())}), got "
                 f"{self.optimizer!r}"
             )
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
+        if len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]:
             raise RecipeError(
                 f"{self.section}.crop_scale must be two numbers with 0 < low <= high <= 1, got {list(self.crop_scale)}"
             )
@@ -220,15 +237,6 @@ class FinetuneRecipe:
                 f"{', '.join(f'{name} {getattr(self, name)}' for name in needed)}; set "
                 f"{', '.join(f'{name} {value}' for name, value in needed.items())}, or leave the cache out"
             )
-
-    def _check_below_one(self, name: str) -> None:
-        """Check a decay or dropout rate: 1 would keep the initial weights for ever, or drop everything."""
-        value = getattr(self, name)
-        if value is not None and not 0 <= value < 1:
-            raise RecipeError(f"{self.section}.{name} must be at least 0 and below 1, got {value}")
-
-    def _check(self, name: str, low: float, high: float | None = None) -> None:
-        check_range(self.section, name, getattr(self, name), low, high)
 
 
 @dataclass(frozen=True)

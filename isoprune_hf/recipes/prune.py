@@ -6,7 +6,17 @@ from typing import Any, Literal, get_args
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.budget import Budget
-from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, Interpolation, check_range
+from isoprune_hf.recipes.values import (
+    IGNORED_FOR_RESUME,
+    IMAGES,
+    MINUTES,
+    SEED,
+    SHARE,
+    Interpolation,
+    Range,
+    check_numbers,
+    whole,
+)
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
 # The names of all criteria; each is a file in `pruning/scoring/criteria`. Those of the first two kinds read images.
@@ -61,6 +71,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # Values of the settings that are None in a recipe that names a criterion.
 _PLAIN = {"allocation": "class", "rotate": False, "reconstruct": "none"}
+RANGES = {
+    **dict.fromkeys(("ratio", "head_ratio", "head_dim_ratio", "max_ratio", "ratios"), SHARE),
+    **dict.fromkeys(("min_keep", "round_to", "calibration_batches"), whole(1, 2**20)),
+    **dict.fromkeys(("batch_size", "latency_batch_size"), IMAGES),
+    "num_labels": Range(1, 2**20, whole=True, or_text=True),
+    "remove_blocks": Range(0, 20_000, whole=True, or_text=True),
+    "steps": whole(1, 1000),
+    "state_minutes": MINUTES,
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -180,20 +200,7 @@ class PruneRecipe:
 
     def __post_init__(self) -> None:
         self._apply_preset()
-        for name in ("ratio", "head_ratio", "head_dim_ratio", "max_ratio"):
-            check_range("prune", name, getattr(self, name), 0, 1)
-        for name in ("min_keep", "round_to", "steps", "calibration_batches", "batch_size", "latency_batch_size"):
-            check_range("prune", name, getattr(self, name), 1)
-        check_range("prune", "seed", self.seed, 0)
-        check_range("prune", "state_minutes", self.state_minutes, 0)
-        for pattern, ratio in self.ratios.items():
-            check_range("prune", f"ratios[{pattern!r}]", ratio, 0, 1)
-        if isinstance(self.num_labels, int):
-            check_range("prune", "num_labels", self.num_labels, 1)
-        if isinstance(self.remove_blocks, int):
-            check_range("prune", "remove_blocks", self.remove_blocks, 0)
-        for pattern, count in self.remove_blocks.items() if isinstance(self.remove_blocks, dict) else ():
-            check_range("prune", f"remove_blocks[{pattern!r}]", count, 0)
+        check_numbers("prune", self, RANGES)
         targets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(targets) > 1:
             raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; set only one budget")

@@ -1,6 +1,7 @@
-"""Helpers that all recipes share: range checks, plain values for JSON and YAML, the identity of a resumable run."""
+"""What all recipes share: ranges of numbers, plain values for JSON and YAML, the identity of a resumable run."""
 
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -12,16 +13,90 @@ Precision = Literal["no", "bf16"]  # of a forward pass: fp32, or bf16
 IGNORED_FOR_RESUME = MappingProxyType({"ignored_for_resume": True})
 
 
-def check_range(section: str, name: str, value: float | None, low: float, high: float | None = None) -> None:
-    """Check that a value, if it is set, is at least `low` and at most `high`.
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have. Infinity and nan are in no range.
+
+    Args:
+        low: Smallest number.
+        high: Largest number.
+        whole: Only whole numbers.
+        excluded: `low` or `high`, if that number itself is not allowed.
+        or_text: The setting may also be a text, or a list of texts, which other code checks.
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+    excluded: float | None = None
+    or_text: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """Return whether a value is a number in the range; those of numpy are none, as JSON has no text for them."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        return self.low <= value <= self.high and value != self.excluded
+
+    def __str__(self) -> str:
+        """Return the range in words, such as `between 0 and 1`."""
+        kind = "a whole number " if self.whole else ""
+        if self.excluded is None:
+            return f"{kind}between {self.low} and {self.high}"
+        low = "above" if self.excluded == self.low else "at least"
+        high = "below" if self.excluded == self.high else "at most"
+        return f"{kind}{low} {self.low} and {high} {self.high}"
+
+
+SHARE = Range(0, 1)
+SHARE_BELOW_ONE = Range(0, 1, excluded=1)
+MINUTES = Range(0, 10**6)  # about two years
+SEED = Range(0, 2**63 - 1, whole=True)
+IMAGES = Range(1, 2**24, whole=True)  # in a batch
+
+
+def whole(low: int, high: int) -> Range:
+    """Return the range of the whole numbers from `low` to `high`."""
+    return Range(low, high, whole=True)
+
+
+def above_zero(high: float) -> Range:
+    """Return the range of the numbers above 0 up to `high`."""
+    return Range(0, high, excluded=0)
+
+
+def check_numbers(section: str, recipe: Any, ranges: Mapping[str, Range]) -> None:
+    """Check every number of a recipe, also those in lists and mappings; settings that are None are not set.
+
+    Args:
+        section: Section of the recipe, for error messages.
+        recipe: The recipe.
+        ranges: Setting -> its range.
 
     Raises:
-        RecipeError: It is not.
+        RecipeError: A number is not finite or out of its range.
     """
-    if value is None or (value >= low and (high is None or value <= high)):
-        return
-    allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-    raise RecipeError(f"{section}.{name} must be {allowed}, got {value}")
+    for setting, allowed in ranges.items():
+        for name, value in _values(setting, getattr(recipe, setting)):
+            is_text = allowed.or_text and isinstance(value, str)
+            if not is_text and value not in allowed:
+                raise RecipeError(f"{section}.{name} must be {allowed}, got {shorten(value)}")
+
+
+def _values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a setting with their names; none for None."""
+    if isinstance(value, Mapping):
+        yield from ((f"{name}[{key!r}]", inner) for key, inner in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((name, inner) for inner in value)
+    elif value is not None:
+        yield name, value
+
+
+def shorten(value: object) -> str:
+    """Return a value as text; of a long whole number, whose text Python may refuse to make, the number of bits."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.99}"
 
 
 def recipe_to_dict(recipe: Any) -> dict[str, Any]:

@@ -409,7 +409,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "no number": (["prune", *L1, "--prune.ratio", "nan", *OUT], ["prune.ratio", "nan"]),
     "batch size": (
         ["finetune", "--model", "@pruned", "--data.dataset", "@images", "--finetune.batch_size", "0", *OUT],
-        ["finetune.batch_size must be at least 1, got 0"],
+        ["finetune.batch_size must be a whole number between 1 and 16777216, got 0"],
     ),
     "small budget": (["prune", *L1, "--prune.target_macs", "1%", *OUT], ["cannot be reached", "the smallest is"]),
     "high floor": (["prune", *L1, *HALF, "--prune.min_keep", "9999", *OUT], ["cannot be reached", "min_keep 9999"]),

@@ -212,7 +212,7 @@ def test_blocks_counted_by_pattern_leave_where_it_matches() -> None:
         ({"s.*": 3}, r"remove_blocks\['s\.\*'\]: cannot remove 3 blocks; 2 of the 3"),
         ({"t.*": 1}, r"remove_blocks\['t\.\*'\]: cannot remove 1 blocks; 0 of the 0"),
         ({"s.1": 1, "s.*": 2}, r"remove_blocks\['s\.\*'\]: cannot remove 2 blocks"),
-        ({"s.*": -1}, r"remove_blocks\['s\.\*'\] must be at least 0, got -1"),
+        ({"s.*": -1}, r"remove_blocks\['s\.\*'\] must be a whole number between 0 and 20000, got -1"),
     ],
 )
 def test_more_blocks_than_a_pattern_has_are_refused(wanted: dict[str, int], message: str) -> None:
