@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from isoprune_hf.api.batches import CallerBatch
 from isoprune_hf.api.objectives import Loss, choose_objective
@@ -121,11 +121,12 @@ def hold(
     copied = share(module).eval()
     output = _run(copied, form, first.inputs)
     seen = batches if reads_targets else [first._replace(targets=None)]
-    chosen = choose_objective(output, seen, form, loss)
-    objective = chosen.objective
     size = list(form.pack([value[:1] for value in first.inputs]).shape[1:])
     if known is None and form.names == (None,):
         known = recognise(copied, size)
+    described = config_of(copied, known)
+    chosen = choose_objective(output, seen, form, loss, None if described is None else described.problem_type)
+    objective = chosen.objective
     if form.names != (None,) or not _is_traced(output):
         adapt(copied, form)
     labels = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else 1
@@ -140,6 +141,13 @@ def hold(
         return inputs, _predicted_classes(model, inputs) if chosen.targets is None else chosen.targets(batch)
 
     return Held(model, read, None if known is None else known.processor)
+
+
+def config_of(module: nn.Module, known: Recognised | None) -> PreTrainedConfig | None:
+    """Return the config that builds a module, or that of a model of transformers; None for other modules."""
+    if known is not None:
+        return known.config
+    return module.config if isinstance(module, PreTrainedModel) else None
 
 
 def _is_traced(output: Any) -> bool:

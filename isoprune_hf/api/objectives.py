@@ -13,10 +13,12 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.caller_loss import BatchForm, CallerLoss
 from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.held import LOSS_NAMES
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import LOSSES, Objective, OutputNorm, TargetLoss, side_by_side
 
 Loss = str | Callable[[Any, Any], Tensor]
+_OF_CLASSES = (None, "single_label_classification")  # problem types whose targets are looked at
 _MEANINGS = (
     "class indices for cross_entropy, zeros and ones of the shape of the outputs for binary_cross_entropy, other "
     "numbers of that shape for squared_error; or pass loss=callable(outputs, batch)"
@@ -36,27 +38,34 @@ class Chosen:
     targets: Callable[[CallerBatch], Tensor] | None
 
 
-def choose_objective(output: Any, batches: Sequence[CallerBatch], call: CallForm, loss: Loss | None = None) -> Chosen:
+def choose_objective(
+    output: Any, batches: Sequence[CallerBatch], call: CallForm, loss: Loss | None = None, problem: str | None = None
+) -> Chosen:
     """Choose the loss that the outputs of a model and the targets of its batches fit, and try it.
 
     Args:
         output: The output of the model for the first batch.
         batches: The batches.
         call: Inputs of the model.
-        loss: A name of `LOSSES`, or `loss(outputs, batch)`; by default chosen by types, shapes and values.
+        loss: A name of `LOSSES`, or `loss(outputs, batch)`; by default that of the problem type, or chosen by types,
+            shapes and values.
+        problem: Problem type of the model in transformers, if it has one.
 
     Raises:
         RecipeError: The loss does not fit, or is not a differentiable function of the outputs.
         DatasetError: The targets do not fit the outputs.
     """
+    is_unlabelled = all(batch.targets is None for batch in batches)
+    if loss is None and problem not in _OF_CLASSES and not is_unlabelled:
+        loss = LOSS_NAMES[problem]
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise RecipeError(f"loss must be one of {', '.join(LOSSES)}, or callable(outputs, batch), got {loss!r}")
         chosen = _by_name(output, batches, loss)
     elif loss is not None:
         chosen = _by_caller(output, batches[0], call, loss)
-    elif all(batch.targets is None for batch in batches):
-        chosen = _by_outputs(output, batches[0])
+    elif is_unlabelled:
+        chosen = _by_outputs(output, batches[0], has_classes=problem in _OF_CLASSES)
     else:
         chosen = _by_targets(output, batches)
     _try_once(chosen, output, batches[0], call)
@@ -85,11 +94,11 @@ def _compared(output: Any, batch: CallerBatch) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _by_outputs(output: Any, batch: CallerBatch) -> Chosen:
+def _by_outputs(output: Any, batch: CallerBatch, *, has_classes: bool) -> Chosen:
     """Choose the loss for data without targets: the model's own outputs take their place."""
     numbers = _compared(output, batch)
     found = separate(output)[0][numbers[0]]
-    if len(numbers) == 1 and found.ndim == 2 and found.shape[1] > 1:
+    if has_classes and len(numbers) == 1 and found.ndim == 2 and found.shape[1] > 1:
         return Chosen(TargetLoss("cross_entropy", numbers[0], compares_classes=True), None)
     objective = OutputNorm(partial(side_by_side, numbers=numbers))
     return Chosen(objective, lambda batch: torch.zeros(len(batch.inputs[0])))

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedConfig
 
 from isoprune_hf.api.batches import InputKeys, read_batches
-from isoprune_hf.api.holding import count_hooks, hold, unwrap
+from isoprune_hf.api.holding import config_of, count_hooks, hold, unwrap
 from isoprune_hf.api.objectives import Loss
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.saving import wrap
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.data.images import holds_images, image_batches
+from isoprune_hf.data.labels import check_problem
 from isoprune_hf.data.loading import CalibrationBatches
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
@@ -81,7 +82,7 @@ def prune(
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
     with torch.inference_mode(False), kept_random_state():
-        found: Any = _read_images(data, module, maker, recipe) if holds_images(data) else data
+        found: Any = _read_images(data, config_of(module, known), maker, recipe) if holds_images(data) else data
         batches = read_batches(found, samples=samples, batch_size=recipe.batch_size, keys=inputs)
         held = hold(module, batches, loss, reads_targets=reads_targets, known=known)
         result = prune_model(held.model, recipe, [*map(held.read, batches)] if recipe.reads_images else None)
@@ -119,18 +120,21 @@ def _open(model: nn.Module | str | Path, recipe: PruneRecipe) -> tuple[nn.Module
 
 
 def _read_images(
-    data: Any, module: nn.Module, processor: BaseImageProcessor | None, recipe: PruneRecipe
+    data: Any, config: PreTrainedConfig | None, processor: BaseImageProcessor | None, recipe: PruneRecipe
 ) -> CalibrationBatches:
     """Return the batches of a data set of images.
 
     Raises:
         RecipeError: No processor is known.
+        DatasetError: The images cannot be opened, or the module does not choose one of several classes.
     """
     if processor is None:
         raise RecipeError(
-            f"processor is not set: {type(module).__name__} does not name one; pass the image processor that makes "
+            "processor is not set: the model does not name one; pass the image processor that makes "
             "its inputs, or batches of tensors"
         )
+    if config is not None:
+        check_problem(config)
     return image_batches(
         data, processor, batches=recipe.calibration_batches, batch_size=recipe.batch_size, seed=recipe.seed
     )

@@ -35,7 +35,7 @@ def save_stock(folder: Path, model: IsoPruneForImageClassification) -> None:
 
 
 def stock_config_text(values: dict[str, Any], config: IsoPruneConfig) -> str:
-    """Return the text of a stock config.json with the labels and the `isoprune` entry of `config`.
+    """Return the text of a stock config.json with the labels, the problem type and the `isoprune` entry of `config`.
 
     Args:
         values: Values of the stock config.
@@ -45,8 +45,9 @@ def stock_config_text(values: dict[str, Any], config: IsoPruneConfig) -> str:
         "id2label": {str(index): name for index, name in (config.id2label or {}).items()},
         "label2id": dict(config.label2id or {}),
     }
+    problem = {} if config.problem_type is None else {"problem_type": config.problem_type}
     entry = {name: getattr(config, name) for name in _ENTRY_FIELDS}
-    return json.dumps({**values, **labels, ENTRY: entry}, indent=2, sort_keys=True) + "\n"
+    return json.dumps({**values, **labels, **problem, ENTRY: entry}, indent=2, sort_keys=True) + "\n"
 
 
 def entry_fields(entry: Any) -> dict[str, Any]:
@@ -83,7 +84,12 @@ def isoprune_fields(values: dict[str, Any]) -> dict[str, Any] | None:
         return None
     side = values.get("image_size", 224)
     size = [values.get("num_channels", 3), *(side if isinstance(side, list) else (side, side))]
-    shared = {"id2label": values.get("id2label"), "image_size": size, "base": {"library": "transformers"}}
+    shared = {
+        "id2label": values.get("id2label"),
+        "problem_type": values.get("problem_type"),
+        "image_size": size,
+        "base": {"library": "transformers"},
+    }
     return {**shared, **entry_fields(values[ENTRY])}
 
 

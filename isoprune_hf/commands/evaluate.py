@@ -29,8 +29,7 @@ def run(
     from isoprune_hf.checkpoint.folder import check_output, write_file
     from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, with_data_transform
     from isoprune_hf.commands.steps.recording import describe_transform, record_figures
-    from isoprune_hf.commands.steps.sources import class_names
-    from isoprune_hf.data.labels import check_labels
+    from isoprune_hf.commands.steps.sources import check_classes
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
     from isoprune_hf.models import load_base
@@ -52,7 +51,7 @@ def run(
         label_names=names if num_labels == "data" else None,
         weights=weights,
     )
-    check_labels(names, class_names(found.model))
+    check_classes(names, found.model)
     base = with_data_transform(found, data)
     cost = count_cost(base.model)
     logger.info(f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M")

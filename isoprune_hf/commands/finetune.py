@@ -30,9 +30,8 @@ def run(
     from isoprune_hf.checkpoint.folder import check_output, read_json
     from isoprune_hf.commands.steps.opening import evaluate_on, open_data, with_data_transform
     from isoprune_hf.commands.steps.results import send_result, summarize, write_trained
-    from isoprune_hf.commands.steps.sources import class_names, open_teacher, open_with_new_head, reopen_base
+    from isoprune_hf.commands.steps.sources import check_classes, open_teacher, open_with_new_head, reopen_base
     from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student
-    from isoprune_hf.data.labels import check_labels
     from isoprune_hf.hub.uploads import open_uploads
     from isoprune_hf.models import load_base
     from isoprune_hf.training.run import is_begun, read_run
@@ -47,7 +46,7 @@ def run(
     images = open_data(data, accelerator)
     found = load_base(model) if num_labels is None else open_with_new_head(model, images.label_names, finetune.seed)
     student = with_data_transform(found, data)
-    check_labels(images.label_names, class_names(student.model))
+    check_classes(images.label_names, student.model)
     # Figures measured with another transform or head than that of the new folder are not comparable.
     is_same = student is found and num_labels is None
     metrics = dict(read_json(model, "metrics.json") or {}) if is_same else {}

@@ -1,14 +1,30 @@
-"""Check that the classes of a data set are the classes of a model: call `check_labels`."""
+"""Check that the classes of a data set are the classes of a model: `check_labels` and `check_problem`."""
 
 import re
 from collections.abc import Sequence
 
 from timm.data.imagenet_info import ImageNetInfo
+from transformers import PreTrainedConfig
 
 from isoprune_hf.errors import DatasetError
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _MAX_DIFFERING_SHARE = 0.1  # of the class names; spellings differ between sources
+
+
+def check_problem(config: PreTrainedConfig) -> None:
+    """Check that a model chooses one of several classes, as images with one label each need.
+
+    Raises:
+        DatasetError: It has another problem type. As in transformers, one output without a type is a regression.
+    """
+    kind = config.problem_type or ("regression" if config.num_labels == 1 else None)
+    if kind not in (None, "single_label_classification"):
+        raise DatasetError(
+            f"data: each image has one class, and config.problem_type of the model is {kind}; pass batches with their "
+            "targets to isoprune_hf.prune and finetune, or set `--prune.num_labels data` (in finetune and evaluate: "
+            "`--num_labels data`) for a new head"
+        )
 
 
 def check_labels(label_names: Sequence[str], id2label: dict[int, str]) -> None:

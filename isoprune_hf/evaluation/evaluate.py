@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
+from isoprune_hf.data.labels import check_problem
 from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, eval_loader
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
@@ -74,8 +75,11 @@ def evaluate_model(
         number.
 
     Raises:
-        DatasetError: An image cannot be read, or more images than the policy allows.
+        DatasetError: An image cannot be read, or more images than the policy allows, or the model does not choose one
+            of several classes.
     """
+    if isinstance(model, PreTrainedModel):
+        check_problem(model.config)
     options = LoaderOptions(batch_size, num_workers, decoding or Decoding())
     return compute_figures(predict_split(model, split, processor, options, accelerator=accelerator))
 

@@ -63,7 +63,10 @@ def _recognise_transformers(module: PreTrainedModel, image_size: list[int]) -> R
     labels = {int(index): label for index, label in (module.config.id2label or {}).items()}
     names = [labels[index] for index in range(len(labels))]
     config = IsoPruneConfig(
-        base={"library": "transformers", "config": values}, image_size=image_size, **label_fields(names)
+        base={"library": "transformers", "config": values},
+        image_size=image_size,
+        problem_type=module.config.problem_type,
+        **label_fields(names),
     )
     return Recognised(config) if _builds(config, module) else None
 

@@ -16,7 +16,9 @@ from isoprune_hf.models.stored_type import default_type
 logger = logging.getLogger(__name__)
 
 
-def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrained: Collection[str] = ()) -> BaseModel:
+def replace_head(
+    base: BaseModel, labels: tuple[str, ...], *, seed: int, untrained: Collection[str] = (), keeps_problem: bool = True
+) -> BaseModel:
     """Return the base with a new head of random weights, in its type; tensors of unchanged shape keep their values.
 
     Args:
@@ -24,8 +26,10 @@ def replace_head(base: BaseModel, labels: tuple[str, ...], *, seed: int, untrain
         labels: Label names of the new head.
         seed: Seed of the new weights.
         untrained: Tensors that are drawn anew although their shapes stay.
+        keeps_problem: The new head is of the problem type of the base; otherwise the labels decide.
     """
     config = _config_with(base, labels, {})
+    config.problem_type = config.problem_type if keeps_problem else None
     with default_type(base.model.dtype):
         module = draw_base(config, seed)
     fitting = base.model.model.state_dict()

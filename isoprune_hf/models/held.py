@@ -1,6 +1,8 @@
 """The model of a caller as the pipeline takes it: `HeldModel` holds any module, with its loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,13 @@ from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss
 
 CLASSES = TargetLoss("cross_entropy", compares_classes=True)
+LOSS_NAMES: Mapping[str | None, str] = MappingProxyType(
+    {
+        "single_label_classification": "cross_entropy",
+        "multi_label_classification": "binary_cross_entropy",
+        "regression": "squared_error",
+    }
+)  # of the problem types of transformers
 
 
 @dataclass
@@ -58,24 +67,34 @@ class HeldModel(IsoPruneForImageClassification):
         return HeldOutput(loss=loss, logits=self.objective.logits(outputs), outputs=outputs)
 
 
+def objective_of(model: IsoPruneForImageClassification) -> Objective:
+    """Return the loss that a model is scored for: that of a held model, or of the problem type of its config."""
+    if isinstance(model, HeldModel):
+        return model.objective
+    name = LOSS_NAMES.get(model.config.problem_type, CLASSES.name)
+    return CLASSES if name == CLASSES.name else TargetLoss(name)
+
+
 def loss_of_batch(model: IsoPruneForImageClassification, pixel_values: Tensor, labels: Tensor) -> Tensor:
-    """Run a model and return its loss summed over the images: the cross-entropy, or that of a held model.
+    """Run a model and return its loss summed over the images, see `objective_of`.
 
     Args:
         model: A base, a pruned or a held model.
         pixel_values: (B, C, H, W).
-        labels: (B,), or the targets of the held model, (B, ...).
+        labels: (B,) for classes, otherwise the targets of the loss, (B, ...).
     """
     output = model(pixel_values=pixel_values)
-    if isinstance(model, HeldModel):
-        return model.objective.summed_loss(output.outputs, labels, pixel_values)
-    return CLASSES.summed_loss([output.logits], labels, pixel_values)
+    outputs = output.outputs if isinstance(model, HeldModel) else [output.logits]
+    return objective_of(model).summed_loss(outputs, labels, pixel_values)
 
 
 def with_probe_loss(
     model: IsoPruneForImageClassification, samples: int
 ) -> tuple[IsoPruneForImageClassification, Tensor]:
-    """Return a model with a loss for random images, and targets for that loss, (samples,); the module is shared."""
+    """Return a model with a loss for random images, and targets for that loss; the module is shared."""
     if isinstance(model, HeldModel):
         return HeldModel(model.config, model.model, OutputNorm(model.objective.logits)), torch.zeros(samples)
-    return model, torch.arange(samples, device=model.device) % (model.config.num_labels or 1)
+    count = model.config.num_labels or 1
+    if not objective_of(model).compares_classes:
+        return model, torch.zeros(samples, count, device=model.device)
+    return model, torch.arange(samples, device=model.device) % count

@@ -47,7 +47,7 @@ def load_base(
         model_args: Arguments of a timm or torchvision architecture without its trained weights, such as
             {"img_size": 64}.
         num_labels: Size of a new head, drawn from `seed`; None keeps the head of the base.
-        label_names: Label names of a new head.
+        label_names: Names of the classes of a new head, of which each image has one.
         seed: Seed of random weights; the global random state is not changed.
         weights: File with the trained weights, in place of those of `name`: a state dict as safetensors or of
             torch.save, possibly inside a checkpoint. Nothing in it is executed. The head has the size of the one in
@@ -77,9 +77,10 @@ def load_base(
     if base.model.config.source is None:
         base.model.config.source = describe_source(source, options)
     _check_processor(source.name, base)
-    if num_labels is None or num_labels == base.model.config.num_labels:
+    is_same_problem = label_names is None or base.model.config.problem_type in (None, "single_label_classification")
+    if num_labels is None or (num_labels == base.model.config.num_labels and is_same_problem):
         return _with_fingerprint(base)
-    headed = replace_head(base, options.head_labels(num_labels), seed=seed)
+    headed = replace_head(base, options.head_labels(num_labels), seed=seed, keeps_problem=is_same_problem)
     if pretrained and not is_cut(headed.model.config):
         log_new_head(headed)
     return _with_fingerprint(headed)

@@ -4,9 +4,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.labels import check_problem
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.callbacks import (
@@ -68,8 +69,11 @@ def finetune(
         RecipeError: The batch cannot be divided equally, or the model does not support a setting.
         DivergedError: The loss or the gradient is not finite.
         Interrupted: A signal stopped the training; `run` has a snapshot of the last update.
-        DatasetError: There is no training split, or it has fewer images than an update has parts.
+        DatasetError: There is no training split, or it has fewer images than an update has parts, or the model does
+            not choose one of several classes.
     """
+    if isinstance(model, PreTrainedModel):
+        check_problem(model.config)
     callbacks: list[Callback] = []
     if run is not None:
         callbacks += [LogCallback(run), SignalCallback(run.interruption), SnapshotCallback(run)]

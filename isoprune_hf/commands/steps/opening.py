@@ -17,10 +17,9 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.checkpoint.stock import stock_processor
-from isoprune_hf.commands.steps.sources import class_names
+from isoprune_hf.commands.steps.sources import check_classes, class_names
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.decoding import PILLOW_CHANNELS
-from isoprune_hf.data.labels import check_labels
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import DatasetError, RecipeError
@@ -241,9 +240,8 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseM
         seed=prune.seed,
         weights=prune.weights,
     )
-    labels = class_names(base.model)
-    check_labels(names, labels)
-    if all(label == f"LABEL_{index}" for index, label in labels.items()):
+    check_classes(names, base.model)
+    if all(label == f"LABEL_{index}" for index, label in class_names(base.model).items()):
         base.model.config.id2label = dict(enumerate(names))
         base.model.config.label2id = {label: index for index, label in enumerate(names)}
     return base

@@ -1,5 +1,6 @@
 """Open the dense base that a pruned model was cut from (`open_source`), and the teacher of a training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -8,7 +9,7 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
 from isoprune_hf.checkpoint.transfer import find_class_dims
-from isoprune_hf.data.labels import check_labels
+from isoprune_hf.data.labels import check_labels, check_problem
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.head import replace_head
@@ -41,7 +42,7 @@ def open_teacher(
         return _of_equal_classes(student, base or _reopen_teacher(student))
     teacher = load_base(finetune.teacher)
     names = class_names(student)
-    check_labels([names[index] for index in sorted(names)], class_names(teacher.model))
+    check_classes([names[index] for index in sorted(names)], teacher.model)
     return teacher
 
 
@@ -86,7 +87,7 @@ def _of_equal_classes(model: IsoPruneForImageClassification, base: BaseModel) ->
     """Return the dense base, or None, with a line, if it has other classes than a model whose head was replaced."""
     names = class_names(model)
     try:
-        check_labels([names[index] for index in sorted(names)], class_names(base.model))
+        check_classes([names[index] for index in sorted(names)], base.model)
     except DatasetError:
         logger.info(
             "the dense base is neither evaluated nor used as a teacher: it has other classes than the new head"
@@ -104,7 +105,7 @@ def open_with_new_head(name: str, labels: tuple[str, ...], seed: int) -> BaseMod
         seed: Seed of the weights of the head.
     """
     found = load_base(name)
-    headed = replace_head(found, labels, seed=seed, untrained=find_class_dims(found.model.config))
+    headed = replace_head(found, labels, seed=seed, untrained=find_class_dims(found.model.config), keeps_problem=False)
     model = headed.model
     if model.config.cost is not None:
         dense, pruned = count_cost(meta_copy(model, dense=True)), count_cost(model)
@@ -142,6 +143,16 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
         raise CheckpointError(f"the base {place} has other weights than the one that was cut")
     return base
+
+
+def check_classes(label_names: Sequence[str], model: IsoPruneForImageClassification) -> None:
+    """Check that a model chooses one of the classes of the data, see `check_labels`.
+
+    Raises:
+        DatasetError: It has other classes or another problem type.
+    """
+    check_labels(label_names, class_names(model))
+    check_problem(model.config)
 
 
 def class_names(model: IsoPruneForImageClassification) -> dict[int, str]:

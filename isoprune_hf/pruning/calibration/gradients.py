@@ -67,12 +67,12 @@ def summed_loss(
     precision: Precision,
     replacements: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Compute the loss summed over the images, the cross-entropy or that of a held model: a scalar.
+    """Compute the loss summed over the images: a scalar.
 
     Args:
         model: Its `model` owns the parameters; its forward pass returns `logits`.
         pixel_values: (B, C, H, W).
-        labels: (B,), or the targets of a held model.
+        labels: (B,), or other targets of the loss of the model.
         precision: bf16 runs the forward pass under autocast.
         replacements: Parameter of `model.model` -> tensor that is used instead of it.
     """

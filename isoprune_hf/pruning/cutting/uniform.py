@@ -15,7 +15,7 @@ from isoprune_hf.pruning.cutting.stock_transformers import convert_transformers,
 _MAX_LOGIT_DIFFERENCE = 1e-5  # relative to the largest logit
 _NUM_IMAGES = 2
 # Entries of the config that a stock model takes over from the cut model.
-_COPIED_ENTRIES = ("source", "cost", "recipe", "stage", "image_size", "id2label")
+_COPIED_ENTRIES = ("source", "cost", "recipe", "stage", "image_size", "id2label", "problem_type")
 
 
 def check_family(model: IsoPruneForImageClassification) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.models.held import HeldModel
+from isoprune_hf.models.held import objective_of
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches, Calibration
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 
@@ -114,7 +114,7 @@ class Judge:
         self, dense: IsoPruneForImageClassification, cut: IsoPruneForImageClassification, calibration: Calibration
     ):
         self._calibration = calibration
-        self._compares_classes = not isinstance(dense, HeldModel) or dense.objective.compares_classes
+        self._compares_classes = objective_of(dense).compares_classes
         self._wanted = _logits(dense, calibration.batches)
         count = torch.tensor(sum(len(part) for part in self._wanted), device=dense.device)
         self.images = int(sum_over_ranks(count, calibration.accelerator))
