@@ -1,4 +1,4 @@
-"""What all recipes share: ranges of numbers, plain values for JSON and YAML, the identity of a resumable run."""
+"""Parts of all recipes: ranges of numbers, plain values for JSON and YAML, the identity of a resumable run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
