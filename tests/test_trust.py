@@ -96,6 +96,13 @@ def test_oversized_image_is_refused_before_decoding(tmp_path: Path, monkeypatch:
         IsoImageProcessor()(image, return_tensors="pt")
 
 
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 8_000)])
+def test_image_too_long_is_refused_before_its_resize(size: tuple[int, int], tmp_path: Path) -> None:
+    image = Image.open(bomb(tmp_path / "long.png", *size))
+    with pytest.raises(ImageError, match=r"after the resize of its shorter side to 256: .* 67,108,864 "):
+        IsoImageProcessor()(image, return_tensors="pt")
+
+
 def test_large_photograph_is_accepted(tmp_path: Path) -> None:
     image = Image.open(bomb(tmp_path / "wide.png", 5000, 400))
     assert IsoImageProcessor()(image, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)

@@ -6,6 +6,7 @@ names, without reading files or the network.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection
 from functools import partial
@@ -20,13 +21,12 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 
 from isoprune_hf.checkpoint.meta import build_on_meta
 from isoprune_hf.checkpoint.own_class import find_class
-from isoprune_hf.checkpoint.plain_values import MAX_CONFIG_NUMBER, check_args, is_plain, require
+from isoprune_hf.checkpoint.plain_values import check_args, is_plain, require
 from isoprune_hf.checkpoint.settings import apply_settings
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.limits import MAX_CONFIG_NUMBER, MAX_IMAGE_SIDE, MAX_INPUT_NUMBERS, MAX_MODULES
 
 FORMAT_VERSION = 2  # the newest that this code reads
-MAX_MODULES = 20_000  # far above the module counts of existing image classifiers
-_MAX_IMAGE_SIDE = 2**14  # pixels
 _LIBRARIES = ("timm", "torchvision", "transformers", "python")
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
@@ -140,7 +140,8 @@ def _check_entries(entries: dict[str, Any]) -> None:
 
 def _is_image_size(size: Any, lengths: Collection[int]) -> bool:
     is_list = isinstance(size, list) and len(size) in lengths
-    return is_list and all(type(number) is int and 1 <= number <= _MAX_IMAGE_SIDE for number in size)
+    is_sized = is_list and all(type(number) is int and 1 <= number <= MAX_IMAGE_SIDE for number in size)
+    return is_sized and math.prod(size) <= MAX_INPUT_NUMBERS
 
 
 def _are_labels(labels: Any) -> bool:

@@ -14,20 +14,35 @@ from transformers import BaseImageProcessor
 from transformers.image_processing_backends import PilBackend
 
 from isoprune_hf.errors import ImageError
+from isoprune_hf.limits import MAX_IMAGE_PIXELS
 
-MAX_IMAGE_PIXELS = 2**26  # 8192 x 8192
 _RGB = 3
 _MODES = {1: "L", _RGB: "RGB", 4: "RGBA"}  # number of channels -> mode of Pillow
 
 
-def check_pixels(image: Image.Image) -> None:
-    """Refuse an image of too many pixels before it is decoded: a file of a few bytes can describe billions.
+def check_pixels(width: int, height: int, edge: int | None = None) -> None:
+    """Refuse an image of too many pixels, as stored or after its resize: a file of a few bytes can make billions.
+
+    Args:
+        width: Columns of the image.
+        height: Rows of the image.
+        edge: Length of the shorter side after a resize that keeps the shape of the image; None without one.
 
     Raises:
-        ImageError: The image has more than `MAX_IMAGE_PIXELS` pixels.
+        ImageError: The image has no pixel or more than `MAX_IMAGE_PIXELS`.
     """
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise ImageError(f"image of {image.width} x {image.height} pixels: the limit is {MAX_IMAGE_PIXELS:,} pixels")
+    short, long = min(width, height), max(width, height)
+    resized = 0 if edge is None or not short else edge * (edge * long // short)
+    if not short or max(width * height, resized) > MAX_IMAGE_PIXELS:
+        grown = f", {resized:,} after the resize of its shorter side to {edge}" if resized > width * height else ""
+        raise ImageError(f"image of {width} x {height} pixels{grown}: the limit is {MAX_IMAGE_PIXELS:,} pixels")
+
+
+def shorter_edge(processor: BaseImageProcessor) -> int | None:
+    """Return the length to which a processor resizes the shorter side of an image; None if it sets both sides."""
+    size = dict(getattr(processor, "size", None) or {})
+    keeps_size = not getattr(processor, "do_resize", False) or size.get("longest_edge")
+    return None if keeps_size else size.get("shortest_edge")
 
 
 def channels_of(processor: BaseImageProcessor) -> int:
@@ -102,18 +117,20 @@ class IsoImageProcessor(PilBackend):
             processed: np.ndarray = super().process_image(image, *args, **kwargs)
             return processed
         if isinstance(image, Image.Image):
-            check_pixels(image)
+            check_pixels(*image.size)
             array = np.asarray(convert_image(image, channels))
             return array[None] if channels == 1 else np.moveaxis(array, -1, 0)
         return channels_first(np.asarray(image), channels, layout=kwargs.get("input_data_format"))
 
     def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> Any:
         if isinstance(image, Image.Image):
-            check_pixels(image)  # the file is decoded by `convert`, not before
+            check_pixels(*image.size)  # the file is decoded by `convert`, not before
             return np.array(image.convert("RGB"))
         return super().convert_to_rgb(image, input_data_format)
 
     def resize(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as in PilBackend
+        edge = None if size.longest_edge else size.shortest_edge
+        check_pixels(image.shape[-1], image.shape[-2], edge)
         if len(image) == _RGB:
             return super().resize(image, size, **kwargs)
         resize_channel = super().resize

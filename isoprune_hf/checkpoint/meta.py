@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from isoprune_hf.limits import MAX_UNSAVED_BYTES
+
 # Names of the functions and methods by which constructors draw weights.
 _DRAWING = ("add_", "clamp_", "constant_", "erfinv_", "kaiming_uniform_", "mul_", "normal_", "uniform_")
-_MAX_UNSAVED_BYTES = 2**31  # far above the index tables of existing image classifiers
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -41,8 +42,8 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         if not unsaved:
             return network
         size = sum(tensor.numel() * tensor.element_size() for tensor in unsaved)
-        if size > _MAX_UNSAVED_BYTES:
-            raise ValueError(f"buffers of {size:,} bytes that are not saved; the limit is {_MAX_UNSAVED_BYTES:,}")
+        if size > MAX_UNSAVED_BYTES:
+            raise ValueError(f"buffers of {size:,} bytes that are not saved; the limit is {MAX_UNSAVED_BYTES:,}")
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         with _parameters_on_meta(), _WithoutDrawing():
             network = build()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.limits import MAX_CONFIG_NUMBER
 
-MAX_CONFIG_NUMBER = 2**20  # far above the config values of existing image classifiers
 # Arguments of timm and torchvision builders that would read files or the network, or change the kind of model.
 FORBIDDEN_ARGUMENTS = re.compile(
     "pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable|num_classes"

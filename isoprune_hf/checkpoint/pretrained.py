@@ -35,7 +35,7 @@ _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
 _VALUES = ("needed", "meta", "own_class", "plain_values", "settings", "dense", "transfer", "difference")
 _MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
-PARTS = ("errors.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_MODELS)))
+PARTS = ("errors.py", "limits.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_MODELS)))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless
 # preprocessor_config.json names another type.
 AUTO_CLASSES = {

@@ -30,7 +30,6 @@ from torchvision.transforms import (
 )
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.data.dataset import with_encoded_images
 from isoprune_hf.data.decoding import (
     PILLOW_CHANNELS,
@@ -75,7 +74,7 @@ def train_transform(
     Note:
         It draws from the global generators of Python, NumPy and torch: call it within `seeded_generators`.
     """
-    decoding = replace(decoding or Decoding(), channels=channels_of(processor))
+    decoding = (decoding or Decoding()).for_processor(processor)
     if recipe.auto_augment is not None and decoding.channels not in PILLOW_CHANNELS:
         raise RecipeError(
             f"finetune.auto_augment: policies change grey and RGB images, the model reads {decoding.channels} "

@@ -8,7 +8,7 @@ returns images of Pillow in grey or RGB, the decoder `torchvision` returns their
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -18,8 +18,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
+from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.image_processor import channels_first, check_pixels, convert_image
+from isoprune_hf.checkpoint.image_processor import (
+    channels_first,
+    channels_of,
+    check_pixels,
+    convert_image,
+    shorter_edge,
+)
 from isoprune_hf.errors import DatasetError, ImageError
 
 Row = dict[str, Any]
@@ -62,6 +69,7 @@ class Decoding:
         exif: Turn images upright by their EXIF tag.
         decoder: `pil` returns images, `torchvision` returns tensors.
         channels: Number of channels of the images that the model reads.
+        edge: Length to which the shorter side of an image is resized; None for a resize of both sides.
     """
 
     broken: Literal["error", "skip", "grey"] = "error"
@@ -69,6 +77,11 @@ class Decoding:
     exif: bool = True
     decoder: Literal["pil", "torchvision"] = "pil"
     channels: int = 3
+    edge: int | None = None
+
+    def for_processor(self, processor: BaseImageProcessor) -> "Decoding":
+        """Return the settings for images of the channels that a processor takes, and for its resize."""
+        return replace(self, channels=channels_of(processor), edge=shorter_edge(processor))
 
     @property
     def makes_tensors(self) -> bool:
@@ -137,13 +150,13 @@ def grey_image(decoding: Decoding, side: int = 224) -> Image.Image | Tensor:
     return convert_image(Image.new("L", (side, side), 128), decoding.channels)
 
 
-def _open(encoded: bytes) -> Image.Image:
-    """Read the header of an image file, and raise if it has too many pixels."""
+def _open(encoded: bytes, edge: int | None = None) -> Image.Image:
+    """Read the header of an image file, and raise if it has too many pixels; `edge` as in `check_pixels`."""
     try:
         image = Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise OSError("not an image of a known format" if encoded else "the file is empty") from error
-    check_pixels(image)
+    check_pixels(*image.size, edge)
     return image
 
 
@@ -191,6 +204,7 @@ def read_image(split: Rows, position: int, decoding: Decoding) -> LabelledImage:
             if isinstance(image, Tensor):
                 return LabelledImage(image, label)
         elif isinstance(image, Image.Image):
+            check_pixels(*image.size, decoding.edge)
             image.load()
     except DECODE_ERRORS as error:
         raise _unreadable(where, error) from error
@@ -210,7 +224,7 @@ def _unreadable(where: str, error: Exception) -> UnreadableImageError:
 
 def _read_file(encoded: bytes, decoding: Decoding) -> Image.Image | Tensor:
     """Decode a file into an image in the mode of the file, or into the pixels that the model reads."""
-    image, pixels = _open(encoded), None
+    image, pixels = _open(encoded, decoding.edge), None
     if decoding.decoder == "torchvision":
         pixels = _decode_jpeg(image, encoded, exif=decoding.exif, channels=decoding.channels)
     return _decode(image, exif=decoding.exif) if pixels is None else pixels
@@ -229,6 +243,7 @@ def _fit(image: Any, decoding: Decoding) -> Image.Image | Tensor:
     if array.dtype != np.uint8:
         raise ImageError(f"the image is an array of {array.dtype}, needs uint8 with values from 0 to 255")
     array = channels_first(array, decoding.channels)
+    check_pixels(array.shape[2], array.shape[1], decoding.edge)
     if decoding.makes_tensors:
         return torch.from_numpy(array.copy())
     return Image.fromarray(array[0] if decoding.channels == 1 else np.moveaxis(array, 0, -1).copy())

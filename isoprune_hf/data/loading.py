@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.data.augmentation import ImageSource, Sample, TransformedImages
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
 from isoprune_hf.data.pixels import Transform, evaluation_transform, normalised
@@ -57,7 +56,7 @@ class LoaderOptions:
 
     def for_processor(self, processor: BaseImageProcessor) -> "LoaderOptions":
         """Return the options for images of as many channels as a processor takes."""
-        return replace(self, decoding=replace(self.decoding, channels=channels_of(processor)))
+        return replace(self, decoding=self.decoding.for_processor(processor))
 
 
 class ImageBatch(NamedTuple):

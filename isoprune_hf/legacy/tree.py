@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
-from isoprune_hf.checkpoint.dense import MAX_MODULES
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.legacy.pickle_reader import ObjectRecord, StoredTensor
+from isoprune_hf.limits import MAX_MODULES
 
 Weights = Literal["raw", "ema"]
 _RAW_KEYS = ("model", "state_dict")  # the second is used by the training script of timm

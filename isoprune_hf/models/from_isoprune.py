@@ -8,7 +8,7 @@ from isoprune_hf.models.base import BaseModel, single_line
 from isoprune_hf.models.head import redraw_weights
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions, describe_source
-from isoprune_hf.models.processors import saved_processor
+from isoprune_hf.models.saved_processor import saved_processor
 
 
 def open_isoprune(source: BaseSource, options: LoadOptions) -> BaseModel:

@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from isoprune_hf.checkpoint.plain_values import MAX_CONFIG_NUMBER
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.limits import MAX_CONFIG_NUMBER
 from isoprune_hf.models.base import BaseModel, default_labels
 from isoprune_hf.models.identify import BaseSource
 

@@ -1,7 +1,7 @@
 """Image processors of base models, which reproduce the evaluation transforms of their libraries.
 
-`timm_processor`, `torchvision_processor` and `transformers_processor` build the processor of a base, `saved_processor`
-opens one, and `with_transform` changes resize or interpolation.
+`timm_processor`, `torchvision_processor` and `transformers_processor` build the processor of a base, `with_transform`
+changes resize or interpolation.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, ViTImageProcessor
+from transformers import BaseImageProcessor, PreTrainedConfig, ViTImageProcessor
 
 # Undocumented; as of transformers 5.23: config class -> {"torchvision": class, "pil": class}.
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
@@ -22,12 +22,13 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of, layout_of
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.limits import MAX_PROCESSED_SIDE
 from isoprune_hf.models.channels import fit_channels, fit_values, plain_size
 from isoprune_hf.models.identify import BaseSource
+from isoprune_hf.models.saved_processor import saved_processor
 from isoprune_hf.recipes import Interpolation
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-_MAX_IMAGE_SIDE = 2**14  # pixels
 
 
 class TorchvisionPreset(Protocol):
@@ -119,23 +120,6 @@ def _saved_or_default(source: BaseSource, config: PreTrainedConfig) -> BaseImage
         ) from error
 
 
-def saved_processor(place: str, revision: str | None = None) -> BaseImageProcessor:
-    """Open the processor of a folder or a Hub id.
-
-    Raises:
-        CheckpointError: The processor is missing or damaged.
-    """
-    try:
-        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            place, revision=revision or "main", trust_remote_code=False
-        )
-    except (OSError, *LIBRARY_ERRORS) as error:
-        raise CheckpointError(
-            f"preprocessor_config.json of {place}: not a readable image processor ({describe_error(error)})"
-        ) from error
-    return processor
-
-
 def processed_size(name: str, processor: BaseImageProcessor) -> list[int]:
     """Return (channels, height, width) of the images that a processor produces.
 
@@ -150,7 +134,7 @@ def processed_size(name: str, processor: BaseImageProcessor) -> list[int]:
     try:
         sizes = [dict(getattr(processor, part, None) or {}) for part in ("size", "crop_size")]
         sides = [side for size in sizes for side in size.values() if side is not None]
-        if not all(1 <= side <= _MAX_IMAGE_SIDE for side in sides):
+        if not all(1 <= side <= MAX_PROCESSED_SIDE for side in sides):
             raise ValueError(f"sizes of {sides}")
         channels = channels_of(processor)
         image: Any = Image.new("RGB", (9, 7), "white") if channels == 3 else np.full((channels, 7, 9), 255, np.uint8)

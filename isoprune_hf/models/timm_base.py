@@ -20,7 +20,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.plain_values import check_args
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models.base import BaseModel, default_labels, label_fields, single_line, unreadable, wrap_module
-from isoprune_hf.models.processors import saved_processor, timm_processor
+from isoprune_hf.models.processors import timm_processor
+from isoprune_hf.models.saved_processor import saved_processor
 
 _MIN_CROP_SHARE = 1e-3  # far below every crop_pct of timm
 

@@ -16,7 +16,8 @@ from torch import nn
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.processors import saved_processor, timm_data
+from isoprune_hf.models.processors import timm_data
+from isoprune_hf.models.saved_processor import saved_processor
 
 # Arguments that timm's scripts always pass, and that say nothing at these values.
 _NOTHING = (None, False, 0, 0.0)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from isoprune_hf.limits import MAX_PROCESSED_SIDE
 from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, IMAGES, Interpolation, Range, check_numbers, whole
 
 RANGES = {
     "eval_images": whole(1, 2**40),
     "shuffle_buffer": whole(1, 2**20),
-    "resize": whole(1, 2**14),
+    "resize": whole(1, MAX_PROCESSED_SIDE),
     "mean": Range(0, 1),
     "std": Range(1e-6, 1),
     "max_broken": whole(0, 2**40),

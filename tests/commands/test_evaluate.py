@@ -215,7 +215,7 @@ def test_transformers_and_converted_models_are_evaluated(images: Path, tmp_path:
     ("flags", "words"),
     [
         (["--data.resize", "15"], ["data.resize must be at least", "16 pixels, got 15"]),
-        (["--data.resize", "0"], ["data.resize must be a whole number between 1 and 16384, got 0"]),
+        (["--data.resize", "0"], ["data.resize must be a whole number between 1 and 4096, got 0"]),
         (["--data.resize", "half"], ["data.resize", "half"]),
         (["--data.interpolation", "area"], ["data.interpolation", "area", "nearest", "bilinear", "bicubic"]),
         (["--pretrained", "false"], ["is pruned; random weights need a dense base"]),

@@ -2,6 +2,7 @@ import functools
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,9 +14,10 @@ from helpers.images import BROKEN, encode, noise, open_images, with_orientation,
 from helpers.ranks import call_on_ranks
 from PIL import Image
 
+from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.augmentation import TransformedImages
 from isoprune_hf.data.dataset import ImageData, load_data
-from isoprune_hf.data.decoding import Decoding, decode_image
+from isoprune_hf.data.decoding import Decoding, decode_image, read_image, read_or_replace
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.evaluate import evaluate_model
@@ -43,6 +45,45 @@ def test_missing_file_and_missing_image_are_named() -> None:
         images[0]
     with pytest.raises(DatasetError, match=r"data: image 1 .*missing"):
         images[1]
+
+
+LONG = Image.new("L", (60_000, 1))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [{"path": None, "bytes": encode(LONG)}, LONG, np.zeros((1, 60_000, 3), np.uint8)],
+    ids=["file", "image", "array"],
+)
+@pytest.mark.parametrize("decoder", ["pil", "torchvision"])
+def test_image_too_long_for_its_resize_is_refused(image: Any, decoder: str) -> None:
+    """256 x 15,360,000 pixels after the resize; at the limit, 1 x 1024 pixels become 256 x 262,144."""
+    decoding = Decoding(decoder=decoder).for_processor(IsoImageProcessor(size={"shortest_edge": 256}))
+    split = [{"image": image, "label": 0}]
+    with pytest.raises(DatasetError, match=r"60000 x 1 pixels, 3,932,160,000 after the resize"):
+        read_image(split, 0, decoding)
+    assert read_image(split, 0, Decoding(decoder=decoder)).label == 0
+    at_limit = [{"image": Image.new("L", (1024, 1)), "label": 0}]
+    assert read_image(at_limit, 0, decoding).label == 0
+
+
+def test_policy_replaces_an_image_too_long() -> None:
+    split = [{"image": {"path": None, "bytes": encode(LONG)}, "label": 0}]
+    decoding = Decoding(broken="grey").for_processor(IsoImageProcessor(size={"shortest_edge": 256}))
+    assert read_or_replace(split, 0, decoding).is_replacement
+
+
+@pytest.mark.parametrize(
+    ("settings", "edge"),
+    [
+        ({"size": {"shortest_edge": 40}}, 40),
+        ({"size": {"height": 40, "width": 30}}, None),
+        ({"size": {"shortest_edge": 40, "longest_edge": 80}}, None),
+        ({"size": {"shortest_edge": 40}, "do_resize": False}, None),
+    ],
+)
+def test_decoding_knows_the_resize_of_a_processor(settings: dict[str, Any], edge: int | None) -> None:
+    assert Decoding().for_processor(IsoImageProcessor(**settings)).edge == edge
 
 
 def test_every_damage_is_caught() -> None:

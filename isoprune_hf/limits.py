@@ -1,0 +1,13 @@
+# Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
+"""Budgets of bytes and work for input of unknown origin: folders, images, recipe files, old checkpoints.
+
+Each is far above what an honest input takes. SECURITY.md states them.
+"""
+
+MAX_CONFIG_NUMBER = 2**20  # absolute value of a number in a config
+MAX_MODULES = 20_000  # of a network
+MAX_IMAGE_SIDE = 2**14  # pixels
+MAX_IMAGE_PIXELS = 2**26  # of an image as stored, and after its resize: 8192 x 8192
+MAX_PROCESSED_SIDE = 2**12  # pixels, of the sizes of an image processor
+MAX_INPUT_NUMBERS = 2**26  # of an image as a model reads it: channels x height x width
+MAX_UNSAVED_BYTES = 2**30  # tensors that a constructor computes and no file contains
