@@ -97,7 +97,7 @@ class MemoryFault(TrainingFault, RuntimeError):
 
 
 class OccupiedError(TrainingFault, RuntimeError):
-    """Raised when another run is training in the same folder, or when the folder is not writable."""
+    """Raised when another process writes to the same place, or when the folder of a run is not writable."""
 
     exit_code = 73
 

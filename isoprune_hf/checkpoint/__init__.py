@@ -3,7 +3,7 @@
 - `modeling_isoprune.IsoPruneForImageClassification`, `dense.IsoPruneConfig`: open and save a folder with transformers.
 - `image_processor.IsoImageProcessor`, `image_processor.channels_of`: pixel values, and their number of channels.
 - `structure.capture_structure`, `structure.meta_copy`: describe a cut model by its differences from the base.
-- `folder.save_model_folder`, `folder.check_output`: write a folder whole or not at all.
+- `target.open_target`, `folder.save_model_folder`: lock the place of a result, and write it whole or not at all.
 - `snapshots.write_snapshot`, `snapshots.read_newest_snapshot`: saved states of training and scoring runs.
 - `fingerprint.fingerprint`: hash of a model's weights.
 

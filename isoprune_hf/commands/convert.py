@@ -21,14 +21,14 @@ def run(
     overwrite: bool,
 ) -> Answer:
     """Convert a pickled module, whose pickle is read as data, and write the folder OUTPUT."""
-    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.results import summarize, write_folder
     from isoprune_hf.legacy.convert import convert_file
 
-    folder = check_output(output, overwrite=overwrite)
-    converted = convert_file(file, base=base, model_args=model_args, weights=weights)
-    write_folder(folder, converted.model, converted.processor, accelerator)
-    answer = summarize(converted.model, {}, {}, folder)
+    with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        converted = convert_file(file, base=base, model_args=model_args, weights=weights)
+        write_folder(target, converted.model, converted.processor, accelerator)
+    answer = summarize(converted.model, {}, {}, target.path)
     return replace(answer, text="\n".join([*converted.notes, "", answer.text]))
 
 

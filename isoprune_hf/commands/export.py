@@ -17,18 +17,18 @@ def run(
     overwrite: bool,
 ) -> Answer:
     """Export a model and report how far its logits are from those of PyTorch."""
-    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.export.export import check_export, export_model
     from isoprune_hf.models import load_base
 
-    target = check_output(output, overwrite=overwrite)
-    if Path(folder).resolve() == target.resolve():
-        raise RecipeError("--output must be another folder than the model's")
-    check_export(format, quantize)
-    model, processor = load_base(folder)
-    exported = export_model(model, processor, target, target=format, quantize=quantize)
+    with open_target(output, overwrite=overwrite) as target:
+        if Path(folder).resolve() == target.real:
+            raise RecipeError("--output must be another folder than the model's")
+        check_export(format, quantize)
+        model, processor = load_base(folder)
+        exported = export_model(model, processor, target, target=format, quantize=quantize)
     images = sum(exported.batches)
-    file = target / exported.file
+    file = target.path / exported.file
     text = (
         f"{file}: {format}{', weights of 8 bits' if quantize == 'dynamic' else ''}, any batch size\n"
         f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "

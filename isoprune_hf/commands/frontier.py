@@ -24,36 +24,38 @@ def run(
     overwrite: bool,
 ) -> Answer:
     """Score once, cut to every size, measure all of them, and write table, plot and scores."""
-    from isoprune_hf.checkpoint.folder import check_output, replace_folder
+    from isoprune_hf.checkpoint.folder import replace_folder
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs, open_scores
     from isoprune_hf.commands.steps.sizes import cut_sizes, measure_sizes, record_sizes, tabulate_sizes, write_sizes
     from isoprune_hf.reporting.pictures import check_plotting
 
     shares = read_sizes(sizes)
-    folder = check_output(output, overwrite=overwrite, marks=("frontier.json",))
-    check_plotting()
-    if prune.steps > 1:
-        raise RecipeError(f"frontier cuts every size from one scoring: set prune.steps to 1, got {prune.steps}")
-    prune = replace(prune, model=model or prune.model, target_macs=None, target_params=None, target_latency=None)
-    prune, known = open_scores(prune, scores)
-    images = open_data(data, accelerator) if data.dataset else None
-    reader = prune.reads_images if known is None else prune.data_step
-    opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
-    cuts = cut_sizes(opened, shares, output)
-    rows = measure_sizes(opened, cuts)
-    record = record_sizes(opened, cuts, rows)
-    if accelerator.is_main_process:
-        replace_folder(folder, lambda place: write_sizes(place, rows, record, cuts.scores))
-    forget_scoring(output, accelerator)
-    accelerator.wait_for_everyone()
-    again = f"isoprune prune --prune.model {prune.model} --scores {folder / 'importance.safetensors'}"
+    marks = ("frontier.json",)
+    with open_target(output, overwrite=overwrite, marks=marks, is_writer=accelerator.is_main_process) as target:
+        check_plotting()
+        if prune.steps > 1:
+            raise RecipeError(f"frontier cuts every size from one scoring: set prune.steps to 1, got {prune.steps}")
+        prune = replace(prune, model=model or prune.model, target_macs=None, target_params=None, target_latency=None)
+        prune, known = open_scores(prune, scores)
+        images = open_data(data, accelerator) if data.dataset else None
+        reader = prune.reads_images if known is None else prune.data_step
+        opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
+        cuts = cut_sizes(opened, shares, output)
+        rows = measure_sizes(opened, cuts)
+        record = record_sizes(opened, cuts, rows)
+        if accelerator.is_main_process:
+            replace_folder(target, lambda place: write_sizes(place, rows, record, cuts.scores))
+        forget_scoring(output, accelerator)
+        accelerator.wait_for_everyone()
+    again = f"isoprune prune --prune.model {prune.model} --scores {target.path / 'importance.safetensors'}"
     again += f" --prune.preset {preset}" if (preset := prune.taken_preset) else f" --prune.criterion {prune.criterion}"
     again += f" --data.dataset {data.dataset}" if prune.data_step else ""
     text = (
-        f"{tabulate_sizes(rows)}\n\nThe table, its plot and the scores are in {folder}. Make a folder of a size "
+        f"{tabulate_sizes(rows)}\n\nThe table, its plot and the scores are in {target.path}. Make a folder of a size "
         f"with:\n\n    {again} --prune.target_macs 50%"
     )
-    return Answer(text, {"folder": str(folder), **record})
+    return Answer(text, {"folder": str(target.path), **record})
 
 
 def read_sizes(text: str) -> tuple[float, ...]:

@@ -41,23 +41,23 @@ def run_apply(
     ignore_fingerprint: bool,
 ) -> Answer:
     """Replay a plan on its base and write the folder of the pruned model."""
-    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
     from isoprune_hf.commands.steps.replaying import replay_on_base
     from isoprune_hf.commands.steps.results import summarize, write_folder
     from isoprune_hf.pruning.plan import PruningPlan
     from isoprune_hf.recipes import recipe_to_dict
 
-    folder = check_output(output, overwrite=overwrite)
-    loaded = PruningPlan.load(plan)
-    settings = recipe_to_dict(prune)
-    if model is not None:
-        settings["model"] = model
-    images = open_data(data, accelerator) if data.dataset else None
-    opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
-    pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
-    write_folder(folder, pruned, opened.base.processor, accelerator, plan=replayed.to_json())
-    return summarize(pruned, {}, {}, folder)
+    with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        loaded = PruningPlan.load(plan)
+        settings = recipe_to_dict(prune)
+        if model is not None:
+            settings["model"] = model
+        images = open_data(data, accelerator) if data.dataset else None
+        opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
+        pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
+        write_folder(target, pruned, opened.base.processor, accelerator, plan=replayed.to_json())
+    return summarize(pruned, {}, {}, target.path)
 
 
 def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe) -> Answer:

@@ -21,37 +21,37 @@ def run(
     push_to_hub: str | None,
 ) -> Answer:
     """Cut the base and write the folder of the pruned model."""
-    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.cutting import cut_base
     from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs, open_scores
     from isoprune_hf.commands.steps.results import Metrics, send_result, summarize, write_folder
     from isoprune_hf.hub.uploads import open_uploads
 
-    folder = check_output(output, overwrite=overwrite)
-    uploads = open_uploads(push_to_hub, accelerator)
-    prune, known = open_scores(prune, scores)
-    images = open_data(data, accelerator) if data.dataset else None
-    reader = prune.reads_images if known is None else prune.data_step
-    opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
-    result = cut_base(opened, output)
-    metrics: Metrics = {}
-    if images is not None and images.evaluation is not None:
-        for name, model in (("base", opened.base.model), ("pruned", result.model)):
-            metrics[name] = evaluate_on(images, model, opened.base.processor, data, accelerator)
-    achieved = result.plan.achieved
-    latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
-    write_folder(
-        folder,
-        result.model,
-        opened.base.processor,
-        accelerator,
-        plan=result.plan.to_json(),
-        metrics=metrics,
-        speed={**result.plan.settings["latency"], "milliseconds": latency} if latency else None,
-    )
-    forget_scoring(output, accelerator)
-    answer = summarize(result.model, metrics, latency, folder, notes=result.plan.notes)
-    return send_result(uploads, folder, answer)
+    with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        uploads = open_uploads(push_to_hub, accelerator)
+        prune, known = open_scores(prune, scores)
+        images = open_data(data, accelerator) if data.dataset else None
+        reader = prune.reads_images if known is None else prune.data_step
+        opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
+        result = cut_base(opened, output)
+        metrics: Metrics = {}
+        if images is not None and images.evaluation is not None:
+            for name, model in (("base", opened.base.model), ("pruned", result.model)):
+                metrics[name] = evaluate_on(images, model, opened.base.processor, data, accelerator)
+        achieved = result.plan.achieved
+        latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
+        write_folder(
+            target,
+            result.model,
+            opened.base.processor,
+            accelerator,
+            plan=result.plan.to_json(),
+            metrics=metrics,
+            speed={**result.plan.settings["latency"], "milliseconds": latency} if latency else None,
+        )
+        forget_scoring(output, accelerator)
+        answer = summarize(result.model, metrics, latency, target.path, notes=result.plan.notes)
+    return send_result(uploads, target.path, answer)
 
 
 STAGE = Stage(

@@ -24,7 +24,7 @@ def run(
     push_every: int | None,
 ) -> Answer:
     """Open, train the base if requested, score, cut, finetune, evaluate, write the folder and classify one image."""
-    from isoprune_hf.checkpoint.folder import check_output
+    from isoprune_hf.checkpoint.target import check_output
     from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, open_inputs
     from isoprune_hf.commands.steps.pipeline import clear_output, run_pipeline
     from isoprune_hf.commands.steps.results import send_result

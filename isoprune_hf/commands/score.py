@@ -12,19 +12,22 @@ if TYPE_CHECKING:
 
 def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, output: str, overwrite: bool) -> Answer:
     """Score the base and write `importance.safetensors`."""
-    from isoprune_hf.checkpoint.folder import check_output, replace_file
+    from isoprune_hf.checkpoint.folder import replace_file
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
     from isoprune_hf.pruning.score import score_model
 
-    target = check_output(output, overwrite=overwrite, is_file=True)
-    images = open_data(data, accelerator) if data.dataset else None
-    opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
-    calibration = opened.open_calibration(output)
-    scores = score_model(opened.base.model, opened.prune, calibration.batches, accelerator, sample=calibration.sample)
-    accelerator.wait_for_everyone()  # every rank has checked the output by now
-    if accelerator.is_main_process:
-        replace_file(target, scores.save)
-    forget_scoring(output, accelerator)
+    with open_target(output, overwrite=overwrite, is_file=True, is_writer=accelerator.is_main_process) as target:
+        images = open_data(data, accelerator) if data.dataset else None
+        opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
+        calibration = opened.open_calibration(output)
+        scores = score_model(
+            opened.base.model, opened.prune, calibration.batches, accelerator, sample=calibration.sample
+        )
+        accelerator.wait_for_everyone()  # every rank has checked the output by now
+        if accelerator.is_main_process:
+            replace_file(target, scores.save)
+        forget_scoring(output, accelerator)
     return Answer(f"scores of {len(scores.scores)} groups are in {output}")
 
 

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.dense import describe_error
+from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
+from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.errors import ExportError, RecipeError
 from isoprune_hf.export.comparison import Export, Quantization, compare_logits, load_photographs
 from isoprune_hf.export.formats import FORMATS, Format
@@ -25,7 +27,7 @@ from isoprune_hf.extras import require_package
 def export_model(
     model: IsoPruneForImageClassification,
     processor: BaseImageProcessor,
-    folder: str | Path,
+    folder: str | Path | Target,
     *,
     target: Format,
     quantize: Quantization = "none",
@@ -37,7 +39,7 @@ def export_model(
     Args:
         model: The model in eval mode; it is not changed.
         processor: Its image processor.
-        folder: The folder; an existing one is replaced.
+        folder: The folder, or the one that this process has locked; an existing one is replaced.
         target: `onnx`, `openvino` or `torch-export`.
         quantize: `dynamic` stores the weights of an ONNX model in eight bits and rounds activations at run time.
 
@@ -45,9 +47,10 @@ def export_model(
         RecipeError: The format cannot be quantized.
         MissingExtraError: A package is missing.
         ExportError: The model cannot be exported, or its logits differ from those of PyTorch.
-        CheckpointError: The folder cannot be written.
+        CheckpointError: The folder cannot be written, or a tensor is not finite.
     """
     check_export(target, quantize)
+    require_finite(model)
     batches = load_photographs(processor)
     plain = plain_copy(model)
     with torch.inference_mode():

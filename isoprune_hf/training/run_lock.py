@@ -39,7 +39,7 @@ class RunLock:
                 holder = self._holder.read_text(encoding="utf-8").strip()
             except OSError:
                 holder = ""
-            raise OccupiedError(f"{what}: {holder or 'another process'} is training there") from error
+            raise OccupiedError(f"{what}: {holder or 'another process'} is writing there") from error
         self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
 
     def release(self) -> None:

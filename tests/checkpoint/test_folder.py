@@ -17,9 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from isoprune_hf.checkpoint import folder as folder_module
-from isoprune_hf.checkpoint.folder import check_output, read_json, replace_file, save_model_folder, write_file
-from isoprune_hf.errors import CheckpointError, RecipeError
+from isoprune_hf.checkpoint.folder import read_json, replace_file, save_model_folder, write_file
+from isoprune_hf.errors import CheckpointError
 
 MODEL_FILES = {"config.json", "model.safetensors", "modeling_isoprune.py", "preprocessor_config.json"}
 
@@ -134,94 +133,11 @@ def test_failed_write_leaves_the_old_folder(before: str, error: Exception, prune
     assert names(tmp_path) == ({"out"} if before == "a folder" else set())
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_failed_rename_is_undone(failing: int, pruned, tmp_path, monkeypatch) -> None:
-    out, sample = tmp_path / "out", pruned("vit")
-    (out / "checkpoints").mkdir(parents=True)
-    (out / "checkpoints" / "state").write_text("kept")
-    (out / "config.json").write_text("old")
-    held, calls, rename = content(tmp_path), [], os.rename
-
-    def rename_once_not(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == failing + 1:
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        rename(source, target)
-
-    monkeypatch.setattr(folder_module.os, "rename", rename_once_not)
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        save_model_folder(out, sample.model, sample.processor, keep="checkpoints")
-    assert len(calls) > failing
-    assert content(tmp_path) == held
-
-
 def test_folder_below_a_file_is_refused(pruned, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"file/out cannot be written"):
         save_model_folder(tmp_path / "file" / "out", pruned("vit").model, pruned("vit").processor)
     assert names(tmp_path) == {"file"}
-
-
-# --- checked before any work
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_new_output_is_accepted_without_creating_it(is_file: bool, tmp_path: Path) -> None:
-    assert check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file) == tmp_path / "a" / "b"
-    assert names(tmp_path) == set()
-
-
-def test_empty_folder_is_accepted(tmp_path: Path) -> None:
-    assert check_output(str(tmp_path), overwrite=False) == tmp_path
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_existing_result_needs_overwrite(is_file: bool, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    output = tmp_path / "config.json" if is_file else tmp_path
-    with pytest.raises(RecipeError) as caught:
-        check_output(output, overwrite=False, is_file=is_file)
-    message = str(caught.value)
-    assert message.startswith(f"--output {output} exists") and "--overwrite true" in message and "\n" not in message
-    assert check_output(output, overwrite=True, is_file=is_file) == output
-    assert names(tmp_path) == {"config.json"}
-
-
-@pytest.mark.parametrize("place", ["", "model", "base", "checkpoints/last"])
-def test_folder_with_a_model_may_be_replaced(place: str, tmp_path: Path) -> None:
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    (tmp_path / place / "config.json").write_text("{}")
-    assert check_output(tmp_path, overwrite=True) == tmp_path
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_folder_of_other_files_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path} "):
-        check_output(tmp_path, overwrite=overwrite)
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_file_and_folder_are_not_interchangeable(overwrite: bool, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file is a file"):
-        check_output(tmp_path / "file", overwrite=overwrite)
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path} is a folder"):
-        check_output(tmp_path, overwrite=overwrite, is_file=True)
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_output_below_a_file_is_refused(is_file: bool, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file/out: {tmp_path}/file "):
-        check_output(tmp_path / "file" / "out", overwrite=False, is_file=is_file)
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_output_in_readonly_folder_is_refused(is_file: bool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/a/b: {tmp_path} "):
-        check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file)
 
 
 # --- single files

@@ -397,7 +397,7 @@ def test_second_run_in_a_folder_raises(case: Case, tmp_path: Path) -> None:
     ended = isoprune(*case.command, "--output", out)
     os.kill(process.pid, signal.SIGCONT)
     assert ended.code == 73
-    assert re.fullmatch(rf"isoprune: error: .*: process {process.pid} on \S+ is training there\n", ended.err)
+    assert re.fullmatch(rf"isoprune: error: .*: process {process.pid} on \S+ is writing there\n", ended.err)
     assert process.wait().code == 0 and weights_of(out) == case.alone
 
 

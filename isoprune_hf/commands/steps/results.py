@@ -9,14 +9,15 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import BaseImageProcessor, pipeline
 
-from isoprune_hf.checkpoint.folder import read_json, save_model_folder, write_file
+from isoprune_hf.checkpoint.folder import save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.commands.stage import Answer
+from isoprune_hf.commands.steps.carried import Carried
 from isoprune_hf.errors import CheckpointError, WriteError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
-from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.tables import describe_sample, results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
@@ -25,7 +26,7 @@ Metrics = dict[str, dict[str, float | int]]
 
 
 def write_folder(
-    folder: Path,
+    target: Target | Path,
     model: IsoPruneForImageClassification,
     processor: BaseImageProcessor,
     accelerator: Accelerator,
@@ -33,45 +34,45 @@ def write_folder(
     plan: str | None = None,
     metrics: Metrics | None = None,
     speed: dict[str, Any] | None = None,
-    keep: str | None = None,
 ) -> None:
     """Write the whole folder on the main process: model, figures and card appear together."""
+    name = (target.path if isinstance(target, Target) else target).name
 
     def finish(temporary: Path) -> None:
         if speed:
             write_file(temporary / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
         if model.config.stage != "base":
             if can_draw() and any((model.config.structure or {}).values()):
-                title = f"{folder.name}: the width of every layer, before and after the cut"
+                title = f"{name}: the width of every layer, before and after the cut"
                 draw_widths(layer_widths(model), temporary / PICTURE, title=title)
-            write_file(temporary / "README.md", str(build_model_card(temporary, repo=folder.name)))
+            write_file(temporary / "README.md", str(build_model_card(temporary, repo=name)))
 
     accelerator.wait_for_everyone()  # every rank has checked the output by now
     if accelerator.is_main_process:
-        save_model_folder(folder, model, processor, plan=plan, metrics=metrics, keep=keep, finish=finish)
+        save_model_folder(target, model, processor, plan=plan, metrics=metrics, finish=finish)
     accelerator.wait_for_everyone()
 
 
 def write_trained(
-    folder: Path, student: BaseModel, accelerator: Accelerator, *, source: str, metrics: Metrics, keep: str
+    target: Target, student: BaseModel, accelerator: Accelerator, *, carried: Carried, metrics: Metrics
 ) -> None:
-    """Write the folder of a trained model, with the plan and the times of the folder `source` that it came from.
+    """Write the folder of a trained model, with the plan and the times of the folder that it came from.
 
     Raises:
         WriteError: It cannot be written; the training itself is saved.
     """
-    plan = Path(source) / PLAN_FILE
     try:
         write_folder(
-            folder,
+            target,
             student.model,
             student.processor,
             accelerator,
-            plan=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+            plan=carried.plan,
             metrics=metrics,
-            speed=read_json(source, "speed.json"),
-            keep=keep,
+            speed=carried.speed,
         )
+    except WriteError:
+        raise  # the result is complete in another folder
     except CheckpointError as error:
         raise WriteError(f"{error}; the training is saved: rerun the same command to write its result") from error
 

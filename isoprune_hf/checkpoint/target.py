@@ -1,0 +1,298 @@
+"""The place where a command writes its result: checked, locked and kept apart from the files of others.
+
+`open_target` checks and locks it before any work. The result is written next to it and takes its name in one step, so
+a killed command leaves the old result or the new one; the next command removes what a killed one has left.
+"""
+
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isoprune_hf.checkpoint.exchange import exchange
+from isoprune_hf.checkpoint.sync import sync_folder
+from isoprune_hf.checkpoint.target_lock import TargetLock
+from isoprune_hf.errors import CheckpointError, RecipeError, WriteError
+
+logger = logging.getLogger(__name__)
+
+# A folder is replaced only if it holds one of these: it is then a model folder or the folder of a whole run.
+MODEL_MARKS = ("config.json", "model/config.json", "base/config.json", "checkpoints/last/config.json")
+_CONFIG = "config.json"
+
+# Path below the target -> inode, size and time of its last change.
+_Files = dict[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place that this process has locked.
+
+    Attributes:
+        path: The place as it was given.
+        real: Its absolute path without links.
+        keep: Name of a subfolder that belongs to the command and is not replaced.
+        files: The files that it held when it was locked; only these are replaced.
+    """
+
+    path: Path
+    real: Path
+    keep: str | None = None
+    files: _Files = field(default_factory=dict)
+
+    def take_folder(self, written: Path) -> None:
+        """Give the name of the target to a folder that was written next to it, and remove the old one.
+
+        Raises:
+            WriteError: Others have changed the target since it was locked. It stays as it is, and the folder is kept
+                under another name.
+            OSError: It cannot be renamed.
+        """
+        self._check_unchanged(written)
+        os.chmod(written, 0o755)
+        if not self.real.exists():
+            os.rename(written, self.real)
+        elif self.keep is None or not (self.real / self.keep).is_dir():
+            self._discard(_swap(written, self.real))
+        elif (self.real / _CONFIG).exists() and exchange(written, self.real):
+            os.rename(written / self.keep, self.real / self.keep)
+            self._discard(written)
+        else:
+            self._discard(_move_files(written, self.real, self.keep))
+        sync_folder(self.real.parent)
+
+    def take_file(self, written: Path) -> None:
+        """Give the name of the target to a file that was written next to it.
+
+        Raises:
+            WriteError: As in `take_folder`.
+            OSError: It cannot be renamed.
+        """
+        self._check_unchanged(written)
+        os.replace(written, self.real)
+        sync_folder(self.real.parent)
+
+    def _check_unchanged(self, written: Path) -> None:
+        found = _list_files(self.real, self.keep)
+        if found == self.files:
+            return
+        changed = sorted(name for name in {*found, *self.files} if found.get(name) != self.files.get(name))
+        if not found.keys() - self.files.keys() and all(name not in found for name in changed):
+            return  # files were only removed
+        other = _free_name(self.real)
+        os.rename(written, other)
+        names = ", ".join(name or self.real.name for name in changed[:3])
+        raise WriteError(
+            f"{self.path} was changed while this command worked ({names}) and is left as it is; the result is "
+            f"complete in {other}"
+        )
+
+    def _discard(self, old: Path) -> None:
+        """Remove the old folder; files that were added in the last moment are kept in a visible place."""
+        if _list_files(old, self.keep).keys() <= self.files.keys():
+            shutil.rmtree(old, ignore_errors=True)
+            return
+        other = _free_name(self.real)
+        os.rename(old, other)
+        logger.warning(f"{self.path} was changed while it was replaced: what it held is in {other}")
+
+
+def check_output(
+    output: str | Path,
+    *,
+    overwrite: bool,
+    is_file: bool = False,
+    holds_run: bool = False,
+    marks: Sequence[str] = MODEL_MARKS,
+    flag: str = "--output",
+) -> Path:
+    """Check, before any work, that a result can be written; creates nothing.
+
+    Args:
+        output: Place of the result.
+        overwrite: Allow an existing result to be replaced.
+        is_file: The result is a file and not a folder.
+        holds_run: The folder contains a training run; the run itself checks whether it may be continued.
+        marks: A folder may be replaced only if it contains one of these files.
+        flag: Command line flag to name in errors.
+
+    Returns:
+        `output` as a path.
+
+    Raises:
+        RecipeError: The place is occupied or cannot be written.
+    """
+    path = Path(output)
+    if path.exists() and path.is_dir() == is_file:
+        raise RecipeError(f"{flag} {output} is a {'folder' if is_file else 'file'}; choose another name")
+    if is_file and path.exists() and not overwrite:
+        raise RecipeError(f"{flag} {output} exists; choose another file, or replace it with --overwrite true")
+    if path.is_dir() and any(path.iterdir()) and not holds_run:
+        if not overwrite:
+            raise RecipeError(
+                f"{flag} {output} exists and is not empty; choose another folder, or replace it with --overwrite true"
+            )
+        if not any((path / mark).is_file() for mark in marks):
+            raise RecipeError(
+                f"{flag} {output} contains files that are not a result of this command; choose another folder"
+            )
+    if os.path.ismount(path):
+        raise RecipeError(f"{flag} {output} is a mount point, which cannot be renamed; choose a folder inside it")
+    real = path.resolve()
+    parent = next(place for place in real.parents if place.exists())
+    for place in (parent, *([path] if path.is_dir() else [])):
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise RecipeError(f"{flag} {output}: {place} is not a writable folder")
+    return path
+
+
+@contextmanager
+def open_target(
+    output: str | Path,
+    *,
+    overwrite: bool,
+    is_writer: bool = True,
+    is_file: bool = False,
+    keep: str | None = None,
+    holds_run: bool = False,
+    marks: Sequence[str] = MODEL_MARKS,
+    flag: str = "--output",
+) -> Iterator[Target]:
+    """Check the place of a result as `check_output` does, and lock it within the context.
+
+    Args:
+        output: Place of the result.
+        overwrite: Allow an existing result to be replaced.
+        is_writer: This process writes the result; other ranks only check its place.
+        is_file: The result is a file and not a folder.
+        keep: See `Target`.
+        holds_run: See `check_output`.
+        marks: See `check_output`.
+        flag: Command line flag to name in errors.
+
+    Raises:
+        OccupiedError: Another process writes there.
+        RecipeError: The place is occupied or cannot be written.
+    """
+    path = Path(output)
+
+    def check() -> None:
+        check_output(path, overwrite=overwrite, is_file=is_file, holds_run=holds_run, marks=marks, flag=flag)
+
+    check()
+    if not is_writer:
+        yield Target(path, path.resolve(), keep)
+        return
+    with locked_target(path, keep=keep, what=f"{flag} {output}") as target:
+        check()  # the process that has had the lock may have written it
+        yield target
+
+
+@contextmanager
+def locked_target(
+    path: str | Path, *, keep: str | None = None, what: str | None = None, is_replaced: bool = True
+) -> Iterator[Target]:
+    """Lock a place within the context.
+
+    Args:
+        path: The place.
+        keep: See `Target`.
+        what: Start of the message of an error; the default is the place.
+        is_replaced: The whole place is to be replaced: what killed processes have left next to it is removed first.
+
+    Raises:
+        OccupiedError: Another process has the lock.
+        CheckpointError: The lock cannot be written.
+    """
+    real = Path(path).resolve()
+    lock = TargetLock(real)
+    try:
+        lock.acquire(what or str(path))
+    except OSError as error:
+        raise CheckpointError(f"{real} cannot be written: {error}") from error
+    try:
+        if is_replaced:
+            _recover(real, keep)
+        yield Target(Path(path), real, keep, _list_files(real, keep))
+    finally:
+        lock.release()
+
+
+def _recover(real: Path, keep: str | None) -> None:
+    """Remove the temporary files of killed processes; parts of the target that they had moved away return first."""
+    pattern = re.compile(rf"\.{re.escape(real.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    real.with_name(f".tmp.{real.name}").unlink(missing_ok=True)  # of `replace_file`
+    for left in [path for path in real.parent.iterdir() if pattern.fullmatch(path.name)]:
+        if left.suffix == ".old" and not real.exists():
+            os.rename(left, real)
+            continue
+        if keep is not None and (left / keep).is_dir() and real.is_dir() and not (real / keep).exists():
+            os.rename(left / keep, real / keep)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _list_files(place: Path, keep: str | None) -> _Files:
+    """Return the files of a folder, or of a single file by the name ""; `keep` is left out."""
+    if not place.is_dir():
+        paths = [place] if place.exists() else []
+    else:
+        paths = [path for path in place.rglob("*") if path.is_symlink() or not path.is_dir()]
+    found = {}
+    for path in paths:
+        name = "" if path == place else path.relative_to(place).as_posix()
+        if keep is None or name.partition("/")[0] != keep:
+            status = path.lstat()
+            found[name] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
+
+
+def _free_name(place: Path) -> Path:
+    """Return the first of NAME-1, NAME-2, ... that does not exist."""
+    names = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _swap(written: Path, folder: Path) -> Path:
+    """Give the name of an existing folder to a new one; return the place of the old one."""
+    if exchange(written, folder):
+        return written
+    aside = written.with_suffix(".old")
+    os.rename(folder, aside)
+    try:
+        os.rename(written, folder)
+    except OSError:
+        os.rename(aside, folder)
+        raise
+    return aside
+
+
+def _move_files(written: Path, folder: Path, keep: str) -> Path:
+    """Replace the files of a folder around `keep`, one by one; return the place of the old ones.
+
+    The config is removed first and added last, so that a half-written folder cannot be opened.
+    """
+    aside = written.with_suffix(".old")
+    aside.mkdir()
+    outgoing = sorted((path for path in folder.iterdir() if path.name != keep), key=_is_not_config)
+    incoming = sorted(written.iterdir(), key=_is_not_config, reverse=True)
+    moves = [(path, aside / path.name) for path in outgoing] + [(path, folder / path.name) for path in incoming]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            done.append((source, target))
+    except OSError:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        aside.rmdir()
+        raise
+    return aside
+
+
+def _is_not_config(path: Path) -> bool:
+    return path.name != _CONFIG

@@ -1,0 +1,94 @@
+"""The steps of the stage `finetune` once its output is locked; see `finetune_folder`."""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from isoprune_hf.checkpoint.folder import read_json
+from isoprune_hf.checkpoint.target import Target, check_output
+from isoprune_hf.commands.stage import Answer
+from isoprune_hf.commands.steps.carried import Carried, read_carried
+from isoprune_hf.commands.steps.opening import evaluate_on, open_data, with_data_transform
+from isoprune_hf.commands.steps.results import summarize, write_trained
+from isoprune_hf.commands.steps.sources import check_classes, open_teacher, open_with_new_head, reopen_base
+from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.hub.uploads import Uploads
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
+from isoprune_hf.training.run import is_begun, read_run
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that is finetuned.
+
+    Attributes:
+        name: Its folder or name.
+        takes_new_head: Its head is replaced by a new one for the classes of the data.
+    """
+
+    name: str
+    takes_new_head: bool
+
+
+def finetune_folder(
+    source: Source,
+    target: Target,
+    data: DataRecipe,
+    finetune: FinetuneRecipe,
+    accelerator: Accelerator,
+    uploads: Uploads | None,
+    *,
+    overwrite: bool,
+) -> Answer:
+    """Train a model and write the result to the target; an unfinished run of that folder is resumed.
+
+    Returns:
+        The table of the models. If the target already holds the result of this run, it is that one's.
+    """
+    folder = target.path
+    known = read_run(folder / CHECKPOINTS)
+    holds_unfinished = is_begun(folder / CHECKPOINTS) and not (known is not None and known["finished"])
+    images = open_data(data, accelerator)
+    student, carried = _open_student(source, images, data, finetune)
+    has_dense = not source.takes_new_head  # the dense model has other classes than a new head
+    teacher = open_teacher(student.model, finetune) if has_dense or finetune.teacher != "auto" else None
+    training = open_run(folder, student, images, data, finetune, teacher, accelerator, overwrite=overwrite)
+    if training.is_finished and not overwrite and (folder / "config.json").is_file():
+        logger.info(f"--output {folder} contains the result of this run; retrain it with --overwrite true")
+        return summarize(load_base(str(folder)).model, read_json(folder, "metrics.json") or {}, {}, folder)
+    check_output(folder, overwrite=overwrite, holds_run=holds_unfinished)
+    metrics = dict(carried.metrics)
+    if has_dense and images.evaluation is not None and "base" not in metrics:
+        dense = (teacher if finetune.teacher == "auto" else None) or reopen_base(student.model)
+        if dense is not None:
+            metrics["base"] = evaluate_on(images, dense.model, student.processor, data, accelerator)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, training, uploads)
+    with training:
+        metrics |= train_student(
+            student, images, data, finetune, accelerator, teacher=teacher, checkpoints=checkpoints, metrics=metrics
+        )
+        write_trained(target, student, accelerator, carried=carried, metrics=metrics)
+        training.finish()
+    return summarize(student.model, metrics, {}, folder)
+
+
+def _open_student(
+    source: Source, images: ImageData, data: DataRecipe, finetune: FinetuneRecipe
+) -> tuple[BaseModel, Carried]:
+    """Open the model to train, and the parts of its folder that the result keeps."""
+    carried = read_carried(source.name)
+    if source.takes_new_head:
+        found = open_with_new_head(source.name, images.label_names, finetune.seed)
+    else:
+        found = load_base(source.name)
+    student = with_data_transform(found, data)
+    check_classes(images.label_names, student.model)
+    if student is not found or source.takes_new_head:
+        # Figures measured with another transform or head than that of the new folder are not comparable.
+        carried = Carried(carried.plan, carried.speed, {})
+    return student, carried

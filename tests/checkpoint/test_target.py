@@ -1,0 +1,355 @@
+"""Places of results: checked and locked before any work, and replaced in one step that loses no file of others."""
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.command_line import contents
+
+from isoprune_hf.checkpoint import target as target_module
+from isoprune_hf.checkpoint.exchange import exchange
+from isoprune_hf.checkpoint.folder import replace_file, replace_folder
+from isoprune_hf.checkpoint.target import check_output, locked_target, open_target
+from isoprune_hf.checkpoint.target_lock import TargetLock
+from isoprune_hf.errors import CheckpointError, OccupiedError, RecipeError, WriteError
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def write_new(folder: Path) -> None:
+    (folder / "config.json").write_text("new")
+    (folder / "weights").write_text("new")
+
+
+def write_old(out: Path) -> None:
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "state").write_text("kept")
+    (out / "config.json").write_text("old")
+    (out / "extra").write_text("old")
+
+
+NEW = {"config.json": b"new", "weights": b"new"}
+KEPT = {"checkpoints": None, "checkpoints/state": b"kept"}
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def is_atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether two folders can be exchanged in one step here; also without, as on other systems than Linux."""
+    if request.param == "two renames":
+        monkeypatch.setattr(target_module, "exchange", lambda first, second: False)
+    return request.param == "exchange"
+
+
+@pytest.mark.parametrize("keep", [None, "checkpoints"])
+def test_new_folder_replaces_the_old(keep: str | None, is_atomic: bool, tmp_path: Path) -> None:
+    write_old(tmp_path / "out")
+    with open_target(tmp_path / "out", overwrite=True, keep=keep) as target:
+        replace_folder(target, write_new)
+        assert names(tmp_path) == {"out", ".out.lock"}
+    assert contents(tmp_path / "out") == (NEW if keep is None else NEW | KEPT)
+    assert names(tmp_path) == {"out"}
+
+
+def test_exchange_needs_both_names(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "first", tmp_path / "second")
+    (tmp_path / "second").write_text("x")
+    assert exchange(tmp_path / "first", tmp_path / "second")
+    assert (tmp_path / "first").read_text() == "x" and (tmp_path / "second").is_dir()
+
+
+# --- the files of others
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "added": lambda out: (out / "notes.txt").write_text("mine"),
+    "added below": lambda out: (out / "deep").mkdir() or (out / "deep" / "notes.txt").write_text("mine"),
+    "replaced": lambda out: (out / "config.json").unlink() or (out / "config.json").write_text("mine"),
+    "edited": lambda out: (out / "config.json").write_text("mine, and longer"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("keep", [None, "checkpoints"])
+def test_files_added_by_others_are_kept(change: str, keep: str | None, is_atomic: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_old(out)
+    with open_target(out, overwrite=True, keep=keep) as target:
+        CHANGES[change](out)
+        before = contents(out)
+        with pytest.raises(WriteError):
+            replace_folder(target, write_new)
+    assert contents(out) == before
+    assert contents(tmp_path / "out-1") == NEW  # the work is not lost either
+    assert names(tmp_path) == {"out", "out-1"}
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_folder_made_by_others_is_kept(has_folder: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out.v1"
+    if has_folder:
+        out.mkdir()
+    with open_target(out, overwrite=False) as target:
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("mine")
+        with pytest.raises(WriteError):
+            replace_folder(target, write_new)
+    assert contents(out) == {"notes.txt": b"mine"}
+    assert names(tmp_path) == {"out.v1", "out-1.v1"}
+
+
+def test_files_added_in_the_last_moment_stay(is_atomic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    write_old(out)
+    with open_target(out, overwrite=True) as target:
+        monkeypatch.setattr(type(target), "_check_unchanged", lambda *_: (out / "notes.txt").write_text("mine"))
+        replace_folder(target, write_new)
+    assert contents(out) == NEW
+    assert (tmp_path / "out-1" / "notes.txt").read_text() == "mine"
+
+
+def test_file_made_by_others_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "scores.safetensors"
+    with open_target(out, overwrite=True, is_file=True) as target:
+        out.write_text("mine")
+        with pytest.raises(WriteError):
+            replace_file(target, lambda path: path.write_text("new"))
+    assert contents(tmp_path) == {"scores.safetensors": b"mine", "scores-1.safetensors": b"new"}
+
+
+def test_files_removed_by_others_are_no_obstacle(tmp_path: Path) -> None:
+    write_old(tmp_path / "out")
+    with open_target(tmp_path / "out", overwrite=True) as target:
+        (tmp_path / "out" / "extra").unlink()
+        replace_folder(target, write_new)
+    assert contents(tmp_path / "out") == NEW
+
+
+# --- one writer
+
+
+def test_second_writer_is_refused_and_harmless(tmp_path: Path) -> None:
+    with open_target(tmp_path / "a" / "out", overwrite=False):
+        with pytest.raises(OccupiedError, match=f"process {os.getpid()} on "), locked_target(tmp_path / "a" / "out"):
+            raise AssertionError("two processes have the lock")
+        with open_target(tmp_path / "a" / "other", overwrite=False):
+            pass
+        with pytest.raises(OccupiedError):
+            replace_folder(tmp_path / "a" / "out", write_new)
+        assert names(tmp_path / "a") == {".out.lock"}
+    assert names(tmp_path) == set()
+
+
+def test_result_of_the_writer_before_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that waits between its check and its lock does not replace what another has written meanwhile."""
+    acquire = TargetLock.acquire
+
+    def write_first(lock: TargetLock, what: str) -> None:
+        monkeypatch.setattr(TargetLock, "acquire", acquire)
+        replace_folder(tmp_path / "out", write_new)
+        acquire(lock, what)
+
+    monkeypatch.setattr(TargetLock, "acquire", write_first)
+    with pytest.raises(RecipeError), open_target(tmp_path / "out", overwrite=False):
+        raise AssertionError("the result of another is replaced")
+    assert contents(tmp_path) == {"out": None, **{f"out/{name}": text for name, text in NEW.items()}}
+
+
+def test_removed_lock_file_is_not_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder removes its file after another process has opened it: the other one must lock the new file."""
+    first, second = TargetLock(tmp_path / "out"), TargetLock(tmp_path / "out")
+    first.acquire("--output")
+    ordinary = os.open
+
+    def open_late(*arguments: object) -> int:
+        descriptor = ordinary(*arguments)
+        monkeypatch.setattr(os, "open", ordinary)
+        first.release()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_late)
+    second.acquire("--output")
+    with pytest.raises(OccupiedError):
+        TargetLock(tmp_path / "out").acquire("--output")
+    second.release()
+    assert names(tmp_path) == set()
+
+
+def test_other_ranks_check_without_locking(tmp_path: Path) -> None:
+    with locked_target(tmp_path / "out"), open_target(tmp_path / "out", overwrite=False, is_writer=False) as target:
+        assert target.path == tmp_path / "out"
+
+
+# --- kills
+
+
+def kill_in_writing(out: Path, call: int, keep: str | None, is_atomic: bool) -> bool:
+    """Replace a folder in a process that is killed before its n-th renaming or removal; False if it has ended."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function: Callable[..., object]) -> Callable[..., object]:
+            def call_or_end(*arguments: object, **options: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return call_or_end
+
+        for name in ("rename", "replace", "rmdir", "unlink", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        if is_atomic:
+            target_module.exchange = counted(exchange)
+        with open_target(out, overwrite=True, keep=keep) as target:
+            replace_folder(target, write_new)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("keep", [None, "checkpoints"])
+def test_kill_at_each_step_leaves_old_or_new(keep: str | None, is_atomic: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    old = {"config.json": b"old", "extra": b"old"}
+    found = []
+    for call in range(1, 60):
+        if not out.exists():
+            write_old(out)
+        has_ended = not kill_in_writing(out, call, keep, is_atomic)
+        if is_atomic:  # also before the next command has cleaned
+            seen = contents(out)
+            assert {name: text for name, text in seen.items() if name not in KEPT} in (old, NEW)
+        with locked_target(out, keep=keep) as target:
+            assert names(tmp_path) == {"out", ".out.lock"}, call
+            seen = contents(target.real)
+        found.append({name: text for name, text in seen.items() if name not in KEPT})
+        if keep is not None:
+            assert seen.items() >= KEPT.items(), call
+        if has_ended:
+            break
+        for path in [*out.glob("*")]:
+            path.unlink() if path.is_file() else None
+        (out / "checkpoints").mkdir(exist_ok=True)
+        (out / "checkpoints" / "state").write_text("kept")
+        for name, text in old.items():
+            (out / name).write_bytes(text)
+    assert has_ended and call > 4
+    if keep is None or is_atomic:
+        assert {str(files) for files in found} == {str(old), str(NEW)}
+    else:  # a config is only there with all the files of its folder
+        assert all(files in (old, NEW) or "config.json" not in files for files in found)
+
+
+def test_leftovers_of_other_results_stay(tmp_path: Path) -> None:
+    for name in (".out.v2.abcdefgh.tmp", ".out.scoring-0", ".outer.abcdefgh.tmp", "out.abcdefgh.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.abcdefgh.tmp").mkdir()
+    with open_target(tmp_path / "out", overwrite=False):
+        pass
+    assert names(tmp_path) == {".out.v2.abcdefgh.tmp", ".out.scoring-0", ".outer.abcdefgh.tmp", "out.abcdefgh.tmp"}
+
+
+def test_failed_rename_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_module, "exchange", lambda first, second: False)
+    ordinary = os.rename
+    for keep in (None, "checkpoints"):
+        for failing in range(3 if keep else 2):
+            out = tmp_path / f"{keep}-{failing}" / "out"
+            write_old(out)
+            held, calls = contents(out), []
+
+            def rename_once_not(source: Path, place: Path, failing: int = failing, calls: list = calls) -> None:
+                calls.append(source)
+                if len(calls) == failing + 1:
+                    raise OSError(errno.EBUSY, "Device or resource busy")
+                ordinary(source, place)
+
+            monkeypatch.setattr(os, "rename", rename_once_not)
+            with pytest.raises(CheckpointError), open_target(out, overwrite=True, keep=keep) as target:
+                replace_folder(target, write_new)
+            monkeypatch.setattr(os, "rename", ordinary)
+            assert len(calls) > failing
+            assert contents(out) == held and names(out.parent) == {"out"}
+
+
+# --- checked before any work
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_new_output_is_accepted_without_creating_it(is_file: bool, tmp_path: Path) -> None:
+    assert check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file) == tmp_path / "a" / "b"
+    assert names(tmp_path) == set()
+
+
+def test_empty_folder_is_accepted(tmp_path: Path) -> None:
+    assert check_output(str(tmp_path), overwrite=False) == tmp_path
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_existing_result_needs_overwrite(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    output = tmp_path / "config.json" if is_file else tmp_path
+    with pytest.raises(RecipeError) as caught:
+        check_output(output, overwrite=False, is_file=is_file)
+    message = str(caught.value)
+    assert message.startswith(f"--output {output} exists") and "--overwrite true" in message and "\n" not in message
+    assert check_output(output, overwrite=True, is_file=is_file) == output
+    assert names(tmp_path) == {"config.json"}
+
+
+@pytest.mark.parametrize("place", ["", "model", "base", "checkpoints/last"])
+def test_folder_with_a_model_may_be_replaced(place: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "config.json").write_text("{}")
+    assert check_output(tmp_path, overwrite=True) == tmp_path
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_folder_of_other_files_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path} "):
+        check_output(tmp_path, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_file_and_folder_are_not_interchangeable(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file is a file"):
+        check_output(tmp_path / "file", overwrite=overwrite)
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path} is a folder"):
+        check_output(tmp_path, overwrite=overwrite, is_file=True)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_output_below_a_file_is_refused(is_file: bool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file/out: {tmp_path}/file "):
+        check_output(tmp_path / "file" / "out", overwrite=False, is_file=is_file)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_output_in_readonly_folder_is_refused(is_file: bool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/a/b: {tmp_path} "):
+        check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file)
+
+
+def test_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(RecipeError):
+        check_output(tmp_path, overwrite=False)
+
+
+def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with open_target(tmp_path / "link", overwrite=False) as target:
+        replace_folder(target, write_new)
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "disk") == NEW
