@@ -11,6 +11,7 @@ Private names of transformers that are used here and in no other module (as of 5
 `_set_gradient_checkpointing`, `_supports_sdpa`, `_supports_flash_attn`, `_supports_flex_attn`, `_tied_weights_keys`.
 """
 
+import copy
 import json
 import re
 from contextlib import suppress
@@ -148,9 +149,10 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> Any:
         # The last point at which the model is on meta and no memory has been allocated.
         _check_tensors(model, state_dict, checkpoint_files or [], any_classes=load_config.ignore_mismatched_sizes)
-        if any((model.config.structure or {}).values()):  # a dense base that does not run is not refused
+        # A dense base that does not run is not refused, and tensors that are in memory do not come from a file.
+        if any((model.config.structure or {}).values()) and checkpoint_files:
             with torch.device("meta"):
-                run_once(move_to_meta(build_pruned(model.config)).eval(), model.config.image_size)
+                run_once(move_to_meta(copy.deepcopy(model.model)).float().eval(), model.config.image_size)
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )

@@ -81,24 +81,17 @@ def record_settings(config: IsoPruneConfig, built: nn.Module, network: nn.Module
 
 def _difference(model: PreTrainedModel, config: IsoPruneConfig, expected: torch.Tensor | str | None) -> str | None:
     """Return what differs between a model and the one that `config` builds with its weights; None if nothing does."""
-    with torch.device("meta"):
-        built = type(model)(copy.deepcopy(config))
-    have, want = (
-        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        for network in (model.model, built.model)
-    )
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            shapes = [have.get(name, "no such tensor"), want.get(name, "no such tensor")]
-            return f"tensor {name!r} is {shapes[0]} in memory and {shapes[1]} by the config"
     if expected is None:
-        return None
+        return _other_tensor(model, config)
     tied = model._tied_weights_keys or {}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     stored = copy.deepcopy(config)
     stored.dtype = model.dtype  # as transformers records it, and casts all tensors to it when it opens the folder
-    with _without_bars():
-        rebuilt: Any = type(model).from_pretrained(None, config=stored, state_dict=state)
+    try:
+        with _without_bars():
+            rebuilt: Any = type(model).from_pretrained(None, config=stored, state_dict=state)
+    except CheckpointError as error:
+        return _other_tensor(model, config) or str(error)
     rebuilt.to(model.device)
     # How attention is computed is chosen when a folder is opened, and rounds differently.
     for ours_part, rebuilt_part in zip(model.model.modules(), rebuilt.model.modules(), strict=False):
@@ -111,6 +104,21 @@ def _difference(model: PreTrainedModel, config: IsoPruneConfig, expected: torch.
         _answer(model.model, config)
         _answer(rebuilt.model, config)
     return next(_changes(rebuilt.model, model.model), None) or _first_other_output(ours, theirs)
+
+
+def _other_tensor(model: PreTrainedModel, config: IsoPruneConfig) -> str | None:
+    """Return the first tensor that `config` builds under another name or with another shape; None if none does."""
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(config))
+    have, want = (
+        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        for network in (model.model, built.model)
+    )
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            shapes = [have.get(name, "no such tensor"), want.get(name, "no such tensor")]
+            return f"tensor {name!r} is {shapes[0]} in memory and {shapes[1]} by the config"
+    return None
 
 
 @torch.no_grad()
