@@ -1,60 +1,19 @@
-"""Models pruned once in a session, the folders they are saved in, and a clean interpreter."""
+"""How the suite collects garbage, and the fixtures of all tests, which `helpers.fixtures` holds."""
 
 import gc
-from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-from helpers.fresh_python import FreshPython
-from helpers.pruned_models import LABELS, Pruned
-from helpers.tiny_models import TIMM, make_base, make_images
-
-from isoprune_hf.models import load_base
-from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.recipes import PruneRecipe
-
 
 _OBJECTS_PER_COLLECTION = 200_000  # Python's 700 take a tenth of the time of the whole suite
 
 
-def pytest_configure() -> None:
-    """Collect garbage rarely, from before the test modules are imported."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect garbage rarely, and import the package unless only other processes run tests."""
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("helpers.fixtures")
 
 
 def pytest_collection_finish() -> None:
     """Leave the imported modules out of all garbage collections: each would take a quarter of a second."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pruned]:
-    """Return a function that returns the pruned model of a family of `tiny_models`; it must not be changed."""
-    made: dict[str, Pruned] = {}
-    root = tmp_path_factory.mktemp("pruned")
-
-    def give(family: str) -> Pruned:
-        if family not in made:
-            base = make_base(family, root / "bases", labels=len(LABELS))
-            base.config.id2label = LABELS
-            base.config.label2id = {name: index for index, name in LABELS.items()}
-            name, args = TIMM.get(family, (str(root / "bases" / family), None))
-            processor = load_base(name, False, model_args=args).processor
-            recipe = PruneRecipe(criterion="l1", ratio=0.4, head_ratio=0.3, head_dim_ratio=0.3, round_to=1)
-            result = prune_model(base, recipe)
-            result.save(root / family, processor)
-            images = make_images(base)
-            with torch.no_grad():
-                logits = result.model(images).logits
-            made[family] = Pruned(result.model, processor, root / family, images, logits)
-        return made[family]
-
-    return give
-
-
-@pytest.fixture(scope="session")
-def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshPython]:
-    """An interpreter that runs scripts in clean processes."""
-    python = FreshPython(tmp_path_factory.mktemp("fresh"))
-    yield python
-    python.close()

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,11 +70,16 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
     """
     stage, flags = _split_stage(arguments)
     if stage in STAGES:
-        parser = stage_parser(STAGES[stage])
+        parser = _reused_parser(stage)
         flags = _recipes_first(stage, _bracket_lists(stage, _name_positionals(stage, flags)))
     else:  # help, completion or version
         parser, flags = build_parser(), [*stage.split(), *flags]
     return stage, parser.instantiate_classes(parser.parse_args(flags))
+
+
+@cache
+def _reused_parser(stage: str) -> ArgumentParser:
+    return stage_parser(STAGES[stage])
 
 
 def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
