@@ -4,6 +4,11 @@
 Each is far above what an honest input takes. SECURITY.md states them.
 """
 
+MAX_JSON_BYTES = 2**25  # of a JSON file
+MAX_NESTING = 64  # lists and mappings within each other
+MAX_RECIPE_BYTES = 2**16  # of a recipe file
+MAX_RECIPE_VALUES = 10_000  # of a recipe file, with its aliases written out
+MAX_RECIPE_FILES = 16  # that extend each other
 MAX_CONFIG_NUMBER = 2**20  # absolute value of a number in a config
 MAX_MODULES = 20_000  # of a network
 MAX_IMAGE_SIDE = 2**14  # pixels

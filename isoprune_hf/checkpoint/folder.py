@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import BaseImageProcessor
 
+from isoprune_hf import plain_files
 from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import save_stock, stock_processor
@@ -151,7 +152,7 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values: object = json.loads(path.read_text(encoding="utf-8"))
+        values: object = plain_files.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):

@@ -4,7 +4,9 @@ A file that `extends` another one inherits its settings and gives those that dif
 readers: where the values come from, and the published figures. No stage reads them, and they are not inherited.
 """
 
+import itertools
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from jsonargparse import get_loader
 from isoprune_hf import recipes
 from isoprune_hf.cli.table import SECTIONS, STAGES
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.limits import MAX_RECIPE_BYTES, MAX_RECIPE_FILES, MAX_RECIPE_VALUES
+from isoprune_hf.plain_files import read_text
 from isoprune_hf.terminal import suggest
 
 EXPECTED = ("gmacs", "params_m", "top1")
@@ -65,6 +69,8 @@ def _read(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in (path.resolve() for path in extending):
         chain = " extends ".join(str(path) for path in (*extending, file))
         raise RecipeError(f"--config: {chain}: recipe files must not extend each other in a cycle")
+    if len(extending) == MAX_RECIPE_FILES:
+        raise RecipeError(f"--config: {extending[0]} extends a chain of more than {MAX_RECIPE_FILES - 1} files")
     values = _load(file, extending)
     _check(file, values)
     if "extends" not in values:
@@ -75,8 +81,10 @@ def _read(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
 
 def _load(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        values = get_loader("yaml")(file.read_text(encoding="utf-8"))
-        json.dumps(values)  # refuses values that are not plain, and cycles
+        text = read_text(file, MAX_RECIPE_BYTES)
+        _check_size(text)
+        values = get_loader("yaml")(text)
+        json.dumps(values)  # refuses values that are not plain
     except OSError as error:
         by = f"; {extending[-1]} extends it, by a path from its own folder" if extending else ""
         raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror}){by}") from error
@@ -85,6 +93,29 @@ def _load(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"--config: {file} must contain sections such as prune, data and finetune")
     return values
+
+
+def _check_size(text: str) -> None:
+    """Check how many values a YAML text has once its aliases are written out, before that is done.
+
+    Raises:
+        ValueError: They are too many, or an alias contains itself.
+        YAMLError: The text is not YAML.
+    """
+    sizes: dict[int, float] = {}
+
+    def measure(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # if the node is reached again within itself
+            pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = itertools.chain.from_iterable(pairs) if isinstance(node, yaml.MappingNode) else pairs
+            sizes[id(node)] = 1 + sum(map(measure, parts))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    size = 0 if root is None else measure(root)
+    if size > MAX_RECIPE_VALUES:
+        raise ValueError("an alias contains itself" if size == math.inf else f"more than {MAX_RECIPE_VALUES:,} values")
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Determine where a base model comes from: `identify`."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.base import unreadable
+from isoprune_hf.plain_files import is_nested_too_deeply, read_json
 
 Library = Literal["timm", "torchvision", "transformers", "isoprune"]
 Kind = Literal["architecture", "folder", "hub"]
@@ -99,8 +99,8 @@ def _library(config: dict[str, Any]) -> Library:
 
 def _folder_config(folder: Path) -> dict[str, Any]:
     try:
-        config: object = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:
+        config: object = read_json(folder / "config.json")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"model: {folder} contains no readable config.json") from error
     if not isinstance(config, dict):
         raise RecipeError(f"model: {folder}/config.json must contain a JSON object")
@@ -109,9 +109,12 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 
 def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
     try:
-        return PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+        config = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
     except (OSError, RecursionError, TypeError, ValueError) as error:  # not found, or not a JSON object
         raise unreadable(name, error) from error
+    if is_nested_too_deeply(config):
+        raise RecipeError(f"model: config.json of {name} is nested too deeply for the config of a model")
+    return config
 
 
 def _commit(name: str, revision: str | None) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.plain_files import parse_json, read_text
 
 PLAN_FILE = "pruning_plan.json"
 PLAN_VERSION = 1
@@ -55,8 +56,8 @@ class PruningPlan:
             CheckpointError: The text is not a plan, has another version, or has an invalid entry.
         """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise CheckpointError(f"pruning plan: not a plan of isoprune_hf ({error})") from error
         version = values.get("version") if isinstance(values, dict) else None
         if type(version) is not int or not {"kept", "heads"} <= values.keys():
@@ -102,7 +103,7 @@ class PruningPlan:
                     f"plan: {place} has no {PLAN_FILE}; pass a plan, or the folder of a pruned model"
                 )
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(read_text(path))
         except OSError as error:
             raise CheckpointError(f"plan: {path} cannot be read ({error.strerror})") from error
         except ValueError as error:  # CheckpointError among them

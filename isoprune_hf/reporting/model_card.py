@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.plain_files import read_json
 from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
@@ -104,10 +105,10 @@ def _reads_arrays(config: dict[str, Any], file: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name} is missing; a card is built from the folder of a pruned model") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name}: must contain a JSON object, got {type(value).__name__}")

@@ -14,6 +14,8 @@ from isoprune_hf.cli.table import SECTIONS, STAGES
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import PretrainRecipe, recipe_to_dict
 
+ALIASES = "a: &a0 [1, 1]\n" + "".join(f"b{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+MERGES = "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60))
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEIT, TV = "deit_{}_distilled_patch16_224.fb_in1k", "timm/resnet{}.tv_in1k"
 # By hand, of the scripts: base, ratio, head ratio, ratio of dims in heads, calibration batches.
@@ -309,7 +311,7 @@ BAD = {
     ),
     "missing": ({"top": "extends: gone.yaml"}, ["gone.yaml cannot be read (No such file", "top.yaml extends it"]),
     "a folder": ({"top": "extends: ."}, ["cannot be read (Is a directory)"]),
-    "holds itself": ({"top": "prune: &a {model_args: *a}"}, ["top.yaml is not YAML: Circular reference detected"]),
+    "holds itself": ({"top": "prune: &a {model_args: *a}"}, ["top.yaml is not YAML: an alias contains itself"]),
     "no plain value": ({"top": "prune: {model_args: {a: !!set {b}}}"}, ["top.yaml is not YAML", "set"]),
     "no path": ({"top": "extends: [a.yaml]"}, ["extends of", "the path of a recipe file, got ['a.yaml']"]),
     "nothing": ({"top": "extends:\nprune: {ratio: 0.1}"}, ["must be the path of a recipe file, got None"]),
@@ -340,3 +342,35 @@ def test_file_may_be_extended_by_two_others(tmp_path: Path) -> None:
 def test_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.yaml .*No such file"):
         read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (ALIASES, "more than 10,000 values"),
+        (MERGES, "more than 10,000 values"),
+        ("prune: &a {model: *a}\n", "an alias contains itself"),
+        ("data: {mean: [" + "1," * 10_000 + "]}\n", "more than 10,000 values"),
+        ("# " + "x" * 2**16, "more than 65,536 bytes"),
+        ("a: " + "[" * 2000, "not YAML"),
+        ("prune: {ratio: " + "9" * 5000 + "}\n", "not YAML"),
+        ('prune: {model: "\\0"}\n', None),
+    ],
+    ids=["aliases", "merges", "cycle", "values", "bytes", "nested", "digits", "zero byte"],
+)
+def test_recipe_that_expands_is_refused(text: str, reason: str | None, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    if reason is None:
+        assert read_recipe(tmp_path / "r.yaml") == {"prune": {"model": "\0"}}
+    else:
+        with pytest.raises(RecipeError, match=reason):
+            read_recipe(tmp_path / "r.yaml")
+
+
+def test_chain_of_recipes_ends(tmp_path: Path) -> None:
+    (tmp_path / "0.yaml").write_text("prune: {ratio: 0.25}\n")
+    for number in range(1, 17):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {number - 1}.yaml\n")
+    assert read_recipe(tmp_path / "15.yaml") == {"prune": {"ratio": 0.25}}
+    with pytest.raises(RecipeError, match="a chain of more than 15 files"):
+        read_recipe(tmp_path / "16.yaml")

@@ -1,0 +1,70 @@
+"""Read text and JSON files of unknown origin within the budgets of `limits`: `read_text`, `read_json`."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from isoprune_hf.limits import MAX_JSON_BYTES, MAX_NESTING
+
+
+def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: The file.
+        limit: Largest size in bytes.
+
+    Raises:
+        OSError: It cannot be read, has more bytes, or is no file but a pipe, a device or a folder, from which reading
+            may never end.
+        ValueError: It is not UTF-8.
+    """
+    # A pipe without a writer would block the opening.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a file but a pipe, a device or a folder", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
+    return content.decode("utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: See `read_text`.
+        ValueError: It is not JSON, or nested too deeply.
+    """
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that is nested at most `MAX_NESTING` deep, far less than recursive functions can follow.
+
+    Raises:
+        ValueError: The text is not JSON, or nested too deeply.
+    """
+    too_deep = f"nested more than {MAX_NESTING} deep"
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    if is_nested_too_deeply(value):
+        raise ValueError(too_deep)
+    return value
+
+
+def is_nested_too_deeply(value: Any) -> bool:
+    """Return whether lists and mappings are nested more than `MAX_NESTING` deep."""
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        level = [part for part in level if isinstance(part, list | dict)]
+        if not level:
+            return False
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return True
