@@ -88,11 +88,13 @@ class Held:
         model: The module with its loss.
         read: Returns inputs and targets of a batch.
         processor: The image processor of its weights, if it is known.
+        form: Its inputs.
     """
 
     model: HeldModel
     read: Callable[[CallerBatch], Batch]
     processor: BaseImageProcessor | None
+    form: CallForm
 
 
 def hold(
@@ -140,7 +142,7 @@ def hold(
         inputs = form.pack(batch.inputs)
         return inputs, _predicted_classes(model, inputs) if chosen.targets is None else chosen.targets(batch)
 
-    return Held(model, read, None if known is None else known.processor)
+    return Held(model, read, None if known is None else known.processor, form)
 
 
 def config_of(module: nn.Module, known: Recognised | None) -> PreTrainedConfig | None:

@@ -102,6 +102,7 @@ def prune(
         config=config,
         processor=held.processor if processor is None else processor,
         base=module,
+        form=held.form,
     )
 
 

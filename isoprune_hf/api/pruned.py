@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import BaseImageProcessor
 
-from isoprune_hf.api.saving import describe_class, save_module
+from isoprune_hf.api.program import save_program
+from isoprune_hf.api.saving import describe_builder, describe_inputs, save_module
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.checkpoint.own_network import Builder
 from isoprune_hf.hub.push import push_folder
+from isoprune_hf.models.calling import CallForm
 from isoprune_hf.pruning.cost.macs import ModelCost
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
@@ -37,6 +39,7 @@ class Pruned:
         config: Config of the pruned model; its entry `base` is None if no library builds the module.
         processor: Image processor of the base, if it is known.
         base: The module that was pruned.
+        form: The inputs of `model`.
     """
 
     model: nn.Module
@@ -50,6 +53,7 @@ class Pruned:
     config: IsoPruneConfig
     processor: BaseImageProcessor | None
     base: nn.Module
+    form: CallForm
 
     def __repr__(self) -> str:
         """Return MACs, parameters and widths before and after, the loss, and the notes of the plan."""
@@ -61,32 +65,33 @@ class Pruned:
         folder: str | Path,
         processor: BaseImageProcessor | None = None,
         *,
-        builder: type[nn.Module] | None = None,
+        builder: Builder | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the folder that `from_pretrained` opens, with the weights that `model` has now.
 
+        Of a module of no library, without `builder`, the folder has a program of `torch.export` beside the weights,
+        which `from_pretrained` does not open.
+
         Args:
             folder: Folder to write.
             processor: Image processor; by default that of the base, if it is known.
-            builder: Class of the module, if it is not one of timm, torchvision or transformers. A program that opens
-                the folder imports the file of the class first.
-            arguments: Arguments of the class, by name: text, numbers, None, and lists and mappings of these.
+            builder: Class of the module, or a function that returns it, if it is not one of timm, torchvision or
+                transformers. A program that opens the folder passes it again: `from_pretrained(folder, builder=...)`.
+            arguments: Arguments of the builder, by name: text, numbers, None, and lists and mappings of these.
 
         Raises:
-            CheckpointError: The module cannot be rebuilt, or computes other outputs after it was.
-            RecipeError: The class cannot be imported by another program.
+            CheckpointError: The module can neither be rebuilt nor traced, or computes other outputs after it was.
+            RecipeError: Another program cannot import the builder, or it does not build the base.
         """
         config = copy.deepcopy(self.config)
         if builder is not None:
-            config.base = describe_class(builder, arguments, self.model, self.base_cost.params)
+            base = describe_builder(builder, arguments, self.model, self.base_cost.params)
+            config.base = {**base, **describe_inputs(self.form)}
+            config.image_size = [*self.form.shapes[0]]
         if config.base is None:
-            name = type(self.model).__name__
-            raise CheckpointError(
-                f"{name} is not a model of timm, torchvision or transformers with known arguments, so a folder could "
-                f"not be opened: pass builder={name} and its arguments, or register it as docs/own_models.md says; or "
-                "save model.state_dict() and plan.to_json() with the code that builds it"
-            )
+            save_program(folder, self.model, self.form, self.plan)
+            return
         module = self.model.model if isinstance(self.model, IsoPruneForImageClassification) else self.model
         save_module(folder, module, config, self.processor if processor is None else processor, self.plan)
 

@@ -1,7 +1,6 @@
 """Write the folder of a pruned module: `save_module`."""
 
 import copy
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.folder import save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.own_network import Builder, allow_builder
 from isoprune_hf.checkpoint.plain_values import check_args
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.calling import CallForm
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.model_card import build_model_card
 
@@ -55,41 +56,44 @@ def wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassific
     return model
 
 
-def describe_class(
-    builder: type[nn.Module], arguments: Mapping[str, Any] | None, module: nn.Module, params: int
+def describe_builder(
+    builder: Builder, arguments: Mapping[str, Any] | None, module: nn.Module, params: int
 ) -> dict[str, Any]:
-    """Return the entry `base` of a config for a module that a class of the caller builds.
+    """Return the entry `base` of a config for a module that a class or function of the caller builds.
 
     Args:
-        builder: The class.
+        builder: The class or function.
         arguments: Its arguments, by name.
         module: The pruned module.
         params: Parameters of the base.
 
     Raises:
-        RecipeError: It is no class of `nn.Module` that another program can import, or does not build the base.
+        RecipeError: Another program cannot import it, or it does not build the base.
         CheckpointError: An argument is not a plain value.
     """
-    if not isinstance(builder, type) or not isinstance(module, builder):
+    place, name = getattr(builder, "__module__", None), getattr(builder, "__qualname__", None)
+    if not isinstance(place, str) or not isinstance(name, str) or "<" in name:
         raise RecipeError(
-            f"builder must be the class of the module, {type(module).__name__}, got {builder!r:.99}; for a function, "
-            "register it with timm.models.register_model"
-        )
-    place = builder.__module__
-    if place == "__main__" or vars(importlib.import_module(place)).get(builder.__name__) is not builder:
-        raise RecipeError(
-            f"builder: {place}.{builder.__qualname__} cannot be imported by another program; move the class to the "
-            "top level of a module"
+            f"builder: {builder!r:.99} cannot be imported by another program; move the class or function to the top "
+            "level of a module"
         )
     args = dict(arguments or {})
-    check_args(args)
-    base = {"library": "python", "architecture": f"{place}:{builder.__name__}", "args": args}
+    check_args(args, is_own=True)
+    base = {"library": "python", "architecture": f"{place}:{name}", "args": args}
+    allow_builder(base["architecture"], builder)
     with torch.device("meta"):
         built = build_base(IsoPruneConfig(base=base))
     found = sum(parameter.numel() for parameter in built.parameters())
-    if found != params:
+    if type(built) is not type(module) or found != params:
         raise RecipeError(
-            f"arguments: {builder.__name__} with {args} has {found:,} parameters, and the base that was pruned had "
-            f"{params:,}; pass the arguments of that base"
+            f"builder: {name} with {args} returns a {type(built).__name__} of {found:,} parameters, and the base that "
+            f"was pruned is a {type(module).__name__} of {params:,}; pass the builder and the arguments of that base"
         )
     return base
+
+
+def describe_inputs(form: CallForm) -> dict[str, Any]:
+    """Return the entry `inputs` of the base of a config, or nothing for a single input by position."""
+    if form.names == (None,):
+        return {}
+    return {"inputs": [[name, [*shape]] for name, shape in zip(form.names, form.shapes, strict=True)]}

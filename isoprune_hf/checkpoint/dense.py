@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
 from isoprune_hf.checkpoint.meta import build_on_meta
-from isoprune_hf.checkpoint.own_class import find_class
+from isoprune_hf.checkpoint.own_network import find_builder, inputs_of
 from isoprune_hf.checkpoint.plain_values import check_args, is_plain, require
 from isoprune_hf.checkpoint.settings import apply_settings
 from isoprune_hf.errors import CheckpointError
@@ -58,8 +58,8 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
 
     model_type = "isoprune"
     # `library` (timm, torchvision, transformers or python), with `architecture` and `args`; for transformers with
-    # `config`. The architecture of python is a class, `package.module:Class`. `settings` and `modules` for what the
-    # arguments do not tell, see `settings.py`.
+    # `config`. The architecture of python is `package.module:builder`, and `inputs` lists name and shape of several
+    # inputs. `settings` and `modules` for what the arguments do not tell, see `settings.py`.
     base: dict[str, Any] | None = None
     # Origin of the dense weights: `name` (with `revision`, or `weights` for a file), `pretrained`, `seed`,
     # `model_args`, `num_labels`; `fingerprint`; `changed` if they were trained after they were opened.
@@ -115,6 +115,7 @@ def _check_entries(entries: dict[str, Any]) -> None:
     lengths = range(1, 6) if (entries["base"] or {}).get("library") == "python" else (3,)
     is_size = size is None or _is_image_size(size, lengths)
     require(is_size, f"config.image_size: {size!r:.99} is not [channels, height, width]")
+    inputs_of(entries["base"], size)
     labels = entries["id2label"]
     require(
         labels is None or _are_labels(labels),
@@ -170,15 +171,17 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
 
 
 def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -> nn.Module:
-    """Build an architecture of timm or torchvision, which load no weights unless told to, or a class of the caller."""
+    """Build an architecture of timm or torchvision, which load no weights unless told to, or one of the caller."""
     name = base.get("architecture")
     args = {} if base.get("args") is None else base["args"]
     if not isinstance(name, str) or not isinstance(args, dict):
         raise CheckpointError("config.base: `architecture` must be a string and `args` a mapping")
-    args = check_args(args)
+    args = check_args(args, is_own=library == "python")
     complaint = f"config.base: {name} with {args} cannot be built"
     if library == "python":
-        return build_limited(complaint, partial(find_class(name), **args))
+        network = build_limited(complaint, partial(find_builder(name), **args))
+        require(isinstance(network, nn.Module), f"{complaint}: the builder returns {type(network).__name__}")
+        return network
     try:
         module = import_module(library)
     except ImportError as error:

@@ -25,6 +25,7 @@ from isoprune_hf.checkpoint.dense import (
     describe_error,
 )
 from isoprune_hf.checkpoint.meta import move_to_meta
+from isoprune_hf.checkpoint.own_network import Inputs, call_on, inputs_of
 from isoprune_hf.checkpoint.plain_values import require
 from isoprune_hf.checkpoint.transfer import fit_classes
 from isoprune_hf.errors import CheckpointError
@@ -59,18 +60,18 @@ def skippable_blocks(config: IsoPruneConfig) -> dict[str, SkippedBlock]:
         Path of each block -> its replacement, in the order of the base; of nested blocks, only the innermost.
 
     Raises:
-        CheckpointError: The base cannot be built, or does not run on an image of `config.image_size`.
+        CheckpointError: The base cannot be built, or does not run on its inputs.
     """
     with torch.inference_mode(False), torch.device("meta"):
         base = move_to_meta(build_base(config)).eval()
-    return skippable_parts(base, config.image_size)
+    return skippable_parts(base, inputs_of(config.base, config.image_size))
 
 
-def skippable_parts(base: nn.Module, image_size: list[int] | None) -> dict[str, SkippedBlock]:
+def skippable_parts(base: nn.Module, inputs: Inputs) -> dict[str, SkippedBlock]:
     """Find the blocks of a network that may be removed; it lies on the meta device, in eval mode, and is changed.
 
     Raises:
-        CheckpointError: It does not run on an image of `image_size` (C, H, W).
+        CheckpointError: It does not run on such inputs.
     """
     found: dict[str, SkippedBlock | None] = {}
 
@@ -93,26 +94,26 @@ def skippable_parts(base: nn.Module, image_size: list[int] | None) -> dict[str, 
             is_entry = isinstance(base.get_submodule(path.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
             if is_entry and path and next(module.parameters(), None) is not None:
                 module.register_forward_hook(partial(note, path))
-        run_once(base, image_size)
+        run_once(base, inputs)
     blocks = {path: block for path, _ in base.named_modules() if (block := found.get(path)) is not None}
     return {path: block for path, block in blocks.items() if not any(p.startswith(f"{path}.") for p in blocks)}
 
 
-def run_once(model: nn.Module, image_size: list[int] | None) -> None:
-    """Run a model on the meta device on one image, without allocating memory.
+def run_once(model: nn.Module, inputs: Inputs) -> None:
+    """Run a model on the meta device on one sample of its inputs, without allocating memory.
 
     Raises:
-        CheckpointError: The model does not run on such an image.
+        CheckpointError: The model does not run on such inputs.
     """
-    image = torch.zeros(1, *(image_size or []), device="meta", requires_grad=True)
     try:
-        model(image)
+        call_on(model, inputs, lambda shape: torch.zeros(1, *shape, device="meta", requires_grad=True))
     except LIBRARY_ERRORS as error:
         # The model reads values, and tensors on meta have none. torch has no type of its own for these errors.
         if any(part in str(error).lower() for part in _READS_VALUES):
             return
         raise CheckpointError(
-            f"config.image_size: the model does not run on {image_size}: {describe_error(error)}"
+            f"config.image_size: the model does not run on {', '.join(str(shape) for _, shape in inputs)}: "
+            f"{describe_error(error)}"
         ) from error
 
 

@@ -5,7 +5,7 @@
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,7 +48,7 @@ def call_classifier(
     _check_requests(network, hidden_states, attentions)
     if not hidden_states:
         found = network(pixel_values, **options)
-        return ImageClassifierOutput(logits=found if isinstance(found, torch.Tensor) else found[0])
+        return ImageClassifierOutput(logits=_first_of(found))
     timm_network: Any = network
     last, states = timm_network.forward_intermediates(pixel_values, **_selected(hidden_states), **options)
     return ImageClassifierOutput(logits=timm_network.forward_head(last), hidden_states=tuple(states))
@@ -134,6 +134,13 @@ def _check_requests(network: nn.Module, hidden_states: HiddenStates, attentions:
         raise ValueError(f"output_attentions: {name} does not return them; only bases of transformers do")
     if hidden_states and not hasattr(network, "forward_intermediates"):
         raise ValueError(f"output_hidden_states: {name} has no forward_intermediates, which returns them")
+
+
+def _first_of(output: Any) -> Any:
+    """Return the tensor of an output, or of several the one that is named logits or the first one."""
+    if isinstance(output, Mapping):
+        return output.get("logits", next(iter(output.values())))
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _selected(hidden_states: HiddenStates) -> dict[str, Any]:

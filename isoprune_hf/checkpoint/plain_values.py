@@ -10,9 +10,8 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER
 
 # Arguments of timm and torchvision builders that would read files or the network, or change the kind of model.
-FORBIDDEN_ARGUMENTS = re.compile(
-    "pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable|num_classes"
-)
+_FORBIDDEN_TO_OWN = re.compile("pretrained.*|weights.*|checkpoint_path|cache_dir|features_only|scriptable")
+FORBIDDEN_ARGUMENTS = re.compile(f"{_FORBIDDEN_TO_OWN.pattern}|num_classes")
 
 
 def require(holds: bool, message: str) -> None:
@@ -21,20 +20,25 @@ def require(holds: bool, message: str) -> None:
         raise CheckpointError(message)
 
 
-def check_args(args: dict[str, Any]) -> dict[str, Any]:
+def check_args(args: dict[str, Any], *, is_own: bool = False) -> dict[str, Any]:
     """Check that the arguments of a builder are plain values, and return a copy of them for one call of the builder.
 
     A builder gets the same values at first and from config.json: lists in place of nested tuples, tuples in place of
     outer lists.
 
+    Args:
+        args: The arguments, by name.
+        is_own: The builder is one of the caller, whose number of classes is an argument.
+
     Raises:
         CheckpointError: An argument would read files, would change the kind of model, or is not a plain value of a
             usual size, possibly in nested lists and mappings.
     """
+    forbidden = _FORBIDDEN_TO_OWN if is_own else FORBIDDEN_ARGUMENTS
     for key, value in args.items():
         named = f"config.base.args: {key}={value!r:.99}"
         require(
-            not any(FORBIDDEN_ARGUMENTS.fullmatch(str(name)) for name in (key, *_keys(value))),
+            not any(map(forbidden.fullmatch, map(str, (key, *_keys(value))))),
             f"{named} is not allowed",
         )
         require(

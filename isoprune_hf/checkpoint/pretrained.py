@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from isoprune_hf.checkpoint.dense import IsoPruneConfig, describe_error
 from isoprune_hf.checkpoint.difference import build_pruned, keep_cut_buffers, named_tensors, run_once
 from isoprune_hf.checkpoint.meta import move_to_meta, unsaved_buffers
+from isoprune_hf.checkpoint.own_network import Builder, allow_builder, inputs_of
 from isoprune_hf.checkpoint.plain_values import require
 from isoprune_hf.checkpoint.rebuild import settle_config
 from isoprune_hf.checkpoint.transfer import find_class_dims
@@ -34,7 +35,7 @@ from isoprune_hf.errors import CheckpointError
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-_VALUES = ("needed", "meta", "own_class", "plain_values", "settings", "dense", "transfer", "difference")
+_VALUES = ("needed", "meta", "plain_values", "own_network", "settings", "dense", "transfer", "difference")
 _MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
 PARTS = ("errors.py", "limits.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_MODELS)))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless
@@ -65,7 +66,9 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, config: IsoPruneConfig):
+    def __init__(self, config: IsoPruneConfig, builder: Builder | None = None):
+        if builder is not None:
+            allow_builder((config.base or {}).get("architecture"), builder)
         super().__init__(config)
         self.model = build_pruned(config)
         if not any(parameter.is_meta for parameter in self.model.parameters()):
@@ -131,6 +134,8 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Load a model like `PreTrainedModel.from_pretrained`, but only from safetensors and only if it fits.
 
+        A network of no library needs `builder`: the class or function that it was saved with.
+
         Raises:
             CheckpointError: An entry of the config or a tensor of the file does not fit, or the model does not run.
         """
@@ -152,7 +157,8 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         # A dense base that does not run is not refused, and tensors that are in memory do not come from a file.
         if any((model.config.structure or {}).values()) and checkpoint_files:
             with torch.device("meta"):
-                run_once(move_to_meta(copy.deepcopy(model.model)).float().eval(), model.config.image_size)
+                network = move_to_meta(copy.deepcopy(model.model)).float().eval()
+                run_once(network, inputs_of(model.config.base, model.config.image_size))
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )

@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, IsoPruneConfig, describe_error
 from isoprune_hf.checkpoint.difference import named_tensors
+from isoprune_hf.checkpoint.own_network import call_on, inputs_of
 from isoprune_hf.checkpoint.settings import TRAINING_RATES, capture_settings, merge_settings
 from isoprune_hf.errors import CheckpointError
 
@@ -123,27 +124,40 @@ def _other_tensor(model: PreTrainedModel, config: IsoPruneConfig) -> str | None:
 
 @torch.no_grad()
 def _answer(network: nn.Module, config: IsoPruneConfig) -> torch.Tensor | str | None:
-    """Return the logits of fixed random images in eval mode, or the error of a network that does not run on them.
+    """Return the outputs for fixed random inputs in eval mode, or the error of a network that does not run on them.
 
     Returns:
-        None if the network has no weights, or the config no image size.
+        One tensor, or several in a row; None if the network has no weights or outputs, or the config no image size.
     """
     parameter = next((p for p in network.parameters() if p.is_floating_point()), None)
     if parameter is None or any(p.is_meta for p in network.parameters()) or config.image_size is None:
         return None
-    images = torch.randn(_NUM_IMAGES, *config.image_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: list[int]) -> torch.Tensor:
+        return torch.randn(_NUM_IMAGES, *shape, generator=generator).to(parameter.device, parameter.dtype)
+
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         with _uncompiled(network):
-            output = network(images.to(parameter.device, parameter.dtype))
+            output = call_on(network, inputs_of(config.base, config.image_size), draw)
     except LIBRARY_ERRORS as error:
         return describe_error(error)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return logits
+    found = [*_tensors_in(output)]
+    return found[0] if len(found) == 1 else torch.cat([tensor.flatten() for tensor in found]) if found else None
+
+
+def _tensors_in(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating-point tensors of an output, possibly in nested sequences and mappings."""
+    if isinstance(output, torch.Tensor) and output.is_floating_point():
+        yield output
+    if isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors_in(part)
 
 
 def _are_equal(first: torch.Tensor | str | None, second: torch.Tensor | str | None) -> bool:

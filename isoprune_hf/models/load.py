@@ -100,6 +100,6 @@ def _check_processor(name: str, base: BaseModel) -> None:
     if size == base.model.config.image_size:
         return
     try:  # convolutional models take other sizes, too
-        run_once(meta_copy(base.model).model, size)
+        run_once(meta_copy(base.model).model, [(None, size)])
     except CheckpointError as error:
         raise RecipeError(f"model: the image processor of {name} does not fit the model: {error}") from error

@@ -1,8 +1,9 @@
 """A pruned module is saved as a folder that computes the same, or is refused with the ways to save it."""
 
 import json
-import sys
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers.own_nets import OwnNet
+from helpers.own_nets import OwnNet, TwoInputs, make_own
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from isoprune_hf import IsoPruneForImageClassification, Pruned, load_base, prune
+from isoprune_hf import IsoPruneConfig, IsoPruneForImageClassification, Pruned, load_base, prune
 from isoprune_hf.errors import CheckpointError, RecipeError
 
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -59,13 +61,11 @@ def test_module_of_a_library_is_saved(kind: str, tmp_path: Path) -> None:
     assert "isoprune" in (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
 
 
-def test_encoder_of_a_library_is_pruned(tmp_path: Path) -> None:
+def test_encoder_of_a_library_is_pruned() -> None:
     module = timm.create_model("test_resnet", features_only=True).eval()
     result = cut(module, (3, 32, 32))
     expected = [value.shape for value in module(torch.zeros(1, 3, 32, 32))]
     assert [value.shape for value in result.model(torch.zeros(1, 3, 32, 32))] == expected
-    with pytest.raises(CheckpointError, match="builder"):
-        result.save(tmp_path / "half")
 
 
 def test_labels_and_processor_of_base_are_saved(tmp_path: Path) -> None:
@@ -109,17 +109,41 @@ def test_own_class_is_saved_with_its_arguments(tmp_path: Path) -> None:
     assert torch.equal(opened(inputs).logits, result.model(inputs))
 
 
-def test_class_is_never_imported_by_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(OwnNet(8), (5,)).save(tmp_path, builder=OwnNet, arguments={"width": 8})
-    monkeypatch.delitem(sys.modules, "helpers.own_nets")
-    with pytest.raises(CheckpointError, match=r"helpers\.own_nets"):
-        IsoPruneForImageClassification.from_pretrained(tmp_path)
-    assert "helpers.own_nets" not in sys.modules
+def test_builder_may_be_a_function(tmp_path: Path) -> None:
+    result = cut(make_own(num_classes=3), (5,))
+    result.save(tmp_path, builder=make_own, arguments={"num_classes": 3})
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path, builder=make_own)
+    inputs = torch.randn(3, 5)
+    assert torch.equal(opened(inputs).logits, result.model(inputs))
 
 
-@pytest.mark.parametrize("architecture", ["os:system", "os:PathLike", "torch.nn.functional:relu", "torch:", "torch"])
-def test_what_is_no_module_class_is_refused(architecture: str, tmp_path: Path) -> None:
+def test_several_inputs_are_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batch = {"image": torch.randn(2, 3, 4, 5), "extra": torch.randn(2, 6)}
+    result = prune(TwoInputs(8), [batch], inputs=["image", "extra"], criterion="l1", ratio=0.5, round_to=2)
+    result.save(tmp_path, builder=TwoInputs, arguments={"width": 8})
+    opened = IsoPruneForImageClassification.from_pretrained(tmp_path, builder=TwoInputs)
+    assert torch.equal(opened.model(**batch)["logits"], result.model(**batch)["logits"])
+    assert torch.equal(opened(batch["image"], extra=batch["extra"]).logits, result.model(**batch)["logits"])
+    with torch.no_grad():
+        result.model.side.bias.fill_(9)
+    result.model.side.forward = lambda extra: extra.new_zeros(len(extra), result.model.head.out_features)
+    with pytest.raises(CheckpointError, match="side"):
+        result.save(tmp_path / "other", builder=TwoInputs, arguments={"width": 8})
+
+
+@pytest.mark.parametrize("inputs", [[], [["image", [0]]], [[3, [2]]], [["a b", [2]]], [[None, [2**20, 2**20]]], 5])
+def test_damaged_inputs_are_refused(inputs: Any) -> None:
+    with pytest.raises(CheckpointError, match="inputs"):
+        IsoPruneConfig(base={"library": "python", "architecture": "a:b", "inputs": inputs}, image_size=[5])
+
+
+@pytest.mark.parametrize("architecture", ["helpers.own_nets:OwnNet", "os:system", "torch.nn:Identity", "torch", None])
+def test_nothing_is_built_by_its_name(
+    architecture: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cut(OwnNet(8), (5,)).save(tmp_path, builder=OwnNet, arguments={"width": 8})
+    monkeypatch.setattr("isoprune_hf.checkpoint.own_network._BUILDERS", {})
     file = tmp_path / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base"] = {"library": "python", "architecture": architecture, "args": {}}
@@ -135,9 +159,11 @@ class LocalNet(OwnNet):
 @pytest.mark.parametrize(
     ("builder", "arguments", "error"),
     [
-        (None, None, CheckpointError),
         (LocalNet, {"width": 8}, RecipeError),
         (lambda: OwnNet(8), None, RecipeError),
+        (partial(OwnNet, 8), None, RecipeError),
+        (make_own, {"width": 8, "num_classes": 7}, RecipeError),
+        (torch.nn.functional.relu, {}, CheckpointError),
         (OwnNet, {"width": torch.tensor(8)}, CheckpointError),
         (OwnNet, {"width": 4}, RecipeError),
         (OwnNet, None, CheckpointError),
@@ -156,6 +182,39 @@ def test_class_inside_a_function_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match="Inner"):
         cut(Inner(8), (5,)).save(tmp_path / "own", builder=Inner, arguments={"width": 8})
+
+
+def test_module_of_unknown_class_becomes_a_program(tmp_path: Path) -> None:
+    class Inner(TwoInputs):
+        pass
+
+    torch.manual_seed(0)
+    batch = {"image": torch.randn(2, 3, 4, 5), "extra": torch.randn(2, 6)}
+    result = prune(Inner(8), [batch], inputs=["image", "extra"], criterion="l1", ratio=0.5, round_to=2)
+    result.save(tmp_path / "half")
+    opened = torch.export.load(tmp_path / "half" / "model.pt2").module()
+    larger = {name: torch.randn(5, *value.shape[1:]) for name, value in batch.items()}
+    assert torch.allclose(opened(**larger)["logits"], result.model(**larger)["logits"], atol=1e-6)
+    assert not (tmp_path / "half" / "config.json").exists()
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in result.model.state_dict().items())
+    assert "torch.export" in (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
+    with zipfile.ZipFile(tmp_path / "half" / "model.pt2") as archive:
+        texts = [archive.read(name) for name in archive.namelist() if name.endswith("config.json")]
+        assert texts and not any(b'"use_pickle": true' in text for text in texts)
+        assert [archive.read(name) for name in archive.namelist() if "sample_inputs" in name] == [b""]
+    with pytest.raises(ValueError, match="config"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "half")
+
+
+def test_module_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    class Dynamic(OwnNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if float(x.sum()) > 1e9 else x + 1)
+
+    with pytest.raises(CheckpointError, match="builder"):
+        cut(Dynamic(8), (5,)).save(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
 
 
 def test_module_that_config_cannot_describe_is_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def replaceable_blocks(model: IsoPruneForImageClassification) -> dict[str, Skipp
         return skippable_blocks(model.config)
     with torch.inference_mode(False):  # a module that no config describes
         copied = copy_shapes(model.model).eval()
-    return skippable_parts(copied, image_size_of(model))
+    return skippable_parts(copied, [(None, image_size_of(model))])
 
 
 def _siblings(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
