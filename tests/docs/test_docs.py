@@ -181,6 +181,7 @@ def test_skipped_blocks_need_network_or_another_library() -> None:
         ("command_line.md", "in an environment without extras"),
         ("scaling.md", "a file of accelerate's"),
         ("transformers.md", "needs torchao"),
+        ("lightning.md", "needs lightning"),
         ("scaling.md", "there is no Slurm here"),
         ("imagenet_protocol.md", "needs ImageNet"),
         ("axes.md", "lines from the inside of timm's attention"),

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from timm.data import create_transform, resolve_data_config
+from timm.models import resolve_model_input_args
 from timm.models.vision_transformer import VisionTransformer
 
 from isoprune_hf.errors import RecipeError
@@ -30,6 +31,30 @@ def test_new_head_has_the_classes_of_timm(pruned) -> None:
     with torch.no_grad():
         assert network(sample.images).shape == (2, 3)
         assert torch.equal(network.forward_features(sample.images), sample.model.model.forward_features(sample.images))
+
+
+SCRIPTS = {
+    "validate.py": {"pretrained": True, "num_classes": None, "global_pool": None, "scriptable": False},
+    "train.py": {
+        "pretrained": False,
+        "in_chans": 3,
+        "num_classes": 7,
+        "drop_rate": 0.0,
+        **dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps")),
+        "scriptable": False,
+        "checkpoint_path": "",
+    },
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_arguments_of_scripts_are_accepted(script: str, pruned) -> None:
+    sample = pruned("vit")
+    wanted = resolve_model_input_args("isoprune", {}, **SCRIPTS[script], folder=str(sample.folder))
+    network = timm.create_model(**wanted).eval()
+    with torch.no_grad():
+        assert torch.equal(network(sample.images), sample.logits)
+    assert resolve_data_config({}, model=network)["input_size"] == (3, 16, 16)
 
 
 def test_transform_of_timm_is_that_of_folder(pruned) -> None:
