@@ -9,20 +9,20 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from isoprune_hf.checkpoint.exchange import exchange
+from isoprune_hf.checkpoint.output_check import MODEL_MARKS, check_output
 from isoprune_hf.checkpoint.sync import sync_folder
 from isoprune_hf.checkpoint.target_lock import TargetLock
-from isoprune_hf.errors import CheckpointError, RecipeError, WriteError
+from isoprune_hf.errors import CheckpointError, WriteError
 
 logger = logging.getLogger(__name__)
 
-# A folder is replaced only if it holds one of these: it is then a model folder or the folder of a whole run.
-MODEL_MARKS = ("config.json", "model/config.json", "base/config.json", "checkpoints/last/config.json")
 _CONFIG = "config.json"
 
 # Path below the target -> inode, size and time of its last change.
@@ -95,60 +95,15 @@ class Target:
     def _discard(self, old: Path) -> None:
         """Remove the old folder; files that were added in the last moment are kept in a visible place."""
         if _list_files(old, self.keep).keys() <= self.files.keys():
+            if not old.name.startswith(f".{self.real.name}."):  # by which the next command knows what to remove
+                place = tempfile.mkdtemp(prefix=f".{self.real.name}.", suffix=".tmp", dir=self.real.parent)
+                os.rename(old, place)
+                old = Path(place)
             shutil.rmtree(old, ignore_errors=True)
             return
         other = _free_name(self.real)
         os.rename(old, other)
         logger.warning(f"{self.path} was changed while it was replaced: what it held is in {other}")
-
-
-def check_output(
-    output: str | Path,
-    *,
-    overwrite: bool,
-    is_file: bool = False,
-    holds_run: bool = False,
-    marks: Sequence[str] = MODEL_MARKS,
-    flag: str = "--output",
-) -> Path:
-    """Check, before any work, that a result can be written; creates nothing.
-
-    Args:
-        output: Place of the result.
-        overwrite: Allow an existing result to be replaced.
-        is_file: The result is a file and not a folder.
-        holds_run: The folder contains a training run; the run itself checks whether it may be continued.
-        marks: A folder may be replaced only if it contains one of these files.
-        flag: Command line flag to name in errors.
-
-    Returns:
-        `output` as a path.
-
-    Raises:
-        RecipeError: The place is occupied or cannot be written.
-    """
-    path = Path(output)
-    if path.exists() and path.is_dir() == is_file:
-        raise RecipeError(f"{flag} {output} is a {'folder' if is_file else 'file'}; choose another name")
-    if is_file and path.exists() and not overwrite:
-        raise RecipeError(f"{flag} {output} exists; choose another file, or replace it with --overwrite true")
-    if path.is_dir() and any(path.iterdir()) and not holds_run:
-        if not overwrite:
-            raise RecipeError(
-                f"{flag} {output} exists and is not empty; choose another folder, or replace it with --overwrite true"
-            )
-        if not any((path / mark).is_file() for mark in marks):
-            raise RecipeError(
-                f"{flag} {output} contains files that are not a result of this command; choose another folder"
-            )
-    if os.path.ismount(path):
-        raise RecipeError(f"{flag} {output} is a mount point, which cannot be renamed; choose a folder inside it")
-    real = path.resolve()
-    parent = next(place for place in real.parents if place.exists())
-    for place in (parent, *([path] if path.is_dir() else [])):
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            raise RecipeError(f"{flag} {output}: {place} is not a writable folder")
-    return path
 
 
 @contextmanager

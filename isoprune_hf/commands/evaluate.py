@@ -27,7 +27,7 @@ def run(
     from accelerate.logging import get_logger
 
     from isoprune_hf.checkpoint.folder import write_file
-    from isoprune_hf.checkpoint.target import check_output
+    from isoprune_hf.checkpoint.output_check import check_output
     from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, with_data_transform
     from isoprune_hf.commands.steps.recording import describe_transform, record_figures
     from isoprune_hf.commands.steps.sources import check_classes

@@ -26,7 +26,7 @@ def run(
 ) -> Answer:
     """List the isomorphic classes of a model; if there can be scores, also compare the alternatives."""
     from isoprune_hf.checkpoint.folder import replace_file, write_file
-    from isoprune_hf.checkpoint.target import check_output
+    from isoprune_hf.checkpoint.output_check import check_output
     from isoprune_hf.commands.steps.comparing import OWN_PLAN, compare_plans, list_classes
     from isoprune_hf.pruning.deciding.alternatives import check_comparable
     from isoprune_hf.reporting.inspection_page import build_page, show_inspected

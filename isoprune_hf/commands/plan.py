@@ -43,6 +43,7 @@ def run_apply(
     """Replay a plan on its base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
+    from isoprune_hf.commands.steps.recording import Records
     from isoprune_hf.commands.steps.replaying import replay_on_base
     from isoprune_hf.commands.steps.results import summarize, write_folder
     from isoprune_hf.pruning.plan import PruningPlan
@@ -56,7 +57,7 @@ def run_apply(
         images = open_data(data, accelerator) if data.dataset else None
         opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
         pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
-        write_folder(target, pruned, opened.base.processor, accelerator, plan=replayed.to_json())
+        write_folder(target, pruned, opened.base.processor, accelerator, Records(replayed.to_json()))
     return summarize(pruned, {}, {}, target.path)
 
 

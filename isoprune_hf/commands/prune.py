@@ -24,6 +24,7 @@ def run(
     from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.cutting import cut_base
     from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs, open_scores
+    from isoprune_hf.commands.steps.recording import Records
     from isoprune_hf.commands.steps.results import Metrics, send_result, summarize, write_folder
     from isoprune_hf.hub.uploads import open_uploads
 
@@ -40,14 +41,13 @@ def run(
                 metrics[name] = evaluate_on(images, model, opened.base.processor, data, accelerator)
         achieved = result.plan.achieved
         latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
+        speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None
         write_folder(
             target,
             result.model,
             opened.base.processor,
             accelerator,
-            plan=result.plan.to_json(),
-            metrics=metrics,
-            speed={**result.plan.settings["latency"], "milliseconds": latency} if latency else None,
+            Records(result.plan.to_json(), speed, metrics),
         )
         forget_scoring(output, accelerator)
         answer = summarize(result.model, metrics, latency, target.path, notes=result.plan.notes)

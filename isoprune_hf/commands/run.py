@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from isoprune_hf.commands.flags import OVERWRITE, PUSH_EVERY, PUSH_TO_HUB, output_flag
 from isoprune_hf.commands.stage import Answer, Heading, Stage
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 
 if TYPE_CHECKING:
@@ -23,26 +22,22 @@ def run(
     push_to_hub: str | None,
     push_every: int | None,
 ) -> Answer:
-    """Open, train the base if requested, score, cut, finetune, evaluate, write the folder and classify one image."""
-    from isoprune_hf.checkpoint.target import check_output
+    """Open, train the base if requested, score, cut, finetune, evaluate and write; an unfinished run is resumed."""
+    from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, open_inputs
-    from isoprune_hf.commands.steps.pipeline import clear_output, run_pipeline
+    from isoprune_hf.commands.steps.pipeline import check_sources, run_pipeline
     from isoprune_hf.commands.steps.results import send_result
     from isoprune_hf.hub.uploads import open_uploads
 
-    root = check_output(output, overwrite=overwrite)
-    if finetune.max_minutes is not None:
-        raise RecipeError(
-            "finetune.max_minutes needs a stage that can resume: use it with `isoprune finetune`, not with run"
-        )
-    uploads = open_uploads(push_to_hub, accelerator, push_every)
-    images = open_data(data, accelerator)
-    if images.evaluation is None:
-        raise no_evaluation_split(images, data)
-    opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
-    clear_output(root, {"prune.model": prune.model, "finetune.teacher": finetune.teacher}, accelerator)
-    answer = run_pipeline(opened, images, pretrain, finetune, output, uploads)
-    return send_result(uploads, root / "model", answer)
+    with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        check_sources(target, {"prune.model": prune.model, "finetune.teacher": finetune.teacher})
+        uploads = open_uploads(push_to_hub, accelerator, push_every)
+        images = open_data(data, accelerator)
+        if images.evaluation is None:
+            raise no_evaluation_split(images, data)
+        opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
+        answer = run_pipeline(opened, images, pretrain, finetune, target, uploads, overwrite=overwrite)
+    return send_result(uploads, target.path / "model", answer)
 
 
 STAGE = Stage(

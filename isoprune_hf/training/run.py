@@ -85,6 +85,7 @@ class TrainingRun:
         accelerator: The ranks.
         settings: Everything else.
         overwrite: Replace an unfinished run with another identity, instead of raising.
+        output: Output to name in errors; the default is the parent of the checkpoints.
 
     Raises:
         OccupiedError: Another process trains there, or the folder cannot be written.
@@ -99,8 +100,10 @@ class TrainingRun:
         settings: RunSettings | None = None,
         *,
         overwrite: bool = False,
+        output: Path | None = None,
     ):
         self.checkpoints = checkpoints
+        self._output = output or checkpoints.parent
         self.folder = checkpoints / RUN_FOLDER
         self.settings = settings or RunSettings()
         self.interruption = Interruption(self.settings.max_minutes)
@@ -117,7 +120,7 @@ class TrainingRun:
         if self._accelerator.is_main_process:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(f"--output {self.checkpoints.parent}")
+                self._lock.acquire(f"--output {self._output}")
                 with ExitStack() as stack:
                     stack.callback(self._lock.release)
                     self._begin()
@@ -155,6 +158,11 @@ class TrainingRun:
         state = read_run(self.checkpoints)
         return state is not None and state["finished"] and state["identity"] == self._identity
 
+    @property
+    def has_state(self) -> bool:
+        """True if a snapshot is saved."""
+        return has_snapshots(self.folder)
+
     def _begin(self) -> None:
         """Prepare the folder for the unfinished run in it, or for a new one."""
         state = read_run(self.checkpoints)
@@ -163,10 +171,10 @@ class TrainingRun:
         if state is not None and is_unfinished and has_snapshots(self.folder) and not is_same and not self._overwrite:
             raise RecipeError(self._difference(state["identity"]))
         remove_leftovers(self.folder)
-        output = self.checkpoints.parent
-        for parent, name in ((self.checkpoints, "*"), (output.parent, output.name)):  # of killed writers
-            for path in (*parent.glob(f".{name}.*.tmp"), *parent.glob(f".{name}.*.old")):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in (*self.checkpoints.glob(".*.tmp"), *self.checkpoints.glob(".*.old")):  # of killed writers
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.checkpoints.glob(".*.lock"):
+            path.unlink()
         if is_unfinished and is_same:
             return
         # From here on, snapshots of an older run are invalid.
@@ -186,7 +194,7 @@ class TrainingRun:
         changed = [name for name in names if known.get(name) != self._identity.get(name)]
         values = "; ".join(f"{name} was {known.get(name)}, got {self._identity.get(name)}" for name in changed[:3])
         return (
-            f"--output {self.checkpoints.parent} contains an unfinished run with other settings: {values}; restore "
+            f"--output {self._output} contains an unfinished run with other settings: {values}; restore "
             "the old values to resume it, choose another folder, or replace it with --overwrite true"
         )
 

@@ -12,7 +12,7 @@ from helpers.command_line import contents
 from isoprune_hf.checkpoint import target as target_module
 from isoprune_hf.checkpoint.exchange import exchange
 from isoprune_hf.checkpoint.folder import replace_file, replace_folder
-from isoprune_hf.checkpoint.target import check_output, locked_target, open_target
+from isoprune_hf.checkpoint.target import locked_target, open_target
 from isoprune_hf.checkpoint.target_lock import TargetLock
 from isoprune_hf.errors import CheckpointError, OccupiedError, RecipeError, WriteError
 
@@ -277,74 +277,6 @@ def test_failed_rename_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(os, "rename", ordinary)
             assert len(calls) > failing
             assert contents(out) == held and names(out.parent) == {"out"}
-
-
-# --- checked before any work
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_new_output_is_accepted_without_creating_it(is_file: bool, tmp_path: Path) -> None:
-    assert check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file) == tmp_path / "a" / "b"
-    assert names(tmp_path) == set()
-
-
-def test_empty_folder_is_accepted(tmp_path: Path) -> None:
-    assert check_output(str(tmp_path), overwrite=False) == tmp_path
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_existing_result_needs_overwrite(is_file: bool, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    output = tmp_path / "config.json" if is_file else tmp_path
-    with pytest.raises(RecipeError) as caught:
-        check_output(output, overwrite=False, is_file=is_file)
-    message = str(caught.value)
-    assert message.startswith(f"--output {output} exists") and "--overwrite true" in message and "\n" not in message
-    assert check_output(output, overwrite=True, is_file=is_file) == output
-    assert names(tmp_path) == {"config.json"}
-
-
-@pytest.mark.parametrize("place", ["", "model", "base", "checkpoints/last"])
-def test_folder_with_a_model_may_be_replaced(place: str, tmp_path: Path) -> None:
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    (tmp_path / place / "config.json").write_text("{}")
-    assert check_output(tmp_path, overwrite=True) == tmp_path
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_folder_of_other_files_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path} "):
-        check_output(tmp_path, overwrite=overwrite)
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_file_and_folder_are_not_interchangeable(overwrite: bool, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file is a file"):
-        check_output(tmp_path / "file", overwrite=overwrite)
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path} is a folder"):
-        check_output(tmp_path, overwrite=overwrite, is_file=True)
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_output_below_a_file_is_refused(is_file: bool, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/file/out: {tmp_path}/file "):
-        check_output(tmp_path / "file" / "out", overwrite=False, is_file=is_file)
-
-
-@pytest.mark.parametrize("is_file", [True, False])
-def test_output_in_readonly_folder_is_refused(is_file: bool, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(RecipeError, match=f"^--output {tmp_path}/a/b: {tmp_path} "):
-        check_output(tmp_path / "a" / "b", overwrite=False, is_file=is_file)
-
-
-def test_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
-    with pytest.raises(RecipeError):
-        check_output(tmp_path, overwrite=False)
 
 
 def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_run_writes_every_result(recipe_file: Path, images: Path, tmp_path: Path
     printed = succeed(*command)
     assert {path.name for path in out.iterdir()} == {"base", "model", "checkpoints", "importance.safetensors"}
     assert {path.name for path in (out / "model").iterdir()} == PRUNED_FILES | {"metrics.json", "speed.json"}
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last", "best"}
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last", "best", "training"}
     metrics, config = read(out / "model", "metrics.json"), read(out / "model", "config.json")
     assert set(metrics) == set(read(out / "model", "speed.json")["milliseconds"]) == {"base", "pruned", "finetuned"}
     assert all(set(figures) == FIGURES and figures["images"] == 20 for figures in metrics.values())
@@ -272,11 +272,6 @@ def test_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyP
     done = isoprune("prune", *L1)
     assert done.code == 71
     assert re.fullmatch(r"isoprune: error: out of memory; [^\n]*--prune\.batch_size[^\n]*\n", done.err)
-
-
-def test_run_refuses_time_limit(images: Path, tmp_path: Path) -> None:
-    line = refuse("run", *L1, "--data.dataset", images, "--finetune.max_minutes", "5", "--output", tmp_path / "out")
-    assert "finetune.max_minutes" in line
 
 
 def test_paths_may_have_spaces_unicode_and_links(cut_folder: Path, images: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import read_json
-from isoprune_hf.checkpoint.target import Target, check_output
+from isoprune_hf.checkpoint.output_check import check_output
+from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.commands.stage import Answer
-from isoprune_hf.commands.steps.carried import Carried, read_carried
 from isoprune_hf.commands.steps.opening import evaluate_on, open_data, with_data_transform
-from isoprune_hf.commands.steps.results import summarize, write_trained
+from isoprune_hf.commands.steps.recording import Records, read_records
+from isoprune_hf.commands.steps.results import summarize, write_folder
 from isoprune_hf.commands.steps.sources import check_classes, open_teacher, open_with_new_head, reopen_base
-from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student
+from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel, load_base
@@ -72,16 +73,17 @@ def finetune_folder(
         metrics |= train_student(
             student, images, data, finetune, accelerator, teacher=teacher, checkpoints=checkpoints, metrics=metrics
         )
-        write_trained(target, student, accelerator, carried=carried, metrics=metrics)
+        with writing_result(training):
+            write_folder(target, *student, accelerator, Records(carried.plan, carried.speed, metrics))
         training.finish()
     return summarize(student.model, metrics, {}, folder)
 
 
 def _open_student(
     source: Source, images: ImageData, data: DataRecipe, finetune: FinetuneRecipe
-) -> tuple[BaseModel, Carried]:
+) -> tuple[BaseModel, Records]:
     """Open the model to train, and the parts of its folder that the result keeps."""
-    carried = read_carried(source.name)
+    carried = read_records(source.name)
     if source.takes_new_head:
         found = open_with_new_head(source.name, images.label_names, finetune.seed)
     else:
@@ -90,5 +92,5 @@ def _open_student(
     check_classes(images.label_names, student.model)
     if student is not found or source.takes_new_head:
         # Figures measured with another transform or head than that of the new folder are not comparable.
-        carried = Carried(carried.plan, carried.speed, {})
+        carried = Records(carried.plan, carried.speed, {})
     return student, carried

@@ -1,9 +1,8 @@
 """The steps of the stage `run` after everything is opened; see `run_pipeline`."""
 
 import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +10,57 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
-from isoprune_hf.checkpoint.folder import replace_file
+from isoprune_hf.checkpoint.folder import replace_file, save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.cutting import cut_base
 from isoprune_hf.commands.steps.opening import Opened, evaluate_on, forget_scoring
+from isoprune_hf.commands.steps.recording import Records, read_metrics, read_records
 from isoprune_hf.commands.steps.results import Metrics, smoke_test, summarize, write_folder
 from isoprune_hf.commands.steps.sources import open_teacher
-from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, train_student
+from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student, writing_result
+from isoprune_hf.commands.steps.unfinished import Unfinished, finish, open_unfinished
 from isoprune_hf.data.dataset import ImageData, with_encoded_images
 from isoprune_hf.data.decoding import Decoding, Rows, read_or_replace, to_pixels
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.measuring.speed import measure_latency, record_measurement
-from isoprune_hf.models import BaseModel
-from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.recipes import FinetuneRecipe, resume_identity
 
 logger = get_logger(__name__)
 
 _TIMED_PASSES = 20
 
 
-def clear_output(root: Path, used: dict[str, str | None], accelerator: Accelerator) -> None:
-    """Remove the results of an earlier run, so that none of them is mistaken for one of this run.
+@dataclass(frozen=True)
+class Cut:
+    """The cut model of a run, in memory, with its plan and the figures before the training."""
+
+    model: IsoPruneForImageClassification
+    plan: PruningPlan
+    metrics: Metrics
+
+
+def check_sources(target: Target, used: Mapping[str, str | None]) -> None:
+    """Check that no model that a run reads lies in the output that it replaces.
 
     Args:
-        root: Output of the run.
+        target: Output of the run.
         used: Models that this run reads, by their settings.
-        accelerator: The ranks; the main process removes.
 
     Raises:
         RecipeError: One of the models lies in the output.
     """
     for setting, path in used.items():
-        if path and root.resolve() in Path(path).resolve().parents:
+        if path and target.real in Path(path).resolve().parents:
             raise RecipeError(
-                f"--output {root} contains {setting} ({path}), which would be overwritten; choose another folder"
+                f"--output {target.path} contains {setting} ({path}), which would be overwritten; choose another "
+                "folder"
             )
-    if accelerator.is_main_process:
-        for name in ("base", CHECKPOINTS, "model"):
-            shutil.rmtree(root / name, ignore_errors=True)
-    accelerator.wait_for_everyone()
 
 
 def run_pipeline(
@@ -60,57 +68,118 @@ def run_pipeline(
     images: ImageData,
     pretrain: FinetuneRecipe,
     finetune: FinetuneRecipe,
-    output: str,
+    target: Target,
     uploads: Uploads | None,
+    *,
+    overwrite: bool,
 ) -> Answer:
-    """Train the base if requested, score, cut, finetune, measure and write everything into `output`.
+    """Train the base if requested, score, cut, finetune, measure and write everything into the target.
+
+    An unfinished run of the target is resumed.
 
     Returns:
         The table of all models, and the class of one image by `transformers.pipeline`.
     """
-    root, base, accelerator = Path(output), opened.base, opened.accelerator
-    if pretrain.epochs:
-        _pretrain(opened, images, pretrain, root)
+    accelerator, root = opened.accelerator, target.path
+    with open_unfinished(target, _identify(opened, images, pretrain), accelerator, overwrite=overwrite) as work:
+        if pretrain.epochs:
+            opened = replace(opened, base=_pretrain(opened, images, pretrain, work, overwrite=overwrite))
+        cut = _cut(opened, images, work)
+        model, found = _finish_model(opened, images, finetune, cut, work, uploads, overwrite=overwrite)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            finish(work)
+    answer = summarize(model, found.metrics, (found.speed or {})["milliseconds"], root / "model", notes=cut.plan.notes)
+    if accelerator.is_main_process and images.evaluation is not None:
+        image, label = _first_image(images.evaluation, images.decoding, image_size_of(model)[0])
+        line = smoke_test(root / "model", image, images.label_names[label])
+        answer = replace(answer, text=f"{answer.text}\n\n{line}")
+    accelerator.wait_for_everyone()
+    return answer
+
+
+def _identify(opened: Opened, images: ImageData, pretrain: FinetuneRecipe) -> dict[str, Any]:
+    """Return everything that determines the cut of a run."""
+    identity = {"the base": fingerprint(opened.base.model.model), "the data set": images.fingerprint}
+    for section, recipe in (("prune", opened.prune), ("data", opened.data), ("pretrain", pretrain)):
+        identity |= {f"{section}.{name}": value for name, value in resume_identity(recipe).items()}
+    return identity
+
+
+def _cut(opened: Opened, images: ImageData, work: Unfinished) -> Cut:
+    """Score, cut, repair and evaluate, and save the cut model; or open the one that an unfinished run has saved."""
+    accelerator, base = opened.accelerator, opened.base
+    if (work.pruned / "config.json").is_file():
+        model = load_base(str(work.pruned)).model
+        model.to(accelerator.device)
+        return Cut(model, PruningPlan.load(work.pruned), read_metrics(str(work.pruned)))
+    output = str(work.target.path)
     result = cut_base(opened, output)
     metrics: Metrics = {
         name: evaluate_on(images, model, base.processor, opened.data, accelerator)
         for name, model in (("base", base.model), ("pruned", result.model))
     }
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        replace_file(root / "importance.safetensors", result.scores.save)
+        replace_file(work.result / "importance.safetensors", result.scores.save)
+        plan = result.plan.to_json()
+        save_model_folder(work.pruned, result.model, base.processor, plan=plan, metrics=metrics)
+    accelerator.wait_for_everyone()
     forget_scoring(output, accelerator)
-    models = {"base": base.model, "pruned": result.model}
-    if finetune.epochs:
-        teacher = open_teacher(result.model, finetune, base)
-        models = {"base": base.model, "pruned": _copy(result.model), "finetuned": result.model}
-        metrics |= train_student(
-            BaseModel(result.model, base.processor),
+    return Cut(result.model, result.plan, metrics)
+
+
+def _finish_model(
+    opened: Opened,
+    images: ImageData,
+    finetune: FinetuneRecipe,
+    cut: Cut,
+    work: Unfinished,
+    uploads: Uploads | None,
+    *,
+    overwrite: bool,
+) -> tuple[IsoPruneForImageClassification, Records]:
+    """Finetune if requested, measure, and write the model; return it with what was written beside it."""
+    accelerator, base, folder = opened.accelerator, opened.base, work.result / "model"
+
+    def write(models: Mapping[str, IsoPruneForImageClassification], metrics: Metrics) -> Records:
+        found = Records(cut.plan.to_json(), _measure(models, accelerator), metrics)
+        write_folder(folder, cut.model, base.processor, accelerator, found)
+        return found
+
+    if not finetune.epochs:
+        return cut.model, write({"base": base.model, "pruned": cut.model}, cut.metrics)
+    teacher = open_teacher(cut.model, finetune, base)
+    student = BaseModel(cut.model, base.processor)
+    training = open_run(
+        work.result,
+        student,
+        images,
+        opened.data,
+        finetune,
+        teacher,
+        accelerator,
+        overwrite=overwrite,
+        output=work.target.path,
+    )
+    if training.is_finished and (folder / "config.json").is_file():  # killed before it became the output
+        return load_base(str(folder)).model, read_records(str(folder))
+    models = {"base": base.model, "pruned": _copy(cut.model), "finetuned": cut.model}
+    with training:
+        trained = train_student(
+            student,
             images,
             opened.data,
             finetune,
             accelerator,
             teacher=teacher,
-            checkpoints=Checkpoints(root / CHECKPOINTS, uploads=uploads),
-            metrics=metrics,
+            checkpoints=Checkpoints(work.result / CHECKPOINTS, training, uploads),
+            metrics=cut.metrics,
         )
-    speed = _measure(models, accelerator)
-    folder = root / "model"
-    write_folder(
-        folder,
-        result.model,
-        base.processor,
-        accelerator,
-        plan=result.plan.to_json(),
-        metrics=metrics,
-        speed=speed,
-    )
-    answer = summarize(result.model, metrics, speed["milliseconds"], folder, notes=result.plan.notes)
-    if accelerator.is_main_process and images.evaluation is not None:
-        image, label = _first_image(images.evaluation, images.decoding, image_size_of(base.model)[0])
-        line = smoke_test(folder, image, images.label_names[label])
-        answer = replace(answer, text=f"{answer.text}\n\n{line}")
-    accelerator.wait_for_everyone()
-    return answer
+        with writing_result(training):
+            found = write(models, {**cut.metrics, **trained})
+        training.finish()
+    return cut.model, found
 
 
 def _measure(models: Mapping[str, IsoPruneForImageClassification], accelerator: Accelerator) -> dict[str, Any]:
@@ -123,19 +192,40 @@ def _measure(models: Mapping[str, IsoPruneForImageClassification], accelerator: 
     return {**record, "milliseconds": latency}
 
 
-def _pretrain(opened: Opened, images: ImageData, recipe: FinetuneRecipe, root: Path) -> None:
-    """Train the dense base in place and write it to the folder `base`, from which others reopen it."""
-    base = opened.base
+def _pretrain(
+    opened: Opened, images: ImageData, recipe: FinetuneRecipe, work: Unfinished, *, overwrite: bool
+) -> BaseModel:
+    """Train the dense base and write it to the folder `base`, from which others reopen it; or open that one."""
+    base, accelerator, folder = opened.base, opened.accelerator, work.result / "base"
+    if (folder / "config.json").is_file():
+        model = load_base(str(folder)).model
+        model.to(accelerator.device)
+        return BaseModel(model, base.processor)
     logger.info(f"train the dense base, {recipe.epochs} epochs")
-    train_student(base, images, opened.data, recipe, opened.accelerator)
-    base.model.config.source = {
-        "name": os.path.abspath(root / "base"),
-        "pretrained": True,
-        "seed": opened.prune.seed,
-        "model_args": {},
-        "fingerprint": fingerprint(base.model.model),
-    }
-    write_folder(root / "base", base.model, base.processor, opened.accelerator)
+    training = open_run(
+        work.pretraining,
+        base,
+        images,
+        opened.data,
+        recipe,
+        None,
+        accelerator,
+        overwrite=overwrite,
+        output=work.target.path,
+    )
+    checkpoints = Checkpoints(work.pretraining / CHECKPOINTS, training)
+    with training:
+        train_student(base, images, opened.data, recipe, accelerator, checkpoints=checkpoints)
+        base.model.config.source = {
+            "name": os.path.abspath(work.target.path / "base"),
+            "pretrained": True,
+            "seed": opened.prune.seed,
+            "model_args": {},
+            "fingerprint": fingerprint(base.model.model),
+        }
+        write_folder(folder, base.model, base.processor, accelerator)
+        training.finish()
+    return base
 
 
 def _first_image(split: Rows, decoding: Decoding, channels: int) -> tuple[Any, int]:

@@ -13,10 +13,8 @@ from isoprune_hf.checkpoint.folder import save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.commands.stage import Answer
-from isoprune_hf.commands.steps.carried import Carried
-from isoprune_hf.errors import CheckpointError, WriteError
+from isoprune_hf.commands.steps.recording import Records
 from isoprune_hf.hub.uploads import Uploads
-from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.tables import describe_sample, results_table
@@ -30,12 +28,10 @@ def write_folder(
     model: IsoPruneForImageClassification,
     processor: BaseImageProcessor,
     accelerator: Accelerator,
-    *,
-    plan: str | None = None,
-    metrics: Metrics | None = None,
-    speed: dict[str, Any] | None = None,
+    records: Records | None = None,
 ) -> None:
     """Write the whole folder on the main process: model, figures and card appear together."""
+    plan, speed, metrics = (records.plan, records.speed, records.metrics) if records else (None, None, None)
     name = (target.path if isinstance(target, Target) else target).name
 
     def finish(temporary: Path) -> None:
@@ -51,30 +47,6 @@ def write_folder(
     if accelerator.is_main_process:
         save_model_folder(target, model, processor, plan=plan, metrics=metrics, finish=finish)
     accelerator.wait_for_everyone()
-
-
-def write_trained(
-    target: Target, student: BaseModel, accelerator: Accelerator, *, carried: Carried, metrics: Metrics
-) -> None:
-    """Write the folder of a trained model, with the plan and the times of the folder that it came from.
-
-    Raises:
-        WriteError: It cannot be written; the training itself is saved.
-    """
-    try:
-        write_folder(
-            target,
-            student.model,
-            student.processor,
-            accelerator,
-            plan=carried.plan,
-            metrics=metrics,
-            speed=carried.speed,
-        )
-    except WriteError:
-        raise  # the result is complete in another folder
-    except CheckpointError as error:
-        raise WriteError(f"{error}; the training is saved: rerun the same command to write its result") from error
 
 
 def summarize(

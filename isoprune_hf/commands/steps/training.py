@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.commands.steps.results import Metrics
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.errors import CheckpointError, WriteError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
@@ -69,8 +71,21 @@ def open_run(
     accelerator: Accelerator,
     *,
     overwrite: bool,
+    output: Path | None = None,
 ) -> TrainingRun:
-    """Prepare the resumable run of a folder; nothing is written before its block is entered."""
+    """Prepare the resumable run of a folder; nothing is written before its block is entered.
+
+    Args:
+        folder: Place of the run's checkpoints.
+        student: The model to train.
+        images: The labelled images.
+        data: How they are read.
+        recipe: How to train.
+        teacher: The model that teaches.
+        accelerator: The ranks.
+        overwrite: Replace an unfinished run of other settings.
+        output: Output to name in errors; the default is the folder.
+    """
     is_cached = recipe.teacher_cache is not None
     identity: dict[str, Any] = {
         "the model": fingerprint(student.model),
@@ -95,7 +110,25 @@ def open_run(
             peak_tflops=recipe.peak_tflops,
         ),
         overwrite=overwrite,
+        output=output,
     )
+
+
+@contextmanager
+def writing_result(training: TrainingRun) -> Iterator[None]:
+    """Say, if the result cannot be written within the context, whether the training is saved.
+
+    Raises:
+        WriteError: The result cannot be written.
+    """
+    try:
+        yield
+    except WriteError:
+        raise  # the result is complete in another place
+    except CheckpointError as error:
+        if training.has_state:
+            raise WriteError(f"{error}; the training is saved: rerun the same command to write its result") from error
+        raise WriteError(f"{error}; no state of the training could be saved either") from error
 
 
 def count_training_flops(
