@@ -1,4 +1,4 @@
-"""Check that the tensors of a model are finite before it is saved: see `require_finite`."""
+"""Check that the tensors of a model are finite before it is saved: `require_finite`."""
 
 import math
 
@@ -11,10 +11,20 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def require_finite(model: nn.Module) -> None:
-    """Check every tensor that is saved; a buffer may also hold -inf, as the masks of attention do.
+    """Check every tensor that is saved, see `describe_not_finite`.
 
     Raises:
         CheckpointError: A value is nan or infinite; the message names its tensor.
+    """
+    fault = describe_not_finite(model)
+    if fault is not None:
+        raise CheckpointError(f"the model is not saved: {fault}")
+
+
+def describe_not_finite(model: nn.Module) -> str | None:
+    """Return a line on the first saved tensor with nan or inf; None if there is none.
+
+    A buffer may hold -inf, as the masks of attention do.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict().items():
@@ -25,7 +35,8 @@ def require_finite(model: nn.Module) -> None:
             is_allowed |= tensor == -math.inf
         if not is_allowed.all():
             wrong = tensor[~is_allowed]
-            raise CheckpointError(
-                f"the model is not saved: {wrong.numel():,} of {tensor.numel():,} values of {name!r} are not finite, "
-                f"the first is {wrong[0].item()}"
+            return (
+                f"{wrong.numel():,} of {tensor.numel():,} values of {name!r} are not finite, the first is "
+                f"{wrong[0].item()}"
             )
+    return None

@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut
-from isoprune_hf.errors import CheckpointError, RecipeError
+from isoprune_hf.errors import CheckpointError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
 from isoprune_hf.pruning.cost.macs import ModelCost, cost_model
 from isoprune_hf.pruning.cutting.replay import record_base
@@ -21,9 +21,9 @@ from isoprune_hf.pruning.cutting.uniform import check_family, to_stock
 from isoprune_hf.pruning.deciding.budget import check_budget
 from isoprune_hf.pruning.deciding.iterative import lift_scores, recipe_of_step
 from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
+from isoprune_hf.pruning.finite import check_inputs, in_usable_types
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import graph_of, trace_groups
-from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.latency_budget import fit_base, latency_settings
 from isoprune_hf.pruning.pipeline import Cut, PruningRun, StageClock, Traced, broadcast
@@ -96,6 +96,7 @@ def prune_model(
         RecipeError, BudgetError, UnsupportedArchitectureError: See `score_groups`, `make_plan`, `trace_groups`,
             `rotate_heads` and `repair`.
     """
+    check_inputs(model, calibration)
     clock = StageClock()
     with clock.stage("trace"):
         traced = _trace(model, recipe, accelerator)
@@ -114,13 +115,12 @@ def prune_model(
     scores, earlier = _cut_in_steps(run, recipe, scores)
     plan, pruned = run.cut_to_budget(recipe, scores)
     notes = run.repair(pruned, plan, recipe, earlier).notes
-    pruned, wide = in_stored_types(pruned, model)
+    pruned, wide = in_usable_types(pruned, model, images)
     untraced = graph_of(model, traced.groups).trace.notes
     neighbours = _note_neighbours(plan, traced.groups)
     plan = replace(plan, notes=(*plan.notes, *untraced, *neighbours, *rotated.notes, *notes, *wide))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
-    _check_finite(pruned, model)
     _record_origin(pruned, model, recipe, scores)
     pruned_cost = _recorded_cost(pruned)
     _log_result(model, traced.cost.base, pruned_cost, clock.seconds)
@@ -185,22 +185,6 @@ def _with_scoring_of(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
         score_batchnorm=scores.score_batchnorm,
         scoring_precision=scores.precision,
     )
-
-
-def _check_finite(pruned: IsoPruneForImageClassification, base: IsoPruneForImageClassification) -> None:
-    """Check that a pruned model has no nan and inf where its base has none.
-
-    Raises:
-        RecipeError: It has; the message names the tensor.
-    """
-    before = base.model.state_dict()
-    for name, value in pruned.model.state_dict().items():
-        if value.isfinite().all() or (name in before and not before[name].isfinite().all()):
-            continue
-        raise RecipeError(
-            f"{name} of the pruned model holds nan or inf, and that of the base does not, so it is not returned: use "
-            "--prune.reconstruct none, and report the model"
-        )
 
 
 def _record_origin(

@@ -3,19 +3,17 @@
 `score_model` is the complete pipeline; `prune_model` uses its parts.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn, cast
 
-import torch
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
-from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks, zero_images
+from isoprune_hf.pruning.finite import check_inputs, check_logits
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.precision import in_float32
@@ -46,6 +44,7 @@ def score_model(
     Raises:
         RecipeError, UnsupportedArchitectureError: See `score_groups`, `trace_groups` and `rotate_heads`.
     """
+    check_inputs(model, calibration)
     check_calibration(recipe, calibration, None)
     images = None if calibration is None else Calibration(calibration, accelerator)
     groups = trace_groups(model, recipe.signature, recipe.engine)
@@ -71,31 +70,12 @@ def rotate_base(
         return Rotated(model, (), ())
     wide = in_float32(model)
     if calibration is not None:
-        _check_logits(wide, calibration)
+        check_logits(wide, calibration)
     if not recipe.rotate:
         return Rotated(wide, (), ())
     if calibration is None:
         _refuse_missing_data("rotate")
     return rotate_heads(wide, groups, calibration.batches, calibration.accelerator)
-
-
-def _check_logits(model: IsoPruneForImageClassification, calibration: Calibration) -> None:
-    """Check the logits of a base on the first micro-batch, unless the batches can be iterated over only once.
-
-    Raises:
-        RecipeError: They are not finite on some rank.
-    """
-    if isinstance(calibration.batches, Iterator):
-        return
-    broken = zero_images(model)
-    with scoring_mode(model, requires_grad=False), torch.no_grad():
-        for images, _ in itertools.islice(calibration.batches, 1):
-            broken += (~model(pixel_values=images.to(model.device)).logits.isfinite()).sum()
-    if sum_over_ranks(broken, calibration.accelerator):
-        raise RecipeError(
-            "the logits of the base contain nan or inf on the calibration images, so nothing can be decided from "
-            "them: check its weights and the images with `isoprune evaluate`"
-        )
 
 
 def score_with_recipe(

@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.snapshots import Snapshot, read_newest_snapshot, remove_snapshots, write_snapshot
 from isoprune_hf.errors import DamagedStateError
-from isoprune_hf.pruning.calibration.calibration import Batch, Calibration
+from isoprune_hf.pruning.calibration.calibration import Batch, Calibration, finite_batches
 from isoprune_hf.terminal import with_bar
 
 logger = get_logger(__name__)
@@ -117,5 +117,5 @@ def remaining(sums: RunningSums, calibration: Calibration) -> Iterator[Batch]:
     """Iterate over the micro-batches not yet included in the sums: all of them, unless the batches are resumable."""
     batches = calibration.batches
     if isinstance(batches, ResumableBatches):
-        return batches.remaining(sums, rank=calibration.rank)
-    return iter(with_bar(batches, "score", "batch", rank=calibration.rank))
+        return finite_batches(batches.remaining(sums, rank=calibration.rank))
+    return finite_batches(with_bar(batches, "score", "batch", rank=calibration.rank))

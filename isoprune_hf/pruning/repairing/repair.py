@@ -8,7 +8,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.calibration import Calibration, finite_batches
 from isoprune_hf.pruning.cutting.cut import keep_masks
 from isoprune_hf.pruning.graph.find_groups import graph_of
 from isoprune_hf.pruning.graph.output_masks import output_masks
@@ -53,7 +53,7 @@ def repair(
     if calibration is None:
         raise RecipeError("prune.reconstruct needs data: set --data.dataset, or remove the setting")
     storage = Storage.of_ranks(pruned.device, calibration.accelerator)
-    held = [(storage.hold(images), labels) for images, labels in calibration.batches]
+    held = [(storage.hold(images), labels) for images, labels in finite_batches(calibration.batches)]
     names = _names_of_tensors(rotated.model.model)
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Batches
+from isoprune_hf.pruning.calibration.calibration import Batches, finite_batches
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.calibration.inputs import read_tensor
 from isoprune_hf.pruning.groups import CoupledGroup
@@ -195,7 +195,7 @@ def _sum_activations(
     images = 0
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
-            for pixel_values, labels in with_bar(batches, "rotate", "batch", rank=rank):
+            for pixel_values, labels in finite_batches(with_bar(batches, "rotate", "batch", rank=rank)):
                 model(pixel_values=pixel_values.to(model.device))
                 images += len(labels)
     finally:

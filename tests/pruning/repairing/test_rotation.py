@@ -214,12 +214,12 @@ def test_attention_that_cannot_be_rotated_stays(broken: str, tmp_path: Path, mon
     assert_same(logits(rotated.model, images), logits(model, images), 1e-5)
 
 
-def test_image_with_nan_leaves_all_heads_unchanged(tmp_path: Path) -> None:
+def test_image_with_nan_is_refused(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     batches = batches_of(model, [2])
     batches[0][0][0, 0, 0, 0] = torch.nan
-    rotated = turned(model, batches)
-    assert rotated.model is model and rotated.pairs == () and len(rotated.notes) == 2
+    with pytest.raises(RecipeError, match="first in image 0 of micro-batch 0"):
+        turned(model, batches)
 
 
 def test_rotation_that_rounding_spoils_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,8 +200,24 @@ def test_result_with_nan_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         prune_model(open_odd("reused").model, recipe, calibration_batches(3))
 
 
-def test_nan_of_the_base_is_not_reported() -> None:
-    model = open_odd("reused").model
-    nn.init.constant_(model.model.head.bias, float("nan"))
-    recipe = PruneRecipe(target_macs="50%", round_to=1, criterion="l1", reconstruct="none")
-    assert prune_model(model, recipe).model.model.head.bias.isnan().all()
+def test_batchnorm_of_one_value_keeps_its_statistics() -> None:
+    """The block runs three times on the one image, the other block once."""
+    _, pruned, _ = cut_in_half("reused")
+    before = copy.deepcopy(pruned.state_dict())
+    images, labels = calibration_batches(3)[0]
+    notes = recalibrate_batchnorm(pruned, Calibration([(images[:1, :, :4, :4], labels[:1])]))
+    changed = {name for name, value in pruned.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"model.block.norm{number}.running_{kind}" for number in (1, 2) for kind in ("mean", "var")}
+    assert len(notes) == 1 and "fewer than two values" in notes[0] and "other.norm1" in notes[0]
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [(0.0, True), (1e-3, False)])
+def test_constant_inputs_keep_their_variance(size: float, is_kept: bool) -> None:
+    _, pruned, _ = cut_in_half("reused")
+    norm = pruned.model.other.norm1
+    with torch.no_grad():
+        for parameter in pruned.model.other.conv1.parameters():
+            parameter.mul_(size)
+    before = norm.running_var.clone()
+    recalibrate_batchnorm(pruned, Calibration(calibration_batches(3)))
+    assert torch.equal(norm.running_var, before) is is_kept

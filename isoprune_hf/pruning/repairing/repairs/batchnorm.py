@@ -15,6 +15,8 @@ from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 
+_ROUNDING = 1e-10  # variance, relative to the squared mean, of inputs that differ by rounding alone
+
 
 class BatchNormRepair:
     """Recompute mean and variance of every BatchNorm (see `recalibrate_batchnorm`)."""
@@ -30,6 +32,8 @@ class BatchNormRepair:
 def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: Calibration) -> tuple[str, ...]:
     """Set the statistics of every BatchNorm to mean and variance of its inputs, in place.
 
+    A channel whose inputs are all equal keeps its variance.
+
     During the pass every BatchNorm normalizes a micro-batch by the statistics of this micro-batch.
 
     Args:
@@ -38,7 +42,7 @@ def recalibrate_batchnorm(pruned: IsoPruneForImageClassification, calibration: C
 
     Returns:
         One line if the model has no BatchNorm, or a note on those that keep the statistics of the cut: they are not
-        finite, or no image reaches them.
+        finite, or fewer than two values reach them.
 
     Raises:
         RecipeError: There is no image.
@@ -95,11 +99,13 @@ def _sum_moments(
 
 def _set_statistics(norm: nn.Module, count: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> str | None:
     """Set mean and variance of a BatchNorm, in place, from sums over its inputs; return the reason if they stay."""
-    if not count.all():
-        return "no image reaches them"
+    if (count < 2).any():
+        return "fewer than two values reach them"
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
     running_mean, running_var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    # Other images than these would be divided by almost nothing.
+    variance = torch.where(variance > _ROUNDING * mean.square(), variance, running_var)
     dtype = running_mean.dtype
     if not (mean.to(dtype).isfinite().all() and variance.to(dtype).isfinite().all()):
         return "their statistics are not finite"
@@ -109,6 +115,10 @@ def _set_statistics(norm: nn.Module, count: torch.Tensor, total: torch.Tensor, s
 
 
 def _add_moments(sums: torch.Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Add count, sum and sum of squares of each channel of a BatchNorm's input to `sums` (3, channels), in place."""
+    """Add count, sum and sum of squares of each channel of a BatchNorm's input to `sums` (3, channels), in place.
+
+    A micro-batch with one value for each channel has no statistics: the module then normalizes by those it has.
+    """
     x = read_tensor(args, kwargs).double().transpose(0, 1).flatten(1)
+    module.training = x.shape[1] > 1
     sums += torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])

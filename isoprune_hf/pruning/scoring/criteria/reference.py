@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Batch, Calibration
+from isoprune_hf.pruning.calibration.calibration import Batch, Calibration, finite_batches
 from isoprune_hf.pruning.calibration.gradients import (
     mean_over_ranks,
     scoring_mode,
@@ -87,7 +87,7 @@ def last_squared_gradient(
         return {}
     count = 0
     last: Batch | None = None
-    for batch in calibration.batches:
+    for batch in finite_batches(calibration.batches):
         count += 1
         last = batch
     accelerator = calibration.accelerator
