@@ -1,4 +1,4 @@
-"""Read the batches of a caller: `read_batches` finds inputs and targets in tuples, dicts and tensors."""
+"""Read the batches of a caller: `read_batches` and `read_batch` find inputs and targets in tuples, dicts, tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ def read_batches(
         for part in _pieces(whole, _length(whole, keys), batch_size):
             size = _length(part, keys)
             piece = part if size <= left else _slice(part, size, slice(left))
-            found.append(_read(piece, keys))
+            found.append(read_batch(piece, keys))
             left -= min(size, left)
             if not left:
                 return found
@@ -89,10 +89,10 @@ def _slice(whole: Any, size: int, part: slice) -> Any:
 
 
 def _length(whole: Any, keys: InputKeys | None) -> int:
-    return len(_read(whole, keys).inputs[0])
+    return len(read_batch(whole, keys).inputs[0])
 
 
-def _read(whole: Any, keys: InputKeys | None) -> CallerBatch:
+def read_batch(whole: Any, keys: InputKeys | None = None) -> CallerBatch:
     """Find inputs and targets in a batch.
 
     Raises:

@@ -1,73 +1,189 @@
-"""Train a pruned model on a data set of images: `finetune`."""
+"""Train a pruned model on images of a data set, or any module on batches: `finetune`."""
 
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import BaseImageProcessor
 
-from isoprune_hf.api.holding import share
+from isoprune_hf.api.batches import CallerBatch, InputKeys, read_batch
+from isoprune_hf.api.holding import config_of, run_module, share
+from isoprune_hf.api.objectives import Chosen, Loss, choose_objective
 from isoprune_hf.api.pruned import Pruned
+from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.images import holds_images, open_images
-from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.held import HeldModel
+from isoprune_hf.data.images import holds_images, holds_rows, open_images
+from isoprune_hf.errors import DatasetError, RecipeError
+from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.held import LOSS_NAMES, HeldModel
+from isoprune_hf.models.objective import LOSSES
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 from isoprune_hf.training import finetune as training
+from isoprune_hf.training.own_batches import OwnBatch, OwnLoss, check_own_recipe, train_on_batches
 
 
 def finetune(
     model: nn.Module | Pruned,
-    data: ImageData | str | Path | DataRecipe | Any,
+    data: ImageData | str | Path | DataRecipe | Iterable[Any],
     processor: BaseImageProcessor | None = None,
     recipe: FinetuneRecipe | None = None,
     *,
     accelerator: Accelerator | None = None,
     teacher: nn.Module | None = None,
+    loss: Loss | None = None,
+    inputs: InputKeys | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a model in place and leave it in eval mode.
 
     Args:
-        model: The result of `prune`, whose `model` is trained, or a model that returns `.logits`.
-        data: The result of `load_data`, or a name, folder or `DataRecipe` of images; or rows of `datasets` with images
-            and labels, all of which are trained on. For batches of your own, write a loop or use a Trainer.
-        processor: Makes the inputs; by default that of the base, if it is known.
-        recipe: How to train; by default `FinetuneRecipe()`.
-        accelerator: The ranks; by default a new one.
-        teacher: Returns `.logits` of the same classes; by default the base of a `Pruned`, unless the recipe has no
+        model: The result of `prune`, whose `model` is trained, or a module; for images one that returns `.logits`.
+        data: Images: the result of `load_data`, a name, folder or `DataRecipe`, or rows of `datasets` with images and
+            labels, all of which are trained on. Or batches as `prune` takes them, in a new pass for each epoch: a
+            loader, a list of batches, or a data set of torch, which is shuffled into batches of `recipe.batch_size`.
+        processor: Makes the inputs of images; by default that of the base, if it is known.
+        recipe: How to train; by default `FinetuneRecipe()`. On batches its settings of images are refused if they are
+            set, and an epoch is `steps_per_epoch` batches or the length of the data.
+        accelerator: The ranks; by default a new one. On batches it has one process.
+        teacher: Has the outputs of the model: by default the base of a `Pruned`, unless the recipe has no
             distillation or no teacher.
-        **options: Other arguments of `isoprune_hf.training.finetune.finetune`, such as `save` and `run`.
+        loss: The loss of batches, see `prune`; by default that of the `Pruned` if it is no function, or the one that
+            the targets fit. Batches without targets are trained on the teacher alone.
+        inputs: Entries of a batch that the model takes, see `prune`.
+        **options: For images: other arguments of `isoprune_hf.training.finetune.finetune`, such as `save` and `run`.
 
     Returns:
-        `history` and `best_epoch`, see `isoprune_hf.training.finetune.finetune`.
+        `history` and `best_epoch`, see `isoprune_hf.training.finetune.finetune`; on batches, where nothing is
+        evaluated, an entry has `epoch`, `train_loss`, `lr` and `samples_per_second`.
 
     Raises:
-        RecipeError: The data are no images, no processor is known, or a setting does not fit.
-        DatasetError: The data cannot be opened or are too few.
+        RecipeError: No processor is known, or a setting or the loss does not fit.
+        DatasetError: The data cannot be opened, have another form or are too few.
     """
     recipe = FinetuneRecipe() if recipe is None else recipe
-    student: nn.Module = _student(model) if isinstance(model, Pruned) else model
+    accelerator = Accelerator() if accelerator is None else accelerator
+    base = _teacher_of(model, recipe) if teacher is None else teacher
+    if not isinstance(data, ImageData) and not holds_images(data):
+        if options:
+            raise RecipeError(f"finetune: {', '.join(options)} are for images of a data set, not for batches")
+        return _finetune_batches(model, data, recipe, accelerator, base, loss, inputs)
+    if loss is not None or inputs is not None:
+        raise RecipeError("loss and inputs are for batches; images with labels are trained by the cross-entropy")
+    student = _with_logits(model) if isinstance(model, Pruned) else model
     if isinstance(model, Pruned):
         processor = model.processor if processor is None else processor
-        if teacher is None and recipe.distillation != "none" and recipe.teacher == "auto":
-            teacher = HeldModel(model.config, share(model.base))
+        base = HeldModel(model.config, share(base)) if base is not None and teacher is None else base
     if processor is None:
         raise RecipeError("processor is not set: pass the image processor that makes the inputs of the model")
-    if not isinstance(data, ImageData) and not holds_images(data):
-        raise RecipeError(
-            f"data must be images: a name, folder, DataRecipe or rows of datasets, got {type(data).__name__}; train "
-            "on other batches in a loop of your own, as docs/pytorch.md shows"
-        )
     images = data if isinstance(data, ImageData) else open_images(data)
-    accelerator = Accelerator() if accelerator is None else accelerator
-    return training.finetune(student, images, processor, recipe, accelerator=accelerator, teacher=teacher, **options)
+    return training.finetune(student, images, processor, recipe, accelerator=accelerator, teacher=base, **options)
 
 
-def _student(pruned: Pruned) -> nn.Module:
+def _teacher_of(model: nn.Module | Pruned, recipe: FinetuneRecipe) -> nn.Module | None:
+    """Return the base of a result, if the recipe takes it as the teacher."""
+    if not isinstance(model, Pruned) or recipe.distillation == "none" or recipe.teacher != "auto":
+        return None
+    return model.base
+
+
+def _with_logits(pruned: Pruned) -> nn.Module:
     """Return the module of a result in the form that the training takes; its weights are those of the result."""
     if isinstance(pruned.model, IsoPruneForImageClassification):
         return pruned.model
     return HeldModel(pruned.config, pruned.model)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """Batches of a caller, read anew in each pass."""
+
+    data: Iterable[Any]
+    keys: InputKeys | None
+    chosen: Chosen
+    form: CallForm
+
+    def __iter__(self) -> Iterator[OwnBatch]:
+        for whole in self.data:
+            batch = read_batch(whole, self.keys)
+            shapes = tuple(value.shape[1:] for value in batch.inputs)
+            if len(shapes) != len(self.form.shapes):
+                raise DatasetError(f"data: a batch has {len(shapes)} inputs, the first one {len(self.form.shapes)}")
+            yield OwnBatch(batch.inputs, _targets(self.chosen, batch))
+
+
+def _targets(chosen: Chosen, batch: CallerBatch) -> Tensor | None:
+    """Return the targets of a batch; None if the model's own outputs take their place."""
+    has_targets = chosen.targets is not None and chosen.objective.name != "squared outputs"
+    return chosen.targets(batch) if chosen.targets is not None and has_targets else None
+
+
+def _finetune_batches(
+    model: nn.Module | Pruned,
+    data: Any,
+    recipe: FinetuneRecipe,
+    accelerator: Accelerator,
+    teacher: nn.Module | None,
+    loss: Loss | None,
+    keys: InputKeys | None,
+) -> dict[str, Any]:
+    """Train on batches; see `finetune`."""
+    if accelerator.num_processes > 1:
+        raise RecipeError("finetune: batches are trained on by one process; use images, or a loop of your own")
+    module = model.model if isinstance(model, Pruned) else model
+    with torch.inference_mode(False), kept_random_state():
+        torch.manual_seed(recipe.seed)
+        loader = _loader(data, recipe)
+        first = read_batch(next(iter(loader)), keys)
+        form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs))
+        chosen = _choose(model, module, first, form, loss)
+        check_own_recipe(recipe, compares_classes=chosen.objective.compares_classes)
+        if teacher is None and _targets(chosen, first) is None:
+            raise RecipeError("finetune: there are neither targets nor a teacher, so nothing can be learned")
+        batches = _Batches(loader, keys, chosen, form)
+        own_loss = OwnLoss(chosen.objective, form, recipe, None if teacher is None else share(teacher))
+        history = train_on_batches(module, batches, own_loss, accelerator, updates=_updates(loader, recipe))
+    return {"history": history, "best_epoch": recipe.epochs}
+
+
+def _loader(data: Any, recipe: FinetuneRecipe) -> Iterable[Any]:
+    """Return data that give the batches of an epoch in each pass.
+
+    Raises:
+        DatasetError: They give them once, or are no batches.
+    """
+    if isinstance(data, Dataset) or holds_rows(data):
+        return DataLoader(data, recipe.batch_size, shuffle=isinstance(data, Sized), drop_last=recipe.drop_last)
+    if isinstance(data, Tensor):
+        return [data]
+    if not isinstance(data, Iterable) or isinstance(data, Iterator | dict):
+        raise DatasetError(
+            f"data: {type(data).__name__} does not give its batches again for each epoch; pass a loader or a list"
+        )
+    return data
+
+
+def _updates(loader: Any, recipe: FinetuneRecipe) -> int:
+    if recipe.steps_per_epoch is not None:
+        return recipe.steps_per_epoch
+    if not isinstance(loader, Sized):
+        raise RecipeError("finetune.steps_per_epoch is not set, and the data have no length that would replace it")
+    return len(loader)
+
+
+def _choose(
+    model: nn.Module | Pruned, module: nn.Module, first: CallerBatch, form: CallForm, loss: Loss | None
+) -> Chosen:
+    """Choose the loss by the first batch."""
+    known = model.loss if isinstance(model, Pruned) else None
+    if loss is None and known in LOSSES and first.targets is not None:
+        loss = known
+    described = model.config if isinstance(model, Pruned) and model.config.base else config_of(module, None)
+    problem = None if described is None else described.problem_type
+    output = run_module(share(module).eval(), form, first.inputs)
+    return choose_objective(output, [first], form, loss, problem if problem in LOSS_NAMES else None)

@@ -121,7 +121,7 @@ def hold(
     first = batches[0]
     form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs))
     copied = share(module).eval()
-    output = _run(copied, form, first.inputs)
+    output = run_module(copied, form, first.inputs)
     seen = batches if reads_targets else [first._replace(targets=None)]
     size = list(form.pack([value[:1] for value in first.inputs]).shape[1:])
     if known is None and form.names == (None,):
@@ -157,7 +157,7 @@ def _is_traced(output: Any) -> bool:
     return isinstance(output, Tensor) or (isinstance(output, Mapping) and set(output) == {"logits"})
 
 
-def _run(module: nn.Module, form: CallForm, inputs: Sequence[Tensor]) -> Any:
+def run_module(module: nn.Module, form: CallForm, inputs: Sequence[Tensor]) -> Any:
     """Run a module in eval mode.
 
     Raises:

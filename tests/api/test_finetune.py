@@ -53,8 +53,6 @@ def test_recipe_may_have_no_teacher(pruned: Pruned, monkeypatch: pytest.MonkeyPa
     assert [teacher is None for teacher in given] == [False, True, True]
 
 
-def test_batches_and_missing_processor_are_refused(pruned: Pruned) -> None:
-    with pytest.raises(RecipeError, match="pytorch"):
-        finetune(pruned, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))])
+def test_missing_processor_is_refused(pruned: Pruned) -> None:
     with pytest.raises(RecipeError, match="processor"):
         finetune(pruned.base, "digits")
