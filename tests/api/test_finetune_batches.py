@@ -70,7 +70,7 @@ def test_base_teaches_batches_without_targets() -> None:
     assert pruned.base.training and all(p.requires_grad for p in pruned.base.parameters())
 
 
-def test_loader_and_random_state_are_those_of_the_caller() -> None:
+def test_training_repeats_and_keeps_random_state() -> None:
     results = []
     for _ in range(2):
         pruned, state = cut(make(), LOADER), torch.get_rng_state()
