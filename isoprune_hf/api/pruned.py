@@ -14,6 +14,7 @@ from isoprune_hf.api.program import save_program
 from isoprune_hf.api.saving import describe_builder, describe_inputs, save_module
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.own_network import Builder
+from isoprune_hf.errors import CheckpointError
 from isoprune_hf.hub.push import push_folder
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.pruning.cost.macs import ModelCost
@@ -103,9 +104,18 @@ class Pruned:
             processor: See `save`.
             **options: `builder` and `arguments` of `save`, and `private`, `revision`, `tag`, `create_pr`, `collection`
                 and `message` for the commit.
+
+        Raises:
+            CheckpointError: The module cannot be rebuilt, see `save`.
+            HubError: No login, no permission, or no network.
         """
+        if self.config.base is None and options.get("builder") is None:
+            raise CheckpointError(
+                f"push_to_hub: pass the class or function that builds {type(self.model).__name__} as builder=, with "
+                "its arguments; a program of torch.export is not pushed"
+            )
         saving = {name: options.pop(name) for name in ("builder", "arguments") if name in options}
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / repo.rpartition("/")[2]
             self.save(folder, processor, **saving)
-            return push_folder(folder, repo, **options)
+            return push_folder(folder, repo, needs_processor=False, **options)

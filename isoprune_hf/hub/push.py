@@ -16,7 +16,8 @@ from isoprune_hf.errors import CheckpointError, HubError, RecipeError
 from isoprune_hf.hub.requests import retry, translate_errors
 from isoprune_hf.reporting.model_card import build_model_card
 
-_REQUIRED_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+_PROCESSOR = "preprocessor_config.json"
+_REQUIRED_FILES = ("config.json", "model.safetensors")
 _PUSHED_SUFFIXES = (".json", ".safetensors", ".md", ".py", ".png")
 _SHOWN_CARD_LINES = 12  # after the metadata
 
@@ -31,6 +32,7 @@ def push_folder(
     create_pr: bool = False,
     collection: str | None = None,
     message: str = "Upload pruned model",
+    needs_processor: bool = True,
 ) -> str:
     """Upload the folder of a pruned model in one commit; write its model card first if it has none.
 
@@ -46,6 +48,7 @@ def push_folder(
         create_pr: Open a pull request instead of changing the branch.
         collection: Slug of a collection, `user/title-id`, that the model is added to after the commit.
         message: Title of the commit.
+        needs_processor: Refuse a folder without an image processor, which `pipeline` does not open.
 
     Returns:
         URL of the commit, or of the pull request.
@@ -61,7 +64,7 @@ def push_folder(
     """
     folder = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
-    files = _files_with_card(folder, repo)
+    files = _files_with_card(folder, repo, needs_processor=needs_processor)
     with translate_errors(repo, folder.name, create_pr=create_pr):
         api = open_repository(repo, private=private)
         if revision is not None:
@@ -82,15 +85,15 @@ def push_folder(
         return commit.pr_url or commit.commit_url
 
 
-def _files_with_card(folder: Path, repo: str) -> list[Path]:
+def _files_with_card(folder: Path, repo: str, *, needs_processor: bool) -> list[Path]:
     """Return the files to upload; writes the model card if there is none."""
-    files = published_files(folder)
+    files = published_files(folder, needs_processor=needs_processor)
     if folder / "README.md" in files:
         return files
     temporary = folder / ".README.md.tmp"
     build_model_card(folder, repo=repo).save(temporary)
     temporary.replace(folder / "README.md")
-    return published_files(folder)
+    return published_files(folder, needs_processor=needs_processor)
 
 
 def open_repository(repo: str, *, private: bool = False) -> HfApi:
@@ -147,13 +150,17 @@ def describe_push(
     return "\n".join([*lines, "", "---", metadata, "---", *body.strip().splitlines()[:_SHOWN_CARD_LINES]])
 
 
-def published_files(folder: Path) -> list[Path]:
+def published_files(folder: Path, *, needs_processor: bool = True) -> list[Path]:
     """Return the files of a folder that a push sends.
+
+    Args:
+        folder: The folder.
+        needs_processor: See `push_folder`.
 
     Raises:
         CheckpointError: The folder is not that of a pruned model, or one of its files is a link.
     """
-    for name in _REQUIRED_FILES:
+    for name in (*_REQUIRED_FILES, *([_PROCESSOR] if needs_processor else [])):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; push the folder of a pruned model")
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import numpy as np
@@ -131,11 +132,41 @@ def test_inputs_may_have_no_height_and_width() -> None:
     assert result.model[2].in_features == 5
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
-def test_wrapped_module_is_unwrapped(wrap: Any) -> None:
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.parallel.DistributedDataParallel, torch.compile])
+def test_wrapped_module_is_unwrapped(wrap: Any, process_group: None) -> None:
     result = prune(wrap(make_net()), make_batches(), criterion="l1", ratio=3 / 8, round_to=1)
     assert type(result.model) is TwoLayers
     assert kept_channels(result) == [0, 3, 4, 6, 7]
+
+
+def test_latency_budget_is_that_of_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(models: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
+        return {name: float(model.model.conv.out_channels) for name, model in models.items()}
+
+    def pair(base: Any, cut: Any, **_: Any) -> tuple[float, ...]:
+        return tuple(times({"base": base, "cut": cut}).values())
+
+    latency = "isoprune_hf.pruning.cost.latency"
+    monkeypatch.setattr("isoprune_hf.pruning.pipeline.measure_pair", pair)
+    monkeypatch.setattr(f"{latency}.measure_latency", times)
+    monkeypatch.setattr(f"{latency}.time_layers", lambda variants, *_, **__: [dict(macs) for _, macs in variants])
+    result = prune(make_net(), make_batches(), target_latency="63%", round_to=1)
+    assert kept_channels(result) == [0, 3, 4, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_scored_and_stays(dtype: torch.dtype) -> None:
+    net, batches = make_net().to(dtype), [(images.to(dtype), labels) for images, labels in make_batches()]
+    result = prune(net, batches, ratio=3 / 8, round_to=1)
+    assert kept_channels(result) == [0, 3, 4, 6, 7]
+    assert {value.dtype for value in (*result.model.parameters(), *net.parameters())} == {dtype}
 
 
 def test_result_trains_in_a_plain_loop() -> None:

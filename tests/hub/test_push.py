@@ -15,11 +15,13 @@ import pytest
 import torch
 from helpers.command_line import isoprune, refuse
 from helpers.hub_server import COMMIT, TOKEN, Fault, Hub, serve_hub
+from helpers.own_nets import OwnNet
 from helpers.pruned_models import Pruned
 from PIL import Image
 from transformers import pipeline
 
-from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
+from isoprune_hf import prune
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.errors import CheckpointError, HubError, RecipeError
 from isoprune_hf.hub.push import describe_push, push_folder
 
@@ -35,6 +37,19 @@ def test_push_uploads_all_files_in_one_commit(folder: Path, hub: Hub) -> None:
     assert any(header == f"Bearer {TOKEN}" for _, _, header in hub.requests)
     assert not any(TOKEN.encode() in content for content in hub.files["user/tiny"].values())
     assert b"user/tiny" in hub.files["user/tiny"]["README.md"]
+
+
+def test_result_of_prune_is_pushed(hub: Hub, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 5)
+    result = prune(OwnNet(8), inputs, criterion="l1", ratio=0.5, round_to=2)
+    with pytest.raises(CheckpointError, match="builder"):
+        result.push_to_hub("user/own")
+    result.push_to_hub("user/own", builder=OwnNet, arguments={"width": 8}, message="Half of OwnNet")
+    assert [commit["summary"] for commit in hub.commits] == ["Half of OwnNet"]
+    place = tmp_path / "cache"
+    opened = IsoPruneForImageClassification.from_pretrained("user/own", builder=OwnNet, cache_dir=place)
+    assert torch.equal(opened(inputs).logits, result.model(inputs))
 
 
 def test_own_card_is_kept_and_repush_commits_nothing(folder: Path, hub: Hub) -> None:
