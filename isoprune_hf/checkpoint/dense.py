@@ -7,7 +7,6 @@ names, without reading files or the network.
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Collection
 from functools import partial
 from importlib import import_module
@@ -20,8 +19,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
 
 from isoprune_hf.checkpoint.meta import build_on_meta
+from isoprune_hf.checkpoint.nested_config import IGNORED_ENTRIES, check_config
 from isoprune_hf.checkpoint.own_network import find_builder, inputs_of
-from isoprune_hf.checkpoint.plain_values import check_args, is_plain, require
+from isoprune_hf.checkpoint.plain_values import check_args, require
 from isoprune_hf.checkpoint.settings import apply_settings
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER, MAX_IMAGE_SIDE, MAX_INPUT_NUMBERS, MAX_MODULES
@@ -29,9 +29,6 @@ from isoprune_hf.limits import MAX_CONFIG_NUMBER, MAX_IMAGE_SIDE, MAX_INPUT_NUMB
 FORMAT_VERSION = 2  # the newest that this code reads
 _LIBRARIES = ("timm", "torchvision", "transformers", "python")
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-# Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
-# others.
-_IGNORED_ENTRIES = re.compile("_.*|.*implementation|quantization.*|layer_types|per_layer_config|use_return_dict")
 _WEIGHT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 # Exceptions that torch, timm, torchvision and transformers raise for arguments, configs or inputs that they cannot
 # use. They hardly validate, so the type is that of the first operation that fails. Wrap only calls into these
@@ -77,7 +74,7 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
 
     def __post_init__(self, **kwargs: Any) -> None:
         hidden = {
-            name for name in kwargs if _IGNORED_ENTRIES.fullmatch(name) or callable(getattr(type(self), name, None))
+            name for name in kwargs if IGNORED_ENTRIES.fullmatch(name) or callable(getattr(type(self), name, None))
         }
         kwargs = {name: value for name, value in kwargs.items() if name not in hidden}
         _check_entries({**kwargs, **vars(self)})
@@ -200,13 +197,10 @@ def _build_transformers(values: Any, num_labels: int | None, attention: str | di
             f"config.base.config: model_type {kind!r:.99} is not known to the installed transformers; if it is a "
             "custom type, import the module that registers it first"
         )
-    values = {name: value for name, value in values.items() if not _IGNORED_ENTRIES.fullmatch(name)}
-    values.pop("auto_map", None)
-    for name, value in values.items():
-        require(is_plain(value), f"config.base.config: {name}={value!r:.99} is not allowed")
     config_class = CONFIG_MAPPING[kind]
     known = config_class in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in ("timm_wrapper", "isoprune")
     require(known, f"config.base.config: {kind} is not a transformers image classifier")
+    values = check_config(config_class, values)
     classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
     named = {cls.__name__: cls for cls in (classes if isinstance(classes, tuple) else (classes,)) if cls is not None}
 

@@ -3,6 +3,7 @@
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -13,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base, build_limited
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.nested_config import check_config, entries_of
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
 from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import (
@@ -41,8 +43,8 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
         CheckpointError: The image processor cannot be opened.
         UnsupportedArchitectureError: The model reads tokens.
     """
+    _check_source(source)
     config = _read_config(source)
-    _check_task(source, config)
     processor = transformers_processor(source, config)
     labels = _label_names(source, config)
     values = config.to_diff_dict() | {"model_type": config.model_type}
@@ -84,10 +86,31 @@ def _read_config(source: BaseSource) -> PreTrainedConfig:
     return config
 
 
-def _check_task(source: BaseSource, config: PreTrainedConfig) -> None:
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise RecipeError(f"model: {source.place} is of type {config.model_type}, {OTHER_TASK}")
-    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+def _check_source(source: BaseSource) -> None:
+    """Check a config.json before a class of transformers reads it, which may fetch what it names.
+
+    Raises:
+        RecipeError: It has no model_type, or that of another task, or names a kernel of attention.
+        CheckpointError: An entry is not plain or would be fetched, see `check_config`.
+        UnsupportedArchitectureError: The model reads tokens.
+    """
+    values = {name: value for name, value in source.config.items() if name != ENTRY}
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise RecipeError(f"model: {source.place}/config.json has no model_type")
+    for name, value in values.items():
+        for key, text in entries_of(name, value):
+            if "implementation" in f"{name} {key}" and isinstance(text, str) and not text.isidentifier():
+                raise RecipeError(f"model: {source.place}/config.json: {name}={value!r:.99} names a kernel to fetch")
+    if kind in CONFIG_MAPPING:  # others are refused by transformers
+        _check_task(source, CONFIG_MAPPING[kind])
+        check_config(CONFIG_MAPPING[kind], values)
+
+
+def _check_task(source: BaseSource, kind: type[PreTrainedConfig]) -> None:
+    if kind not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise RecipeError(f"model: {source.place} is of type {kind.model_type}, {OTHER_TASK}")
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[kind]
     first = classes[0] if isinstance(classes, tuple) else classes
     if first is not None and first.main_input_name == "input_ids":
         raise UnsupportedArchitectureError(

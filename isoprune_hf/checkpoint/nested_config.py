@@ -1,0 +1,64 @@
+# Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
+"""Check a config of transformers before its class reads it, nested configs included (part of the shipped file).
+
+Classes of transformers fetch what some entries name, also while a config is only read: a backbone from the Hub, a
+kernel of attention, a nested config of any kind that does so in turn.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from isoprune_hf.checkpoint.plain_values import is_plain, require
+
+# Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
+# others.
+IGNORED_ENTRIES = re.compile("_.*|.*implementation|quantization.*|layer_types|per_layer_config|use_return_dict")
+_LABELS = ("id2label", "label2id")  # any texts
+_FETCHING = re.compile("backbone.*|use_(pretrained|timm)_backbone|auto_map|trust_remote_code")
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://.*|(hf[-_]hub|local-dir):.*", re.DOTALL)
+
+
+def check_config(config_class: Any, values: dict[str, Any], place: str = "config.base.config") -> dict[str, Any]:
+    """Check the entries of a config, and return those that describe an architecture.
+
+    Args:
+        config_class: Class that will read them.
+        values: The entries.
+        place: Place of the config, for error messages.
+
+    Raises:
+        CheckpointError: An entry is not a plain value, is an address or names something to fetch, or a nested config
+            is of another kind than the class has at this place, or of none that it fixes.
+    """
+    nested = {name: getattr(kind, "model_type", None) for name, kind in config_class.sub_configs.items()}
+    for name, kind in nested.items():
+        require(bool(kind), f"{place}: {config_class.model_type} has a {name} of any kind and is not supported")
+    checked = {}
+    for name, value in values.items():
+        if IGNORED_ENTRIES.fullmatch(name) or name == "auto_map":
+            continue
+        require(is_plain(value), f"{place}: {name}={value!r:.99} is not allowed")
+        if name in nested and isinstance(value, dict):
+            found = value.get("model_type", nested[name])
+            require(found == nested[name], f"{place}.{name}: model_type {found!r:.99} is not {nested[name]!r}")
+            checked[name] = check_config(config_class.sub_configs[name], value, f"{place}.{name}")
+            continue
+        for key, text in entries_of(name, value):
+            is_kind = key == "model_type" != name
+            fetches = is_kind or (_FETCHING.fullmatch(key) and text not in (None, False))
+            is_address = name not in _LABELS and isinstance(text, str) and _ADDRESS.fullmatch(text)
+            require(not fetches and not is_address, f"{place}: {name}={value!r:.99} is not allowed")
+        checked[name] = value
+    return checked
+
+
+def entries_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the entry itself and all entries of mappings in it, with their names; elements of lists by the list's."""
+    yield name, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from entries_of(str(key), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from entries_of(name, inner)
