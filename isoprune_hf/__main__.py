@@ -1,5 +1,6 @@
 """Entry point of `isoprune` and `python -m isoprune_hf`; see `main`."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Answer `--version` and `--help`, or run a stage; see `isoprune_hf.cli.main.main`.
 
     A light installation answers the first two; for a stage it names the extra that is missing and returns 2.
+    Characters that the encoding of the terminal lacks are printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     answer = answer_of(list(sys.argv[1:] if arguments is None else arguments))
     if answer is not None:
         sys.stdout.write(answer)

@@ -18,6 +18,7 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.model_card import build_model_card
+from isoprune_hf.reporting.ornaments import ornament
 
 
 def save_module(
@@ -42,7 +43,8 @@ def save_module(
     model = wrap(config, module)
 
     def finish(temporary: Path) -> None:
-        write_file(temporary / "README.md", str(build_model_card(temporary, repo=Path(folder).name)))
+        with ornament("the model card"):
+            write_file(temporary / "README.md", str(build_model_card(temporary, repo=Path(folder).name)))
 
     save_model_folder(folder, model, processor, plan=plan.to_json(), finish=finish)
 

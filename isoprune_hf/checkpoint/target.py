@@ -150,7 +150,12 @@ def open_target(
 
 @contextmanager
 def locked_target(
-    path: str | Path, *, keep: str | None = None, what: str | None = None, is_replaced: bool = True
+    path: str | Path,
+    *,
+    keep: str | None = None,
+    what: str | None = None,
+    is_replaced: bool = True,
+    wait: float = 0.0,
 ) -> Iterator[Target]:
     """Lock a place within the context.
 
@@ -159,6 +164,7 @@ def locked_target(
         keep: See `Target`.
         what: Start of the message of an error; the default is the place.
         is_replaced: The whole place is to be replaced: what killed processes have left next to it is removed first.
+        wait: Seconds to wait for another process that has the lock.
 
     Raises:
         OccupiedError: Another process has the lock.
@@ -167,7 +173,7 @@ def locked_target(
     real = Path(path).resolve()
     lock = TargetLock(real)
     try:
-        lock.acquire(what or str(path))
+        lock.acquire(what or str(path), wait=wait)
     except OSError as error:
         raise CheckpointError(f"{real} cannot be written: {error}") from error
     try:

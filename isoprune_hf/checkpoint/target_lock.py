@@ -22,11 +22,15 @@ class TargetLock:
 
     def __init__(self, target: Path):
         self._file = target.parent / f".{target.name}.lock"
-        self._lock = FileLock(self._file, timeout=0)
+        self._lock = FileLock(self._file)
         self._made = [folder for folder in target.parents if not folder.exists()]
 
-    def acquire(self, what: str) -> None:
-        """Acquire the lock; `what` starts the message of the error.
+    def acquire(self, what: str, *, wait: float = 0.0) -> None:
+        """Acquire the lock.
+
+        Args:
+            what: Start of the message of the error.
+            wait: Seconds to wait for another process that has the lock.
 
         Raises:
             OccupiedError: Another process has the lock; names it and its host.
@@ -36,7 +40,7 @@ class TargetLock:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                self._lock.acquire()
+                self._lock.acquire(timeout=wait)
                 if self._is_current(descriptor):
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with naming_extra("this command"):
             name, config = parse(words)
             answer = _run(STAGES[name], config, switches)
+        if os.environ.get("RANK", "0") == "0":
+            _deliver(answer, as_json="json" in switches)
     except KeyboardInterrupt:
         sys.exit(Cancelled.exit_code)
     except (IsoPruneError, MemoryError, RuntimeError) as error:
@@ -51,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failure is None:
             raise
         _fail(failure)
-    if os.environ.get("RANK", "0") == "0":
-        _print(answer, as_json="json" in switches)
     return answer.code
+
+
+def _deliver(answer: Answer, *, as_json: bool) -> None:
+    """Print an answer, and store its figures even if nobody reads them any more."""
+    try:
+        _print(answer, as_json=as_json)
+    finally:
+        if answer.store is not None:
+            answer.store()
 
 
 def _print(answer: Answer, *, as_json: bool) -> None:

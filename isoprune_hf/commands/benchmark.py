@@ -1,7 +1,6 @@
 """The stage `benchmark`: time a pruned model against its base."""
 
-import json
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 from isoprune_hf.commands.flags import MOVED_BASE
@@ -22,29 +21,26 @@ def run(
     device: Literal["auto", "cpu", "cuda"],
 ) -> Answer:
     """Benchmark a folder's model against its base, and store the figures in the folder and its card."""
-    from isoprune_hf.checkpoint.folder import read_json, write_file
+    from isoprune_hf.commands.steps.recording import open_result_folder, record_benchmark
     from isoprune_hf.commands.steps.sources import open_source
     from isoprune_hf.commands.steps.timing import choose_device, cpu_threads, move
     from isoprune_hf.measuring.cases import BenchmarkSettings
     from isoprune_hf.models import load_base
     from isoprune_hf.reporting.benchmark import benchmark_models, benchmark_text
-    from isoprune_hf.reporting.model_card import build_model_card
 
-    config = read_json(folder, "config.json") or {}
-    if config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
+    place = open_result_folder(folder)
+    config = {} if place is None else place.config
+    if place is None or config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
         raise RecipeError(f"--folder {folder} is not the folder of a pruned model: there is nothing to compare")
     settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, repeats, seconds)
-    place = choose_device(device)
+    hardware = choose_device(device)
     if threads is not None and threads < 1:
         raise RecipeError(f"threads must be at least 1, got {threads}")
     pruned = load_base(folder).model
     dense = open_source(pruned, base).model
     with cpu_threads(threads):
-        record = benchmark_models(move(dense, place), move(pruned, place), settings)
-    speed = {**(read_json(folder, "speed.json") or {}), "benchmark": record}
-    write_file(Path(folder) / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
-    write_file(Path(folder) / "README.md", str(build_model_card(folder)))
-    return Answer(benchmark_text(record), record)
+        record = benchmark_models(move(dense, hardware), move(pruned, hardware), settings)
+    return Answer(benchmark_text(record), record, store=partial(record_benchmark, place, record))
 
 
 STAGE = Stage(

@@ -28,8 +28,8 @@ def run(
 
     from isoprune_hf.checkpoint.folder import write_file
     from isoprune_hf.checkpoint.output_check import check_output
+    from isoprune_hf.commands.steps import recording
     from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, with_data_transform
-    from isoprune_hf.commands.steps.recording import describe_transform, record_figures
     from isoprune_hf.commands.steps.sources import check_classes
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
@@ -40,23 +40,18 @@ def run(
     logger = get_logger(__name__)
     if per_class is not None:
         check_output(per_class, overwrite=True, is_file=True, flag="--per_class")
+    place = recording.open_result_folder(model)
     images = open_data(data, accelerator)
     if images.evaluation is None:
         raise no_evaluation_split(images, data)
     names = images.label_names
-    found = load_base(
-        model,
-        pretrained,
-        model_args=model_args,
-        num_labels=len(names) if num_labels == "data" else num_labels,
-        label_names=names if num_labels == "data" else None,
-        weights=weights,
-    )
+    head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
+    found = load_base(model, pretrained, model_args=model_args, weights=weights, **head)
     check_classes(names, found.model)
     base = with_data_transform(found, data)
     cost = count_cost(base.model)
     logger.info(f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M")
-    transform = "the model's own" if base is found else describe_transform(data)
+    transform = "the model's own" if base is found else recording.describe_transform(data)
     logger.info(f"evaluate {model} on {len(images.evaluation)} images, transform: {transform}")
     predictions = predict_split(
         base.model.to(accelerator.device),
@@ -66,11 +61,17 @@ def run(
         accelerator=accelerator,
     )
     figures = images.with_sample(compute_figures(predictions))
-    if per_class is not None and accelerator.is_main_process:
-        write_file(Path(per_class), tabulate_classes(predictions, names))
-    record_figures(model, base.model, figures, data, accelerator, has_own_transform=base is found)
+    is_stored = recording.takes_figures(place, base.model, data, has_own_transform=base is found)
+
+    def store() -> None:
+        if place is not None and is_stored:
+            recording.record_figures(place, base.model, figures, data)
+        if per_class is not None:
+            write_file(Path(per_class), tabulate_classes(predictions, names))
+
     line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}{describe_sample([figures])}"
-    return Answer(f"{line}\n{json.dumps(figures, sort_keys=True)}", {"model": model, **cost.to_dict(), **figures})
+    text = f"{line}\n{json.dumps(figures, sort_keys=True)}"
+    return Answer(text, {"model": model, **cost.to_dict(), **figures}, store=store)
 
 
 STAGE = Stage(

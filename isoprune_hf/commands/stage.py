@@ -23,11 +23,13 @@ class Answer:
         text: Printed for a reader.
         figures: Printed for a program with `--json`.
         code: Exit code of the process.
+        store: Stores the figures; called on the main process once they are printed.
     """
 
     text: str
     figures: Mapping[str, Any] = field(default_factory=dict)
     code: int = 0
+    store: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ DPI = 160
 SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # so does a title with dollar signs
     "svg.hashsalt": "isoprune",
     "font.size": 10,
     "axes.spines.top": False,
@@ -76,7 +77,7 @@ def label_rows(axes: Any, labels: list[str], *, bottom: float, top: float, fonts
         top: Upper end of the axis, in rows.
         fontsize: Size of the labels in points.
     """
-    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(bottom, top)
     axes.tick_params(axis="y", length=0)
     if fontsize is not None:

@@ -1,7 +1,6 @@
 """Read the width of every layer before and after pruning (`layer_widths`) and draw them (`draw_widths`)."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeGuard
@@ -10,8 +9,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
-from isoprune_hf.extras import require_package
-from isoprune_hf.reporting.figures import CLASS_COLORS, REMOVED_COLOR
+from isoprune_hf.reporting.figures import CLASS_COLORS, REMOVED_COLOR, open_figure
 
 PICTURE = "widths.png"
 _KEPT_COLOR = CLASS_COLORS[0]
@@ -44,19 +42,15 @@ def draw_widths(widths: Mapping[str, tuple[int, int]], path: Path, *, title: str
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    require_package("matplotlib", "drawing")
-    figure = import_module("matplotlib.figure").Figure(
-        figsize=(10, 3.2), dpi=_DPI, facecolor="white", layout="constrained"
-    )
-    axes = figure.add_subplot(title=title, xlabel="layer, from input to output", ylabel="outputs")
-    places = range(len(widths))
-    axes.bar(places, [before for before, _ in widths.values()], color=REMOVED_COLOR, width=0.85, label="before")
-    axes.bar(places, [after for _, after in widths.values()], color=_KEPT_COLOR, width=0.85, label="after")
-    axes.set_xlim(-0.75, len(widths) - 0.25)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    with open_figure((10, 3.2), dpi=_DPI, layout="constrained") as figure:
+        axes = figure.add_subplot(title=title, xlabel="layer, from input to output", ylabel="outputs")
+        places = range(len(widths))
+        axes.bar(places, [before for before, _ in widths.values()], color=REMOVED_COLOR, width=0.85, label="before")
+        axes.bar(places, [after for _, after in widths.values()], color=_KEPT_COLOR, width=0.85, label="after")
+        axes.set_xlim(-0.75, len(widths) - 0.25)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def can_draw() -> bool:

@@ -149,10 +149,10 @@ def test_result_of_the_writer_before_is_seen(tmp_path: Path, monkeypatch: pytest
     """A command that waits between its check and its lock does not replace what another has written meanwhile."""
     acquire = TargetLock.acquire
 
-    def write_first(lock: TargetLock, what: str) -> None:
+    def write_first(lock: TargetLock, what: str, **options: float) -> None:
         monkeypatch.setattr(TargetLock, "acquire", acquire)
         replace_folder(tmp_path / "out", write_new)
-        acquire(lock, what)
+        acquire(lock, what, **options)
 
     monkeypatch.setattr(TargetLock, "acquire", write_first)
     with pytest.raises(RecipeError), open_target(tmp_path / "out", overwrite=False):

@@ -1,23 +1,26 @@
-"""The files of a model's folder beside its weights: `read_records` reads them, `record_figures` adds an evaluation."""
+"""The files of a model's folder beside its weights: `read_records` reads them, `record_figures` adds to them."""
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-
 from isoprune_hf.checkpoint.folder import read_json, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import isoprune_fields, stock_config_text
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.checkpoint.target import locked_target
+from isoprune_hf.errors import CheckpointError, OccupiedError
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
 from isoprune_hf.reporting.model_card import build_model_card
+from isoprune_hf.reporting.ornaments import ornament
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
+
+_WAIT_SECONDS = 30.0  # for another command that stores figures in the same folder
 
 
 @dataclass(frozen=True)
@@ -87,42 +90,116 @@ def describe_transform(data: DataRecipe) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
 
 
-def record_figures(
-    folder: str,
-    model: IsoPruneForImageClassification,
-    figures: dict[str, float | int],
-    data: DataRecipe,
-    accelerator: Accelerator,
-    *,
-    has_own_transform: bool,
-) -> None:
-    """Store figures in `metrics.json` and the card of an isoprune folder; other models are left untouched.
+@dataclass(frozen=True)
+class ResultFolder:
+    """The folder of a model that figures are added to after the work.
+
+    Attributes:
+        path: The folder.
+        config: Content of its config.json.
+        weights: Number and time of its file of weights, by which a folder that was replaced meanwhile is recognised.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[int, int]
+
+
+def open_result_folder(folder: str) -> ResultFolder | None:
+    """Read the folder of an isoprune model before the work; None for all other models.
+
+    Raises:
+        CheckpointError: A file that the figures are added to has another content.
+    """
+    config = read_json(folder, "config.json")
+    if config is None or isoprune_fields(config) is None:
+        return None
+    read_records(folder)
+    return ResultFolder(Path(folder), config, _identify_weights(Path(folder)))
+
+
+def takes_figures(
+    folder: ResultFolder | None, model: IsoPruneForImageClassification, data: DataRecipe, *, has_own_transform: bool
+) -> bool:
+    """Return whether figures are stored in a folder, and log a line if not.
 
     Figures of another transform than the folder's own, or of another data set than the recorded one, are not
-    comparable with those that are stored and are left out, with a line in the log.
+    comparable with those that are stored. Without a folder nothing is stored.
 
     Args:
-        folder: Folder or name that the model was opened by.
+        folder: The folder of the model.
+        model: The evaluated model.
+        data: The data set that was evaluated on.
+        has_own_transform: The images went through the model's own evaluation transform.
+    """
+    if folder is None:
+        return False
+    recorded = (model.config.recipe or {}).get("data")
+    reason = None
+    if not has_own_transform:
+        reason = "they were measured with another transform"
+    elif recorded is not None and recorded.get("dataset") != data.dataset:
+        reason = "they were measured with another data set"
+    elif not os.access(folder.path, os.W_OK):
+        reason = "it is not writable"
+    if reason is not None:
+        logger.info(f"the figures are not stored in the folder: {reason}")
+    return reason is None
+
+
+def record_figures(
+    folder: ResultFolder, model: IsoPruneForImageClassification, figures: dict[str, float | int], data: DataRecipe
+) -> None:
+    """Store figures in `metrics.json` and the card of a folder.
+
+    Args:
+        folder: The folder of the model.
         model: The evaluated model; its config gets the data section if it has none yet.
         figures: Results of the evaluation.
         data: The data set that was evaluated on.
-        accelerator: The ranks; the main process writes.
-        has_own_transform: The images went through the model's own evaluation transform.
     """
     config = model.config
     recorded = (config.recipe or {}).get("data")
-    known = read_json(folder, "config.json")
-    if known is not None and isoprune_fields(known) is not None:
-        if not has_own_transform or (recorded is not None and recorded["dataset"] != data.dataset):
-            what = "data set" if has_own_transform else "transform"
-            logger.info(f"the figures are not stored in the folder: they were measured with another {what}")
-        elif accelerator.is_main_process:
-            metrics = {**read_metrics(folder), config.stage: figures}
-            write_file(Path(folder) / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-            if recorded is None:
-                config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
-                is_stock = config.layout == "uniform"
-                text = stock_config_text(known, config) if is_stock else config.to_json_string()
-                write_file(Path(folder) / "config.json", text)
-            write_file(Path(folder) / "README.md", str(build_model_card(folder)))
-    accelerator.wait_for_everyone()
+
+    def write() -> None:
+        _write_json(folder.path / "metrics.json", {**read_metrics(str(folder.path)), config.stage: figures})
+        if recorded is None:
+            config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
+            is_stock = config.layout == "uniform"
+            text = stock_config_text(folder.config, config) if is_stock else config.to_json_string()
+            write_file(folder.path / "config.json", text)
+
+    _update(folder, write)
+
+
+def record_benchmark(folder: ResultFolder, record: dict[str, Any]) -> None:
+    """Store the figures of a benchmark in `speed.json` and the card of a folder."""
+
+    def write() -> None:
+        known = read_json(folder.path, "speed.json") or {}
+        _write_json(folder.path / "speed.json", {**known, "benchmark": record})
+
+    _update(folder, write)
+
+
+def _update(folder: ResultFolder, write: Callable[[], None]) -> None:
+    """Change files of a folder and its card under its lock; a folder that cannot be changed is one warning."""
+    try:
+        with locked_target(folder.path, is_replaced=False, wait=_WAIT_SECONDS):
+            if _identify_weights(folder.path) != folder.weights:
+                raise CheckpointError(f"{folder.path} has other weights by now")
+            write()
+            with ornament("the model card", then="the figures are stored"):
+                write_file(folder.path / "README.md", str(build_model_card(folder.path)))
+    except (CheckpointError, OccupiedError) as error:
+        logger.warning(f"the figures are not stored: {error}")
+
+
+def _identify_weights(folder: Path) -> tuple[int, int]:
+    names = sorted(folder.glob("model*.safetensors"))
+    status = names[0].stat() if names else folder.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_file(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

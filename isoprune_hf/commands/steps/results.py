@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import BaseImageProcessor, pipeline
 
-from isoprune_hf.checkpoint.folder import save_model_folder, write_file
+from isoprune_hf.checkpoint.folder import replace_file, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.commands.stage import Answer
@@ -17,6 +18,7 @@ from isoprune_hf.commands.steps.recording import Records
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.reporting.model_card import build_model_card
+from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.tables import describe_sample, results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
 
@@ -37,10 +39,13 @@ def write_folder(
     def finish(temporary: Path) -> None:
         if speed:
             write_file(temporary / "speed.json", json.dumps(speed, indent=2, sort_keys=True) + "\n")
-        if model.config.stage != "base":
-            if can_draw() and any((model.config.structure or {}).values()):
-                title = f"{name}: the width of every layer, before and after the cut"
-                draw_widths(layer_widths(model), temporary / PICTURE, title=title)
+        if model.config.stage == "base":
+            return
+        if can_draw() and any((model.config.structure or {}).values()):
+            title = f"{name}: the width of every layer, before and after the cut"
+            with ornament("the picture of the widths"):
+                replace_file(temporary / PICTURE, partial(draw_widths, layer_widths(model), title=title))
+        with ornament("the model card"):
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=name)))
 
     accelerator.wait_for_everyone()  # every rank has checked the output by now

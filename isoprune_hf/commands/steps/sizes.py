@@ -19,6 +19,7 @@ from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import recipe_to_dict
+from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.pictures import draw_frontier
 from isoprune_hf.reporting.tables import format_figure
 
@@ -131,5 +132,6 @@ def write_sizes(folder: Path, rows: list[dict[str, Any]], record: dict[str, Any]
     writer.writerows(rows)
     write_file(folder / "frontier.csv", table.getvalue())
     write_file(folder / "frontier.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-    draw_frontier(rows, [folder / "frontier.svg", folder / "frontier.png"])
     scores.save(folder / "importance.safetensors")
+    with ornament("the plot of the sizes"):
+        draw_frontier(rows, [folder / "frontier.svg", folder / "frontier.png"])
