@@ -75,7 +75,7 @@ def convert_file(
     try:
         with LegacyArchive(file) as archive:
             old = find_model(archive.content(), weights)
-            dense = _open_base(old, base, model_args or {})
+            dense, found = _open_base(old, base, model_args or {})
             model = _describe(old, dense)
             _check_tensors(old, model)
             state = {f"model.{name}": archive.tensor(old.tensors[name]) for name in model.model.state_dict()}
@@ -84,7 +84,7 @@ def convert_file(
     except IsoPruneError as error:
         kind = RecipeError if isinstance(error, RecipeError) else CheckpointError
         raise kind(f"convert: {file} {error}") from error
-    return Converted(model, dense.processor, _notes(file, old, model))
+    return Converted(model, dense.processor, (*_notes(file, old, model), *found))
 
 
 def _notes(file: str | Path, old: OldModel, model: IsoPruneForImageClassification) -> tuple[str, ...]:
@@ -106,7 +106,8 @@ def _notes(file: str | Path, old: OldModel, model: IsoPruneForImageClassificatio
     )
 
 
-def _open_base(old: OldModel, given: str | None, model_args: dict[str, Any]) -> BaseModel:
+def _open_base(old: OldModel, given: str | None, model_args: dict[str, Any]) -> tuple[BaseModel, tuple[str, ...]]:
+    """Open the base without its weights, with its source and notes on that."""
     name = given or old.base
     if name is None:
         raise RecipeError(
@@ -122,9 +123,18 @@ def _open_base(old: OldModel, given: str | None, model_args: dict[str, Any]) -> 
     if not pretrained:
         base = load_base(name, pretrained=False, model_args=model_args, num_labels=old.num_labels)
     place = (base.model.config.source or {})["name"]
-    source = {"name": place, "pretrained": True, "seed": 0, "model_args": {}} if pretrained else {}
-    base.model.config.source = source
-    return base
+    base.model.config.source, notes = _trained_source(place) if pretrained else ({}, ())
+    return base, notes
+
+
+def _trained_source(name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the source of the trained weights of a base, and a note; with their fingerprint if they can be read."""
+    try:
+        source = load_base(name).model.config.source or {}
+    except RecipeError as error:
+        plain = {"name": name, "pretrained": True, "seed": 0, "model_args": {}}
+        return plain, (f"not recorded: the fingerprint of the base's weights, which cannot be read: {error}",)
+    return source, (f"recorded: the fingerprint of the base's weights, {source['fingerprint']}",)
 
 
 def _describe(old: OldModel, base: BaseModel) -> IsoPruneForImageClassification:

@@ -30,7 +30,8 @@ class BaseSource:
         kind: An architecture name of timm or torchvision, a local folder, or a Hub id.
         place: Name of the architecture, with its tag of weights if given; path of the folder; or Hub id.
         config: Content of config.json; empty for an architecture name.
-        revision: Commit of a Hub repository, from which all of its files are read; None for other kinds.
+        revision: Commit of a Hub repository, from which all of its files are read, or the revision of the weights of a
+            timm architecture; None for other kinds.
     """
 
     name: str
@@ -62,7 +63,8 @@ def identify(name: str | Path, revision: str | None = None) -> BaseSource:
     kind: Kind = "hub" if is_on_hub and _HUB_ID.fullmatch(plain) else _kind(plain)
     if kind == "architecture":
         library, _, place = plain.rpartition("/")
-        return BaseSource(text, "torchvision" if library == "torchvision" else "timm", kind, place, {})
+        is_timm = library != "torchvision"
+        return BaseSource(text, "timm" if is_timm else "torchvision", kind, place, {}, revision if is_timm else None)
     if kind == "folder":
         place = os.path.expanduser(plain)
         config = _folder_config(Path(place))

@@ -7,11 +7,13 @@ import json
 import os
 import random
 import time
+import urllib.error
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -25,6 +27,7 @@ from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.legacy.convert import Converted, convert_file
 from isoprune_hf.legacy.pickle_reader import ObjectRecord, read_pickle
@@ -373,7 +376,34 @@ def test_num_classes_without_a_layer_is_refused(resnet: nn.Module, tmp_path: Pat
         convert_file(save(module, tmp_path / "old.pth"), model_args=ARGS["resnet"])
 
 
-def test_unproven_assumptions_are_noted(tmp_path: Path) -> None:
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Disable the network; return the empty cache of the Hub."""
+
+    def refuse_connection(*_: Any, **__: Any) -> Any:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "urlopen", refuse_connection)
+    return tmp_path / "cache"
+
+
+def test_base_is_recorded_with_its_fingerprint(no_network: Path, tmp_path: Path) -> None:
+    place = no_network / "models--timm--test_resnet.r160_in1k"
+    for folder in ("refs", f"snapshots/{'a' * 40}"):
+        (place / folder).mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    trained = timm.create_model("test_resnet")
+    save_file(trained.state_dict(), place / "snapshots" / ("a" * 40) / "model.safetensors")
+    converted = convert_file(save(trained, tmp_path / "old.pth"), base="timm/test_resnet")
+    source = converted.model.config.source
+    assert (source["revision"], source["fingerprint"]) == ("a" * 40, fingerprint(trained))
+    assert fingerprint(trained) in converted.notes[-1]
+
+
+def test_unproven_assumptions_are_noted(no_network: Path, tmp_path: Path) -> None:
     whole = torchvision.models.mobilenet_v2().half()
     converted = convert_file(save(whole, tmp_path / "old.pth"))
     assert converted.model.config.source == {
@@ -384,6 +414,7 @@ def test_unproven_assumptions_are_noted(tmp_path: Path) -> None:
     }
     assert converted.notes[1].endswith("cut from the trained weights of that base")
     assert "raw weights in float16" in converted.notes[1]
+    assert converted.notes[-1].startswith("not recorded: the fingerprint")
     part = convert_file(save(make("resnet"), tmp_path / "part.pth"), model_args=ARGS["resnet"])
     assert part.model.config.source == {} and part.notes[1].endswith("stage pruned")
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
+from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.errors import IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
 
@@ -264,3 +265,32 @@ def test_damaged_timm_config_is_refused(changes: dict[str, Any], pretrained: boo
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     refused(str(folder), IsoPruneError, pretrained=pretrained)
+
+
+@pytest.fixture
+def hub_cache(offline: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The cache of the Hub with two commits of timm/test_resnet.r160_in1k, of which `b...` is the newest."""
+    place = offline / "models--timm--test_resnet.r160_in1k"
+    weights = {}
+    for seed, commit in enumerate(("a" * 40, "b" * 40)):
+        torch.manual_seed(seed)
+        module = timm.create_model("test_resnet")
+        (place / "snapshots" / commit).mkdir(parents=True)
+        save_file(module.state_dict(), place / "snapshots" / commit / "model.safetensors")
+        weights[commit] = module.fc.weight.detach()
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("b" * 40)
+    return place, weights
+
+
+def test_name_of_timm_is_pinned_to_its_commit(hub_cache: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    place, weights = hub_cache
+    first = load_base("timm/test_resnet")
+    assert first.model.config.source["revision"] == "b" * 40
+    assert torch.equal(first.model.model.fc.weight, weights["b" * 40])
+    (place / "refs" / "main").write_text("a" * 40)
+    assert load_base("timm/test_resnet").model.config.source["revision"] == "a" * 40
+    again = open_source(first.model)
+    assert torch.equal(again.model.model.fc.weight, weights["b" * 40])
+    assert again.model.config.source == first.model.config.source
+    assert "revision" not in load_base("timm/test_resnet", pretrained=False).model.config.source
