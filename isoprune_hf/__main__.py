@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from isoprune_hf.cli.help import answer_of
-from isoprune_hf.errors import MissingExtraError
+from isoprune_hf.errors import Cancelled, MissingExtraError
 from isoprune_hf.extras import require_package
 
 _SIGPIPE_CODE = 141  # of a shell, for a process that SIGPIPE has ended
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MissingExtraError as error:
         sys.stderr.write(f"isoprune: error: {error}\n")
         return 2
+    except KeyboardInterrupt:  # importing torch and transformers takes seconds
+        return Cancelled.exit_code
     from isoprune_hf.cli import main as cli  # needs the extra [prune]
 
     try:

@@ -1,4 +1,7 @@
-"""Recognize what ended a stage, as one line and an exit code; see `classify` and `classify_lost_rank`."""
+"""Recognize what ended a stage, as one line and an exit code.
+
+`classify` and `classify_lost_rank` know the errors that a user can correct, `describe_unexpected` takes all others.
+"""
 
 import os
 import re
@@ -6,9 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from isoprune_hf.errors import IsoPruneError, LostRankError, MemoryFault, TrainingFault
+from isoprune_hf.cli.report import find_place, write_report
+from isoprune_hf.errors import IsoPruneError, LostRankError, MemoryFault, TrainingFault, WriteError
 
 _BAD_INPUT_CODE = 2
+_UNEXPECTED_CODE = 3
+_SHOWN_LENGTH = 200  # characters of an error of a library
 # Errors that have no type of their own, as torch 2.12 to 2.14 words them: the allocator of the CPU raises a plain
 # RuntimeError, and so does gloo when it loses another rank. NCCL raises a DistError.
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
@@ -21,10 +27,12 @@ class Failure(NamedTuple):
     Attributes:
         message: One line for the user.
         code: Exit code of the process.
+        is_of_other_rank: The end of another rank has caused it.
     """
 
     message: str
     code: int
+    is_of_other_rank: bool = False
 
 
 def classify(error: Exception) -> Failure | None:
@@ -40,7 +48,22 @@ def classify(error: Exception) -> Failure | None:
             "--finetune.precision bf16. Saved states are kept",
             MemoryFault.exit_code,
         )
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return Failure(": ".join([error.strerror, *places]), WriteError.exit_code)
     return None
+
+
+def describe_unexpected(error: Exception) -> Failure:
+    """Return how an error is reported that is a bug, of this package or of a library; its details go to a file."""
+    text = (str(error).strip().splitlines() or [""])[0][:_SHOWN_LENGTH]
+    name = type(error).__name__
+    report = write_report(error)
+    details = "" if report is None else f" together with {report}, which holds the details"
+    return Failure(
+        f"unexpected {name}{': ' * bool(text)}{text} ({find_place(error)}); this is a bug: please report it{details}",
+        _UNEXPECTED_CODE,
+    )
 
 
 def classify_lost_rank(error: Exception) -> Failure | None:
@@ -48,8 +71,9 @@ def classify_lost_rank(error: Exception) -> Failure | None:
     if _is_lost_rank(error):
         return Failure(
             "a rank failed or did not answer for finetune.rank_minutes; rerun the same command to resume from the "
-            f"last saved state ({(str(error).splitlines() or [''])[0][:200]})",
+            f"last saved state ({(str(error).splitlines() or [''])[0][:_SHOWN_LENGTH]})",
             LostRankError.exit_code,
+            is_of_other_rank=True,
         )
     return None
 

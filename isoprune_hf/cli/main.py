@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from jsonargparse import Namespace
 from transformers.utils import logging as transformers_logging
 
-from isoprune_hf.cli.failures import Failure, classify, classify_lost_rank
+from isoprune_hf.cli.failures import Failure, classify, classify_lost_rank, describe_unexpected
 from isoprune_hf.cli.help import take_switches
 from isoprune_hf.cli.parser import parse
 from isoprune_hf.cli.ranks import code_of_failed_rank, is_first_to_fail
@@ -37,23 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code of a stage that did its work: 0, or 1 if a check failed (`doctor`, `plan diff`). Otherwise the
-            process exits: bad input with 2, a `TrainingFault` with its code, Ctrl-C with 130.
+            process exits: bad input with 2, an unexpected error with 3, a `TrainingFault` with its code, Ctrl-C with
+            130.
     """
     try:
         words, switches = take_switches(list(sys.argv[1:] if arguments is None else arguments))
         with naming_extra("this command"):
             name, config = parse(words)
             answer = _run(STAGES[name], config, switches)
-        if os.environ.get("RANK", "0") == "0":
+        if _rank() == 0:
             _deliver(answer, as_json="json" in switches)
     except KeyboardInterrupt:
         sys.exit(Cancelled.exit_code)
-    except (IsoPruneError, MemoryError, RuntimeError) as error:
-        failure = _find_failure(error)
-        if failure is None:
-            raise
-        _fail(failure)
+    except BrokenPipeError:  # the reader of the output has ended
+        raise
+    except Exception as error:  # noqa: BLE001 - the last line for every error; the traceback goes to a file
+        _fail(_find_failure(error))
     return answer.code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _deliver(answer: Answer, *, as_json: bool) -> None:
@@ -67,9 +71,9 @@ def _deliver(answer: Answer, *, as_json: bool) -> None:
 
 def _print(answer: Answer, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(dict(answer.figures), indent=2, sort_keys=True))
+        print(json.dumps(dict(answer.figures), indent=2, sort_keys=True), flush=True)
     elif answer.text:
-        print(answer.text)
+        print(answer.text, flush=True)
 
 
 def _run(stage: Stage, config: Namespace, switches: set[str]) -> Answer:
@@ -135,20 +139,23 @@ def _open_accelerator(finetune: FinetuneRecipe | None) -> Accelerator:
     return accelerator
 
 
-def _find_failure(error: Exception) -> Failure | None:
-    """Return how an error is reported; None for a bug. Exits if another rank has failed first and reported."""
+def _find_failure(error: Exception) -> Failure:
+    """Return how an error is reported. Exits if another rank has failed first and reported."""
     failure = classify(error)
     if failure is not None:
         return failure
     code = code_of_failed_rank()
     if code is not None:
         sys.exit(code)
-    return classify_lost_rank(error)
+    return classify_lost_rank(error) or describe_unexpected(error)
 
 
 def _fail(failure: Failure) -> NoReturn:
-    """Exit, with one line on the rank that failed first."""
-    if is_first_to_fail(failure.code):
+    """Exit, with one line on the rank that failed first, or on each one that survived the loss of all who know."""
+    is_first = is_first_to_fail(failure.code)
+    if is_first is None:
+        is_first = failure.is_of_other_rank or _rank() == 0
+    if is_first:
         line = " ".join(failure.message.split())
         line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
         was_stopped = failure.code in (Interrupted.exit_code, Cancelled.exit_code)

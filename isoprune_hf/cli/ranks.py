@@ -9,8 +9,14 @@ _FAILED_KEY = "isoprune/failed"
 _CODE_KEY = "isoprune/code"
 
 
-def is_first_to_fail(code: int) -> bool:
-    """Return whether no rank has failed before this one, and store the exit code for those that fail later."""
+def is_first_to_fail(code: int) -> bool | None:
+    """Return whether no rank has failed before this one, and store the exit code for those that fail later.
+
+    Returns:
+        None if the launcher's store cannot be reached, as after the loss of the rank that held it.
+    """
+    if _is_alone():
+        return True
     store = _open_store()
     try:
         if store is not None:
@@ -18,7 +24,7 @@ def is_first_to_fail(code: int) -> bool:
             return bool(store.add(_FAILED_KEY, 1) == 1)
     except RuntimeError:  # the rank with the store has ended
         pass
-    return os.environ.get("RANK", "0") == "0"
+    return None
 
 
 def code_of_failed_rank() -> int | None:
@@ -31,10 +37,14 @@ def code_of_failed_rank() -> int | None:
 
 def _open_store() -> TCPStore | None:
     """Open the launcher's store; None for a single process, or if the store cannot be reached."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _is_alone():
         return None
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
     except (KeyError, ValueError, RuntimeError):
         return None
+
+
+def _is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1

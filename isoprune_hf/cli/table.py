@@ -24,6 +24,7 @@ EXIT_CODES = {
     0: "success",
     1: "check failed: doctor found a problem, or plan diff found differences",
     2: "bad input, or a package that is not installed: one line on standard error, nothing is written",
+    3: "an unexpected error, which is a bug: one line, and a file with the details to report",
     65: "no training state is intact",
     70: "the training has diverged",
     71: "out of memory, of the device or of the machine",
