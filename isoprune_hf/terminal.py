@@ -1,7 +1,8 @@
-"""Format text for a terminal: colours, progress bars and spelling suggestions in error messages."""
+"""Format text for a terminal: colours, escapes, progress bars and spelling suggestions in error messages."""
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Literal, TextIO, TypeVar
@@ -11,6 +12,21 @@ from tqdm import tqdm
 Value = TypeVar("Value")
 Look = Literal["bold", "red", "green"]
 _CODES: dict[Look, str] = {"bold": "1", "red": "31;1", "green": "32"}
+
+_OWN_CODES = re.compile("(" + "|".join(rf"\033\[{code}m" for code in ("0", *_CODES.values())) + ")")
+
+
+def printable(text: str) -> str:
+    """Return text with every sign that a terminal would obey or hide as its escape, such as `\\x1b`.
+
+    Line ends, tabs and the colours of `paint` stay.
+    """
+    parts = _OWN_CODES.split(text)
+    return "".join(part if number % 2 else _escape(part) for number, part in enumerate(parts))
+
+
+def _escape(text: str) -> str:
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else ascii(sign)[1:-1] for sign in text)
 
 
 def paint(text: str, look: Look, stream: TextIO) -> str:

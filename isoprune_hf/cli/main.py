@@ -21,10 +21,11 @@ from isoprune_hf.cli.parser import parse
 from isoprune_hf.cli.ranks import code_of_failed_rank, is_first_to_fail
 from isoprune_hf.cli.table import STAGES
 from isoprune_hf.commands.stage import Answer, Stage
-from isoprune_hf.errors import Cancelled, Interrupted, IsoPruneError, RecipeError
+from isoprune_hf.errors import Cancelled, Interrupted, RecipeError
 from isoprune_hf.extras import naming_extra
+from isoprune_hf.hub.waiting import limit_waiting
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.terminal import paint
+from isoprune_hf.terminal import paint, printable
 
 _SHARDING_KINDS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -73,7 +74,7 @@ def _print(answer: Answer, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dict(answer.figures), indent=2, sort_keys=True), flush=True)
     elif answer.text:
-        print(answer.text, flush=True)
+        print(printable(answer.text), flush=True)
 
 
 def _run(stage: Stage, config: Namespace, switches: set[str]) -> Answer:
@@ -81,6 +82,7 @@ def _run(stage: Stage, config: Namespace, switches: set[str]) -> Answer:
         raise RecipeError(f"isoprune {stage.name} does not support --json")
     values = {name: config[name] for name in (*stage.sections, *(flag.name for flag in stage.flags))}
     _quiet_libraries(has_switches=bool(switches))
+    limit_waiting()
     if stage.is_local:
         return stage.run(**values)
     accelerator = _open_accelerator(values.get("finetune"))
@@ -96,10 +98,10 @@ def _run(stage: Stage, config: Namespace, switches: set[str]) -> Answer:
 
 
 class _WithoutRank(logging.Formatter):
-    """Drops the rank that accelerate writes before each line: only the main process logs."""
+    """Drops the rank that accelerate writes before each line, since only the main process logs, and escapes names."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).removeprefix("[RANK 0] ")
+        return printable(super().format(record).removeprefix("[RANK 0] "))
 
 
 def _quiet_libraries(*, has_switches: bool) -> None:
@@ -156,8 +158,7 @@ def _fail(failure: Failure) -> NoReturn:
     if is_first is None:
         is_first = failure.is_of_other_rank or _rank() == 0
     if is_first:
-        line = " ".join(failure.message.split())
-        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+        line = printable(" ".join(failure.message.split()))
         was_stopped = failure.code in (Interrupted.exit_code, Cancelled.exit_code)
         kind = "" if was_stopped else f"{paint('error:', 'red', sys.stderr)} "
         print(f"isoprune: {kind}{line}", file=sys.stderr, flush=True)

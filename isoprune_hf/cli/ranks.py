@@ -16,7 +16,7 @@ def is_first_to_fail(code: int) -> bool | None:
         None if the launcher's store cannot be reached, as after the loss of the rank that held it.
     """
     if _is_alone():
-        return True
+        return os.environ.get("RANK", "0") == "0"
     store = _open_store()
     try:
         if store is not None:

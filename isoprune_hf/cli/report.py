@@ -9,9 +9,18 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from huggingface_hub import get_token
+from isoprune_hf.hub.requests import find_login
 
-_PACKAGES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "accelerate", "datasets", "huggingface_hub")
+_PACKAGES = (
+    "isoprune-hf",
+    "torch",
+    "transformers",
+    "timm",
+    "torchvision",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+)
 _SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
 _SHORTEST_SECRET = 6  # characters; shorter values of such variables are switches
 
@@ -61,4 +70,4 @@ def _version_of(name: str) -> str:
 def _secrets() -> list[str]:
     """Return the values that no file may contain, the longest first."""
     named = {value for name, value in os.environ.items() if any(part in name.upper() for part in _SECRET_NAMES)}
-    return sorted(filter(lambda value: len(value) >= _SHORTEST_SECRET, named | {get_token() or ""}), key=len)[::-1]
+    return sorted(filter(lambda value: len(value) >= _SHORTEST_SECRET, named | {find_login()}), key=len)[::-1]

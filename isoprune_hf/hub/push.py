@@ -6,19 +6,26 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported without a declaration
 
+from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
+from isoprune_hf.checkpoint.pretrained import AUTO_CLASSES
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError, HubError, RecipeError
 from isoprune_hf.hub.requests import retry, translate_errors
+from isoprune_hf.plain_files import read_json
 from isoprune_hf.reporting.model_card import build_model_card
 
 _PROCESSOR = "preprocessor_config.json"
 _REQUIRED_FILES = ("config.json", "model.safetensors")
-_PUSHED_SUFFIXES = (".json", ".safetensors", ".md", ".py", ".png")
+_CODE = "modeling_isoprune.py"
+_OTHER_FILES = ("README.md", "LICENSE", "pruning_plan.json", "metrics.json", "speed.json")
+_PUSHED_FILES = {*_REQUIRED_FILES, _PROCESSOR, _CODE, *_OTHER_FILES}
+_PUSHED_SUFFIX = ".png"  # the pictures of the card
 _SHOWN_CARD_LINES = 12  # after the metadata
 
 
@@ -36,8 +43,9 @@ def push_folder(
 ) -> str:
     """Upload the folder of a pruned model in one commit; write its model card first if it has none.
 
-    The login is that of `hf auth login` or HF_TOKEN. Files of other types and all subfolders are not uploaded. Files
-    that are already on the Hub are not sent again, so an interrupted push can simply be repeated.
+    The login is that of `hf auth login` or HF_TOKEN. Only files that this package writes, a LICENSE and pictures are
+    uploaded, and no code but that of the installed package. Files that are already on the Hub are not sent again, so
+    an interrupted push can simply be repeated.
 
     Args:
         folder: Folder that `save_pretrained` wrote.
@@ -54,7 +62,8 @@ def push_folder(
         URL of the commit, or of the pull request.
 
     Raises:
-        CheckpointError: The folder is not that of a pruned model, or one of its files is a link.
+        CheckpointError: The folder is not that of a pruned model, its code is not that of the installed package, or
+            one of its files is a link.
         RecipeError: `repo` is not a valid repository name, or the options contradict each other.
         HubError: No login, no permission, or no network.
 
@@ -147,6 +156,9 @@ def describe_push(
     metadata, _, body = text.removeprefix("---\n").partition("\n---\n")
     lines = [f"{repo}: {len(sizes)} files in one commit to {target}{extras}; nothing was sent"]
     lines += [f"  {size:>13,}  {name}" for name, size in sorted(sizes.items())]
+    others = sorted(path.name for path in folder.iterdir() if path.name not in sizes)
+    if others:
+        lines += [f"not sent, since they are not files of a model: {', '.join(others)}"]
     return "\n".join([*lines, "", "---", metadata, "---", *body.strip().splitlines()[:_SHOWN_CARD_LINES]])
 
 
@@ -158,7 +170,8 @@ def published_files(folder: Path, *, needs_processor: bool = True) -> list[Path]
         needs_processor: See `push_folder`.
 
     Raises:
-        CheckpointError: The folder is not that of a pruned model, or one of its files is a link.
+        CheckpointError: The folder is not that of a pruned model, its code is not that of the installed package, or
+            one of its files is a link.
     """
     for name in (*_REQUIRED_FILES, *([_PROCESSOR] if needs_processor else [])):
         if not (folder / name).is_file():
@@ -170,6 +183,7 @@ def published_files(folder: Path, *, needs_processor: bool = True) -> list[Path]
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type is None or isoprune_fields(config) is None:
         raise CheckpointError(f"{folder}: config.json has model_type {model_type!r}, a pruned model has 'isoprune'")
+    _check_code(folder, config)
     files = sorted(path for path in folder.iterdir() if _is_published(path))
     for path in files:
         if path.is_symlink():
@@ -201,9 +215,30 @@ def validate_push_options(
         raise RecipeError(f"collection must be the end of its address, user/title-id, got {collection!r}")
 
 
+def _check_code(folder: Path, config: dict[str, Any]) -> None:
+    """Check that the config points to no code but that of the installed package.
+
+    Raises:
+        CheckpointError: `auto_map` names other code, or `modeling_isoprune.py` was changed or is of another version.
+    """
+    ours = {auto: f"{Path(_CODE).stem}.{name}" for auto, name in AUTO_CLASSES.items()}
+    for name in filter(lambda name: (folder / name).is_file(), ("config.json", _PROCESSOR)):
+        values = config if name == "config.json" else read_json(folder / name)
+        named = values.get("auto_map", {}) if isinstance(values, dict) else {}
+        if not isinstance(named, dict) or any(named[auto] != ours.get(auto) for auto in named):
+            raise CheckpointError(f"{folder}: auto_map of {name} points to other code than {_CODE}: {named!r:.99}")
+    code = folder / _CODE
+    if code.is_file() and code.read_bytes() != code_that_ships().encode():
+        raise CheckpointError(
+            f"{folder} is not pushed: modeling_isoprune.py is not the code of this isoprune_hf; open and save the model "
+            "with this version"
+        )
+
+
 def _is_published(path: Path) -> bool:
     is_temporary = path.name.startswith(".") or ".tmp" in path.name
-    return path.is_file() and path.suffix in _PUSHED_SUFFIXES and not is_temporary
+    is_named = path.name in _PUSHED_FILES or path.suffix == _PUSHED_SUFFIX
+    return path.is_file() and is_named and not is_temporary
 
 
 def _set_tag(api: HfApi, repo: str, tag: str, commit: str) -> None:

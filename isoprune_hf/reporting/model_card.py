@@ -21,6 +21,7 @@ from isoprune_hf.plain_files import read_json
 from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
+from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.tables import describe_sample, format_figure
 from isoprune_hf.reporting.widths import PICTURE
 
@@ -71,12 +72,12 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
     card: ModelCard = ModelCard.from_template(
         _describe(config, recipe.get("data") or {}, metrics.get(stage) or {}, cost, name.rpartition("/")[2]),
         template_path=str(_TEMPLATE),
-        name=name,
-        config=config,
+        name=str(plain_markdown(name)).replace('"', "'"),
+        config=plain_markdown(config),
         stage=stage,
-        source=config.get("source") or {},
-        base=config.get("base") or {},
-        recipe={key: recipe.get(key) or {} for key in ("prune", "data", "finetune")},
+        source=plain_markdown(config.get("source") or {}),
+        base=plain_markdown(config.get("base") or {}),
+        recipe={key: plain_markdown(recipe.get(key) or {}) for key in ("prune", "data", "finetune")},
         saved=_compare(cost),
         sample=describe_sample(metrics.values()),
         table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage, size),
@@ -85,9 +86,9 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         labels=_name_labels(config.get("id2label") or {}),
         has_picture=(folder / PICTURE).is_file(),
         reads_arrays=_reads_arrays(config, folder / "preprocessor_config.json"),
-        speed=speed,
-        benchmark=speed.get("benchmark"),
-        timings=benchmark_table(speed["benchmark"]) if speed.get("benchmark") else [],
+        speed=plain_markdown(speed),
+        benchmark=plain_markdown(speed.get("benchmark")),
+        timings=plain_markdown(benchmark_table(speed["benchmark"])) if speed.get("benchmark") else [],
         hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
         versions=_list_versions(),
         transformers_needed=NEEDED,
@@ -180,7 +181,7 @@ def _flags(section: str, recipe: dict[str, Any]) -> list[str]:
         if key in defaults and value != defaults[key]:
             shown = _show(value)
             text = value if isinstance(value, str) else json.dumps(value)
-            text = "LOCAL" if shown != " ".join(text.split()).replace("|", "\\|") else text
+            text = "LOCAL" if shown != plain_markdown(text) else " ".join(text.replace("`", "'").split())
             found.append(f"--{section}.{key} {shlex.quote(text)}")
     return found
 
@@ -190,7 +191,7 @@ def _name_labels(labels: dict[str, str]) -> str:
     more = (
         f" and {len(names) - _MAX_NAMED_CLASSES:,} more, all in config.json" if len(names) > _MAX_NAMED_CLASSES else ""
     )
-    return ", ".join(_show(name) for name in names[:_MAX_NAMED_CLASSES]) + more
+    return ", ".join(plain_markdown(name) for name in names[:_MAX_NAMED_CLASSES]) + more
 
 
 def _is_hub_id(name: Any) -> bool:
@@ -207,12 +208,12 @@ def _show(value: Any) -> str:
         text = "not shown, because it contains a path"
     elif parts != [text] and parts[0] != "torchvision" and not _is_hub_id(text):
         text = f"a local folder ({parts[-1]})"
-    return " ".join(text.split()).replace("|", "\\|")
+    return str(plain_markdown(text))
 
 
 def _show_note(note: str) -> str:
     """Return a note of a plan on one line; one that holds a path is not shown, because cards are public."""
-    return "not shown, because it contains a path" if re.search(r"[/\\\\]", note) else " ".join(note.split())
+    return "not shown, because it contains a path" if re.search(r"[/\\\\]", note) else str(plain_markdown(note))
 
 
 def _tabulate(

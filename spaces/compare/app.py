@@ -11,6 +11,7 @@ import torch
 from comparison import TOP, Pair, compare, open_pair, tabulate
 
 from isoprune_hf import IsoPruneError
+from isoprune_hf.reporting.plain_text import plain_markdown
 
 TITLE = "Base and pruned, side by side"
 WAITING = "Upload an image to classify it with both models."
@@ -43,8 +44,8 @@ def build_app(pair: Pair) -> gr.Blocks:
         try:
             found = compare(pair, Path(path).read_bytes())
         except IsoPruneError as error:
-            return f"**{error}**", None, None, None
-        first = {name: next(iter(labels)) for name, labels in found.answers.items()}
+            return f"**{plain_markdown(str(error))}**", None, None, None
+        first = {name: plain_markdown(next(iter(labels))) for name, labels in found.answers.items()}
         same = first["base"] == first["pruned"]
         text = (
             f"Both predict **{first['base']}**."
@@ -54,7 +55,9 @@ def build_app(pair: Pair) -> gr.Blocks:
         return text, found.image, found.answers["base"], found.answers["pruned"]
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
-        gr.Markdown(f"# {TITLE}\n`{pair.name}`, pruned with [Isomorphic Pruning](https://arxiv.org/abs/2407.04616)")
+        gr.Markdown(
+            f"# {TITLE}\n`{plain_markdown(pair.name)}`, pruned with [Isomorphic Pruning](https://arxiv.org/abs/2407.04616)"
+        )
         with gr.Row():
             with gr.Column(scale=1):
                 file = gr.File(label="An image", file_types=["image"], type="filepath", height=140)

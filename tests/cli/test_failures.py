@@ -85,7 +85,7 @@ def test_unwritable_report_does_not_hide_the_error(monkeypatch: pytest.MonkeyPat
 
 def test_output_that_cannot_be_printed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "inspect", replace(STAGES["inspect"], run=lambda **_: Answer("text")))
-    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it raises once more
+    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 - closing it raises once more
     with contextlib.redirect_stdout(full), pytest.raises(SystemExit) as stopped:
         main(["inspect", "--model", "any"])
     assert stopped.value.code == 74

@@ -4,15 +4,17 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_canary0123456789"
+_PAUSE = threading.Event()  # never set; the tests replace time.sleep
 COMMIT = r"/api/models/user/tiny/commit/main"
 
 
@@ -23,16 +25,19 @@ class Fault:
     Args:
         method: Method of the requests.
         pattern: Regular expression for their paths.
-        answer: Status of the response; `drop` closes the connection before carrying out the request, `lose` after it.
+        answer: Status of the response; `drop` closes the connection before carrying out the request, `lose` after it;
+            `silent` sends nothing, and `drip` a byte of the answer now and then, for some seconds.
         times: Number of requests that fail.
         headers: Headers of the response.
+        content: Body of the response.
     """
 
     method: str
     pattern: str
-    answer: int | Literal["drop", "lose"]
+    answer: int | Literal["drop", "lose", "silent", "drip"]
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    content: object = field(default_factory=lambda: {"error": "fault"})
 
 
 @dataclass
@@ -124,8 +129,10 @@ class _HubRequest(BaseHTTPRequestHandler):
             if fault.times and fault.method == self.command and re.fullmatch(fault.pattern, path):
                 fault.times -= 1
                 if isinstance(fault.answer, int):
-                    return self._send(fault.answer, {"error": "fault"}, **fault.headers)
+                    return self._send(fault.answer, fault.content, **fault.headers)
                 self.close_connection = True
+                if fault.answer in ("silent", "drip"):
+                    return self._hesitate(drips=fault.answer == "drip")
                 if fault.answer == "drop":
                     return None
                 self.is_lost = True
@@ -135,6 +142,20 @@ class _HubRequest(BaseHTTPRequestHandler):
             if match is not None and self.command in method:
                 return action(self, body, *match.groups())
         return self._send(404, {"error": "not found"})
+
+    def _hesitate(self, *, drips: bool) -> None:
+        """Answer nothing, or one byte of many now and then, until the client gives up or five seconds are over."""
+        if drips:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+        for _ in range(100):
+            _PAUSE.wait(0.05)
+            with suppress(OSError):
+                if drips:
+                    self.wfile.write(b" ")
+                elif not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    return
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

@@ -11,6 +11,8 @@ import torch
 from helpers.hub_server import TOKEN, Hub, serve_hub
 from safetensors.torch import save_file
 
+from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -23,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "preprocessor_config.json").write_text("{}")
     (folder / "pruning_plan.json").write_text('{"kept": {}}')
     (folder / "metrics.json").write_text('{"pruned": {"top1": 0.5}}')
-    (folder / "modeling_isoprune.py").write_text("# code\n")
+    (folder / "modeling_isoprune.py").write_text(code_that_ships())
     (folder / "classes.png").write_bytes(b"\x89PNG\r\n")
     (folder / "checkpoints" / "state.json").write_text("{}")
     for name in ("optimizer.pt", ".env", ".hidden.json", "model.tmp.safetensors", "notes.txt"):

@@ -5,10 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import pytest
@@ -17,12 +18,14 @@ from helpers.command_line import isoprune, refuse
 from helpers.hub_server import COMMIT, TOKEN, Fault, Hub, serve_hub
 from helpers.own_nets import OwnNet
 from helpers.pruned_models import Pruned
+from huggingface_hub.utils._http import default_client_factory
 from PIL import Image
 from transformers import pipeline
 
 from isoprune_hf import prune
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.errors import CheckpointError, HubError, RecipeError
+from isoprune_hf.hub import waiting
 from isoprune_hf.hub.push import describe_push, push_folder
 
 PUSHED = ["README.md", "config.json", "classes.png", "metrics.json", "model.safetensors", "modeling_isoprune.py"]
@@ -73,7 +76,9 @@ def test_pushed_file_reads_back_equal(folder: Path, hub: Hub, tmp_path: Path) ->
         (401, ["login", "hf auth login", "HF_TOKEN"]),
         (403, ["user/tiny", "HF_TOKEN"]),
         (404, ["user/tiny", "check the name"]),
+        (413, ["refuses the size", "user/tiny"]),
         (429, ["too many requests"]),
+        (507, ["no room left", "user/tiny"]),
         (418, ["status 418"]),
     ],
 )
@@ -83,9 +88,46 @@ def test_rejection_is_one_line_without_the_token(folder: Path, hub: Hub, status:
         push_folder(folder, "user/tiny")
     message = str(caught.value)
     assert all(word in message for word in words), message
-    assert "\n" not in message
+    assert "\n" not in message and message.endswith(" (the Hub says: refused)")
     assert TOKEN not in "".join(traceback.format_exception(caught.value))
     assert hub.commits == []
+
+
+def test_reason_of_server_is_harmless(folder: Path, hub: Hub) -> None:
+    hub.faults += [Fault("POST", COMMIT, 403, content={"error": f"quota\n\x1b[2J {TOKEN} " + "x" * 999})]
+    with pytest.raises(HubError) as caught:
+        push_folder(folder, "user/tiny")
+    reason = str(caught.value).partition(" (the Hub says: ")[2]
+    assert reason.startswith("quota ?[2J [token] xxx") and len(reason) == 201
+
+
+@pytest.mark.parametrize("content", [[], {"a": 1}, 3, None, "text", b"<html>", b"{", b"\xff", b""])
+@pytest.mark.parametrize("pattern", ["/api/repos/create", ".*/preupload/main", ".*/info/lfs.*", COMMIT])
+def test_answer_of_another_form_is_one_line(folder: Path, hub: Hub, pattern: str, content: object) -> None:
+    hub.faults += [Fault("POST", pattern, 200, times=99, content=content)]
+    try:
+        push_folder(folder, "user/tiny")
+    except HubError as error:
+        assert "\n" not in str(error)
+    else:
+        assert pattern == "/api/repos/create"  # whose answer is not read
+
+
+@pytest.mark.parametrize("kind", ["silent", "drip"])
+def test_slow_hub_is_given_up(
+    folder: Path, hub: Hub, kind: Literal["silent", "drip"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_SILENCE", 0.2)
+    monkeypatch.setattr(waiting, "_ANSWER_SECONDS", 0.2)
+    hub.faults += [Fault("POST", COMMIT, kind, times=99)]
+    waiting.limit_waiting()
+    try:
+        begin = time.monotonic()
+        with pytest.raises(HubError, match=r"cannot be reached \(ReadTimeout\)"):
+            push_folder(folder, "user/tiny", create_pr=True)
+        assert time.monotonic() - begin < 5
+    finally:
+        huggingface_hub.set_client_factory(default_client_factory)
 
 
 def test_missing_login_is_an_error_before_any_request(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +232,7 @@ def test_faults_while_uploading_weights_are_survived(folder: Path, hub: Hub, pat
 @pytest.mark.parametrize("status", [409, 412])
 def test_conflicting_change_is_reported_without_retry(folder: Path, hub: Hub, waits: list[float], status: int) -> None:
     hub.faults.append(Fault("POST", COMMIT, status))
-    with pytest.raises(HubError, match=r"^[^\n]*user/tiny[^\n]*push again$"):
+    with pytest.raises(HubError, match=r"^[^\n]*user/tiny[^\n]*push again \(the Hub says: fault\)$"):
         push_folder(folder, "user/tiny")
     assert waits == []
 
@@ -275,7 +317,31 @@ def test_dry_run_lists_files_and_sends_nothing(folder: Path, hub: Hub, monkeypat
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["extra.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("target", ["evil.Model", "user/other--modeling_isoprune.IsoPruneModel", 3, None])
+def test_auto_map_points_to_own_code(folder: Path, hub: Hub, name: str, target: object) -> None:
+    values = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(values | {"auto_map": {"AutoModel": "modeling_isoprune.IsoPruneModel"}}))
+    push_folder(folder, "user/tiny")
+    (folder / name).write_text(json.dumps(values | {"auto_map": {"AutoModel": target}}))
+    before = len(hub.requests)
+    with pytest.raises(CheckpointError, match=f"auto_map of {name}"):
+        push_folder(folder, "user/tiny")
+    assert len(hub.requests) == before
+
+
+def test_other_files_are_named_and_stay(folder: Path, hub: Hub) -> None:
+    others = ["evil.py", "notes.json", "secret.safetensors"]
+    for name in others:
+        (folder / name).write_text("stays here")
+    text = describe_push(folder, "user/tiny")
+    (line,) = (line for line in text.splitlines() if line.startswith("not sent"))
+    assert all(name in line for name in [*others, "checkpoints", "optimizer.pt"])
+    push_folder(folder, "user/tiny")
+    assert hub.files["user/tiny"].keys() == set(PUSHED)
+
+
+@pytest.mark.parametrize("name", ["extra.png", "model.safetensors"])
 def test_link_is_refused(folder: Path, hub: Hub, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text(TOKEN)
     (folder / name).unlink(missing_ok=True)
@@ -315,10 +381,10 @@ def test_folder_that_fails_doctor_is_not_pushed(pruned: Callable[[str], Pruned],
     (folder / "config.json").write_text(json.dumps(config))
     with (folder / "modeling_isoprune.py").open("a") as file:
         file.write("import os\n")
-    line = refuse("push", folder, "--repo", "user/vit")
-    assert "modeling_isoprune.py is not the code of this isoprune_hf" in line and "--check false" in line
+    for flags in ([], ["--check", "false"]):
+        line = refuse("push", folder, "--repo", "user/vit", *flags)
+        assert "modeling_isoprune.py is not the code of this isoprune_hf" in line
     assert hub.requests == []
-    assert isoprune("push", folder, "--repo", "user/vit", "--check", "false").code == 0
 
 
 ALONE = """

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
 from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.errors import CheckpointError, IsoPruneError
 from isoprune_hf.models import load_base
@@ -47,10 +46,10 @@ def examine_folder(folder: str, base: str | None) -> list[Finding]:
 
 
 def require_sound(folder: Path) -> None:
-    """Check that a folder opens, agrees with itself, and ships the code of this version.
+    """Check that a folder opens and agrees with itself.
 
     Raises:
-        CheckpointError: A check fails, or `modeling_isoprune.py` was changed or is of another version.
+        CheckpointError: A check fails.
     """
     opened = load_base(str(folder))
     plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
@@ -58,9 +57,3 @@ def require_sound(folder: Path) -> None:
         if finding.verdict == "FAIL":
             text = " ".join(finding.text.split())
             raise CheckpointError(f"{folder} is not pushed: {finding.check}: {text} (isoprune doctor {folder})")
-    code = folder / "modeling_isoprune.py"
-    if code.is_file() and code.read_text(encoding="utf-8") != code_that_ships():
-        raise CheckpointError(
-            f"{folder} is not pushed: modeling_isoprune.py is not the code of this isoprune_hf; open and save the "
-            "model again, or push it with --check false"
-        )
