@@ -180,5 +180,5 @@ print(*sorted(set(sys.modules) - before))
     new = set(done.stdout.split())
     watched = ("isoprune_hf", *REQUIRED, *EXTRAS)
     parts = {tuple(name.split(".")[:2]) for name in new if name.partition(".")[0] in watched}
-    of_ours = ("checkpoint", "errors", "extras", "recipes", "version")
+    of_ours = ("checkpoint", "errors", "extras", "limits", "recipes", "version")
     assert parts == {("isoprune_hf",), *(("isoprune_hf", part) for part in of_ours)}

@@ -230,8 +230,8 @@ def _check_code(folder: Path, config: dict[str, Any]) -> None:
     code = folder / _CODE
     if code.is_file() and code.read_bytes() != code_that_ships().encode():
         raise CheckpointError(
-            f"{folder} is not pushed: modeling_isoprune.py is not the code of this isoprune_hf; open and save the model "
-            "with this version"
+            f"{folder} is not pushed: modeling_isoprune.py is not the code of this isoprune_hf; open and save the "
+            "model with this version"
         )
 
 

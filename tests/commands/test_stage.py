@@ -53,7 +53,18 @@ main(["--help"])
 print(json.dumps(sorted(name for name in sys.modules if name.startswith("isoprune_hf."))))
 """
     loaded = json.loads(fresh_python.run(script).stdout.splitlines()[-1])
-    light = ("checkpoint", "cli", "commands", "recipes", "__main__", "errors", "extras", "terminal", "version")
+    light = (
+        "checkpoint",
+        "cli",
+        "commands",
+        "limits",
+        "recipes",
+        "__main__",
+        "errors",
+        "extras",
+        "terminal",
+        "version",
+    )
     assert [name for name in loaded if name.split(".")[1] not in light] == []
     assert [name for name in loaded if name.startswith("isoprune_hf.commands.steps.")] == []
     assert "isoprune_hf.commands.prune" in loaded

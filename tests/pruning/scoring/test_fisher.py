@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.config = SimpleNamespace(image_size=(3, 8, 8))
+        self.config = SimpleNamespace(image_size=(3, 8, 8), problem_type=None)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
