@@ -18,6 +18,7 @@ from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
+from isoprune_hf.models.from_torchvision import args_of_module
 from isoprune_hf.models.processors import timm_processor
 from isoprune_hf.models.timm_base import timm_labels
 
@@ -119,12 +120,12 @@ def _recognise_torchvision(module: nn.Module, image_size: list[int]) -> Recognis
         classes = _outputs_of(module)
         if classes is None:
             return None
-        config = IsoPruneConfig(
-            base={"library": "torchvision", "architecture": name, "args": {}},
-            image_size=image_size,
-            **label_fields(default_labels(classes)),
-        )
+        base: dict[str, Any] = {"library": "torchvision", "architecture": name, "args": {}}
+        config = IsoPruneConfig(base=base, image_size=image_size, **label_fields(default_labels(classes)))
         if _builds(config, module):
+            return Recognised(config)
+        config.base = {**base, "args": args_of_module(config, module)}
+        if config.base["args"] and _builds(config, module):
             return Recognised(config)
     return None
 

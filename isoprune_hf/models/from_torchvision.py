@@ -48,16 +48,16 @@ def open_torchvision(source: BaseSource, options: LoadOptions) -> BaseModel:
             module = draw_base(config, options.seed)
     except OSError as error:
         raise unreadable(f"torchvision/{name}", error) from error
-    config.base = {**base, "args": {**options.model_args, **_args_of_weights(config, module)}}
+    config.base = {**base, "args": {**options.model_args, **args_of_module(config, module)}}
     return BaseModel(wrap_module(config, module), torchvision_processor(transform))
 
 
-def _args_of_weights(config: IsoPruneConfig, module: nn.Module) -> dict[str, Any]:
-    """Return the arguments that trained weights change: those that a module keeps under their names.
+def args_of_module(config: IsoPruneConfig, module: nn.Module) -> dict[str, Any]:
+    """Return the arguments that trained weights or a caller change: those that a module keeps under their names.
 
     Args:
         config: Config without these arguments.
-        module: The model with its weights, such as a GoogLeNet without auxiliary heads.
+        module: The model, such as a GoogLeNet without auxiliary heads.
     """
     with torch.device("meta"):
         built = vars(build_base(config))

@@ -7,7 +7,9 @@ import torch
 import torchvision
 from helpers.bases import assert_same, refused, weights
 
+from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.models import load_base
+from isoprune_hf.models.from_module import recognise
 
 
 def test_torchvision_name_draws_the_weights_of_torchvision() -> None:
@@ -45,3 +47,20 @@ def test_torchvision_model_of_another_task_is_refused(name: str) -> None:
 def test_unknown_torchvision_weights_list_known_ones() -> None:
     message = refused("torchvision/resnet50.IMAGENET1K_V9")
     assert "'IMAGENET1K_V9'" in message and "IMAGENET1K_V1, IMAGENET1K_V2" in message
+
+
+CHANGED = {
+    "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
+    "vit_b_16": {"image_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_module_with_other_arguments_is_recognised(name: str) -> None:
+    with torch.device("meta"):
+        module = torchvision.models.get_model(name, num_classes=3, **CHANGED[name])
+    found = recognise(module, [3, 32, 32])
+    assert found is not None and found.config.base["architecture"] == name
+    with torch.device("meta"):
+        built = build_base(found.config)
+    assert {n: t.shape for n, t in built.state_dict().items()} == {n: t.shape for n, t in module.state_dict().items()}
