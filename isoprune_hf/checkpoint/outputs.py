@@ -16,6 +16,8 @@ from transformers.utils.generic import ModelOutput, TransformersKwargs
 
 # True, or the indices of the blocks, which only networks of timm select.
 HiddenStates = bool | Sequence[int] | None
+# Arguments by which an encoder of transformers returns its stages as its backbone does, before their downsampling.
+_STAGE_SETTINGS = ("always_partition", "output_hidden_states_before_downsampling")
 
 
 def call_classifier(
@@ -85,18 +87,24 @@ def call_stages(network: nn.Module, pixel_values: torch.Tensor, **options: Any) 
     """Return the feature maps (B, C, H, W) of all stages by name, in their order.
 
     The stages of timm are those of its `feature_info`; those of transformers are its hidden states, named stem,
-    stage1, ... as in its backbones.
+    stage1, ... as in its backbones, without the norms that some of these add untrained. Tokens of patches become maps.
 
     Raises:
         ValueError: The network has no stages that are maps.
     """
     unknown = f"{type(network).__name__} does not return feature maps of its stages"
     if isinstance(network, PreTrainedModel):
-        output: Any = _call_transformers(cast(Any, network.base_model), pixel_values, True, None, options)
-        maps = output.hidden_states or ()
-        if not maps or any(found.ndim != 4 for found in maps):
+        base: Any = network.base_model
+        taken = inspect.signature(base.encoder.forward).parameters if hasattr(base, "encoder") else {}
+        of_stages = {name: True for name in _STAGE_SETTINGS if name in taken}
+        output: Any = _call_transformers(base, pixel_values, True, None, options, **of_stages)
+        states = getattr(output, "reshaped_hidden_states", None) or output.hidden_states or ()
+        found = [_as_map(state, pixel_values, getattr(network.config, "patch_size", None)) for state in states]
+        if not found or any(state is None for state in found):
             raise ValueError(unknown)
-        return {f"stage{number}" if number else "stem": found for number, found in enumerate(maps)}
+        return {
+            f"stage{number}" if number else "stem": cast(torch.Tensor, state) for number, state in enumerate(found)
+        }
     info = getattr(network, "feature_info", None)
     if info is None or not hasattr(network, "forward_intermediates"):
         raise ValueError(unknown)
@@ -105,12 +113,34 @@ def call_stages(network: nn.Module, pixel_values: torch.Tensor, **options: Any) 
     return {stage["module"]: found for stage, found in zip(info, maps, strict=True)}
 
 
+def _as_map(state: torch.Tensor, images: torch.Tensor, patch: Any) -> torch.Tensor | None:
+    """Return a hidden state as (B, C, H, W): itself, or the tokens (B, N, C) of its patches, the last ones of each.
+
+    Args:
+        state: The hidden state.
+        images: The images (B, C, H, W).
+        patch: Side of a patch, or both sides.
+
+    Returns:
+        None if it has neither of the forms.
+    """
+    if state.ndim == 4:
+        return state
+    sides = patch if isinstance(patch, list | tuple) else (patch, patch)
+    if state.ndim != 3 or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return None
+    height, width = images.shape[2] // sides[0], images.shape[3] // sides[1]
+    others = state.shape[1] - height * width  # tokens of classes
+    return state[:, others:].mT.reshape(len(state), -1, height, width) if others >= 0 else None
+
+
 def _call_transformers(
     network: PreTrainedModel,
     pixel_values: torch.Tensor,
     hidden_states: HiddenStates,
     attentions: bool | None,
     options: dict[str, Any],
+    **settings: bool,
 ) -> ModelOutput:
     # Many classes of transformers ignore an unknown argument.
     parameters = inspect.signature(network.forward).parameters
@@ -124,7 +154,7 @@ def _call_transformers(
         options = {**options, "output_attentions": True}
     if "return_dict" in parameters or any(found.kind is found.VAR_KEYWORD for found in parameters.values()):
         options = {**options, "return_dict": True}
-    output: ModelOutput = network(pixel_values, **options)
+    output: ModelOutput = network(pixel_values, **options, **settings)
     return output
 
 

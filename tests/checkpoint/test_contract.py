@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     ResNetBackbone,
+    SwinBackbone,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
@@ -233,6 +234,37 @@ def test_feature_maps_equal_those_of_resnet_backbone(pair, tmp_path: Path) -> No
         assert_equal_outputs(model(images), stock(images))
 
 
+def test_feature_maps_equal_those_of_swin_backbone(pair, tmp_path: Path) -> None:
+    ours, classifier = pair("hf-swin")
+    ours.save_pretrained(tmp_path)
+    names = ["stem", "stage1", "stage2"]
+    config = copy.deepcopy(classifier.config)
+    config.out_features = names
+    stock = SwinBackbone(config).eval()
+    stock.load_state_dict(classifier.state_dict(), strict=False)
+    model = IsoPruneBackbone.from_pretrained(tmp_path, out_features=names)
+    assert (model.out_features, model.channels) == (stock.out_features, stock.channels)
+    images = make_images(ours)
+    with torch.no_grad():
+        maps, wanted = model(images).feature_maps, stock(images).feature_maps
+    for found, normed in zip(maps, wanted, strict=True):  # by layer norms that the classifier does not have
+        plain = torch.nn.functional.layer_norm(found.permute(0, 2, 3, 1), found.shape[1:2]).permute(0, 3, 1, 2)
+        assert torch.allclose(plain, normed, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["hf-vit", "hf-deit"])
+def test_feature_maps_of_a_vit_are_its_patches(family: str, pruned) -> None:
+    sample = pruned(family)
+    model = IsoPruneBackbone.from_pretrained(sample.folder, out_features=["stem", "stage2"])
+    with torch.no_grad():
+        maps = model(sample.images).feature_maps
+        states = copy.deepcopy(sample.model)(sample.images, output_hidden_states=True).hidden_states
+    assert model.channels == [states[0].shape[2]] * 2
+    for found, state in zip(maps, (states[0], states[2]), strict=True):
+        assert found.shape == (2, state.shape[2], 4, 4)
+        assert torch.equal(found[:, :, 1, 3], state[:, state.shape[1] - 16 + 7])
+
+
 def test_feature_maps_equal_those_of_timm(pair, tmp_path: Path) -> None:
     ours, _ = pair("resnet")
     ours.save_pretrained(tmp_path)
@@ -255,8 +287,8 @@ def test_backbone_of_pruned_folder_has_its_channels(pruned) -> None:
     assert [found.shape[1] for found in maps] == model.channels == [sample.model.model.fc.in_features]
     with pytest.raises(ValueError, match=r"^out_features or out_indices: "):
         IsoPruneBackbone.from_pretrained(sample.folder, out_features=["layer9"])
-    with pytest.raises(ValueError, match=r"^ViTForImageClassification does not return feature maps"):
-        IsoPruneBackbone.from_pretrained(pruned("hf-vit").folder)
+    with pytest.raises(ValueError, match=r"^MobileNetV2 does not return feature maps"):
+        IsoPruneBackbone.from_pretrained(pruned("mobilenet_v2").folder)
 
 
 def test_feature_pipeline_opens_pruned_folder(pruned) -> None:
