@@ -15,4 +15,6 @@ MAX_IMAGE_SIDE = 2**14  # pixels
 MAX_IMAGE_PIXELS = 2**26  # of an image as stored, and after its resize: 8192 x 8192
 MAX_PROCESSED_SIDE = 2**12  # pixels, of the sizes of an image processor
 MAX_INPUT_NUMBERS = 2**26  # of an image as a model reads it: channels x height x width
-MAX_UNSAVED_BYTES = 2**30  # tensors that a constructor computes and no file contains
+MAX_UNSAVED_BYTES = 2**29  # of the tensors that a constructor computes and no file contains
+MAX_TABLE_BYTES = 2**27  # of one of them, and of each tensor on the way to it
+MAX_BUILD_CALLS = 500_000  # of functions of torch in a constructor

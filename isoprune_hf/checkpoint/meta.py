@@ -7,17 +7,12 @@ hold as plain attributes. `move_to_meta` drops their values, too, so that the ne
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 
-from isoprune_hf.limits import MAX_UNSAVED_BYTES
-
-# Names of the functions and methods by which constructors draw weights.
-_DRAWING = ("add_", "clamp_", "constant_", "erfinv_", "kaiming_uniform_", "mul_", "normal_", "uniform_")
+from isoprune_hf.checkpoint.building import Building, check_tables, nested_tensors, on_meta
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -33,22 +28,21 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         ValueError: The tensors that are not saved are larger than any table of an image classifier.
     """
     try:
-        with _WithoutDrawing():
+        with Building():
             network = build()
     except (NotImplementedError, RuntimeError, TypeError):  # the builder reads values, or cannot build at all
         pass
     else:
-        unsaved = [*_unsaved(network)]
-        if not unsaved:
+        _check_unsaved(network)
+        if next(_unsaved(network), None) is None:
             return network
-        size = sum(tensor.numel() * tensor.element_size() for tensor in unsaved)
-        if size > MAX_UNSAVED_BYTES:
-            raise ValueError(f"buffers of {size:,} bytes that are not saved; the limit is {MAX_UNSAVED_BYTES:,}")
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        with _parameters_on_meta(), _WithoutDrawing():
+        with _parameters_on_meta(), Building():
             network = build()
+        _check_unsaved(network)
         if any(tensor.is_meta for tensor in _unsaved(network)):  # computed on the device of a parameter
-            network = build()
+            with Building():
+                network = build()
     for module in network.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = None if parameter is None else _parameter_on_meta(parameter)
@@ -73,24 +67,9 @@ def move_to_meta(network: nn.Module) -> nn.Module:
     for module in network.modules():
         values = vars(module)
         for name, value in values.items():
-            if not _is_registry(name) and next(_tensors_in(value), None) is not None:
-                values[name] = _on_meta(value)
+            if not _is_registry(name) and next(nested_tensors(value), None) is not None:
+                values[name] = on_meta(value)
     return network
-
-
-class _WithoutDrawing(TorchFunctionMode):
-    """Skips the drawing of weights on the meta device, where it takes five times as long and changes nothing."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        """Return the tensor as it is if it has no values, and call the function otherwise."""
-        options = options or {}
-        if function.__name__ in _DRAWING:
-            tensor = arguments[0] if arguments else options["tensor"]
-            if tensor.is_meta:
-                return tensor
-        return function(*arguments, **options)
 
 
 @contextmanager
@@ -118,6 +97,11 @@ def _parameter_on_meta(parameter: nn.Parameter) -> nn.Parameter:
     return moved
 
 
+def _check_unsaved(network: nn.Module) -> None:
+    """Check the sizes of all tensors that are neither parameters nor saved."""
+    check_tables([*_unsaved(network), *(buffer for _, _, buffer in unsaved_buffers(network))])
+
+
 def _unsaved(network: nn.Module) -> Iterator[torch.Tensor]:
     """Yield all tensors that are neither parameters nor saved, except those that timm computes after loading."""
     for module, _, buffer in unsaved_buffers(network):
@@ -126,27 +110,8 @@ def _unsaved(network: nn.Module) -> Iterator[torch.Tensor]:
     for module in network.modules():
         for name, value in vars(module).items():
             if not _is_registry(name):
-                yield from _tensors_in(value)
+                yield from nested_tensors(value)
 
 
 def _is_registry(name: str) -> bool:
     return name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") or name.endswith("_hooks")
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(part)
-
-
-def _on_meta(value: Any) -> Any:
-    """Return the value with its tensors on the meta device, in containers of the same kind."""
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if type(value) in (list, tuple):
-        return type(value)(_on_meta(part) for part in value)
-    if type(value) is dict:
-        return {name: _on_meta(part) for name, part in value.items()}
-    return value

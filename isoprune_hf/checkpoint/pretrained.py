@@ -35,7 +35,7 @@ from isoprune_hf.errors import CheckpointError
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-_VALUES = ("needed", "meta", "plain_values", "own_network", "nested_config")
+_VALUES = ("needed", "building", "meta", "plain_values", "own_network", "nested_config")
 _BASES = ("settings", "dense", "transfer", "difference")
 _MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
 PARTS = ("errors.py", "limits.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_BASES, *_MODELS)))

@@ -1,0 +1,133 @@
+# Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
+"""Budget of a constructor: `Building` is active while it runs (part of the shipped file).
+
+A config of a few bytes can describe a table of any size: that of the relative positions in an attention window grows
+with the fourth power of its side.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.overrides import TorchFunctionMode
+
+from isoprune_hf.limits import MAX_BUILD_CALLS, MAX_TABLE_BYTES, MAX_UNSAVED_BYTES
+
+# Names of the functions and methods by which constructors draw weights.
+_DRAWING = ("add_", "clamp_", "constant_", "erfinv_", "kaiming_uniform_", "mul_", "normal_", "uniform_")
+_NUMBER_BYTES = 8  # of the largest type
+
+
+class Building(TorchFunctionMode):
+    """Counts the calls of a constructor, and bounds the tensors that it computes on the CPU before they are allocated.
+
+    Weights on the meta device are not drawn there, which would take five times as long and change nothing.
+
+    Raises:
+        ValueError: The budget is exceeded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = self._bytes = 0
+
+    def __enter__(self) -> Any:
+        self._hook = register_module_buffer_registration_hook(self._count)
+        return super().__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
+
+    def __exit__(self, *error: Any) -> None:
+        self._hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # nor here
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, unless it draws weights that have no values."""
+        options = options or {}
+        self._calls += 1
+        if self._calls > MAX_BUILD_CALLS:
+            raise ValueError(f"more than {MAX_BUILD_CALLS:,} operations")
+        name = function.__name__
+        if name in _DRAWING:
+            tensor = arguments[0] if arguments else options["tensor"]
+            if tensor.is_meta:
+                return tensor
+        # Others than these allocate memory and fill it.
+        if not name.startswith("empty") and not (name.endswith("_") and not name.endswith("__")):
+            _check_result(function, arguments, options)
+        return function(*arguments, **options)
+
+    def _count(self, module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+        if buffer is not None and not buffer.is_meta:
+            self._bytes += buffer.untyped_storage().nbytes()
+            _require(self._bytes, MAX_UNSAVED_BYTES)
+
+
+def check_tables(tables: Iterable[torch.Tensor]) -> None:
+    """Check the sizes of tensors that no file contains.
+
+    Raises:
+        ValueError: One or all of them are too large.
+    """
+    sizes = {id(table): table.numel() * table.element_size() for table in tables}
+    _require(max(sizes.values(), default=0), MAX_TABLE_BYTES)
+    _require(sum(sizes.values()), MAX_UNSAVED_BYTES)
+
+
+def nested_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from nested_tensors(part)
+
+
+def on_meta(value: Any) -> Any:
+    """Return the value with its tensors on the meta device, in containers of the same kind."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if type(value) in (list, tuple):
+        return type(value)(on_meta(part) for part in value)
+    if type(value) is dict:
+        return {name: on_meta(part) for name, part in value.items()}
+    return value
+
+
+def _require(size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"buffers of {size:,} bytes that are not saved; the limit is {limit:,}")
+
+
+def _check_result(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Check the size of a result on the CPU, by a call on the meta device if it can be large."""
+    inputs = (arguments, options)
+    # No function makes more numbers than the square: broadcasting, products and repetitions make the product of all
+    # sizes, the identity and diagonals that of one size with itself.
+    is_small = _NUMBER_BYTES * _bound(inputs) ** 2 <= MAX_TABLE_BYTES
+    if is_small or any(tensor.is_meta for tensor in nested_tensors(inputs)):
+        return
+    creates = next(nested_tensors(inputs), None) is None
+    if creates and (options.get("device") or torch.get_default_device()) in ("meta", torch.device("meta")):
+        return
+    options = on_meta(options)
+    if creates or "device" in options:
+        options["device"] = "meta"
+    try:
+        result = function(*on_meta(arguments), **options)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # it reads values, or fails on the CPU as well
+        return
+    # Not the sum: parts of a tensor share its memory.
+    _require(max((part.untyped_storage().nbytes() for part in nested_tensors(result)), default=0), MAX_TABLE_BYTES)
+
+
+def _bound(value: Any) -> int:
+    """Return the product of all sizes and whole numbers in nested values."""
+    if isinstance(value, torch.Tensor):
+        return max(value.numel(), 1)
+    if isinstance(value, list | tuple | dict):
+        return math.prod(map(_bound, value.values() if isinstance(value, dict) else value))
+    return max(value, 1) if isinstance(value, int) else 1

@@ -1,0 +1,105 @@
+"""The budget of constructors: tables of any size are refused before they are allocated."""
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from isoprune_hf.checkpoint import building
+from isoprune_hf.checkpoint.building import Building, check_tables
+from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base
+from isoprune_hf.checkpoint.meta import build_on_meta
+from isoprune_hf.errors import CheckpointError
+
+SIDE = 2**17  # side x side numbers of 8 bytes are 128 GiB
+WINDOW = {"img_size": 640, "window_size": 160, "embed_dim": 24, "depths": [1], "num_heads": [2]}
+SWIN = {"image_size": 640, "window_size": 160, "embed_dim": 24, "depths": [1], "num_heads": [2]}
+BASES: dict[str, dict[str, Any]] = {
+    "timm": {"library": "timm", "architecture": "swin_tiny_patch4_window7_224", "args": WINDOW},
+    "timm beit": {"library": "timm", "architecture": "beit_base_patch16_224", "args": {"img_size": 2560, "depth": 1}},
+    "transformers": {"library": "transformers", "config": {"model_type": "swin", **SWIN}},
+    "second version": {"library": "transformers", "config": {"model_type": "swinv2", **SWIN}},
+}
+TABLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "difference": lambda row: row[:, None] - row[None],
+    "product": lambda row: torch.outer(row, row),
+    "matrices": lambda row: row[:, None] @ row[None],
+    "repeat": lambda row: row.repeat(SIDE),
+    "tile": lambda row: torch.tile(row, (SIDE, 1)),
+    "copy of a view": lambda row: row.expand(SIDE, SIDE).contiguous(),
+    "zeros": lambda row: torch.zeros(SIDE, SIDE),
+    "range": lambda row: torch.arange(SIDE**2),
+    "identity": lambda row: torch.eye(SIDE),
+    "diagonal": lambda row: torch.diag(row),
+    "distances": lambda row: torch.cdist(row[None, :, None].float(), row[None, :, None].float()),
+    "new": lambda row: row.new_ones(SIDE, SIDE),
+    "one hot": lambda row: nn.functional.one_hot(row.long(), SIDE),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_with_huge_tables_is_refused_unbuilt(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"buffers of 5,24[\d,]+ bytes"):
+        build_base(IsoPruneConfig(base=BASES[name], num_labels=3))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+
+
+@pytest.mark.parametrize("reads_values", [False, True])
+@pytest.mark.parametrize("name", TABLES)
+def test_table_is_refused_before_it_is_computed(name: str, reads_values: bool) -> None:
+    """Also by a constructor that reads values, whose sizes are not known from the meta device."""
+
+    def build() -> nn.Module:
+        network = nn.Linear(3, 3)
+        if reads_values:
+            torch.linspace(0, 1, 3).tolist()
+        network.register_buffer("table", TABLES[name](torch.arange(SIDE)), persistent=False)
+        return network
+
+    with torch.device("meta"), pytest.raises(ValueError, match=r"^buffers of [\d,]+ bytes"):
+        build_on_meta(build)
+
+
+def test_many_tables_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MAX_UNSAVED_BYTES", 2**20)
+
+    def build(count: int) -> nn.Module:
+        network = nn.Linear(3, 3)
+        torch.linspace(0, 1, 3).tolist()
+        for number in range(count):
+            network.register_buffer(f"table{number}", torch.zeros(2**15), persistent=number % 2 == 0)
+        return network
+
+    with torch.device("meta"):
+        build_on_meta(lambda: build(8))
+        with pytest.raises(ValueError, match=r"^buffers of 1,179,648 bytes"):
+            build_on_meta(lambda: build(9))
+
+
+def test_constructor_of_endless_operations_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MAX_BUILD_CALLS", 100)
+    table = torch.zeros(1)
+    with Building(), pytest.raises(ValueError, match="more than 100 operations"):
+        for _ in range(101):
+            table[0] = 1
+
+
+def test_views_and_small_tables_pass() -> None:
+    with Building():
+        assert torch.zeros(1).expand(SIDE, SIDE).shape == (SIDE, SIDE)
+        assert torch.empty(SIDE, SIDE, device="meta").is_meta
+        assert torch.zeros(2**12, 2**12).sum() == 0
+    check_tables([torch.empty(2**25, device="meta")])
+    with pytest.raises(ValueError, match="the limit is 134,217,728"):
+        check_tables([torch.empty(2**25 + 1, device="meta")])
+
+
+def test_hook_ends_with_the_budget() -> None:
+    with pytest.raises(KeyError), Building():
+        raise KeyError
+    nn.Linear(2, 2).register_buffer("table", torch.zeros(3))
+    assert not torch.nn.modules.module._global_buffer_registration_hooks
