@@ -146,7 +146,7 @@ def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Te
         return model(images).logits
 
 
-@pytest.mark.parametrize("case", one_of_each(CASES, "Q-levit", "H-swinv2", "C-dinov2"))
+@pytest.mark.parametrize("case", one_of_each(CASES, "Q-levit"))
 def test_reloaded_base_is_bit_equal(case: str, tmp_path: Path) -> None:
     base = open_case(case, tmp_path / "config")
     randomize(base.model)
@@ -156,7 +156,7 @@ def test_reloaded_base_is_bit_equal(case: str, tmp_path: Path) -> None:
     assert torch.equal(run(again, images), run(base.model, images))
 
 
-@pytest.mark.parametrize("case", one_of_each(CASES, "Q-levit", "H-swinv2", "C-dinov2"))
+@pytest.mark.parametrize("case", one_of_each(CASES, "Q-levit"))
 def test_architecture_is_pruned_saved_and_trained(case: str, tmp_path: Path) -> None:
     model, processor = open_case(case, tmp_path / "config")
     randomize(model)

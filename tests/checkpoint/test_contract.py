@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from helpers.folders import assert_same, logits, tensors
+from helpers.marks import one_of_each
 from helpers.tiny_models import TIMM, TRANSFORMERS, make_base, make_images
 from PIL import Image
 from torch import nn
@@ -170,7 +171,7 @@ def test_base_without_gradient_checkpointing_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet", "hf-vit", "mobilenet_v2"])
-@pytest.mark.parametrize("labels", [3, 20])
+@pytest.mark.parametrize("labels", one_of_each([3, 20], 3))
 def test_other_number_of_classes_keeps_all_but_head(family: str, labels: int, pruned, tmp_path: Path) -> None:
     sample = pruned(family)
     model = AutoModelForImageClassification.from_pretrained(

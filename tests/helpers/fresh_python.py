@@ -4,6 +4,7 @@ A script sees neither this package nor what the tests have imported, as in an in
 once. `FreshPython.run` is what tests call; the fixture `fresh_python` of tests/conftest.py holds the interpreter.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -71,6 +72,7 @@ class FreshPython:
 
 
 def _serve() -> None:
+    gc.disable()
     import safetensors.torch
     import torchvision.transforms.v2
     from PIL import Image
@@ -78,6 +80,8 @@ def _serve() -> None:
 
     assert all((safetensors.torch, torchvision.transforms.v2, Image, AutoConfig, AutoImageProcessor, pipeline))
     assert AutoModelForImageClassification
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

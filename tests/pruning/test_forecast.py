@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.marks import one_of_each
 from helpers.oracles import randomize
 from helpers.tiny_models import make_base
 from torch import nn
@@ -45,7 +46,7 @@ def count_operations(run: Callable[[], object]) -> int:
     return found[0]
 
 
-@pytest.mark.parametrize("images", [40, 80])
+@pytest.mark.parametrize("images", one_of_each([40, 80], 40))
 @pytest.mark.parametrize("repair", ["none", "bn", "bias", "least_squares"])
 def test_passes_of_repair_are_those_that_run(repair: str, images: int, base: Model) -> None:
     pixels = torch.randn(images, *base.config.image_size)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.marks import one_of_each
 from helpers.odd_networks import calibration_batches, open_odd
 from helpers.plain_scores import batches_of
 from helpers.tiny_models import make_base
@@ -29,7 +30,7 @@ def test_note_counts_parts_by_reason() -> None:
     assert note_left("left whole", "group", {}) == ()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", one_of_each(CRITERIA, "gate_fisher", "hessian"))
 def test_group_with_scores_not_finite_stays_whole(criterion: str) -> None:
     base = open_odd("hidden_overflow")
     recipe = PruneRecipe(criterion=criterion, ratio=0.5, round_to=1, reconstruct="least_squares")

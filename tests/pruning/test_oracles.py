@@ -93,7 +93,7 @@ def test_permutation_detects_dropped_table_of_heads(base) -> None:
     assert permutation_error(model, faulty, make_images(model)) > 1e-9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", one_of_each(FAMILIES, "vit", "resnet"))
 def test_both_oracles_see_an_index_that_is_shifted(family: str, base) -> None:
     model, groups = base(family)
     images = make_images(model, count=1)

@@ -255,6 +255,7 @@ def test_signal_within_writing_of_log_loses_nothing(case: Case, tmp_path: Path) 
     finish(case, out)
 
 
+@pytest.mark.kills
 def test_run_is_saved_when_time_is_up(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = run([*case.command, "--finetune.max_minutes", "0.003", "--output", out], tmp_path / "log")
@@ -280,6 +281,7 @@ def test_two_ranks_stop_together_and_resume_exactly(case: Case, tmp_path: Path) 
     assert weights_of(out) == case.paired
 
 
+@pytest.mark.kills
 def test_other_number_of_ranks_resumes_same_samples(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     ranks = start_ranks([*case.command, "--output", out], tmp_path / "log")
@@ -326,6 +328,7 @@ def test_another_training_is_refused_by_name(kind: str, case: Case, stopped: Pat
     assert {name: content for name, content in contents(out).items() if not name.endswith("lock")} == before
 
 
+@pytest.mark.kills
 def test_the_log_counts_the_operations_of_training(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--finetune.peak_tflops", "0.5", "--output", tmp_path / "out"]
     ended = run([*command, "--finetune.log_every", "3"], tmp_path / "log")
@@ -344,6 +347,7 @@ def test_the_log_counts_the_operations_of_training(case: Case, tmp_path: Path) -
         assert entry["mfu"] == pytest.approx(entry["tflops"] / 0.5)
 
 
+@pytest.mark.kills
 def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     free = ["--finetune.state_every", "5", "--finetune.save_every", "1", "--data.num_workers", "1"]
@@ -504,6 +508,7 @@ def test_nan_loss_on_one_rank_stops_all(case: Case, tmp_path: Path) -> None:
     assert [rank.wait().code for rank in ranks] == [0, 0] and weights_of(out) == case.paired
 
 
+@pytest.mark.kills
 def test_bad_steps_are_skipped_on_all_ranks(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*case.command, "--finetune.max_bad_steps", "2"]

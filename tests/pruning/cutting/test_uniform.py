@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.command_line import refuse
 from helpers.fresh_python import FreshPython
+from helpers.marks import one_of_each
 from helpers.tiny_models import TIMM, make_base, make_images
 from PIL import Image
 from safetensors.torch import save_file
@@ -266,7 +267,7 @@ def test_uniform_folder_opens_as_pruned_folder(family: str, made) -> None:
         assert torch.allclose(opened(sample.images).logits, sample.logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", one_of_each(FAMILIES, "vit"))
 def test_the_doctor_finds_nothing_and_replays_the_plan(family: str, made) -> None:
     sample = made(family)
     opened, plan = load_base(str(sample.folder)), PruningPlan.load(sample.folder)

@@ -183,7 +183,7 @@ def assert_equal_states(found: Model, expected: Model) -> None:
     assert all(torch.equal(tensors[name], value) for name, value in expected.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet", "mobilenet_v2", "hf-swin"])
+@pytest.mark.parametrize("family", one_of_each(["vit", "resnet", "mobilenet_v2", "hf-swin"], "vit", "resnet"))
 def test_fit_without_a_cut_changes_nothing(family: str, tmp_path: Path) -> None:
     dense = make_base(family, tmp_path)
     batches = batches_of(dense, [2])
