@@ -1,6 +1,5 @@
 """Write a module whose class cannot be had as a program of `torch.export`, beside its weights: `save_program`."""
 
-import copy
 import json
 import logging
 import zipfile
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from isoprune_hf.api.holding import share
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import replace_folder, write_file
@@ -56,7 +56,7 @@ def save_program(folder: str | Path, module: nn.Module, form: CallForm, plan: Pr
             the folder cannot be written.
     """
     kind = type(module).__name__
-    plain = copy.deepcopy(module).cpu().eval()
+    plain = share(module).cpu().eval()
     batches = [_draw(form, plain, samples) for samples in _SAMPLES]
 
     def write(temporary: Path) -> None:
@@ -124,9 +124,20 @@ def _write_program(file: Path, module: nn.Module, form: CallForm, inputs: list[T
     program.example_inputs = None  # they would be saved as a pickle
     torch.export.save(program, file)
     with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            if archive.read(name)[:1] == b"\x80" or archive.read(name)[:2] == b"PK":
-                raise CheckpointError(f"{PROGRAM}: {name} is a pickle; the module has tensors of a class of its own")
+        if [name for name in archive.namelist() if _is_pickle(archive, name)]:
+            raise CheckpointError(
+                f"{PROGRAM}: a tensor would be a pickle; the module has tensors of a class of its own"
+            )
+
+
+def _is_pickle(archive: zipfile.ZipFile, name: str) -> bool:
+    """Return whether a part of a program is unpickled when it is opened: by a list of tensors, or inputs."""
+    if "/sample_inputs/" in name:
+        return archive.getinfo(name).file_size > 0
+    if not name.endswith("_config.json"):
+        return name.endswith(".pt")
+    entries = json.loads(archive.read(name))["config"].values()
+    return any(entry["use_pickle"] for entry in entries)
 
 
 def _compare(expected: tuple[Tensor, ...], found: tuple[Tensor, ...], kind: str) -> None:

@@ -17,7 +17,10 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from isoprune_hf import IsoPruneConfig, IsoPruneForImageClassification, Pruned, load_base, prune
+from isoprune_hf.api.program import save_program
 from isoprune_hf.errors import CheckpointError, RecipeError
+from isoprune_hf.models.calling import CallForm
+from isoprune_hf.pruning.plan import PruningPlan
 
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -191,6 +194,8 @@ def test_module_of_unknown_class_becomes_a_program(tmp_path: Path) -> None:
     torch.manual_seed(0)
     batch = {"image": torch.randn(2, 3, 4, 5), "extra": torch.randn(2, 6)}
     result = prune(Inner(8), [batch], inputs=["image", "extra"], criterion="l1", ratio=0.5, round_to=2)
+    with torch.no_grad():
+        result.model.side.bias[0] = 1 + 2**-16  # begins with the byte 0x80, as a pickle does
     result.save(tmp_path / "half")
     opened = torch.export.load(tmp_path / "half" / "model.pt2").module()
     larger = {name: torch.randn(5, *value.shape[1:]) for name, value in batch.items()}
@@ -205,6 +210,22 @@ def test_module_of_unknown_class_becomes_a_program(tmp_path: Path) -> None:
         assert [archive.read(name) for name in archive.namelist() if "sample_inputs" in name] == [b""]
     with pytest.raises(ValueError, match="config"):
         AutoModelForImageClassification.from_pretrained(tmp_path / "half")
+
+
+class Marked(torch.Tensor):
+    """Tensors that torch.export would write as pickles."""
+
+
+def test_program_with_a_pickle_is_refused(tmp_path: Path) -> None:
+    class Inner(OwnNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.mark
+
+    net = Inner(8)
+    net.register_buffer("mark", torch.ones(4).as_subclass(Marked))
+    with pytest.raises(CheckpointError, match="a pickle"):
+        save_program(tmp_path / "own", net, CallForm((None,), (torch.Size([5]),)), PruningPlan({}, {}))
+    assert not (tmp_path / "own").exists()
 
 
 def test_module_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
