@@ -1,6 +1,7 @@
 """Dense and pruned folders of isoprune_hf as bases."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from helpers.bases import (
 from helpers.tiny_models import VIT
 
 from isoprune_hf.checkpoint.folder import save_model_folder
-from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.errors import IsoPruneError, RecipeError
+from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor, IsoPruneForImageClassification
+from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
 
 
@@ -112,3 +113,43 @@ def test_labels_keep_order_with_random_weights(tmp_path: Path) -> None:
     save_model_folder(tmp_path, base.model, base.processor)
     for pretrained in (True, False):
         assert load_base(str(tmp_path), pretrained=pretrained).model.config.id2label == dict(enumerate(names))
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_folder_replaced_while_read_is_read_again(
+    is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of two models are never mixed, whether that would be an error or not."""
+    first, second = tiny(num_labels=3, seed=5), tiny(num_labels=3, seed=6)
+    for name, base in (("out", first), ("next", second)):
+        save_model_folder(tmp_path / name, base.model, base.processor)
+    read, places = IsoPruneForImageClassification.from_pretrained, []
+
+    def read_slowly(place: str, **options: object) -> object:
+        model = read(place, **options)
+        places.append(place)
+        if len(places) == 1:
+            os.rename(place, tmp_path / "old")
+            os.rename(tmp_path / "next", place)
+            if is_damaged:
+                raise RuntimeError("another size")
+        return model
+
+    monkeypatch.setattr(IsoPruneForImageClassification, "from_pretrained", read_slowly)
+    found = load_base(str(tmp_path / "out")).model
+    assert_same(weights(found), weights(second.model))
+    assert len(places) == 2
+
+
+def test_folder_that_is_always_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny(num_labels=3, seed=5)
+    save_model_folder(tmp_path, base.model, base.processor)
+
+    def replace(place: str, **_: object) -> None:
+        Path(place, "other").touch()
+        Path(place, "other").unlink()
+        raise RuntimeError("another size")
+
+    monkeypatch.setattr(IsoPruneForImageClassification, "from_pretrained", replace)
+    with pytest.raises(CheckpointError, match="20 times"):
+        load_base(str(tmp_path))

@@ -102,5 +102,10 @@ def choose_widths(
             names = (name for name, count in counts.items() if count < rounded[name] < allowed[name][-1])
             chosen.spared.update(names)
         if margin is not None:
-            chosen.margins[pool[0].name] = margin
+            chosen.margins[pool[0].name] = {name: _round(value) for name, value in margin.items()}
     return chosen
+
+
+def _round(score: float) -> float:
+    """Round to four digits: the others depend on the number of threads and ranks, and the plan should not."""
+    return float(f"{score:.3e}")

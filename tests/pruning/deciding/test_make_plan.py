@@ -159,6 +159,17 @@ def test_margins_of_plan_are_those_of_classes() -> None:
     assert plan.margins["c"] == pytest.approx({"removed": 0.1, "kept": 0.2})
 
 
+def test_margins_do_not_differ_in_last_digits() -> None:
+    """Sums in another order, as on other numbers of threads and ranks, are equal to some six digits."""
+    plans = [
+        plan_for(
+            {name: [value * (1 + error) for value in values] for name, values in SCORES.items()}, [A, B, C], ratio=0.25
+        )
+        for error in (0.0, 3e-7, -3e-7)
+    ]
+    assert plans[0].margins == plans[1].margins == plans[2].margins
+
+
 def test_widths_that_cannot_be_aligned_are_said() -> None:
     groups = [group("a", "x", 4), group("b", "y", 16), group("c", "z", 20)]
     scores = {"a": range(4), "b": range(16), "c": range(20)}
