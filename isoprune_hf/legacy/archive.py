@@ -8,8 +8,8 @@ import torch
 
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.legacy.pickle_reader import StoredTensor, read_pickle
+from isoprune_hf.limits import MAX_PICKLE_BYTES
 
-_MAX_PICKLE_BYTES = 16 * 2**20  # that of a ResNet-152 with its average and AdamW has 0.6 MB
 # Errors of zipfile for a damaged, cut off or unsupported file.
 _ZIP_ERRORS = (EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zipfile.BadZipFile)
 
@@ -111,6 +111,6 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> tuple[str, dict
                 f"contains the entry {name!r:.99} compressed, encrypted or twice, as torch.save does not"
             )
         sizes[name] = entry.file_size
-    if sum(sizes.values()) > size or sizes["data.pkl"] > _MAX_PICKLE_BYTES:
+    if sum(sizes.values()) > size or sizes["data.pkl"] > MAX_PICKLE_BYTES:
         raise CheckpointError("is larger inside than torch.save could have written")
     return roots[0], sizes

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.legacy.work import Work
 
 # Names that a checkpoint may contain: a module of these packages plus one identifier, never an attribute of a class.
 _CLASS_NAMES = re.compile(r"(torch\.nn|timm|torchvision)(\.[A-Za-z_]\w*)+", re.ASCII)
@@ -54,7 +55,8 @@ _STORAGE_DTYPES = {
     "torch.ShortStorage": torch.int16,
 }
 _DTYPE_NAMES = re.compile(r"torch\.(bfloat16|bool|float(16|32|64)|u?int(8|16|32|64))")
-_MAX_STEPS = 2_000_000  # a ResNet-152 with its average and AdamW takes 234,368
+_MAX_NAME = 200  # characters of the name of a class
+_MAX_KEY = 2**60  # of whole numbers; larger ones can be chosen so that all have the same hash
 _MAX_DIMENSIONS = 8
 _MAX_TENSOR_NUMBER = 2**48  # of offsets, sizes and strides
 
@@ -120,9 +122,8 @@ def read_pickle(data: bytes) -> Any:
     machine = _StackMachine()
     try:
         operations = pickletools.genops(data)
-        for step, (opcode, argument, _) in enumerate(operations):
-            if step > _MAX_STEPS:
-                raise CheckpointError(f"takes more than {_MAX_STEPS} steps to read")
+        for opcode, argument, _ in operations:
+            machine.work.spend(1)
             if opcode.name == "STOP":
                 (result,) = machine.stack
                 return result
@@ -141,6 +142,7 @@ class _StackMachine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks that were interrupted by marks
         self.memo: dict[int, Any] = {}
+        self.work = Work()
 
     def step(self, opcode: str, argument: Any) -> None:
         if opcode in _VALUES:
@@ -188,10 +190,12 @@ class _StackMachine:
             # Hashing deeply nested tuples could take forever.
             if not isinstance(key, str | int | float | None | ObjectRecord):
                 raise not_allowed(f"a mapping with a {type(key).__name__} for a key")
+            if isinstance(key, int) and abs(key) >= _MAX_KEY:
+                raise not_allowed("a number of more than 60 bits for a key")
             target[key] = value
 
     def push_name(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _MAX_NAME:
             raise TypeError
         text = f"{module}.{name}"
         known = (
@@ -208,15 +212,16 @@ class _StackMachine:
         function, args = self.pop(2)
         if not isinstance(function, Name) or not isinstance(args, tuple):
             raise not_allowed("a call of something that is not a name")
+        self.work.spend(len(args) + sum(len(arg) for arg in args if isinstance(arg, tuple)))
         call = _CALLS.get(function.text)
         self.stack.append(ObjectRecord(function.text, args) if call is None else call(*args))
 
     def build(self, _: None) -> None:
         (state,) = self.pop(1)
         target = self.stack[-1]
-        states = state if isinstance(state, tuple) else (state,)  # of an object with __slots__: two mappings
         if isinstance(target, ObjectRecord):
-            for part in states:
+            for part in state if isinstance(state, tuple) else (state,):  # with __slots__: two mappings
+                self.work.spend(1 + len(part) if isinstance(part, dict) else 1)
                 if isinstance(part, dict):
                     target.state.update(part)
         elif not isinstance(target, dict):  # the _metadata of a state_dict

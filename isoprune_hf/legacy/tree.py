@@ -1,12 +1,13 @@
 """Find the model in the content of a checkpoint: its modules, their plain attributes, tensors, and base."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.legacy.pickle_reader import ObjectRecord, StoredTensor
+from isoprune_hf.legacy.work import Work
 from isoprune_hf.limits import MAX_MODULES
 
 Weights = Literal["raw", "ema"]
@@ -26,6 +27,7 @@ _SYNCHRONISED = {"SyncBatchNorm": "BatchNorm2d", "SyncBatchNormAct": "BatchNormA
 _MAX_WRAPPERS = 8
 _MAX_NAME_LENGTH = 200
 _MAX_MODULE_DEPTH = 64
+_NAME_CHARACTERS = 64  # of a path that count as one step
 # (block, blocks of each stage, groups, base_width) -> architecture of torchvision.
 _RESNETS: dict[tuple[object, ...], str] = {
     ("BasicBlock", (2, 2, 2, 2), 1, 64): "resnet18",
@@ -97,8 +99,10 @@ def find_model(content: Any, weights: Weights) -> OldModel:
     modules: dict[str, OldModule] = {}
     tensors: dict[str, StoredTensor] = {}
     unsaved: set[str] = set()
+    work = Work()
     for path, node in _walk(root):
         state = node.state
+        work.spend(_size(node, len(path)))
         hooks = [name for name in ("_forward_hooks", "_forward_pre_hooks") if state.get(name)]
         if hooks:
             raise CheckpointError(f"has {hooks[0]} at {path or 'the model'!r}, which cannot be converted")
@@ -164,6 +168,7 @@ def _average(average: dict[Any, Any], tensors: dict[str, StoredTensor], unsaved:
     """Return the tensors of the module, replaced by those of a saved average."""
     named = {key: value for key, value in average.items() if isinstance(key, str) and isinstance(value, StoredTensor)}
     named.pop("n_averaged", None)
+    _check_names(named, "an average")
     while named and all(key.startswith("module.") for key in named):
         named = {key.removeprefix("module."): value for key, value in named.items()}
     for name, tensor in named.items():
@@ -189,6 +194,14 @@ def _walk(root: ObjectRecord) -> Iterator[tuple[str, ObjectRecord]]:
         pending += reversed([(f"{path}.{name}" if path else name, child) for name, child in children])
 
 
+def _size(node: ObjectRecord, length: int) -> int:
+    """Return the number of entries of a module, each also counted by the length of the names that they get."""
+    values = [node.state.get("_non_persistent_buffers_set"), *node.state.values()]
+    records = [part for value in values if isinstance(value, ObjectRecord) for part in value.args]
+    entries = sum(len(part) for part in (*values, *records) if isinstance(part, list | tuple | dict))
+    return (len(node.state) + entries) * (1 + length // _NAME_CHARACTERS)
+
+
 def _children(node: ObjectRecord) -> dict[str, ObjectRecord]:
     children = {name: child for name, child in _mapping(node.state, "_modules").items() if child is not None}
     for name, child in children.items():
@@ -201,10 +214,14 @@ def _mapping(state: dict[str, Any], name: str) -> dict[str, Any]:
     values = state.get(name)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(f"is damaged: {name} of a module is not a mapping of names")
-    longest = max(map(len, values), default=0)
-    if longest > _MAX_NAME_LENGTH:
-        raise CheckpointError(f"is damaged: {name} of a module has a name of {longest} characters")
+    _check_names(values, f"{name} of a module")
     return values
+
+
+def _check_names(names: Collection[str], owner: str) -> None:
+    longest = max(map(len, names), default=0)
+    if longest > _MAX_NAME_LENGTH:
+        raise CheckpointError(f"is damaged: {owner} has a name of {longest} characters")
 
 
 def _names(value: Any) -> list[str]:

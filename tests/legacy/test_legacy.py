@@ -361,6 +361,54 @@ def test_exponentially_growing_names_are_refused_at_once(tmp_path: Path) -> None
     assert time.process_time() - start < 20
 
 
+def _number(value: int) -> bytes:
+    content = value.to_bytes(value.bit_length() // 8 + 1, "little")
+    return b"\x8a" + bytes([len(content)]) + content
+
+
+def _entries(count: int) -> bytes:
+    return b"}(" + b"".join(_text(f"{number:06d}") + b"N" for number in range(count)) + b"u"
+
+
+def _module(parameters: bytes, modules: bytes) -> bytes:
+    """Return the state of a module."""
+    return b"}(" + _text("_parameters") + parameters + _text("_buffers") + b"}" + _text("_modules") + modules + b"u"
+
+
+LINEAR = b"ctorch.nn.modules.linear\nLinear\n)\x81"
+ONES = b"(" + b"K\x01" * 10**5 + b"tq\x00"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00h\x00h\x00tR"
+LEAVES = b"}(" + b"".join(_text(f"n{number}") + LINEAR + b"h\x02b" for number in range(5_000)) + b"u"
+TREE = _module(_entries(20_000), b"}") + b"q\x020" + LINEAR + _module(b"}", LEAVES) + b"b"
+# Pickles of few MB whose reading would take minutes: each entry is small, and is read again and again.
+ENDLESS = {
+    "keys": (b"}(" + b"".join(_number(k * (2**61 - 1)) + b"N" for k in range(1, 10**5)) + b"u", "60 bits"),
+    "states": (LINEAR + _entries(60_000) + b"q\x00b" + b"h\x00b" * 10**6, "2,000,000 steps"),
+    "slots": (LINEAR + ONES + b"b" + b"h\x00b" * 10**5, "2,000,000 steps"),
+    "arguments": (ONES + b"ctorch\nSize\nh\x00R" * 10**5, "2,000,000 steps"),
+    "shapes": (ONES + TENSOR * 10**4, "without a storage"),
+    "names": (_text("a" * 10**6) + b"q\x000" + b"h\x00h\x00\x93" * 10**5, "cannot be read"),
+    "modules": (TREE, "2,000,000 steps"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_pickle_that_is_read_endlessly_is_refused(kind: str, tmp_path: Path) -> None:
+    code, message = ENDLESS[kind]
+    file = _pack(code + b".", tmp_path / "endless.pth")
+    assert file.stat().st_size < 4 * 10**6
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        convert_file(file, base="timm/resnet18")
+    assert time.process_time() - start < 15
+
+
+def test_names_of_an_average_are_short(resnet: nn.Module, tmp_path: Path) -> None:
+    average = {"module." * 10**5: torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="an average has a name of 700000 characters"):
+        convert_file(save({"model": resnet, "model_ema": average}, tmp_path / "long.pth"), weights="ema")
+
+
 @pytest.mark.parametrize("rate", ["x", 2**1500, (1.0, 2.0), float("nan"), -1.0])
 def test_invalid_rates_are_ignored(rate: Any, resnet: nn.Module, tmp_path: Path) -> None:
     module = copy.deepcopy(resnet)
