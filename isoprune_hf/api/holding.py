@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperForImageClassification
 
 from isoprune_hf.api.batches import CallerBatch
 from isoprune_hf.api.objectives import Loss, choose_objective
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.calling import CallForm, adapt
 from isoprune_hf.models.from_module import Recognised, recognise
 from isoprune_hf.models.held import HeldModel
 from isoprune_hf.models.nested import separate
+from isoprune_hf.models.processors import processed_size
 from isoprune_hf.pruning.calibration.calibration import Batch
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.calibration.pass_state import undoing_passes
@@ -43,6 +44,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     if next(model.parameters(), None) is None:
         raise UnsupportedArchitectureError(f"{type(model).__name__} has no parameter, so there is nothing to prune")
     return model
+
+
+def inner_of(module: nn.Module) -> nn.Module:
+    """Return the network inside one of our models or of TimmWrapper; other modules are returned as they are."""
+    if isinstance(module, TimmWrapperForImageClassification):
+        network: nn.Module = module.timm_model
+        return network
+    return module.model if isinstance(module, IsoPruneForImageClassification) else module
 
 
 def share(module: nn.Module) -> nn.Module:
@@ -142,7 +151,10 @@ def hold(
         inputs = form.pack(batch.inputs)
         return inputs, _predicted_classes(model, inputs) if chosen.targets is None else chosen.targets(batch)
 
-    return Held(model, read, None if known is None else known.processor, form)
+    processor = None if known is None else known.processor
+    if processor is not None and processed_size(type(module).__name__, processor) != size:
+        processor = None  # it makes other images than the batches have
+    return Held(model, read, processor, form)
 
 
 def config_of(module: nn.Module, known: Recognised | None) -> PreTrainedConfig | None:

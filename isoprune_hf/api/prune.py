@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedConfig
+from transformers import BaseImageProcessor, PreTrainedConfig, TimmWrapperForImageClassification
 
 from isoprune_hf.api.batches import InputKeys, read_batches
-from isoprune_hf.api.holding import config_of, count_hooks, hold, unwrap
+from isoprune_hf.api.holding import config_of, count_hooks, hold, inner_of, share, unwrap
 from isoprune_hf.api.objectives import Loss
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.saving import wrap
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.data.images import holds_images, image_batches
 from isoprune_hf.data.labels import check_problem
 from isoprune_hf.data.loading import CalibrationBatches
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.models.calling import restore
-from isoprune_hf.models.from_module import Recognised, processor_of
+from isoprune_hf.models.from_module import Recognised, processor_of, recognise_wrapper
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import DataRecipe, PruneRecipe
 from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA
@@ -77,7 +77,8 @@ def prune(
             "data is not set: pass batches such as a DataLoader; a criterion of weights only, such as criterion='l1', "
             "needs one tensor of example inputs"
         )
-    module, known = _open(model, recipe)
+    is_plain = inputs is None and not callable(loss)
+    module, known = _open(model, recipe, enters_wrapper=is_plain)
     maker = processor or (processor_of(module) if known is None else known.processor)
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
@@ -91,7 +92,7 @@ def prune(
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *_note_hooks(module, pruned)))
     name = held.model.objective.name if reads_targets else None
     return Pruned(
-        model=pruned if isinstance(model, nn.Module) and unwrap(model) is module else wrap(config, pruned),
+        model=_as_given(model, module, pruned, config),
         plan=plan,
         scores=result.scores,
         groups=result.groups,
@@ -106,8 +107,16 @@ def prune(
     )
 
 
-def _open(model: nn.Module | str | Path, recipe: PruneRecipe) -> tuple[nn.Module, Recognised | None]:
-    """Return the module to prune, and the config that builds it if that is known."""
+def _open(
+    model: nn.Module | str | Path, recipe: PruneRecipe, *, enters_wrapper: bool
+) -> tuple[nn.Module, Recognised | None]:
+    """Return the module to prune, and the config that builds it if that is known.
+
+    Args:
+        model: See `prune`.
+        recipe: Says how a name is opened.
+        enters_wrapper: Take the module of timm out of TimmWrapper, whose inputs and outputs have other forms.
+    """
     processor: BaseImageProcessor | None = None
     if not isinstance(model, nn.Module):
         labels = recipe.num_labels if isinstance(recipe.num_labels, int) else None
@@ -117,7 +126,23 @@ def _open(model: nn.Module | str | Path, recipe: PruneRecipe) -> tuple[nn.Module
     module = unwrap(model)
     if isinstance(module, IsoPruneForImageClassification):
         return module.model, Recognised(copy.deepcopy(module.config), processor)
+    if enters_wrapper and isinstance(module, TimmWrapperForImageClassification):
+        return inner_of(module), recognise_wrapper(module)
     return module, None
+
+
+def _as_given(
+    model: nn.Module | str | Path, module: nn.Module, pruned: nn.Module, config: IsoPruneConfig
+) -> nn.Module:
+    """Return a pruned module in the form of the model that was given, in eval mode."""
+    given = unwrap(model) if isinstance(model, nn.Module) else None
+    if given is module:
+        return pruned
+    if not isinstance(given, TimmWrapperForImageClassification):
+        return wrap(config, pruned)
+    wrapper = share(given)
+    wrapper.timm_model = pruned
+    return wrapper.eval()
 
 
 def _read_images(

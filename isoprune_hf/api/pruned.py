@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.api.holding import inner_of
 from isoprune_hf.api.program import save_program
 from isoprune_hf.api.saving import describe_builder, describe_inputs, save_module
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.own_network import Builder
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.hub.push import push_folder
@@ -93,8 +94,9 @@ class Pruned:
         if config.base is None:
             save_program(folder, self.model, self.form, self.plan)
             return
-        module = self.model.model if isinstance(self.model, IsoPruneForImageClassification) else self.model
-        save_module(folder, module, config, self.processor if processor is None else processor, self.plan)
+        save_module(
+            folder, inner_of(self.model), config, self.processor if processor is None else processor, self.plan
+        )
 
     def push_to_hub(self, repo: str, processor: BaseImageProcessor | None = None, **options: Any) -> str:
         """Save the model and upload its folder in one commit; return the address of the commit.

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from timm.data.config import resolve_data_config
 from torch import nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.dense import build_base
@@ -20,7 +20,7 @@ from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.from_torchvision import args_of_module
 from isoprune_hf.models.processors import timm_processor
-from isoprune_hf.models.timm_base import timm_labels
+from isoprune_hf.models.timm_base import timm_labels, without_classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,21 @@ def recognise(module: nn.Module, image_size: list[int]) -> Recognised | None:
     if type(module).__module__.startswith("torchvision.models."):
         return _recognise_torchvision(module, image_size)
     return None
+
+
+def recognise_wrapper(wrapper: TimmWrapperForImageClassification) -> Recognised:
+    """Return the config that builds the module of timm in a model of transformers."""
+    labels = {int(index): label for index, label in (wrapper.config.id2label or {}).items()}
+    config = IsoPruneConfig(
+        base={
+            "library": "timm",
+            "architecture": wrapper.config.architecture,
+            "args": without_classes(wrapper.config.model_args or {}),
+        },
+        problem_type=wrapper.config.problem_type,
+        **label_fields([labels[index] for index in range(len(labels))]),
+    )
+    return Recognised(config, processor_of(wrapper.timm_model))
 
 
 def _recognise_transformers(module: PreTrainedModel, image_size: list[int]) -> Recognised | None:

@@ -14,15 +14,27 @@ import torchvision
 from helpers.own_nets import OwnNet, TwoInputs, make_own
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from isoprune_hf import IsoPruneConfig, IsoPruneForImageClassification, Pruned, load_base, prune
+from isoprune_hf.api.holding import inner_of
 from isoprune_hf.api.program import save_program
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.pruning.plan import PruningPlan
 
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def make_wrapper() -> nn.Module:
+    config = TimmWrapperConfig(architecture="test_resnet", id2label={0: "cat", 1: "dog", 2: "owl"})
+    return TimmWrapperForImageClassification(config)
 
 
 def make_vit() -> nn.Module:
@@ -34,6 +46,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "timm": (lambda: timm.create_model("test_resnet", num_classes=3), (3, 32, 32)),
     "timm of four channels": (lambda: timm.create_model("test_resnet", num_classes=3, in_chans=4), (4, 32, 32)),
     "timm of another size": (lambda: timm.create_model("test_vit", num_classes=3, img_size=64), (3, 64, 64)),
+    "TimmWrapper": (make_wrapper, (3, 32, 32)),
     "torchvision": (lambda: torchvision.models.squeezenet1_1(num_classes=3), (3, 32, 32)),
     "transformers": (make_vit, (3, 16, 16)),
 }
@@ -59,7 +72,7 @@ def test_module_of_a_library_is_saved(kind: str, tmp_path: Path) -> None:
     images = torch.randn(2, *size)
     with torch.no_grad():
         assert torch.equal(opened(images).logits, logits(result.model(images)))
-    assert type(opened.model) is type(module)
+    assert type(opened.model) is type(inner_of(module))
     assert not (tmp_path / "half" / "preprocessor_config.json").exists()  # that of the weights makes other images
     assert "isoprune" in (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
 
