@@ -11,12 +11,12 @@ USAGE = "isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]"
 TEXT = "Prune image classifiers by isomorphic classes, finetune them, and open them anywhere."
 _EXAMPLES = """  isoprune
       the embedded default: real handwritten digits and a small ViT, in two minutes
-  isoprune prune --prune.model timm/resnet50.a1_in1k --prune.criterion l1 --prune.target_macs 50% --output pruned
-      a ResNet-50 with half of its MACs, scored from its weights, without data
-  accelerate launch train_accelerate.py --config recipe.yaml --data.dataset ILSVRC/imagenet-1k
+  isoprune prune timm/resnet50.a1_in1k --target-macs 50% --data DIR --output pruned
+      a ResNet-50 with half of its MACs, scored and repaired with the images of DIR, not yet finetuned
+  accelerate launch train_accelerate.py run timm/resnet50.a1_in1k --target-macs 50% --data hf:ILSVRC/imagenet-1k
       score, cut and finetune on every GPU of the machine"""
 _OPTIONS = {
-    "-h, --help": "Show this text; isoprune STAGE --help lists the flags of a stage.",
+    "-h, --help": "Show this text; isoprune STAGE --help shows the common flags of a stage, --help-all all.",
     "--version": "Show the version.",
     "--completion SHELL": 'Print completion for bash or zsh: eval "$(isoprune --completion bash)"',
     **{f"STAGE --{name}": text for name, text in SWITCHES.items()},

@@ -13,6 +13,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from isoprune_hf.cli.help import TEXT, USAGE, describe_stages
 from isoprune_hf.cli.recipe_files import read_recipe, select_stage
+from isoprune_hf.cli.short_flags import expand
+from isoprune_hf.cli.stage_help import describe_stage
 from isoprune_hf.cli.table import GROUPS, HEADINGS, SECTIONS, STAGES, SWITCHES
 from isoprune_hf.commands.stage import Stage, StageGroup
 from isoprune_hf.errors import IsoPruneError, RecipeError
@@ -22,6 +24,12 @@ from isoprune_hf.version import __version__
 
 EMBEDDED_RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 _OPTIONS_WITHOUT_STAGE = ("-h", "--help", "--version", "--completion")
+_SYNONYMS = {
+    **dict.fromkeys(("train", "fit", "tune"), "finetune"),
+    **dict.fromkeys(("cut", "compress", "shrink"), "prune"),
+    **dict.fromkeys(("eval", "test", "validate"), "evaluate"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+}
 _STAGES_WITH_EMBEDDED_RECIPE = ("run", "score", "prune")
 
 
@@ -71,7 +79,13 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
     stage, flags = _split_stage(arguments)
     if stage in STAGES:
         parser = _reused_parser(stage)
-        flags = _recipes_first(stage, _bracket_lists(stage, _name_positionals(stage, flags)))
+        if "--help-all" in flags:
+            flags = ["--help"]
+        elif {"-h", "--help"} & {*flags}:
+            sys.stdout.write(describe_stage(STAGES[stage], parser))
+            sys.exit(0)
+        flags = expand(stage, _name_positionals(stage, flags))
+        flags = _recipes_first(stage, _bracket_lists(stage, flags))
     else:  # help, completion or version
         parser, flags = build_parser(), [*stage.split(), *flags]
     return stage, parser.instantiate_classes(parser.parse_args(flags))
@@ -93,7 +107,8 @@ def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
         return first, arguments[1:]
     if first not in GROUPS:
         known = [name for names in HEADINGS.values() for name in names]
-        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{suggest(first, known, limit=1)}")
+        meant = f"; did you mean {_SYNONYMS[first]}?" if first in _SYNONYMS else suggest(first, known, limit=1)
+        raise RecipeError(f"unknown stage {first!r}; stages are {', '.join(known)}{meant}")
     second = arguments[1] if len(arguments) > 1 else ""
     if second in ("-h", "--help"):
         return first, arguments[1:]
@@ -169,7 +184,7 @@ def _add_group(stages: Any, group: StageGroup) -> None:
 
 def stage_parser(stage: Stage) -> ArgumentParser:
     """Build the parser of one stage; those of all stages take 0.2 s."""
-    words = [f"isoprune {stage.name}", *map(str.upper, stage.positional)]
+    words = [f"isoprune {stage.name}", *(name.rpartition(".")[2].upper() for name in stage.positional)]
     words += ["[--config RECIPE.yaml]"] if stage.sections else []
     parser = _Parser(description=stage.text, usage=" ".join([*words, "[FLAGS]"]))
     if stage.sections:

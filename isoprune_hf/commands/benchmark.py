@@ -62,5 +62,6 @@ STAGE = Stage(
         Flag("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one."),
     ),
     positional=("folder",),
+    examples=("isoprune benchmark finetuned",),
     is_local=True,
 )

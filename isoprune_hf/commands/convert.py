@@ -48,4 +48,5 @@ STAGE = Stage(
         OVERWRITE,
     ),
     positional=("file",),
+    examples=("isoprune convert old.pth --output converted",),
 )

@@ -43,5 +43,6 @@ STAGE = Stage(
     order=11,
     flags=(PRUNED_FOLDER, MOVED_BASE),
     positional=("folder",),
+    examples=("isoprune doctor finetuned",),
     is_local=True,
 )

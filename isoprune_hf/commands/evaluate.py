@@ -81,6 +81,8 @@ STAGE = Stage(
     "it is an isoprune folder.",
     heading=Heading.MEASURE,
     order=9,
+    positional=("model",),
+    examples=("isoprune evaluate pruned --data DIR",),
     sections=("data",),
     flags=(
         MODEL,

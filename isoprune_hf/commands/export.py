@@ -61,5 +61,6 @@ STAGE = Stage(
         OVERWRITE,
     ),
     positional=("folder",),
+    examples=("isoprune export finetuned --format onnx --output onnx",),
     is_local=True,
 )

@@ -49,6 +49,8 @@ STAGE = Stage(
     text="Train the pruned model in the folder MODEL and write the folder OUTPUT.",
     heading=Heading.SHRINK,
     order=4,
+    positional=("model",),
+    examples=("isoprune finetune pruned --data DIR --output finetuned",),
     sections=("data", "finetune"),
     flags=(
         MODEL,

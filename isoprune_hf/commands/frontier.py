@@ -97,4 +97,5 @@ STAGE = Stage(
         OVERWRITE,
     ),
     positional=("model",),
+    examples=("isoprune frontier timm/resnet50.a1_in1k --data DIR --output frontier",),
 )

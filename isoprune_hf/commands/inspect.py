@@ -78,4 +78,5 @@ STAGE = Stage(
         Flag("overwrite", bool, False, "Replace existing files at OUTPUT and HTML."),
     ),
     positional=("model",),
+    examples=("isoprune inspect timm/resnet50.a1_in1k",),
 )

@@ -128,6 +128,8 @@ _COST = Stage(
     "the measured speed of a small batch, and memory.",
     heading=Heading.MEASURE,
     order=8,
+    positional=("prune.model",),
+    examples=("isoprune plan cost timm/resnet50.a1_in1k --target-macs 50% --data DIR",),
     sections=("prune", "data"),
 )
 STAGE = StageGroup(

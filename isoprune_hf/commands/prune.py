@@ -60,6 +60,11 @@ STAGE = Stage(
     text="Cut a base model to ratios or to a budget and write the folder OUTPUT.",
     heading=Heading.SHRINK,
     order=3,
+    positional=("prune.model",),
+    examples=(
+        "isoprune prune timm/resnet50.a1_in1k --target-macs 50% --data DIR --output pruned",
+        "isoprune prune facebook/deit-small-patch16-224 --target-latency 70% --data hf:ILSVRC/imagenet-1k",
+    ),
     sections=("prune", "data"),
     flags=(output_flag("output/pruned"), OVERWRITE, SCORES, PUSH_TO_HUB),
 )

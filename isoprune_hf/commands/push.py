@@ -54,6 +54,7 @@ STAGE = Stage(
         Flag("check", bool, True, "Refuse a folder that fails a check of `isoprune doctor`."),
     ),
     positional=("folder",),
+    examples=("isoprune push finetuned --repo user/resnet50-half",),
     has_figures=False,
     is_local=True,
 )

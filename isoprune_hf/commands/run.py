@@ -46,6 +46,8 @@ STAGE = Stage(
     text="Run all steps (default): score, cut, finetune with a teacher, evaluate, and write OUTPUT/model.",
     heading=Heading.SHRINK,
     order=1,
+    positional=("prune.model",),
+    examples=("isoprune run timm/resnet50.a1_in1k --target-macs 50% --data DIR --output out",),
     sections=("prune", "data", "pretrain", "finetune"),
     flags=(output_flag("output/run"), OVERWRITE, PUSH_TO_HUB, PUSH_EVERY),
 )

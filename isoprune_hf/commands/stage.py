@@ -68,7 +68,8 @@ class Stage:
         order: Position among all stages.
         sections: Recipe sections that it reads.
         flags: Its other flags.
-        positional: Names of the flags whose values may be given first, without their names.
+        positional: Names of the flags and settings (`prune.model`) whose values may be given first, without them.
+        examples: Command lines for the help.
         has_figures: `--json` can print its figures.
         is_local: It runs in one process, without an accelerator and without a log.
     """
@@ -81,6 +82,7 @@ class Stage:
     sections: tuple[str, ...] = ()
     flags: tuple[Flag, ...] = ()
     positional: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
     has_figures: bool = True
     is_local: bool = False
 

@@ -23,9 +23,9 @@ class DataRecipe:
     """The labelled images for scoring, finetuning and evaluation.
 
     Args:
-        dataset: A Hub id such as ILSVRC/imagenet-1k, a folder of parquet files or of WebDataset tar files (with class
-            names in `classes.txt`, one per line), a folder with `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`, or
-            `digits` (1,797 real handwritten digits that scikit-learn ships).
+        dataset: A Hub id such as ILSVRC/imagenet-1k (also hf:ILSVRC/imagenet-1k), a folder of parquet files or of
+            WebDataset tar files (with class names in `classes.txt`, one per line), a folder with `train/CLASS/*.JPEG`
+            and `val/CLASS/*.JPEG`, or `digits` (1,797 real handwritten digits that scikit-learn ships).
         revision: Git revision of a Hub data set.
         image_column: Column of the images.
         label_column: Column of the classes.
@@ -73,4 +73,6 @@ class DataRecipe:
     num_workers: int = field(default=0, metadata=IGNORED_FOR_RESUME)
 
     def __post_init__(self) -> None:
+        if self.dataset is not None:  # `hf:` marks a name of the Hub for readers
+            object.__setattr__(self, "dataset", self.dataset.removeprefix("hf:"))
         check_numbers("data", self, RANGES)

@@ -348,8 +348,9 @@ def test_overwriting_removes_older_result(stage: str, images: Path, tmp_path: Pa
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_help_names_every_flag(stage: str) -> None:
     declared = STAGES[stage]
-    printed = succeed(*stage.split(), "--help")
-    assert printed.startswith(f"usage: {' '.join(['isoprune', stage, *map(str.upper, declared.positional)])} ")
+    printed = succeed(*stage.split(), "--help-all")
+    positional = [name.rpartition(".")[2].upper() for name in declared.positional]
+    assert printed.startswith(f"usage: {' '.join(['isoprune', stage, *positional])} ")
     expected = ["--config", "--print_config"] if declared.sections else []
     expected += [f"--{flag.name}" for flag in declared.flags]
     expected += [f"--{name}.{field.name}" for name in declared.sections for field in fields(SECTIONS[name])]

@@ -40,12 +40,62 @@ def test_examples_of_help_can_be_parsed() -> None:
     assert [words[0] for words in examples] == ["isoprune", "isoprune", "accelerate"]
     for words in examples[:2]:
         succeed(*words[1:], "--print_config")
-    assert set(re.findall(r"--([\w.]+)", " ".join(examples[2]))) == {"config", "data.dataset"}
+    succeed(*examples[2][examples[2].index("run") :], "--print_config")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_help_is_short_and_its_examples_parse(stage: str) -> None:
+    declared = STAGES[stage]
+    printed = succeed(*stage.split(), "--help")
+    words = [stage, *(name.rpartition(".")[2].upper() for name in declared.positional)]
+    assert printed.startswith(f"usage: isoprune {' '.join(words)} [FLAGS]\n")
+    assert len(printed.splitlines()) < 60 and max(map(len, printed.splitlines())) <= 100
+    assert "--help-all" in printed and "--quiet" in printed and ("--json" in printed) == declared.has_figures
+    for example in declared.examples:
+        assert example in printed
+        parse(example.split()[1:])
+
+
+SHORT = {
+    "prune x --target-macs 50% --data DIR": "prune --prune.model x --prune.target_macs 50% --data.dataset DIR",
+    "prune timm/x --target-macs=50%": "prune --prune.model timm/x --prune.target_macs 50%",
+    "prune x --no-rotate --no-pretrained": "prune --prune.model x --prune.rotate false --prune.pretrained false",
+    "prune timm/x --overwrite --output o": "prune --prune.model timm/x --overwrite true --output o",
+    "prune timm/x --output o --overwrite": "prune --prune.model timm/x --overwrite true --output o",
+    "prune timm/x --overwrite false": "prune --prune.model timm/x --overwrite false",
+    "prune timm/x --prune.target-macs 4.2G": "prune --prune.model timm/x --prune.target_macs 4.2G",
+    "prune timm/x --data hf:a/b": "prune --prune.model timm/x --data.dataset a/b",
+    "finetune DIR --epochs 3 --data D": "finetune --model DIR --finetune.epochs 3 --data.dataset D",
+    "finetune DIR --num-labels data": "finetune --model DIR --num_labels data",
+    "evaluate DIR --data D": "evaluate --model DIR --data.dataset D",
+    "push DIR --repo a/b --dry-run": "push DIR --repo a/b --dry_run true",
+    "push DIR --repo a/b --no-check": "push DIR --repo a/b --check false",
+}
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_short_flags_mean_the_long_ones(short: str) -> None:
+    assert parse(short.split()) == parse(SHORT[short].split())
+
+
+def test_section_may_be_given_as_a_mapping() -> None:
+    _, config = parse(["prune", "timm/x", "--data", '{"dataset": "D", "batch_size": 7}'])
+    assert (config.data.dataset, config.data.batch_size) == ("D", 7)
+
+
+def test_ambiguous_flag_names_its_meanings() -> None:
+    line = refuse("prune", "timm/x", "--batch-size", "3")
+    assert "--batch-size may be --prune.batch_size or --data.batch_size: write one of them in full" in line
+
+
+@pytest.mark.parametrize(("word", "meant"), [("train", "finetune"), ("eval", "evaluate"), ("upload", "push")])
+def test_other_words_for_a_stage_are_understood(word: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in refuse(word, "--data", "D")
 
 
 def test_help_has_every_exit_code() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")]
-    used = {kind.exit_code for kind in kinds if kind is not errors.TrainingFault} | {0, 1, 2}
+    used = {kind.exit_code for kind in kinds if kind is not errors.TrainingFault} | {0, 1, 2, 3}
     assert set(EXIT_CODES) == used == {int(code) for code in re.findall(r"^    (\d+) ", section("exit codes"), re.M)}
 
 

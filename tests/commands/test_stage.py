@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from helpers.fresh_python import FreshPython
 
+from isoprune_hf.cli.short_flags import types_of
 from isoprune_hf.cli.table import HEADINGS, SECTIONS, STAGES
 from isoprune_hf.commands.stage import Flag
 from isoprune_hf.export.comparison import Quantization
@@ -23,7 +24,7 @@ def test_run_takes_declared_sections_and_flags(name: str) -> None:
     assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
     declared = [*stage.sections, *(flag.name for flag in stage.flags)]
     assert sorted(parameters) == sorted(declared if stage.is_local else ["accelerator", *declared])
-    assert set(stage.positional) <= set(declared) and set(stage.sections) <= SECTIONS.keys()
+    assert set(stage.positional) <= types_of(name).keys() and set(stage.sections) <= SECTIONS.keys()
     for flag in stage.flags:
         assert parameters[flag.name].annotation == flag.type, flag.name
 
