@@ -89,7 +89,7 @@ class Pruned:
         config = copy.deepcopy(self.config)
         if builder is not None:
             base = describe_builder(builder, arguments, self.model, self.base_cost.params)
-            config.base = {**base, **describe_inputs(self.form)}
+            config.base = {**base, **describe_inputs(self.form), "num_labels": config.num_labels}
             config.image_size = [*self.form.shapes[0]]
         if config.base is None:
             save_program(folder, self.model, self.form, self.plan)

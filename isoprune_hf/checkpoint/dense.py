@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 
 from isoprune_hf.checkpoint.meta import build_on_meta
 from isoprune_hf.checkpoint.nested_config import IGNORED_ENTRIES, check_config
-from isoprune_hf.checkpoint.own_network import find_builder, inputs_of
+from isoprune_hf.checkpoint.own_network import find_builder, inputs_of, with_classes
 from isoprune_hf.checkpoint.plain_values import check_args, require
 from isoprune_hf.checkpoint.settings import apply_settings
 from isoprune_hf.errors import CheckpointError
@@ -55,8 +55,9 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
 
     model_type = "isoprune"
     # `library` (timm, torchvision, transformers or python), with `architecture` and `args`; for transformers with
-    # `config`. The architecture of python is `package.module:builder`, and `inputs` lists name and shape of several
-    # inputs. `settings` and `modules` for what the arguments do not tell, see `settings.py`.
+    # `config`. The architecture of python is `package.module:builder`, with its classes as `num_labels`, and name and
+    # shape of several inputs as `inputs`. `settings` and `modules` for what the arguments do not tell, see
+    # `settings.py`.
     base: dict[str, Any] | None = None
     # Origin of the dense weights: `name` (with `revision`, or `weights` for a file), `pretrained`, `seed`,
     # `model_args`, `num_labels`; `fingerprint`; `changed` if they were trained after they were opened.
@@ -176,6 +177,7 @@ def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -
     args = check_args(args, is_own=library == "python")
     complaint = f"config.base: {name} with {args} cannot be built"
     if library == "python":
+        args = with_classes(args, base.get("num_labels"), num_labels)
         network = build_limited(complaint, partial(find_builder(name), **args))
         require(isinstance(network, nn.Module), f"{complaint}: the builder returns {type(network).__name__}")
         return network

@@ -50,6 +50,27 @@ def find_builder(name: str) -> Builder:
     return _BUILDERS[name]
 
 
+def with_classes(args: dict[str, Any], saved: Any, wanted: int | None) -> dict[str, Any]:
+    """Return the arguments of a builder for a number of classes.
+
+    Args:
+        args: The arguments for the classes that the network was saved with.
+        saved: How many these are; None if that is not recorded.
+        wanted: The number of classes.
+
+    Raises:
+        CheckpointError: It is another number, and no argument `num_classes` says how to build it.
+    """
+    if saved is None or saved == wanted:
+        return args
+    require(
+        type(saved) is int and args.get("num_classes") == saved,
+        f"config.num_labels: the network has {saved!r:.99} classes, got {wanted}; only a builder that is saved with "
+        "an argument num_classes builds another number",
+    )
+    return {**args, "num_classes": wanted}
+
+
 def inputs_of(base: dict[str, Any] | None, image_size: list[int] | None) -> Inputs:
     """Return the inputs of a network.
 

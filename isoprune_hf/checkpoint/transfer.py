@@ -16,6 +16,9 @@ def find_class_dims(config: IsoPruneConfig) -> dict[str, list[bool]]:
     Returns:
         Name of each tensor with such a dimension -> for each of its dimensions, whether it counts classes.
     """
+    base = config.base or {}
+    if base.get("library") == "python" and "num_classes" not in (base.get("args") or {}):
+        return {}  # its builder builds one number of classes
     shapes = []
     for count in ((config.num_labels or 1), (config.num_labels or 1) + 1):
         counted = copy.deepcopy(config)

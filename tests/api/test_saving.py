@@ -121,6 +121,8 @@ def test_own_class_is_saved_with_its_arguments(tmp_path: Path) -> None:
     opened = IsoPruneForImageClassification.from_pretrained(tmp_path)
     assert type(opened.model) is OwnNet
     assert opened.model.hidden.out_features == 4
+    with pytest.raises(CheckpointError, match="num_labels"):
+        IsoPruneForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     inputs = torch.randn(3, 5)
     assert torch.equal(opened(inputs).logits, result.model(inputs))
 
@@ -131,6 +133,8 @@ def test_builder_may_be_a_function(tmp_path: Path) -> None:
     opened = AutoModelForImageClassification.from_pretrained(tmp_path, builder=make_own)
     inputs = torch.randn(3, 5)
     assert torch.equal(opened(inputs).logits, result.model(inputs))
+    other = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert torch.equal(other.model.hidden.weight, result.model.hidden.weight) and other.model.head.out_features == 7
 
 
 def test_several_inputs_are_saved(tmp_path: Path) -> None:
