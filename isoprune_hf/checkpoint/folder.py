@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf import plain_files
 from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.output_check import check_replaceable
 from isoprune_hf.checkpoint.stock import save_stock, stock_processor
 from isoprune_hf.checkpoint.sync import sync_file, sync_folder
 from isoprune_hf.checkpoint.target import Target, locked_target
@@ -79,8 +80,11 @@ def replace_folder(folder: str | Path | Target, write: Callable[[Path], None], *
     Raises:
         CheckpointError: The folder cannot be written.
         OccupiedError: Another process writes there.
+        RecipeError: The folder contains files that are no result.
     """
     if not isinstance(folder, Target):
+        if keep is None:
+            check_replaceable(folder)
         with locked_target(folder, keep=keep) as target:
             replace_folder(target, write)
         return

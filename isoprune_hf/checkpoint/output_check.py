@@ -7,7 +7,13 @@ from pathlib import Path
 from isoprune_hf.errors import RecipeError
 
 # A folder is replaced only if it holds one of these: it is then a model folder or the folder of a whole run.
-MODEL_MARKS = ("config.json", "model/config.json", "base/config.json", "checkpoints/last/config.json")
+MODEL_MARKS = (
+    "config.json",
+    "program.json",
+    "model/config.json",
+    "base/config.json",
+    "checkpoints/last/config.json",
+)
 
 
 def check_output(
@@ -45,10 +51,7 @@ def check_output(
             raise RecipeError(
                 f"{flag} {output} exists and is not empty; choose another folder, or replace it with --overwrite true"
             )
-        if not any((path / mark).is_file() for mark in marks):
-            raise RecipeError(
-                f"{flag} {output} contains files that are not a result of this command; choose another folder"
-            )
+        check_replaceable(output, marks=marks, flag=flag)
     if os.path.ismount(path):
         raise RecipeError(f"{flag} {output} is a mount point, which cannot be renamed; choose a folder inside it")
     real = path.resolve()
@@ -57,3 +60,21 @@ def check_output(
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise RecipeError(f"{flag} {output}: {place} is not a writable folder")
     return path
+
+
+def check_replaceable(folder: str | Path, *, marks: Sequence[str] = MODEL_MARKS, flag: str = "folder") -> None:
+    """Check that a folder holds nothing, or a result.
+
+    Args:
+        folder: The folder; it need not exist.
+        marks: A result contains one of these files.
+        flag: Name of the folder in errors.
+
+    Raises:
+        RecipeError: It contains other files.
+    """
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
+        raise RecipeError(
+            f"{flag} {folder} contains files that are not a result of this command; choose another folder"
+        )

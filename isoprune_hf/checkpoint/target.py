@@ -24,6 +24,8 @@ from isoprune_hf.errors import CheckpointError, WriteError
 logger = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
+# Locks and temporary files of commands that write below a target.
+_TEMPORARY = re.compile(r"\.tmp\..+|\..+\.lock")
 
 # Path below the target -> inode, size and time of its last change.
 _Files = dict[str, tuple[int, int, int]]
@@ -198,7 +200,7 @@ def _recover(real: Path, keep: str | None) -> None:
 
 
 def _list_files(place: Path, keep: str | None) -> _Files:
-    """Return the files of a folder, or of a single file by the name ""; `keep` is left out."""
+    """Return the files of a folder, or of a single file by the name ""; `keep` and our temporaries are left out."""
     if not place.is_dir():
         paths = [place] if place.exists() else []
     else:
@@ -206,7 +208,7 @@ def _list_files(place: Path, keep: str | None) -> _Files:
     found = {}
     for path in paths:
         name = "" if path == place else path.relative_to(place).as_posix()
-        if keep is None or name.partition("/")[0] != keep:
+        if not _TEMPORARY.fullmatch(path.name) and (keep is None or name.partition("/")[0] != keep):
             status = path.lstat()
             found[name] = status.st_ino, status.st_size, status.st_mtime_ns
     return found

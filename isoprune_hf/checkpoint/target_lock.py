@@ -42,8 +42,9 @@ class TargetLock:
             try:
                 self._lock.acquire(timeout=wait)
                 if self._is_current(descriptor):
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    with contextlib.suppress(OSError):  # Windows locks the content as well
+                        os.ftruncate(descriptor, 0)
+                        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
                     return
                 self._lock.release()
             except Timeout as error:

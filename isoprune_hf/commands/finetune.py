@@ -40,7 +40,7 @@ def run(
         uploads = open_uploads(push_to_hub, accelerator, push_every)
         source = Source(model, takes_new_head=num_labels is not None)
         answer = finetune_folder(source, target, data, finetune, accelerator, uploads, overwrite=overwrite)
-    return send_result(uploads, target.path, answer)
+        return send_result(uploads, target.path, answer)
 
 
 STAGE = Stage(

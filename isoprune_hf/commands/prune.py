@@ -51,7 +51,7 @@ def run(
         )
         forget_scoring(output, accelerator)
         answer = summarize(result.model, metrics, latency, target.path, notes=result.plan.notes)
-    return send_result(uploads, target.path, answer)
+        return send_result(uploads, target.path, answer)
 
 
 STAGE = Stage(

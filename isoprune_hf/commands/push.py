@@ -1,5 +1,7 @@
 """The stage `push`: upload the folder of a pruned model to the Hugging Face Hub."""
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from isoprune_hf.commands.flags import PRUNED_FOLDER
@@ -19,20 +21,26 @@ def run(
     check: bool,
 ) -> Answer:
     """Check a folder and upload it, or describe the upload."""
+    from isoprune_hf.checkpoint.target import locked_target
     from isoprune_hf.commands.steps.checking import require_sound
     from isoprune_hf.hub.push import describe_push, published_files, push_folder, validate_push_options
 
+    place = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
-    published_files(Path(folder))
-    if check:
-        require_sound(Path(folder))
-    if dry_run:
-        return Answer(
-            describe_push(folder, repo, revision=revision, tag=tag, create_pr=create_pr, collection=collection)
+    published_files(place)
+    # The files belong together: nobody replaces them meanwhile. Where nobody can, there is no lock either.
+    can_be_replaced = os.access(place.resolve().parent, os.W_OK)
+    what = f"--folder {folder}"
+    with locked_target(place, what=what, is_replaced=False) if can_be_replaced else nullcontext():
+        if check:
+            require_sound(place)
+        if dry_run:
+            return Answer(
+                describe_push(folder, repo, revision=revision, tag=tag, create_pr=create_pr, collection=collection)
+            )
+        url = push_folder(
+            folder, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, collection=collection
         )
-    url = push_folder(
-        folder, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, collection=collection
-    )
     return Answer(url)
 
 

@@ -37,7 +37,7 @@ def run(
             raise no_evaluation_split(images, data)
         opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
         answer = run_pipeline(opened, images, pretrain, finetune, target, uploads, overwrite=overwrite)
-    return send_result(uploads, target.path / "model", answer)
+        return send_result(uploads, target.path / "model", answer)
 
 
 STAGE = Stage(

@@ -256,7 +256,9 @@ class TrainingRun:
         except OSError as error:
             text = f"the training state {snapshot.name} cannot be written to {self.folder} ({error.strerror or error})"
             if is_last:
-                raise WriteError(f"{text}; the previous state is still there") from error
+                if self.has_state:
+                    raise WriteError(f"{text}; the previous state is still there") from error
+                raise WriteError(f"{text}; there is no earlier state either") from error
             logger.warning(f"{text}; training continues without it")
         self._last_snapshot = time.monotonic()
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from isoprune_hf.checkpoint.folder import read_json, replace_file, save_model_folder, write_file
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.errors import CheckpointError, RecipeError
 
 MODEL_FILES = {"config.json", "model.safetensors", "modeling_isoprune.py", "preprocessor_config.json"}
 
@@ -68,11 +68,20 @@ def test_result_saves_its_plan_in_the_folder(pruned) -> None:
 def test_old_folder_is_replaced_entirely(pruned, tmp_path: Path, monkeypatch) -> None:
     sample = pruned("vit")
     (tmp_path / "out" / "deep").mkdir(parents=True)
-    (tmp_path / "out" / "old.txt").write_text("old")
+    for name in ("old.txt", "config.json"):
+        (tmp_path / "out" / name).write_text("old")
     monkeypatch.chdir(tmp_path)
     save_model_folder("out", sample.model, sample.processor)
     assert names(tmp_path / "out") == MODEL_FILES
     assert names(tmp_path) == {"out"}
+
+
+def test_folder_of_other_files_is_not_replaced(pruned, tmp_path: Path) -> None:
+    sample = pruned("vit")
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RecipeError, match=f"^folder {tmp_path} "):
+        save_model_folder(tmp_path, sample.model, sample.processor)
+    assert content(tmp_path) == {"thesis.tex": b"x"}
 
 
 def test_kept_subfolder_survives_replacement(pruned, tmp_path: Path) -> None:

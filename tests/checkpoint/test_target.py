@@ -130,6 +130,14 @@ def test_files_removed_by_others_are_no_obstacle(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == NEW
 
 
+def test_locks_of_commands_below_are_no_change(tmp_path: Path) -> None:
+    with open_target(tmp_path / "out", overwrite=False) as target:
+        (tmp_path / "out" / "model").mkdir(parents=True)
+        (tmp_path / "out" / ".model.lock").touch()
+        replace_folder(target, write_new)
+    assert contents(tmp_path / "out") == NEW
+
+
 # --- one writer
 
 

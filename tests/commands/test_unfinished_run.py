@@ -64,7 +64,7 @@ def pretrained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(images, tmp_path_factory.mktemp("pretrained") / "out", pretrain=True)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Ends a run as a kill does, at a place that a test has chosen."""
 
 
