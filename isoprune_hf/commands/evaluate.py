@@ -29,8 +29,8 @@ def run(
     from isoprune_hf.checkpoint.folder import write_file
     from isoprune_hf.checkpoint.output_check import check_output
     from isoprune_hf.commands.steps import recording
-    from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, with_data_transform
-    from isoprune_hf.commands.steps.sources import check_classes
+    from isoprune_hf.commands.steps.opening import evaluation_split, open_data, with_data_transform
+    from isoprune_hf.commands.steps.sources import align_images
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
     from isoprune_hf.models import load_base
@@ -42,20 +42,20 @@ def run(
         check_output(per_class, overwrite=True, is_file=True, flag="--per_class")
     place = recording.open_result_folder(model)
     images = open_data(data, accelerator)
-    if images.evaluation is None:
-        raise no_evaluation_split(images, data)
+    evaluation_split(images, data)  # before the model is loaded
     names = images.label_names
     head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
     found = load_base(model, pretrained, model_args=model_args, weights=weights, **head)
-    check_classes(names, found.model)
+    images = align_images(images, found.model)
+    split = evaluation_split(images, data)
     base = with_data_transform(found, data)
     cost = count_cost(base.model)
     logger.info(f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M")
     transform = "the model's own" if base is found else recording.describe_transform(data)
-    logger.info(f"evaluate {model} on {len(images.evaluation)} images, transform: {transform}")
+    logger.info(f"evaluate {model} on {len(split)} images, transform: {transform}")
     predictions = predict_split(
         base.model.to(accelerator.device),
-        images.evaluation,
+        split,
         base.processor,
         LoaderOptions(data.batch_size, data.num_workers, images.decoding),
         accelerator=accelerator,
@@ -67,7 +67,7 @@ def run(
         if place is not None and is_stored:
             recording.record_figures(place, base.model, figures, data)
         if per_class is not None:
-            write_file(Path(per_class), tabulate_classes(predictions, names))
+            write_file(Path(per_class), tabulate_classes(predictions, images.label_names))
 
     line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}{describe_sample([figures])}"
     text = f"{line}\n{json.dumps(figures, sort_keys=True)}"

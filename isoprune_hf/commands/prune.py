@@ -36,6 +36,7 @@ def run(
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
         result = cut_base(opened, output)
         metrics: Metrics = {}
+        images = opened.images  # with the labels of the base
         if images is not None and images.evaluation is not None:
             for name, model in (("base", opened.base.model), ("pruned", result.model)):
                 metrics[name] = evaluate_on(images, model, opened.base.processor, data, accelerator)

@@ -24,7 +24,7 @@ def run(
 ) -> Answer:
     """Open, train the base if requested, score, cut, finetune, evaluate and write; an unfinished run is resumed."""
     from isoprune_hf.checkpoint.target import open_target
-    from isoprune_hf.commands.steps.opening import no_evaluation_split, open_data, open_inputs
+    from isoprune_hf.commands.steps.opening import evaluation_split, open_data, open_inputs
     from isoprune_hf.commands.steps.pipeline import check_sources, run_pipeline
     from isoprune_hf.commands.steps.results import send_result
     from isoprune_hf.hub.uploads import open_uploads
@@ -33,10 +33,11 @@ def run(
         check_sources(target, {"prune.model": prune.model, "finetune.teacher": finetune.teacher})
         uploads = open_uploads(push_to_hub, accelerator, push_every)
         images = open_data(data, accelerator)
-        if images.evaluation is None:
-            raise no_evaluation_split(images, data)
+        evaluation_split(images, data)  # before the model is loaded
         opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
-        answer = run_pipeline(opened, images, pretrain, finetune, target, uploads, overwrite=overwrite)
+        answer = run_pipeline(
+            opened, opened.images or images, pretrain, finetune, target, uploads, overwrite=overwrite
+        )
         return send_result(uploads, target.path / "model", answer)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 
+from isoprune_hf.data.class_names import Split, read_labels, shorten, unite_classes
 from isoprune_hf.data.decoding import Decoding, Rows
-from isoprune_hf.data.sources import Split, find_column, open_splits, read_labels
+from isoprune_hf.data.sources import find_column, open_splits
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -30,6 +31,8 @@ class ImageData:
         decoding: How the images are read.
         buffer: Number of rows of `train` that are shuffled together if it is a stream, else None.
         split_images: Number of images of the evaluation split if `evaluation` is a sample of it, else None.
+        is_order_ambiguous: The classes have the order of their sorted names, and sorted by characters they would have
+            another one; the labels of a model without names of classes may have either.
     """
 
     train: Dataset | IterableDataset | None
@@ -40,6 +43,7 @@ class ImageData:
     decoding: Decoding = field(default_factory=Decoding)
     buffer: int | None = None
     split_images: int | None = None
+    is_order_ambiguous: bool = False
 
     def with_sample(self, figures: dict[str, float | int]) -> dict[str, float | int]:
         """Return figures of an evaluation with `split_images`, if they are those of a sample."""
@@ -53,7 +57,8 @@ def load_data(recipe: DataRecipe) -> ImageData:
         DatasetError: The data set cannot be opened, or its splits, columns or labels do not fit image classification.
     """
     opened = open_splits(recipe)
-    splits, label_names = _name_classes({name: _select(split, name, recipe) for name, split in opened.items()}, recipe)
+    selected = {name: [_select(part, name, recipe) for part in parts] for name, parts in opened.splits.items()}
+    splits, label_names = _name_classes(selected, recipe)
     digest = hashlib.sha256("\n".join(label_names).encode())
     for name in (recipe.train_split, recipe.eval_split):
         split = splits.get(name)
@@ -75,6 +80,7 @@ def load_data(recipe: DataRecipe) -> ImageData:
         ),
         buffer=recipe.shuffle_buffer if recipe.streaming else None,
         split_images=len(whole) if isinstance(whole, Dataset) and is_sample else None,
+        is_order_ambiguous=opened.is_sorted and list(label_names) != sorted(label_names),
     )
 
 
@@ -92,7 +98,7 @@ def labelled_rows(rows: Dataset) -> ImageData:
         DatasetError: The rows have no such columns.
     """
     recipe = DataRecipe(dataset="rows")
-    splits, label_names = _name_classes({"train": _select(rows, "train", recipe)}, recipe)
+    splits, label_names = _name_classes({"train": [_select(rows, "train", recipe)]}, recipe)
     digest = hashlib.sha256("\n".join(label_names).encode() + read_labels(splits["train"]).tobytes())
     return ImageData(splits["train"], None, label_names, "rows", digest.hexdigest()[:16])
 
@@ -138,38 +144,43 @@ def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
     return split.select_columns([image, label]).rename_columns(renamed)
 
 
-def _name_classes(splits: Mapping[str, Split], recipe: DataRecipe) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Make every label column a ClassLabel with the same names; return the splits and the names."""
+def _name_classes(
+    splits: Mapping[str, Sequence[Split]], recipe: DataRecipe
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Make every label column a ClassLabel with the same names, and join the parts of each split.
+
+    Returns:
+        The splits, and the names.
+    """
     where = f"data.label_column: column {recipe.label_column!r} of {recipe.dataset!r}"
-    kinds = {name: split.features["label"] for name, split in splits.items()}
-    if any(not isinstance(kind, ClassLabel) for kind in kinds.values()):
-        return _number_classes(splits, where)
-    (first, kind), *rest = kinds.items()
-    for name, other in rest:
-        if other.names != kind.names:
-            raise DatasetError(
-                f"{where}: the classes of {first!r} and {name!r} differ: {_shorten(kind.names)} and "
-                f"{_shorten(other.names)}; give every split the same classes"
-            )
-    for name, split in splits.items():
-        if not isinstance(split, Dataset):
+    places = [name for name, parts in splits.items() for _ in parts]
+    parts = [part for parts in splits.values() for part in parts]
+    united, names = unite_classes(_as_classes(parts, where), places, where)
+    for name, part in zip(places, united, strict=True):
+        if not isinstance(part, Dataset):
             continue  # a stream is checked row by row
-        labels = read_labels(split)
-        unlabelled = int(((labels < 0) | (labels >= len(kind.names))).sum())
+        labels = read_labels(part)
+        unlabelled = int(((labels < 0) | (labels >= len(names))).sum())
         if unlabelled:
             raise DatasetError(
                 f"{where}: {unlabelled} of {len(labels)} images of split {name!r} have no label; choose another split"
             )
-    return dict(splits), tuple(kind.names)
+    rest = iter(united)
+    joined = {name: [next(rest) for _ in parts] for name, parts in splits.items()}
+    return {
+        name: found[0] if len(found) == 1 else concatenate_datasets(found) for name, found in joined.items()
+    }, names
 
 
-def _number_classes(splits: Mapping[str, Split], where: str) -> tuple[dict[str, Split], tuple[str, ...]]:
+def _as_classes(parts: Sequence[Split], where: str) -> list[Split]:
     """Turn label columns with the whole numbers 0 to n-1 into a ClassLabel with these numbers as names."""
-    for split in splits.values():
-        kind = split.features["label"]
+    kinds = [part.features["label"] for part in parts]
+    if all(isinstance(kind, ClassLabel) for kind in kinds):
+        return list(parts)
+    for kind in kinds:
         if not isinstance(kind, ClassLabel) and "int" not in getattr(kind, "dtype", ""):
             raise DatasetError(f"{where} must contain class labels or the whole numbers 0 to n-1, got {kind}")
-    known = [read_labels(split) for split in splits.values() if isinstance(split, Dataset)]
+    known = [read_labels(part) for part in parts if isinstance(part, Dataset)]
     if not known:
         raise DatasetError(
             f"{where} contains numbers, and the number of classes of a stream is unknown; name the classes, or add an "
@@ -177,13 +188,9 @@ def _number_classes(splits: Mapping[str, Split], where: str) -> tuple[dict[str, 
         )
     numbers = np.unique(np.concatenate(known)).tolist()
     if numbers != list(range(len(numbers))):
-        raise DatasetError(f"{where} must contain class labels or the whole numbers 0 to n-1, got {_shorten(numbers)}")
+        raise DatasetError(f"{where} must contain class labels or the whole numbers 0 to n-1, got {shorten(numbers)}")
     feature = ClassLabel(names=[str(number) for number in numbers])
-    return {name: split.cast_column("label", feature) for name, split in splits.items()}, tuple(feature.names)
-
-
-def _shorten(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values[:5])) + (f", ... ({len(values)})" if len(values) > 5 else "")
+    return [part.cast_column("label", feature) for part in parts]
 
 
 def prediction_features() -> Features:

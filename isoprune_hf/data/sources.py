@@ -1,23 +1,27 @@
 """Open the splits of a data set from the Hub, from files, or from a package; call `open_splits`."""
 
+import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
+from isoprune_hf.data.class_names import Split, read_labels
 from isoprune_hf.data.datasets_internals import only_labels_decoded, with_known_features
+from isoprune_hf.data.image_folders import class_folders, holds_images, read_class_folders
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
 
-Split: TypeAlias = Dataset | IterableDataset
 Column = Literal["image_column", "label_column"]
 
 _KINDS = (
@@ -31,7 +35,20 @@ _WEBDATASET_COLUMNS: dict[Column, tuple[str, ...]] = {
 }
 
 
-def open_splits(recipe: DataRecipe) -> dict[str, Split]:
+@dataclass(frozen=True)
+class Opened:
+    """The splits of a data set as they lie in its files.
+
+    Args:
+        splits: Parts by the name of the split; each part has columns and names of classes of its own.
+        is_sorted: The order of the classes is that of their sorted names, which nothing else declares.
+    """
+
+    splits: dict[str, list[Split]]
+    is_sorted: bool = False
+
+
+def open_splits(recipe: DataRecipe) -> Opened:
     """Open the training and the evaluation split, or the one that exists; with `streaming`, the former as a stream.
 
     Raises:
@@ -41,15 +58,15 @@ def open_splits(recipe: DataRecipe) -> dict[str, Split]:
         if not recipe.streaming:
             return _open(recipe, (recipe.train_split, recipe.eval_split))
         streams = _open(recipe, (recipe.train_split, recipe.eval_split), streaming=True)
-        whole = _open(recipe, (recipe.eval_split,)) if recipe.eval_split in streams else {}
-        return {
-            name: with_known_features(stream)
-            for name, stream in streams.items()
-            if isinstance(stream, IterableDataset)
-        } | whole
+        whole = _open(recipe, (recipe.eval_split,)).splits if recipe.eval_split in streams.splits else {}
+        known = {
+            name: [with_known_features(part) for part in parts if isinstance(part, IterableDataset)]
+            for name, parts in streams.splits.items()
+        }
+        return Opened(known | whole, streams.is_sorted)
 
 
-def _open(recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool = False) -> dict[str, Split]:
+def _open(recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool = False) -> Opened:
     if not recipe.dataset:
         raise DatasetError(f"data.dataset is not set; {_KINDS}")
     if recipe.dataset == "digits":
@@ -61,7 +78,7 @@ def _open(recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool = Fals
         # A single split is fetched alone, so that the other one can be a stream.
         split = {wanted[0]: wanted[0]} if len(wanted) == 1 else None
         opened = load_dataset(recipe.dataset, revision=recipe.revision, streaming=streaming, split=split)
-        return _wanted(opened, recipe, wanted)
+        return Opened({name: [part] for name, part in _wanted(opened, recipe, wanted).items()})
     except DatasetError:
         raise
     except (DatasetsError, TarError, OSError, ValueError, RuntimeError) as error:
@@ -69,23 +86,43 @@ def _open(recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool = Fals
         raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_KINDS}") from error
 
 
-def _open_folder(folder: Path, recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool) -> dict[str, Split]:
+def _open_folder(folder: Path, recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool) -> Opened:
     if (folder / "dataset_dict.json").is_file():
         return _in_memory(_wanted(load_from_disk(str(folder)), recipe, wanted), streaming=streaming)
+    file = folder / "classes.txt"
+    names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for kind, ending in (("parquet", "parquet"), ("webdataset", "tar")):
         files = _files_of_splits(folder, ending, recipe)
         if files:
-            opened = dict(load_dataset(kind, data_files=_wanted(files, recipe, wanted), streaming=streaming))
-            return _name_by_list(opened, folder / "classes.txt", recipe)
-    folders = {_split_name(path.name): path for path in sorted(folder.iterdir()) if any(path.glob("*/*"))}
+            opened = {
+                name: _load_files(kind, paths, streaming=streaming)
+                for name, paths in _wanted(files, recipe, wanted).items()
+            }
+            return Opened(_name_by_list(opened, names, recipe))
+    folders = {
+        _split_name(path.name): path for path in class_folders(folder) if any(map(holds_images, class_folders(path)))
+    }
     if not folders:
         raise DatasetError(
             f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_KINDS}"
         )
-    # One split at a time: opened together, `datasets` would merge the class names of all splits.
-    return {
-        name: _load_image_folder(path, streaming=streaming) for name, path in _wanted(folders, recipe, wanted).items()
-    }
+    read = {name: read_class_folders(path, names) for name, path in _wanted(folders, recipe, wanted).items()}
+    return Opened(_in_memory(read, streaming=streaming).splits, is_sorted=not names)
+
+
+def _load_files(kind: str, paths: Sequence[str], *, streaming: bool) -> list[Split]:
+    """Load files of one split, those with the same names of classes at once: `datasets` reads names of one file."""
+    parts: list[Split] = []
+    for _, group in groupby(paths, _class_lists if kind == "parquet" else lambda path: kind):
+        files = {"train": [glob.escape(path) for path in group]}
+        parts.append(load_dataset(kind, data_files=files, split="train", streaming=streaming))
+    return parts
+
+
+def _class_lists(path: str) -> dict[str, list[str]]:
+    """Return the names of the classes in each column of a parquet file that has any."""
+    features = Features.from_arrow_schema(pq.read_schema(path))
+    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
 
 
 def _files_of_splits(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
@@ -98,23 +135,27 @@ def _files_of_splits(folder: Path, ending: str, recipe: DataRecipe) -> dict[str,
     return files
 
 
-def _name_by_list(splits: Mapping[str, Split], file: Path, recipe: DataRecipe) -> dict[str, Split]:
-    """Name the classes of integer labels by a file next to the shards, one class per line, if it exists."""
-    names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    named: dict[str, Split] = {}
-    for name, split in splits.items():
-        column = find_column(split, "label_column", recipe)
-        feature = split.features.get(column)
-        is_bare = bool(names) and not isinstance(feature, ClassLabel) and "int" in getattr(feature, "dtype", "")
-        if is_bare and isinstance(split, Dataset):
-            numbers = read_labels(split, column)
-            if numbers.min() < 0 or numbers.max() >= len(names):
-                raise DatasetError(
-                    f"data.dataset: {file} names {len(names)} classes, but the labels of split {name!r} range from "
-                    f"{numbers.min()} to {numbers.max()}; add the missing names"
-                )
-        named[name] = split.cast_column(column, ClassLabel(names=names)) if is_bare else split
-    return named
+def _name_by_list(splits: Mapping[str, list[Split]], names: list[str], recipe: DataRecipe) -> dict[str, list[Split]]:
+    """Name the classes of integer labels by the lines of `classes.txt`, if there are any."""
+    return {
+        name: [_named(part, name, names, recipe) if names else part for part in parts]
+        for name, parts in splits.items()
+    }
+
+
+def _named(part: Split, place: str, names: list[str], recipe: DataRecipe) -> Split:
+    column = find_column(part, "label_column", recipe)
+    feature = part.features.get(column)
+    if isinstance(feature, ClassLabel) or "int" not in getattr(feature, "dtype", ""):
+        return part
+    if isinstance(part, Dataset):
+        numbers = read_labels(part, column)
+        if numbers.min() < 0 or numbers.max() >= len(names):
+            raise DatasetError(
+                f"data.dataset: classes.txt names {len(names)} classes, but the labels of split {place!r} range from "
+                f"{numbers.min()} to {numbers.max()}; add the missing names"
+            )
+    return part.cast_column(column, ClassLabel(names=names))
 
 
 def find_column(split: Split, setting: Column, recipe: DataRecipe) -> str:
@@ -138,20 +179,8 @@ def _wanted(available: Mapping[str, Any], recipe: DataRecipe, wanted: tuple[str,
     return found
 
 
-def _in_memory(splits: dict[str, Dataset], *, streaming: bool) -> dict[str, Split]:
-    return {name: split.to_iterable_dataset() if streaming else split for name, split in splits.items()}
-
-
-def _load_image_folder(folder: Path, *, streaming: bool) -> Split:
-    split: Split = load_dataset(
-        "imagefolder",
-        data_dir=str(folder),
-        data_files={"train": "*/*"},
-        drop_labels=False,
-        split="train",
-        streaming=streaming,
-    )
-    return split
+def _in_memory(splits: Mapping[str, Dataset], *, streaming: bool) -> Opened:
+    return Opened({name: [split.to_iterable_dataset() if streaming else split] for name, split in splits.items()})
 
 
 def _load_digits() -> dict[str, Dataset]:
@@ -169,10 +198,3 @@ def _load_digits() -> dict[str, Dataset]:
         name: Dataset.from_dict({"image": [images[i] for i in part], "label": digits.target[part]}, features=features)
         for name, part in zip(("train", "validation"), map(sorted, parts), strict=True)
     }
-
-
-def read_labels(split: Dataset, name: str = "label") -> np.ndarray:
-    """Return the labels, of shape (N,); a missing label is -1."""
-    column = split.select_columns(name).with_format("arrow")[:][name]
-    labels: np.ndarray = column.cast(pa.int64()).fill_null(-1).to_numpy()
-    return labels

@@ -443,7 +443,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     ),
     "other classes": (
         ["prune", *L1, "--data.dataset", "@images", *OUT],
-        ["the data has 10 classes, the model has 1000", "--prune.num_labels data"],
+        ["the data has 10 classes (", "the model has 1000", "--prune.num_labels data"],
     ),
     "same folder": (
         ["finetune", "--model", "@pruned", "--data.dataset", "@images", "--output", "@pruned"],

@@ -33,7 +33,7 @@ def test_finetune_replaces_head_for_other_classes(pruned, images: Path, tmp_path
     flags = ["--model", pruned("vit").folder, "--data.dataset", images, "--finetune.epochs", "1"]
     flags += ["--finetune.batch_size", "4", "--output", tmp_path / "out"]
     refused = isoprune("finetune", *map(str, flags))
-    assert refused.code == 2 and "the data has 3 classes, the model has 7" in refused.err
+    assert refused.code == 2 and "the data has 3 classes (blue, green, red), the model has 7" in refused.err
     assert isoprune("finetune", *map(str, flags), "--num_labels", "data").code == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert sorted(model.config.label2id) == sorted(NAMES) and model.model.head.out_features == 3

@@ -12,7 +12,7 @@ from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.opening import evaluate_on, open_data, with_data_transform
 from isoprune_hf.commands.steps.recording import Records, read_records
 from isoprune_hf.commands.steps.results import summarize, write_folder
-from isoprune_hf.commands.steps.sources import check_classes, open_teacher, open_with_new_head, reopen_base
+from isoprune_hf.commands.steps.sources import align_images, open_teacher, open_with_new_head, reopen_base
 from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.hub.uploads import Uploads
@@ -55,7 +55,7 @@ def finetune_folder(
     known = read_run(folder / CHECKPOINTS)
     holds_unfinished = is_begun(folder / CHECKPOINTS) and not (known is not None and known["finished"])
     images = open_data(data, accelerator)
-    student, carried = _open_student(source, images, data, finetune)
+    student, carried, images = _open_student(source, images, data, finetune)
     has_dense = not source.takes_new_head  # the dense model has other classes than a new head
     teacher = open_teacher(student.model, finetune) if has_dense or finetune.teacher != "auto" else None
     training = open_run(folder, student, images, data, finetune, teacher, accelerator, overwrite=overwrite)
@@ -81,16 +81,16 @@ def finetune_folder(
 
 def _open_student(
     source: Source, images: ImageData, data: DataRecipe, finetune: FinetuneRecipe
-) -> tuple[BaseModel, Records]:
-    """Open the model to train, and the parts of its folder that the result keeps."""
+) -> tuple[BaseModel, Records, ImageData]:
+    """Open the model to train, the parts of its folder that the result keeps, and the images with its labels."""
     carried = read_records(source.name)
     if source.takes_new_head:
         found = open_with_new_head(source.name, images.label_names, finetune.seed)
     else:
         found = load_base(source.name)
     student = with_data_transform(found, data)
-    check_classes(images.label_names, student.model)
+    images = align_images(images, student.model)
     if student is not found or source.takes_new_head:
         # Figures measured with another transform or head than that of the new folder are not comparable.
         carried = Records(carried.plan, carried.speed, {})
-    return student, carried
+    return student, carried, images

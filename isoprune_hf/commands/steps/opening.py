@@ -17,9 +17,9 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.checkpoint.stock import stock_processor
-from isoprune_hf.commands.steps.sources import check_classes, class_names
+from isoprune_hf.commands.steps.sources import align_images, class_names
 from isoprune_hf.data.dataset import ImageData, load_data
-from isoprune_hf.data.decoding import PILLOW_CHANNELS
+from isoprune_hf.data.decoding import PILLOW_CHANNELS, Rows
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import DatasetError, RecipeError
@@ -113,20 +113,26 @@ def open_data(data: DataRecipe, accelerator: Accelerator) -> ImageData:
         return load_data(data)
 
 
-def no_evaluation_split(images: ImageData, data: DataRecipe) -> DatasetError:
-    """Return the error for a data set that has no split to evaluate on."""
-    return DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
+def evaluation_split(images: ImageData, data: DataRecipe) -> Rows:
+    """Return the split to evaluate on.
+
+    Raises:
+        DatasetError: There is none.
+    """
+    if images.evaluation is None:
+        raise DatasetError(f"data: {images.name} has no split {data.eval_split!r} to evaluate on; set data.eval_split")
+    split: Rows = images.evaluation
+    return split
 
 
 def evaluate_on(
     images: ImageData, model: nn.Module, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
 ) -> dict[str, float | int]:
     """Evaluate a model, which moves to the accelerator's device, on the evaluation split of `images`."""
-    if images.evaluation is None:
-        raise no_evaluation_split(images, data)
+    split = evaluation_split(images, data)
     figures = evaluate_model(
         model.to(accelerator.device),
-        images.evaluation,
+        split,
         processor,
         accelerator=accelerator,
         batch_size=data.batch_size,
@@ -177,7 +183,7 @@ def open_inputs(
         _refuse_without_images(prune, reader)
     elif reader is not None and images.train is None:
         raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
-    base = _load_base(prune.model, prune, images)
+    base, images = _load_base(prune.model, prune, images)
     base.model.to(accelerator.device)
     base = with_data_transform(base, data)
     if prune.layout == "uniform":
@@ -217,11 +223,11 @@ def _refuse_without_images(prune: PruneRecipe, reader: str | None) -> None:
         raise RecipeError("prune.num_labels data needs data: set --data.dataset")
 
 
-def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseModel:
-    """Load the base; generic labels of the model ("LABEL_0") become those of the data."""
+def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple[BaseModel, ImageData | None]:
+    """Load the base, and number the images as it does; generic labels ("LABEL_0") become those of the data."""
     if images is None:
         num_labels = None if prune.num_labels == "data" else prune.num_labels
-        return load_base(
+        base = load_base(
             name,
             prune.pretrained,
             model_args=prune.model_args,
@@ -229,6 +235,7 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseM
             seed=prune.seed,
             weights=prune.weights,
         )
+        return base, None
     names = images.label_names
     num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
     base = load_base(
@@ -240,11 +247,11 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> BaseM
         seed=prune.seed,
         weights=prune.weights,
     )
-    check_classes(names, base.model)
+    images = align_images(images, base.model)
     if all(label == f"LABEL_{index}" for index, label in class_names(base.model).items()):
         base.model.config.id2label = dict(enumerate(names))
         base.model.config.label2id = {label: index for index, label in enumerate(names)}
-    return base
+    return base, images
 
 
 def _with_stock_processor(base: BaseModel) -> BaseModel:

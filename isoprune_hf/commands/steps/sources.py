@@ -9,7 +9,8 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
 from isoprune_hf.checkpoint.transfer import find_class_dims
-from isoprune_hf.data.labels import check_labels, check_problem
+from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.labels import align_labels, check_labels, check_problem
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.head import replace_head
@@ -146,13 +147,24 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
 
 
 def check_classes(label_names: Sequence[str], model: IsoPruneForImageClassification) -> None:
-    """Check that a model chooses one of the classes of the data, see `check_labels`.
+    """Check that a model chooses one of the classes of another model, see `check_labels`.
 
     Raises:
         DatasetError: It has other classes or another problem type.
     """
     check_labels(label_names, class_names(model))
     check_problem(model.config)
+
+
+def align_images(images: ImageData, model: IsoPruneForImageClassification) -> ImageData:
+    """Return images with the labels of a model that chooses one of their classes, see `align_labels`.
+
+    Raises:
+        DatasetError: It has other classes or another problem type.
+    """
+    aligned = align_labels(images, class_names(model))
+    check_problem(model.config)
+    return aligned
 
 
 def class_names(model: IsoPruneForImageClassification) -> dict[int, str]:
