@@ -442,7 +442,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
         ["no split 'test'"],
     ),
     "other classes": (
-        ["prune", *L1, "--data.dataset", "@images", *OUT],
+        ["prune", *L1, "--data.dataset", "digits", *OUT],
         ["the data has 10 classes (", "the model has 1000", "--prune.num_labels data"],
     ),
     "same folder": (
