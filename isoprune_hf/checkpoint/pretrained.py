@@ -222,7 +222,7 @@ def _check_files(folder: Path) -> None:
         try:
             values = json.loads(index.read_text(encoding="utf-8"))
             names = [*values["weight_map"].values()] if isinstance(values["metadata"], dict) else [None]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # any JSON but an index
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # any JSON but an index
             raise CheckpointError(f"{index.name}: not a readable index ({describe_error(error)})") from error
     for name in names:
         inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts

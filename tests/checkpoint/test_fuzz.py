@@ -1,145 +1,68 @@
 """Damaged and hostile folders: each raises an IsoPruneError or opens as a correct model.
 
-`make fuzz` tries ten thousand; the suite a few. `ISOPRUNE_FUZZ` sets how many.
+`make fuzz` tries thousands of each kind; the suite a few. `ISOPRUNE_FUZZ` sets how many.
 """
 
-import copy
 import json
-import os
-import resource
 import shutil
-import signal
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fuzzing import FEW, INPUTS, LIMITS, counts, damage, guarded, watched
 from helpers.pruned_models import Pruned
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
 from isoprune_hf.errors import IsoPruneError
+from isoprune_hf.limits import MAX_PROCESSED_SIDE
 from isoprune_hf.models import load_base
+from isoprune_hf.models.processors import processed_size
+from isoprune_hf.models.saved_processor import saved_processor
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.plan_text import show_plan
 
-pytestmark = pytest.mark.fuzz
-
-INPUTS = int(os.environ.get("ISOPRUNE_FUZZ", "120"))
-SECONDS, MEMORY = 60, 2**30  # for one folder: far above what an honest one takes
-CANARY = "isoprune_canary"
-CODE = [
-    f"__import__('os').system('touch {CANARY}')",
-    f"!!python/object/apply:os.system ['touch {CANARY}']",
-    "os.system",
+__all__ = ["watched"]
+PROCESSORS = [
+    "ViTImageProcessor",
+    "ViTImageProcessorFast",
+    "CLIPImageProcessor",
+    "ConvNextImageProcessor",
+    "LevitImageProcessor",
+    "SegformerImageProcessor",
+    "PerceiverImageProcessor",
+    "EfficientNetImageProcessor",
+    "Siglip2ImageProcessor",
+    "IdeficsImageProcessor",
+    "MllamaImageProcessor",
+    "Pix2StructImageProcessor",
+    "Qwen2VLImageProcessor",
+    "DonutImageProcessor",
+    "TimmWrapperImageProcessor",
 ]
-PATHS = [
-    "../../etc/passwd",
-    "/etc/passwd",
-    "..",
-    "~/.ssh/id_rsa",
-    "file:///etc/passwd",
-    "https://example.com/x.py",
-    "a\x00b",
-]
-NUMBERS = [-1, 0, 1, 2, 3, 7, 64, 2**20, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("inf"), float("nan")]
-WORDS = [None, True, False, "", "timm", "torchvision", "transformers", "resnet50", "vit", "swin", "x" * 10_000]
-NESTED = [[], {}, [[]], {"a": {"b": []}}, [1] * 1000, {"__class__": "x"}, [None, "x", 3]]
-VALUES = st.sampled_from([*CODE, *PATHS, *NUMBERS, *WORDS, *NESTED]) | st.integers() | st.text(max_size=20)
-KEYS = st.sampled_from(
-    ["auto_map", "_name_or_path", "quantization_config", "torch_dtype", "pretrained", "checkpoint_path"]
-)
-
-counts: Counter[str] = Counter()
-# What must not happen while a folder is opened.
-_forbidden: list[str] | None = None
-
-
-def _watch(event: str, arguments: tuple) -> None:
-    if _forbidden is not None and event in (
-        "os.system",
-        "subprocess.Popen",
-        "os.exec",
-        "socket.connect",
-        "pickle.find_class",
-    ):
-        _forbidden.append(f"{event} {arguments!r:.99}")
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Yield every place in a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def damage(draw: Callable[[st.SearchStrategy], Any], honest: dict[str, Any]) -> dict[str, Any]:
-    """Change one to three places of a JSON object."""
-    values = copy.deepcopy(honest)
-    for _ in range(draw(st.integers(1, 3))):
-        known = list(places(values))
-        if not known:
-            break
-        # By section first: a long list would take all of the attempts.
-        top = draw(st.sampled_from(sorted({str(path[0]) for path in known})))
-        path = draw(st.sampled_from([path for path in known if str(path[0]) == top]))
-        owner = values
-        for key in path[:-1]:
-            owner = owner[key]
-        kind = draw(st.sampled_from(["replace", "replace", "nudge", "delete", "add", "swap"]))
-        if kind == "replace":
-            owner[path[-1]] = copy.deepcopy(draw(VALUES))
-        elif kind == "nudge" and type(owner[path[-1]]) in (int, float):
-            owner[path[-1]] += draw(st.sampled_from([-1, 1, 0.5, 1000]))
-        elif kind == "delete":
-            del owner[path[-1]]
-        elif kind == "add" and isinstance(owner, dict):
-            owner[draw(KEYS | st.text(max_size=8))] = copy.deepcopy(draw(VALUES))
-        elif kind == "swap":
-            other = draw(st.sampled_from(known))
-            inner = values
-            for key in other:
-                inner = inner[key] if isinstance(inner, dict | list) and _has(inner, key) else None
-            owner[path[-1]] = copy.deepcopy(inner)
-    return values
-
-
-def _has(owner: Any, key: Any) -> bool:
-    return key in owner if isinstance(owner, dict) else isinstance(key, int) and key < len(owner)
-
-
-@contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-    """Fail a case that hangs, runs code, uses the network, or allocates much memory."""
-
-    def stop(*_: Any) -> None:
-        raise AssertionError(f"longer than {SECONDS} s")
-
-    global _forbidden
-    before = signal.signal(signal.SIGALRM, stop)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.alarm(SECONDS)
-    _forbidden = []
-    try:
-        yield
-    finally:
-        found, _forbidden = _forbidden, None
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert found == []
-    assert not Path(CANARY).exists() and not (folder / CANARY).exists()
-    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) < MEMORY
+SETTINGS = {
+    "do_pad": True,
+    "pad_size": {"height": 32, "width": 32},
+    "size": {"height": 16, "width": 16},
+    "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16},
+    "patch_size": 4,
+    "max_patches": 16,
+    "max_num_patches": 16,
+    "max_pixels": 1024,
+    "min_pixels": 256,
+    "size_divisor": 8,
+    "max_image_tiles": 4,
+    "crop_pct": 0.9,
+}
 
 
 def open_folder(folder: Path, kind: str) -> Any:
     """Open a folder; None if it raises an IsoPruneError."""
-    with guarded(folder):
+    with guarded(kind, folder):
         try:
             opened = load_base(str(folder))
         except IsoPruneError as error:
@@ -156,18 +79,8 @@ def honest(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathFac
     return shutil.copytree(sample.folder, tmp_path_factory.mktemp("fuzz") / "vit"), sample
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline() -> Iterator[None]:
-    sys.addaudithook(_watch)  # nothing removes it: only a process that runs these tests may pay for it
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        yield
-    print(f"\nfuzz: {dict(sorted(counts.items()))}")
-
-
-LIMITS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
-
-
+@pytest.mark.fuzz
+@pytest.mark.usefixtures("watched")
 def test_damaged_config_is_refused_or_opens_correctly(honest: tuple[Path, Pruned]) -> None:
     folder, sample = honest
     file = folder / "config.json"
@@ -198,6 +111,8 @@ def test_damaged_config_is_refused_or_opens_correctly(honest: tuple[Path, Pruned
         file.write_text(json.dumps(original))
 
 
+@pytest.mark.fuzz
+@pytest.mark.usefixtures("watched")
 def test_damaged_weights_are_refused_or_read_exactly(honest: tuple[Path, Pruned]) -> None:
     folder, _ = honest
     file = folder / "model.safetensors"
@@ -231,6 +146,8 @@ def test_damaged_weights_are_refused_or_read_exactly(honest: tuple[Path, Pruned]
         file.write_bytes(original)
 
 
+@pytest.mark.fuzz
+@pytest.mark.usefixtures("watched")
 def test_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
     folder, _ = honest
     file = folder / "pruning_plan.json"
@@ -242,7 +159,7 @@ def test_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
     def attempt(data: st.DataObject) -> None:
         values = damage(data.draw, original)
         file.write_text(json.dumps(values))
-        with guarded(folder):
+        with guarded("plan", folder):
             try:
                 plan = PruningPlan.load(folder)
                 show_plan(plan, title="fuzz")
@@ -256,3 +173,43 @@ def test_damaged_plan_is_refused_or_read(honest: tuple[Path, Pruned]) -> None:
         attempt()
     finally:
         file.write_text(json.dumps(original))
+
+
+def try_processors(folder: Path, inputs: int) -> None:
+    """Open damaged processors of many kinds, and process an image with each that opens."""
+    file = folder / "preprocessor_config.json"
+    original = json.loads(file.read_text())
+
+    @seed(4)
+    @settings(LIMITS, max_examples=inputs)
+    @given(st.data())
+    def attempt(data: st.DataObject) -> None:
+        kind = data.draw(st.none() | st.sampled_from(PROCESSORS))
+        added = data.draw(st.lists(st.sampled_from(sorted(SETTINGS)), max_size=3))
+        values = {**original, **({} if kind is None else {"image_processor_type": kind})}
+        values = damage(data.draw, {**values, **{name: SETTINGS[name] for name in added}})
+        file.write_text(json.dumps(values))
+        with guarded("processor", folder):
+            try:
+                size = processed_size("fuzz", saved_processor(str(folder)))
+            except IsoPruneError as error:
+                counts["processor refused"] += 1
+                assert "preprocessor_config.json" in str(error) and "\n" not in str(error)
+                return
+        counts["processor opened"] += 1
+        assert len(size) == 3 and max(size[1:]) <= 2 * MAX_PROCESSED_SIDE
+
+    try:
+        attempt()
+    finally:
+        file.write_text(json.dumps(original))
+
+
+def test_few_damaged_processors_are_refused_or_run(honest: tuple[Path, Pruned]) -> None:
+    try_processors(honest[0], FEW)
+
+
+@pytest.mark.fuzz
+@pytest.mark.usefixtures("watched")
+def test_damaged_processor_is_refused_or_runs(honest: tuple[Path, Pruned]) -> None:
+    try_processors(honest[0], INPUTS // 2)
