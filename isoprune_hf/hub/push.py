@@ -3,7 +3,6 @@
 `push_folder` uploads, `describe_push` shows what would be uploaded, `validate_push_options` checks the options only.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,7 @@ def published_files(folder: Path, *, needs_processor: bool = True) -> list[Path]
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; push the folder of a pruned model")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except ValueError as error:
         raise CheckpointError(f"{folder}: config.json is not valid JSON ({error})") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
