@@ -22,6 +22,7 @@ from isoprune_hf.data.images import holds_images, holds_rows, open_images
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
+from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import LOSSES
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 from isoprune_hf.training import finetune as training
@@ -107,6 +108,7 @@ class _Batches:
     keys: InputKeys | None
     chosen: Chosen
     form: CallForm
+    classes: int | None
 
     def __iter__(self) -> Iterator[OwnBatch]:
         for whole in self.data:
@@ -114,7 +116,16 @@ class _Batches:
             shapes = tuple(value.shape[1:] for value in batch.inputs)
             if len(shapes) != len(self.form.shapes):
                 raise DatasetError(f"data: a batch has {len(shapes)} inputs, the first one {len(self.form.shapes)}")
-            yield OwnBatch(batch.inputs, _targets(self.chosen, batch))
+            targets = _targets(self.chosen, batch)
+            if targets is not None and self.classes is not None and not targets.is_floating_point():
+                _check_classes(targets, self.classes)
+            yield OwnBatch(batch.inputs, targets)
+
+
+def _check_classes(targets: Tensor, classes: int) -> None:
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise DatasetError(f"data: a batch has the classes {low} to {high}, the outputs are {classes} classes")
 
 
 def _targets(chosen: Chosen, batch: CallerBatch) -> Tensor | None:
@@ -139,13 +150,19 @@ def _finetune_batches(
     with torch.inference_mode(False), kept_random_state():
         torch.manual_seed(recipe.seed)
         loader = _loader(data, recipe)
-        first = read_batch(next(iter(loader)), keys)
+        start = next(iter(loader), None)
+        if start is None:
+            raise DatasetError("data: no batch")
+        first = read_batch(start, keys)
         form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs))
-        chosen = _choose(model, module, first, form, loss)
-        check_own_recipe(recipe, compares_classes=chosen.objective.compares_classes)
+        output = run_module(share(module).eval(), form, first.inputs)
+        chosen = _choose(model, module, first, form, loss, output)
+        objective = chosen.objective
+        classes = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else None
+        check_own_recipe(recipe, compares_classes=objective.compares_classes)
         if teacher is None and _targets(chosen, first) is None:
             raise RecipeError("finetune: there are neither targets nor a teacher, so nothing can be learned")
-        batches = _Batches(loader, keys, chosen, form)
+        batches = _Batches(loader, keys, chosen, form, classes)
         own_loss = OwnLoss(chosen.objective, form, recipe, None if teacher is None else share(teacher))
         history = train_on_batches(module, batches, own_loss, accelerator, updates=_updates(loader, recipe))
     return {"history": history, "best_epoch": recipe.epochs}
@@ -177,7 +194,12 @@ def _updates(loader: Any, recipe: FinetuneRecipe) -> int:
 
 
 def _choose(
-    model: nn.Module | Pruned, module: nn.Module, first: CallerBatch, form: CallForm, loss: Loss | None
+    model: nn.Module | Pruned,
+    module: nn.Module,
+    first: CallerBatch,
+    form: CallForm,
+    loss: Loss | None,
+    output: Any,
 ) -> Chosen:
     """Choose the loss by the first batch."""
     known = model.loss if isinstance(model, Pruned) else None
@@ -185,5 +207,4 @@ def _choose(
         loss = known
     described = model.config if isinstance(model, Pruned) and model.config.base else config_of(module, None)
     problem = None if described is None else described.problem_type
-    output = run_module(share(module).eval(), form, first.inputs)
     return choose_objective(output, [first], form, loss, problem if problem in LOSS_NAMES else None)

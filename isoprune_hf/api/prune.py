@@ -33,7 +33,7 @@ _RATIOS = ("ratio", "head_ratio", "head_dim_ratio", "ratios", "remove_blocks", "
 
 
 def prune(
-    model: nn.Module | str | Path,
+    model: nn.Module | str | Path | Pruned,
     data: Iterable[Any] | str | Path | DataRecipe | None = None,
     *,
     loss: Loss | None = None,
@@ -46,7 +46,7 @@ def prune(
 
     Args:
         model: Any module, or a name or folder that `load_base` opens. The module inside DataParallel,
-            DistributedDataParallel and `torch.compile` is taken.
+            DistributedDataParallel and `torch.compile` is taken. Or a result of this function, to prune it further.
         data: Batches for scores and repair, as in the caller's own training loop: a loader, or anything else that
             gives tuples (inputs, targets), dicts with `pixel_values` or `image` and `labels` or `label`, or tensors.
             A tensor is one batch, and a data set of torch is loaded in its order. The first `calibration_batches *
@@ -78,7 +78,11 @@ def prune(
             "needs one tensor of example inputs"
         )
     is_plain = inputs is None and not callable(loss)
-    module, known = _open(model, recipe, enters_wrapper=is_plain)
+    earlier = model if isinstance(model, Pruned) else None
+    given = model.model if isinstance(model, Pruned) else model
+    module, known = _open(given, recipe, enters_wrapper=is_plain)
+    if earlier is not None:
+        known = Recognised(copy.deepcopy(earlier.config), earlier.processor)
     maker = processor or (processor_of(module) if known is None else known.processor)
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
@@ -92,7 +96,7 @@ def prune(
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *_note_hooks(module, pruned)))
     name = held.model.objective.name if reads_targets else None
     return Pruned(
-        model=_as_given(model, module, pruned, config),
+        model=_as_given(given, module, pruned, config),
         plan=plan,
         scores=result.scores,
         groups=result.groups,
@@ -102,7 +106,7 @@ def prune(
         loss=name,
         config=config,
         processor=held.processor if processor is None else processor,
-        base=module,
+        base=module if earlier is None else earlier.base,
         form=held.form,
     )
 

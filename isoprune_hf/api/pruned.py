@@ -40,7 +40,7 @@ class Pruned:
         loss: Name of the loss that the scores are of; None for scores that need no loss.
         config: Config of the pruned model; its entry `base` is None if no library builds the module.
         processor: Image processor of the base, if it is known.
-        base: The module that was pruned.
+        base: The dense module: the one that was given, or that of the result that was pruned further.
         form: The inputs of `model`.
     """
 
@@ -88,7 +88,7 @@ class Pruned:
         """
         config = copy.deepcopy(self.config)
         if builder is not None:
-            base = describe_builder(builder, arguments, self.model, self.base_cost.params)
+            base = describe_builder(builder, arguments, self.model, (config.cost or {})["base"]["params"])
             config.base = {**base, **describe_inputs(self.form), "num_labels": config.num_labels}
             config.image_size = [*self.form.shapes[0]]
         if config.base is None:

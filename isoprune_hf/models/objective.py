@@ -94,8 +94,13 @@ class OutputNorm:
         return self.logits(outputs).square().sum()
 
 
+def as_classes(target: Tensor) -> Tensor:
+    """Return targets of the cross-entropy in a type that torch takes: whole numbers as int64."""
+    return target if target.is_floating_point() else target.long()
+
+
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(output, target, reduction="sum")
+    return nn.functional.cross_entropy(output, as_classes(target), reduction="sum")
 
 
 def _binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:

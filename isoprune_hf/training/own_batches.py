@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.nested import separate
-from isoprune_hf.models.objective import Objective
+from isoprune_hf.models.objective import Objective, as_classes
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import accelerated, autocast
 from isoprune_hf.training.distillation import training_loss
@@ -83,7 +83,7 @@ class OwnLoss:
         if objective.compares_classes and batch.targets is not None:
             return training_loss(
                 compared,
-                batch.targets,
+                as_classes(batch.targets),
                 wanted,
                 label_smoothing=recipe.label_smoothing,
                 distillation=recipe.distillation,

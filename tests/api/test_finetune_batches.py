@@ -14,7 +14,7 @@ from isoprune_hf import FinetuneRecipe, finetune, prune
 from isoprune_hf.errors import DatasetError, DivergedError, RecipeError
 
 INPUTS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(12) % 4
+LABELS = torch.arange(12, dtype=torch.int32) % 4
 LOADER = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4, shuffle=True)
 PLAIN = {"distillation": "none", "label_smoothing": 0.0}
 
@@ -43,7 +43,7 @@ def test_loader_trains_as_a_loop_by_hand() -> None:
     losses = []
     for update in range(4):
         inputs, labels = batches[update % 2]
-        loss = nn.functional.cross_entropy(by_hand(inputs), labels)
+        loss = nn.functional.cross_entropy(by_hand(inputs), labels.long())
         by_hand.zero_grad()
         loss.backward()
         lr = 0.05 * (1 + torch.cos(torch.tensor(update / 4 * torch.pi)))
@@ -110,6 +110,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], type[Exception]]] 
     "length": (Endless(), {}, {}, RecipeError),
     "targets": ([INPUTS], {"distillation": "none"}, {}, RecipeError),
     "hard": ([(INPUTS, torch.rand(12, 4) * 3)], {"distillation": "hard"}, {}, RecipeError),
+    "empty": ([], {}, {}, DatasetError),
+    "class": ([(INPUTS, LABELS), (INPUTS, LABELS + 100)], {}, {}, DatasetError),
     "infinite": ([(INPUTS * 1e38, LABELS)], PLAIN, {}, DivergedError),
 }
 

@@ -1,5 +1,6 @@
 """A pruned module is saved as a folder that computes the same, or is refused with the ways to save it."""
 
+import copy
 import json
 import zipfile
 from collections.abc import Callable
@@ -135,6 +136,17 @@ def test_builder_may_be_a_function(tmp_path: Path) -> None:
     assert torch.equal(opened(inputs).logits, result.model(inputs))
     other = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert torch.equal(other.model.hidden.weight, result.model.hidden.weight) and other.model.head.out_features == 7
+
+
+def test_result_is_pruned_further_and_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = cut(OwnNet(16), (5,))
+    second = cut(copy.deepcopy(first), (5,))
+    assert second.model.hidden.out_features == 4 and second.base is not first.model
+    assert second.config.cost["base"] == first.base_cost.to_dict()
+    second.save(tmp_path, builder=OwnNet, arguments={"width": 16})
+    opened, inputs = IsoPruneForImageClassification.from_pretrained(tmp_path, builder=OwnNet), torch.randn(3, 5)
+    assert torch.equal(opened(inputs).logits, second.model(inputs))
 
 
 def test_several_inputs_are_saved(tmp_path: Path) -> None:

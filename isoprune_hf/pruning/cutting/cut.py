@@ -80,15 +80,26 @@ def _cut_overwritten(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
 
 def _update_config(pruned: IsoPruneForImageClassification, model: IsoPruneForImageClassification) -> None:
     """Record structure, stage and layout in the config of a cut model, in place."""
-    config = pruned.config
-    is_dense = not any((model.config.structure or {}).values())
-    base = model.model if is_dense else meta_copy(model, dense=True).model
+    config, before = pruned.config, model.config.structure or {}
+    is_own = config.base is None  # nothing builds its dense base again
+    base = model.model if is_own or not any(before.values()) else meta_copy(model, dense=True).model
     config.structure = capture_structure(base, pruned.model)
-    known = (model.config.structure or {}).get("attributes") or {}
-    _drop_unchanged(config.structure["attributes"], known, model.model)
+    _drop_unchanged(config.structure["attributes"], before.get("attributes") or {}, model.model)
+    if is_own and any(before.values()):
+        config.structure = _joined(before, config.structure)
     keep_cut_buffers(pruned.model, config.structure)
     config.stage = "pruned"
     config.layout = "per-layer"
+
+
+def _joined(before: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:
+    """Return the structure of a cut of a cut model, from that of the model and the one relative to it."""
+    gone = tuple(f"{path}." for path in cut["removed"])
+    shapes = {name: shape for name, shape in before["shapes"].items() if not name.startswith(gone)}
+    attributes = {path: found for path, found in before["attributes"].items() if not f"{path}.".startswith(gone)}
+    for path, found in cut["attributes"].items():
+        attributes[path] = {**attributes.get(path, {}), **found}
+    return {"shapes": {**shapes, **cut["shapes"]}, "attributes": attributes, "removed": cut["removed"]}
 
 
 def _drop_unchanged(

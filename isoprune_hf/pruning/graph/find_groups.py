@@ -21,6 +21,9 @@ class TracedGroups(tuple[CoupledGroup, ...]):
         made.graph = graph
         return made
 
+    def __reduce__(self) -> tuple[type["TracedGroups"], tuple[tuple[CoupledGroup, ...], AxisGraph]]:
+        return TracedGroups, (tuple(self), self.graph)  # copies have a graph, too
+
 
 def trace_groups(
     model: IsoPruneForImageClassification,
