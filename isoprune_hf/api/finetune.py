@@ -9,16 +9,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.api.batches import CallerBatch, InputKeys, read_batch
 from isoprune_hf.api.holding import config_of, run_module, share
 from isoprune_hf.api.objectives import Chosen, Loss, choose_objective
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, holds_rows, open_images
+from isoprune_hf.data.labels import align_labels, classes_of
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
@@ -83,7 +84,14 @@ def finetune(
     if processor is None:
         raise RecipeError("processor is not set: pass the image processor that makes the inputs of the model")
     images = data if isinstance(data, ImageData) else open_images(data)
+    if isinstance(student, PreTrainedModel) and not _is_own_network(student):
+        images = align_labels(images, classes_of(student.config))
     return training.finetune(student, images, processor, recipe, accelerator=accelerator, teacher=base, **options)
+
+
+def _is_own_network(model: PreTrainedModel) -> bool:
+    """Return whether a config says nothing about a network, not even its classes."""
+    return isinstance(model.config, IsoPruneConfig) and model.config.base is None
 
 
 def _teacher_of(model: nn.Module | Pruned, recipe: FinetuneRecipe) -> nn.Module | None:

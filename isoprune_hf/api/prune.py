@@ -18,7 +18,7 @@ from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.saving import wrap
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.data.images import holds_images, image_batches
-from isoprune_hf.data.labels import check_problem
+from isoprune_hf.data.labels import check_problem, classes_of
 from isoprune_hf.data.loading import CalibrationBatches
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
@@ -166,7 +166,12 @@ def _read_images(
     if config is not None:
         check_problem(config)
     return image_batches(
-        data, processor, batches=recipe.calibration_batches, batch_size=recipe.batch_size, seed=recipe.seed
+        data,
+        processor,
+        batches=recipe.calibration_batches,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        id2label=None if config is None else classes_of(config),
     )
 
 

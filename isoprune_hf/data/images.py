@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from isoprune_hf.data.dataset import ImageData, labelled_rows, load_data
+from isoprune_hf.data.labels import align_labels
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
@@ -34,6 +35,7 @@ def image_batches(
     batches: int,
     batch_size: int,
     seed: int,
+    id2label: dict[int, str] | None = None,
 ) -> CalibrationBatches:
     """Draw images of a data set and make them the inputs of a model.
 
@@ -43,11 +45,14 @@ def image_batches(
         batches: Number of batches.
         batch_size: Images of each.
         seed: Of the draw.
+        id2label: Classes of the model if they are known; the labels are numbered by them, see `align_labels`.
 
     Raises:
-        DatasetError: The data set cannot be opened, or has no images with labels.
+        DatasetError: The data set cannot be opened, has no images with labels, or has other classes.
     """
     opened = open_images(data)
+    if id2label:
+        opened = align_labels(opened, id2label)
     if not isinstance(opened.train, Dataset):
         raise DatasetError(f"data: {opened.name} has no training split to score on; set data.train_split")
     options = LoaderOptions(batch_size, decoding=opened.decoding)

@@ -36,6 +36,11 @@ def check_problem(config: PreTrainedConfig) -> None:
         )
 
 
+def classes_of(config: PreTrainedConfig) -> dict[int, str]:
+    """Return the names of the classes of a model by index."""
+    return {int(index): name for index, name in (config.id2label or {}).items()}
+
+
 def align_labels(images: ImageData, id2label: dict[int, str]) -> ImageData:
     """Return images whose label i is class i of a model: labels of another order, or of a part of them, change.
 

@@ -6,8 +6,14 @@ import datasets
 import numpy as np
 import pytest
 from helpers.images import make_image
+from timm.data.imagenet_info import ImageNetInfo
+from transformers import ViTConfig, ViTForImageClassification
 
+from isoprune_hf import finetune
+from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
+from isoprune_hf.data.class_names import read_labels, renumber_split
 from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.images import image_batches
 from isoprune_hf.data.labels import align_labels, check_labels, match_labels
 from isoprune_hf.data.streaming import StreamedSplit
 from isoprune_hf.errors import DatasetError
@@ -118,8 +124,6 @@ def test_unprovable_classes_are_refused(data: tuple[str, ...], model: tuple[str,
 
 
 def test_synsets_find_their_classes_in_imagenet() -> None:
-    from timm.data.imagenet_info import ImageNetInfo
-
     info = ImageNetInfo("imagenet-1k")
     synsets, words = info.label_names(), by_index(info.label_descriptions())
     cranes = ["n03126707", "n02012849", "n01440764"]  # the machine, the bird, a tench
@@ -135,8 +139,21 @@ def test_equal_models_need_equal_order() -> None:
 
 
 def test_missing_labels_stay_missing() -> None:
-    from isoprune_hf.data.class_names import read_labels, renumber_split
-
     split = rows(ANIMALS, ANIMALS)
     split = split.remove_columns("label").add_column("label", [0, None, -1], feature=split.features["label"])
     assert read_labels(renumber_split(split, ("b", "cat"), np.array([1, 0, 0]))).tolist() == [1, -1, -1]
+
+
+def test_python_calls_number_images_as_the_model() -> None:
+    order = by_index(("frog", "cat", "dog"))
+    processor = IsoImageProcessor(size={"height": 4, "width": 4}, do_center_crop=False)
+    loaded = image_batches(rows(ANIMALS, ANIMALS), processor, batches=1, batch_size=3, seed=0, id2label=order)
+    (pixels, labels), *_ = loaded
+    greys = pixels[:, 0, 0, 0].tolist()
+    assert sorted(labels.tolist(), key=lambda label: greys[labels.tolist().index(label)]) == sorted(
+        order, key=lambda label: grey(order[label])
+    )
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=4)
+    config.patch_size, config.id2label = 4, by_index(("cat", "owl", "ape"))
+    with pytest.raises(DatasetError, match="differ at"):
+        finetune(ViTForImageClassification(config), rows(ANIMALS, ANIMALS), processor)

@@ -10,7 +10,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
 from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.labels import align_labels, check_labels, check_problem
+from isoprune_hf.data.labels import align_labels, check_labels, check_problem, classes_of
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.head import replace_head
@@ -169,4 +169,4 @@ def align_images(images: ImageData, model: IsoPruneForImageClassification) -> Im
 
 def class_names(model: IsoPruneForImageClassification) -> dict[int, str]:
     """Return the names of the classes by index."""
-    return {int(index): name for index, name in (model.config.id2label or {}).items()}
+    return classes_of(model.config)
