@@ -22,7 +22,7 @@ class TargetLock:
 
     def __init__(self, target: Path):
         self._file = target.parent / f".{target.name}.lock"
-        self._lock = FileLock(self._file)
+        self._lock = FileLock(self._file, thread_local=False)
         self._made = [folder for folder in target.parents if not folder.exists()]
 
     def acquire(self, what: str, *, wait: float = 0.0) -> None:
@@ -53,7 +53,9 @@ class TargetLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Release the lock, and remove its file and the folders that were made for it."""
+        """Release the lock, and remove its file and the folders that were made for it; nothing if it is not held."""
+        if not self._lock.is_locked:
+            return
         with contextlib.suppress(OSError):  # Windows removes no open file
             self._file.unlink()
         self._lock.release()

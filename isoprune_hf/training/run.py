@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +35,6 @@ from isoprune_hf.errors import (
 )
 from isoprune_hf.training.interruption import Interruption
 from isoprune_hf.training.log import TrainingLog
-from isoprune_hf.training.run_lock import LOCK_FILES, RunLock, was_locked
 
 logger = get_logger(__name__)
 
@@ -79,6 +77,8 @@ class RunSettings:
 class TrainingRun:
     """Owns the folder of a run inside its block; all ranks open it, only the main process writes.
 
+    The caller has locked the output that contains the folder, see `checkpoint.target`.
+
     Args:
         checkpoints: Folder of the model's checkpoints; the run is in `training` inside it.
         identity: Everything that determines the weights, by setting: a run is resumed only with the same identity.
@@ -88,7 +88,7 @@ class TrainingRun:
         output: Output to name in errors; the default is the parent of the checkpoints.
 
     Raises:
-        OccupiedError: Another process trains there, or the folder cannot be written.
+        OccupiedError: The folder cannot be written.
         RecipeError: The folder has an unfinished run with another identity.
     """
 
@@ -112,7 +112,6 @@ class TrainingRun:
         self._accelerator = accelerator
         self._overwrite = overwrite
         self._digest = xxhash.xxh3_128(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._lock = RunLock(self.folder)
         self._last_snapshot = time.monotonic()
 
     def __enter__(self) -> "TrainingRun":
@@ -120,11 +119,7 @@ class TrainingRun:
         if self._accelerator.is_main_process:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(f"--output {self._output}")
-                with ExitStack() as stack:
-                    stack.callback(self._lock.release)
-                    self._begin()
-                    stack.pop_all()  # begun: the lock is held until `__exit__`
+                self._begin()
             except OSError as error:
                 raise OccupiedError(f"--output: {self.folder} cannot be written ({error.strerror})") from error
         self._accelerator.wait_for_everyone()
@@ -140,8 +135,8 @@ class TrainingRun:
         self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
-        """Release the folder after `error`, or after no error."""
-        if not self._lock.is_held:
+        """Close the log, after `error` or after no error; the main process writes."""
+        if not self._accelerator.is_main_process:
             return
         if isinstance(error, IsoPruneError) and not self.is_finished and not has_snapshots(self.folder):
             # Nothing can be resumed, so nothing is kept.
@@ -150,7 +145,6 @@ class TrainingRun:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         self.log.close()
-        self._lock.release()
 
     @property
     def is_finished(self) -> bool:
@@ -185,7 +179,7 @@ class TrainingRun:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name not in (_RUN, *LOCK_FILES):
+            elif path.name != _RUN:
                 path.unlink()
 
     def _difference(self, known: dict[str, Any]) -> str:
@@ -273,7 +267,7 @@ class TrainingRun:
 
 def is_begun(checkpoints: Path) -> bool:
     """Return whether a run was ever started in a folder, even if it was killed before its first file."""
-    return was_locked(checkpoints / RUN_FOLDER)
+    return (checkpoints / RUN_FOLDER).is_dir()
 
 
 def read_run(checkpoints: Path) -> RunState | None:

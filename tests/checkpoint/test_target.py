@@ -168,26 +168,6 @@ def test_result_of_the_writer_before_is_seen(tmp_path: Path, monkeypatch: pytest
     assert contents(tmp_path) == {"out": None, **{f"out/{name}": text for name, text in NEW.items()}}
 
 
-def test_removed_lock_file_is_not_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder removes its file after another process has opened it: the other one must lock the new file."""
-    first, second = TargetLock(tmp_path / "out"), TargetLock(tmp_path / "out")
-    first.acquire("--output")
-    ordinary = os.open
-
-    def open_late(*arguments: object) -> int:
-        descriptor = ordinary(*arguments)
-        monkeypatch.setattr(os, "open", ordinary)
-        first.release()
-        return descriptor
-
-    monkeypatch.setattr(os, "open", open_late)
-    second.acquire("--output")
-    with pytest.raises(OccupiedError):
-        TargetLock(tmp_path / "out").acquire("--output")
-    second.release()
-    assert names(tmp_path) == set()
-
-
 def test_other_ranks_check_without_locking(tmp_path: Path) -> None:
     with locked_target(tmp_path / "out"), open_target(tmp_path / "out", overwrite=False, is_writer=False) as target:
         assert target.path == tmp_path / "out"
@@ -222,6 +202,9 @@ def kill_in_writing(out: Path, call: int, keep: str | None, is_atomic: bool) -> 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(
+    "is_atomic", ["exchange", pytest.param("two renames", marks=pytest.mark.kills)], indirect=True
+)
 @pytest.mark.parametrize("keep", [None, "checkpoints"])
 def test_kill_at_each_step_leaves_old_or_new(keep: str | None, is_atomic: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"

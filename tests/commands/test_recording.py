@@ -1,5 +1,6 @@
 """The files beside the weights: read before the work, and figures added to them after it."""
 
+import errno
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import pytest
 from helpers.command_line import contents
 
 from isoprune_hf.checkpoint.target import locked_target
+from isoprune_hf.checkpoint.target_lock import TargetLock
 from isoprune_hf.commands.steps import recording
 from isoprune_hf.commands.steps.recording import open_result_folder, read_records, record_benchmark, record_figures
 from isoprune_hf.errors import CheckpointError
@@ -103,3 +105,16 @@ def test_failing_card_keeps_the_figures(
     assert [line.getMessage() for line in caplog.records] == [
         "the model card failed (KeyError: 'rows'); the figures are stored"
     ] * 2
+
+
+def test_read_only_folder_keeps_the_command_going(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(TargetLock, "acquire", refuse)
+    before = contents(folder)
+    with caplog.at_level(logging.WARNING):
+        record(folder)
+    assert contents(folder) == before and len(caplog.records) == 2
