@@ -102,6 +102,8 @@ def _open_saved(source: BaseSource, options: LoadOptions) -> BaseModel:
         raise RecipeError(f"model: {place} contains no model.safetensors; for random weights, use {UNTRAINED}")
     timm_name = f"local-dir:{place}" if is_folder else f"hf-hub:{place}@{source.revision or 'main'}"
     labels = _head_labels(options) if _is_saved_encoder(source.config) else None
+    with torch.device("meta"):  # refuses an oversized model before memory is allocated
+        _build(architecture, place, checked_args(without_classes(model_args)), pretrained=False)
     with default_type(stored_type(place, source.revision) if options.pretrained else torch.float32):
         module = _create(timm_name, place, model_args, options, labels)
     with reading(place):

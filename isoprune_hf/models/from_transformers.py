@@ -57,9 +57,9 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
         **label_fields(labels),
         **fields,
     )
+    with torch.device("meta"):  # refuses an oversized model before memory is allocated
+        build_base(outer)
     if options.pretrained:
-        with torch.device("meta"):  # refuses an oversized model before its weights are read
-            build_base(outer)
         read, missing = _read_model(source)
         if missing:
             _check_missing(source, read, missing, options)

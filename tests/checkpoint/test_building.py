@@ -1,18 +1,22 @@
 """The budget of constructors: tables of any size are refused before they are allocated."""
 
+import json
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from isoprune_hf.checkpoint import building
 from isoprune_hf.checkpoint.building import Building, check_tables
 from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base
 from isoprune_hf.checkpoint.meta import build_on_meta
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.errors import CheckpointError, IsoPruneError
+from isoprune_hf.models import load_base
 
 SIDE = 2**17  # side x side numbers of 8 bytes are 128 GiB
 WINDOW = {"img_size": 640, "window_size": 160, "embed_dim": 24, "depths": [1], "num_heads": [2]}
@@ -46,6 +50,26 @@ def test_base_with_huge_tables_is_refused_unbuilt(name: str) -> None:
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"buffers of 5,24[\d,]+ bytes"):
         build_base(IsoPruneConfig(base=BASES[name], num_labels=3))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+
+
+FOLDERS = {
+    "timm": {
+        "architecture": "swin_tiny_patch4_window7_224",
+        "num_classes": 3,
+        "model_args": WINDOW,
+        "pretrained_cfg": {"input_size": [3, 640, 640], "num_classes": 3},
+    },
+    "transformers": {"model_type": "swin", **SWIN},
+}
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("library", FOLDERS)
+def test_folder_of_a_library_has_the_same_budget(library: str, pretrained: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FOLDERS[library]))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(IsoPruneError, match=r"buffers of 5,24[\d,]+ bytes"):
+        load_base(str(tmp_path), pretrained=pretrained)
 
 
 @pytest.mark.parametrize("reads_values", [False, True])

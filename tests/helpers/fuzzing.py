@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 # Inputs of each kind in `make fuzz`; a few for the suite.
 INPUTS = int(os.environ.get("ISOPRUNE_FUZZ", "120"))
 FEW = 20
 SECONDS, MEMORY = 60, 2**30  # for one input: far above what an honest one takes
-LIMITS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
+LIMITS = settings(
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+    phases=[Phase.generate],  # to shrink a failing input takes minutes
+)
 CANARY = "isoprune_canary"
 CODE = [
     f"__import__('os').system('touch {CANARY}')",
