@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from isoprune_hf.checkpoint.needed import NEEDED
+from isoprune_hf.checkpoint.own_network import inputs_of
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.plain_files import read_json
@@ -41,6 +42,7 @@ _HASHED = ("model.safetensors", "pruning_plan.json", "modeling_isoprune.py")
 _MAX_NAMED_CLASSES = 20
 _SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "finetune": FinetuneRecipe}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BUILDER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)  # of a network of no library
 _LIBRARIES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "torch-pruning", "huggingface_hub")
 
 
@@ -86,6 +88,8 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         labels=_name_labels(config.get("id2label") or {}),
         has_picture=(folder / PICTURE).is_file(),
         reads_arrays=_reads_arrays(config, folder / "preprocessor_config.json"),
+        builder=_builder(config.get("base") or {}),
+        call=None if _has_pipeline(config, folder) else _call(config),
         speed=plain_markdown(speed),
         benchmark=plain_markdown(speed.get("benchmark")),
         timings=plain_markdown(benchmark_table(speed["benchmark"])) if speed.get("benchmark") else [],
@@ -95,6 +99,28 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         show=_show,
     )
     return card
+
+
+def _has_pipeline(config: dict[str, Any], folder: Path) -> bool:
+    """Return whether `pipeline` opens a folder: it has an image processor and needs no builder."""
+    return (folder / "preprocessor_config.json").is_file() and (config.get("base") or {}).get("library") != "python"
+
+
+def _builder(base: dict[str, Any]) -> dict[str, str] | None:
+    """Return module and name of the builder of a network of no library, if they are names."""
+    place = base.get("architecture")
+    if base.get("library") != "python" or not isinstance(place, str) or not _BUILDER.fullmatch(place):
+        return None
+    module, _, name = place.partition(":")
+    return {"place": place, "module": module, "name": name, "first": name.partition(".")[0]}
+
+
+def _call(config: dict[str, Any]) -> str:
+    """Return the arguments of a call of the network with random inputs."""
+    inputs = inputs_of(config.get("base"), config.get("image_size"))
+    made = [(name, f"torch.randn({', '.join(map(str, [1, *shape]))})") for name, shape in inputs]
+    given = [value for name, value in made if name is None]
+    return ", ".join(given + [f"{name}={value}" for name, value in made if name is not None])
 
 
 def _reads_arrays(config: dict[str, Any], file: Path) -> bool:
@@ -165,7 +191,7 @@ def _find_license(source: dict[str, Any], library: str | None) -> str | None:
 
 def _commands(recipe: dict[str, Any], stage: str) -> list[str]:
     """Return the commands that produce this model, with the settings that differ from the defaults."""
-    stages = [("prune", ["prune", "data"])] if recipe.get("prune") else []
+    stages = [("prune", ["prune", "data"])] if (recipe.get("prune") or {}).get("model") else []
     if stage == "finetuned" and recipe.get("finetune"):
         stages.append(("finetune --model output/pruned", ["data", "finetune"]))
     return [

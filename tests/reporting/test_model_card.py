@@ -14,11 +14,13 @@ import torch
 import yaml
 from helpers.command_line import isoprune
 from helpers.fresh_python import FreshPython
+from helpers.own_nets import TwoInputs
 from helpers.pruned_models import LABELS, Pruned
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import __version__ as transformers_version
 
+from isoprune_hf import prune
 from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.cli.parser import parse
 from isoprune_hf.errors import CheckpointError
@@ -57,6 +59,7 @@ def make_folder(folder: Path, metrics: dict[str, Any] | None = None, **changes: 
     (folder / "config.json").write_text(json.dumps(config | changes))
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "pruning_plan.json").write_bytes(b"{}")
+    (folder / "preprocessor_config.json").write_text("{}")
     if metrics is not None:
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
@@ -399,3 +402,21 @@ def test_snippets_and_command_of_the_card_run(
     done = isoprune(*arguments)
     assert done.code == 0, done.err
     assert f"Accuracy: {1 / 7:.4f}" in done.out  # the same image in each of seven classes
+
+
+def test_card_of_own_network_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"image": torch.randn(2, 3, 4, 5), "extra": torch.randn(2, 6)}
+    result = prune(TwoInputs(8), [batch], inputs=["image", "extra"], criterion="l1", ratio=0.5, round_to=2)
+    result.save(tmp_path / "half", builder=TwoInputs, arguments={"width": 8})
+    card = (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline" not in card.replace("pipeline_tag", "") and "isoprune " not in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert "trust_remote_code=True, builder=TwoInputs" in code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("trust_remote_code=True, ", ""), names)
+    assert names["outputs"]["logits"].shape == (1, 4)
+    config = json.loads((tmp_path / "half" / "config.json").read_text(encoding="utf-8"))
+    config["base"]["architecture"] = "os:x\nprint(1)"
+    (tmp_path / "half" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "\nprint" not in str(build_model_card(tmp_path / "half"))
