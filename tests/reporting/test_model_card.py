@@ -404,7 +404,7 @@ def test_snippets_and_command_of_the_card_run(
     assert f"Accuracy: {1 / 7:.4f}" in done.out  # the same image in each of seven classes
 
 
-def test_card_of_own_network_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_of_own_network_names_its_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = {"image": torch.randn(2, 3, 4, 5), "extra": torch.randn(2, 6)}
     result = prune(TwoInputs(8), [batch], inputs=["image", "extra"], criterion="l1", ratio=0.5, round_to=2)
     result.save(tmp_path / "half", builder=TwoInputs, arguments={"width": 8})
