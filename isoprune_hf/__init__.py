@@ -28,11 +28,11 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.version import __version__
 
 if TYPE_CHECKING:
+    from isoprune_hf.api.evaluate import evaluate_model
     from isoprune_hf.api.finetune import finetune
     from isoprune_hf.api.prune import prune
     from isoprune_hf.api.pruned import Pruned
     from isoprune_hf.data.dataset import load_data
-    from isoprune_hf.evaluation.evaluate import evaluate_model
     from isoprune_hf.export.export import export_model
     from isoprune_hf.models import load_base
     from isoprune_hf.pruning.cost.macs import cost_model, count_cost
@@ -64,7 +64,7 @@ _LAZY = {
     "export_model": "export.export",
     "build_model_card": "reporting.model_card",
     "load_data": "data.dataset",
-    "evaluate_model": "evaluation.evaluate",
+    "evaluate_model": "api.evaluate",
     "finetune": "api.finetune",
 }
 

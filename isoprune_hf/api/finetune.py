@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.api.batches import CallerBatch, InputKeys, read_batch
+from isoprune_hf.api.evaluate import with_logits
 from isoprune_hf.api.holding import config_of, run_module, share
 from isoprune_hf.api.objectives import Chosen, Loss, choose_objective
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, holds_rows, open_images
 from isoprune_hf.data.labels import align_labels, classes_of
@@ -45,7 +46,7 @@ def finetune(
     """Train a model in place and leave it in eval mode.
 
     Args:
-        model: The result of `prune`, whose `model` is trained, or a module; for images one that returns `.logits`.
+        model: The result of `prune`, whose `model` is trained, or a module; for images see `evaluate_model`.
         data: Images: the result of `load_data`, a name, folder or `DataRecipe`, or rows of `datasets` with images and
             labels, all of which are trained on. Or batches as `prune` takes them, in a new pass for each epoch: a
             loader, a list of batches, or a data set of torch, which is shuffled into batches of `recipe.batch_size`.
@@ -71,19 +72,19 @@ def finetune(
     recipe = FinetuneRecipe() if recipe is None else recipe
     accelerator = Accelerator() if accelerator is None else accelerator
     base = _teacher_of(model, recipe) if teacher is None else teacher
-    if not isinstance(data, ImageData) and not holds_images(data):
+    if not holds_images(data):
         if options:
             raise RecipeError(f"finetune: {', '.join(options)} are for images of a data set, not for batches")
         return _finetune_batches(model, data, recipe, accelerator, base, loss, inputs)
     if loss is not None or inputs is not None:
         raise RecipeError("loss and inputs are for batches; images with labels are trained by the cross-entropy")
-    student = _with_logits(model) if isinstance(model, Pruned) else model
+    student = with_logits(model)
     if isinstance(model, Pruned):
         processor = model.processor if processor is None else processor
         base = HeldModel(model.config, share(base)) if base is not None and teacher is None else base
     if processor is None:
         raise RecipeError("processor is not set: pass the image processor that makes the inputs of the model")
-    images = data if isinstance(data, ImageData) else open_images(data)
+    images = open_images(data)
     if isinstance(student, PreTrainedModel) and not _is_own_network(student):
         images = align_labels(images, classes_of(student.config))
     return training.finetune(student, images, processor, recipe, accelerator=accelerator, teacher=base, **options)
@@ -99,13 +100,6 @@ def _teacher_of(model: nn.Module | Pruned, recipe: FinetuneRecipe) -> nn.Module 
     if not isinstance(model, Pruned) or recipe.distillation == "none" or recipe.teacher != "auto":
         return None
     return model.base
-
-
-def _with_logits(pruned: Pruned) -> nn.Module:
-    """Return the module of a result in the form that the training takes; its weights are those of the result."""
-    if isinstance(pruned.model, IsoPruneForImageClassification):
-        return pruned.model
-    return HeldModel(pruned.config, pruned.model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.saving import wrap
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, image_batches
 from isoprune_hf.data.labels import check_problem, classes_of
 from isoprune_hf.data.loading import CalibrationBatches
@@ -34,7 +35,7 @@ _RATIOS = ("ratio", "head_ratio", "head_dim_ratio", "ratios", "remove_blocks", "
 
 def prune(
     model: nn.Module | str | Path | Pruned,
-    data: Iterable[Any] | str | Path | DataRecipe | None = None,
+    data: Iterable[Any] | str | Path | DataRecipe | ImageData | None = None,
     *,
     loss: Loss | None = None,
     inputs: InputKeys | None = None,
@@ -51,7 +52,8 @@ def prune(
             gives tuples (inputs, targets), dicts with `pixel_values` or `image` and `labels` or `label`, or tensors.
             A tensor is one batch, and a data set of torch is loaded in its order. The first `calibration_batches *
             batch_size` samples are read, once. Or images with labels, of which as many are drawn: rows of `datasets`,
-            or a name, folder or `DataRecipe`. For a criterion of weights only, such as l1, an example is enough.
+            or a name, folder, `DataRecipe` or the result of `load_data`. For a criterion of weights only, such as l1,
+            an example is enough.
         loss: `loss(outputs, batch)` returns the mean over the samples or one value for each sample, where `batch` has
             the form of the data and any number of samples; or cross_entropy, binary_cross_entropy or squared_error.
             By default the one of these that the targets fit. Data without targets are scored on the classes that the

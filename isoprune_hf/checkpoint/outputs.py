@@ -71,7 +71,7 @@ def call_features(
         return _call_transformers(cast(Any, network.base_model), pixel_values, hidden_states, attentions, options)
     _check_requests(network, hidden_states, attentions)
     if not hasattr(network, "forward_features"):
-        raise ValueError(f"{type(network).__name__} of torchvision has no method that returns features")
+        raise ValueError(f"{type(network).__name__} has no method forward_features, which returns features")
     timm_network: Any = network
     if hidden_states:
         last, states = timm_network.forward_intermediates(pixel_values, **_selected(hidden_states), **options)

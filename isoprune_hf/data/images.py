@@ -15,8 +15,8 @@ from isoprune_hf.recipes import DataRecipe
 
 
 def holds_images(data: Any) -> bool:
-    """Return whether data are the name, folder or recipe of a data set, or rows of `datasets` with encoded images."""
-    if isinstance(data, str | Path | DataRecipe):
+    """Return whether data are the name, folder or recipe of a data set, opened or not, or rows with encoded images."""
+    if isinstance(data, str | Path | DataRecipe | ImageData):
         return True
     return (
         isinstance(data, Dataset) and len(data) > 0 and not any(isinstance(cell, Tensor) for cell in data[0].values())
@@ -29,7 +29,7 @@ def holds_rows(data: Any) -> bool:
 
 
 def image_batches(
-    data: str | Path | DataRecipe | Dataset,
+    data: str | Path | DataRecipe | ImageData | Dataset,
     processor: BaseImageProcessor,
     *,
     batches: int,
@@ -59,12 +59,14 @@ def image_batches(
     return CalibrationBatches(opened.train, processor, options, batches=batches, seed=seed)
 
 
-def open_images(data: str | Path | DataRecipe | Dataset) -> ImageData:
+def open_images(data: str | Path | DataRecipe | ImageData | Dataset) -> ImageData:
     """Open images with labels, see `holds_images`; rows become the training split.
 
     Raises:
         DatasetError: The data set cannot be opened, or has no images with labels.
     """
+    if isinstance(data, ImageData):
+        return data
     if isinstance(data, Dataset):
         return labelled_rows(data)
     return load_data(data if isinstance(data, DataRecipe) else DataRecipe(dataset=str(data)))

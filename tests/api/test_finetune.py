@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isoprune_hf import DataRecipe, FinetuneRecipe, IsoImageProcessor, Pruned, finetune, prune
+from isoprune_hf import (
+    DataRecipe,
+    FinetuneRecipe,
+    IsoImageProcessor,
+    Pruned,
+    evaluate_model,
+    finetune,
+    load_data,
+    prune,
+)
 from isoprune_hf.errors import RecipeError
 
 SIDE = {"height": 8, "width": 8}
@@ -56,3 +65,17 @@ def test_recipe_may_have_no_teacher(pruned: Pruned, monkeypatch: pytest.MonkeyPa
 def test_missing_processor_is_refused(pruned: Pruned) -> None:
     with pytest.raises(RecipeError, match="processor"):
         finetune(pruned.base, "digits")
+
+
+def test_result_and_plain_modules_are_evaluated(pruned: Pruned) -> None:
+    data = load_data(DataRecipe(dataset="digits"))
+    split = data.evaluation.select(range(40))
+    found = evaluate_model(pruned, split)
+    assert found == evaluate_model(pruned.model, split, pruned.processor)
+    pixels = pruned.processor([row["image"].convert("RGB") for row in split], return_tensors="pt").pixel_values
+    hits = pruned.model(pixels).argmax(1) == torch.tensor(split["label"])
+    assert (found["top1"], found["images"]) == (pytest.approx(hits.float().mean().item()), 40)
+    with pytest.raises(RecipeError, match="processor"):
+        evaluate_model(pruned.model, split)
+    settings: dict[str, Any] = {"criterion": "taylor", "calibration_batches": 1, "batch_size": 4}
+    assert prune(Net(), data, processor=pruned.processor, **settings).loss == "cross_entropy"
