@@ -41,7 +41,7 @@ def run(
     if per_class is not None:
         check_output(per_class, overwrite=True, is_file=True, flag="--per_class")
     place = recording.open_result_folder(model)
-    images = open_data(data, accelerator)
+    images = open_data(data, accelerator).evaluating_all(data.eval_images)
     evaluation_split(images, data)  # before the model is loaded
     names = images.label_names
     head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}

@@ -16,6 +16,8 @@ from isoprune_hf.errors import DatasetError
 
 Split: TypeAlias = Dataset | IterableDataset
 
+_MANY = 100  # images of which each one has a class of its own are hardly classified
+
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return the key that sorts names with numbers by their values: 0, 1, 2, 10; a1, a2, a10."""
@@ -62,6 +64,27 @@ def renumber_split(split: Split, names: Sequence[str], table: np.ndarray) -> Spl
     numbers = np.where(is_known, table[np.where(is_known, labels, 0)], -1)
     renumbered: Dataset = split.remove_columns("label").add_column("label", numbers, feature=feature)
     return renumbered.select_columns(["image", "label"])
+
+
+def number_texts(parts: Sequence[Dataset], where: str) -> list[Split]:
+    """Turn label columns with text into a ClassLabel with all texts as names, sorted with numbers by their values.
+
+    Raises:
+        DatasetError: Each of many images has a text of its own, so that the column has no classes.
+    """
+    columns = [part.select_columns("label").with_format("arrow")[:]["label"].to_pylist() for part in parts]
+    names = sorted({text for column in columns for text in column if text}, key=natural_key)
+    images = sum(map(len, columns))
+    if len(names) == images > _MANY:
+        raise DatasetError(f"{where} has another text for each of {images} images; choose the column of the classes")
+    places = {text: index for index, text in enumerate(names)}
+    feature = ClassLabel(names=names)
+    numbered: list[Split] = []
+    for part, column in zip(parts, columns, strict=True):
+        labels = np.array([places.get(text, -1) for text in column])
+        added: Dataset = part.remove_columns("label").add_column("label", labels, feature=feature)
+        numbered.append(added.select_columns(["image", "label"]))
+    return numbered
 
 
 def _renumber_row(row: dict[str, Any], table: list[int]) -> dict[str, Any]:

@@ -5,14 +5,16 @@ Images stay encoded until they are used; `decoding` reads them then.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 
-from isoprune_hf.data.class_names import Split, read_labels, shorten, unite_classes
+from isoprune_hf.data.class_names import Split, number_texts, read_labels, shorten, unite_classes
+from isoprune_hf.data.columns import find_column, is_file, is_image
 from isoprune_hf.data.decoding import Decoding, Rows
-from isoprune_hf.data.sources import find_column, open_splits
+from isoprune_hf.data.sources import open_splits
+from isoprune_hf.data.splits import take_part
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -33,6 +35,7 @@ class ImageData:
         split_images: Number of images of the evaluation split if `evaluation` is a sample of it, else None.
         is_order_ambiguous: The classes have the order of their sorted names, and sorted by characters they would have
             another one; the labels of a model without names of classes may have either.
+        is_undivided: The data set has no splits, and `train` is all of it, or the part that the recipe names.
     """
 
     train: Dataset | IterableDataset | None
@@ -44,6 +47,16 @@ class ImageData:
     buffer: int | None = None
     split_images: int | None = None
     is_order_ambiguous: bool = False
+    is_undivided: bool = False
+
+    def evaluating_all(self, images: int | None) -> "ImageData":
+        """Return the images of an undivided data set, or a sample of so many, as the split for evaluation."""
+        if self.evaluation is not None or not self.is_undivided or not isinstance(self.train, Dataset):
+            return self
+        sample = _sample(self.train, images)
+        return replace(
+            self, train=None, evaluation=sample, split_images=None if sample is self.train else len(self.train)
+        )
 
     def with_sample(self, figures: dict[str, float | int]) -> dict[str, float | int]:
         """Return figures of an evaluation with `split_images`, if they are those of a sample."""
@@ -59,18 +72,20 @@ def load_data(recipe: DataRecipe) -> ImageData:
     opened = open_splits(recipe)
     selected = {name: [_select(part, name, recipe) for part in parts] for name, parts in opened.splits.items()}
     splits, label_names = _name_classes(selected, recipe)
+    has_texts = any(not hasattr(part.features["label"], "names") for parts in selected.values() for part in parts)
+    chosen = opened.chosen
+    train = take_part(splits[chosen.train], "train_split", recipe.train_split) if chosen.train else None
+    whole = take_part(splits[chosen.evaluation], "eval_split", recipe.eval_split) if chosen.evaluation else None
     digest = hashlib.sha256("\n".join(label_names).encode())
-    for name in (recipe.train_split, recipe.eval_split):
-        split = splits.get(name)
+    for split in (train, whole):
         if isinstance(split, Dataset):
             digest.update(read_labels(split).tobytes())
         else:
             digest.update(b"none" if split is None else b"stream")
-    whole = splits.get(recipe.eval_split)
     evaluation = _sample(whole, recipe.eval_images) if isinstance(whole, Dataset) else None
     is_sample = evaluation is not None and evaluation is not whole
     return ImageData(
-        train=splits.get(recipe.train_split),
+        train=train,
         evaluation=evaluation,
         label_names=label_names,
         name=str(recipe.dataset),
@@ -80,7 +95,8 @@ def load_data(recipe: DataRecipe) -> ImageData:
         ),
         buffer=recipe.shuffle_buffer if recipe.streaming else None,
         split_images=len(whole) if isinstance(whole, Dataset) and is_sample else None,
-        is_order_ambiguous=opened.is_sorted and list(label_names) != sorted(label_names),
+        is_order_ambiguous=(opened.is_sorted or has_texts) and list(label_names) != sorted(label_names),
+        is_undivided=chosen.is_undivided,
     )
 
 
@@ -120,24 +136,17 @@ def with_encoded_images(rows: Rows) -> Rows:
 
 def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
     """Reduce a split to the columns `image` and `label`, with images as encoded files or as arrays."""
-    image = find_column(split, "image_column", recipe)
-    label = find_column(split, "label_column", recipe)
-    for setting, column in (("image_column", image), ("label_column", label)):
-        if column not in split.features:
-            raise DatasetError(
-                f"data.{setting}: split {name!r} of {recipe.dataset!r} has no column {column!r}; its columns are "
-                f"{', '.join(split.column_names)}"
-            )
+    image = find_column(split, "image_column", recipe, name)
+    label = find_column(split, "label_column", recipe, name)
     feature = split.features[image]
-    is_encoded = feature == Value("binary") or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
-    is_array = isinstance(feature, Array3D) and feature.dtype == "uint8"
-    if not is_encoded and not is_array and not isinstance(feature, Image):
+    if not is_file(feature) and not is_image(feature):
         raise DatasetError(
             f"data.image_column: column {image!r} of {recipe.dataset!r} must contain images, or arrays of uint8 "
             f"(Array3D), got {feature}"
         )
+    is_array = isinstance(feature, Array3D)
     is_stream = isinstance(split, IterableDataset)
-    if not is_array and (is_stream or is_encoded or not feature.decode):
+    if not is_array and (is_stream or is_file(feature) or not feature.decode):
         # A stream must be cast here: any later operation on it would decode its images.
         split = split.cast_column(image, Image(decode=not is_stream))
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
@@ -173,22 +182,27 @@ def _name_classes(
 
 
 def _as_classes(parts: Sequence[Split], where: str) -> list[Split]:
-    """Turn label columns with the whole numbers 0 to n-1 into a ClassLabel with these numbers as names."""
+    """Turn label columns with text, or with the whole numbers 0 to n-1, into a ClassLabel with these names."""
     kinds = [part.features["label"] for part in parts]
     if all(isinstance(kind, ClassLabel) for kind in kinds):
         return list(parts)
+    are_texts = all(getattr(kind, "dtype", "") in ("string", "large_string") for kind in kinds)
     for kind in kinds:
-        if not isinstance(kind, ClassLabel) and "int" not in getattr(kind, "dtype", ""):
-            raise DatasetError(f"{where} must contain class labels or the whole numbers 0 to n-1, got {kind}")
-    known = [read_labels(part) for part in parts if isinstance(part, Dataset)]
-    if not known:
+        if not are_texts and not isinstance(kind, ClassLabel) and "int" not in getattr(kind, "dtype", ""):
+            raise DatasetError(f"{where} must contain class labels, text or the whole numbers 0 to n-1, got {kind}")
+    known = [part for part in parts if isinstance(part, Dataset)]
+    if not known or (are_texts and len(known) < len(parts)):
         raise DatasetError(
-            f"{where} contains numbers, and the number of classes of a stream is unknown; name the classes, or add an "
-            "evaluation split"
+            f"{where} contains {'text' if are_texts else 'numbers'}, and the number of classes of a stream is "
+            "unknown; name the classes, or add an evaluation split"
         )
-    numbers = np.unique(np.concatenate(known)).tolist()
+    if are_texts:
+        return number_texts(known, where)
+    numbers = np.unique(np.concatenate([*map(read_labels, known)])).tolist()
     if numbers != list(range(len(numbers))):
-        raise DatasetError(f"{where} must contain class labels or the whole numbers 0 to n-1, got {shorten(numbers)}")
+        raise DatasetError(
+            f"{where} must contain class labels, text or the whole numbers 0 to n-1, got {shorten(numbers)}"
+        )
     feature = ClassLabel(names=[str(number) for number in numbers])
     return [part.cast_column("label", feature) for part in parts]
 

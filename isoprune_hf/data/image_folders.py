@@ -31,9 +31,10 @@ def class_folders(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: natural_key(path.name))
 
 
-def holds_images(folder: Path) -> bool:
-    """Return whether there is an image at any depth below a folder."""
-    return next((True for path in _files(folder) if _is_image(path)), False)
+def holds_images(folder: Path, *, depth: int | None = None) -> bool:
+    """Return whether there is an image below a folder, at any depth or only directly in it (`depth` 1)."""
+    files = folder.iterdir() if depth == 1 else _files(folder)
+    return next((True for path in files if path.is_file() and _is_image(path)), False)
 
 
 def read_class_folders(root: Path, order: Sequence[str] = ()) -> Dataset:
@@ -73,19 +74,15 @@ def read_class_folders(root: Path, order: Sequence[str] = ()) -> Dataset:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Iterate over the files at any depth below a folder; a link to a folder above itself is not followed."""
-    above = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        kept = (name for name in folders if name not in _NO_CLASSES)
-        folders[:] = sorted((name for name in kept if _is_new(Path(place, name), above)), key=natural_key)
+        kept = (name for name in folders if name not in _NO_CLASSES and not _is_loop(Path(place, name)))
+        folders[:] = sorted(kept, key=natural_key)
         yield from (Path(place, name) for name in sorted(names, key=natural_key))
 
 
-def _is_new(folder: Path, known: set[str]) -> bool:
-    """Return whether a folder was not visited before, and add it to the known ones, which changes them."""
-    real = os.path.realpath(folder)
-    is_new = real not in known
-    known.add(real)
-    return is_new
+def _is_loop(folder: Path) -> bool:
+    """Return whether a folder is a link to one that it lies in."""
+    return folder.is_symlink() and folder.resolve() in [path.resolve() for path in folder.parents]
 
 
 def _is_image(path: Path) -> bool:

@@ -1,50 +1,54 @@
 """Open the splits of a data set from the Hub, from files, or from a package; call `open_splits`."""
 
-import glob
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from isoprune_hf.data.class_names import Split, read_labels
+from isoprune_hf.data.class_names import Split
 from isoprune_hf.data.datasets_internals import only_labels_decoded, with_known_features
+from isoprune_hf.data.files import KINDS, load_files, name_by_list, sort_by_split
 from isoprune_hf.data.image_folders import class_folders, holds_images, read_class_folders
+from isoprune_hf.data.splits import ChosenSplits, choose_splits, is_split_name
+from isoprune_hf.data.tables import read_table
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
 
-Column = Literal["image_column", "label_column"]
-
-_KINDS = (
+_PLACES = (
     "set `digits`, a folder of parquet or tar files, a folder with train/CLASS and val/CLASS, or the id of a Hub "
     "data set"
 )
-# Names of the columns in tar files, by the convention of WebDataset.
-_WEBDATASET_COLUMNS: dict[Column, tuple[str, ...]] = {
-    "image_column": ("jpg", "jpeg", "png", "webp"),
-    "label_column": ("cls",),
-}
+_SHARDS = 64  # of a stream of files; ranks share them
+_UNDIVIDED = "all"  # name of the only split of files that name none
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The splits of a data set as they lie in its files.
+    """The splits of a data set that a recipe means, as they lie in its files.
 
     Args:
         splits: Parts by the name of the split; each part has columns and names of classes of its own.
+        chosen: Names of the splits.
         is_sorted: The order of the classes is that of their sorted names, which nothing else declares.
     """
 
     splits: dict[str, list[Split]]
+    chosen: ChosenSplits
+    is_sorted: bool
+
+
+@dataclass(frozen=True)
+class _Available:
+    """Functions that load the parts of each split of a data set; `is_sorted` as in `Opened`."""
+
+    splits: Mapping[str, Callable[[], list[Split]]]
     is_sorted: bool = False
 
 
@@ -54,133 +58,113 @@ def open_splits(recipe: DataRecipe) -> Opened:
     Raises:
         DatasetError: The data set cannot be opened, or has neither split.
     """
-    with only_labels_decoded():
-        if not recipe.streaming:
-            return _open(recipe, (recipe.train_split, recipe.eval_split))
-        streams = _open(recipe, (recipe.train_split, recipe.eval_split), streaming=True)
-        whole = _open(recipe, (recipe.eval_split,)).splits if recipe.eval_split in streams.splits else {}
-        known = {
-            name: [with_known_features(part) for part in parts if isinstance(part, IterableDataset)]
-            for name, parts in streams.splits.items()
-        }
-        return Opened(known | whole, streams.is_sorted)
-
-
-def _open(recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool = False) -> Opened:
     if not recipe.dataset:
-        raise DatasetError(f"data.dataset is not set; {_KINDS}")
-    if recipe.dataset == "digits":
-        return _in_memory(_wanted(_load_digits(), recipe, wanted), streaming=streaming)
-    folder = Path(recipe.dataset).expanduser()
+        raise DatasetError(f"data.dataset is not set; {_PLACES}")
     try:
-        if folder.is_dir():
-            return _open_folder(folder, recipe, wanted, streaming=streaming)
-        # A single split is fetched alone, so that the other one can be a stream.
-        split = {wanted[0]: wanted[0]} if len(wanted) == 1 else None
-        opened = load_dataset(recipe.dataset, revision=recipe.revision, streaming=streaming, split=split)
-        return Opened({name: [part] for name, part in _wanted(opened, recipe, wanted).items()})
+        with only_labels_decoded():
+            return _load_chosen(recipe)
     except DatasetError:
         raise
     except (DatasetsError, TarError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_KINDS}") from error
+        raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_PLACES}") from error
 
 
-def _open_folder(folder: Path, recipe: DataRecipe, wanted: tuple[str, ...], *, streaming: bool) -> Opened:
+def _load_chosen(recipe: DataRecipe) -> Opened:
+    available = _find(recipe, streaming=recipe.streaming)
+    chosen = choose_splits([*available.splits], recipe)
+    names = dict.fromkeys(name for name in (chosen.train, chosen.evaluation) if name is not None)
+    splits: dict[str, list[Split]] = {}
+    for name in names:
+        if recipe.streaming and name == chosen.evaluation:
+            splits[name] = _find(recipe, streaming=False, only=name).splits[name]()
+        else:
+            loaded = available.splits[name]()
+            splits[name] = [
+                with_known_features(part) if isinstance(part, IterableDataset) else part for part in loaded
+            ]
+    return Opened(splits, chosen, available.is_sorted)
+
+
+def _find(recipe: DataRecipe, *, streaming: bool, only: str | None = None) -> _Available:
+    """Find the splits of a data set; of one on the Hub, `only` fetches a single one."""
+    if recipe.dataset == "digits":
+        return _in_memory(_load_digits(), streaming=streaming)
+    place = Path(str(recipe.dataset)).expanduser()
+    if place.is_dir():
+        return _find_in_folder(place, recipe, streaming=streaming)
+    if place.is_file():
+        return _find_in_file(place, recipe, streaming=streaming)
+    split = None if only is None else {only: only}
+    opened = load_dataset(recipe.dataset, revision=recipe.revision, streaming=streaming, split=split)
+    return _Available({name: partial(list, [part]) for name, part in opened.items()})
+
+
+def _find_in_file(file: Path, recipe: DataRecipe, *, streaming: bool) -> _Available:
+    ending = file.suffix.lower()[1:]
+    if ending == "csv":
+        return _in_memory({_UNDIVIDED: read_table(file, recipe)}, streaming=streaming, is_sorted=True)
+    if ending not in KINDS:
+        raise DatasetError(
+            f"data.dataset: {str(file)!r} is no parquet, tar or CSV file; unpack an archive, and give its folder"
+        )
+    return _Available({_UNDIVIDED: partial(load_files, KINDS[ending], [str(file)], streaming=streaming)})
+
+
+def _find_in_folder(folder: Path, recipe: DataRecipe, *, streaming: bool) -> _Available:
     if (folder / "dataset_dict.json").is_file():
-        return _in_memory(_wanted(load_from_disk(str(folder)), recipe, wanted), streaming=streaming)
+        return _in_memory(load_from_disk(str(folder)), streaming=streaming)
+    if (folder / "state.json").is_file():
+        return _in_memory({_UNDIVIDED: load_from_disk(str(folder))}, streaming=streaming)
     file = folder / "classes.txt"
     names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for kind, ending in (("parquet", "parquet"), ("webdataset", "tar")):
-        files = _files_of_splits(folder, ending, recipe)
+    for ending, kind in KINDS.items():
+        files = sort_by_split(folder, ending, recipe)
         if files:
-            opened = {
-                name: _load_files(kind, paths, streaming=streaming)
-                for name, paths in _wanted(files, recipe, wanted).items()
-            }
-            return Opened(_name_by_list(opened, names, recipe))
-    folders = {
-        _split_name(path.name): path for path in class_folders(folder) if any(map(holds_images, class_folders(path)))
-    }
-    if not folders:
-        raise DatasetError(
-            f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_KINDS}"
-        )
-    read = {name: read_class_folders(path, names) for name, path in _wanted(folders, recipe, wanted).items()}
-    return Opened(_in_memory(read, streaming=streaming).splits, is_sorted=not names)
-
-
-def _load_files(kind: str, paths: Sequence[str], *, streaming: bool) -> list[Split]:
-    """Load files of one split, those with the same names of classes at once: `datasets` reads names of one file."""
-    parts: list[Split] = []
-    for _, group in groupby(paths, _class_lists if kind == "parquet" else lambda path: kind):
-        files = {"train": [glob.escape(path) for path in group]}
-        parts.append(load_dataset(kind, data_files=files, split="train", streaming=streaming))
-    return parts
-
-
-def _class_lists(path: str) -> dict[str, list[str]]:
-    """Return the names of the classes in each column of a parquet file that has any."""
-    features = Features.from_arrow_schema(pq.read_schema(path))
-    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
-
-
-def _files_of_splits(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
-    """Sort files by split: the wanted split that their folder or a word of their name mentions, or the first word."""
-    files: dict[str, list[str]] = {}
-    for path in sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"*/*.{ending}")]):
-        words = [_split_name(word) for word in (path.parent.name, *re.split(r"[-.]", path.name))]
-        known = [word for word in words if word in (recipe.train_split, recipe.eval_split)]
-        files.setdefault((known or words[1:])[0], []).append(str(path))
-    return files
-
-
-def _name_by_list(splits: Mapping[str, list[Split]], names: list[str], recipe: DataRecipe) -> dict[str, list[Split]]:
-    """Name the classes of integer labels by the lines of `classes.txt`, if there are any."""
-    return {
-        name: [_named(part, name, names, recipe) if names else part for part in parts]
-        for name, parts in splits.items()
-    }
-
-
-def _named(part: Split, place: str, names: list[str], recipe: DataRecipe) -> Split:
-    column = find_column(part, "label_column", recipe)
-    feature = part.features.get(column)
-    if isinstance(feature, ClassLabel) or "int" not in getattr(feature, "dtype", ""):
-        return part
-    if isinstance(part, Dataset):
-        numbers = read_labels(part, column)
-        if numbers.min() < 0 or numbers.max() >= len(names):
-            raise DatasetError(
-                f"data.dataset: classes.txt names {len(names)} classes, but the labels of split {place!r} range from "
-                f"{numbers.min()} to {numbers.max()}; add the missing names"
+            return _Available(
+                {
+                    name: partial(
+                        name_by_list, names, name, recipe, partial(load_files, kind, paths, streaming=streaming)
+                    )
+                    for name, paths in files.items()
+                }
             )
-    return part.cast_column(column, ClassLabel(names=names))
+    return _find_images(folder, recipe, names, streaming=streaming)
 
 
-def find_column(split: Split, setting: Column, recipe: DataRecipe) -> str:
-    """Return the column that a setting means; with the default setting, WebDataset's column names are found too."""
-    wanted: str = getattr(recipe, setting)
-    others = _WEBDATASET_COLUMNS[setting] if wanted == getattr(DataRecipe, setting) else ()
-    return next((name for name in (wanted, *others) if name in split.features), wanted)
-
-
-def _split_name(name: str) -> str:
-    return "validation" if name == "val" else name
-
-
-def _wanted(available: Mapping[str, Any], recipe: DataRecipe, wanted: tuple[str, ...]) -> dict[str, Any]:
-    found = {name: available[name] for name in wanted if name in available}
-    if not found:
+def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streaming: bool) -> _Available:
+    """Find folders of classes, below folders of splits or directly in the folder, or else CSV files."""
+    children = class_folders(folder)
+    divided = {path.name: path for path in children if any(map(holds_images, class_folders(path)))}
+    if not any(is_split_name(name, recipe) for name in divided):
+        direct = [path for path in children if holds_images(path, depth=1)]
+        divided = {_UNDIVIDED: folder} if direct else divided
+    if divided:
+        loaders = {name: partial(_load_images, path, names, streaming=streaming) for name, path in divided.items()}
+        return _Available(loaders, is_sorted=not names)
+    tables = sort_by_split(folder, "csv", recipe)
+    if not tables:
         raise DatasetError(
-            f"data.dataset: {recipe.dataset!r} has neither the split {recipe.train_split!r} nor "
-            f"{recipe.eval_split!r}, it has {', '.join(map(str, available))}; set data.train_split and data.eval_split"
+            f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_PLACES}"
         )
-    return found
+    read = {name: read_table(Path(paths[0]), recipe) for name, paths in tables.items()}
+    return _in_memory(read, streaming=streaming, is_sorted=True)
 
 
-def _in_memory(splits: Mapping[str, Dataset], *, streaming: bool) -> Opened:
-    return Opened({name: [split.to_iterable_dataset() if streaming else split] for name, split in splits.items()})
+def _load_images(folder: Path, names: list[str], *, streaming: bool) -> list[Split]:
+    images = read_class_folders(folder, names)
+    return [_in_shards(images) if streaming else images]
+
+
+def _in_shards(images: Dataset) -> IterableDataset:
+    """Return files that are sorted by class as a stream in a fixed random order: a stream is only shuffled locally."""
+    shuffled = images.select(np.random.default_rng(0).permutation(len(images))).flatten_indices(keep_in_memory=True)
+    return shuffled.to_iterable_dataset(num_shards=min(len(images), _SHARDS))
+
+
+def _in_memory(splits: Mapping[str, Dataset], *, streaming: bool, is_sorted: bool = False) -> _Available:
+    parts = {name: split.to_iterable_dataset() if streaming else split for name, split in splits.items()}
+    return _Available({name: partial(list, [part]) for name, part in parts.items()}, is_sorted)
 
 
 def _load_digits() -> dict[str, Dataset]:

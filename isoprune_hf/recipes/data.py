@@ -23,14 +23,15 @@ class DataRecipe:
     """The labelled images for scoring, finetuning and evaluation.
 
     Args:
-        dataset: A Hub id such as ILSVRC/imagenet-1k (also hf:ILSVRC/imagenet-1k), a folder of parquet files or of
-            WebDataset tar files (with class names in `classes.txt`, one per line), a folder with `train/CLASS/*.JPEG`
-            and `val/CLASS/*.JPEG`, or `digits` (1,797 real handwritten digits that scikit-learn ships).
+        dataset: A Hub id such as ILSVRC/imagenet-1k; a folder or file of images (docs/data.md has a table): class
+            folders, parquet, WebDataset tar files, CSV with paths, `save_to_disk`; or `digits` (1,797 real handwritten
+            digits that scikit-learn ships). `classes.txt` in the folder names the classes in order, one per line.
         revision: Git revision of a Hub data set.
-        image_column: Column of the images.
-        label_column: Column of the classes.
-        train_split: Split for calibration and finetuning.
-        eval_split: Split for evaluation.
+        image_column: Column of the images; by default found by its name or type.
+        label_column: Column of the classes, which are class labels, whole numbers from 0 on, or text; by default found
+            by its name or type.
+        train_split: Split for calibration and finetuning, or a part of it such as train[:80%].
+        eval_split: Split for evaluation, or a part; by default validation, valid, val, dev or test in any case.
         eval_images: Evaluate on a sample of so many images of that split, drawn once and equal for every model; by
             default on all of them. The number is stored and shown with the figures.
         streaming: Stream the training split without storing a copy; needs `finetune.steps_per_epoch`. The evaluation

@@ -156,13 +156,13 @@ class Planted:
 
 
 def test_unknown_tar_members_list_the_columns(tmp_path):
-    write_tar(tmp_path / "train-0.tar", {"a": 0}, ending="tif")
+    write_tar(tmp_path / "train-0.tar", {"a": 0}, ending="picture")
     message = message_of(DataRecipe(dataset=str(tmp_path)))
     assert (
         "data.image_column: split 'train'" in message
-        and "'image'; its columns are __key__, __url__, tif, cls" in message
+        and "'image'; its columns are __key__, __url__, picture, cls" in message
     )
-    loaded = load_data(DataRecipe(dataset=str(tmp_path), image_column="tif"))
+    loaded = load_data(DataRecipe(dataset=str(tmp_path), image_column="picture"))
     assert loaded.train[0]["image"].size == (6, 5)
     (tmp_path / "train-0.tar").write_bytes(b"no archive")
     assert "cannot be opened" in message_of(DataRecipe(dataset=str(tmp_path)))
@@ -226,8 +226,8 @@ def test_errors_say_what_is_wrong_with_the_place(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_other_splits_lists_them(tmp_path):
-    message = message_of(DataRecipe(dataset=str(write_folder(tmp_path, {"test": SYNSETS}))))
-    assert "neither the split 'train' nor 'validation', it has test; set data.train_split" in message
+    message = message_of(DataRecipe(dataset=str(write_folder(tmp_path, {"a": SYNSETS, "b": SYNSETS}))))
+    assert "neither the split 'train' nor 'validation', it has a, b; set data.train_split" in message
 
 
 def test_a_missing_column_lists_those_that_are_there(tmp_path):
@@ -254,11 +254,11 @@ def test_empty_split_raises(tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "kind", "got"),
-    [(["a", "b"], "string", "got Value('string')"), ([0, 2], "int64", "got 0, 2"), ([-1, 0], "int64", "got -1, 0")],
+    [([0.5, 1.5], "float32", "got Value('float32')"), ([0, 2], "int64", "got 0, 2"), ([-1, 0], "int64", "got -1, 0")],
 )
 def test_labels_that_are_not_classes_raise(tmp_path, labels, kind, got):
     message = message_of(save_splits(tmp_path, train=make_split(labels, datasets.Value(kind))))
-    assert "must contain class labels or the whole numbers 0 to n-1" in message and got in message
+    assert "must contain class labels, text or the whole numbers 0 to n-1" in message and got in message
 
 
 def test_images_without_a_label_raise(tmp_path):
@@ -269,7 +269,7 @@ def test_images_without_a_label_raise(tmp_path):
 def test_splits_with_different_classes_raise(tmp_path):
     folder = write_folder(tmp_path, {"train": ("cat", "dog"), "val": ("cat", "owl")})
     message = message_of(DataRecipe(dataset=str(folder)))
-    assert "the classes of 'train' and 'validation' differ: cat, dog and cat, owl" in message
+    assert "the classes of 'train' and 'val' differ: cat, dog and cat, owl" in message
 
 
 def test_labels_that_agree_are_accepted():

@@ -1,0 +1,83 @@
+"""Find the columns of the images and of the classes by their type; call `find_columns`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from datasets import Array3D, ClassLabel, Image, Value
+
+from isoprune_hf.data.class_names import Split
+from isoprune_hf.errors import DatasetError
+from isoprune_hf.recipes import DataRecipe
+
+Column = Literal["image_column", "label_column"]
+
+# In this order, whatever else there is. The last ones are those of tar files, by the convention of WebDataset.
+_USUAL: dict[Column, tuple[str, ...]] = {
+    "image_column": ("image", "jpg", "jpeg", "png", "webp"),
+    "label_column": ("label", "labels", "class", "target", "cls"),
+}
+_NO_LABELS = frozenset({"id", "index", "idx", "image_id", "width", "height", "size"})
+
+
+def find_column(split: Split, setting: Column, recipe: DataRecipe, place: str) -> str:
+    """Return the column that a setting means; with the default setting, the one that its name or its type shows.
+
+    Raises:
+        DatasetError: There is no such column, or there are several and nothing tells which is meant.
+    """
+    features: Mapping[str, Any] = split.features
+    wanted: str = getattr(recipe, setting)
+    if wanted in features:
+        return wanted
+    if wanted == getattr(DataRecipe, setting):
+        named = [name for name in _USUAL[setting] if name in features and _fits(setting, features[name])]
+        typed = _of_type(features, setting)
+        if named or len(typed) == 1:
+            return (named or typed)[0]
+        if typed:
+            raise DatasetError(
+                f"data.{setting}: split {place!r} of {recipe.dataset!r} has several columns that fit: "
+                f"{', '.join(typed)}; choose one with --data.{setting}"
+            )
+    raise DatasetError(
+        f"data.{setting}: split {place!r} of {recipe.dataset!r} has no column {wanted!r}; its columns are "
+        f"{', '.join(split.column_names)}"
+    )
+
+
+def is_file(feature: Any) -> bool:
+    """Return whether a column has encoded files that are not declared as images."""
+    return feature == Value("binary") or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
+
+
+def is_image(feature: Any) -> bool:
+    """Return whether a column is declared as images, or as arrays of uint8."""
+    return isinstance(feature, Image) or (isinstance(feature, Array3D) and feature.dtype == "uint8")
+
+
+def _fits(setting: Column, feature: Any) -> bool:
+    if setting == "image_column":
+        return is_image(feature) or is_file(feature)
+    return isinstance(feature, ClassLabel) or _is_integer(feature) or _is_text(feature)
+
+
+def _of_type(features: Mapping[str, Any], setting: Column) -> list[str]:
+    """Return the columns of the first kind that there is: declared ones, then those that can only be meant."""
+    kinds: tuple[Callable[[Any], bool], ...] = (
+        (is_image, lambda feature: isinstance(feature, dict) and is_file(feature))
+        if setting == "image_column"
+        else (lambda feature: isinstance(feature, ClassLabel), _is_integer, _is_text)
+    )
+    for is_kind in kinds:
+        found = [name for name, feature in features.items() if name not in _NO_LABELS and is_kind(feature)]
+        if found:
+            return found
+    return []
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, Value) and "int" in feature.dtype
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")

@@ -1,0 +1,77 @@
+"""Parquet and tar files of a folder: `sort_by_split` finds those of each split, `load_files` loads them."""
+
+import glob
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, Features, load_dataset
+
+from isoprune_hf.data.class_names import Split, read_labels
+from isoprune_hf.data.columns import find_column
+from isoprune_hf.data.splits import is_split_name
+from isoprune_hf.errors import DatasetError
+from isoprune_hf.recipes import DataRecipe
+
+KINDS = {"parquet": "parquet", "tar": "webdataset"}  # ending of the files: their name in `datasets`
+
+
+def sort_by_split(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
+    """Sort files by the split that a folder or a word of their name mentions, or else by the first word.
+
+    Names are lower-case. Files with one first word, and without a split, are one split.
+    """
+    files: dict[str, list[str]] = {}
+    for path in sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"*/*.{ending}")]):
+        words = [*path.relative_to(folder).parts[:-1], *re.split(r"[-_.]", path.name)]
+        known = [word for word in words if is_split_name(word, recipe)]
+        first = re.split(r"[-.]", path.name)[0]
+        files.setdefault((known or [first])[0].casefold(), []).append(str(path))
+    return files
+
+
+def load_files(kind: str, paths: Sequence[str], *, streaming: bool) -> list[Split]:
+    """Load files of one split, those with the same names of classes at once: `datasets` reads names of one file.
+
+    Raises:
+        DatasetError: A path has two colons, which `datasets` reads as two places.
+    """
+    if "::" in paths[0]:
+        raise DatasetError(f"data.dataset: the path {paths[0]!r} has '::', which `datasets` cannot read; rename it")
+    parts: list[Split] = []
+    for _, group in groupby(paths, _class_lists if kind == "parquet" else lambda path: kind):
+        files = {"train": [glob.escape(path) for path in group]}
+        parts.append(load_dataset(kind, data_files=files, split="train", streaming=streaming))
+    return parts
+
+
+def _class_lists(path: str) -> dict[str, list[str]]:
+    """Return the names of the classes in each column of a parquet file that has any."""
+    features = Features.from_arrow_schema(pq.read_schema(path))
+    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
+
+
+def name_by_list(names: list[str], place: str, recipe: DataRecipe, load: Callable[[], list[Split]]) -> list[Split]:
+    """Load a split, and name the classes of integer labels by the lines of `classes.txt`, if there are any.
+
+    Raises:
+        DatasetError: A label has no name.
+    """
+    return [_named(part, place, names, recipe) if names else part for part in load()]
+
+
+def _named(part: Split, place: str, names: list[str], recipe: DataRecipe) -> Split:
+    column = find_column(part, "label_column", recipe, place)
+    feature = part.features[column]
+    if isinstance(feature, ClassLabel) or "int" not in getattr(feature, "dtype", ""):
+        return part
+    if isinstance(part, Dataset):
+        numbers = read_labels(part, column)
+        if numbers.min() < 0 or numbers.max() >= len(names):
+            raise DatasetError(
+                f"data.dataset: classes.txt names {len(names)} classes, but the labels of split {place!r} range from "
+                f"{numbers.min()} to {numbers.max()}; add the missing names"
+            )
+    return part.cast_column(column, ClassLabel(names=names))
