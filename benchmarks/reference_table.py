@@ -49,7 +49,7 @@ class RandomGradients(nn.Module):
 
     def __init__(self, base: IsoPruneForImageClassification, seed: int):
         super().__init__()
-        self.model = base.model
+        self.config, self.model = base.config, base.model
         generator = torch.Generator().manual_seed(seed)
         self.slopes = {
             name: torch.randn(parameter.shape, generator=generator)

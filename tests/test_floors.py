@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def test_text_files_are_read_and_written_as_utf8() -> None:
                 if is_text and "encoding" not in {keyword.arg for keyword in node.keywords}:
                     missing.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert missing == []
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Without packages pytest imports a test file by its name alone."""
+    counts = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 def test_names_of_tests_have_at_most_eight_words() -> None:

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,7 +77,7 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
     """
     stage, flags = _split_stage(arguments)
     if stage in STAGES:
-        parser = _reused_parser(stage)
+        parser = stage_parser(STAGES[stage])
         if "--help-all" in flags:
             flags = ["--help"]
         elif {"-h", "--help"} & {*flags}:
@@ -89,11 +88,6 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
     else:  # help, completion or version
         parser, flags = build_parser(), [*stage.split(), *flags]
     return stage, parser.instantiate_classes(parser.parse_args(flags))
-
-
-@cache
-def _reused_parser(stage: str) -> ArgumentParser:
-    return stage_parser(STAGES[stage])
 
 
 def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:
