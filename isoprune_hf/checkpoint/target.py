@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from isoprune_hf.checkpoint.exchange import exchange
 from isoprune_hf.checkpoint.output_check import MODEL_MARKS, check_output
 from isoprune_hf.checkpoint.sync import sync_folder
 from isoprune_hf.checkpoint.target_lock import TargetLock
-from isoprune_hf.errors import CheckpointError, WriteError
+from isoprune_hf.errors import CheckpointError, RecipeError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,26 @@ class Target:
     real: Path
     keep: str | None = None
     files: _Files = field(default_factory=dict)
+
+    def check_inputs(self, used: Mapping[str, str | None], *, are_places: bool = False) -> None:
+        """Check that nothing that a command reads lies in the target, which will be replaced.
+
+        Args:
+            used: What it reads, by setting: places, or names that are no places.
+            are_places: They are places, even those that do not exist yet.
+
+        Raises:
+            RecipeError: One of the places lies in the target, or is the target.
+        """
+        for setting, place in used.items():
+            if not place or not (are_places or Path(place).exists()):
+                continue
+            real = Path(place).resolve()
+            if self.real in (real, *real.parents):
+                raise RecipeError(
+                    f"--output {self.path} contains {setting} ({place}), which would be overwritten; choose another "
+                    "folder"
+                )
 
     def take_folder(self, written: Path) -> None:
         """Give the name of the target to a folder that was written next to it, and remove the old one.

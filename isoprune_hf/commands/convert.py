@@ -26,6 +26,7 @@ def run(
     from isoprune_hf.legacy.convert import convert_file
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        target.check_inputs({"--file": file, "--base": base})
         converted = convert_file(file, base=base, model_args=model_args, weights=weights)
         write_folder(target, converted.model, converted.processor, accelerator)
     answer = summarize(converted.model, {}, {}, target.path)

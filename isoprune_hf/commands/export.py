@@ -1,11 +1,9 @@
 """The stage `export`: write a model for another runtime, and compare its outputs with PyTorch."""
 
-from pathlib import Path
 from typing import Literal
 
 from isoprune_hf.commands.flags import OVERWRITE, output_flag
 from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
-from isoprune_hf.errors import RecipeError
 
 
 def run(
@@ -22,8 +20,7 @@ def run(
     from isoprune_hf.models import load_base
 
     with open_target(output, overwrite=overwrite) as target:
-        if Path(folder).resolve() == target.real:
-            raise RecipeError("--output must be another folder than the model's")
+        target.check_inputs({"--folder": folder})
         check_export(format, quantize)
         model, processor = load_base(folder)
         exported = export_model(model, processor, target, target=format, quantize=quantize)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Literal
 
 from isoprune_hf.commands.flags import MODEL, OVERWRITE, PUSH_EVERY, PUSH_TO_HUB, output_flag
 from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 
 if TYPE_CHECKING:
@@ -35,8 +34,8 @@ def run(
     has_run = is_begun(Path(output) / CHECKPOINTS)
     is_writer = accelerator.is_main_process
     with open_target(output, overwrite=overwrite, is_writer=is_writer, keep=CHECKPOINTS, holds_run=has_run) as target:
-        if Path(model).resolve() == target.real:
-            raise RecipeError("--output must be another folder than --model")
+        target.check_inputs({"--model": model, "finetune.teacher": finetune.teacher, "data.dataset": data.dataset})
+        target.check_inputs({"finetune.teacher_cache": finetune.teacher_cache}, are_places=True)
         uploads = open_uploads(push_to_hub, accelerator, push_every)
         source = Source(model, takes_new_head=num_labels is not None)
         answer = finetune_folder(source, target, data, finetune, accelerator, uploads, overwrite=overwrite)

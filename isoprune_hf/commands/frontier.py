@@ -33,6 +33,7 @@ def run(
     shares = read_sizes(sizes)
     marks = ("frontier.json",)
     with open_target(output, overwrite=overwrite, marks=marks, is_writer=accelerator.is_main_process) as target:
+        target.check_inputs({"prune.model": model or prune.model, "data.dataset": data.dataset})
         check_plotting()
         if prune.steps > 1:
             raise RecipeError(f"frontier cuts every size from one scoring: set prune.steps to 1, got {prune.steps}")

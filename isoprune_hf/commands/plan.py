@@ -50,6 +50,7 @@ def run_apply(
     from isoprune_hf.recipes import recipe_to_dict
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        target.check_inputs({"--plan": plan, "prune.model": model or prune.model, "data.dataset": data.dataset})
         loaded = PruningPlan.load(plan)
         settings = recipe_to_dict(prune)
         if model is not None:

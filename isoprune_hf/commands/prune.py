@@ -29,6 +29,8 @@ def run(
     from isoprune_hf.hub.uploads import open_uploads
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
+        target.check_inputs({"prune.model": prune.model, "prune.weights": prune.weights, "--scores": scores})
+        target.check_inputs({"data.dataset": data.dataset})
         uploads = open_uploads(push_to_hub, accelerator)
         prune, known = open_scores(prune, scores)
         images = open_data(data, accelerator) if data.dataset else None

@@ -25,12 +25,14 @@ def run(
     """Open, train the base if requested, score, cut, finetune, evaluate and write; an unfinished run is resumed."""
     from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.opening import evaluation_split, open_data, open_inputs
-    from isoprune_hf.commands.steps.pipeline import check_sources, run_pipeline
+    from isoprune_hf.commands.steps.pipeline import run_pipeline
     from isoprune_hf.commands.steps.results import send_result
     from isoprune_hf.hub.uploads import open_uploads
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
-        check_sources(target, {"prune.model": prune.model, "finetune.teacher": finetune.teacher})
+        models = {"prune.model": prune.model, "prune.weights": prune.weights, "finetune.teacher": finetune.teacher}
+        target.check_inputs({**models, "data.dataset": data.dataset})
+        target.check_inputs({"finetune.teacher_cache": finetune.teacher_cache}, are_places=True)
         uploads = open_uploads(push_to_hub, accelerator, push_every)
         images = open_data(data, accelerator)
         evaluation_split(images, data)  # before the model is loaded

@@ -18,6 +18,7 @@ def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, out
     from isoprune_hf.pruning.score import score_model
 
     with open_target(output, overwrite=overwrite, is_file=True, is_writer=accelerator.is_main_process) as target:
+        target.check_inputs({"prune.weights": prune.weights})
         images = open_data(data, accelerator) if data.dataset else None
         opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
         calibration = opened.open_calibration(output)

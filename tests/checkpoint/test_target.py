@@ -130,6 +130,20 @@ def test_files_removed_by_others_are_no_obstacle(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == NEW
 
 
+def test_inputs_of_a_command_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_old(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    with open_target("out", overwrite=True) as target:
+        for place in ("out", tmp_path / "out", "out/config.json", "out/checkpoints", "link", "link/state"):
+            with pytest.raises(RecipeError, match=r"^--output out contains --model "):
+                target.check_inputs({"--scores": None, "--model": str(place)})
+        target.check_inputs({"--model": "timm/out", "data": "out/missing", "base": str(tmp_path), "": "."})
+        target.check_inputs({"cache": "missing"}, are_places=True)
+        with pytest.raises(RecipeError, match="contains cache"):
+            target.check_inputs({"cache": "out/missing"}, are_places=True)
+
+
 def test_locks_of_commands_below_are_no_change(tmp_path: Path) -> None:
     with open_target(tmp_path / "out", overwrite=False) as target:
         (tmp_path / "out" / "model").mkdir(parents=True)

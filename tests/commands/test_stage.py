@@ -41,6 +41,15 @@ def test_choices_of_flags_are_those_of_registries() -> None:
     assert kinds["convert", "weights"] == Weights
 
 
+def test_every_output_is_locked_and_apart_from_inputs() -> None:
+    """A stage with an output opens it as a target at its start, and names to it what it reads."""
+    for stage in STAGES.values():
+        if any(flag.name == "output" for flag in stage.flags):
+            source = inspect.getsource(stage.run)
+            assert "open_target(" in source and "check_output(" not in source, stage.name
+            assert "check_inputs(" in source or stage.name == "inspect", stage.name
+
+
 def test_only_generic_lists_are_list_flags() -> None:
     kinds: dict[Any, bool] = {list[int]: True, dict[str, Any]: False, int: False, str | None: False}
     assert {kind: Flag("f", kind, None, "").is_list for kind in kinds} == kinds

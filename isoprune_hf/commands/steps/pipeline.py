@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,7 +23,6 @@ from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_r
 from isoprune_hf.commands.steps.unfinished import Unfinished, finish, open_unfinished
 from isoprune_hf.data.dataset import ImageData, with_encoded_images
 from isoprune_hf.data.decoding import Decoding, Rows, read_or_replace, to_pixels
-from isoprune_hf.errors import RecipeError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.measuring.speed import measure_latency, record_measurement
 from isoprune_hf.models import BaseModel, load_base
@@ -43,24 +41,6 @@ class Cut:
     model: IsoPruneForImageClassification
     plan: PruningPlan
     metrics: Metrics
-
-
-def check_sources(target: Target, used: Mapping[str, str | None]) -> None:
-    """Check that no model that a run reads lies in the output that it replaces.
-
-    Args:
-        target: Output of the run.
-        used: Models that this run reads, by their settings.
-
-    Raises:
-        RecipeError: One of the models lies in the output.
-    """
-    for setting, path in used.items():
-        if path and target.real in Path(path).resolve().parents:
-            raise RecipeError(
-                f"--output {target.path} contains {setting} ({path}), which would be overwritten; choose another "
-                "folder"
-            )
 
 
 def run_pipeline(
