@@ -10,8 +10,8 @@ from typing import Literal, TextIO, TypeVar
 from tqdm import tqdm
 
 Value = TypeVar("Value")
-Look = Literal["bold", "red", "green"]
-_CODES: dict[Look, str] = {"bold": "1", "red": "31;1", "green": "32"}
+Look = Literal["red", "green"]
+_CODES: dict[Look, str] = {"red": "31;1", "green": "32"}
 
 _OWN_CODES = re.compile("(" + "|".join(rf"\033\[{code}m" for code in ("0", *_CODES.values())) + ")")
 

@@ -1,10 +1,8 @@
 """Text of `isoprune --help` and `--version`, for which no extra must be installed; see `answer_of`."""
 
-import sys
 import textwrap
 
 from isoprune_hf.cli.table import EXIT_CODES, GROUPS, HEADINGS, STAGES, SWITCHES
-from isoprune_hf.terminal import paint
 from isoprune_hf.version import __version__
 
 USAGE = "isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]"
@@ -44,13 +42,9 @@ def describe_stages() -> str:
     for title, members in HEADINGS.items():
         parts.append(_section(title, {name: (GROUPS.get(name) or STAGES[name]).text for name in members}))
     parts.append(_section("options", _OPTIONS))
-    parts.append(f"{_heading('examples')}\n{_EXAMPLES}")
+    parts.append(f"examples:\n{_EXAMPLES}")
     parts.append(_section("exit codes", {str(code): text for code, text in EXIT_CODES.items()}))
     return "\n\n".join(parts) + "\n"
-
-
-def _heading(title: str) -> str:
-    return paint(f"{title}:", "bold", sys.stdout)
 
 
 def _section(title: str, texts: dict[str, str]) -> str:
@@ -59,4 +53,4 @@ def _section(title: str, texts: dict[str, str]) -> str:
     for name, text in texts.items():
         first = f"    {name}".ljust(len(indent))
         lines += textwrap.wrap(text, _LINE_LENGTH, initial_indent=first, subsequent_indent=indent)
-    return "\n".join([_heading(title), *lines])
+    return "\n".join([f"{title}:", *lines])
