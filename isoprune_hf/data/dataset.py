@@ -4,19 +4,25 @@ Images stay encoded until they are used; `decoding` reads them then.
 """
 
 import hashlib
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
+from PIL import Image as PILImage
 
 from isoprune_hf.data.class_names import Split, number_texts, read_labels, shorten, unite_classes
 from isoprune_hf.data.columns import find_column, is_file, is_image
-from isoprune_hf.data.decoding import Decoding, Rows
+from isoprune_hf.data.decoding import DECODE_ERRORS, Decoding, Rows
 from isoprune_hf.data.sources import open_splits
 from isoprune_hf.data.splits import take_part
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
+
+logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ def load_data(recipe: DataRecipe) -> ImageData:
         else:
             digest.update(b"none" if split is None else b"stream")
     evaluation = _sample(whole, recipe.eval_images) if isinstance(whole, Dataset) else None
+    _warn_of_wide_images(str(recipe.dataset), (train, whole))
     is_sample = evaluation is not None and evaluation is not whole
     return ImageData(
         train=train,
@@ -98,6 +105,27 @@ def load_data(recipe: DataRecipe) -> ImageData:
         is_order_ambiguous=(opened.is_sorted or has_texts) and list(label_names) != sorted(label_names),
         is_undivided=chosen.is_undivided,
     )
+
+
+def _warn_of_wide_images(name: str, splits: Sequence[Split | None]) -> None:
+    """Log a line if the first image of a split is grey of more than 8 bits, which decoding clips to white."""
+    if any(_is_wide(split) for split in splits if isinstance(split, Dataset) and len(split)):
+        logger.warning(
+            f"data: {name} has grey images of more than 8 bits; values above 255 become white, as in torchvision and "
+            "pipelines: convert the files to 8 bits"
+        )
+
+
+def _is_wide(split: Dataset) -> bool:
+    image = with_encoded_images(split)[0]["image"]
+    if not isinstance(image, dict):
+        return False
+    try:
+        file = Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
+        with PILImage.open(file) as opened:
+            return opened.mode[0] in "IF"
+    except DECODE_ERRORS:
+        return False  # reported where it is used
 
 
 def _sample(split: Dataset, count: int | None) -> Dataset:

@@ -110,8 +110,8 @@ class LabelledImage(NamedTuple):
 def decode_image(encoded: bytes, *, exif: bool = True, channels: int = 3) -> Image.Image:
     """Decode an image file into grey (1 channel), RGB (3) or RGBA (4); of an animation, the first frame.
 
-    Transparency is dropped, except by RGBA. 16-bit grey is reduced to its upper 8 bits, as Pillow does with 16-bit
-    colour; its own conversion of 16-bit grey would clip nearly all of it to white.
+    Transparency is dropped, except by RGBA. Grey of more than 8 bits is clipped to 255: so do the loaders of
+    torchvision and timm, and pipelines, before a processor sees the image.
 
     Raises:
         OSError: The bytes are not an image, or only a part of one. Pillow's other errors are in `DECODE_ERRORS`.
@@ -161,12 +161,10 @@ def _open(encoded: bytes, edge: int | None = None) -> Image.Image:
 
 
 def _decode(image: Image.Image, *, exif: bool) -> Image.Image:
-    """Decode an opened file into an upright image of 8 bits a channel."""
+    """Decode an opened file into an upright image."""
     image.load()
     if exif:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     return image
 
 

@@ -13,11 +13,12 @@ from helpers.evaluation import make_net, make_processor
 from helpers.images import BROKEN, encode, noise, open_images, with_orientation, write_images
 from helpers.ranks import call_on_ranks
 from PIL import Image
+from transformers.image_utils import load_image
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.augmentation import TransformedImages
 from isoprune_hf.data.dataset import ImageData, load_data
-from isoprune_hf.data.decoding import Decoding, decode_image, read_image, read_or_replace
+from isoprune_hf.data.decoding import Decoding, decode_image, decode_pixels, read_image, read_or_replace
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.evaluate import evaluate_model
@@ -113,7 +114,8 @@ def test_unusual_modes_become_rgb() -> None:
     palette = Image.new("P", (2, 1), 1)
     palette.putpalette([0, 0, 0, *RED])
     assert pixel(encode(palette, transparency=bytes([255, 0]))) == RED  # what is transparent keeps its colour
-    assert pixel(encode(Image.fromarray(np.full((2, 2), 200 * 256 + 77, np.uint16)))) == (200, 200, 200)
+    assert pixel(encode(Image.fromarray(np.full((2, 2), 200 * 256 + 77, np.uint16)))) == (255, 255, 255)
+    assert pixel(encode(Image.fromarray(np.full((2, 2), 77, np.uint16)))) == (77, 77, 77)
     assert pixel(encode(Image.new("L", (3, 3), 7))) == (7, 7, 7)
     assert pixel(encode(Image.new("LA", (3, 3), (9, 0)))) == (9, 9, 9)
     assert pixel(encode(Image.new("RGBA", (3, 3), (1, 2, 3, 0)))) == (1, 2, 3)
@@ -252,3 +254,33 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
     datasets.DatasetDict(train=split).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(DatasetError, match=r"1 of 2 .*'train'"):
         load_data(DataRecipe(dataset=str(tmp_path / "saved")))
+
+
+WIDE = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8) // 16
+KINDS = {
+    "16-bit grey": encode(Image.fromarray(WIDE)),
+    "16-bit TIFF": encode(Image.fromarray(WIDE), "TIFF"),
+    "32-bit TIFF": encode(Image.fromarray(WIDE.astype(np.int32)), "TIFF"),
+    "float TIFF": encode(Image.fromarray(WIDE.astype(np.float32)), "TIFF"),
+    "grey and alpha": encode(noise(mode="LA")),
+    "colour and alpha": encode(noise(mode="RGBA")),
+    "CMYK": encode(noise(mode="CMYK"), "JPEG"),
+    "palette": encode(noise().quantize(16)),
+    "turned": with_orientation(noise(), 6),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_sees_the_pixels_of_pipelines(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(KINDS[kind])
+    expected = np.asarray(load_image(str(tmp_path / "image")))  # what a pipeline passes to its processor
+    assert np.array_equal(np.asarray(decode_image(KINDS[kind])), expected)
+    assert np.array_equal(decode_pixels(KINDS[kind]).permute(1, 2, 0), expected)
+
+
+def test_wide_grey_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "0.png").write_bytes(KINDS["16-bit grey"])
+    open_images(tmp_path)
+    assert caplog.text.count("convert the files to 8 bits") == 1
