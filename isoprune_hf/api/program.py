@@ -65,6 +65,8 @@ def save_program(folder: str | Path, module: nn.Module, form: CallForm, plan: Pr
             program = torch.export.load(temporary / PROGRAM).module()
             for inputs in batches:
                 _compare(_run(plain, form, inputs), _run(program, form, inputs), kind)
+        except CheckpointError:
+            raise
         except LIBRARY_ERRORS as error:  # of torch.export
             raise CheckpointError(
                 f"{kind} is not a model of timm, torchvision or transformers with known arguments, and cannot be "
