@@ -17,6 +17,7 @@ from isoprune_hf.api.holding import config_of, run_module, share
 from isoprune_hf.api.objectives import Chosen, Loss, choose_objective
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
+from isoprune_hf.api.transforms import transformed
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, holds_rows, open_images
@@ -84,7 +85,7 @@ def finetune(
         base = HeldModel(model.config, share(base)) if base is not None and teacher is None else base
     if processor is None:
         raise RecipeError("processor is not set: pass the image processor that makes the inputs of the model")
-    images = open_images(data)
+    images, processor = open_images(data), transformed(processor, data)
     if isinstance(student, PreTrainedModel) and not _is_own_network(student):
         images = align_labels(images, classes_of(student.config))
     return training.finetune(student, images, processor, recipe, accelerator=accelerator, teacher=base, **options)

@@ -16,6 +16,7 @@ from isoprune_hf.api.objectives import Loss
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.saving import wrap
+from isoprune_hf.api.transforms import transformed
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, image_batches
@@ -25,11 +26,13 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.models.calling import restore
 from isoprune_hf.models.from_module import Recognised, processor_of, recognise_wrapper
+from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import DataRecipe, PruneRecipe
 from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA
 
 _LOSS_READERS = {*DATA_CRITERIA} - {"activation_variance"}
+_OF_NAMES = ("pretrained", "model_args", "num_labels", "weights")  # settings of a model that is a name
 _RATIOS = ("ratio", "head_ratio", "head_dim_ratio", "ratios", "remove_blocks", "preset")
 
 
@@ -86,6 +89,11 @@ def prune(
     if earlier is not None:
         known = Recognised(copy.deepcopy(earlier.config), earlier.processor)
     maker = processor or (processor_of(module) if known is None else known.processor)
+    maker = None if maker is None else transformed(maker, data)
+    if recipe.interpolation is not None and not holds_images(data):
+        raise RecipeError(
+            f"interpolation {recipe.interpolation} is for images of a data set; leave it out for batches"
+        )
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
     with torch.inference_mode(False), kept_random_state():
@@ -107,7 +115,7 @@ def prune(
         seconds=result.seconds,
         loss=name,
         config=config,
-        processor=held.processor if processor is None else processor,
+        processor=maker if processor is not None or isinstance(data, DataRecipe) else held.processor,
         base=module if earlier is None else earlier.base,
         form=held.form,
     )
@@ -124,10 +132,18 @@ def _open(
         enters_wrapper: Take the module of timm out of TimmWrapper, whose inputs and outputs have other forms.
     """
     processor: BaseImageProcessor | None = None
-    if not isinstance(model, nn.Module):
-        labels = recipe.num_labels if isinstance(recipe.num_labels, int) else None
+    if recipe.num_labels == "data":
+        raise RecipeError("num_labels data is for the command line: pass the number of classes")
+    if isinstance(model, nn.Module):
+        _check_no_name(recipe)
+    else:
         model, processor = load_base(
-            str(model), recipe.pretrained, model_args=recipe.model_args, num_labels=labels, seed=recipe.seed
+            str(model),
+            recipe.pretrained,
+            model_args=recipe.model_args,
+            num_labels=recipe.num_labels,
+            seed=recipe.seed,
+            weights=recipe.weights,
         )
     module = unwrap(model)
     if isinstance(module, IsoPruneForImageClassification):
@@ -135,6 +151,20 @@ def _open(
     if enters_wrapper and isinstance(module, TimmWrapperForImageClassification):
         return inner_of(module), recognise_wrapper(module)
     return module, None
+
+
+def _check_no_name(recipe: PruneRecipe) -> None:
+    """Check that a recipe does not say how a name is opened.
+
+    Raises:
+        RecipeError: It does.
+    """
+    plain = PruneRecipe(target_macs="50%")
+    for name in _OF_NAMES:
+        if getattr(recipe, name) != getattr(plain, name):
+            raise RecipeError(
+                f"{name} {getattr(recipe, name)} says how a name is opened, and the model is a module; leave it out"
+            )
 
 
 def _as_given(
@@ -169,7 +199,7 @@ def _read_images(
         check_problem(config)
     return image_batches(
         data,
-        processor,
+        with_transform(processor, interpolation=recipe.interpolation),
         batches=recipe.calibration_batches,
         batch_size=recipe.batch_size,
         seed=recipe.seed,

@@ -14,16 +14,16 @@ from PIL import Image as PilImage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from isoprune_hf import DataRecipe, prune
+from isoprune_hf import DataRecipe, IsoImageProcessor, finetune, prune
 from isoprune_hf.errors import RecipeError
 
 IMAGES = torch.randn(10, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1])
 
 
-def make_net() -> nn.Module:
+def make_net(classes: int = 4) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def scores(data: Any, **settings: Any) -> Tensor:
@@ -133,3 +133,22 @@ def test_rows_without_images_are_refused() -> None:
     rows = Dataset.from_dict({"text": ["a"], "label": [0]})
     with pytest.raises(ValueError, match="image"):
         prune(timm.create_model("test_resnet", num_classes=2), rows)
+
+
+def test_transform_of_a_recipe_makes_the_inputs() -> None:
+    side = {"height": 8, "width": 8}
+    processor = IsoImageProcessor(size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    settings: dict[str, Any] = {"processor": processor, "calibration_batches": 1, "batch_size": 8}
+    found = {
+        name: prune(make_net(10), DataRecipe(dataset="digits", **options), criterion="taylor", ratio=0.5, **settings)
+        for name, options in {"own": {}, "mean": {"mean": [0.1] * 3}}.items()
+    }
+    assert [list(result.processor.image_mean) for result in found.values()] == [[0.5] * 3, [0.1] * 3]
+    assert not torch.equal(found["own"].scores.scores["0"], found["mean"].scores.scores["0"])
+    given: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("isoprune_hf.training.finetune.finetune", lambda *args, **_: given.append(args[2]) or {})
+        finetune(found["own"], DataRecipe(dataset="digits", mean=[0.2] * 3))
+    assert list(given[0].image_mean) == [0.2] * 3
+    with pytest.raises(RecipeError, match="interpolation"):
+        scores([(IMAGES, LABELS)], interpolation="nearest")

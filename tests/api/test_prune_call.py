@@ -3,10 +3,12 @@
 import copy
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -130,6 +132,23 @@ def test_inputs_may_have_no_height_and_width() -> None:
     result = prune(net, make_batches(5), ratio=3 / 8, round_to=1)
     assert result.plan.kept == {"0": (0, 3, 4, 6, 7)}
     assert result.model[2].in_features == 5
+
+
+@pytest.mark.parametrize(
+    "setting", [{"weights": "a.pth"}, {"num_labels": 7}, {"num_labels": "data"}, {"pretrained": False}]
+)
+def test_settings_of_names_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(setting))):
+        prune(make_net(), make_batches(), criterion="l1", **setting)
+
+
+def test_name_may_have_own_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet")
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "own.pth")
+    result = prune("timm/test_resnet", torch.zeros(1, 3, 160, 160), weights=str(tmp_path / "own.pth"), criterion="l1")
+    assert torch.equal(result.base.fc.weight, module.fc.weight)
+    assert result.config.source["weights"] == str(tmp_path / "own.pth")
 
 
 @pytest.fixture(scope="module")
