@@ -97,8 +97,16 @@ def _is_own_network(model: PreTrainedModel) -> bool:
 
 
 def _teacher_of(model: nn.Module | Pruned, recipe: FinetuneRecipe) -> nn.Module | None:
-    """Return the base of a result, if the recipe takes it as the teacher."""
-    if not isinstance(model, Pruned) or recipe.distillation == "none" or recipe.teacher != "auto":
+    """Return the base of a result, if the recipe takes it as the teacher.
+
+    Raises:
+        RecipeError: The recipe names another teacher.
+    """
+    if recipe.distillation == "none" or recipe.teacher == "none":
+        return None
+    if recipe.teacher != "auto":
+        raise RecipeError(f"finetune.teacher {recipe.teacher}: open it, and pass it as teacher=load_base(...).model")
+    if not isinstance(model, Pruned):
         return None
     return model.base
 

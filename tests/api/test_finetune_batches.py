@@ -105,6 +105,7 @@ def test_half_precision_is_trained_in_float32() -> None:
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], type[Exception]]] = {
     "mixup": (LOADER, {"mixup": 0.2}, {}, RecipeError),
+    "teacher": (LOADER, {"teacher": "timm/resnet50"}, {}, RecipeError),
     "save": (LOADER, {}, {"save": print}, RecipeError),
     "generator": (iter([(INPUTS, LABELS)]), {}, {}, DatasetError),
     "length": (Endless(), {}, {}, RecipeError),
