@@ -24,8 +24,10 @@ from matplotlib.figure import Figure
 from timm import create_model
 
 from isoprune_hf.checkpoint import folder as folder_module
+from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.target import Target, locked_target
 from isoprune_hf.commands.steps import results
+from isoprune_hf.export import export as export_module
 
 VIT_ARGS = ["--model_args", json.dumps(MODEL_ARGS)]
 KILLS = int(os.environ.get("ISOPRUNE_KILLS", "12"))  # of each stage
@@ -99,6 +101,19 @@ def fill_the_disk(out: Path, patch: pytest.MonkeyPatch, run: Callable[[], Done])
     return run()
 
 
+def poison_the_weights(out: Path, patch: pytest.MonkeyPatch, run: Callable[[], Done]) -> Done:
+    """Make a weight nan just before the model is saved, as a division by zero does."""
+
+    def poison(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] = torch.nan
+        require_finite(model)
+
+    for module in (folder_module, export_module):
+        patch.setattr(module, "require_finite", poison)
+    return run()
+
+
 def break_ornaments(out: Path, patch: pytest.MonkeyPatch, run: Callable[[], Done]) -> Done:
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no picture")
@@ -113,14 +128,18 @@ FAULTS: dict[str, tuple[Callable[..., Done], set[int]]] = {
     "occupied": (occupy, {73}),
     "file added": (add_a_file, {74}),
     "disk full": (fill_the_disk, {2, 74}),
+    "nan": (poison_the_weights, {2, 70}),
     "ornaments": (break_ornaments, {0}),
 }
+WITHOUT_MODEL = ("frontier", "score")
 ALWAYS = {("prune", fault) for fault in FAULTS} | {("score", "file added"), ("frontier", "ornaments")}
 
 
 def table() -> Iterator[Any]:
     for stage in STAGES:
         for fault in FAULTS:
+            if fault == "nan" and stage in WITHOUT_MODEL:
+                continue
             marks = () if (stage, fault) in ALWAYS else (pytest.mark.faults,)
             yield pytest.param(stage, fault, marks=marks, id=f"{stage}-{fault}")
 
@@ -142,7 +161,7 @@ def test_fault_loses_no_result_and_no_file(
     found = {name: content for name, content in contents(tmp_path).items() if not name.startswith(".out.run")}
     assert leftovers(tmp_path) == []
     print(f"{stage:10} | {fault:10} | {ended.code:2} | {(ended.err or ended.out).splitlines()[0][:160]}")
-    if fault in ("occupied", "disk full"):
+    if fault in ("occupied", "disk full", "nan"):
         assert without_training(found) == before and ended.err.count("\n") == 1
     elif fault == "file added":
         notes = "out/notes.txt" if mark else "out.safetensors"
