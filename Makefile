@@ -28,7 +28,7 @@ test-all: $(STAMP)
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
 
-# 25,000 damaged configs, weights, plans, processors, recipes and old checkpoints: about ten minutes.
+# 25,000 damaged configs, weights, plans, processors, recipes and old checkpoints: about twenty minutes.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s -m fuzz $(FUZZ)
 
