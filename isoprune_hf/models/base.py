@@ -76,7 +76,14 @@ def _on_meta(config: IsoPruneConfig) -> IsoPruneForImageClassification:
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
-    """Return the two label maps of a config."""
+    """Return the two label maps of a config.
+
+    Raises:
+        RecipeError: A name is no text.
+    """
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise RecipeError(f"model: the names of classes must be texts, got {wrong[0]!r:.99}")
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
