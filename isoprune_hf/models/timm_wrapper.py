@@ -10,7 +10,7 @@ from timm.data.config import resolve_data_config
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, build_base
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.base import BaseModel, draw_base, label_fields, without_head
 from isoprune_hf.models.head import with_new_head
@@ -45,6 +45,12 @@ def open_wrapped(source: BaseSource, options: LoadOptions) -> BaseModel:
         labels = options.head_labels(options.num_labels)
         config.num_labels = len(labels)
     args = config.model_args or {}
+    if not isinstance(config.architecture, str):
+        raise RecipeError(
+            f"model: {source.place}/config.json: architecture is {config.architecture!r:.99}, needs a text"
+        )
+    with torch.device("meta"):  # refuses an unknown or oversized model before memory is allocated
+        build_base(_base_config(config, labels))
     untrained: frozenset[str] = frozenset()
     if options.pretrained:
         module, untrained = _read_module(source, config)

@@ -60,6 +60,13 @@ FOLDERS = {
         "pretrained_cfg": {"input_size": [3, 640, 640], "num_classes": 3},
     },
     "transformers": {"model_type": "swin", **SWIN},
+    "wrapped": {
+        "model_type": "timm_wrapper",
+        "architecture": "swin_tiny_patch4_window7_224",
+        "model_args": WINDOW,
+        "num_classes": 3,
+        "label_names": ["a", "b", "c"],
+    },
 }
 
 

@@ -233,6 +233,15 @@ def test_timm_folder_with_only_pickle_is_refused(tmp_path: Path) -> None:
     assert "contains no model.safetensors" in refused(str(folder))
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("architecture", [None, 5, "nosuch", "hf-hub:someone/model", "local-dir:/etc"])
+def test_wrapper_of_no_architecture_is_refused(architecture: Any, pretrained: bool, tmp_path: Path) -> None:
+    values = {"model_type": "timm_wrapper", "architecture": architecture, "num_classes": 3, "label_names": [*"abc"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    save_file({"timm_model.a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert repr(architecture) in refused(str(tmp_path), IsoPruneError, pretrained=pretrained)
+
+
 @pytest.mark.parametrize(
     ("changes", "pretrained"),
     [
