@@ -76,7 +76,7 @@ class Pruned:
         which `from_pretrained` does not open.
 
         Args:
-            folder: Folder to write.
+            folder: Folder to write; the folder of a model is replaced.
             processor: Image processor; by default that of the base, if it is known.
             builder: Class of the module, or a function that returns it, if it is not one of timm, torchvision or
                 transformers. A program that opens the folder passes it again: `from_pretrained(folder, builder=...)`.
@@ -84,7 +84,8 @@ class Pruned:
 
         Raises:
             CheckpointError: The module can neither be rebuilt nor traced, or computes other outputs after it was.
-            RecipeError: Another program cannot import the builder, or it does not build the base.
+            RecipeError: The folder holds other files than a model; another program cannot import the builder, or it
+                does not build the base.
         """
         config = copy.deepcopy(self.config)
         if builder is not None:
