@@ -212,6 +212,11 @@ def _log_preset(prune: PruneRecipe) -> None:
             for name, (default, value) in replaced.items()
         )
         logger.info(f"prune.preset {prune.preset} sets {changes}")
+    elif prune.preset is None and prune.data_step is None:
+        logger.info(
+            f"prune.criterion {prune.criterion} alone rotates and repairs nothing: expect much less accuracy before "
+            "finetuning than by default; leave it out, or add --rotate --reconstruct least_squares (both need data)"
+        )
 
 
 def _refuse_without_images(prune: PruneRecipe, reader: str | None) -> None:
