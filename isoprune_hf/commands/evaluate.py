@@ -60,7 +60,7 @@ def run(
         LoaderOptions(data.batch_size, data.num_workers, images.decoding),
         accelerator=accelerator,
     )
-    figures = images.with_sample(compute_figures(predictions))
+    figures = images.with_provenance(compute_figures(predictions))
     is_stored = recording.takes_figures(place, base.model, data, has_own_transform=base is found)
 
     def store() -> None:

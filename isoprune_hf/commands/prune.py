@@ -25,8 +25,9 @@ def run(
     from isoprune_hf.commands.steps.cutting import cut_base
     from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs, open_scores
     from isoprune_hf.commands.steps.recording import Records
-    from isoprune_hf.commands.steps.results import Metrics, send_result, summarize, write_folder
+    from isoprune_hf.commands.steps.results import send_result, summarize, write_folder
     from isoprune_hf.hub.uploads import open_uploads
+    from isoprune_hf.reporting.tables import Metrics
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
         target.check_inputs({"prune.model": prune.model, "prune.weights": prune.weights, "--scores": scores})

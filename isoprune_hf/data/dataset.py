@@ -17,8 +17,9 @@ from PIL import Image as PILImage
 from isoprune_hf.data.class_names import Split, number_texts, read_labels, shorten, unite_classes
 from isoprune_hf.data.columns import find_column, is_file, is_image
 from isoprune_hf.data.decoding import DECODE_ERRORS, Decoding, Rows
+from isoprune_hf.data.fingerprint import fingerprint_images
 from isoprune_hf.data.sources import open_splits
-from isoprune_hf.data.splits import take_part
+from isoprune_hf.data.splits import UNDIVIDED, part_of, take_part
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -39,6 +40,8 @@ class ImageData:
         decoding: How the images are read.
         buffer: Number of rows of `train` that are shuffled together if it is a stream, else None.
         split_images: Number of images of the evaluation split if `evaluation` is a sample of it, else None.
+        eval_name: Name of the evaluation split.
+        eval_fingerprint: Digest of the images of `evaluation`, see `fingerprint_images`.
         is_order_ambiguous: The classes have the order of their sorted names, and sorted by characters they would have
             another one; the labels of a model without names of classes may have either.
         is_undivided: The data set has no splits, and `train` is all of it, or the part that the recipe names.
@@ -52,6 +55,8 @@ class ImageData:
     decoding: Decoding = field(default_factory=Decoding)
     buffer: int | None = None
     split_images: int | None = None
+    eval_name: str | None = None
+    eval_fingerprint: str | None = None
     is_order_ambiguous: bool = False
     is_undivided: bool = False
 
@@ -61,12 +66,22 @@ class ImageData:
             return self
         sample = _sample(self.train, images)
         return replace(
-            self, train=None, evaluation=sample, split_images=None if sample is self.train else len(self.train)
+            self,
+            train=None,
+            evaluation=sample,
+            split_images=None if sample is self.train else len(self.train),
+            eval_name=UNDIVIDED,
+            eval_fingerprint=fingerprint_images(with_encoded_images(sample), self.label_names),
         )
 
-    def with_sample(self, figures: dict[str, float | int]) -> dict[str, float | int]:
-        """Return figures of an evaluation with `split_images`, if they are those of a sample."""
-        return figures if self.split_images is None else {**figures, "split_images": self.split_images}
+    def with_provenance(self, figures: Mapping[str, float | int]) -> dict[str, float | int | str]:
+        """Return figures of an evaluation with the images that they were measured on.
+
+        `data` is the fingerprint of the images, `split` their split, and `split_images` the number of images of the
+        split if they are a sample of it.
+        """
+        origin = {"data": self.eval_fingerprint, "split": self.eval_name, "split_images": self.split_images}
+        return {**figures, **{name: value for name, value in origin.items() if value is not None}}
 
 
 def load_data(recipe: DataRecipe) -> ImageData:
@@ -102,6 +117,10 @@ def load_data(recipe: DataRecipe) -> ImageData:
         ),
         buffer=recipe.shuffle_buffer if recipe.streaming else None,
         split_images=len(whole) if isinstance(whole, Dataset) and is_sample else None,
+        eval_name=None if evaluation is None else f"{chosen.evaluation}{part_of(recipe.eval_split)}",
+        eval_fingerprint=(
+            None if evaluation is None else fingerprint_images(with_encoded_images(evaluation), label_names)
+        ),
         is_order_ambiguous=(opened.is_sorted or has_texts) and list(label_names) != sorted(label_names),
         is_undivided=chosen.is_undivided,
     )

@@ -15,7 +15,7 @@ from isoprune_hf.data.class_names import Split
 from isoprune_hf.data.datasets_internals import only_labels_decoded, with_known_features
 from isoprune_hf.data.files import KINDS, load_files, name_by_list, sort_by_split
 from isoprune_hf.data.image_folders import class_folders, holds_images, read_class_folders
-from isoprune_hf.data.splits import ChosenSplits, choose_splits, is_split_name
+from isoprune_hf.data.splits import UNDIVIDED, ChosenSplits, choose_splits, is_split_name
 from isoprune_hf.data.tables import read_table
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
@@ -26,7 +26,6 @@ _PLACES = (
     "data set"
 )
 _SHARDS = 64  # of a stream of files; ranks share them
-_UNDIVIDED = "all"  # name of the only split of files that name none
 
 
 @dataclass(frozen=True)
@@ -103,19 +102,19 @@ def _find(recipe: DataRecipe, *, streaming: bool, only: str | None = None) -> _A
 def _find_in_file(file: Path, recipe: DataRecipe, *, streaming: bool) -> _Available:
     ending = file.suffix.lower()[1:]
     if ending == "csv":
-        return _in_memory({_UNDIVIDED: read_table(file, recipe)}, streaming=streaming, is_sorted=True)
+        return _in_memory({UNDIVIDED: read_table(file, recipe)}, streaming=streaming, is_sorted=True)
     if ending not in KINDS:
         raise DatasetError(
             f"data.dataset: {str(file)!r} is no parquet, tar or CSV file; unpack an archive, and give its folder"
         )
-    return _Available({_UNDIVIDED: partial(load_files, KINDS[ending], [str(file)], streaming=streaming)})
+    return _Available({UNDIVIDED: partial(load_files, KINDS[ending], [str(file)], streaming=streaming)})
 
 
 def _find_in_folder(folder: Path, recipe: DataRecipe, *, streaming: bool) -> _Available:
     if (folder / "dataset_dict.json").is_file():
         return _in_memory(load_from_disk(str(folder)), streaming=streaming)
     if (folder / "state.json").is_file():
-        return _in_memory({_UNDIVIDED: load_from_disk(str(folder))}, streaming=streaming)
+        return _in_memory({UNDIVIDED: load_from_disk(str(folder))}, streaming=streaming)
     file = folder / "classes.txt"
     names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for ending, kind in KINDS.items():
@@ -138,7 +137,7 @@ def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streamin
     divided = {path.name: path for path in children if any(map(holds_images, class_folders(path)))}
     if not any(is_split_name(name, recipe) for name in divided):
         direct = [path for path in children if holds_images(path, depth=1)]
-        divided = {_UNDIVIDED: folder} if direct else divided
+        divided = {UNDIVIDED: folder} if direct else divided
     if divided:
         loaders = {name: partial(_load_images, path, names, streaming=streaming) for name, path in divided.items()}
         return _Available(loaders, is_sorted=not names)

@@ -14,6 +14,7 @@ from isoprune_hf.recipes import DataRecipe
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
+UNDIVIDED = "all"  # name of the only split of files that name none
 _TRAIN = ("train", "training")
 _VALIDATION = ("validation", "valid", "val")
 _EVALUATION = (*_VALIDATION, "dev", "test", "testing")
@@ -76,7 +77,7 @@ def take_part(split: Split, setting: str, value: str) -> Split:
     Raises:
         DatasetError: The brackets are not a slice, leave no image, or are those of a stream.
     """
-    part = value[len(_name_of(value)) :]
+    part = part_of(value)
     if not part:
         return split
     if isinstance(split, IterableDataset):
@@ -89,6 +90,11 @@ def take_part(split: Split, setting: str, value: str) -> Split:
     if start >= stop:
         raise DatasetError(f"data.{setting}: {value!r} has no images, of {len(split)} in the split")
     return split.select(_order(split)[start:stop])
+
+
+def part_of(value: str) -> str:
+    """Return the brackets at the end of a split such as `train[:80%]`; empty without."""
+    return value[len(_name_of(value)) :]
 
 
 def _order(split: Dataset) -> np.ndarray:

@@ -23,7 +23,7 @@ from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
 from isoprune_hf.reporting.plain_text import plain_markdown
-from isoprune_hf.reporting.tables import describe_sample, format_figure
+from isoprune_hf.reporting.tables import Metrics, describe_sample, format_figure, on_same_images
 from isoprune_hf.reporting.widths import PICTURE
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -65,6 +65,7 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
     if config is None or stage not in _STAGES:
         kind = read.get("model_type")
         raise CheckpointError(f"config.json: not a pruned model (model_type {kind!r}, stage {stage!r})")
+    shown = on_same_images(metrics, _last_figures(metrics, stage))
     name = repo or folder.resolve().name
     cost, recipe = config.get("cost") or {}, config.get("recipe") or {}
     hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
@@ -81,8 +82,10 @@ def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCar
         base=plain_markdown(config.get("base") or {}),
         recipe={key: plain_markdown(recipe.get(key) or {}) for key in ("prune", "data", "finetune")},
         saved=_compare(cost),
-        sample=describe_sample(metrics.values()),
-        table=_tabulate(cost, metrics, speed.get("milliseconds") or {}, stage, size),
+        sample=describe_sample(shown.values()),
+        split=plain_markdown(_last_figures(metrics, stage).get("split")),
+        left_out=[name for name in _STAGES if metrics.get(name) and name not in shown],
+        table=_tabulate(cost, shown, speed.get("milliseconds") or {}, stage, size),
         commands=_commands(recipe, stage),
         notes=[_show_note(note) for note in plan.get("notes") or ()],
         labels=_name_labels(config.get("id2label") or {}),
@@ -158,7 +161,7 @@ def _describe(
             task_type="image-classification",
             dataset_type=_show(dataset),
             dataset_name=_show(dataset),
-            dataset_split=data.get("eval_split"),
+            dataset_split=metrics.get("split", data.get("eval_split")),
             dataset_revision=data.get("revision"),
             metric_type=known[key][0],
             metric_name=known[key][1],
@@ -240,6 +243,12 @@ def _show(value: Any) -> str:
 def _show_note(note: str) -> str:
     """Return a note of a plan on one line; one that holds a path is not shown, because cards are public."""
     return "not shown, because it contains a path" if re.search(r"[/\\\\]", note) else str(plain_markdown(note))
+
+
+def _last_figures(metrics: Metrics, stage: str) -> dict[str, Any]:
+    """Return the figures of the model, or of the latest stage before it that has any."""
+    stages = _STAGES[_STAGES.index(stage) :: -1] + _STAGES[::-1]
+    return next((dict(metrics[name]) for name in stages if metrics.get(name)), {})
 
 
 def _tabulate(

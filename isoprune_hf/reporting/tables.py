@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+Metrics = dict[str, dict[str, float | int | str]]  # figures by stage, each with the images that they were measured on
+
 
 def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
@@ -56,6 +58,25 @@ def describe_sample(rows: Iterable[Mapping[str, Any]]) -> str:
     samples = {(row["images"], row["split_images"]) for row in rows if "split_images" in row}
     texts = [f"{images:,} of {split:,}" for images, split in sorted(samples)]
     return f" (sample of {' and '.join(texts)} images)" if texts else ""
+
+
+def on_same_images(metrics: Metrics, images: Mapping[str, Any]) -> Metrics:
+    """Return the figures that were measured on given images, by stage; figures of other images are left out.
+
+    Args:
+        metrics: Figures of an evaluation by stage.
+        images: Describes the images as figures do: `data` (a fingerprint), `images` and `split_images`. Figures of
+            earlier versions have no fingerprint, and only the numbers are compared.
+    """
+    return {name: row for name, row in metrics.items() if _same_images(row, images)}
+
+
+def _same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    is_known = all("data" in row for row in (first, second))
+    if is_known:
+        return bool(first["data"] == second["data"])
+    numbers = [(row.get("images"), row.get("split_images")) for row in (first, second)]
+    return numbers[0] == numbers[1] or any(images is None for images, _ in numbers)
 
 
 def align_columns(table: Sequence[Sequence[str]]) -> str:

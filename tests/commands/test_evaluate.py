@@ -3,14 +3,14 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.command_line import contents, read, refuse, succeed
-from helpers.evaluation import calibration_error_by_hand
+from helpers.evaluation import calibration_error_by_hand, numbers_of
 from helpers.imagenet import SYNSETS
 from helpers.imagenet_cut import MODEL_ARGS, offline_on_cpu
 from helpers.imagenet_cut import VIT as UNTRAINED
@@ -58,12 +58,15 @@ def pruned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_hand(model: nn.Module, images: Path, resize: int, interpolation: str) -> dict[str, float]:
+def by_hand(
+    model: nn.Module, images: Path, resize: int, interpolation: str, classes: Sequence[str] = SYNSETS
+) -> dict[str, float]:
     """Classify the files of val/ one by one with torchvision's transform; labels by sorted synset."""
     normal = Normalize((0.5,) * 3, (0.5,) * 3)
     transform = Compose([Resize(resize, InterpolationMode(interpolation)), CenterCrop(16), ToTensor(), normal])
     ranks, losses, confidences = [], [], []
-    for label, name in enumerate(SYNSETS):
+    for name in classes:
+        label = SYNSETS.index(name)
         for file in sorted((images / "val" / name).iterdir()):
             with torch.no_grad():
                 logits = model.eval()(transform(Image.open(file))[None]).logits[0]
@@ -72,7 +75,7 @@ def by_hand(model: nn.Module, images: Path, resize: int, interpolation: str) -> 
             losses.append(float(nn.functional.cross_entropy(logits, torch.tensor(label))))
     share = {f"top{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5)}
     share["ece"] = calibration_error_by_hand(confidences, [rank == 0 for rank in ranks])
-    return {**share, "loss": sum(losses) / len(losses), "images": 20}
+    return {**share, "loss": sum(losses) / len(losses), "images": len(ranks)}
 
 
 def open_folder(folder: Path) -> nn.Module:
@@ -80,7 +83,7 @@ def open_folder(folder: Path) -> nn.Module:
 
 
 def figures_of(printed: str) -> dict[str, float]:
-    return json.loads(printed.splitlines()[-1])
+    return numbers_of(json.loads(printed.splitlines()[-1]))
 
 
 def test_own_transform_is_default(pruned: Path, images: Path) -> None:
@@ -130,7 +133,7 @@ def test_folder_has_transform_of_its_figures(images: Path, tmp_path: Path) -> No
     saved = read(out, "preprocessor_config.json")
     assert (saved["size"], saved["resample"]) == ({"shortest_edge": 22}, Image.Resampling.BILINEAR)
     want = by_hand(open_folder(out), images, 22, "bilinear")
-    assert read(out, "metrics.json")["pruned"] == pytest.approx(want, rel=1e-5)
+    assert numbers_of(read(out, "metrics.json")["pruned"]) == pytest.approx(want, rel=1e-5)
     printed = succeed("evaluate", "--model", out, "--data.dataset", images)
     assert figures_of(printed) == pytest.approx(want, rel=1e-5) and "the model's own" in printed
 
@@ -140,8 +143,12 @@ def test_finetuning_with_other_transform_measures_everything_again(pruned: Path,
     tuning = ["--data.dataset", images, "--finetune.epochs", "1", "--output", out]
     succeed("finetune", "--model", pruned, *OTHER, *tuning)
     metrics = read(out, "metrics.json")
-    assert metrics["pruned"] == pytest.approx(by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5)
-    assert metrics["finetuned"] == pytest.approx(by_hand(open_folder(out), images, 22, "bilinear"), rel=1e-5)
+    assert numbers_of(metrics["pruned"]) == pytest.approx(
+        by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5
+    )
+    assert numbers_of(metrics["finetuned"]) == pytest.approx(
+        by_hand(open_folder(out), images, 22, "bilinear"), rel=1e-5
+    )
     assert metrics["base"]["loss"] != read(pruned, "metrics.json")["base"]["loss"]
     assert read(out, "preprocessor_config.json")["size"] == {"shortest_edge": 22}
     assert read(out / "checkpoints" / "best", "preprocessor_config.json")["size"] == {"shortest_edge": 22}
@@ -208,7 +215,7 @@ def test_transformers_and_converted_models_are_evaluated(images: Path, tmp_path:
     assert f"run `isoprune convert {old}`" in refuse("evaluate", "--model", old, "--data.dataset", images)
     succeed("convert", old, "--output", new, f"--model_args={args}")
     printed = succeed("evaluate", "--model", new, "--data.dataset", images)
-    assert list(read(new, "metrics.json").values()) == [figures_of(printed)]
+    assert [*map(numbers_of, read(new, "metrics.json").values())] == [figures_of(printed)]
 
 
 @pytest.mark.parametrize(
@@ -244,3 +251,21 @@ def test_table_of_a_cut_names_its_sample(images: Path, tmp_path: Path) -> None:
     flags = ["--prune.criterion", "l1", "--data.dataset", images, "--data.eval_images", "5", "--output", folder]
     assert "Accuracy and loss (sample of 5 of 20 images)" in succeed("prune", *VIT, *flags)
     assert {row["split_images"] for row in read(folder, "metrics.json").values()} == {20}
+
+
+def test_folder_of_some_classes_is_evaluated_whole(images: Path, pruned: Path, tmp_path: Path) -> None:
+    for name in SYNSETS[3:6]:
+        shutil.copytree(images / "val" / name, tmp_path / "some" / name)
+    printed = succeed("evaluate", "--model", pruned, "--data.dataset", tmp_path / "some")
+    expected = by_hand(open_folder(pruned), images, 16, "bicubic", SYNSETS[3:6])
+    assert figures_of(printed) == pytest.approx(expected, rel=1e-5)
+    assert '"split": "all"' in printed
+
+
+def test_finetuning_on_other_images_measures_everything_again(pruned: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tuning = ["--data.dataset", images, "--finetune.epochs", "1", "--output", out]
+    succeed("finetune", "--model", pruned, "--data.eval_split", "val[:30%]", *tuning)
+    metrics = read(out, "metrics.json")
+    assert {(row["images"], row["split"]) for row in metrics.values()} == {(6, "val[:30%]")}
+    assert len({row["data"] for row in metrics.values()}) == 1 and "pruned" in metrics

@@ -75,8 +75,10 @@ def test_evaluation_sample_is_part_of_the_split():
     first, second = ([row["image"].tobytes() for row in loaded.evaluation] for loaded in samples[:2])
     assert first == second and set(first) <= rows
     assert min(np.bincount(samples[0].evaluation["label"], minlength=10)) >= 3  # not the first rows of a sorted split
-    assert samples[0].with_sample({"images": 100}) == {"images": 100, "split_images": 450}
-    assert whole.with_sample({"images": 450}) == {"images": 450}
+    origin = {"images": 100, "split_images": 450, "split": "validation", "data": samples[0].eval_fingerprint}
+    assert samples[0].with_provenance({"images": 100}) == origin
+    assert "split_images" not in whole.with_provenance({"images": 450})
+    assert samples[0].eval_fingerprint != whole.eval_fingerprint == samples[2].eval_fingerprint
 
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):

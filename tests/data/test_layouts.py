@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.labels import align_labels
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -232,3 +233,18 @@ def test_text_of_each_image_is_no_class(tmp_path: Path) -> None:
     place = save(datasets.Dataset.from_dict(columns, features=features), tmp_path / "train.parquet")
     with pytest.raises(DatasetError, match=r"data\.label_column"):
         load(place)
+
+
+def test_fingerprint_is_that_of_the_images(tmp_path: Path) -> None:
+    places = [
+        LAYOUTS[layout](tmp_path / str(number)) for number, layout in enumerate(("classes at the root", "a table"))
+    ]
+    first, moved = (load(place).evaluating_all(None) for place in places)
+    assert first.eval_fingerprint == moved.eval_fingerprint
+    reordered = align_labels(first, {0: "b", 1: "a"})
+    assert reordered.eval_fingerprint == first.eval_fingerprint
+    make_image(77).save(places[0] / "b" / "8.png")  # another image of the same name and class
+    assert load(places[0]).evaluating_all(None).eval_fingerprint != first.eval_fingerprint
+    assert first.with_provenance({}) == {"data": first.eval_fingerprint, "split": "all"}
+    sliced = load(places[0], eval_split="train[:50%]")
+    assert sliced.with_provenance({})["split"] == "all[:50%]"

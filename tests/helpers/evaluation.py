@@ -50,3 +50,8 @@ def calibration_error_by_hand(confidences: list[float], hits: list[bool]) -> flo
         for items in bins.values()
     ]
     return sum(gaps) / len(hits)
+
+
+def numbers_of(figures: dict) -> dict[str, float]:
+    """Return figures of an evaluation without the images that they were measured on."""
+    return {name: value for name, value in figures.items() if name not in ("data", "split")}

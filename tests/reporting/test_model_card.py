@@ -116,6 +116,14 @@ def test_card_says_that_figures_are_of_samples(tmp_path: Path) -> None:
         assert expected in card.text
 
 
+def test_figures_of_other_images_are_left_out(tmp_path: Path) -> None:
+    figures = {"top1": 0.5, "top5": 0.9, "loss": 1.0, "images": 500, "data": "aa", "split": "valid"}
+    other = {**figures, "top1": 0.7654, "data": "bb"}
+    text = build_model_card(make_folder(tmp_path, {"base": other, "pruned": figures, "finetuned": figures})).text
+    assert "76.54" not in text and "Figures on other images are left out: base." in text
+    assert "split `valid` of" in text
+
+
 def test_settings_are_those_of_the_recipe(tmp_path: Path) -> None:
     card = build_model_card(make_folder(tmp_path / "deit"))
     cut, finetuning = read_table(card.text, "## Pruning"), read_table(card.text, "## Finetuning")

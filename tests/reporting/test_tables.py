@@ -1,6 +1,8 @@
 """Figures and tables as text."""
 
-from isoprune_hf.reporting.tables import results_table, shorten
+import pytest
+
+from isoprune_hf.reporting.tables import on_same_images, results_table, shorten
 
 
 def test_table_is_aligned_and_missing_figures_are_dashes() -> None:
@@ -24,3 +26,18 @@ def test_empty_table_is_its_heading() -> None:
 def test_long_name_loses_its_middle() -> None:
     assert shorten("abcdefghij", 10) == "abcdefghij"
     assert shorten("abcdefghijk", 7) == "abc…ijk"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_same"),
+    [
+        ({"data": "a", "images": 60}, {"data": "a", "images": 60}, True),
+        ({"data": "a", "images": 60}, {"data": "b", "images": 60}, False),
+        ({"images": 60}, {"data": "b", "images": 60}, True),  # written by an earlier version
+        ({"images": 60}, {"data": "b", "images": 6}, False),
+        ({"images": 6, "split_images": 60}, {"images": 6}, False),
+    ],
+)
+def test_one_table_shows_one_set_of_images(first: dict, second: dict, are_same: bool) -> None:
+    metrics = {"base": first, "pruned": second}
+    assert on_same_images(metrics, second) == (metrics if are_same else {"pruned": second})

@@ -18,6 +18,7 @@ from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
+from isoprune_hf.reporting.tables import on_same_images
 from isoprune_hf.training.run import is_begun, read_run
 
 logger = get_logger(__name__)
@@ -63,7 +64,8 @@ def finetune_folder(
         logger.info(f"--output {folder} contains the result of this run; retrain it with --overwrite true")
         return summarize(load_base(str(folder)).model, read_json(folder, "metrics.json") or {}, {}, folder)
     check_output(folder, overwrite=overwrite, holds_run=holds_unfinished)
-    metrics = dict(carried.metrics)
+    measured = {"images": None if images.evaluation is None else len(images.evaluation)}
+    metrics = on_same_images(carried.metrics, images.with_provenance({}) | measured)
     if has_dense and images.evaluation is not None and "base" not in metrics:
         dense = (teacher if finetune.teacher == "auto" else None) or reopen_base(student.model)
         if dense is not None:

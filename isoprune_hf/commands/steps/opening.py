@@ -127,7 +127,7 @@ def evaluation_split(images: ImageData, data: DataRecipe) -> Rows:
 
 def evaluate_on(
     images: ImageData, model: nn.Module, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
-) -> dict[str, float | int]:
+) -> dict[str, float | int | str]:
     """Evaluate a model, which moves to the accelerator's device, on the evaluation split of `images`."""
     split = evaluation_split(images, data)
     figures = evaluate_model(
@@ -139,7 +139,7 @@ def evaluate_on(
         num_workers=data.num_workers,
         decoding=images.decoding,
     )
-    return images.with_sample(figures)
+    return images.with_provenance(figures)
 
 
 def open_scores(prune: PruneRecipe, file: str | None) -> tuple[PruneRecipe, ImportanceScores | None]:

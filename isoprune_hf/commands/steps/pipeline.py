@@ -17,7 +17,7 @@ from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.cutting import cut_base
 from isoprune_hf.commands.steps.opening import Opened, evaluate_on, forget_scoring
 from isoprune_hf.commands.steps.recording import Records, read_metrics, read_records
-from isoprune_hf.commands.steps.results import Metrics, smoke_test, summarize, write_folder
+from isoprune_hf.commands.steps.results import smoke_test, summarize, write_folder
 from isoprune_hf.commands.steps.sources import open_teacher
 from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.commands.steps.unfinished import Unfinished, finish, open_unfinished
@@ -28,6 +28,7 @@ from isoprune_hf.measuring.speed import measure_latency, record_measurement
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.recipes import FinetuneRecipe, resume_identity
+from isoprune_hf.reporting.tables import Metrics
 
 logger = get_logger(__name__)
 

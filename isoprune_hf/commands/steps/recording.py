@@ -17,6 +17,7 @@ from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.ornaments import ornament
+from isoprune_hf.reporting.tables import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Records:
 
     plan: str | None = None
     speed: dict[str, Any] | None = None
-    metrics: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 def read_records(source: str) -> Records:
@@ -55,7 +56,7 @@ def read_records(source: str) -> Records:
     )
 
 
-def read_metrics(folder: str) -> dict[str, dict[str, float | int]]:
+def read_metrics(folder: str) -> Metrics:
     """Read the results of evaluations of a folder, by stage; empty without the file.
 
     Raises:
@@ -65,13 +66,17 @@ def read_metrics(folder: str) -> dict[str, dict[str, float | int]]:
     return {name: _check_figures(entry, name, folder) for name, entry in found.items()}
 
 
-def _check_figures(entry: Any, name: str, folder: str) -> dict[str, float | int]:
-    if not isinstance(entry, Mapping) or not all(type(value) in (int, float) for value in entry.values()):
+def _check_figures(entry: Any, name: str, folder: str) -> dict[str, float | int | str]:
+    if not isinstance(entry, Mapping) or not all(map(_is_figure, entry, entry.values())):
         raise CheckpointError(
             f"{Path(folder) / 'metrics.json'}: the entry {name!r} must map names to numbers, got {entry!r:.99}; "
             "correct or remove the file"
         )
     return dict(entry)
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    return type(value) in ((str,) if name in ("data", "split") else (int, float))
 
 
 def _check_speed(speed: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -148,7 +153,10 @@ def takes_figures(
 
 
 def record_figures(
-    folder: ResultFolder, model: IsoPruneForImageClassification, figures: dict[str, float | int], data: DataRecipe
+    folder: ResultFolder,
+    model: IsoPruneForImageClassification,
+    figures: dict[str, float | int | str],
+    data: DataRecipe,
 ) -> None:
     """Store figures in `metrics.json` and the card of a folder.
 

@@ -19,10 +19,8 @@ from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.ornaments import ornament
-from isoprune_hf.reporting.tables import describe_sample, results_table
+from isoprune_hf.reporting.tables import Metrics, describe_sample, on_same_images, results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
-
-Metrics = dict[str, dict[str, float | int]]
 
 
 def write_folder(
@@ -73,6 +71,7 @@ def summarize(
     """
     costs = model.config.cost or {"base": count_cost(model).to_dict()}
     rows: dict[str, dict[str, Any]] = {}
+    metrics = on_same_images(metrics, metrics.get(model.config.stage, {}))
     for name in ("base", "pruned", "finetuned"):
         cost = costs.get("base" if name == "base" else "pruned")
         if cost and (name in metrics or name in costs):

@@ -89,7 +89,7 @@ def measure_sizes(opened: Opened, cuts: Cuts) -> list[dict[str, Any]]:
     )
     rows = []
     for share, model in models.items():
-        row = {"size": share, **costs[share].to_dict(), "latency_ms": round(latency[str(share)], 4)}
+        row: dict[str, Any] = {"size": share, **costs[share].to_dict(), "latency_ms": round(latency[str(share)], 4)}
         if opened.images is not None and opened.images.evaluation is not None:
             row |= evaluate_on(opened.images, model, base.processor, data, opened.accelerator)
         rows.append(row)
@@ -127,7 +127,8 @@ def tabulate_sizes(rows: Sequence[dict[str, Any]]) -> str:
 def write_sizes(folder: Path, rows: list[dict[str, Any]], record: dict[str, Any], scores: ImportanceScores) -> None:
     """Write table, record, plots and scores into a folder."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, [key for key in COLUMNS if key in rows[0]], lineterminator="\n")
+    columns = [key for key in COLUMNS if key in rows[0]]
+    writer = csv.DictWriter(table, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_file(folder / "frontier.csv", table.getvalue())

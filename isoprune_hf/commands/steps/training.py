@@ -15,13 +15,13 @@ from torch import nn
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.commands.steps.results import Metrics
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.errors import CheckpointError, WriteError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict, resume_identity
+from isoprune_hf.reporting.tables import Metrics
 from isoprune_hf.training.finetune import finetune
 from isoprune_hf.training.run import RunSettings, TrainingRun
 
@@ -205,6 +205,6 @@ def train_student(
     if images.evaluation is None:
         return {}
     first, last = (
-        images.with_sample({key: history[at][key] for key in _FIGURES if key in history[at]}) for at in (0, -1)
+        images.with_provenance({key: history[at][key] for key in _FIGURES if key in history[at]}) for at in (0, -1)
     )
     return {"base": last} if is_dense else {"pruned": (metrics or {}).get("pruned", first), "finetuned": last}
