@@ -53,9 +53,14 @@ def choose_splits(available: Sequence[str], recipe: DataRecipe) -> ChosenSplits:
             f"{recipe.eval_split!r}, it has {', '.join(map(str, available))}; set data.train_split and data.eval_split"
         )
     if evaluation is None:
+        use = (
+            "its only split is used whole, to train on or by `isoprune evaluate`"
+            if is_undivided
+            else f"it has no split {recipe.eval_split!r} but {', '.join(available)}, so nothing is evaluated"
+        )
         logger.warning(
-            f"data: {recipe.dataset} has no split {recipe.eval_split!r}, it has {', '.join(available)}: nothing is "
-            f"evaluated; hold images out with data.train_split: {train}[:90%] and data.eval_split: {train}[90%:]"
+            f"data: {recipe.dataset}: {use}; hold images out with data.train_split: train[:90%] and data.eval_split: "
+            "train[90%:]"
         )
     elif evaluation.casefold() not in _VALIDATION and evaluation != names[1]:
         logger.info(f"data: the split for evaluation is {evaluation!r}")

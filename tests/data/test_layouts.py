@@ -133,12 +133,12 @@ def test_evaluation_split_has_usual_names(name: str, tmp_path: Path) -> None:
 
 def test_missing_evaluation_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = load(in_one_file(tmp_path))
-    assert "nothing is evaluated" in caplog.text and images.is_undivided
+    assert "its only split is used whole" in caplog.text and images.is_undivided
     whole = images.evaluating_all(None)
     assert sorted(rows_of(whole.evaluation)) == sorted(ROWS)
     assert images.evaluating_all(2).split_images == 3
     divided = load(save(table(), tmp_path / "d" / "train.parquet").parent)
-    assert divided.evaluating_all(None).evaluation is None
+    assert "so nothing is evaluated" in caplog.text and divided.evaluating_all(None).evaluation is None
 
 
 def test_slices_share_a_split(tmp_path: Path) -> None:
