@@ -34,6 +34,7 @@ def run(
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
     from isoprune_hf.models import load_base
+    from isoprune_hf.models.base import require_finite_base
     from isoprune_hf.pruning.cost.macs import count_cost
     from isoprune_hf.reporting.tables import describe_sample
 
@@ -46,6 +47,7 @@ def run(
     names = images.label_names
     head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
     found = load_base(model, pretrained, model_args=model_args, weights=weights, **head)
+    require_finite_base(found, model)
     images = align_images(images, found.model)
     split = evaluation_split(images, data)
     base = with_data_transform(found, data)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.difference import build_pruned
+from isoprune_hf.checkpoint.finite import describe_not_finite
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import align_tensors
 from isoprune_hf.checkpoint.rebuild import record_settings
@@ -85,6 +86,23 @@ def label_fields(names: Sequence[str]) -> dict[str, Any]:
     if wrong:
         raise RecipeError(f"model: the names of classes must be texts, got {wrong[0]!r:.99}")
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def require_finite_base(base: BaseModel, name: str) -> None:
+    """Check that the saved tensors of an opened model are finite, so that figures of it mean something.
+
+    Args:
+        base: The model.
+        name: Its name, for the message.
+
+    Raises:
+        RecipeError: One is not; the message names it.
+    """
+    fault = describe_not_finite(base.model.model)
+    if fault is not None:
+        raise RecipeError(
+            f"model: {name} cannot be used: {fault}; its weights are damaged or its training has diverged"
+        )
 
 
 def default_labels(count: int) -> tuple[str, ...]:

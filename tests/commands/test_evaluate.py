@@ -17,6 +17,7 @@ from helpers.imagenet_cut import VIT as UNTRAINED
 from helpers.reference_files import make_module, save
 from helpers.tiny_models import TRANSFORMERS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
@@ -269,3 +270,18 @@ def test_finetuning_on_other_images_measures_everything_again(pruned: Path, imag
     metrics = read(out, "metrics.json")
     assert {(row["images"], row["split"]) for row in metrics.values()} == {(6, "val[:30%]")}
     assert len({row["data"] for row in metrics.values()}) == 1 and "pruned" in metrics
+
+
+def test_model_with_nan_is_named_before_any_pass(pruned: Path, images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.bias"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    teacher = ["--finetune.teacher", folder]
+    for arguments in (
+        ["evaluate", folder],
+        ["finetune", folder, "--output", tmp_path / "out"],
+        ["finetune", pruned, "--output", tmp_path / "out", *teacher],
+    ):
+        line = refuse(*arguments, "--data.dataset", images)
+        assert "1 of 16 values of 'norm.bias' are not finite, the first is nan" in line

@@ -17,6 +17,7 @@ from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_r
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.models.base import require_finite_base
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 from isoprune_hf.reporting.tables import on_same_images
 from isoprune_hf.training.run import is_begun, read_run
@@ -59,6 +60,8 @@ def finetune_folder(
     student, carried, images = _open_student(source, images, data, finetune)
     has_dense = not source.takes_new_head  # the dense model has other classes than a new head
     teacher = open_teacher(student.model, finetune) if has_dense or finetune.teacher != "auto" else None
+    if teacher is not None:
+        require_finite_base(teacher, "the teacher")
     training = open_run(folder, student, images, data, finetune, teacher, accelerator, overwrite=overwrite)
     if training.is_finished and not overwrite and (folder / "config.json").is_file():
         logger.info(f"--output {folder} contains the result of this run; retrain it with --overwrite true")
@@ -90,6 +93,7 @@ def _open_student(
         found = open_with_new_head(source.name, images.label_names, finetune.seed)
     else:
         found = load_base(source.name)
+    require_finite_base(found, source.name)
     student = with_data_transform(found, data)
     images = align_images(images, student.model)
     if student is not found or source.takes_new_head:
