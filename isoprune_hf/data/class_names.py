@@ -55,7 +55,9 @@ def unite_classes(parts: Sequence[Split], places: Sequence[str], where: str) -> 
 
 def renumber_split(split: Split, names: Sequence[str], table: np.ndarray) -> Split:
     """Return a split whose label i is label `table[i]` of other names; a missing label stays -1."""
-    feature = ClassLabel(names=list(names))
+    # ImageNet calls two classes crane, which `datasets` does not allow.
+    unique = [name if name not in names[:index] else f"{name} ({index})" for index, name in enumerate(names)]
+    feature = ClassLabel(names=unique)
     if isinstance(split, IterableDataset):
         features = Features({**split.features, "label": feature})
         return split.map(partial(_renumber_row, table=table.tolist()), features=features)

@@ -132,6 +132,13 @@ def test_synsets_find_their_classes_in_imagenet() -> None:
     assert match_labels(["tench, Tinca tinca", "goldfish"], by_index(synsets)) == [0, 1]
 
 
+def test_model_may_have_a_name_twice(tmp_path: Path) -> None:
+    rows(ANIMALS, ANIMALS).to_parquet(tmp_path / "train.parquet")
+    aligned = align_labels(load(tmp_path), by_index(("crane", "dog", "crane", "frog", "cat")))
+    assert list(aligned.train["label"]) == [4, 1, 3]
+    assert aligned.label_names == ("crane", "dog", "crane", "frog", "cat")
+
+
 def test_equal_models_need_equal_order() -> None:
     check_labels(ANIMALS, by_index(ANIMALS))
     with pytest.raises(DatasetError):
