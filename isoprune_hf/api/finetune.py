@@ -18,10 +18,9 @@ from isoprune_hf.api.objectives import Chosen, Loss, choose_objective
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.transforms import transformed
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, holds_rows, open_images
-from isoprune_hf.data.labels import align_labels, classes_of
+from isoprune_hf.data.labels import align_labels, classes_of, is_own_network
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
@@ -86,14 +85,9 @@ def finetune(
     if processor is None:
         raise RecipeError("processor is not set: pass the image processor that makes the inputs of the model")
     images, processor = open_images(data), transformed(processor, data)
-    if isinstance(student, PreTrainedModel) and not _is_own_network(student):
+    if isinstance(student, PreTrainedModel) and not is_own_network(student.config):
         images = align_labels(images, classes_of(student.config))
     return training.finetune(student, images, processor, recipe, accelerator=accelerator, teacher=base, **options)
-
-
-def _is_own_network(model: PreTrainedModel) -> bool:
-    """Return whether a config says nothing about a network, not even its classes."""
-    return isinstance(model.config, IsoPruneConfig) and model.config.base is None
 
 
 def _teacher_of(model: nn.Module | Pruned, recipe: FinetuneRecipe) -> nn.Module | None:

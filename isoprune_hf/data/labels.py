@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
+from datasets import ClassLabel, Dataset
 from timm.data.imagenet_info import ImageNetInfo
 from transformers import PreTrainedConfig
 
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.class_names import renumber_split, shorten
 from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.decoding import Rows
 from isoprune_hf.errors import DatasetError
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
@@ -39,6 +42,30 @@ def check_problem(config: PreTrainedConfig) -> None:
 def classes_of(config: PreTrainedConfig) -> dict[int, str]:
     """Return the names of the classes of a model by index."""
     return {int(index): name for index, name in (config.id2label or {}).items()}
+
+
+def align_split(split: Rows, config: PreTrainedConfig) -> Rows:
+    """Return one split with the labels of a model, see `align_labels`.
+
+    It is returned as it is where its classes have no names, or the config does not describe the network.
+
+    Raises:
+        DatasetError: Nothing proves which class of the model a class of the data is.
+    """
+    feature = split.features.get("label") if isinstance(split, Dataset) else None
+    if not isinstance(feature, ClassLabel) or is_own_network(config):
+        return split
+    classes = classes_of(config)
+    places = match_labels(feature.names, classes)
+    if places == list(range(len(classes))):
+        return split
+    aligned: Rows = renumber_split(split, [classes[index] for index in range(len(classes))], np.array(places))
+    return aligned
+
+
+def is_own_network(config: PreTrainedConfig) -> bool:
+    """Return whether a config says nothing about its network, not even the classes."""
+    return isinstance(config, IsoPruneConfig) and config.base is None
 
 
 def align_labels(images: ImageData, id2label: dict[int, str]) -> ImageData:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
-from isoprune_hf.data.labels import check_problem
+from isoprune_hf.data.labels import align_split, check_problem
 from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, eval_loader
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
@@ -76,10 +76,11 @@ def evaluate_model(
 
     Raises:
         DatasetError: An image cannot be read, or more images than the policy allows, or the model does not choose one
-            of several classes.
+            of several classes, or has other classes.
     """
     if isinstance(model, PreTrainedModel):
         check_problem(model.config)
+        split = align_split(split, model.config)
     options = LoaderOptions(batch_size, num_workers, decoding or Decoding())
     return compute_figures(predict_split(model, split, processor, options, accelerator=accelerator))
 

@@ -14,7 +14,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.class_names import read_labels, renumber_split
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.images import image_batches
-from isoprune_hf.data.labels import align_labels, check_labels, match_labels
+from isoprune_hf.data.labels import align_labels, align_split, check_labels, match_labels
 from isoprune_hf.data.streaming import StreamedSplit
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
@@ -160,6 +160,10 @@ def test_python_calls_number_images_as_the_model() -> None:
     assert sorted(labels.tolist(), key=lambda label: greys[labels.tolist().index(label)]) == sorted(
         order, key=lambda label: grey(order[label])
     )
+    config = ViTConfig()
+    config.id2label = order
+    aligned = align_split(rows(ANIMALS, ANIMALS), config)
+    assert [order[row["label"]] for row in aligned] == list(ANIMALS)
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=4)
     config.patch_size, config.id2label = 4, by_index(("cat", "owl", "ape"))
     with pytest.raises(DatasetError, match="differ at"):
