@@ -9,6 +9,7 @@ __all__ = [
     "BudgetError",
     "Cancelled",
     "CheckpointError",
+    "ConflictError",
     "DamagedStateError",
     "DatasetError",
     "DivergedError",
@@ -106,6 +107,10 @@ class WriteError(TrainingFault, CheckpointError):
     """Raised when the results cannot be written at the end of a run."""
 
     exit_code = 74
+
+
+class ConflictError(WriteError):
+    """Raised when others have changed the output while a command worked; its result is complete in another place."""
 
 
 class LoaderError(TrainingFault, RuntimeError):

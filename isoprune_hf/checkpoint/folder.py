@@ -22,7 +22,7 @@ from isoprune_hf.checkpoint.output_check import check_replaceable
 from isoprune_hf.checkpoint.stock import save_stock, stock_processor
 from isoprune_hf.checkpoint.sync import sync_file, sync_folder
 from isoprune_hf.checkpoint.target import Target, locked_target
-from isoprune_hf.errors import CheckpointError
+from isoprune_hf.errors import CheckpointError, WriteError
 
 
 def save_model_folder(
@@ -47,7 +47,8 @@ def save_model_folder(
         finish: Writes further files into the new folder before it is renamed.
 
     Raises:
-        CheckpointError: The folder cannot be written, or a tensor is not finite.
+        WriteError: The folder cannot be written.
+        CheckpointError: A tensor is not finite.
     """
 
     def write(temporary: Path) -> None:
@@ -78,7 +79,7 @@ def replace_folder(folder: str | Path | Target, write: Callable[[Path], None], *
         keep: See `save_model_folder`.
 
     Raises:
-        CheckpointError: The folder cannot be written.
+        WriteError: The folder cannot be written.
         OccupiedError: Another process writes there.
         RecipeError: The folder contains files that are no result.
     """
@@ -101,7 +102,7 @@ def replace_folder(folder: str | Path | Target, write: Callable[[Path], None], *
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
-        raise CheckpointError(f"{place} cannot be written: {error}") from error
+        raise WriteError(f"{place} cannot be written: {error}") from error
 
 
 def replace_file(path: str | Path | Target, write: Callable[[Path], None]) -> None:
@@ -112,7 +113,7 @@ def replace_file(path: str | Path | Target, write: Callable[[Path], None]) -> No
         write: Writes the content to the temporary file passed to it.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        WriteError: The file cannot be written.
     """
     place = path.real if isinstance(path, Target) else Path(path)
     temporary = place.with_name(f".tmp.{place.name}")
@@ -130,14 +131,14 @@ def replace_file(path: str | Path | Target, write: Callable[[Path], None]) -> No
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{place} cannot be written: {error}") from error
+        raise WriteError(f"{place} cannot be written: {error}") from error
 
 
 def write_file(path: str | Path, text: str) -> None:
     """Write one text file, in UTF-8 and with \\n as line ends, whole or not at all.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        WriteError: The file cannot be written.
     """
     replace_file(path, lambda temporary: _write_text(temporary, text))
 

@@ -19,7 +19,7 @@ from isoprune_hf.checkpoint.exchange import exchange
 from isoprune_hf.checkpoint.output_check import MODEL_MARKS, check_output
 from isoprune_hf.checkpoint.sync import sync_folder
 from isoprune_hf.checkpoint.target_lock import TargetLock
-from isoprune_hf.errors import CheckpointError, RecipeError, WriteError
+from isoprune_hf.errors import ConflictError, RecipeError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class Target:
         """Give the name of the target to a folder that was written next to it, and remove the old one.
 
         Raises:
-            WriteError: Others have changed the target since it was locked. It stays as it is, and the folder is kept
-                under another name.
+            ConflictError: Others have changed the target since it was locked. It stays as it is, and the folder is
+                kept under another name.
             OSError: It cannot be renamed.
         """
         self._check_unchanged(written)
@@ -92,7 +92,7 @@ class Target:
         """Give the name of the target to a file that was written next to it.
 
         Raises:
-            WriteError: As in `take_folder`.
+            ConflictError: As in `take_folder`.
             OSError: It cannot be renamed.
         """
         self._check_unchanged(written)
@@ -109,7 +109,7 @@ class Target:
         other = _free_name(self.real)
         os.rename(written, other)
         names = ", ".join(name or self.real.name for name in changed[:3])
-        raise WriteError(
+        raise ConflictError(
             f"{self.path} was changed while this command worked ({names}) and is left as it is; the result is "
             f"complete in {other}"
         )
@@ -190,14 +190,14 @@ def locked_target(
 
     Raises:
         OccupiedError: Another process has the lock.
-        CheckpointError: The lock cannot be written.
+        WriteError: The lock cannot be written.
     """
     real = Path(path).resolve()
     lock = TargetLock(real)
     try:
         lock.acquire(what or str(path), wait=wait)
     except OSError as error:
-        raise CheckpointError(f"{real} cannot be written: {error}") from error
+        raise WriteError(f"{real} cannot be written: {error}") from error
     try:
         if is_replaced:
             _recover(real, keep)

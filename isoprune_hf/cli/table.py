@@ -29,8 +29,8 @@ EXIT_CODES = {
     70: "the training has diverged",
     71: "out of memory, of the device or of the machine",
     73: "the folder is in use, or cannot be written",
-    74: "a rank or a loader process was lost, or a result could not be written; rerun the same command to resume from "
-    "the last saved state",
+    74: "a file could not be read or written (full disk), or a rank or a loader process was lost; rerun the same "
+    "command to resume from the last saved state",
     75: "stopped by a signal during training; rerun the same command to resume",
     130: "the same, by Ctrl-C",
 }

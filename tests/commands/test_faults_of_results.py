@@ -127,7 +127,7 @@ def break_ornaments(out: Path, patch: pytest.MonkeyPatch, run: Callable[[], Done
 FAULTS: dict[str, tuple[Callable[..., Done], set[int]]] = {
     "occupied": (occupy, {73}),
     "file added": (add_a_file, {74}),
-    "disk full": (fill_the_disk, {2, 74}),
+    "disk full": (fill_the_disk, {74}),
     "nan": (poison_the_weights, {2, 70}),
     "ornaments": (break_ornaments, {0}),
 }

@@ -16,7 +16,7 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.errors import CheckpointError, WriteError
+from isoprune_hf.errors import CheckpointError, ConflictError, WriteError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
@@ -123,7 +123,7 @@ def writing_result(training: TrainingRun) -> Iterator[None]:
     """
     try:
         yield
-    except WriteError:
+    except ConflictError:
         raise  # the result is complete in another place
     except CheckpointError as error:
         if training.has_state:
