@@ -78,13 +78,13 @@ def align_labels(images: ImageData, id2label: dict[int, str]) -> ImageData:
     """
     names = images.label_names
     places = match_labels(names, id2label, is_sorted=images.is_order_ambiguous)
-    if places == list(range(len(id2label))):
-        if _are_generic(id2label) or _are_numbers(names):
+    model_names = tuple(id2label[index] for index in range(len(id2label)))
+    if places == list(range(len(model_names))):
+        if model_names != tuple(names) and (_are_generic(id2label) or _are_numbers(names)):
             logger.info(
                 f"data: the model does not name its classes; class i of the data ({shorten(names)}) is output i"
             )
         return images
-    model_names = tuple(id2label[index] for index in range(len(id2label)))
     part = "all" if len(names) == len(model_names) else f"{len(names)} of {len(model_names)}"
     logger.warning(f"data: the labels are numbered as in the model, by the names of the classes: {part} occur")
     table = np.array(places)

@@ -62,7 +62,7 @@ def choose_splits(available: Sequence[str], recipe: DataRecipe) -> ChosenSplits:
             f"data: {recipe.dataset}: {use}; hold images out with data.train_split: train[:90%] and data.eval_split: "
             "train[90%:]"
         )
-    elif evaluation.casefold() not in _VALIDATION and evaluation != names[1]:
+    elif names[1] == DataRecipe.eval_split and evaluation.casefold() not in _VALIDATION:
         logger.info(f"data: the split for evaluation is {evaluation!r}")
     return ChosenSplits(train, evaluation, is_undivided and train is not None)
 

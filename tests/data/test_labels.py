@@ -1,5 +1,6 @@
 """Label i is the same class in every split, in the data and in the model, or the data are refused."""
 
+import logging
 from pathlib import Path
 
 import datasets
@@ -94,6 +95,15 @@ def test_splits_share_their_classes_by_name(own: tuple[str, ...], tmp_path: Path
     stream = load_data(DataRecipe(dataset=str(tmp_path), streaming=True))
     labels = [row["label"] for row in StreamedSplit(stream.train, 3, 8).rows(0, 0)]
     assert sorted(labels) == sorted([0, 1, 2, *map(ANIMALS.index, own)])
+
+
+def test_only_unproven_numbers_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    images = load(write_classes(tmp_path, ["0", "1"]))
+    align_labels(images, {0: "0", 1: "1"})
+    assert "does not name its classes" not in caplog.text
+    align_labels(images, {0: "LABEL_0", 1: "LABEL_1"})
+    assert "class i of the data (0, 1) is output i" in caplog.text
 
 
 def test_labels_follow_the_model_by_name(tmp_path: Path) -> None:
