@@ -1,12 +1,14 @@
 """Determine which rank of a launch failed first: only that rank reports its error, and all exit with its code."""
 
 import os
+import socket
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch imports it from C++ without naming it
 
 _FAILED_KEY = "isoprune/failed"
 _CODE_KEY = "isoprune/code"
+_SECONDS = 5  # to reach the store
 
 
 def is_first_to_fail(code: int) -> bool | None:
@@ -41,8 +43,10 @@ def _open_store() -> TCPStore | None:
         return None
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-    except (KeyError, ValueError, RuntimeError):
+        # Without this TCPStore would write pages of its own to standard error if nobody listens.
+        socket.create_connection((address, port), timeout=_SECONDS).close()
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SECONDS))
+    except (KeyError, ValueError, OSError, RuntimeError):
         return None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from isoprune_hf.commands.steps import training
 from isoprune_hf.commands.steps.training import Checkpoints, train_student, writing_result
-from isoprune_hf.errors import CheckpointError, WriteError
+from isoprune_hf.errors import CheckpointError, ConflictError, WriteError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 
@@ -64,11 +64,12 @@ def test_checkpoint_needs_isoprune_model(student: BaseModel, tmp_path: Path, mon
         train_student(student, images, DataRecipe(), FinetuneRecipe(), Accelerator(cpu=True), checkpoints=checkpoints)
 
 
+@pytest.mark.parametrize("error", [CheckpointError, WriteError])
 @pytest.mark.parametrize("has_state", [True, False])
-def test_unwritten_result_promises_only_a_saved_training(has_state: bool) -> None:
+def test_unwritten_result_promises_only_a_saved_training(has_state: bool, error: type[CheckpointError]) -> None:
     run: Any = SimpleNamespace(has_state=has_state)
     with pytest.raises(WriteError) as caught, writing_result(run):
-        raise CheckpointError("no space")
+        raise error("no space")
     assert ("the training is saved" in str(caught.value)) is has_state
-    with pytest.raises(WriteError, match=r"^complete elsewhere$"), writing_result(run):
-        raise WriteError("complete elsewhere")
+    with pytest.raises(ConflictError, match=r"^complete elsewhere$"), writing_result(run):
+        raise ConflictError("complete elsewhere")
