@@ -331,7 +331,7 @@ def test_model_survives_pickle_of_a_process(family: str, pruned) -> None:
     assert torch.equal(logits(again, sample.images), sample.logits)
 
 
-@pytest.mark.parametrize("family", ["vit", "hf-vit"])
+@pytest.mark.parametrize("family", one_of_each(["vit", "hf-vit"], "vit"))
 def test_graph_of_compiled_model_is_whole(family: str, pruned) -> None:
     sample = pruned(family)
     compiled = torch.compile(sample.model, fullgraph=True, backend="eager")

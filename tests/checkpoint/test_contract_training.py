@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.folders import logits
+from helpers.marks import one_of_each
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -99,7 +100,7 @@ def _train(folder: Path, output: Path, images: torch.Tensor, resume: str | None 
     return trainer
 
 
-@pytest.mark.parametrize("family", ["vit", "hf-vit"])
+@pytest.mark.parametrize("family", one_of_each(["vit", "hf-vit"], "vit"))
 def test_trainer_keeps_the_best_and_resumes(family: str, pruned, tmp_path: Path) -> None:
     sample = pruned(family)
     whole = _train(sample.folder, tmp_path / "whole", sample.images)

@@ -45,7 +45,7 @@ def is_atomic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param == "exchange"
 
 
-@pytest.mark.parametrize("keep", [None, "checkpoints"])
+@pytest.mark.parametrize("keep", [None, pytest.param("checkpoints", marks=pytest.mark.kills)])
 def test_new_folder_replaces_the_old(keep: str | None, is_atomic: bool, tmp_path: Path) -> None:
     write_old(tmp_path / "out")
     with open_target(tmp_path / "out", overwrite=True, keep=keep) as target:

@@ -55,7 +55,7 @@ def logits(converted: Converted, pixels: torch.Tensor) -> torch.Tensor:
         return converted.model(pixels).logits
 
 
-@pytest.mark.parametrize("family", one_of_each(SIDES, "deit", "resnet"))
+@pytest.mark.parametrize("family", one_of_each(SIDES, "deit"))
 def test_converted_folder_gives_the_logits_of_module(family: str, tmp_path: Path) -> None:
     module = make(family)
     args = [f"--model_args={json.dumps(ARGS[family])}"]
@@ -132,7 +132,7 @@ WRAPPED: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrapped", one_of_each(WRAPPED, "module", "timm", "torchvision"))
+@pytest.mark.parametrize("wrapped", one_of_each(WRAPPED, "timm"))
 def test_raw_and_averaged_weights_are_found(
     wrapped: str, resnet: nn.Module, averaged: nn.Module, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_failing_compiler_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatc
         measure_latency({"base": nn.Conv2d(3, 4, 1)}, (3, 2, 2), backend="compile")
 
 
+@pytest.mark.families
 def test_compiled_model_is_timed() -> None:
     base = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     times = measure_latency({"base": base}, (3, 16, 16), backend="compile", repeats=2, warmup=0)

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from helpers.bases import assert_same, output_of, refused, seeded_images, weights
+from helpers.marks import one_of_each
 from torch import nn
 
 from isoprune_hf import PruneRecipe, prune_model
@@ -61,7 +62,7 @@ NESTED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("kind", one_of_each(NESTED, "nested mapping"))
 def test_nested_arguments_open_with_equal_logits(kind: str, tmp_path: Path) -> None:
     name, args = NESTED[kind]
     base = load_base(name, pretrained=False, model_args=args, num_labels=5)

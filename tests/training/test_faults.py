@@ -356,6 +356,7 @@ def test_settings_that_change_no_weight_may_change(case: Case, stopped: Path, tm
     assert weights_of(out) == case.alone
 
 
+@pytest.mark.kills
 def test_damaged_state_is_replaced_by_the_previous(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     older, newer = states(out)
@@ -418,6 +419,7 @@ def limit_files(size: int) -> Callable[[], None]:
     return prepare
 
 
+@pytest.mark.kills
 def test_full_disk_loses_snapshots_only(case: Case, tmp_path: Path) -> None:
     files = [path for path in (case.root / "alone").iterdir() if path.is_file()]
     size = max(path.stat().st_size for path in files) + 2000  # every file of the result fits, a snapshot does not
@@ -427,6 +429,7 @@ def test_full_disk_loses_snapshots_only(case: Case, tmp_path: Path) -> None:
     assert weights_of(tmp_path / "out") == case.alone and leftovers(tmp_path) == []
 
 
+@pytest.mark.kills
 def test_unwritable_result_is_written_by_a_rerun(case: Case, stopped: Path, tmp_path: Path) -> None:
     out = copy(stopped, tmp_path)
     limit = limit_files(len(case.alone) // 2)
@@ -498,6 +501,7 @@ def poison(rank: int, updates: set[int]) -> Callable[[], None]:
     return prepare
 
 
+@pytest.mark.kills
 def test_nan_loss_on_one_rank_stops_all(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
     ended = [rank.wait() for rank in start_ranks(command, tmp_path / "log", before=poison(1, {3}))]

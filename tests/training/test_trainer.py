@@ -300,6 +300,7 @@ def test_missing_training_split_raises():
         train(make_net(), make_recipe(), data=make_data(train=0))
 
 
+@pytest.mark.families
 def test_a_small_vit_learns_real_digits():
     base = {"library": "timm", "architecture": "vit_tiny_patch16_224"}
     base["args"] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -85,6 +85,7 @@ def test_scoring_killed_twice_gives_the_same_bytes(criterion: str, case: Case, t
     assert_same(ended, tmp_path, case.undisturbed(criterion))
 
 
+@pytest.mark.kills
 def test_two_killed_ranks_resume_from_their_own_states(case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
     paired = start_ranks([*command, "--output", str(tmp_path / "paired")], tmp_path / "log")
@@ -125,7 +126,13 @@ def damage(state: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [["--prune.seed", "1"], ["--prune.criterion", "taylor_l2"], ["--data.resize", "20"]], ids=lambda o: o[0]
+    "other",
+    [
+        ["--prune.seed", "1"],
+        pytest.param(["--prune.criterion", "taylor_l2"], marks=pytest.mark.families),
+        pytest.param(["--data.resize", "20"], marks=pytest.mark.families),
+    ],
+    ids=lambda o: o[0],
 )
 def test_different_scoring_ignores_a_saved_state(other: list[str], case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]

@@ -71,7 +71,7 @@ def test_recipes_and_registry_name_the_same_criteria() -> None:
     assert {name for name, criterion in CRITERIA.items() if criterion.in_loss_units} == set(LOSS_CRITERIA)
 
 
-@pytest.mark.parametrize("family", one_of_each(["vit", "swin", "resnet", "convnext", "mobilenet_v2"], "vit", "resnet"))
+@pytest.mark.parametrize("family", one_of_each(["vit", "swin", "resnet", "convnext", "mobilenet_v2"], "vit"))
 @pytest.mark.parametrize("criterion", ELEMENTWISE)
 def test_elements_are_reduced_by_the_documented_formulas(criterion: str, family: str, case) -> None:
     case = case(family)

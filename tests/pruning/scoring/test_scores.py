@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.marks import one_of_each
 from helpers.plain_scores import batches_of
 from helpers.ranks import call_on_ranks
 from helpers.tiny_models import make_base
@@ -121,7 +122,7 @@ def test_error_names_the_tensor_with_nan(criterion: str, tmp_path: Path) -> None
         score_groups(model, trace_groups(model), criterion=criterion, batches=batches)
 
 
-@pytest.mark.parametrize("criterion", DATA_CRITERIA)
+@pytest.mark.parametrize("criterion", one_of_each(DATA_CRITERIA, "gate_fisher_joint", "taylor"))
 def test_bf16_reports_rank_correlation_of_first_micro_batch(criterion: str, tmp_path: Path, caplog) -> None:
     model = make_base("vit", tmp_path)
     groups, batches = trace_groups(model), batches_of(model, [5, 3])
