@@ -278,7 +278,7 @@ def test_settings_of_trained_timm_weights_are_saved(tmp_path: Path, monkeypatch:
     ("name", "size", "args"),
     [
         ("googlenet", 64, {"aux_logits": False, "transform_input": True}),
-        ("inception_v3", 96, {"transform_input": True}),
+        pytest.param("inception_v3", 96, {"transform_input": True}, marks=pytest.mark.families),
     ],
 )
 def test_arguments_of_trained_torchvision_weights_are_saved(

@@ -27,10 +27,16 @@ TINY_WIDTHS = {"embed_dim": 32, "depth": 1, "num_heads": 2}
     ("name", "args", "crop_pct", "interpolation"),
     [
         ("deit_small_distilled_patch16_224.fb_in1k", TINY_WIDTHS, 0.9, "bicubic"),
-        ("vit_base_patch16_224.augreg2_in21k_ft_in1k", TINY_WIDTHS, 0.9, "bicubic"),
+        pytest.param(
+            "vit_base_patch16_224.augreg2_in21k_ft_in1k", TINY_WIDTHS, 0.9, "bicubic", marks=pytest.mark.families
+        ),
         ("swin_tiny_patch4_window7_224.ms_in1k", {"embed_dim": 24, "depths": [1], "num_heads": [2]}, 0.9, "bicubic"),
-        ("convnext_tiny.fb_in1k", {"depths": [1] * 4, "dims": [8] * 4}, 0.875, "bicubic"),
-        ("resnet50.a1_in1k", {"layers": [1] * 4, "channels": [8] * 4}, 0.95, "bicubic"),
+        pytest.param(
+            "convnext_tiny.fb_in1k", {"depths": [1] * 4, "dims": [8] * 4}, 0.875, "bicubic", marks=pytest.mark.families
+        ),
+        pytest.param(
+            "resnet50.a1_in1k", {"layers": [1] * 4, "channels": [8] * 4}, 0.95, "bicubic", marks=pytest.mark.families
+        ),
         ("resnet50.tv_in1k", {"layers": [1] * 4, "channels": [8] * 4}, 0.875, "bilinear"),
         ("deit3_small_patch16_384.fb_in1k", TINY_WIDTHS, 1.0, "bicubic"),
     ],

@@ -103,7 +103,7 @@ def test_half_base_is_pruned_in_its_own_type(kind: str, dtype: torch.dtype, reci
     }
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("criterion", one_of_each(sorted(CRITERIA), "gate_fisher_joint", "hessian", "l1", "taylor"))
 def test_half_base_scores_are_those_in_float32(criterion: str, tmp_path: Path) -> None:
     model = store("timm-resnet", torch.bfloat16, tmp_path / "base").model
     batches, groups = batches_for(model), trace_groups(model)
@@ -131,7 +131,10 @@ def test_values_too_large_for_float16_stay_in_float32(tmp_path: Path) -> None:
     assert same is wide and len(notes) == 1 and "classifier.weight" in notes[0]
 
 
-@pytest.mark.parametrize("criterion", sorted(name for name, method in CRITERIA.items() if not method.reads_images))
+@pytest.mark.parametrize(
+    "criterion",
+    one_of_each(sorted(name for name, method in CRITERIA.items() if not method.reads_images), "l1", "bn_scale"),
+)
 def test_recipes_without_images_copy_no_base(criterion: str, tmp_path: Path, monkeypatch) -> None:
     model = store("timm-resnet", torch.bfloat16, tmp_path / "base").model
     recipe = PruneRecipe(criterion=criterion, target_macs="50%", round_to=1)

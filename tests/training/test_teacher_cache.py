@@ -113,6 +113,7 @@ def train_with_cache(accelerator: Accelerator, folder: Path) -> None:
     train(make_net(), recipe, accelerator, teacher=make_net(seed=1))
 
 
+@pytest.mark.families
 def test_two_ranks_write_the_cache_of_one(tmp_path: Path) -> None:
     call_on_ranks(functools.partial(train_with_cache, folder=tmp_path / "logits"), tmp_path / "log")
     net, data = make_net(seed=1), make_data()

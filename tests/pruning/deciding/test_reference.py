@@ -73,7 +73,7 @@ class Compared:
 
 
 @pytest.mark.parametrize("round_to", [None, 2])
-@pytest.mark.parametrize(("ratio", "seed"), [(0.3, 0), (0.5, 1)])
+@pytest.mark.parametrize(("ratio", "seed"), [(0.3, 0), pytest.param(0.5, 1, marks=pytest.mark.families)])
 @pytest.mark.parametrize("family", one_of_each(["vit", "deit", "convnext", "resnet", "mobilenet_v2"], "vit", "resnet"))
 def test_reference_preset_keeps_tensors_of_torch_pruning(
     family: str, ratio: float, seed: int, round_to: int | None, deep, monkeypatch

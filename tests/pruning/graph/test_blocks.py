@@ -31,18 +31,25 @@ def transformers(config: object) -> dict[str, object]:
     ("base", "count", "signature"),
     [
         (library("timm", "vit_small_patch16_224"), 12, "Block"),
-        (library("timm", "deit_small_distilled_patch16_224"), 12, "Block"),
-        (library("timm", "swin_tiny_patch4_window7_224"), 2 + 2 + 6 + 2, "SwinTransformerBlock"),
+        pytest.param(library("timm", "deit_small_distilled_patch16_224"), 12, "Block", marks=pytest.mark.families),
+        pytest.param(
+            library("timm", "swin_tiny_patch4_window7_224"),
+            2 + 2 + 6 + 2,
+            "SwinTransformerBlock",
+            marks=pytest.mark.families,
+        ),
         (library("timm", "convnext_tiny"), 3 + 3 + 9 + 3, "ConvNeXtBlock"),
         # One block of each stage projects its shortcut; the first stage of resnet18 has none that does.
-        (library("timm", "resnet50"), 3 + 4 + 6 + 3 - 4, "Bottleneck"),
+        pytest.param(library("timm", "resnet50"), 3 + 4 + 6 + 3 - 4, "Bottleneck", marks=pytest.mark.families),
         (library("timm", "resnet18"), 8 - 3, "BasicBlock"),
         (library("torchvision", "mobilenet_v2"), 10, "InvertedResidual"),
         (transformers(ViTConfig()), 12, "ViTLayer"),
-        (transformers(DeiTConfig()), 12, "DeiTLayer"),
-        (transformers(SwinConfig()), 2 + 2 + 6 + 2, "SwinLayer"),
+        pytest.param(transformers(DeiTConfig()), 12, "DeiTLayer", marks=pytest.mark.families),
+        pytest.param(transformers(SwinConfig()), 2 + 2 + 6 + 2, "SwinLayer", marks=pytest.mark.families),
         (transformers(ConvNextConfig()), 3 + 3 + 9 + 3, "ConvNextLayer"),
-        (transformers(ResNetConfig()), 3 + 4 + 6 + 3 - 4, "ResNetBottleNeckLayer"),
+        pytest.param(
+            transformers(ResNetConfig()), 3 + 4 + 6 + 3 - 4, "ResNetBottleNeckLayer", marks=pytest.mark.families
+        ),
     ],
     ids=lambda value: value.get("architecture") or value["config"]["model_type"] if isinstance(value, dict) else None,
 )

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers.engine_reference import plain_groups, reference_groups
+from helpers.marks import one_of_each
 from helpers.tiny_models import ALL_FAMILIES, FAMILIES, make_base, make_images
 from helpers.traced_models import make_timm, shuffle
 from torch import nn
@@ -75,7 +76,9 @@ def wirings_net(num_classes: int = 1000, **_: object) -> nn.Module:
     return Wirings()
 
 
-@pytest.mark.parametrize("family", [*ALL_FAMILIES, "densenet", "joints"])
+@pytest.mark.parametrize(
+    "family", one_of_each([*ALL_FAMILIES, "densenet", "joints"], "vit", "swin", "resnet", "joints")
+)
 def test_groups_equal_those_of_torch_pruning(family: str, tmp_path: Path) -> None:
     if family == "densenet":
         model = make_timm("densenet121", block_config=(3, 2), growth_rate=8)

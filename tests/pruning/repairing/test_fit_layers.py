@@ -21,7 +21,14 @@ from isoprune_hf.pruning.repairing.ridge import form_of_fit
 
 
 # hf-swin joins images with windows, and resnext has groups. One image is not split into halves, which takes less time.
-@pytest.mark.parametrize(("family", "sizes"), [("vit", [2, 1]), ("hf-swin", [1]), ("resnext", [1])])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("vit", [2, 1]),
+        pytest.param("hf-swin", [1], marks=pytest.mark.families),
+        pytest.param("resnext", [1], marks=pytest.mark.families),
+    ],
+)
 def test_both_forms_give_the_same_weights(
     family: str, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

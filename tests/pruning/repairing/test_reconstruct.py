@@ -125,7 +125,7 @@ LAYERS = {  # family -> layer that reads cut channels, the group that alone is c
 }
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", one_of_each(LAYERS, "linear", "depthwise"))
 def test_fitted_layer_is_the_cross_validated_ridge(case: str, tmp_path: Path) -> None:
     family, name, only = LAYERS[case]
     dense = make_base(family, tmp_path).double().eval()
@@ -340,13 +340,11 @@ def save_repaired(accelerator: Accelerator, folder: Path, cases: tuple[tuple[str
     "cases",
     [
         (("vit", "least_squares", (8, 8, 4)), ("resnet", "bn", (6,))),
-        pytest.param(
-            (("vit", "bias", (4,)), ("mobilenet_v2", "least_squares", (6,)), ("resnet", "bn", (6, 6))),
-            marks=pytest.mark.families,
-        ),
+        (("vit", "bias", (4,)), ("mobilenet_v2", "least_squares", (6,)), ("resnet", "bn", (6, 6))),
     ],
     ids=["two", "others"],
 )
+@pytest.mark.families
 def test_two_ranks_repair_as_one_does(cases: tuple[tuple[str, str, tuple[int, ...]], ...], tmp_path: Path) -> None:
     work = functools.partial(save_repaired, folder=tmp_path, cases=cases)
     call_on_ranks(work, tmp_path / "log")

@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from helpers.marks import one_of_each
 from helpers.plain_scores import batches_of
 from helpers.tiny_models import make_base
 
@@ -51,7 +52,7 @@ class Loader:
         yield from self.batches
 
 
-@pytest.mark.parametrize("name", [name for name in REPAIRS if name != "none"])
+@pytest.mark.parametrize("name", one_of_each([name for name in REPAIRS if name != "none"], "bn", "bias"))
 def test_images_are_read_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_base("resnet", tmp_path)
     groups = trace_groups(model)
