@@ -22,7 +22,7 @@ def tiny(monkeypatch):
     return build("tiny").eval()
 
 
-@pytest.mark.parametrize(("name", "count"), [("glyphs", 61), ("letters", 200)])
+@pytest.mark.parametrize(("name", "count"), [("glyphs", 61), pytest.param("letters", 200, marks=pytest.mark.faults)])
 def test_classes_look_different_in_every_face(name: str, count: int) -> None:
     masks, labels = data.glyph_masks(name)
     assert len(set(data.ALPHABETS[name])) == len(data.ALPHABETS[name]) >= count

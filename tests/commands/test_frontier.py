@@ -81,6 +81,7 @@ def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.Mon
     assert read(tmp_path / "cut", "config.json")["cost"]["pruned"]["macs"] == int(rows[1]["macs"])
 
 
+@pytest.mark.families
 def test_accuracy_is_that_of_equal_cut(tmp_path: Path) -> None:
     images = write_imagenet(tmp_path / "images")
     data = ["--data.dataset", images, "--prune.calibration_batches", "2", "--prune.batch_size", "8"]

@@ -131,7 +131,11 @@ def prepare(name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
         prune_model(make_base("vit", folder), recipe).save(folder / "half", processor)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.families if page.name == "quickstart.md" else ()) for page in PAGES],
+    ids=NAMES,
+)
 def test_every_block_is_run_or_says_why_not(
     page: Path, pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

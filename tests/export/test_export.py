@@ -127,7 +127,7 @@ def test_documented_script_runs_without_isoprune_hf(
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("resnet", marks=pytest.mark.faults)])
 def test_eight_bit_weights_shrink_file_and_keep_classes(
     family: str, pruned: Callable[[str], Pruned], exported: Callable[..., Exported]
 ) -> None:

@@ -38,6 +38,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     datasets.enable_progress_bars()
 
 
+@pytest.mark.families
 def test_training_uploads_checkpoints_and_result_without_changing_weights(
     pruned: Callable[[str], Pruned],
     images: Path,

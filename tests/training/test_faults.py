@@ -452,6 +452,7 @@ def test_unwritable_folder_is_one_line_before_training(case: Case, tmp_path: Pat
     assert re.fullmatch(r"isoprune: error: .* cannot be written \(Read-only file system\)\n", ended.err)
 
 
+@pytest.mark.kills
 def test_killed_loader_process_is_one_line_and_resumable(case: Case, tmp_path: Path) -> None:
     mark, parent = tmp_path / "killed", os.getpid()
 

@@ -8,7 +8,7 @@ import torch
 from helpers.marks import one_of_each
 from helpers.plain_knapsack import plain_round
 from helpers.plans import cost_of, group
-from helpers.tiny_models import FAMILIES, make_base
+from helpers.tiny_models import ALL_FAMILIES, FAMILIES, make_base
 
 from isoprune_hf.errors import BudgetError, IsoPruneError, RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel
@@ -141,7 +141,7 @@ def draw_decision(rng: np.random.Generator, groups, cost, blocks):
     return scores, {**options, "target_latency": share, "latency_batch_size": 1}, LatencyModel(1.0, times)
 
 
-@pytest.mark.parametrize("family", one_of_each(FAMILIES, "vit", "resnet", "mobilenet_v2"))
+@pytest.mark.parametrize("family", one_of_each(ALL_FAMILIES, "vit", "resnet", "mobilenet_v2"))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_plans_equal_those_of_plain_rounds(family: str, seed: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_base(family, tmp_path)
