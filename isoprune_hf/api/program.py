@@ -1,4 +1,4 @@
-"""Write a module whose class cannot be had as a program of `torch.export`, beside its weights: `save_program`."""
+"""Write a module whose class cannot be imported as a program of `torch.export`, beside its weights: `save_program`."""
 
 import json
 import logging

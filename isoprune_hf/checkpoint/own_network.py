@@ -23,7 +23,7 @@ _MAX_INPUTS = 64
 
 
 def allow_builder(name: Any, builder: Builder) -> None:
-    """Let the configs that name a builder build their networks by it, for the rest of the program.
+    """Register the builder of the configs that name it, for the rest of the program.
 
     Args:
         name: `package.module:builder`.

@@ -68,7 +68,7 @@ class Target:
                 )
 
     def take_folder(self, written: Path) -> None:
-        """Give the name of the target to a folder that was written next to it, and remove the old one.
+        """Replace the target by a folder that was written next to it, and remove the old one.
 
         Raises:
             ConflictError: Others have changed the target since it was locked. It stays as it is, and the folder is
@@ -89,7 +89,7 @@ class Target:
         sync_folder(self.real.parent)
 
     def take_file(self, written: Path) -> None:
-        """Give the name of the target to a file that was written next to it.
+        """Replace the target by a file that was written next to it.
 
         Raises:
             ConflictError: As in `take_folder`.
@@ -241,7 +241,7 @@ def _free_name(place: Path) -> Path:
 
 
 def _swap(written: Path, folder: Path) -> Path:
-    """Give the name of an existing folder to a new one; return the place of the old one."""
+    """Rename a new folder to the name of an existing one; return the place of the old one."""
     if exchange(written, folder):
         return written
     aside = written.with_suffix(".old")

@@ -116,7 +116,7 @@ def open_run(
 
 @contextmanager
 def writing_result(training: TrainingRun) -> Iterator[None]:
-    """Say, if the result cannot be written within the context, whether the training is saved.
+    """Raise an error that tells whether the training is saved, if the result cannot be written within the context.
 
     Raises:
         WriteError: The result cannot be written.

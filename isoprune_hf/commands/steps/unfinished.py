@@ -81,7 +81,7 @@ def open_unfinished(
 
 
 def finish(work: Unfinished) -> None:
-    """Give the result the name of its target, and remove the rest; the main process calls this.
+    """Rename the result to the name of its target, and remove the rest; the main process calls this.
 
     Raises:
         CheckpointError: The target cannot be replaced, see also `Target.take_folder`; the same command tries it again.
