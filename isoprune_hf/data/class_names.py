@@ -26,7 +26,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def unite_classes(parts: Sequence[Split], places: Sequence[str], where: str) -> tuple[list[Split], tuple[str, ...]]:
-    """Give parts with ClassLabel labels the same names; labels of a part with another order or fewer names change.
+    """Align the names of parts with ClassLabel labels; labels of a part with another order or fewer names change.
 
     Args:
         parts: Rows with the columns `image` and `label`.

@@ -13,7 +13,7 @@ _ANSWER_BYTES = 64 * 2**20
 
 
 def limit_waiting() -> None:
-    """Let every later request of huggingface_hub in this process fail when it would wait too long.
+    """Limit how long every later request of huggingface_hub in this process waits.
 
     A request fails after 60 s without a byte. An answer that is no file, in JSON or to something sent, fails after
     120 s or 64 MiB in all, however steadily it drips.
