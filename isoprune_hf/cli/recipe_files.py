@@ -132,7 +132,8 @@ def _check(file: Path, values: dict[str, Any]) -> None:
     for name, section in values.items():
         if name not in known:
             raise RecipeError(f"--config: {file} has an unknown section {name!r}{suggest(str(name), known, limit=1)}")
-        if name in ("extends", "source") and not (isinstance(section, str) and section):
+        is_text = isinstance(section, str) and section and (name == "source" or section.isprintable())
+        if name in ("extends", "source") and not is_text:
             what = "the path of a recipe file" if name == "extends" else "a text"
             raise RecipeError(f"--config: {name} of {file} must be {what}, got {section!r}")
         if name in (*SECTIONS, "expect"):

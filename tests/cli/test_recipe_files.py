@@ -1,5 +1,6 @@
 """Recipe files: the published ones, files that extend others, and files that are refused."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -374,3 +375,9 @@ def test_chain_of_recipes_ends(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "15.yaml") == {"prune": {"ratio": 0.25}}
     with pytest.raises(RecipeError, match="a chain of more than 15 files"):
         read_recipe(tmp_path / "16.yaml")
+
+
+@pytest.mark.parametrize("path", ["a\0b.yaml", "a\nb.yaml", "\x1b[2J", ""])
+def test_path_of_extended_file_is_printable(path: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"extends": path, "prune": {"seed": 1}}))
+    assert "extends" in refuse("prune", "--config", tmp_path / "recipe.yaml")
