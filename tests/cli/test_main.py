@@ -358,7 +358,7 @@ def test_stage_help_names_every_flag(stage: str) -> None:
     assert " ".join(declared.text.split()) in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("is_fresh", [False, pytest.param(True, marks=pytest.mark.launch)])
+@pytest.mark.parametrize("is_fresh", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_closed_pipe_ends_command_quietly(is_fresh: bool, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

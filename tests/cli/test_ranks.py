@@ -73,7 +73,6 @@ def note() -> None:
 class Launched(NamedTuple):
     """End of a launched command; `ranks` maps each rank to the number of ranks that it saw."""
 
-    output: Path
     code: int
     out: str
     err: str
@@ -86,56 +85,41 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def launched(images: Path, cut_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launched]:
-    """Two ranks by torchrun and by `accelerate launch`; both start together to share two cores."""
-    root = tmp_path_factory.mktemp("launched")
-    (root / "sitecustomize.py").write_text(NOTE_RANKS)
-    shutil.copytree(cut_folder, root / "evaluated")
-    prune = ["prune", *TAYLOR, "--data.dataset", str(images), "--output"]
-    evaluate = ["evaluate", "--model", str(root / "evaluated"), "--data.dataset", str(images)]
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    accelerate += ["--main_process_port", free_port()]
-    script = str(ROOT / "train_accelerate.py")
-    commands = {
-        "prune": ["-m", *torchrun, script, *prune, str(root / "prune")],
-        "evaluate": ["-m", *accelerate, script, *evaluate],
-    }
-    running = {}
-    for name, command in commands.items():
-        (root / f"{name}_ranks").mkdir()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment.pop("ACCELERATE_USE_CPU")  # a user sets no such thing
-        environment |= {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}", "HF_HOME": str(root / f"{name}_home")}
-        environment |= {"RANK_NOTES": str(root / f"{name}_ranks")}
-        options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running[name] = subprocess.Popen([sys.executable, *command], **options)
-    done = {}
-    try:
-        for name, process in running.items():
-            out, err = process.communicate(timeout=300)
-            ranks = {path.name: path.read_text() for path in sorted((root / f"{name}_ranks").iterdir())}
-            done[name] = Launched(root / name, process.returncode, out, err, ranks)
-    finally:
-        for process in running.values():
-            process.kill()
-    return done
+def launch(launcher: str, command: list[object], folder: Path) -> Launched:
+    """Run a command of train_accelerate.py on two ranks that a launcher starts."""
+    started = {
+        "torchrun": "torch.distributed.run --nproc_per_node 2 --master_port",
+        "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no --main_process_port",
+    }[launcher].split()
+    notes = folder / "ranks"
+    notes.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text(NOTE_RANKS)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    environment.pop("ACCELERATE_USE_CPU")  # a user sets no such thing
+    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RANK_NOTES": str(notes)}
+    line = [sys.executable, "-m", *started, free_port(), str(ROOT / "train_accelerate.py"), *map(str, command)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    ranks = {path.name: path.read_text() for path in sorted(notes.iterdir())}
+    return Launched(done.returncode, done.stdout, done.stderr, ranks)
 
 
 @pytest.mark.launch
-def test_torchrun_makes_plan_of_one_rank(launched: dict[str, Launched], cut_folder: Path) -> None:
-    finished = launched["prune"]
+def test_accelerate_launch_makes_plan_of_one_rank(images: Path, cut_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results" / "pruned"
+    command = ["prune", *TAYLOR, "--data.dataset", images, "--output", output]
+    finished = launch("accelerate", command, tmp_path / "launch")
     assert finished.code == 0, finished.err
     assert finished.ranks == {"0": "2", "1": "2"}
-    assert leftovers(finished.output.parent) == []
-    check_cut(finished.output, finished.out, cut_folder)
+    assert leftovers(output.parent) == []
+    check_cut(output, finished.out, cut_folder)
 
 
-@pytest.mark.launch
-def test_accelerate_launch_evaluates_like_one_rank(launched: dict[str, Launched], cut_folder: Path) -> None:
-    finished = launched["evaluate"]
+@pytest.mark.faults
+def test_torchrun_evaluates_like_one_rank(images: Path, cut_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(cut_folder, tmp_path / "evaluated")
+    command = ["evaluate", "--model", tmp_path / "evaluated", "--data.dataset", images]
+    finished = launch("torchrun", command, tmp_path / "launch")
     assert finished.code == 0, finished.err
     assert finished.ranks == {"0": "2", "1": "2"}
     check_figures(finished.out, cut_folder)

@@ -73,8 +73,8 @@ def exported(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathF
 
 
 CASES = [("vit", "onnx")]
-OTHERS = [("vit", "openvino"), ("vit", "torch-export"), ("hf-swin", "onnx"), ("resnet", "openvino")]
-CASES += [pytest.param(*case, marks=pytest.mark.export) for case in OTHERS]
+CASES += [pytest.param(*case, marks=pytest.mark.export) for case in [("vit", "torch-export"), ("resnet", "openvino")]]
+CASES += [pytest.param(*case, marks=pytest.mark.faults) for case in [("vit", "openvino"), ("hf-swin", "onnx")]]
 
 
 @pytest.mark.parametrize(("family", "target"), CASES)

@@ -6,6 +6,6 @@ from typing import Any
 import pytest
 
 
-def one_of_each(cases: Iterable[str], *always: str) -> list[Any]:
-    """Return the cases as parameters, all but those of `always` marked `families`."""
-    return [case if case in always else pytest.param(case, marks=pytest.mark.families) for case in cases]
+def one_of_each(cases: Iterable[str], *always: str, mark: str = "families") -> list[Any]:
+    """Return the cases as parameters, all but those of `always` with a mark."""
+    return [case if case in always else pytest.param(case, marks=getattr(pytest.mark, mark)) for case in cases]

@@ -69,7 +69,7 @@ def test_module_keeps_a_forward_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", one_of_each(ALL_FAMILIES, "vit", "resnet"))
 @pytest.mark.parametrize(
     "is_bias_only",
-    [False, pytest.param(True, marks=pytest.mark.families)],
+    [False, pytest.param(True, marks=pytest.mark.faults)],
     ids=["least squares", "bias"],
 )
 def test_fit_from_waypoints_equals_fit_of_whole_passes(
