@@ -7,12 +7,12 @@ import hashlib
 import json
 import re
 import shlex
-from importlib import import_module
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.checkpoint.own_network import inputs_of
@@ -22,6 +22,9 @@ from isoprune_hf.plain_files import read_json
 from isoprune_hf.pruning.plan import PLAN_FILE
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.benchmark import benchmark_table
+from isoprune_hf.reporting.card_metadata import License, describe_model
+from isoprune_hf.reporting.decision_text import describe_decision
+from isoprune_hf.reporting.places import show_note, show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.tables import Metrics, describe_sample, format_figure, on_same_images
 from isoprune_hf.reporting.widths import PICTURE
@@ -39,69 +42,143 @@ _COLUMNS = {
     "file_mb": "weights (MB)",
 }
 _HASHED = ("model.safetensors", "pruning_plan.json", "modeling_isoprune.py")
+_MARK = "<!-- written by isoprune_hf from the files of this folder, and again when it is pushed unedited: {digest} -->"
 _MAX_NAMED_CLASSES = 20
 _SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "finetune": FinetuneRecipe}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUILDER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)  # of a network of no library
 _LIBRARIES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "torch-pruning", "huggingface_hub")
 
 
-def build_model_card(folder: str | Path, *, repo: str | None = None) -> ModelCard:
+@dataclass(frozen=True)
+class _Files:
+    """The content of the files of a folder that a card is built from."""
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: Metrics
+    speed: dict[str, Any]
+    plan: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return str(self.config.get("stage", "base"))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.config.get("recipe") or {}
+
+
+def build_model_card(folder: str | Path, *, repo: str | None = None, base_license: License | None = None) -> ModelCard:
     """Build the card of a pruned model from the files of its folder.
+
+    Its last line has a digest by which `is_unedited` recognises it.
 
     Args:
         folder: Folder of a pruned model.
         repo: `user/name` that the code examples open; without it they open the name of the folder.
+        base_license: Licence of the base on the Hub; by default that which timm records, if any.
 
     Raises:
         CheckpointError: The folder is not that of a pruned model, or one of its JSON files is damaged.
     """
-    folder = Path(folder)
+    files = _read_files(Path(folder))
+    name = repo or files.folder.resolve().name
+    data = files.recipe.get("data") or {}
+    decision = describe_decision(
+        plain_markdown(files.recipe.get("prune") or {}),
+        plain_markdown(files.plan.get("settings") or {}),
+        plain_markdown(data.get("train_split")) if data.get("dataset") else None,
+    )
+    metadata = describe_model(
+        files.config,
+        files.metrics.get(files.stage) or {},
+        title=name.rpartition("/")[2],
+        is_isomorphic=decision.is_isomorphic,
+        base_license=base_license,
+    )
+    card: ModelCard = ModelCard.from_template(
+        metadata,
+        template_path=str(_TEMPLATE),
+        name=str(plain_markdown(name)).replace('"', "'"),
+        decision=decision,
+        show=show_place,
+        transformers_needed=NEEDED,
+        versions=_list_versions(),
+        **_describe_files(files),
+        **_describe_results(files),
+    )
+    card.text = card.text.rstrip() + "\n\n"
+    card.text += _MARK.format(digest=_digest(str(card)))
+    return card
+
+
+def is_unedited(card: str) -> bool:
+    """Return whether a card is one of `build_model_card` as it was written, so that it may be built again."""
+    text, _, mark = card.rstrip("\n").rpartition("\n\n")
+    return mark == _MARK.format(digest=_digest(f"{text}\n\n"))
+
+
+def _read_files(folder: Path) -> _Files:
     read = _read_json(folder / "config.json")
     config = isoprune_fields(read)
-    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
-    speed = _read_json(folder / "speed.json") if (folder / "speed.json").exists() else {}
     stage = (config or {}).get("stage", "base")
     if config is None or stage not in _STAGES:
         kind = read.get("model_type")
         raise CheckpointError(f"config.json: not a pruned model (model_type {kind!r}, stage {stage!r})")
-    shown = on_same_images(metrics, _last_figures(metrics, stage))
-    name = repo or folder.resolve().name
-    cost, recipe = config.get("cost") or {}, config.get("recipe") or {}
-    hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
-    plan = _read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else {}
-    weights = folder / "model.safetensors"
-    size = weights.stat().st_size / 1e6 if weights.is_file() else None
-    card: ModelCard = ModelCard.from_template(
-        _describe(config, recipe.get("data") or {}, metrics.get(stage) or {}, cost, name.rpartition("/")[2]),
-        template_path=str(_TEMPLATE),
-        name=str(plain_markdown(name)).replace('"', "'"),
-        config=plain_markdown(config),
-        stage=stage,
-        source=plain_markdown(config.get("source") or {}),
-        base=plain_markdown(config.get("base") or {}),
-        recipe={key: plain_markdown(recipe.get(key) or {}) for key in ("prune", "data", "finetune")},
-        saved=_compare(cost),
-        sample=describe_sample(shown.values()),
-        split=plain_markdown(_last_figures(metrics, stage).get("split")),
-        left_out=[name for name in _STAGES if metrics.get(name) and name not in shown],
-        table=_tabulate(cost, shown, speed.get("milliseconds") or {}, stage, size),
-        commands=_commands(recipe, stage),
-        notes=[_show_note(note) for note in plan.get("notes") or ()],
-        labels=_name_labels(config.get("id2label") or {}),
-        has_picture=(folder / PICTURE).is_file(),
-        reads_arrays=_reads_arrays(config, folder / "preprocessor_config.json"),
-        builder=_builder(config.get("base") or {}),
-        call=None if _has_pipeline(config, folder) else _call(config),
-        speed=plain_markdown(speed),
-        benchmark=plain_markdown(speed.get("benchmark")),
-        timings=plain_markdown(benchmark_table(speed["benchmark"])) if speed.get("benchmark") else [],
-        hashes={path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed},
-        versions=_list_versions(),
-        transformers_needed=NEEDED,
-        show=_show,
+    metrics, speed, plan = (
+        _read_json(folder / file) if (folder / file).exists() else {}
+        for file in ("metrics.json", "speed.json", PLAN_FILE)
     )
-    return card
+    return _Files(folder, config, metrics, speed, plan)
+
+
+def _describe_files(files: _Files) -> dict[str, Any]:
+    """Return the variables of the template that describe the folder: config, plan, usage, digests."""
+    folder, config = files.folder, files.config
+    hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
+    return {
+        "config": plain_markdown(config),
+        "stage": files.stage,
+        "source": plain_markdown(config.get("source") or {}),
+        "base": plain_markdown(config.get("base") or {}),
+        "recipe": {key: plain_markdown(files.recipe.get(key) or {}) for key in ("prune", "data", "finetune")},
+        "commands": _commands(files.recipe, files.stage),
+        "notes": [show_note(note) for note in files.plan.get("notes") or ()],
+        "labels": _name_labels(config.get("id2label") or {}),
+        "has_picture": (folder / PICTURE).is_file(),
+        "reads_arrays": _reads_arrays(config, folder / "preprocessor_config.json"),
+        "builder": _builder(config.get("base") or {}),
+        "call": None if _has_pipeline(config, folder) else _call(config),
+        "hashes": {path.name: _digest_of(path) for path in hashed},
+    }
+
+
+def _describe_results(files: _Files) -> dict[str, Any]:
+    """Return the variables of the template that are figures: cost, accuracy, times."""
+    metrics, speed, cost = files.metrics, files.speed, files.config.get("cost") or {}
+    last = _last_figures(metrics, files.stage)
+    shown = on_same_images(metrics, last)
+    weights = files.folder / "model.safetensors"
+    size = weights.stat().st_size / 1e6 if weights.is_file() else None
+    return {
+        "saved": _compare(cost),
+        "sample": describe_sample(shown.values()),
+        "split": plain_markdown(last.get("split")),
+        "left_out": [name for name in _STAGES if metrics.get(name) and name not in shown],
+        "table": _tabulate(cost, shown, speed.get("milliseconds") or {}, files.stage, size),
+        "speed": plain_markdown(speed),
+        "benchmark": plain_markdown(speed.get("benchmark")),
+        "timings": plain_markdown(benchmark_table(speed["benchmark"])) if speed.get("benchmark") else [],
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _has_pipeline(config: dict[str, Any], folder: Path) -> bool:
@@ -145,53 +222,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _describe(
-    config: dict[str, Any], data: dict[str, Any], metrics: dict[str, Any], cost: dict[str, Any], title: str
-) -> ModelCardData:
-    source, library = config.get("source") or {}, (config.get("base") or {}).get("library")
-    base_model = source.get("name") if source.get("pretrained") and _is_hub_id(source.get("name")) else None
-    dataset = data.get("dataset")
-    known = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy"), "loss": ("loss", "loss")}
-    figures = {key: metrics[key] for key in known if metrics.get(key) is not None}
-    macs = (cost.get("base" if config.get("stage", "base") == "base" else "pruned") or {}).get("macs")
-    if figures and macs is not None:
-        known["macs"], figures["macs"] = ("macs", "MACs of one image (torch.utils.flop_counter)"), macs
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=_show(dataset),
-            dataset_name=_show(dataset),
-            dataset_split=metrics.get("split", data.get("eval_split")),
-            dataset_revision=data.get("revision"),
-            metric_type=known[key][0],
-            metric_name=known[key][1],
-            metric_value=value,
-        )
-        for key, value in figures.items()
-        if dataset is not None
-    ]
-    return ModelCardData(
-        license=_find_license(source, library),
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["isoprune", "isomorphic-pruning", "pruning", *([library] if library else [])],
-        base_model=base_model,
-        base_model_relation="finetune" if base_model and config.get("stage") == "finetuned" else None,
-        datasets=dataset if _is_hub_id(dataset) else None,
-        model_name=title,
-        eval_results=results or None,
-    )
-
-
-def _find_license(source: dict[str, Any], library: str | None) -> str | None:
-    """Return the licence that timm records for the pretrained weights of the base, or None."""
-    name = source.get("name")
-    if library != "timm" or not source.get("pretrained") or not isinstance(name, str):
-        return None
-    known = import_module("timm").get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
-    return getattr(known, "license", None) or None
-
-
 def _commands(recipe: dict[str, Any], stage: str) -> list[str]:
     """Return the commands that produce this model, with the settings that differ from the defaults."""
     stages = [("prune", ["prune", "data"])] if (recipe.get("prune") or {}).get("model") else []
@@ -208,7 +238,7 @@ def _flags(section: str, recipe: dict[str, Any]) -> list[str]:
     found = []
     for key, value in (recipe.get(section) or {}).items():
         if key in defaults and value != defaults[key]:
-            shown = _show(value)
+            shown = show_place(value)
             text = value if isinstance(value, str) else json.dumps(value)
             text = "LOCAL" if shown != plain_markdown(text) else " ".join(text.replace("`", "'").split())
             found.append(f"--{section}.{key} {shlex.quote(text)}")
@@ -220,29 +250,8 @@ def _name_labels(labels: dict[str, str]) -> str:
     more = (
         f" and {len(names) - _MAX_NAMED_CLASSES:,} more, all in config.json" if len(names) > _MAX_NAMED_CLASSES else ""
     )
-    return ", ".join(plain_markdown(name) for name in names[:_MAX_NAMED_CLASSES]) + more
-
-
-def _is_hub_id(name: Any) -> bool:
-    if not isinstance(name, str) or name.startswith("torchvision/"):
-        return False
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
-
-
-def _show(value: Any) -> str:
-    """Return a value as text of a table cell; a path loses all but its last part, because cards are public."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    parts = re.split(r"[/\\]+", text.rstrip("/\\"))
-    if parts != [text] and not isinstance(value, str):
-        text = "not shown, because it contains a path"
-    elif parts != [text] and parts[0] != "torchvision" and not _is_hub_id(text):
-        text = f"a local folder ({parts[-1]})"
-    return str(plain_markdown(text))
-
-
-def _show_note(note: str) -> str:
-    """Return a note of a plan on one line; one that holds a path is not shown, because cards are public."""
-    return "not shown, because it contains a path" if re.search(r"[/\\\\]", note) else str(plain_markdown(note))
+    shown = [plain_markdown(name) for name in names[:_MAX_NAMED_CLASSES]]
+    return ("; " if any("," in name for name in shown) else ", ").join(shown) + more
 
 
 def _last_figures(metrics: Metrics, stage: str) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from isoprune_hf import prune
 from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.cli.parser import parse
 from isoprune_hf.errors import CheckpointError
-from isoprune_hf.reporting.model_card import build_model_card
+from isoprune_hf.reporting.card_metadata import License, list_benchmark_entries
+from isoprune_hf.reporting.model_card import build_model_card, is_unedited
 
 BASE = "timm/deit_small_patch16_224.fb_in1k"
 
@@ -239,14 +240,63 @@ def test_relative_folder_is_not_taken_for_hub_id(tmp_path: Path, monkeypatch: py
 
 def test_card_of_pruned_model_claims_no_finetuning(tmp_path: Path) -> None:
     card = build_model_card(make_folder(tmp_path / "deit", stage="pruned"))
-    assert card.data.base_model == BASE
-    assert "base_model_relation" not in str(card)
-    assert "epochs" not in card.text
+    assert (card.data.base_model, card.data.base_model_relation) == (BASE, "finetune")  # other weights, for the Hub
+    assert "The weights were not trained after pruning." in card.text and "epochs" not in card.text
 
 
-def test_other_scope_is_not_called_isomorphic(tmp_path: Path) -> None:
-    card = build_model_card(make_folder(tmp_path / "deit", recipe={"prune": {"scope": "global"}}))
-    assert "pruned with structured pruning (scope `global`)" in card.text
+@pytest.mark.parametrize("changes", [{"scope": "global"}, {"allocation": "knapsack"}, {"scopes": {"a": "b"}}, None])
+def test_other_methods_are_not_called_isomorphic(tmp_path: Path, changes: dict[str, Any] | None) -> None:
+    card = build_model_card(make_folder(tmp_path / "deit", recipe={"prune": changes} if changes else None))
+    assert "pruned with structured pruning" in card.text and "arxiv.org" not in card.text.split("## Results")[0]
+    assert "isomorphic-pruning" not in card.data.tags
+
+
+def test_settings_of_plan_outrank_the_recipe(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "deit")
+    settings = {"criterion": "gate_fisher_joint", "allocation": "knapsack", "sample": {"images": 1234}}
+    (folder / "pruning_plan.json").write_text(json.dumps({"settings": settings}))
+    text = build_model_card(folder).text
+    assert "pruned with structured pruning (allocation `knapsack`)" in text
+    assert "(criterion `gate_fisher_joint`)" in text and "For the scores 1,234 images of split `train`" in text
+
+
+def test_labels_of_the_card_stay_whole(tmp_path: Path) -> None:
+    labels = {"0": "hamster/gerbil cage", "1": "tiger, Panthera tigris", "2": "/m/01g317"}
+    card = build_model_card(make_folder(tmp_path / "deit", id2label=labels))
+    assert "Output: 3 classes: hamster/gerbil cage; tiger, Panthera tigris; /m/01g317." in card.text
+    assert [entry["example_title"] for entry in card.data.widget] == ["Tiger"]
+    assert card.data.widget[0]["src"].endswith("/tiger.jpg")
+
+
+def test_card_knows_whether_it_was_edited(tmp_path: Path) -> None:
+    card = str(build_model_card(make_folder(tmp_path / "deit")))
+    assert is_unedited(card)
+    assert not any(map(is_unedited, (card.replace("apache-2.0", "mit"), card + "mine", card[:-9], "mine", "")))
+
+
+def test_own_weights_are_not_called_the_published_ones(tmp_path: Path) -> None:
+    source = {"name": BASE, "pretrained": True, "weights": "/home/me/mine.pt"}
+    card = build_model_card(make_folder(tmp_path / "deit", source=source), base_license=License("mit"))
+    assert (card.data.base_model, card.data.license) == (None, None)
+    assert f"weights of the author's own in the architecture `{BASE}`" in card.text
+
+
+def test_license_of_a_base_on_the_hub(tmp_path: Path) -> None:
+    source = {"name": "google/vit-base-patch16-224", "pretrained": True}
+    folder = make_folder(tmp_path / "vit", source=source, base={"library": "transformers"})
+    data = build_model_card(folder, base_license=License("other", "terms", "https://example.org/terms")).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "terms", "https://example.org/terms")
+
+
+def test_leaderboards_take_whole_splits_only() -> None:
+    config = {"recipe": {"data": {"dataset": "hf:own/data", "eval_split": "validation"}}}
+    figures = {"top1": 0.81234, "images": 50_000, "split": "validation"}
+    (entry,) = list_benchmark_entries(config, figures)
+    assert (entry.dataset_id, entry.value) == ("own/data", 81.234)
+    assert entry.notes == "top-1 accuracy in per cent on all 50,000 images of split validation, by isoprune_hf"
+    for other in ({"split_images": 60_000}, {"split": "train[80%:]"}, {"top1": None}):
+        assert list_benchmark_entries(config, figures | other) == []
+    assert list_benchmark_entries({"recipe": {"data": {"dataset": "/home/me/data"}}}, figures) == []
 
 
 def test_card_has_hashes_versions_snippets_and_citation(tmp_path: Path) -> None:
