@@ -1,7 +1,7 @@
 """Write a model folder or a result file whole or not at all.
 
-`save_model_folder`, `replace_folder`, `replace_file` and `write_file` write to a temporary place, which then takes the
-name of the target (see `target.py`). `read_json` reads a file of a folder.
+`save_model_folder`, `replace_folder`, `update_folder`, `replace_file` and `write_file` write to a temporary place,
+which then takes the name of the target (see `target.py`). `read_json` reads a file of a folder.
 """
 
 import json
@@ -89,16 +89,70 @@ def replace_folder(folder: str | Path | Target, write: Callable[[Path], None], *
         with locked_target(folder, keep=keep) as target:
             replace_folder(target, write)
         return
-    place = folder.real
+
+    def write_and_sync(temporary: Path) -> None:
+        write(temporary)
+        for file in temporary.iterdir():
+            os.chmod(file, 0o644)
+            sync_file(file)
+
+    _put(folder, write_and_sync)
+
+
+def update_folder(target: Target, write: Callable[[Path], None]) -> None:
+    """Change files of a folder in one step: a reader sees the files before or after, never some of both.
+
+    Args:
+        target: The folder, which this process has locked.
+        write: Writes the files that change, with `replace_file` or `write_file`, into a copy of the folder passed to
+            it. The other files of the copy are links to those of the folder.
+
+    Raises:
+        WriteError: The folder cannot be written.
+    """
+    if os.path.ismount(target.real):
+        raise WriteError(f"{target.real} cannot be written: it is a mount point, which cannot be renamed")
+
+    def copy_and_write(temporary: Path) -> None:
+        link_files(target.real, temporary, leave_out=target.keep)
+        write(temporary)
+
+    _put(target, copy_and_write)
+
+
+def link_files(source: Path, place: Path, *, leave_out: str | None = None) -> None:
+    """Link the files of a folder into another one, or copy them where the file system has no links.
+
+    Args:
+        source: The folder.
+        place: An existing folder without these files.
+        leave_out: Name of a subfolder that is not linked.
+    """
+
+    def names_left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if name == leave_out and Path(folder) == source]
+
+    shutil.copytree(
+        source, place, symlinks=True, ignore=names_left_out, copy_function=_link_or_copy, dirs_exist_ok=True
+    )
+
+
+def _link_or_copy(source: str, place: str) -> None:
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, place, follow_symlinks=False)
+
+
+def _put(target: Target, write: Callable[[Path], None]) -> None:
+    """Write a folder next to the target, which it then replaces."""
+    place = target.real
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
         try:
             write(temporary)
-            for file in temporary.iterdir():
-                os.chmod(file, 0o644)
-                sync_file(file)
             sync_folder(temporary)
-            folder.take_folder(temporary)
+            target.take_folder(temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk

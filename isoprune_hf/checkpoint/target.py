@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from isoprune_hf.errors import ConflictError, RecipeError, WriteError
 
 logger = logging.getLogger(__name__)
 
-_CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"  # subfolder of a result that belongs to its training
 # Locks and temporary files of commands that write below a target.
 _TEMPORARY = re.compile(r"\.tmp\..+|\..+\.lock")
 
@@ -76,16 +77,16 @@ class Target:
             OSError: It cannot be renamed.
         """
         self._check_unchanged(written)
-        os.chmod(written, 0o755)
-        if not self.real.exists():
-            os.rename(written, self.real)
-        elif self.keep is None or not (self.real / self.keep).is_dir():
-            self._discard(_swap(written, self.real))
-        elif (self.real / _CONFIG).exists() and exchange(written, self.real):
-            os.rename(written / self.keep, self.real / self.keep)
-            self._discard(written)
+        if self.real.exists():
+            os.chmod(written, stat.S_IMODE(self.real.stat().st_mode))
+            is_current = os.path.samestat(os.stat(os.curdir), self.real.stat())
+            self._discard(_swap(written, self.real, self.keep))
+            if is_current:
+                os.chdir(self.real)
+                logger.warning(f'{self.real} is a new folder of the same name: enter it again, as with cd "$PWD"')
         else:
-            self._discard(_move_files(written, self.real, self.keep))
+            os.chmod(written, 0o755)
+            os.rename(written, self.real)
         sync_folder(self.real.parent)
 
     def take_file(self, written: Path) -> None:
@@ -176,16 +177,14 @@ def locked_target(
     *,
     keep: str | None = None,
     what: str | None = None,
-    is_replaced: bool = True,
     wait: float = 0.0,
 ) -> Iterator[Target]:
-    """Lock a place within the context.
+    """Lock a place within the context; what killed processes have left next to it is removed first.
 
     Args:
         path: The place.
         keep: See `Target`.
         what: Start of the message of an error; the default is the place.
-        is_replaced: The whole place is to be replaced: what killed processes have left next to it is removed first.
         wait: Seconds to wait for another process that has the lock.
 
     Raises:
@@ -199,23 +198,23 @@ def locked_target(
     except OSError as error:
         raise WriteError(f"{real} cannot be written: {error}") from error
     try:
-        if is_replaced:
-            _recover(real, keep)
+        _recover(real)
         yield Target(Path(path), real, keep, _list_files(real, keep))
     finally:
         lock.release()
 
 
-def _recover(real: Path, keep: str | None) -> None:
+def _recover(real: Path) -> None:
     """Remove the temporary files of killed processes; parts of the target that they had moved away return first."""
     pattern = re.compile(rf"\.{re.escape(real.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
     real.with_name(f".tmp.{real.name}").unlink(missing_ok=True)  # of `replace_file`
-    for left in [path for path in real.parent.iterdir() if pattern.fullmatch(path.name)]:
+    found = [path for path in real.parent.iterdir() if pattern.fullmatch(path.name)]
+    for left in sorted(found, key=lambda path: path.suffix):  # the old folder before what it has given away
         if left.suffix == ".old" and not real.exists():
             os.rename(left, real)
             continue
-        if keep is not None and (left / keep).is_dir() and real.is_dir() and not (real / keep).exists():
-            os.rename(left / keep, real / keep)
+        if (left / CHECKPOINTS).is_dir() and real.is_dir() and not (real / CHECKPOINTS).exists():
+            os.rename(left / CHECKPOINTS, real / CHECKPOINTS)
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -240,10 +239,18 @@ def _free_name(place: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _swap(written: Path, folder: Path) -> Path:
-    """Rename a new folder to the name of an existing one; return the place of the old one."""
-    if exchange(written, folder):
-        return written
+def _swap(written: Path, folder: Path, keep: str | None) -> Path:
+    """Rename a new folder to the name of an existing one, which gives it `keep`; return the place of the old one."""
+    try:
+        if keep is not None and (folder / keep).is_dir():
+            os.rename(folder / keep, written / keep)
+        return written if exchange(written, folder) else _swap_in_two_steps(written, folder)
+    finally:  # also after a signal
+        if keep is not None and (written / keep).is_dir():
+            os.rename(written / keep, folder / keep)
+
+
+def _swap_in_two_steps(written: Path, folder: Path) -> Path:
     aside = written.with_suffix(".old")
     os.rename(folder, aside)
     try:
@@ -252,30 +259,3 @@ def _swap(written: Path, folder: Path) -> Path:
         os.rename(aside, folder)
         raise
     return aside
-
-
-def _move_files(written: Path, folder: Path, keep: str) -> Path:
-    """Replace the files of a folder around `keep`, one by one; return the place of the old ones.
-
-    The config is removed first and added last, so that a half-written folder cannot be opened.
-    """
-    aside = written.with_suffix(".old")
-    aside.mkdir()
-    outgoing = sorted((path for path in folder.iterdir() if path.name != keep), key=_is_not_config)
-    incoming = sorted(written.iterdir(), key=_is_not_config, reverse=True)
-    moves = [(path, aside / path.name) for path in outgoing] + [(path, folder / path.name) for path in incoming]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            os.rename(source, target)
-            done.append((source, target))
-    except OSError:
-        for source, target in reversed(done):
-            os.rename(target, source)
-        aside.rmdir()
-        raise
-    return aside
-
-
-def _is_not_config(path: Path) -> bool:
-    return path.name != _CONFIG

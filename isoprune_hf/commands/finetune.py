@@ -24,10 +24,9 @@ def run(
     push_every: int | None,
 ) -> Answer:
     """Train a pruned model and write the result to another folder; an unfinished run of that folder is resumed."""
-    from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.checkpoint.target import CHECKPOINTS, open_target
     from isoprune_hf.commands.steps.finetuning import Source, finetune_folder
     from isoprune_hf.commands.steps.results import send_result
-    from isoprune_hf.commands.steps.training import CHECKPOINTS
     from isoprune_hf.hub.uploads import open_uploads
     from isoprune_hf.training.run import is_begun
 

@@ -31,7 +31,7 @@ def run(
     # The files belong together: nobody replaces them meanwhile. Where nobody can, there is no lock either.
     can_be_replaced = os.access(place.resolve().parent, os.W_OK)
     what = f"--folder {folder}"
-    with locked_target(place, what=what, is_replaced=False) if can_be_replaced else nullcontext():
+    with locked_target(place, what=what) if can_be_replaced else nullcontext():
         if check:
             require_sound(place)
         if dry_run:

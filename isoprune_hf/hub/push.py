@@ -22,7 +22,8 @@ from isoprune_hf.reporting.model_card import build_model_card
 _PROCESSOR = "preprocessor_config.json"
 _REQUIRED_FILES = ("config.json", "model.safetensors")
 _CODE = "modeling_isoprune.py"
-_OTHER_FILES = ("README.md", "LICENSE", "pruning_plan.json", "metrics.json", "speed.json")
+_CARD = "README.md"
+_OTHER_FILES = (_CARD, "LICENSE", "pruning_plan.json", "metrics.json", "speed.json")
 _PUSHED_FILES = {*_REQUIRED_FILES, _PROCESSOR, _CODE, *_OTHER_FILES}
 _PUSHED_SUFFIX = ".png"  # the pictures of the card
 _SHOWN_CARD_LINES = 12  # after the metadata
@@ -40,7 +41,7 @@ def push_folder(
     message: str = "Upload pruned model",
     needs_processor: bool = True,
 ) -> str:
-    """Upload the folder of a pruned model in one commit; write its model card first if it has none.
+    """Upload the folder of a pruned model in one commit, with a model card if it has none; the folder stays as it is.
 
     The login is that of `hf auth login` or HF_TOKEN. Only files that this package writes, a LICENSE and pictures are
     uploaded, and no code but that of the installed package. Files that are already on the Hub are not sent again, so
@@ -72,7 +73,11 @@ def push_folder(
     """
     folder = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
-    files = _files_with_card(folder, repo, needs_processor=needs_processor)
+    files: dict[str, Path | bytes] = {
+        path.name: path for path in published_files(folder, needs_processor=needs_processor)
+    }
+    if _CARD not in files:
+        files[_CARD] = str(build_model_card(folder, repo=repo)).encode()
     with translate_errors(repo, folder.name, create_pr=create_pr):
         api = open_repository(repo, private=private)
         if revision is not None:
@@ -81,7 +86,7 @@ def push_folder(
         def commit_files() -> CommitInfo:
             # Not upload_folder: with Xet it may split a folder into several commits. Each attempt needs new
             # operations, because they store the state of the Hub at the previous attempt.
-            added = [CommitOperationAdd(path.name, path) for path in files]
+            added = [CommitOperationAdd(name, content) for name, content in files.items()]
             return api.create_commit(repo, added, commit_message=message, revision=revision, create_pr=create_pr)
 
         # A repeated request would open a second pull request.
@@ -91,17 +96,6 @@ def push_folder(
         if collection is not None:
             retry(lambda: _add_to_collection(api, repo, collection))
         return commit.pr_url or commit.commit_url
-
-
-def _files_with_card(folder: Path, repo: str, *, needs_processor: bool) -> list[Path]:
-    """Return the files to upload; writes the model card if there is none."""
-    files = published_files(folder, needs_processor=needs_processor)
-    if folder / "README.md" in files:
-        return files
-    temporary = folder / ".README.md.tmp"
-    build_model_card(folder, repo=repo).save(temporary)
-    temporary.replace(folder / "README.md")
-    return published_files(folder, needs_processor=needs_processor)
 
 
 def open_repository(repo: str, *, private: bool = False) -> HfApi:
@@ -147,9 +141,9 @@ def describe_push(
     folder = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
     files = published_files(folder)
-    card = folder / "README.md"
+    card = folder / _CARD
     text = card.read_text(encoding="utf-8") if card in files else str(build_model_card(folder, repo=repo))
-    sizes = {path.name: path.stat().st_size for path in files} | {"README.md": len(text.encode())}
+    sizes = {path.name: path.stat().st_size for path in files} | {_CARD: len(text.encode())}
     target = "a pull request" if create_pr else f"branch {revision or 'main'}"
     extras = "".join(f", {name} {value}" for name, value in (("tag", tag), ("collection", collection)) if value)
     metadata, _, body = text.removeprefix("---\n").partition("\n---\n")

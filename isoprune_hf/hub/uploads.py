@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from isoprune_hf.checkpoint.folder import link_files
 from isoprune_hf.errors import HubError, IsoPruneError, RecipeError
 from isoprune_hf.hub.push import open_repository, push_folder, validate_push_options
 
@@ -81,7 +81,9 @@ class Uploads:
         try:
             copied = _link_files(checkpoint)
         except OSError as error:
-            logger.warning(f"the checkpoint of epoch {epoch} cannot be copied for its upload ({error.strerror})")
+            logger.warning(
+                f"the checkpoint of epoch {epoch} cannot be copied for its upload ({error.strerror or error})"
+            )
             return
         # A daemon thread: a run that ends does not wait for the network, and a commit is complete or not made at all.
         self._thread = threading.Thread(target=self._send, args=(copied, epoch), daemon=True)
@@ -116,15 +118,10 @@ class Uploads:
 
 
 def _link_files(checkpoint: Path) -> Path:
-    """Link the files of a folder into a temporary folder next to it, or copy them if the file system has no links."""
+    """Link the files of a folder into a temporary folder next to it."""
     linked = Path(tempfile.mkdtemp(prefix=".push.", suffix=".tmp", dir=checkpoint.parent))
     try:
-        for path in checkpoint.iterdir():
-            if path.is_file():
-                try:
-                    os.link(path, linked / path.name)
-                except OSError:
-                    shutil.copyfile(path, linked / path.name)
+        link_files(checkpoint, linked)
     except OSError:
         shutil.rmtree(linked, ignore_errors=True)
         raise

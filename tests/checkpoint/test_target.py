@@ -1,8 +1,11 @@
 """Places of results: checked and locked before any work, and replaced in one step that loses no file of others."""
 
 import errno
+import logging
 import os
+import shutil
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +14,8 @@ from helpers.command_line import contents
 
 from isoprune_hf.checkpoint import target as target_module
 from isoprune_hf.checkpoint.exchange import exchange
-from isoprune_hf.checkpoint.folder import replace_file, replace_folder
-from isoprune_hf.checkpoint.target import locked_target, open_target
+from isoprune_hf.checkpoint.folder import replace_file, replace_folder, update_folder, write_file
+from isoprune_hf.checkpoint.target import Target, locked_target, open_target
 from isoprune_hf.checkpoint.target_lock import TargetLock
 from isoprune_hf.errors import CheckpointError, OccupiedError, RecipeError, WriteError
 
@@ -31,6 +34,20 @@ def write_old(out: Path) -> None:
     (out / "checkpoints" / "state").write_text("kept")
     (out / "config.json").write_text("old")
     (out / "extra").write_text("old")
+
+
+def replace(target: Target) -> None:
+    replace_folder(target, write_new)
+
+
+def update(target: Target) -> None:
+    """Change two files, and leave a third as it is."""
+
+    def write(place: Path) -> None:
+        write_file(place / "config.json", "new")
+        write_file(place / "weights", "new")
+
+    update_folder(target, write)
 
 
 NEW = {"config.json": b"new", "weights": b"new"}
@@ -190,8 +207,8 @@ def test_other_ranks_check_without_locking(tmp_path: Path) -> None:
 # --- kills
 
 
-def kill_in_writing(out: Path, call: int, keep: str | None, is_atomic: bool) -> bool:
-    """Replace a folder in a process that is killed before its n-th renaming or removal; False if it has ended."""
+def kill_in_writing(out: Path, call: int, keep: str | None, write: Callable[[Target], None], is_atomic: bool) -> bool:
+    """Write a folder in a process that is killed before its n-th renaming or removal; False if it has ended."""
     child = os.fork()
     if child == 0:
         calls = 0
@@ -206,12 +223,12 @@ def kill_in_writing(out: Path, call: int, keep: str | None, is_atomic: bool) -> 
 
             return call_or_end
 
-        for name in ("rename", "replace", "rmdir", "unlink", "mkdir"):
+        for name in ("rename", "replace", "rmdir", "unlink", "mkdir", "link"):
             setattr(os, name, counted(getattr(os, name)))
         if is_atomic:
             target_module.exchange = counted(exchange)
         with open_target(out, overwrite=True, keep=keep) as target:
-            replace_folder(target, write_new)
+            write(target)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
@@ -219,37 +236,40 @@ def kill_in_writing(out: Path, call: int, keep: str | None, is_atomic: bool) -> 
 @pytest.mark.parametrize(
     "is_atomic", ["exchange", pytest.param("two renames", marks=pytest.mark.kills)], indirect=True
 )
-@pytest.mark.parametrize("keep", [None, "checkpoints"])
-def test_kill_at_each_step_leaves_old_or_new(keep: str | None, is_atomic: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "write, keep",
+    [
+        (replace, None),
+        (replace, "checkpoints"),
+        (update, "checkpoints"),
+        pytest.param(update, None, marks=pytest.mark.kills),
+    ],
+)
+def test_kill_at_each_step_leaves_old_or_new(
+    write: Callable[[Target], None], keep: str | None, is_atomic: bool, tmp_path: Path
+) -> None:
+    """Files that belong together change together, for a reader after the kill and for the next command."""
     out = tmp_path / "out"
     old = {"config.json": b"old", "extra": b"old"}
+    new = NEW if write is replace else NEW | {"extra": b"old"}
     found = []
     for call in range(1, 60):
-        if not out.exists():
-            write_old(out)
-        has_ended = not kill_in_writing(out, call, keep, is_atomic)
+        shutil.rmtree(out, ignore_errors=True)
+        write_old(out)
+        has_ended = not kill_in_writing(out, call, keep, write, is_atomic)
         if is_atomic:  # also before the next command has cleaned
             seen = contents(out)
-            assert {name: text for name, text in seen.items() if name not in KEPT} in (old, NEW)
-        with locked_target(out, keep=keep) as target:
+            assert {name: text for name, text in seen.items() if name not in KEPT} in (old, new)
+        with locked_target(out) as target:
             assert names(tmp_path) == {"out", ".out.lock"}, call
             seen = contents(target.real)
         found.append({name: text for name, text in seen.items() if name not in KEPT})
-        if keep is not None:
+        if keep is not None or write is update:
             assert seen.items() >= KEPT.items(), call
         if has_ended:
             break
-        for path in [*out.glob("*")]:
-            path.unlink() if path.is_file() else None
-        (out / "checkpoints").mkdir(exist_ok=True)
-        (out / "checkpoints" / "state").write_text("kept")
-        for name, text in old.items():
-            (out / name).write_bytes(text)
     assert has_ended and call > 4
-    if keep is None or is_atomic:
-        assert {str(files) for files in found} == {str(old), str(NEW)}
-    else:  # a config is only there with all the files of its folder
-        assert all(files in (old, NEW) or "config.json" not in files for files in found)
+    assert old in found and new in found and all(files in (old, new) for files in found)
 
 
 def test_leftovers_of_other_results_stay(tmp_path: Path) -> None:
@@ -284,9 +304,95 @@ def test_failed_rename_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert contents(out) == held and names(out.parent) == {"out"}
 
 
+def test_interrupted_exchange_loses_no_kept_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Path) -> bool:
+        raise KeyboardInterrupt
+
+    write_old(tmp_path / "out")
+    before = contents(tmp_path)
+    monkeypatch.setattr(target_module, "exchange", interrupt)
+    with pytest.raises(KeyboardInterrupt), open_target(tmp_path / "out", overwrite=True, keep="checkpoints") as target:
+        replace_folder(target, write_new)
+    assert contents(tmp_path) == before
+
+
 def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     with open_target(tmp_path / "link", overwrite=False) as target:
         replace_folder(target, write_new)
     assert (tmp_path / "link").is_symlink() and contents(tmp_path / "disk") == NEW
+
+
+# --- a change of some files
+
+
+def test_update_leaves_other_files_as_they_are(is_atomic: bool, tmp_path: Path) -> None:
+    """Bytes, permissions, links, folders, and the numbers by which the system knows the files."""
+    out = tmp_path / "out"
+    write_old(out)
+    (out / ".git" / "objects").mkdir(parents=True)
+    (out / ".git" / "objects" / "1").write_text("git")
+    (out / "blob").symlink_to("extra")
+    (out / "lost").symlink_to("missing")
+    (out / "extra").chmod(0o600)
+    out.chmod(0o750)
+    before = {name: (out / name).lstat() for name in ("extra", "blob", "lost", ".git/objects/1", "checkpoints/state")}
+    with locked_target(out, keep="checkpoints") as target:
+        update(target)
+    assert names(tmp_path) == {"out"} and names(out) == {
+        *("checkpoints", "config.json", "weights", "extra", ".git", "blob", "lost")
+    }
+    assert [(out / name).read_text() for name in ("config.json", "weights")] == ["new", "new"]
+    assert (out / "blob").readlink() == Path("extra") and stat.S_IMODE(out.stat().st_mode) == 0o750
+    for name, status in before.items():
+        found = (out / name).lstat()
+        assert (found.st_mode, found.st_mtime_ns) == (status.st_mode, status.st_mtime_ns), name
+        assert found.st_ino == status.st_ino or stat.S_ISLNK(status.st_mode)
+
+
+def test_update_without_hard_links_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_old(tmp_path / "out")
+    with locked_target(tmp_path / "out") as target:
+        update(target)
+    assert contents(tmp_path / "out") == NEW | KEPT | {"extra": b"old"}
+
+
+def test_failed_update_changes_nothing(tmp_path: Path) -> None:
+    def write(place: Path) -> None:
+        write_file(place / "config.json", "new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_old(tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(WriteError), locked_target(tmp_path / "out") as target:
+        update_folder(target, write)
+    assert contents(tmp_path) == before
+
+
+def test_current_folder_is_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    out = tmp_path / "out"
+    write_old(out)
+    monkeypatch.chdir(out)
+    with caplog.at_level(logging.WARNING), locked_target(".") as target:
+        update(target)
+    assert Path("config.json").read_text(encoding="utf-8") == "new" and Path.cwd() == out
+    assert [str(out) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_mount_point_is_refused_before_copying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_old(tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(WriteError), locked_target(tmp_path / "out") as target:
+        update_folder(target, lambda place: pytest.fail("it is written"))
+
+
+def test_replaced_folder_stays_private(tmp_path: Path) -> None:
+    write_old(tmp_path / "out")
+    (tmp_path / "out").chmod(0o700)
+    replace_folder(tmp_path / "out", write_new)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700

@@ -6,13 +6,14 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.command_line import contents
 
-from isoprune_hf.checkpoint.target import locked_target
+from isoprune_hf.checkpoint.target import Target, locked_target
 from isoprune_hf.checkpoint.target_lock import TargetLock
 from isoprune_hf.commands.steps import recording
 from isoprune_hf.commands.steps.recording import open_result_folder, read_records, record_benchmark, record_figures
@@ -20,6 +21,13 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.models import load_base
 from isoprune_hf.recipes import DataRecipe
 
+BENCHMARK: dict[str, Any] = {
+    "machine": {"device": "cpu", "threads": 1, "versions": {}},
+    "promised": 2.0,
+    "rows": [],
+    "left_out": ["eager in bf16: no bf16"],
+    "reason": None,
+}
 FIGURES = {"top1": 0.5, "loss": 1.0, "images": 4}
 
 
@@ -56,7 +64,7 @@ def record(folder: Path, between: Callable[[], object] = lambda: None) -> None:
     model = load_base(str(folder)).model
     between()
     record_figures(place, model, FIGURES, DataRecipe("digits"))
-    record_benchmark(place, {"rows": []})
+    record_benchmark(place, BENCHMARK)
 
 
 def test_figures_are_added_to_known_ones(folder: Path) -> None:
@@ -64,9 +72,35 @@ def test_figures_are_added_to_known_ones(folder: Path) -> None:
     (folder / "speed.json").write_text('{"device": "cpu"}')
     record(folder)
     assert json.loads((folder / "metrics.json").read_text()) == {"base": {"top1": 0.7}, "pruned": FIGURES}
-    assert json.loads((folder / "speed.json").read_text()) == {"device": "cpu", "benchmark": {"rows": []}}
+    assert json.loads((folder / "speed.json").read_text()) == {"device": "cpu", "benchmark": BENCHMARK}
     assert "digits" in (folder / "README.md").read_text()
     assert not (folder.parent / ".model.lock").exists()
+
+
+def test_files_of_a_result_change_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the one exchange, a reader sees every file as it was; after it, all of them with the new figures."""
+    seen: list[dict[str, bytes | None]] = []
+    take = Target.take_folder
+
+    def look(target: Target, written: Path) -> None:
+        seen.append(contents(folder))
+        take(target, written)
+        seen.append(contents(folder))
+
+    monkeypatch.setattr(Target, "take_folder", look)
+    before = contents(folder)
+    record(folder)
+    changed = [{name for name in {*old, *new} if old.get(name) != new.get(name)} for old, new in pairwise(seen)]
+    assert seen[0] == before and changed == [
+        {"metrics.json", "config.json", "README.md"},
+        set(),
+        {"speed.json", "README.md"},
+    ]
+
+
+def test_folder_is_named_in_its_card(folder: Path) -> None:
+    record(folder)
+    assert 'model="model"' in (folder / "README.md").read_text()
 
 
 def replace_weights(folder: Path) -> None:
@@ -95,7 +129,7 @@ def test_occupied_folder_is_left_alone(
 def test_failing_card_keeps_the_figures(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError("rows")
 
     monkeypatch.setattr(recording, "build_model_card", fail)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import huggingface_hub
 import pytest
 import torch
-from helpers.command_line import isoprune, refuse
+from helpers.command_line import contents, isoprune, refuse
 from helpers.hub_server import COMMIT, TOKEN, Fault, Hub, serve_hub
 from helpers.marks import one_of_each
 from helpers.own_nets import OwnNet
@@ -34,9 +34,11 @@ PUSHED += ["preprocessor_config.json", "pruning_plan.json"]
 
 
 def test_push_uploads_all_files_in_one_commit(folder: Path, hub: Hub) -> None:
+    before = contents(folder)
     commit = push_folder(folder, "user/tiny")
     assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED)]
-    assert {name: (folder / name).read_bytes() for name in PUSHED} == hub.files["user/tiny"]
+    assert {name: before.get(name) for name in PUSHED[1:]}.items() <= hub.files["user/tiny"].items()
+    assert contents(folder) == before  # also without a card
     assert commit.startswith(f"{hub.url}/user/tiny/commit/")
     assert any(header == f"Bearer {TOKEN}" for _, _, header in hub.requests)
     assert not any(TOKEN.encode() in content for content in hub.files["user/tiny"].values())
@@ -263,7 +265,7 @@ def test_only_changed_files_are_sent(folder: Path, hub: Hub) -> None:
     push_folder(folder, "user/tiny")
     (folder / "metrics.json").write_text('{"pruned": {"top1": 0.75}}')
     push_folder(folder, "user/tiny")
-    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED), ["metrics.json"]]
+    assert [commit["paths"] for commit in hub.commits] == [sorted(PUSHED), ["README.md", "metrics.json"]]
     assert len(sent(hub)) == 1
 
 

@@ -7,13 +7,13 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import read_json
 from isoprune_hf.checkpoint.output_check import check_output
-from isoprune_hf.checkpoint.target import Target
+from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
 from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.opening import evaluate_on, open_data, with_data_transform
 from isoprune_hf.commands.steps.recording import Records, read_records
 from isoprune_hf.commands.steps.results import summarize, write_folder
 from isoprune_hf.commands.steps.sources import align_images, open_teacher, open_with_new_head, reopen_base
-from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student, writing_result
+from isoprune_hf.commands.steps.training import Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel, load_base

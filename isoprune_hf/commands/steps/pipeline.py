@@ -12,14 +12,14 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import replace_file, save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
-from isoprune_hf.checkpoint.target import Target
+from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
 from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.cutting import cut_base
 from isoprune_hf.commands.steps.opening import Opened, evaluate_on, forget_scoring
 from isoprune_hf.commands.steps.recording import Records, read_metrics, read_records
 from isoprune_hf.commands.steps.results import smoke_test, summarize, write_folder
 from isoprune_hf.commands.steps.sources import open_teacher
-from isoprune_hf.commands.steps.training import CHECKPOINTS, Checkpoints, open_run, train_student, writing_result
+from isoprune_hf.commands.steps.training import Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.commands.steps.unfinished import Unfinished, finish, open_unfinished
 from isoprune_hf.data.dataset import ImageData, with_encoded_images
 from isoprune_hf.data.decoding import Decoding, Rows, read_or_replace, to_pixels

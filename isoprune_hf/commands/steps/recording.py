@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isoprune_hf.checkpoint.folder import read_json, write_file
+from isoprune_hf.checkpoint.folder import read_json, update_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import isoprune_fields, stock_config_text
-from isoprune_hf.checkpoint.target import locked_target
+from isoprune_hf.checkpoint.target import CHECKPOINTS, locked_target
 from isoprune_hf.errors import CheckpointError, OccupiedError
 from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
@@ -169,13 +169,13 @@ def record_figures(
     config = model.config
     recorded = (config.recipe or {}).get("data")
 
-    def write() -> None:
-        _write_json(folder.path / "metrics.json", {**read_metrics(str(folder.path)), config.stage: figures})
+    def write(place: Path) -> None:
+        _write_json(place / "metrics.json", {**read_metrics(str(place)), config.stage: figures})
         if recorded is None:
             config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
             is_stock = config.layout == "uniform"
             text = stock_config_text(folder.config, config) if is_stock else config.to_json_string()
-            write_file(folder.path / "config.json", text)
+            write_file(place / "config.json", text)
 
     _update(folder, write)
 
@@ -183,22 +183,26 @@ def record_figures(
 def record_benchmark(folder: ResultFolder, record: dict[str, Any]) -> None:
     """Store the figures of a benchmark in `speed.json` and the card of a folder."""
 
-    def write() -> None:
-        known = read_json(folder.path, "speed.json") or {}
-        _write_json(folder.path / "speed.json", {**known, "benchmark": record})
+    def write(place: Path) -> None:
+        known = read_json(place, "speed.json") or {}
+        _write_json(place / "speed.json", {**known, "benchmark": record})
 
     _update(folder, write)
 
 
-def _update(folder: ResultFolder, write: Callable[[], None]) -> None:
-    """Change files of a folder and its card under its lock; a folder that cannot be changed is one warning."""
+def _update(folder: ResultFolder, write: Callable[[Path], None]) -> None:
+    """Change files of a folder and its card in one step; a folder that cannot be changed is one warning."""
+
+    def write_with_card(place: Path) -> None:
+        write(place)
+        with ornament("the model card", then="the figures are stored"):
+            write_file(place / "README.md", str(build_model_card(place, repo=folder.path.resolve().name)))
+
     try:
-        with locked_target(folder.path, is_replaced=False, wait=_WAIT_SECONDS):
+        with locked_target(folder.path, keep=CHECKPOINTS, wait=_WAIT_SECONDS) as target:
             if _identify_weights(folder.path) != folder.weights:
                 raise CheckpointError(f"{folder.path} has other weights by now")
-            write()
-            with ornament("the model card", then="the figures are stored"):
-                write_file(folder.path / "README.md", str(build_model_card(folder.path)))
+            update_folder(target, write_with_card)
     except (CheckpointError, OccupiedError) as error:
         logger.warning(f"the figures are not stored: {error}")
 

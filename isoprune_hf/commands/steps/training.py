@@ -15,6 +15,7 @@ from torch import nn
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.target import CHECKPOINTS
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.errors import CheckpointError, ConflictError, WriteError
 from isoprune_hf.hub.uploads import Uploads
@@ -27,7 +28,6 @@ from isoprune_hf.training.run import RunSettings, TrainingRun
 
 logger = get_logger(__name__)
 
-CHECKPOINTS = "checkpoints"  # name of the folder inside an output
 _FIGURES = ("top1", "top5", "loss", "ece", "images", "broken")
 
 

@@ -12,8 +12,7 @@ from accelerate.logging import get_logger
 
 from isoprune_hf.checkpoint.folder import read_json, write_file
 from isoprune_hf.checkpoint.snapshots import has_snapshots
-from isoprune_hf.checkpoint.target import Target
-from isoprune_hf.commands.steps.training import CHECKPOINTS
+from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.training.run import RUN_FOLDER
 
