@@ -15,15 +15,15 @@ from isoprune_hf.checkpoint.modeling_isoprune import code_that_ships
 from isoprune_hf.checkpoint.pretrained import AUTO_CLASSES
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError, HubError, RecipeError
+from isoprune_hf.hub.base_license import find_base_license
+from isoprune_hf.hub.publication import CARD, prepare_files
 from isoprune_hf.hub.requests import retry, translate_errors
-from isoprune_hf.plain_files import read_json
-from isoprune_hf.reporting.model_card import build_model_card
+from isoprune_hf.plain_files import read_json, read_text
 
 _PROCESSOR = "preprocessor_config.json"
 _REQUIRED_FILES = ("config.json", "model.safetensors")
 _CODE = "modeling_isoprune.py"
-_CARD = "README.md"
-_OTHER_FILES = (_CARD, "LICENSE", "pruning_plan.json", "metrics.json", "speed.json")
+_OTHER_FILES = (CARD, "LICENSE", "pruning_plan.json", "metrics.json", "speed.json")
 _PUSHED_FILES = {*_REQUIRED_FILES, _PROCESSOR, _CODE, *_OTHER_FILES}
 _PUSHED_SUFFIX = ".png"  # the pictures of the card
 _SHOWN_CARD_LINES = 12  # after the metadata
@@ -41,7 +41,10 @@ def push_folder(
     message: str = "Upload pruned model",
     needs_processor: bool = True,
 ) -> str:
-    """Upload the folder of a pruned model in one commit, with a model card if it has none; the folder stays as it is.
+    """Upload the folder of a pruned model in one commit.
+
+    What is sent holds no path of this machine, and a card that nobody edited is built again for the repository; the
+    folder stays as it is.
 
     The login is that of `hf auth login` or HF_TOKEN. Only files that this package writes, a LICENSE and pictures are
     uploaded, and no code but that of the installed package. Files that are already on the Hub are not sent again, so
@@ -73,11 +76,9 @@ def push_folder(
     """
     folder = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
-    files: dict[str, Path | bytes] = {
-        path.name: path for path in published_files(folder, needs_processor=needs_processor)
-    }
-    if _CARD not in files:
-        files[_CARD] = str(build_model_card(folder, repo=repo)).encode()
+    files = published_files(folder, needs_processor=needs_processor)
+    base_license = find_base_license(_read_config(folder))
+    prepared = prepare_files(folder, repo, files, base_license=base_license)
     with translate_errors(repo, folder.name, create_pr=create_pr):
         api = open_repository(repo, private=private)
         if revision is not None:
@@ -86,7 +87,7 @@ def push_folder(
         def commit_files() -> CommitInfo:
             # Not upload_folder: with Xet it may split a folder into several commits. Each attempt needs new
             # operations, because they store the state of the Hub at the previous attempt.
-            added = [CommitOperationAdd(name, content) for name, content in files.items()]
+            added = [CommitOperationAdd(file.name, file.content) for file in prepared]
             return api.create_commit(repo, added, commit_message=message, revision=revision, create_pr=create_pr)
 
         # A repeated request would open a second pull request.
@@ -141,15 +142,19 @@ def describe_push(
     folder = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
     files = published_files(folder)
-    card = folder / _CARD
-    text = card.read_text(encoding="utf-8") if card in files else str(build_model_card(folder, repo=repo))
-    sizes = {path.name: path.stat().st_size for path in files} | {_CARD: len(text.encode())}
+    base_license = find_base_license(_read_config(folder), local_only=True)
+    prepared = prepare_files(folder, repo, files, base_license=base_license)
+    card = next(file.content for file in prepared if file.name == CARD)
+    text = read_text(card) if isinstance(card, Path) else card.decode()
+    sizes = {file.name: file.size for file in prepared}
     target = "a pull request" if create_pr else f"branch {revision or 'main'}"
     extras = "".join(f", {name} {value}" for name, value in (("tag", tag), ("collection", collection)) if value)
     metadata, _, body = text.removeprefix("---\n").partition("\n---\n")
     lines = [f"{repo}: {len(sizes)} files in one commit to {target}{extras}; nothing was sent"]
     lines += [f"  {size:>13,}  {name}" for name, size in sorted(sizes.items())]
     others = sorted(path.name for path in folder.iterdir() if path.name not in sizes)
+    if isinstance(card, Path):
+        lines += [f"{CARD} was edited, or is of an earlier version, and is sent as it is"]
     if others:
         lines += [f"not sent, since they are not files of a model: {', '.join(others)}"]
     return "\n".join([*lines, "", "---", metadata, "---", *body.strip().splitlines()[:_SHOWN_CARD_LINES]])
@@ -169,14 +174,8 @@ def published_files(folder: Path, *, needs_processor: bool = True) -> list[Path]
     for name in (*_REQUIRED_FILES, *([_PROCESSOR] if needs_processor else [])):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; push the folder of a pruned model")
-    try:
-        config = read_json(folder / "config.json")
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: config.json is not valid JSON ({error})") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type is None or isoprune_fields(config) is None:
-        raise CheckpointError(f"{folder}: config.json has model_type {model_type!r}, a pruned model has 'isoprune'")
-    _check_code(folder, config)
+    _read_config(folder)
+    _check_code(folder, read_json(folder / "config.json"))
     files = sorted(path for path in folder.iterdir() if _is_published(path))
     for path in files:
         if path.is_symlink():
@@ -184,6 +183,23 @@ def published_files(folder: Path, *, needs_processor: bool = True) -> list[Path]
                 f"{path} is a link to {path.readlink()}; replace it by the file, then push the folder"
             )
     return files
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the IsoPruneConfig fields of a folder.
+
+    Raises:
+        CheckpointError: It is not the folder of a pruned model.
+    """
+    try:
+        values = read_json(folder / "config.json")
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: config.json is not valid JSON ({error})") from error
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    config = None if model_type is None else isoprune_fields(values)
+    if config is None:
+        raise CheckpointError(f"{folder}: config.json has model_type {model_type!r}, a pruned model has 'isoprune'")
+    return config
 
 
 def validate_push_options(

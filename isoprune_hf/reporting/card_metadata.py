@@ -51,7 +51,7 @@ def describe_model(
     """
     data, library = (config.get("recipe") or {}).get("data") or {}, (config.get("base") or {}).get("library")
     base_model = base_on_hub(config)
-    found = _license_of_timm(config.get("source") or {}, library) or (base_license if base_model else None)
+    found = license_of_timm(config) or (base_license if base_model else None)
     tags = ["isoprune", *(["isomorphic-pruning"] if is_isomorphic else []), "pruning", *([library] if library else [])]
     labels = {name for text in (config.get("id2label") or {}).values() for name in str(text).split(", ")}
     shown = [name for name in _SAMPLE_CLASSES if name in labels]
@@ -76,6 +76,17 @@ def base_on_hub(config: Mapping[str, Any]) -> str | None:
     """Return the name on the Hub of the base whose trained weights were pruned; None if it is somewhere else."""
     source = config.get("source") or {}
     return plain_hub_id(source.get("name")) if source.get("pretrained") and not source.get("weights") else None
+
+
+def license_of_timm(config: Mapping[str, Any]) -> License | None:
+    """Return the licence that timm records for the pretrained weights of the base."""
+    source, library = config.get("source") or {}, (config.get("base") or {}).get("library")
+    name = source.get("name")
+    if library != "timm" or not source.get("pretrained") or source.get("weights") or not isinstance(name, str):
+        return None
+    plain = re.sub(r"^(hf(-hub)?:)?(timm/)?", "", name)
+    known = getattr(import_module("timm").get_pretrained_cfg(plain, allow_unregistered=True), "license", None)
+    return License(known) if known else None
 
 
 def list_benchmark_entries(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list[EvalResultEntry]:
@@ -122,13 +133,3 @@ def _list_results(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list
         )
         for (kind, name), value in values.items()
     ]
-
-
-def _license_of_timm(source: Mapping[str, Any], library: str | None) -> License | None:
-    """Return the licence that timm records for the pretrained weights of the base."""
-    name = source.get("name")
-    if library != "timm" or not source.get("pretrained") or source.get("weights") or not isinstance(name, str):
-        return None
-    plain = re.sub(r"^(hf(-hub)?:)?(timm/)?", "", name)
-    known = getattr(import_module("timm").get_pretrained_cfg(plain, allow_unregistered=True), "license", None)
-    return License(known) if known else None

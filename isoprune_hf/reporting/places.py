@@ -1,11 +1,12 @@
 """Hide the places of the author's machine in values that are published.
 
-`is_hub_id` tells names of the Hub from paths; `show_place` and `show_note` are for cards, `hide_places` is for files.
+`plain_hub_id` tells names of the Hub from paths. `show_place` and `show_note` are for cards, `hide_places` and
+`hide_paths` for files.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from isoprune_hf.reporting.plain_text import plain_markdown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PREFIX = re.compile(r"hf(-hub)?:")
+# A path from a root, a home or a drive, at the beginning of a text or in it; an address such as https://x is none.
+_ROOTED = re.compile(r"""(?:^|[\s"'(=,\[])(?:~|[A-Za-z]:)?[/\\]{1,2}[^\s/\\]""")
 _HIDDEN = "not shown, because it contains a path"
 
 
@@ -50,12 +53,34 @@ def hide_note(note: str) -> str:
 
 
 def hide_places(value: Any) -> Any:
-    """Return a value of JSON in which each path has lost all but its last part: `/home/me/photos` is `./photos`."""
+    """Return a value of JSON in which each path has lost all but its last part: `/home/me/photos` is `./photos`.
+
+    The values are those of settings, where a text with a slash is the name of something.
+    """
+    return _replace_texts(value, lambda text: f"./{_last_part(text)}" if is_place(text) else text)
+
+
+def hide_paths(value: Any) -> Any:
+    """Return a value of JSON in which no text holds a path from a root, a home or a drive; other texts stay.
+
+    Unlike `hide_places` it is for texts of any kind, such as `int8/bf16`.
+    """
+    return _replace_texts(value, _hide_path)
+
+
+def _hide_path(text: str) -> str:
+    found = _ROOTED.search(text)
+    if found is None:
+        return text
+    return f"./{_last_part(text)}" if found.start() == 0 and not text[0].isspace() else _HIDDEN
+
+
+def _replace_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
-        return {hide_places(name): hide_places(part) for name, part in value.items()}
+        return {change(name): _replace_texts(part, change) for name, part in value.items()}
     if isinstance(value, list):
-        return [hide_places(part) for part in value]
-    return f"./{_last_part(value)}" if isinstance(value, str) and is_place(value) else value
+        return [_replace_texts(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _last_part(path: str) -> str:

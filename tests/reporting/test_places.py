@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from isoprune_hf.reporting.places import hide_note, hide_places, is_place, plain_hub_id, show_place
+from isoprune_hf.reporting.places import hide_note, hide_paths, hide_places, is_place, plain_hub_id, show_place
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,19 @@ def test_hidden_values_have_no_path_left() -> None:
     hidden = {"a": ["./x", {"./y": 3}], "b": "timm/resnet50", "c": "./x", "n": None, "z": 1.5}
     assert hide_places(values) == hidden == hide_places(hidden)
     assert hide_note("fine") == "fine" and "/" not in hide_note("see /home/me/net.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("int8/bf16", "int8/bf16"),
+        ("https://example.org/a", "https://example.org/a"),
+        ("either / or", "either / or"),
+        ("/home/al ice/x", "./x"),
+        ("C:\\me\\x", "./x"),
+        ("read from ~/x, twice", "not shown, because it contains a path"),
+        ("name=/home/me", "not shown, because it contains a path"),
+    ],
+)
+def test_rooted_paths_are_hidden_in_texts(text: str, hidden: str) -> None:
+    assert hide_paths([text]) == [hidden] == hide_paths([hidden])
