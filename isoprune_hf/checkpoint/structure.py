@@ -64,7 +64,7 @@ def capture_structure(base: nn.Module, pruned: nn.Module) -> dict[str, Any]:
     shapes = {
         name: list(tensor.shape)
         for name, tensor in named_tensors(pruned).items()
-        if list(tensor.shape) != list(dense[name].shape)
+        if name not in dense or list(tensor.shape) != list(dense[name].shape)
     }
     attributes: dict[str, dict[str, Any]] = {}
     now = number_tables(pruned)

@@ -15,7 +15,7 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of, meta_copy
-from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError
+from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError, WriteError
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.cutting.uniform import to_stock
@@ -49,6 +49,9 @@ def check_model(
         model: The model of a folder, in eval mode; left untouched.
         processor: Its image processor.
         plan: Its plan; None if it has none.
+
+    Raises:
+        WriteError: No temporary files can be written, which is no fault of the model.
     """
     checks: dict[str, Callable[[], Finding]] = {
         "cost": lambda: _check_cost(model),
@@ -61,6 +64,8 @@ def check_model(
     for check, run in checks.items():
         try:
             findings.append(run())
+        except WriteError:
+            raise
         except (IsoPruneError, OSError) as error:
             findings.append(Finding(check, "FAIL", " ".join(str(error).split())))
     return findings
@@ -181,7 +186,7 @@ def _check_no_op(model: IsoPruneForImageClassification) -> Finding:
 
 
 def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImageProcessor) -> Finding:
-    with tempfile.TemporaryDirectory() as folder:
+    with _temporary_folder() as folder:
         save_model_folder(Path(folder) / "model", model, processor)
         if _is_uniform(model):
             again = meta_copy(model)  # the wrapper, around the model that stock code opens
@@ -194,6 +199,13 @@ def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImag
     if different:
         return Finding("save-load", "FAIL", f"{different} came back different")
     return Finding("save-load", "ok", f"tensors and the logits of {_NUM_IMAGES} images come back bit for bit")
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise WriteError(f"no temporary folder can be made: {error}") from error
 
 
 def _check_reach(model: IsoPruneForImageClassification) -> Finding:

@@ -278,3 +278,9 @@ def test_model_without_image_size_is_refused(tmp_path: Path) -> None:
     model.config.image_size = None
     with pytest.raises(CheckpointError, match=r"config\.image_size"):
         image_size_of(model)
+
+
+def test_tensor_that_the_base_lacks_is_recorded() -> None:
+    base, pruned = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    pruned.register_buffer("mask", torch.ones(3), persistent=False)
+    assert capture_structure(base, pruned)["shapes"] == {"mask": [3]}

@@ -26,7 +26,7 @@ from timm import create_model
 from isoprune_hf.checkpoint import folder as folder_module
 from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.target import Target, locked_target
-from isoprune_hf.commands.steps import results
+from isoprune_hf.commands.steps import recording, results
 from isoprune_hf.export import export as export_module
 
 VIT_ARGS = ["--model_args", json.dumps(MODEL_ARGS)]
@@ -59,16 +59,24 @@ def finetune_command(inputs: Inputs) -> list[str]:
     return [*command, *training_flags("finetune")]
 
 
-# Stage -> its words without the output, and the file that makes a folder one of its results.
-STAGES: dict[str, tuple[Callable[[Inputs], list[str]], str]] = {
-    "prune": (lambda inputs: ["prune", *CUT], "config.json"),
-    "plan apply": (lambda inputs: ["plan", "apply", str(inputs.pruned), *CUT], "config.json"),
-    "convert": (lambda inputs: ["convert", str(inputs.pickled), *VIT_ARGS], "config.json"),
-    "finetune": (finetune_command, "config.json"),
-    "run": (lambda inputs: run_command(inputs.images), "model/config.json"),
-    "frontier": (lambda inputs: ["frontier", *CUT, "--sizes", "0.6"], "frontier.json"),
-    "export": (lambda inputs: ["export", str(inputs.pruned), "--format", "torch-export"], "config.json"),
-    "score": (lambda inputs: ["score", *CUT], ""),
+class Stage(NamedTuple):
+    """The words of a stage without its output, the file that makes a folder one of its results, and its output."""
+
+    words: Callable[[Inputs], list[str]]
+    mark: str = ""  # none if the result is a file
+    out: str = "out"
+
+
+STAGES = {
+    "prune": Stage(lambda inputs: ["prune", *CUT], "config.json"),
+    "plan apply": Stage(lambda inputs: ["plan", "apply", str(inputs.pruned), *CUT], "config.json"),
+    "convert": Stage(lambda inputs: ["convert", str(inputs.pickled), *VIT_ARGS], "config.json"),
+    "finetune": Stage(finetune_command, "config.json"),
+    "run": Stage(lambda inputs: run_command(inputs.images), "model/config.json"),
+    "frontier": Stage(lambda inputs: ["frontier", *CUT, "--sizes", "0.6"], "frontier.json"),
+    "export": Stage(lambda inputs: ["export", str(inputs.pruned), "--format", "torch-export"], "config.json"),
+    "score": Stage(lambda inputs: ["score", *CUT], out="out.safetensors"),
+    "inspect": Stage(lambda inputs: ["inspect", *CUT], out="out.png"),
 }
 
 
@@ -131,25 +139,26 @@ FAULTS: dict[str, tuple[Callable[..., Done], set[int]]] = {
     "nan": (poison_the_weights, {2, 70}),
     "ornaments": (break_ornaments, {0}),
 }
-WITHOUT_MODEL = ("frontier", "score")
-ALWAYS = {("prune", fault) for fault in FAULTS} | {("score", "file added"), ("frontier", "ornaments")}
+# Of these there is no model to poison, and of inspect the picture is the result.
+NOT_TRIED = {("frontier", "nan"), ("score", "nan"), ("inspect", "nan"), ("inspect", "ornaments")}
+ALWAYS = {("prune", fault) for fault in FAULTS}
+ALWAYS |= {("score", "file added"), ("frontier", "ornaments"), ("inspect", "disk full")}
 
 
 def table() -> Iterator[Any]:
     for stage in STAGES:
         for fault in FAULTS:
-            if fault == "nan" and stage in WITHOUT_MODEL:
-                continue
-            marks = () if (stage, fault) in ALWAYS else (pytest.mark.faults,)
-            yield pytest.param(stage, fault, marks=marks, id=f"{stage}-{fault}")
+            if (stage, fault) not in NOT_TRIED:
+                marks = () if (stage, fault) in ALWAYS else (pytest.mark.faults,)
+                yield pytest.param(stage, fault, marks=marks, id=f"{stage}-{fault}")
 
 
 @pytest.mark.parametrize("stage, fault", table())
 def test_fault_loses_no_result_and_no_file(
     stage: str, fault: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (words, mark), (make, codes) = STAGES[stage], FAULTS[fault]
-    out = tmp_path / ("out" if mark else "out.safetensors")
+    (words, mark, name), (make, codes) = STAGES[stage], FAULTS[fault]
+    out = tmp_path / name
     old = out / mark
     old.parent.mkdir(parents=True, exist_ok=True)
     old.write_text("old")
@@ -160,18 +169,75 @@ def test_fault_loses_no_result_and_no_file(
     assert ended.code in codes, ended.err
     found = {name: content for name, content in contents(tmp_path).items() if not name.startswith(".out.run")}
     assert leftovers(tmp_path) == []
-    print(f"{stage:10} | {fault:10} | {ended.code:2} | {(ended.err or ended.out).splitlines()[0][:160]}")
+    show(stage, fault, ended)
     if fault in ("occupied", "disk full", "nan"):
-        assert without_training(found) == before and ended.err.count("\n") == 1
+        assert without_training(found) == before and ended.err.count("\n") <= 1  # inspect prints its table
     elif fault == "file added":
-        notes = "out/notes.txt" if mark else "out.safetensors"
+        notes = "out/notes.txt" if mark else name
         assert found[notes] == b"mine" and (not mark or found[f"out/{mark}"] == b"old")
-        assert (tmp_path / "out-1" / mark).exists() or (tmp_path / "out-1.safetensors").exists()
+        assert (tmp_path / f"out-1{out.suffix}" / mark).exists()
     else:
         assert found[f"out/{mark}".rstrip("/") if mark else out.name] != b"old"
         assert ended.out.count("failed (ValueError: no picture)") <= 3
     if fault != "ornaments":
         succeed(*words(inputs), "--output", tmp_path / f"again{out.suffix}")
+
+
+def show(stage: str, fault: str, ended: Done) -> None:
+    """Print a row of the table stage x fault."""
+    lines = (ended.err + ended.out).splitlines()
+    line = next((line for line in lines if "not stored" in line or "failed (" in line), lines[0])
+    print(f"{stage:10} | {fault:10} | {ended.code:2} | {line[:160]}")
+
+
+# Stages that add to a folder, and what they add.
+BENCHMARK = ["--batch_sizes", "1", "--dtypes", "fp32", "--runtimes", "eager", "--repeats", "5"]
+ADDING: dict[str, tuple[Callable[[Inputs, Path], list[str | Path]], set[str]]] = {
+    "benchmark": (lambda inputs, out: ["benchmark", out, *BENCHMARK], {"speed.json", "README.md"}),
+    "evaluate": (
+        lambda inputs, out: ["evaluate", out, "--data.dataset", str(inputs.images), "--data.batch_size", "4"],
+        {"metrics.json", "config.json", "README.md"},
+    ),
+    "push": (lambda inputs, out: ["push", out, "--repo", "user/tiny"], set()),
+}
+# Fault -> exit codes of benchmark and evaluate, whose figures are printed, and of push, which saves a copy to check.
+ADDING_CODES = {"occupied": (0, 73), "file added": (0, 0), "disk full": (0, 74), "ornaments": (0, 0)}
+ADDING_ALWAYS = {("benchmark", "disk full"), ("evaluate", "file added"), ("push", "occupied")}
+
+
+@pytest.mark.parametrize(
+    "stage, fault",
+    [
+        pytest.param(stage, fault, marks=() if (stage, fault) in ADDING_ALWAYS else pytest.mark.faults)
+        for stage in ADDING
+        for fault in ADDING_CODES
+    ],
+)
+def test_fault_leaves_the_files_of_a_folder_together(
+    stage: str, fault: str, inputs: Inputs, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "_WAIT_SECONDS", 0.0)
+    (words, added), make = ADDING[stage], FAULTS[fault][0]
+    out = shutil.copytree(inputs.pruned, tmp_path / "out")
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        if fault == "ornaments":
+            patch.setattr(recording, "build_model_card", None)
+        ended = make(out, patch, lambda: isoprune(*words(inputs, out)))
+    show(stage, fault, ended)
+    assert ended.code == ADDING_CODES[fault][stage == "push"], ended.err
+    is_warned = "not stored" in ended.out + ended.err
+    found = contents(out)
+    changed = {name for name in {*found, *before} if found.get(name) != before.get(name)}
+    assert leftovers(tmp_path) == []
+    if fault == "ornaments":
+        assert changed == added - {"README.md"}
+    elif fault == "file added" and stage != "push":
+        assert changed == {"notes.txt"} and is_warned
+        assert {name for name, content in contents(tmp_path / "out-1").items() if content != before.get(name)} == added
+    else:
+        assert changed == set() and is_warned == (stage != "push")
+    assert bool(hub.files.get("user/tiny")) == (stage == "push" and ended.code == 0)
 
 
 def without_training(found: dict[str, bytes | None]) -> dict[str, bytes | None]:
@@ -233,7 +299,7 @@ def is_replaced(out: Path, old: dict[str, bytes | None], copy: Path, names: set[
 @pytest.mark.parametrize("stage", ["prune", "run", "frontier"])
 def test_random_kills_leave_old_or_new(stage: str, inputs: Inputs, tmp_path: Path) -> None:
     out, copy = tmp_path / "out", tmp_path / "copy"
-    words = STAGES[stage][0](inputs)
+    words = STAGES[stage].words(inputs)
     succeed(*words, "--prune.seed", "5", "--output", copy)
     names = {name for name in contents(copy) if "checkpoints" not in name}
     shutil.copytree(copy, out)
@@ -253,7 +319,7 @@ def test_random_kills_of_benchmark_leave_old_or_new(inputs: Inputs, tmp_path: Pa
     (folder / "speed.json").write_text("{}")
     old = contents(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
-    command = ["benchmark", folder, "--batch_sizes", "1", "--dtypes", "fp32", "--runtimes", "eager", "--repeats", "5"]
+    command = ["benchmark", folder, *BENCHMARK]
 
     def is_measured() -> bool:
         found = contents(folder)

@@ -1,16 +1,21 @@
 """The doctor: a sound model passes, and every kind of fault is found and named."""
 
 import copy
+import errno
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.command_line import read
 from helpers.marks import one_of_each
 from helpers.pruned_models import Pruned
 from helpers.tiny_models import make_base
+from safetensors.torch import load_file, save_file
 
+from isoprune_hf.errors import WriteError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning import doctor
 from isoprune_hf.pruning.doctor import Finding, check_model, check_replay
@@ -81,6 +86,50 @@ def test_plan_with_other_widths_or_heads_is_found(vit: Pruned) -> None:
     assert f"config.structure.attributes['{name}']" in findings["structure"].text
     # A folder that is written anew has the numbers of the network in memory, not those of its config.
     assert findings["save-load"].verdict == "ok"
+
+
+def change_the_activation(folder: Path) -> None:
+    """Name another activation in the config, which has the same tensors."""
+    config = read(folder, "config.json")
+    config["base"]["args"]["act_layer"] = "relu"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def move_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.head.bias"][0] = torch.nextafter(tensors["model.head.bias"][0], torch.tensor(10.0))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FOLDER_FAULTS = {
+    change_the_activation: "the logits came back different",
+    move_a_weight: "head.bias came back different",
+}
+
+
+@pytest.mark.parametrize("damage", FOLDER_FAULTS)
+def test_folder_with_other_outputs_is_found(
+    damage: Callable[[Path], None], vit: Pruned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving that loses a part of the model, of which the folder says nothing."""
+    save = doctor.save_model_folder
+
+    def save_wrongly(folder: Path, *arguments: object) -> None:
+        save(folder, *arguments)
+        damage(folder)
+
+    monkeypatch.setattr(doctor, "save_model_folder", save_wrongly)
+    assert examine(vit)["save-load"] == Finding("save-load", "FAIL", FOLDER_FAULTS[damage])
+
+
+@pytest.mark.parametrize("place", ["tempfile.mkdtemp", "isoprune_hf.checkpoint.folder.sync_file"])
+def test_full_disk_says_nothing_about_the_model(place: str, vit: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(WriteError, match="No space left on device"):
+        examine(vit)
 
 
 def test_plan_that_does_not_fit_base_is_found(vit: Pruned) -> None:
