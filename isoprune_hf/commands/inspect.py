@@ -69,10 +69,10 @@ def _write_files(inspected: "Inspected", files: Mapping[str, "Target"]) -> list[
     from isoprune_hf.commands.steps.comparing import OWN_PLAN
     from isoprune_hf.reporting.inspection_page import build_page
     from isoprune_hf.reporting.ornaments import ornament
-    from isoprune_hf.reporting.pictures import draw_classes
+    from isoprune_hf.reporting.pictures import describe_cost, draw_classes
 
     plan, name = inspected.plans.get(OWN_PLAN), Path(inspected.name).name
-    title = name if plan is None else f"{name}: what the plan keeps"
+    title = name if plan is None else f"{name}: {describe_cost(plan)}"
     writers = {
         "--output": ("picture", lambda path: draw_classes(inspected.groups, plan, path, title=title)),
         "--html": ("page", lambda path: path.write_text(build_page(inspected), encoding="utf-8", newline="\n")),

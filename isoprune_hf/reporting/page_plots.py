@@ -11,7 +11,7 @@ from isoprune_hf.reporting.figures import (
     add_legend,
     label_rows,
     open_figure,
-    plan_color,
+    plan_colors,
     svg_text,
 )
 from isoprune_hf.reporting.tables import shorten
@@ -35,6 +35,7 @@ def draw_bars(
     Returns:
         Text of an SVG element.
     """
+    colors = plan_colors(plans)
     height = 0.075 * max(len(plans), 1) + 0.13
     with open_figure((_PLOT_WIDTH, height * len(rows) + 0.75), layout="constrained") as figure:
         axes = figure.subplots()
@@ -44,7 +45,7 @@ def draw_bars(
         for number, plan in enumerate(plans):
             offset = (number - (len(plans) - 1) / 2) * thickness
             values = [by_plan[number] for _, by_plan in rows.values()]
-            axes.barh(places + offset, values, height=0.85 * thickness, color=plan_color(number), label=plan)
+            axes.barh(places + offset, values, height=0.85 * thickness, color=colors[plan], label=plan)
         labels = [shorten(row, _LABEL_LENGTH) for row in rows]
         label_rows(axes, labels, bottom=len(rows) - 0.4, top=-0.6, fontsize=9)
         axes.set_xlabel(label)
@@ -63,16 +64,17 @@ def draw_scores(scores: np.ndarray, kept: Mapping[str, np.ndarray], *, name: str
     Returns:
         Text of an SVG element.
     """
+    colors = plan_colors(kept)
     with open_figure((_PLOT_WIDTH, 2.5), layout="constrained") as figure:
         axes = figure.subplots()
         edges = _set_score_axis(axes, [scores])
         axes.hist(scores[scores > 0], bins=edges, color=REMOVED_COLOR, label="all channels")
-        for number, (plan, values) in enumerate(kept.items()):
+        for plan, values in kept.items():
             axes.hist(
                 values[values > 0],
                 bins=edges,
                 histtype="step",
-                color=plan_color(number),
+                color=colors[plan],
                 linewidth=1.3,
                 label=f"kept: {plan}",
             )
@@ -116,4 +118,6 @@ def _set_score_axis(axes: Any, scores: Sequence[np.ndarray]) -> np.ndarray:
         margin = 1e-6 * high if high > low else 0.1 * high
         return np.linspace(low - margin, high + margin, _BINS + 1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda score, _: f"{score:g}")  # texts are no formulas here, see `figures`
+    axes.xaxis.set_minor_formatter(lambda score, _: "")
     return np.geomspace(low * (1 - 1e-6), high * (1 + 1e-6), _BINS + 1)

@@ -6,19 +6,19 @@ from typing import Any
 
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.reporting.class_text import describe_class
 from isoprune_hf.reporting.figures import (
     CLASS_COLORS,
     DPI,
-    MUTED_COLOR,
-    REMOVED_COLOR,
+    LIGHT,
     SVG_METADATA,
-    TEXT_COLOR,
+    Theme,
     check_plotting,
     open_figure,
 )
 from isoprune_hf.reporting.tables import format_figure, shorten
 
-__all__ = ["check_plotting", "draw_classes", "draw_frontier"]
+__all__ = ["check_plotting", "describe_cost", "draw_classes", "draw_frontier"]
 
 _MAX_BARS = 16  # of one class
 _LINE_HEIGHT = 0.26  # inches for one bar or one line of text
@@ -26,9 +26,13 @@ _PANEL_GAP = 1.9  # lines for the heading of a panel and the gap below it
 _WIDTH = 10.0  # inches
 _LEFT_TEXT = -0.475  # horizontal places, as fractions of the width of the longest bar
 _RIGHT_TEXT = 1.14
+_FIGURES = {"macs": "MACs", "params": "parameters"}
+_SENTENCE = "Each bar is the channels of one layer; layers of one colour are built alike. Coloured channels are kept"
 
 
-def draw_classes(groups: Sequence[CoupledGroup], plan: PruningPlan | None, path: Path, *, title: str) -> None:
+def draw_classes(
+    groups: Sequence[CoupledGroup], plan: PruningPlan | None, path: Path, *, title: str, theme: Theme = LIGHT
+) -> None:
     """Draw the kept share of every coupled group, in one panel for each isomorphic class, as a PNG.
 
     Args:
@@ -36,6 +40,7 @@ def draw_classes(groups: Sequence[CoupledGroup], plan: PruningPlan | None, path:
         plan: The plan; without one nothing is removed.
         path: File to write.
         title: Line above the picture.
+        theme: Colours of text and of removed channels.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -48,16 +53,25 @@ def draw_classes(groups: Sequence[CoupledGroup], plan: PruningPlan | None, path:
         classes.setdefault(group.signature, []).append(group)
     # A panel has a heading, its bars, and a line that counts the groups without a bar.
     rows = sum(_PANEL_GAP + min(len(members), _MAX_BARS) + (len(members) > _MAX_BARS) for members in classes.values())
-    with open_figure((_WIDTH, (rows + 2.4) * _LINE_HEIGHT), dpi=DPI) as figure:
-        axes = figure.add_axes((0.30, 0, 0.60, 1), xlim=(0, 1), ylim=(rows + 1.0, -1.4))
+    with open_figure((_WIDTH, (rows + 3.4) * _LINE_HEIGHT), dpi=DPI, theme=theme) as figure:
+        axes = figure.add_axes((0.30, 0, 0.60, 1), xlim=(0, 1), ylim=(rows + 2.0, -1.4))
         axes.axis("off")
-        axes.text(_LEFT_TEXT, -0.6, title, fontsize=13, fontweight="bold", color=TEXT_COLOR, va="center")
-        legend = "coloured: kept    grey: removed"
-        axes.text(_RIGHT_TEXT, -0.6, legend, fontsize=9, color=MUTED_COLOR, va="center", ha="right")
-        top = 1.0
+        axes.text(_LEFT_TEXT, -0.6, title, fontsize=13, fontweight="bold", va="center")
+        sentence = _SENTENCE if plan is None else f"{_SENTENCE}, and grey ones are removed"
+        axes.text(_LEFT_TEXT, 0.6, f"{sentence}.", fontsize=10, color=theme.muted, va="center")
+        top = 2.0
         for index, members in enumerate(classes.values()):
-            top = _draw_class(axes, members, kept, number=index + 1, top=top)
+            top = _draw_class(axes, members, kept, number=index + 1, top=top, theme=theme)
         figure.savefig(path, format="png")
+
+
+def describe_cost(plan: PruningPlan) -> str:
+    """Return how much of the base a plan keeps, as the title of its picture."""
+    costs = [plan.achieved.get(name, {}) for name in ("base", "pruned")]
+    if not all(cost.get("macs") for cost in costs):
+        return "what the plan keeps"
+    shares = {key: 100 * costs[1][key] / costs[0][key] for key in ("macs", "params") if costs[0].get(key)}
+    return " and ".join(f"{share:.0f} % of the {_FIGURES[key]}" for key, share in shares.items()) + " are kept"
 
 
 def draw_frontier(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
@@ -88,25 +102,24 @@ def draw_frontier(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> N
             figure.savefig(file, **({"metadata": SVG_METADATA} if file.suffix == ".svg" else {}))
 
 
-def _draw_class(axes: Any, members: list[CoupledGroup], kept: Mapping[str, int], *, number: int, top: float) -> float:
+def _draw_class(
+    axes: Any, members: list[CoupledGroup], kept: Mapping[str, int], *, number: int, top: float, theme: Theme
+) -> float:
     """Draw the panel of one class, and return the line where the next panel starts."""
     color = CLASS_COLORS[(number - 1) % len(CLASS_COLORS)]
     share = sum(kept[group.name] for group in members) / sum(group.channels for group in members)
-    heads = f", {members[0].num_heads} heads" if members[0].num_heads > 1 else ""
-    count = f"{len(members)} group{'s' if len(members) > 1 else ''}{heads}"
     axes.text(_LEFT_TEXT, top, f"Class {number}", fontsize=10.5, fontweight="bold", color=color, va="center")
-    axes.text(-0.365, top, f"{count}, {100 * share:.0f} % kept", fontsize=10, color=TEXT_COLOR, va="center")
-    signature = shorten(members[0].signature, 60)
-    axes.text(_RIGHT_TEXT, top, signature, fontsize=8, color=MUTED_COLOR, va="center", ha="right")
+    heading = f"{describe_class(members)}: {100 * share:.0f} % kept"
+    axes.text(-0.365, top, heading, fontsize=10, va="center")
     widest = max(group.channels for group in members[:_MAX_BARS])
     for group in members[:_MAX_BARS]:
         top += 1
-        axes.barh(top, group.channels / widest, height=0.72, color=REMOVED_COLOR, linewidth=0)
+        axes.barh(top, group.channels / widest, height=0.72, color=theme.removed, linewidth=0)
         axes.barh(top, kept[group.name] / widest, height=0.72, color=color, linewidth=0)
-        axes.text(-0.012, top, shorten(group.name, 36), fontsize=8.5, color=TEXT_COLOR, va="center", ha="right")
-        figures = f"{kept[group.name]}/{group.channels}"
-        axes.text(_RIGHT_TEXT, top, figures, fontsize=8.5, color=TEXT_COLOR, va="center", ha="right")
+        axes.text(-0.012, top, shorten(group.name, 36), fontsize=8.5, va="center", ha="right")
+        figures = f"{kept[group.name]} of {group.channels}"
+        axes.text(_RIGHT_TEXT, top, figures, fontsize=8.5, va="center", ha="right")
     if len(members) > _MAX_BARS:
         top += 1
-        axes.text(0, top, f"+{len(members) - _MAX_BARS} more", fontsize=8.5, color=MUTED_COLOR, va="center")
+        axes.text(0, top, f"+{len(members) - _MAX_BARS} more", fontsize=8.5, color=theme.muted, va="center")
     return top + _PANEL_GAP

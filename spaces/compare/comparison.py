@@ -73,7 +73,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
     widths = folder / PICTURE
     if not widths.is_file():
         widths = Path(tempfile.mkdtemp()) / PICTURE
-        draw_widths(layer_widths(opened.model), widths, title="the width of every layer, before and after pruning")
+        draw_widths(layer_widths(opened.model), widths, title=folder.resolve().name)
     models = {"base": dense.model.eval(), "pruned": opened.model.eval()}
     return Pair(
         name,

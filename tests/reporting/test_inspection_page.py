@@ -1,5 +1,6 @@
 """Tables and page of `inspect`, for groups and plans written by hand."""
 
+import functools
 import re
 from collections import Counter
 from xml.etree import ElementTree
@@ -98,12 +99,17 @@ def test_text_has_all_tables_and_no_trailing_blanks() -> None:
     assert not re.search(r" $", shown, re.MULTILINE)
 
 
+@functools.cache
+def page_of(kind: str) -> str:
+    return build_page(PAGES[kind])
+
+
 PAGES = {"all": MODEL, "no scores": Inspected("m", GROUPS, {"plan": PLANS["first"]}), "alone": Inspected("m", GROUPS)}
 
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_page_is_well_formed_and_names_every_group(kind: str) -> None:
-    page = build_page(PAGES[kind])
+    page = page_of(kind)
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     cells = [cell.text for cell in root.iter("th")]
     assert all(cells.count(group.name) >= 1 for group in GROUPS)
@@ -116,7 +122,7 @@ def test_page_is_well_formed_and_names_every_group(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PAGES)
 def test_page_loads_and_runs_nothing(kind: str) -> None:
-    page = build_page(PAGES[kind])
+    page = page_of(kind)
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     tags = {element.tag.rpartition("}")[2] for element in root.iter()}
     assert not tags & {"script", "link", "img", "image", "iframe", "object", "embed", "base", "form"}
@@ -129,8 +135,17 @@ def test_page_loads_and_runs_nothing(kind: str) -> None:
 
 
 def test_texts_of_the_model_are_escaped() -> None:
-    page = build_page(MODEL)
+    page = page_of("all")
     assert "<b>" not in page and "a <model>" not in page and "a <note>" not in page
     root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     assert root.find("body/h1").text == "a <model>"
     assert [item.text for item in root.iter("li")] == ["a <note>"]
+
+
+def test_page_has_a_value_of_every_colour_in_both_modes() -> None:
+    page = page_of("all")
+    used = set(re.findall(r"var\((--\w+)\)", page))
+    light, dark = (set(re.findall(r"(--\w+):", block)) for block in re.findall(r":root \{(.*?)\}", page))
+    assert used <= light == dark and "prefers-color-scheme: dark" in page
+    style = page.partition("</style>")[0]
+    assert not re.findall(r"(?<!--page: )(?<!-)#\w{3,6}\b", re.sub(r":root \{.*?\}", "", style))

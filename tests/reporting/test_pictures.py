@@ -11,7 +11,7 @@ from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting import figures
-from isoprune_hf.reporting.pictures import draw_classes, draw_frontier
+from isoprune_hf.reporting.pictures import describe_cost, draw_classes, draw_frontier
 
 
 def make_group(name: str, signature: str, channels: int, num_heads: int = 0) -> CoupledGroup:
@@ -36,6 +36,23 @@ def test_coloured_area_is_the_kept_share(tmp_path: Path) -> None:
     assert orange / blue == pytest.approx(0.25, abs=0.03)
     assert green / blue == pytest.approx(1 / 64, abs=0.03)
     assert share_of(tmp_path / "cut.png", figures.REMOVED_COLOR) / blue == pytest.approx(0.75 + 63 / 64, abs=0.03)
+
+
+def test_title_has_the_kept_costs() -> None:
+    achieved = {"base": {"macs": 200, "params": 50}, "pruned": {"macs": 100, "params": 30}}
+    plan = PruningPlan({}, {}, achieved=achieved)
+    assert describe_cost(plan) == "50 % of the MACs and 60 % of the parameters are kept"
+    assert describe_cost(make_plan()) == "what the plan keeps"
+
+
+def test_colours_of_classes_are_those_of_light(tmp_path: Path) -> None:
+    groups = [make_group("stem", "a", 8), make_group("fc", "b", 8)]
+    for name, theme in (("light", figures.LIGHT), ("dark", figures.DARK)):
+        draw_classes(groups, make_plan(fc=(0, 1)), tmp_path / f"{name}.png", title="x", theme=theme)
+    for color in figures.CLASS_COLORS[:2]:
+        shares = [share_of(tmp_path / f"{name}.png", color) for name in ("light", "dark")]
+        assert shares[0] == pytest.approx(shares[1], rel=0.1) and shares[0] > 0.005
+    assert share_of(tmp_path / "dark.png", figures.DARK.removed) > 0.005
 
 
 def test_nothing_is_grey_without_a_plan(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from isoprune_hf.errors import MissingExtraError
 from isoprune_hf.reporting import widths
 from isoprune_hf.reporting.figures import REMOVED_COLOR
-from isoprune_hf.reporting.widths import draw_widths, layer_widths
+from isoprune_hf.reporting.widths import describe_widths, draw_widths, layer_widths
 
 
 def test_widths_are_those_of_base_and_pruned_model(pruned: Callable[[str], Pruned]) -> None:
@@ -42,3 +42,14 @@ def test_missing_matplotlib_is_named_with_its_extra(tmp_path: Path, monkeypatch:
     assert not widths.can_draw()
     with pytest.raises(MissingExtraError, match=r"matplotlib.*isoprune-hf\[publish\]"):
         draw_widths({}, tmp_path / "none.png", title="none")
+
+
+def test_sentence_names_the_narrowest_layer() -> None:
+    widths_of = {"a": (10, 10), "b": (10, 4), "c": (8, 0)}
+    assert describe_widths(widths_of) == "2 of 3 layers are narrower, most of all c (0 of 8 outputs)"
+    assert describe_widths({"a": (10, 10)}) == "every layer keeps its width"
+
+
+def test_wide_network_can_be_drawn(tmp_path: Path) -> None:
+    draw_widths({f"stage.{n}.conv": (8, n % 8 + 1) for n in range(130)}, tmp_path / "w.png", title="deep")
+    assert imread(tmp_path / "w.png").shape[1] == 1200

@@ -40,9 +40,8 @@ def write_folder(
         if model.config.stage == "base":
             return
         if can_draw() and any((model.config.structure or {}).values()):
-            title = f"{name}: the width of every layer, before and after the cut"
             with ornament("the picture of the widths"):
-                replace_file(temporary / PICTURE, partial(draw_widths, layer_widths(model), title=title))
+                replace_file(temporary / PICTURE, partial(draw_widths, layer_widths(model), title=name))
         with ornament("the model card"):
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=name)))
 

@@ -1,0 +1,76 @@
+"""Draw top-1 accuracy against MACs from the results of `real_accuracy.py`, for light and for dark pages.
+
+python benchmarks/accuracy_picture.py --results benchmarks/results/real_accuracy.jsonl --output docs/accuracy
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isoprune_hf.reporting.figures import CLASS_COLORS, DARK, DPI, LIGHT, Theme, open_figure
+
+NETS = {"lite0": "EfficientNet-Lite0", "lite1": "EfficientNet-Lite1", "lite2": "EfficientNet-Lite2"}
+# Method of `real_accuracy.py` -> its name in the picture and its colour; other methods are not drawn.
+METHODS = {
+    "best": ("isoprune_hf", CLASS_COLORS[0]),
+    "tp_iso_bn": ("torch-pruning, new BatchNorm statistics", CLASS_COLORS[1]),
+    "tp_iso": ("torch-pruning", CLASS_COLORS[4]),
+}
+Point = tuple[float, float, float]  # percent of the MACs, top-1 in percent, its standard error
+
+
+def read_points(rows: Sequence[Mapping[str, Any]], net: str) -> dict[str, list[Point]]:
+    """Return method -> its points by MACs, the dense net among those of `best`; a repeated cell counts as last."""
+    cells = {(row["method"], row["budget"]): row for row in rows if row["net"] == net}
+    points: dict[str, list[Point]] = {}
+    for (method, _), row in sorted(cells.items(), key=lambda cell: cell[0][1]):
+        if method in METHODS:
+            points.setdefault(method, []).append((100 * row["share"], row["top1"], row["error"]))
+    if "best" in points:
+        dense = next(row["dense"] for row in rows if row["net"] == net)
+        points["best"].append((100.0, dense["top1"], dense["error"]))
+    return points
+
+
+def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme = LIGHT) -> None:
+    """Draw a panel for each net as a PNG.
+
+    Args:
+        rows: Rows of the results.
+        path: File to write.
+        theme: Colours.
+    """
+    nets = [net for net in NETS if any(row["net"] == net for row in rows)]
+    with open_figure((1.6 + 5.0 * len(nets), 3.5), dpi=DPI, layout="constrained", theme=theme) as figure:
+        for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+            for method, points in read_points(rows, net).items():
+                name, color = METHODS[method]
+                shares, values, errors = zip(*points, strict=True)
+                axes.errorbar(shares, values, errors, marker="o", color=color, label=name, capsize=2, linewidth=1.8)
+                for share, value in zip(shares, values, strict=True):
+                    place = {"xytext": (-6, 9), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+                    axes.annotate(f"{value:.1f}", (share, value), color=theme.text, **place)
+            axes.set_title(f"{NETS[net]}, ImageNet weights, no training after the cut", fontsize=10.5)
+            axes.set_xlabel("MACs, % of the dense network")
+            axes.set_ylabel("top-1 %")
+            axes.set_xlim(47, 105)
+            axes.set_ylim(0, 100)
+            axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4), fontsize=9)
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def main() -> None:
+    """Read the results and write both pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--output", required=True, help="Beginning of both names: OUTPUT-light.png, OUTPUT-dark.png.")
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
+    for name, theme in (("light", LIGHT), ("dark", DARK)):
+        draw_accuracy(rows, Path(f"{arguments.output}-{name}.png"), theme=theme)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The picture of accuracy against MACs shows what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+from accuracy_picture import draw_accuracy, read_points
+from matplotlib.image import imread
+
+from isoprune_hf.reporting.figures import DARK
+
+
+def row(method: str, budget: float, top1: float, net: str = "lite0") -> dict[str, Any]:
+    dense = {"top1": 80.0, "error": 2.0}
+    return {
+        "net": net,
+        "method": method,
+        "budget": budget,
+        "share": budget,
+        "top1": top1,
+        "error": 1.0,
+        "dense": dense,
+    }
+
+
+def test_points_are_those_of_the_results() -> None:
+    rows = [row("best", 0.75, 70.0), row("best", 0.5, 3.0), row("best", 0.5, 50.0), row("tp_iso", 0.5, 1.0)]
+    rows += [row("other", 0.5, 99.0), row("best", 0.5, 98.0, "lite1")]
+    assert read_points(rows, "lite0") == {
+        "best": [(50.0, 50.0, 1.0), (75.0, 70.0, 1.0), (100.0, 80.0, 2.0)],
+        "tp_iso": [(50.0, 1.0, 1.0)],
+    }
+
+
+def test_dark_picture_has_no_background(tmp_path: Path) -> None:
+    draw_accuracy([row("best", 0.5, 50.0)], tmp_path / "dark.png", theme=DARK)
+    draw_accuracy([row("best", 0.5, 50.0)], tmp_path / "light.png")
+    dark, light = imread(tmp_path / "dark.png"), imread(tmp_path / "light.png")
+    assert dark[0, 0, 3] == 0 and light[0, 0].tolist() == [1, 1, 1, 1]
