@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
+import torch
 import yaml
 from coverage_anchor import TORCH_PRUNING
 from coverage_models import cases_of
 from coverage_run import RESULTS, known_rows
 from coverage_table import documented, tables
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from helpers.command_line import isoprune
 from helpers.pruned_models import Pruned
 from helpers.tiny_models import TIMM, make_base
+from PIL import Image
 
 import isoprune_hf
 from isoprune_hf import errors
@@ -61,6 +66,16 @@ class Block(NamedTuple):
     line: int
 
 
+def write_colours(folder: Path) -> None:
+    """Write images of ten classes, each of one grey, as parquet files with the columns and splits of CIFAR-10."""
+    names = [f"class {number}" for number in range(10)]
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=names)})
+    folder.mkdir(parents=True)
+    for split, count in (("train", 160), ("test", 20)):
+        rows = [{"img": Image.new("RGB", (32, 32), 3 * (25 * (row % 10),)), "label": row % 10} for row in range(count)]
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = [
@@ -92,6 +107,8 @@ def check_command(words: list[str], where: str) -> None:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), where
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), where
+        case ["pip", "install", "torch", "torchvision", "--index-url", index]:
+            assert index == "https://download.pytorch.org/whl/cpu", where
         case ["pip", "install", package]:
             extras = re.fullmatch(r"isoprune-hf(?:\[([\w,]+)\])?", package)[1]
             assert all(
@@ -118,11 +135,16 @@ def check_citation(entry: str) -> None:
     }
 
 
-def prepare(name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
-    """Create the folders that the Python of a page opens, with small models instead of those of the text."""
-    places = {"README.md": "output/digits/model", "migrating.md": "output/finetuned/deit_4.2g"}
+def prepare(page: types.ModuleType, name: str, pruned: Callable[[str], Pruned], folder: Path) -> None:
+    """Create the folders and names that the Python of a page uses, with small models instead of those of the text."""
+    places = {"folder.md": "output/digits/model", "migrating.md": "output/finetuned/deit_4.2g"}
     if name in places:
         shutil.copytree(pruned("deit").folder, folder / places[name])
+    if name == "README.md":
+        page.__dict__["model"] = timm.create_model("test_vit", num_classes=7)
+        page.__dict__["loader"] = [(torch.randn(4, 3, 160, 160), torch.randint(7, (4,)))]
+    if name == "quickstart.md":
+        write_colours(folder / "uoft-cs" / "cifar10")  # a folder of that name is read in place of the one of the Hub
     if name == "transformers.md":
         shutil.copytree(pruned("vit").folder, folder / "output" / "digits" / "model")
     if name == "layouts.md":
@@ -143,7 +165,7 @@ def test_every_block_is_run_or_says_why_not(
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     if any(block.kind == "python" and block.reason is None for block in blocks):
-        prepare(page.name, pruned, tmp_path)
+        prepare(module, page.name, pruned, tmp_path)
     for name in ("recipes", "train_accelerate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -181,7 +203,7 @@ def test_every_block_is_run_or_says_why_not(
 def test_skipped_blocks_need_network_or_another_library() -> None:
     reasons = {(page.name, block.reason) for page in PAGES for block in blocks_of(page) if block.reason is not None}
     assert reasons == {
-        ("README.md", "what `make demo` prints"),
+        ("quickstart.md", "what `make demo` prints"),
         ("command_line.md", "in an environment without extras"),
         ("scaling.md", "a file of accelerate's"),
         ("transformers.md", "needs torchao"),
@@ -211,8 +233,19 @@ def test_every_link_leads_to_file_and_heading(page: Path) -> None:
         place, _, anchor = target.partition("#")
         file = page.parent / place if place else page
         assert file.is_file(), f"{page.name}: {target}"
+        if file.suffix == ".png" and anchor:  # the theme shows one of two pictures
+            other = {"only-light": "-dark.png#only-dark", "only-dark": "-light.png#only-light"}[anchor]
+            assert f"({place.rpartition('-')[0]}{other})" in text, f"{page.name}: {target} has no counterpart"
+            continue
         headings = re.findall(r"^#+ (.+)$", _BLOCK.sub("", file.read_text()), re.M) if file.suffix == ".md" else []
         assert not anchor or anchor in map(slug, headings), f"{page.name}: {target}"
+
+
+def test_readme_is_short_and_its_pictures_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 5000
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    assert len(pictures) == 2 and all((ROOT / picture).is_file() for picture in pictures)
 
 
 def navigation(entries: list) -> list[str]:
