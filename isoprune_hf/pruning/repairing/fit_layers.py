@@ -9,7 +9,8 @@ images and positions, y the dense outputs of the channels that were kept, and W 
 where x and y - W x are without their means, so that the bias is not damped. The ridge keeps W' near W and not near 0:
 directions that the sample does not determine keep the weights of the cut. It is chosen by cross-validation between
 halves of the images, for each layer; it may be infinite, which fits the bias alone, and a layer of which no fit to one
-half removes any error of the other one is left as it is. Labels are not used.
+half removes any error of the other one is left as it is. It is raised where W' would be many times larger than W.
+Labels are not used.
 
 W' is then scaled so that each output has the variance of the dense one (see `output_variance`), unless the output is
 added to a residual stream.
@@ -38,11 +39,11 @@ from isoprune_hf.pruning.graph.output_masks import OutputMasks
 from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutput, DenseOutputs
 from isoprune_hf.pruning.repairing.equations import Equations
-from isoprune_hf.pruning.repairing.fitted_rows import pieces_of_halves, rows_of, size_of
+from isoprune_hf.pruning.repairing.fitted_rows import FittedModule, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
 from isoprune_hf.pruning.repairing.passes import Images, Passes
-from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit
+from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit, solve_within_bounds
 from isoprune_hf.pruning.repairing.storage import Storage
 from isoprune_hf.pruning.repairing.trials import Share, Trial, shares_of
 from isoprune_hf.pruning.repairing.waypoints import find_waypoints
@@ -236,19 +237,23 @@ def _fit(
     if math.isinf(ridge) and not layer.has_shift:
         return _NO_BIAS
     first.absorb(second)
-    change = first.solve(ridge, has_shift=layer.has_shift)
-    if not (layer.is_added or math.isinf(ridge) or isinstance(layer.module, nn.LayerNorm)) and layer.has_shift:
-        match_variance(change, _grouped_weights(layer.module, change), first, moments)
+    if isinstance(layer.module, nn.LayerNorm):
+        change = first.solve(ridge, has_shift=layer.has_shift)
+    else:
+        weights = _grouped_weights(layer.module)
+        change = solve_within_bounds(first, weights, ridge, has_shift=layer.has_shift)
+        if not layer.is_added and layer.has_shift and change.shape[1] > 1:
+            match_variance(change, weights, first, moments)
     if not change.to(layer.module.weight.dtype).isfinite().all():
         return _NOT_FINITE
     _apply_change(pruned, layer, change)
     return None
 
 
-def _grouped_weights(module: nn.Module, change: torch.Tensor) -> torch.Tensor:
+def _grouped_weights(module: FittedModule) -> torch.Tensor:
     """Return the weights of a layer in the layout of a change, (G, F, O)."""
-    groups, _, outputs = change.shape
-    return module.get_parameter("weight").reshape(groups, outputs, -1).mT
+    size = size_of(module)
+    return module.weight.reshape(size.groups, size.outputs, -1).mT
 
 
 def _missing_output(layer: FittedLayer, wanted: DenseOutput, found: LayerCall) -> torch.Tensor:

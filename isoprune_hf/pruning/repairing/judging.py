@@ -29,7 +29,8 @@ class Divergences(NamedTuple):
     """Sums over images that a cut network was compared on.
 
     Args:
-        sums: Divergences at each of `SCALES`, and the squares of their differences from that at scale 1, (2, scales).
+        sums: Divergences at each of `SCALES`, the squares of their differences from that at scale 1, and the squared
+            distances of the outputs from the dense ones, (3, scales).
         logits: Logits of the cut network, (classes,).
         images: Number of images of all ranks.
         nearer: Number of images for which the network is as near to the dense one as the cut, or nearer.
@@ -50,12 +51,14 @@ class Judgement(NamedTuple):
             over 1 is negligible or below its standard error.
         center: Mean logits of the cut network over the images, (classes,), in float64 on the CPU.
         nearer: Number of images for which it is as near as without a repair, or nearer.
+        distance: Mean squared distance of the outputs from the dense ones at the scale.
     """
 
     divergence: float
     scale: float
     center: torch.Tensor
     nearer: int
+    distance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,22 +133,24 @@ class Judge:
         if self._compares_classes:
             total = self._sum(sum((logits.sum(0) for logits in found), start=total), pruned.device)
         center = total / self.images
-        sums = torch.zeros(2, len(SCALES), dtype=torch.float64)
+        sums = torch.zeros(3, len(SCALES), dtype=torch.float64)
         nearer = torch.zeros((), dtype=torch.int64)
         for wanted, before, logits in zip(self._wanted, self._of_cut, found, strict=True):
-            scaled = self._distances(wanted, logits, center)
+            scaled, squares = self._distances(wanted, logits, center)
             plain = scaled[_PLAIN]
-            sums += torch.stack([scaled.sum(1), (plain - scaled).square().sum(1)])
+            sums += torch.stack([scaled.sum(1), (plain - scaled).square().sum(1), squares.sum(1)])
             nearer += (plain <= before + NEGLIGIBLE).sum()
         return Divergences(self._sum(sums, pruned.device), total, self.images, int(self._sum(nearer, pruned.device)))
 
     def _distances(self, wanted: torch.Tensor, logits: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-        """Compute the distances of outputs (B, N) from the dense ones at all scales: (scales, B)."""
-        if self._compares_classes:
-            return torch.stack([self._distance(wanted, center + scale * (logits - center)) for scale in SCALES])
-        scaled = torch.full((len(SCALES), len(wanted)), torch.inf, dtype=torch.float64)
-        scaled[_PLAIN] = self._distance(wanted, logits)
-        return scaled
+        """Compute the distances of outputs (B, N) from the dense ones at all scales, and squared: (2, scales, B)."""
+        found = torch.full((2, len(SCALES), len(wanted)), torch.inf, dtype=torch.float64)
+        for index, scale in enumerate(SCALES if self._compares_classes else ()):
+            outputs = center + scale * (logits - center)
+            found[:, index] = torch.stack([self._distance(wanted, outputs), (wanted - outputs).square().sum(-1)])
+        if not self._compares_classes:
+            found[:, _PLAIN] = torch.stack([self._distance(wanted, logits), (wanted - logits).square().sum(-1)])
+        return found
 
     def _distance(self, wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
         """Compute the distance of each output (B, N) from the dense one: (B,)."""
@@ -162,12 +167,13 @@ def judge(parts: Sequence[Divergences]) -> Judgement:
     """Return the divergence of a cut network over all images that it was compared on, and its best scale."""
     images = sum(part.images for part in parts)
     sums, logits = (sum(values) / images for values in zip(*((part.sums, part.logits) for part in parts), strict=True))
-    means, squares = sums.nan_to_num(nan=torch.inf)
+    means, squares, distances = sums.nan_to_num(nan=torch.inf)
     best = int(means.argmin())
     gain = float(means[_PLAIN] - means[best])
     error = max(float(squares[best]) - gain**2, 0.0) / max(images - 1, 1)  # squared, of the mean gain
     best = best if gain > max(error**0.5, NEGLIGIBLE) else _PLAIN
-    return Judgement(float(means[best]), SCALES[best], logits, sum(part.nearer for part in parts))
+    nearer = sum(part.nearer for part in parts)
+    return Judgement(float(means[best]), SCALES[best], logits, nearer, float(distances[best]))
 
 
 def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[torch.Tensor]:

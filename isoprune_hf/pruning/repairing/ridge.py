@@ -1,7 +1,12 @@
-"""Choose the form of a least-squares fit by its cost (`form_of_fit`), and its ridge by cross-validation."""
+"""Choose the form of a least-squares fit by its cost (`form_of_fit`), and its ridge by cross-validation.
+
+`solve_within_bounds` raises the ridge of a fit that would make the weights of a layer many times larger.
+"""
 
 import math
 from functools import cache
+
+import torch
 
 from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize
@@ -12,6 +17,9 @@ from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
 _RIDGE_OF_ONE_HALF = 0.1
 _MAX_COMPARED_OUTPUTS = 128
+# Largest norm of the weights of a layer, as a multiple of the norm after the cut. In a trained network fits made it at
+# most 1.3 times larger. Much larger weights follow from directions in which the sample hardly varies and others do.
+MAX_GROWTH = 4.0
 _ROWS_PER_FEATURE = 0.5  # below it the dual form takes less time
 
 
@@ -63,3 +71,23 @@ def choose_ridge(first: Equations, second: Equations, *, has_shift: bool) -> flo
             best += step
     best = max(best, last, key=gain)
     return RIDGES[best] if gain(best) > 0 else None
+
+
+def solve_within_bounds(equations: Equations, weights: torch.Tensor, ridge: float, *, has_shift: bool) -> torch.Tensor:
+    """Solve for the change of a layer with a ridge that bounds the weights by `MAX_GROWTH`.
+
+    Args:
+        equations: The equations of all images.
+        weights: Weights of the layer before the fit (G, F, O).
+        ridge: The ridge to try first; then the larger ones of `RIDGES` are, in order.
+        has_shift: The layer has a bias to fit.
+
+    Returns:
+        The change (G, F + 1, O), or (G, 1, O) with an infinite ridge; see `Equations.solve`.
+    """
+    largest = MAX_GROWTH * float(weights.double().norm())
+    for tried in (ridge, *(larger for larger in RIDGES if larger > ridge)):
+        change = equations.solve(tried, has_shift=has_shift)
+        if math.isinf(tried) or not float((weights + change[:, :-1]).norm()) > largest:
+            break
+    return change

@@ -84,7 +84,7 @@ def test_parts_are_judged_together(tmp_path: Path) -> None:
     wanted, found = logits_of(task.dense, images), logits_of(task.pruned, images)
     np.testing.assert_allclose(judge(parts).center, found.mean(0), rtol=1e-4, atol=1e-6)
     at_one = SCALES.index(1)
-    plain = [Divergences(part.sums[:, [at_one]].expand(2, len(SCALES)), *part[1:]) for part in parts]
+    plain = [Divergences(part.sums[:, [at_one]].expand(3, len(SCALES)), *part[1:]) for part in parts]
     assert judge(plain).divergence == pytest.approx(divergence(wanted, found).mean(), rel=1e-4)
 
 
@@ -209,27 +209,30 @@ def test_fit_that_fails_on_half_is_dropped(tmp_path: Path, monkeypatch: pytest.M
 
 
 class FixedJudge:
-    """A judge of 10 images with fixed results: a mean of 1 without a repair, else of 0.5."""
+    """A judge of 10 images with fixed results: a mean of 1 without a repair, else of 0.5; and of squares."""
 
     images = 10
 
-    def __init__(self, nearer: int, cut: Model):
-        self.nearer, self.cut = nearer, copy.deepcopy(cut.state_dict())
+    def __init__(self, nearer: int, cut: Model, squares: float = 5.0):
+        self.nearer, self.cut, self.squares = nearer, copy.deepcopy(cut.state_dict()), squares
 
     def compare(self, pruned: Model) -> Divergences:
         is_cut = all(torch.equal(value, self.cut[name]) for name, value in pruned.state_dict().items())
-        sums = torch.full((2, len(SCALES)), 10.0 if is_cut else 5.0, dtype=torch.float64)
+        sums = torch.full((3, len(SCALES)), 10.0 if is_cut else 5.0, dtype=torch.float64)
+        sums[2] = 10.0 if is_cut else self.squares
         return Divergences(sums, torch.zeros(3, dtype=torch.float64), 10, 10 if is_cut else self.nearer)
 
 
-@pytest.mark.parametrize(("counts", "is_kept"), [((9, 1), False), ((9, 2), True)])
-def test_few_images_decide_by_mean_and_majority(
-    counts: tuple[int, int], is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("counts", "squares", "is_kept"), [((9, 1), 5, False), ((9, 2), 10, True), ((10, 10), 10.1, False)]
+)
+def test_few_images_decide_by_majority_and_squares(
+    counts: tuple[int, int], squares: float, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of("vit", tmp_path)
     expected = copy.deepcopy(task.pruned.state_dict())
     nearer = iter(counts)
-    monkeypatch.setattr(least_squares, "Judge", lambda dense, cut, images: FixedJudge(next(nearer), cut))
+    monkeypatch.setattr(least_squares, "Judge", lambda dense, cut, images: FixedJudge(next(nearer), cut, squares))
     notes = least_squares.LeastSquaresRepair().repair(task)
     found = task.pruned.state_dict()
     assert (notes == ()) == is_kept
@@ -252,7 +255,7 @@ def test_fit_is_kept_if_it_is_nearest(tmp_path: Path) -> None:
     task = task_of("vit", tmp_path)
     with torch.no_grad():
         for parameter in task.pruned.parameters():
-            parameter.mul_(0.5)
+            parameter.mul_(0.8)
     before = judgement_of(task.pruned, task.dense, task.calibration)
     assert least_squares.LeastSquaresRepair().repair(task) == ()
     after = judgement_of(task.pruned, task.dense, task.calibration)

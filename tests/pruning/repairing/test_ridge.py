@@ -10,7 +10,7 @@ from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, rows_of, size_of
 from isoprune_hf.pruning.repairing.kernel_equations import KernelEquations
 from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
-from isoprune_hf.pruning.repairing.ridge import RIDGES, choose_ridge, form_of_fit
+from isoprune_hf.pruning.repairing.ridge import MAX_GROWTH, RIDGES, choose_ridge, form_of_fit, solve_within_bounds
 
 FORMS: tuple[type[Equations], ...] = (NormalEquations, KernelEquations)
 LARGE = 2**40
@@ -87,3 +87,24 @@ def test_bias_alone_needs_few_bytes() -> None:
     layer = nn.Linear(25_088, 4096, device="meta")
     assert form_of_fit(size_of(layer), 10**6, 2**30) is None
     assert form_of_fit(size_of(layer, is_bias_only=True), 10**6, 2**20) is NormalEquations
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("size", [0.1, 1.0])
+def test_ridge_grows_until_weights_are_bounded(size: float, form: type[Equations]) -> None:
+    """The outputs are the difference of two features, divided by its size: the smaller, the larger the weights."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(2, 1, dtype=torch.float64)
+    weights = torch.ones(1, 2, 1, dtype=torch.float64)
+    common, difference = torch.randn(2, 50, 1, generator=generator, dtype=torch.float64)
+    x = torch.cat([common, common + size * difference], 1)
+    missing = difference - x.sum(1, keepdim=True)
+    found = solve_within_bounds(equations_of(form, layer, x, missing), weights, RIDGES[0], has_shift=True)
+    y, features = missing - missing.mean(), x - x.mean(0)
+    products = features.T @ features
+    for ridge in RIDGES[:-1]:
+        expected = torch.linalg.solve(products + ridge * torch.diag(products.diag()), features.T @ y)
+        if (weights[0] + expected).norm() <= MAX_GROWTH * 2**0.5:
+            break
+    assert (ridge == RIDGES[0]) == (size == 1)
+    torch.testing.assert_close(found[0, :-1], expected, rtol=1e-3, atol=1e-6)

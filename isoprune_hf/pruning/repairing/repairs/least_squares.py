@@ -45,9 +45,10 @@ class LeastSquaresRepair:
             found["bn"] = _judge_batchnorm(task, folds, judges, before)
         notes, found["least_squares"] = _fit_and_judge(task, folds, judges)
         images = sum(each.images for each in judges)
-        # The mean of few images depends on the largest divergences: a repair must then be nearer for most images, too.
-        least = images // 2 + 1 if len(folds) > 1 else 0
-        choices = [name for name in reversed(found) if name == "none" or found[name].nearer >= least]
+        is_few = len(folds) > 1
+        choices = [
+            name for name in reversed(found) if not is_few or _holds_for_few(found[name], found["none"], images)
+        ]
         best = min(choices, key=lambda name: max(found[name].divergence, NEGLIGIBLE))
         if best != "least_squares":
             _restore(task.pruned, before)
@@ -59,6 +60,14 @@ class LeastSquaresRepair:
                 f"the logits are not scaled by {found[best].scale:.3g}: no single layer with a bias computes them",
             )
         return notes
+
+
+def _holds_for_few(repaired: Judgement, cut: Judgement, images: int) -> bool:
+    """Return whether a repair is also nearer for most of few images, and its outputs in the mean of their squares.
+
+    The mean of few divergences depends on the largest, and hardly on the logits of classes that are improbable.
+    """
+    return 2 * repaired.nearer > images and repaired.distance <= cut.distance
 
 
 def _judge_batchnorm(task: RepairTask, folds: Folds, judges: Sequence[Judge], before: State) -> Judgement:
