@@ -17,11 +17,11 @@ from isoprune_hf.export.onnx import write_onnx
 from isoprune_hf.measuring.cases import BenchmarkSettings, RuntimeName, describe_machine, measure_cases
 from isoprune_hf.measuring.runtimes import Models, OnnxRuntime, Run, Runtime, TorchRuntime
 from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.reporting.speed_picture import RUNTIMES
 from isoprune_hf.reporting.speed_reasons import describe_layers, explain_speed_gap
 from isoprune_hf.reporting.tables import align_columns
 
 _HEADINGS = ["runtime", "dtype", "batch", "base ms", "pruned ms", "faster", "of MACs", "base MB", "pruned MB"]
-_TITLES: Mapping[RuntimeName, str] = {"eager": "eager", "compile": "torch.compile", "onnx": "ONNX Runtime"}
 _MIN_MILLISECONDS = 1e-3  # shorter times are shown with the digits of this one
 
 
@@ -49,7 +49,7 @@ def benchmark_models(
         "macs": costs,
         "promised": promised,
         "rows": rows,
-        "left_out": [f"{_TITLES[case.runtime]} in {case.dtype}: {case.reason}" for case in unmeasured],
+        "left_out": [f"{RUNTIMES[case.runtime]} in {case.dtype}: {case.reason}" for case in unmeasured],
         "settings": {"repeats": settings.repeats, "seconds": settings.seconds},
         "layers": describe_layers(pruned),
     }
@@ -64,7 +64,7 @@ def benchmark_table(record: Mapping[str, Any]) -> list[list[str]]:
         memory = row.get("memory") or {}
         body.append(
             [
-                _TITLES[row["runtime"]],
+                RUNTIMES[row["runtime"]],
                 row["dtype"],
                 str(row["batch_size"]),
                 *(format_quartiles(row[name]) for name in ("base", "pruned")),

@@ -26,6 +26,7 @@ from isoprune_hf.reporting.card_metadata import License, describe_model
 from isoprune_hf.reporting.decision_text import describe_decision
 from isoprune_hf.reporting.places import show_note, show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
+from isoprune_hf.reporting.speed_picture import SPEED_PICTURE
 from isoprune_hf.reporting.tables import Metrics, describe_sample, format_figure, on_same_images
 from isoprune_hf.reporting.widths import PICTURE
 
@@ -146,6 +147,7 @@ def _describe_files(files: _Files) -> dict[str, Any]:
         "notes": [show_note(note) for note in files.plan.get("notes") or ()],
         "labels": _name_labels(config.get("id2label") or {}),
         "has_picture": (folder / PICTURE).is_file(),
+        "speed_picture": SPEED_PICTURE if (folder / SPEED_PICTURE).is_file() else None,
         "reads_arrays": _reads_arrays(config, folder / "preprocessor_config.json"),
         "builder": _builder(config.get("base") or {}),
         "call": None if _has_pipeline(config, folder) else _call(config),

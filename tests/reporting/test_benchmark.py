@@ -116,6 +116,7 @@ def test_benchmark_is_saved_and_shown_on_card(pruned: Callable[[str], Pruned], t
         assert f"| {' | '.join(line)} |" in card
     assert record["reason"] in card and record["machine"]["device"] in card
     assert record["reason"] in done.out
+    assert "](speed.png)" in card and (folder / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def _dense(pruned: Callable[[str], Pruned], tmp_path: Path) -> Path:

@@ -427,6 +427,11 @@ def test_picture_is_shown_if_the_folder_has_one(tmp_path: Path) -> None:
     assert "widths.png" not in build_model_card(folder).text
     (folder / "widths.png").write_bytes(b"")
     assert "](widths.png)" in build_model_card(folder).text
+    benchmark = {"machine": {"device": "cpu", "threads": 1, "versions": {}}, "promised": 2.0, "rows": [], "reason": ""}
+    (folder / "speed.json").write_text(json.dumps({"benchmark": benchmark}))
+    assert "speed.png" not in build_model_card(folder).text
+    (folder / "speed.png").write_bytes(b"")
+    assert "](speed.png)" in build_model_card(folder).text
 
 
 def test_snippets_and_command_of_the_card_run(

@@ -5,10 +5,11 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isoprune_hf.checkpoint.folder import read_json, update_folder, write_file
+from isoprune_hf.checkpoint.folder import read_json, replace_file, update_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import isoprune_fields, stock_config_text
 from isoprune_hf.checkpoint.target import CHECKPOINTS, locked_target
@@ -17,7 +18,9 @@ from isoprune_hf.pruning.plan import PLAN_FILE, PruningPlan
 from isoprune_hf.recipes import DataRecipe, recipe_to_dict
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.ornaments import ornament
+from isoprune_hf.reporting.speed_picture import SPEED_PICTURE, draw_times
 from isoprune_hf.reporting.tables import Metrics
+from isoprune_hf.reporting.widths import can_draw
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +184,15 @@ def record_figures(
 
 
 def record_benchmark(folder: ResultFolder, record: dict[str, Any]) -> None:
-    """Store the figures of a benchmark in `speed.json` and the card of a folder."""
+    """Store the figures of a benchmark in `speed.json`, their picture and the card of a folder."""
+    title = folder.path.resolve().name
 
     def write(place: Path) -> None:
         known = read_json(place, "speed.json") or {}
         _write_json(place / "speed.json", {**known, "benchmark": record})
+        if can_draw() and record["rows"]:
+            with ornament("the picture of the times", then="the figures are stored"):
+                replace_file(place / SPEED_PICTURE, partial(draw_times, record, title=title))
 
     _update(folder, write)
 
