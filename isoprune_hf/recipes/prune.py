@@ -20,7 +20,7 @@ from isoprune_hf.recipes.values import (
 
 BUDGETS = ("target_macs", "target_params", "target_latency")
 # The names of all criteria; each is a file in `pruning/scoring/criteria`. Those of the first two kinds read images.
-LossCriterion = Literal["gate_fisher", "gate_fisher_joint"]  # scores are losses in nats
+LossCriterion = Literal["gate_fisher", "gate_fisher_joint", "trial_loss"]  # scores are losses in nats
 DataCriterion = Literal[
     "taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference", "activation_variance"
 ]
@@ -99,9 +99,9 @@ class PruneRecipe:
             the paper describes it), reference (torch-pruning 1.6.1). Without preset and criterion: best.
         criterion: How channels are scored; naming one without a preset keeps all other defaults below. From images:
             gate_fisher (the loss that removing a channel costs), gate_fisher_joint (the same after removing all
-            channels of its group that cost less), taylor, taylor_l2 (the norm of the paper), hessian,
-            activation_variance; for parity with old scripts taylor_reference and hessian_reference. From weights only:
-            l1, l2, bn_scale, fpgm, lamp, random.
+            channels of its group that cost less), trial_loss (the same after a repair, from trial cuts), taylor,
+            taylor_l2 (the norm of the paper), hessian, activation_variance; for parity with old scripts
+            taylor_reference and hessian_reference. From weights only: l1, l2, bn_scale, fpgm, lamp, random.
         score_batchnorm: Include the scales and shifts of BatchNorm in scores; torch-pruning does not.
         reduction: How to combine the coupled layers of a channel: sum or mean.
         normalizer: Divisor of the scores of a group before groups compete: none, mean or max.

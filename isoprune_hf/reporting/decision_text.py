@@ -11,6 +11,8 @@ CRITERION_TEXTS = {
     "gate_fisher": "the loss that removing the channel alone costs, from squared gradients on images",
     "gate_fisher_joint": "the loss that removing the channel costs together with all cheaper ones of its group, from "
     "products of gradients on images",
+    "trial_loss": "the loss that removing the channel costs after a repair, together with all cheaper ones of its "
+    "group, from trial cuts of each group on images",
     "taylor": "the first-order change of the loss without its weights, summed, from gradients on images",
     "taylor_l2": "the first-order change of the loss without its weights, as a norm, from gradients on images",
     "taylor_reference": "the first-order change of the loss without its weights, as torch-pruning computes it",

@@ -15,6 +15,7 @@ import torch
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.models.held import objective_of
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches, Calibration
+from isoprune_hf.pruning.calibration.divergence import divergence_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 
 # The scales of logits that are compared: a repaired network is less confident than the dense one.
@@ -155,7 +156,7 @@ class Judge:
     def _distance(self, wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
         """Compute the distance of each output (B, N) from the dense one: (B,)."""
         if self._compares_classes:
-            return _divergence(wanted, found)
+            return divergence_of(wanted, found)
         return (wanted - found).square().sum(-1) / max(self._size, torch.finfo(torch.float64).tiny)
 
     def _sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -180,9 +181,3 @@ def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[tor
     """Compute the logits of each micro-batch, in float64 on the CPU."""
     with scoring_mode(model, requires_grad=False), torch.no_grad():
         return [model(pixel_values=images.to(model.device)).logits.double().cpu() for images, _ in batches]
-
-
-def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Compute the divergence of the probabilities of logits (B, classes) for each image."""
-    target = wanted.log_softmax(-1)
-    return (target.exp() * (target - found.log_softmax(-1))).sum(-1)

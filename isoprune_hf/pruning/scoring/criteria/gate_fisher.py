@@ -40,7 +40,7 @@ class GateFisher:
 
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
-        return _score(task, gate_fisher(task.model, task.groups, task.calibration))
+        return score_losses(task, gate_fisher(task.model, task.groups, task.calibration))
 
 
 class GateFisherJoint:
@@ -52,7 +52,7 @@ class GateFisherJoint:
 
     def score(self, task: ScoringTask) -> RawScores:
         """Score all groups and blocks of a task."""
-        return _score(task, gate_fisher_joint(task.model, task.groups, task.calibration))
+        return score_losses(task, gate_fisher_joint(task.model, task.groups, task.calibration))
 
 
 def gate_fisher(
@@ -115,7 +115,7 @@ def remove_in_turn(losses: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.from_numpy(scores)
 
 
-def _score(task: ScoringTask, losses: Mapping[str, torch.Tensor]) -> RawScores:
+def score_losses(task: ScoringTask, losses: Mapping[str, torch.Tensor]) -> RawScores:
     """Return the losses of all groups as scores; groups without losses have none."""
 
     def score(group: CoupledGroup) -> torch.Tensor:

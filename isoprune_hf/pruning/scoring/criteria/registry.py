@@ -15,6 +15,7 @@ from isoprune_hf.pruning.scoring.criteria.lamp import Lamp
 from isoprune_hf.pruning.scoring.criteria.random import Random
 from isoprune_hf.pruning.scoring.criteria.reference import HessianReference, TaylorReference
 from isoprune_hf.pruning.scoring.criteria.taylor import TAYLOR, TAYLOR_L2
+from isoprune_hf.pruning.scoring.criteria.trial_loss import TrialLoss
 
 _ALL: tuple[Criterion, ...] = (
     TAYLOR,
@@ -24,6 +25,7 @@ _ALL: tuple[Criterion, ...] = (
     HessianReference(),
     GateFisher(),
     GateFisherJoint(),
+    TrialLoss(),
     ActivationVariance(),
     L1(),
     L2(),
