@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from comparison import TOP, Pair, compare, open_pair, tabulate
+from comparison import TOP, Pair, caption, compare, headline, open_pair, tabulate
 
 from isoprune_hf import IsoPruneError
 from isoprune_hf.reporting.plain_text import plain_markdown
@@ -36,7 +36,7 @@ LAUNCH: dict[str, Any] = {
 
 
 def build_app(pair: Pair) -> gr.Blocks:
-    """Build the page: file upload, two answers, a table of costs and the picture of the widths."""
+    """Build the page: the gain, examples answered by both, file upload, costs, and the picture of the widths."""
 
     def answer(path: str | None) -> tuple[Any, ...]:
         if path is None:
@@ -55,9 +55,12 @@ def build_app(pair: Pair) -> gr.Blocks:
         return text, found.image, found.answers["base"], found.answers["pruned"]
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
-        gr.Markdown(
-            f"# {TITLE}\n`{plain_markdown(pair.name)}`, pruned with [Isomorphic Pruning](https://arxiv.org/abs/2407.04616)"
-        )
+        gr.Markdown(f"# {TITLE}\n`{plain_markdown(Path(pair.name).name)}`: **{headline(pair)}**")
+        if pair.examples:
+            answered = [(str(path), caption(compare(pair, path.read_bytes()))) for path in pair.examples]
+            gr.Gallery(
+                answered, label="The same images, both models", columns=3, height="auto", interactive=False, buttons=[]
+            )
         with gr.Row():
             with gr.Column(scale=1):
                 file = gr.File(label="An image", file_types=["image"], type="filepath", height=140)
@@ -72,6 +75,8 @@ def build_app(pair: Pair) -> gr.Blocks:
         gr.Image(
             str(pair.widths), show_label=False, container=False, interactive=False, buttons=[], elem_classes="widths"
         )
+        if pair.examples:
+            gr.Examples([[str(path)] for path in pair.examples], file, label="Or take one of these")
         file.change(answer, file, [summary, seen, base, pruned], api_name="compare")
     return app
 

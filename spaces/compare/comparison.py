@@ -1,4 +1,8 @@
-"""Compare a pruned model with its base: `open_pair`, `compare` (answers for an image) and `tabulate` (costs)."""
+"""Compare a pruned model with its base.
+
+`open_pair` opens both, `compare` answers for an image and `caption` in one line, `headline` and `tabulate` show gain
+and costs, `list_examples` finds photographs to begin with.
+"""
 
 import tempfile
 from pathlib import Path
@@ -10,13 +14,26 @@ from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from isoprune_hf import CheckpointError, IsoPruneError, IsoPruneForImageClassification, load_base
+from isoprune_hf import (
+    CheckpointError,
+    DataRecipe,
+    IsoPruneError,
+    IsoPruneForImageClassification,
+    load_base,
+    load_data,
+)
+from isoprune_hf.commands.steps.recording import read_records
 from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.data.decoding import DECODE_ERRORS, decode_image
 from isoprune_hf.measuring.speed import measure_latency
+from isoprune_hf.plain_files import read_json
+from isoprune_hf.reporting.tables import on_same_images
 from isoprune_hf.reporting.widths import PICTURE, draw_widths, layer_widths
 
 TOP = 5
+MAX_EXAMPLES = 6
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+KEPT = {"macs": "MACs", "params": "parameters"}
 
 
 class Pair(NamedTuple):
@@ -28,6 +45,8 @@ class Pair(NamedTuple):
         processors: The image processor of each model.
         widths: PNG of the width of every layer, before and after pruning.
         milliseconds: Model -> median time of a forward pass of one image, measured in turns when the pair is opened.
+        accuracy: Model -> measured top-1 (a fraction) on the same images; empty if it is not known of both.
+        examples: Images to begin with.
     """
 
     name: str
@@ -35,6 +54,8 @@ class Pair(NamedTuple):
     processors: dict[str, BaseImageProcessor]
     widths: Path
     milliseconds: dict[str, float]
+    accuracy: dict[str, float]
+    examples: list[Path]
 
 
 class Comparison(NamedTuple):
@@ -81,6 +102,8 @@ def open_pair(name: str, base: str | None = None) -> Pair:
         {"base": dense.processor, "pruned": opened.processor},
         widths,
         measure_latency(models, opened.model.config.image_size),
+        _read_accuracy(folder, opened.model.config.stage),
+        list_examples(folder),
     )
 
 
@@ -110,6 +133,45 @@ def compare(pair: Pair, encoded: bytes) -> Comparison:
         places = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         answers[name] = {model.config.id2label[index]: probability for index, probability in places}
     return Comparison(image, answers)
+
+
+def list_examples(folder: Path) -> list[Path]:
+    """Return the images in `examples`, beside the model or beside this file; of the demo's model, held-out digits."""
+    for place in (folder / "examples", Path(__file__).parent / "examples"):
+        found = sorted(path for path in place.glob("*") if path.suffix.lower() in SUFFIXES)
+        if found:
+            return found[:MAX_EXAMPLES]
+    recorded = (read_json(folder / "config.json").get("recipe") or {}).get("data") or {}
+    if recorded.get("dataset") != "digits":
+        return []
+    images, place = load_data(DataRecipe(dataset="digits")), Path(tempfile.mkdtemp())
+    for number, row in zip(range(MAX_EXAMPLES), images.evaluation, strict=False):
+        row["image"].resize((64, 64)).save(place / f"{number}-{images.label_names[row['label']]}.png")
+    return sorted(place.iterdir())
+
+
+def caption(found: Comparison) -> str:
+    """Return the first answers of both models and their probabilities in one line."""
+    best = {name: next(iter(labels.items())) for name, labels in found.answers.items()}
+    return " | ".join(f"{name}: {label} {probability:.0%}" for name, (label, probability) in best.items())
+
+
+def headline(pair: Pair) -> str:
+    """Return what pruning gained and cost in one sentence; accuracy is left out if it was not measured."""
+    cost, times = pair.models["pruned"].config.cost, pair.milliseconds
+    gains = [f"{cost['pruned'][key] / cost['base'][key]:.0%} of the {name}" for key, name in KEPT.items()]
+    text = f"{' and '.join(gains)}, {times['base'] / times['pruned']:.2f}x as fast on this machine"
+    if pair.accuracy:
+        text += f", {pair.accuracy['pruned']:.1%} right instead of {pair.accuracy['base']:.1%}"
+    return text
+
+
+def _read_accuracy(folder: Path, stage: str) -> dict[str, float]:
+    """Return the top-1 of base and pruned model if both were measured on the same images."""
+    metrics = read_records(str(folder)).metrics
+    shown = on_same_images(metrics, metrics.get(stage, {}))
+    found = {"base": shown.get("base", {}).get("top1"), "pruned": shown.get(stage, {}).get("top1")}
+    return {name: float(value) for name, value in found.items() if value is not None} if all(found.values()) else {}
 
 
 def tabulate(pair: Pair) -> str:

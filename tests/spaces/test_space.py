@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import re
 import shutil
 import struct
@@ -9,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,45 @@ def test_table_shows_costs_of_the_config(comparison: ModuleType, pair) -> None:
     (base, pruned) = (cost[name]["macs"] for name in ("base", "pruned"))
     assert lines[2] == f"| GMACs | {base / 1e9:.3g} | {pruned / 1e9:.3g} | {pruned / base:.0%} |"
     assert lines[4] == "| ms an image | 4 | 3 | 75% |"
+
+
+def test_headline_has_gain_and_accuracy(comparison: ModuleType, pair) -> None:
+    costs = {"base": {"macs": 200, "params": 100}, "pruned": {"macs": 100, "params": 60}}
+    config = SimpleNamespace(cost=costs)
+    models = {name: SimpleNamespace(config=config) for name in ("base", "pruned")}
+    known = pair._replace(models=models, milliseconds={"base": 6.0, "pruned": 4.0}, accuracy={})
+    text = "50% of the MACs and 60% of the parameters, 1.50x as fast on this machine"
+    assert comparison.headline(known) == text
+    measured = known._replace(accuracy={"base": 0.9, "pruned": 0.875})
+    assert comparison.headline(measured) == f"{text}, 87.5% right instead of 90.0%"
+
+
+def test_accuracy_is_that_of_the_same_images(comparison: ModuleType, tmp_path: Path) -> None:
+    figures = {"top1": 0.5, "images": 10, "data": "aa"}
+    for base, expected in ((figures | {"top1": 0.75}, {"base": 0.75, "pruned": 0.5}), (figures | {"data": "bb"}, {})):
+        (tmp_path / "metrics.json").write_text(json.dumps({"base": base, "pruned": figures}))
+        assert comparison._read_accuracy(tmp_path, "pruned") == expected
+
+
+def test_examples_are_those_of_the_folder(
+    comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": Image.new("L", (8, 8)), "label": number % 2} for number in range(9)]
+    images = SimpleNamespace(evaluation=rows, label_names=["0", "1"])
+    monkeypatch.setattr(comparison, "load_data", lambda recipe: images)
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": {"data": {"dataset": "digits"}}}))
+    digits = comparison.list_examples(tmp_path)
+    assert len(digits) == 6 and all(path.suffix == ".png" for path in digits)
+    (tmp_path / "examples").mkdir()
+    for name in ("b.JPG", "a.png", "notes.txt"):
+        (tmp_path / "examples" / name).write_bytes(b"")
+    assert [path.name for path in comparison.list_examples(tmp_path)] == ["a.png", "b.JPG"]
+
+
+def test_caption_has_both_answers(comparison: ModuleType) -> None:
+    answers = {"base": {"ant": 0.9, "bee": 0.1}, "pruned": {"bee": 0.6, "ant": 0.4}}
+    found = comparison.Comparison(Image.new("RGB", (2, 2)), answers)
+    assert comparison.caption(found) == "base: ant 90% | pruned: bee 60%"
 
 
 def test_missing_picture_of_widths_is_drawn(comparison: ModuleType, folders: tuple[str, str], tmp_path: Path) -> None:
