@@ -18,5 +18,7 @@ MAX_INPUT_NUMBERS = 2**26  # of an image as a model reads it: channels x height 
 MAX_UNSAVED_BYTES = 2**29  # of the tensors that a constructor computes and no file contains
 MAX_TABLE_BYTES = 2**27  # of one of them, and of each tensor on the way to it
 MAX_BUILD_CALLS = 500_000  # of functions of torch in a constructor
+MAX_BUILD_STEPS = 50_000_000  # calls and returns in a constructor; a LevIT of 448 pixels makes 40 million
+MAX_BUILD_BYTES = 2**30  # of new memory in a constructor, on Linux
 MAX_PICKLE_BYTES = 2**24  # of the pickle in an old checkpoint; that of a ResNet-152 with its average has 0.6 MB
 MAX_PICKLE_STEPS = 2_000_000  # to read it; that ResNet-152 with AdamW takes 234,368

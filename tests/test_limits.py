@@ -21,6 +21,8 @@ STATED = {
     "MAX_UNSAVED_BYTES": "512 MiB together",
     "MAX_TABLE_BYTES": "at most 128 MiB each",
     "MAX_BUILD_CALLS": "500,000 operations",
+    "MAX_BUILD_STEPS": "50,000,000 calls and returns",
+    "MAX_BUILD_BYTES": "1,024 MiB of new memory",
     "MAX_PICKLE_BYTES": "At most 16 MiB",
     "MAX_PICKLE_STEPS": "2,000,000 steps",
 }

@@ -2,11 +2,17 @@
 """Budget of a constructor: `Building` is active while it runs (part of the shipped file).
 
 A config of a few bytes can describe a table of any size: that of the relative positions in an attention window grows
-with the fourth power of its side.
+with the fourth power of its side. Constructors compute such tables with torch, with numpy, and in loops over lists.
 """
 
 import math
+import sys
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from isoprune_hf.limits import MAX_BUILD_CALLS, MAX_TABLE_BYTES, MAX_UNSAVED_BYTES
+from isoprune_hf.limits import MAX_BUILD_BYTES, MAX_BUILD_CALLS, MAX_BUILD_STEPS, MAX_TABLE_BYTES, MAX_UNSAVED_BYTES
 
 # Names of the functions and methods by which constructors draw weights.
 _DRAWING = ("add_", "clamp_", "constant_", "erfinv_", "kaiming_uniform_", "mul_", "normal_", "uniform_")
@@ -22,25 +28,34 @@ _NUMBER_BYTES = 8  # of the largest type
 
 
 class Building(TorchFunctionMode):
-    """Counts the calls of a constructor, and bounds the tensors that it computes on the CPU before they are allocated.
+    """Bounds the work and the memory of a constructor, and the tensors that it computes before they are allocated.
 
     Weights on the meta device are not drawn there, which would take five times as long and change nothing.
+
+    Args:
+        has_weights: The parameters are on the CPU, so that the memory is not bounded.
 
     Raises:
         ValueError: The budget is exceeded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_weights: bool = False) -> None:
         super().__init__()
         self._calls = self._bytes = 0
+        self._limits = ExitStack()
+        self._has_weights = has_weights
 
     def __enter__(self) -> Any:
+        self._limits.enter_context(_limited_steps())
+        if not self._has_weights:
+            self._limits.enter_context(_limited_memory())
         self._hook = register_module_buffer_registration_hook(self._count)
         return super().__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
 
     def __exit__(self, *error: Any) -> None:
         self._hook.remove()
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # nor here
+        self._limits.__exit__(*error)
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -64,6 +79,55 @@ class Building(TorchFunctionMode):
         if buffer is not None and not buffer.is_meta:
             self._bytes += buffer.untyped_storage().nbytes()
             _require(self._bytes, MAX_UNSAVED_BYTES)
+
+
+@contextmanager
+def _limited_steps() -> Iterator[None]:
+    """Count the calls and returns of all functions in this thread; nothing under a profiler.
+
+    Raises:
+        ValueError: The bound is exceeded.
+    """
+    left = MAX_BUILD_STEPS
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"more than {MAX_BUILD_STEPS:,} calls and returns of functions")
+
+    is_free = sys.getprofile() is None
+    if is_free:
+        sys.setprofile(count)
+    try:
+        yield
+    finally:
+        if is_free:
+            sys.setprofile(None)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Bound the new memory of this process on Linux, unless other threads may need memory meanwhile.
+
+    Raises:
+        ValueError: The bound is exceeded by a list or an array.
+    """
+    if sys.platform != "linux" or threading.active_count() > 1:
+        yield
+        return
+    resource = import_module("resource")  # only Unix has it
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    wanted = pages * resource.getpagesize() + MAX_BUILD_BYTES
+    allowed = [limit for limit in (wanted, *before) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), before[1]))
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"more than {MAX_BUILD_BYTES:,} bytes of memory") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def check_tables(tables: Iterable[torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         build: Builds the network; called once or twice.
 
     Raises:
-        ValueError: The tensors that are not saved are larger than any table of an image classifier.
+        ValueError: The builder takes more work or memory than that of any image classifier.
     """
     try:
         with Building():
@@ -41,7 +41,7 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
             network = build()
         _check_unsaved(network)
         if any(tensor.is_meta for tensor in _unsaved(network)):  # computed on the device of a parameter
-            with Building():
+            with Building(has_weights=True):
                 network = build()
     for module in network.modules():
         for name, parameter in module._parameters.items():

@@ -1,11 +1,15 @@
 """The budget of constructors: tables of any size are refused before they are allocated."""
 
+import itertools
 import json
 import resource
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -117,6 +121,101 @@ def test_constructor_of_endless_operations_is_stopped(monkeypatch: pytest.Monkey
     with Building(), pytest.raises(ValueError, match="more than 100 operations"):
         for _ in range(101):
             table[0] = 1
+
+
+# Loops over lists, and tables of Python and numpy, of which torch knows nothing.
+
+
+def relate_positions(side: int) -> list[int]:
+    """Return the index of the offset of each pair of positions in a square, as LevIT and TinyViT do."""
+    points = list(itertools.product(range(side), range(side)))
+    offsets: dict[tuple[int, int], int] = {}
+    return [offsets.setdefault((abs(a[0] - b[0]), abs(a[1] - b[1])), len(offsets)) for a in points for b in points]
+
+
+PLAIN: dict[str, tuple[Callable[[], object], str]] = {
+    "loop": (lambda: relate_positions(12), "calls and returns of functions"),
+    "list": (lambda: list(itertools.product(range(2**11), range(2**11))), "bytes of memory"),
+    "text": (lambda: "x" * 2**28, "bytes of memory"),
+    "numpy": (lambda: np.ones((2**12, 2**12)), "bytes of memory"),
+}
+
+
+@pytest.mark.parametrize("reads_values", [False, True])
+@pytest.mark.parametrize("name", PLAIN)
+def test_work_outside_of_torch_is_bounded(name: str, reads_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square of 12 x 12 has 20,736 pairs, with three calls each; the limits here are lower than in use."""
+    monkeypatch.setattr(building, "MAX_BUILD_STEPS", 20_000)
+    monkeypatch.setattr(building, "MAX_BUILD_BYTES", 2**26)
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # earlier tests may have left some
+    compute, words = PLAIN[name]
+
+    def build() -> nn.Module:
+        if reads_values:
+            torch.linspace(0, 1, 3).tolist()
+        compute()
+        return nn.Linear(3, 3)
+
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    with torch.device("meta"), pytest.raises(ValueError, match=rf"^more than [\d,]+ {words}$"):
+        build_on_meta(build)
+    assert sys.getprofile() is None and resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def test_ordinary_loops_and_lists_pass() -> None:
+    with torch.device("meta"):
+        assert build_on_meta(lambda: nn.Linear(len(set(relate_positions(7))), 3)).in_features == 7 * 7
+
+
+def test_budget_leaves_a_profiler_alone() -> None:
+    def listen(*_: object) -> None:
+        pass
+
+    sys.setprofile(listen)
+    try:
+        with Building():
+            inside = sys.getprofile()
+        after = sys.getprofile()
+    finally:
+        sys.setprofile(None)
+    assert inside is after is listen
+
+
+def test_memory_of_other_threads_is_not_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MAX_BUILD_BYTES", 2**20)
+    waiting, done = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: (waiting.set(), done.wait()))
+    other.start()
+    waiting.wait()
+    try:
+        with Building():
+            assert len(bytearray(2**26)) == 2**26
+    finally:
+        done.set()
+        other.join()
+
+
+LARGE_SIDES = {
+    "levit": {"library": "transformers", "config": {"model_type": "levit", "image_size": 1024}},
+    "levit of pixels": {
+        "library": "transformers",
+        "config": {"model_type": "levit", "image_size": 2**20, "patch_size": 1},
+    },
+    "efficientvit": {
+        "library": "timm",
+        "architecture": "efficientvit_m0",
+        "args": {"img_size": 2**14, "window_size": [2**13] * 3},
+    },
+    "tiny_vit": {"library": "timm", "architecture": "tiny_vit_5m_224", "args": {"window_sizes": [2**20] * 4}},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "tiny_vit" else pytest.mark.faults) for name in LARGE_SIDES]
+)
+def test_networks_with_large_sides_are_refused(name: str) -> None:
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"more than|cannot be built"):
+        build_base(IsoPruneConfig(base=LARGE_SIDES[name], num_labels=3))
 
 
 def test_views_and_small_tables_pass() -> None:
