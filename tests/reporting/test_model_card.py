@@ -210,7 +210,8 @@ def test_card_contains_no_local_path(tmp_path: Path) -> None:
     card = str(build_model_card(folder))
     assert "alice" not in card
     assert str(tmp_path) not in card
-    assert card.count("a local folder (photos)") >= 5
+    assert card.count("a local folder (photos)") >= 4
+    assert "\n`deit_small_patch16_224`, pruned with" in card
     assert "base_model" not in card
     assert "\ndatasets" not in card
 
