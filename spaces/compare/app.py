@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from comparison import TOP, Pair, caption, compare, headline, open_pair, tabulate
+from comparison import TOP, Pair, answer_examples, compare, headline, open_pair, summarize, tabulate
 
 from isoprune_hf import IsoPruneError
 from isoprune_hf.reporting.plain_text import plain_markdown
@@ -45,19 +45,12 @@ def build_app(pair: Pair) -> gr.Blocks:
             found = compare(pair, Path(path).read_bytes())
         except IsoPruneError as error:
             return f"**{plain_markdown(str(error))}**", None, None, None
-        first = {name: plain_markdown(next(iter(labels))) for name, labels in found.answers.items()}
-        same = first["base"] == first["pruned"]
-        text = (
-            f"Both predict **{first['base']}**."
-            if same
-            else f"The base predicts **{first['base']}**, the pruned model **{first['pruned']}**."
-        )
-        return text, found.image, found.answers["base"], found.answers["pruned"]
+        return summarize(found), found.image, found.answers["base"], found.answers["pruned"]
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as app:
         gr.Markdown(f"# {TITLE}\n`{plain_markdown(Path(pair.name).name)}`: **{headline(pair)}**")
-        if pair.examples:
-            answered = [(str(path), caption(compare(pair, path.read_bytes()))) for path in pair.examples]
+        answered = answer_examples(pair)
+        if answered:
             gr.Gallery(
                 answered, label="The same images, both models", columns=3, height="auto", interactive=False, buttons=[]
             )
@@ -75,8 +68,8 @@ def build_app(pair: Pair) -> gr.Blocks:
         gr.Image(
             str(pair.widths), show_label=False, container=False, interactive=False, buttons=[], elem_classes="widths"
         )
-        if pair.examples:
-            gr.Examples([[str(path)] for path in pair.examples], file, label="Or take one of these")
+        if answered:
+            gr.Examples([[path] for path, _ in answered], file, label="Or take one of these")
         file.change(answer, file, [summary, seen, base, pruned], api_name="compare")
     return app
 

@@ -5,6 +5,8 @@ and costs, `list_examples` finds photographs to begin with.
 """
 
 import tempfile
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +29,12 @@ from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.data.decoding import DECODE_ERRORS, decode_image
 from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.plain_files import read_json
+from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.tables import on_same_images
 from isoprune_hf.reporting.widths import PICTURE, draw_widths, layer_widths
 
 TOP = 5
+_LABEL_SIGNS = 80
 MAX_EXAMPLES = 6
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 KEPT = {"macs": "MACs", "params": "parameters"}
@@ -131,8 +135,37 @@ def compare(pair: Pair, encoded: bytes) -> Comparison:
             probabilities = model(pixels.to(model.device)).logits[0].float().softmax(dim=0)
         best = probabilities.topk(min(TOP, len(probabilities)))
         places = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        answers[name] = {model.config.id2label[index]: probability for index, probability in places}
+        labels = show_labels(model.config.id2label)
+        answers[name] = {labels[index]: probability for index, probability in places}
     return Comparison(image, answers)
+
+
+def show_labels(names: dict[int, str]) -> dict[int, str]:
+    """Return the names of classes as short lines of printable signs; those of several classes get their numbers.
+
+    The names come from the config of a stranger. gradio shows them as text and not as HTML, but in any length.
+    """
+    lines = {
+        index: " ".join("".join(sign if sign.isprintable() else " " for sign in name[:_LABEL_SIGNS]).split()) or "?"
+        for index, name in names.items()
+    }
+    counts = Counter(lines.values())
+    return {index: line if counts[line] == 1 else f"{line} ({index})" for index, line in lines.items()}
+
+
+def summarize(found: Comparison) -> str:
+    """Return as Markdown which classes both models predict; names stand in code, where nothing is a link or a tag."""
+    base, pruned = (f"`{plain_markdown(next(iter(found.answers[name])))}`" for name in ("base", "pruned"))
+    return f"Both predict {base}." if base == pruned else f"The base predicts {base}, the pruned model {pruned}."
+
+
+def answer_examples(pair: Pair) -> list[tuple[str, str]]:
+    """Return the example images that can be read, each with its caption."""
+    answered = []
+    for path in pair.examples:
+        with suppress(IsoPruneError, OSError):
+            answered.append((str(path), caption(compare(pair, path.read_bytes()))))
+    return answered
 
 
 def list_examples(folder: Path) -> list[Path]:

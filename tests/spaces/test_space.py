@@ -129,6 +129,45 @@ def test_caption_has_both_answers(comparison: ModuleType) -> None:
     assert comparison.caption(found) == "base: ant 90% | pruned: bee 60%"
 
 
+HOSTILE = ["<img src=x onerror=alert(1)>", "**a** [x](javascript:alert(1))", "`\x1b[2J`\u202eb\n# c", "x" * 10**6]
+HOSTILE += ["https://example.com", "", " \n", "$$\\href{javascript:alert(1)}{x}$$"]
+
+
+def test_hostile_labels_are_short_lines_of_text(comparison: ModuleType) -> None:
+    shown = comparison.show_labels(dict(enumerate(HOSTILE)))
+    assert len({*shown.values()}) == len(HOSTILE) and all(0 < len(line) <= 80 for line in shown.values())
+    assert all(line.isprintable() for line in shown.values())
+    assert shown[0] == HOSTILE[0]  # the page shows the name as text
+    assert [shown[2], shown[5], shown[6]] == ["` [2J` b # c", "? (5)", "? (6)"]
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_hostile_labels_stay_in_their_code_span(label: str, comparison: ModuleType) -> None:
+    """Nothing in a code span is a tag, a link, a heading or a formula, and no name ends the span."""
+    name = comparison.show_labels({0: label})[0]
+    found = comparison.Comparison(None, {"base": {name: 1.0}, "pruned": {"ant": 1.0}})
+    before, inside, between, other, after = comparison.summarize(found).split("`")
+    assert [before, between, other, after] == ["The base predicts ", ", the pruned model ", "ant", "."]
+    assert inside and "\n" not in inside and "<" not in inside
+
+
+def test_classes_of_one_name_have_answers_each(comparison: ModuleType, pair) -> None:
+    model = pair.models["base"]
+    kept = model.config.id2label
+    model.config.id2label = dict.fromkeys(kept, "same")
+    answers = comparison.compare(pair, png(40, 30)).answers
+    model.config.id2label = kept
+    assert len(answers["base"]) == 5 and all(name.startswith("same (") for name in answers["base"])
+
+
+def test_damaged_examples_are_left_out(comparison: ModuleType, pair, tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(png(8, 8))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    examples = [tmp_path / name for name in ("bad.png", "missing.png", "good.png")]
+    answered = comparison.answer_examples(pair._replace(examples=examples))
+    assert [path for path, _ in answered] == [str(tmp_path / "good.png")]
+
+
 def test_missing_picture_of_widths_is_drawn(comparison: ModuleType, folders: tuple[str, str], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders[0], tmp_path / "model"))
     (folder / "widths.png").unlink(missing_ok=True)
