@@ -11,6 +11,7 @@ MAX_RECIPE_VALUES = 10_000  # of a recipe file, with its aliases written out
 MAX_RECIPE_FILES = 16  # that extend each other
 MAX_CONFIG_NUMBER = 2**20  # absolute value of a number in a config
 MAX_MODULES = 20_000  # of a network
+MAX_IMAGE_BYTES = 2**30  # of an image file; 2**26 pixels of four channels and 16 bits have half
 MAX_IMAGE_SIDE = 2**14  # pixels
 MAX_IMAGE_PIXELS = 2**26  # of an image as stored, and after its resize: 8192 x 8192
 MAX_PROCESSED_SIDE = 2**12  # pixels, of the sizes of an image processor

@@ -1,4 +1,4 @@
-"""Read text and JSON files of unknown origin within the budgets of `limits`: `read_text`, `read_json`."""
+"""Read files of unknown origin within the budgets of `limits`: `read_bytes`, `read_text`, `read_json`."""
 
 import errno
 import json
@@ -10,8 +10,8 @@ from typing import Any
 from isoprune_hf.limits import MAX_JSON_BYTES, MAX_NESTING
 
 
-def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
-    """Read a text file in UTF-8.
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Read a file.
 
     Args:
         path: The file.
@@ -20,17 +20,30 @@ def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
     Raises:
         OSError: It cannot be read, has more bytes, or is no file but a pipe, a device or a folder, from which reading
             may never end.
-        ValueError: It is not UTF-8.
     """
     # A pipe without a writer would block the opening.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a file but a pipe, a device or a folder", str(path))
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
-    return content.decode("utf-8")
+    return content
+
+
+def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: The file.
+        limit: Largest size in bytes.
+
+    Raises:
+        OSError: See `read_bytes`.
+        ValueError: It is not UTF-8.
+    """
+    return read_bytes(path, limit).decode("utf-8")
 
 
 def read_json(path: str | Path) -> Any:

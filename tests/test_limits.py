@@ -14,6 +14,7 @@ STATED = {
     "MAX_RECIPE_FILES": "a chain of 15 files",
     "MAX_CONFIG_NUMBER": "numbers up to 1,048,576",
     "MAX_MODULES": "at most 20,000 modules",
+    "MAX_IMAGE_BYTES": "files of more than 1,024 MiB",
     "MAX_IMAGE_SIDE": "sides of at most 16,384",
     "MAX_INPUT_NUMBERS": "67 million numbers",
     "MAX_IMAGE_PIXELS": "more than 67 million pixels",

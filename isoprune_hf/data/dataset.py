@@ -8,7 +8,6 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
@@ -21,6 +20,8 @@ from isoprune_hf.data.fingerprint import fingerprint_images
 from isoprune_hf.data.sources import open_splits
 from isoprune_hf.data.splits import UNDIVIDED, part_of, take_part
 from isoprune_hf.errors import DatasetError
+from isoprune_hf.limits import MAX_IMAGE_BYTES
+from isoprune_hf.plain_files import read_bytes
 from isoprune_hf.recipes import DataRecipe
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
@@ -140,8 +141,8 @@ def _is_wide(split: Dataset) -> bool:
     if not isinstance(image, dict):
         return False
     try:
-        file = Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
-        with PILImage.open(file) as opened:
+        encoded = read_bytes(image["path"], MAX_IMAGE_BYTES) if image["bytes"] is None else image["bytes"]
+        with PILImage.open(io.BytesIO(encoded)) as opened:
             return opened.mode[0] in "IF"
     except DECODE_ERRORS:
         return False  # reported where it is used

@@ -9,7 +9,6 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +27,8 @@ from isoprune_hf.checkpoint.image_processor import (
     shorter_edge,
 )
 from isoprune_hf.errors import DatasetError, ImageError
+from isoprune_hf.limits import MAX_IMAGE_BYTES
+from isoprune_hf.plain_files import read_bytes
 
 Row = dict[str, Any]
 
@@ -197,7 +198,7 @@ def read_image(split: Rows, position: int, decoding: Decoding) -> LabelledImage:
             raise OSError("the image is missing")
         if isinstance(image, dict):
             where = image["path"] or where
-            encoded = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            encoded = read_bytes(image["path"], MAX_IMAGE_BYTES) if image["bytes"] is None else image["bytes"]
             image = _read_file(encoded, decoding)
             if isinstance(image, Tensor):
                 return LabelledImage(image, label)

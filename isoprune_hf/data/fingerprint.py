@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from isoprune_hf.data.class_names import read_labels
+from isoprune_hf.limits import MAX_IMAGE_BYTES
+from isoprune_hf.plain_files import read_bytes
 
 _READ = 32  # images whose content is read, of a split of any size
 
@@ -33,5 +34,7 @@ def _content(image: Any) -> bytes:
         return np.asarray(image).tobytes()
     if image["bytes"] is not None:
         return bytes(image["bytes"])
-    file = Path(image["path"])
-    return file.read_bytes() if file.is_file() else b""  # a missing file is reported where it is used
+    try:
+        return read_bytes(image["path"], MAX_IMAGE_BYTES)
+    except OSError:
+        return b""  # reported where it is used

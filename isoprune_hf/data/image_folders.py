@@ -91,7 +91,7 @@ def _is_image(path: Path) -> bool:
         return False
     if path.suffix.lower() in _ENDINGS:
         return True
-    if path.suffix and not path.suffix[1:].isdecimal():
+    if not path.is_file() or (path.suffix and not path.suffix[1:].isdecimal()):
         return False
     try:
         with PILImage.open(path) as image:

@@ -1,6 +1,7 @@
 import functools
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.augmentation import TransformedImages
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.decoding import Decoding, decode_image, decode_pixels, read_image, read_or_replace
+from isoprune_hf.data.fingerprint import fingerprint_images
+from isoprune_hf.data.image_folders import holds_images
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.evaluate import evaluate_model
@@ -46,6 +49,25 @@ def test_missing_file_and_missing_image_are_named() -> None:
         images[0]
     with pytest.raises(DatasetError, match=r"data: image 1 .*missing"):
         images[1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_image_that_never_ends_is_refused(kind: str, tmp_path: Path) -> None:
+    """By all that read image files: the loader, the fingerprint of a split, and the search for images."""
+    file = tmp_path / "0"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    rows = [{"image": {"path": str(file), "bytes": None}, "label": 0}]
+    with pytest.raises(DatasetError, match="cannot be read"):
+        TransformedImages(rows, lambda image: image)[0]
+    encoded = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    split = datasets.Dataset.from_dict({"image": [str(file)], "label": [0]}, features=encoded)
+    assert fingerprint_images(split, ["a"])
+    assert not holds_images(tmp_path)
 
 
 LONG = Image.new("L", (60_000, 1))
