@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
     """Parse arguments into the name of a stage, and its recipe sections and flags.
 
     Raises:
-        RecipeError: A value is out of its range, or a recipe file cannot be read.
+        RecipeError: A value is out of its range or contains NUL, or a recipe file cannot be read.
     """
     stage, flags = _split_stage(arguments)
     if stage in STAGES:
@@ -87,7 +87,11 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
         flags = _recipes_first(stage, _bracket_lists(stage, flags))
     else:  # help, completion or version
         parser, flags = build_parser(), [*stage.split(), *flags]
-    return stage, parser.instantiate_classes(parser.parse_args(flags))
+    parsed = parser.parse_args(flags)
+    for name, value in parsed.items():
+        if isinstance(value, str) and "\0" in value:  # which no path can contain
+            raise RecipeError(f"{name} contains the sign NUL, got {value!r:.99}; remove it")
+    return stage, parser.instantiate_classes(parsed)
 
 
 def _split_stage(arguments: list[str]) -> tuple[str, list[str]]:

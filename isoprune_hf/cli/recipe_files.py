@@ -7,6 +7,7 @@ readers: where the values come from, and the published figures. No stage reads t
 import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _check_size(text: str) -> None:
     """Check how many values a YAML text has once its aliases are written out, before that is done.
 
     Raises:
-        ValueError: They are too many, or an alias contains itself.
+        ValueError: They are too many, an alias contains itself, or a mapping has a key twice.
         YAMLError: The text is not YAML.
     """
     sizes: dict[int, float] = {}
@@ -108,6 +109,8 @@ def _check_size(text: str) -> None:
         if id(node) not in sizes:
             sizes[id(node)] = math.inf  # if the node is reached again within itself
             pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(node)
             parts = itertools.chain.from_iterable(pairs) if isinstance(node, yaml.MappingNode) else pairs
             sizes[id(node)] = 1 + sum(map(measure, parts))
         return sizes[id(node)]
@@ -116,6 +119,18 @@ def _check_size(text: str) -> None:
     size = 0 if root is None else measure(root)
     if size > MAX_RECIPE_VALUES:
         raise ValueError("an alias contains itself" if size == math.inf else f"more than {MAX_RECIPE_VALUES:,} values")
+
+
+def _check_keys(mapping: yaml.MappingNode) -> None:
+    """Check that a mapping has each key once: YAML forbids it, and PyYAML would use the last one in silence.
+
+    Raises:
+        ValueError: It has one twice.
+    """
+    keys = [key.value for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)]
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} stands twice, in line {mapping.start_mark.line + 1} and after it")
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from isoprune_hf.commands.flags import MODEL
 from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes import DataRecipe
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def run(
     from isoprune_hf.commands.steps.sources import align_images
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
+    from isoprune_hf.evaluation.metrics import is_per_class_table
     from isoprune_hf.models import load_base
     from isoprune_hf.models.base import require_finite_base
     from isoprune_hf.pruning.cost.macs import count_cost
@@ -41,6 +43,10 @@ def run(
     logger = get_logger(__name__)
     if per_class is not None:
         check_output(per_class, overwrite=True, is_file=True, flag="--per_class")
+        if Path(per_class).exists() and not is_per_class_table(per_class):
+            raise RecipeError(
+                f"--per_class {per_class} exists and is not a table of this command; choose another file"
+            )
     place = recording.open_result_folder(model)
     images = open_data(data, accelerator).evaluating_all(data.eval_images)
     evaluation_split(images, data)  # before the model is loaded
@@ -92,6 +98,11 @@ STAGE = Stage(
         Flag("weights", str | None, None, "File with the trained weights, as in prune.weights."),
         Flag("model_args", dict[str, Any], {}, 'Arguments of an untrained architecture, such as {"img_size": 64}.'),
         Flag("num_labels", int | Literal["data"] | None, None, "Size of a new, random head, as in prune.num_labels."),
-        Flag("per_class", str | None, None, "CSV file for the figures of each class; an existing one is replaced."),
+        Flag(
+            "per_class",
+            str | None,
+            None,
+            "CSV file for the figures of each class; an existing one of this command is replaced.",
+        ),
     ),
 )

@@ -37,6 +37,8 @@ def run(
     from isoprune_hf.reporting.pictures import check_plotting
 
     is_writer, given = accelerator.is_main_process, {"--output": output, "--html": html}
+    if output is not None and html is not None and Path(output).resolve() == Path(html).resolve():
+        raise RecipeError(f"--output and --html are the same file, {output}; choose another name for one of them")
     with ExitStack() as stack:
         files = {}
         for flag, file in given.items():

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -11,6 +12,7 @@ from isoprune_hf.data.dataset import prediction_features
 
 TOP = 5  # classes per image in `predictions`
 BINS = 15
+_FIRST_COLUMNS = ("class", "name")
 _INPUTS = (
     "predictions: ids of the top classes, best first; references: labels; losses: loss of each image; confidences: "
     "probability of the top class."
@@ -107,8 +109,17 @@ def per_class_table(figures: dict[str, list[float | int]], label_names: Sequence
     """Return the figures of `PerClassMetric` as CSV; undefined figures of a class without images are empty."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["class", "name", *figures])
+    table.writerow([*_FIRST_COLUMNS, *figures])
     for number, name in enumerate(label_names):
         values = [column[number] for column in figures.values()]
         table.writerow([number, name, *("" if value != value else value for value in values)])
     return text.getvalue()
+
+
+def is_per_class_table(file: str | Path) -> bool:
+    """Return whether a file is empty or a table of `per_class_table`, by its first signs."""
+    if not Path(file).is_file():
+        return False
+    head = (",".join(_FIRST_COLUMNS) + ",").encode()
+    with open(file, "rb") as content:
+        return content.read(len(head)) in (b"", head)

@@ -16,6 +16,7 @@ from helpers.ranks import run
 from isoprune_hf import errors
 from isoprune_hf.cli.parser import parse
 from isoprune_hf.cli.table import EXIT_CODES, HEADINGS, STAGES
+from isoprune_hf.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,3 +214,14 @@ def test_list_needs_no_brackets(flags: list[str]) -> None:
 
 def test_unknown_value_in_list_is_refused() -> None:
     assert "runtimes" in refuse("benchmark", "out", "--runtimes", "eager,tensorrt")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--prune.model", "--prune.weights", "--data.dataset"])
+def test_nul_is_refused_in_every_text(flag: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=flag[2:]):
+        parse(["prune", "--prune.model", "timm/x", flag, "a\0b"])
+    name = flag[2:].replace("prune.", "prune: {").replace("data.", "data: {")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f'{name}: "a\\0b"' + "}" * name.count("{"))
+    with pytest.raises(RecipeError, match=flag[2:]):
+        parse(["run", "--config", str(recipe)])

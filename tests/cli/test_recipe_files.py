@@ -381,3 +381,12 @@ def test_chain_of_recipes_ends(tmp_path: Path) -> None:
 def test_path_of_extended_file_is_printable(path: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({"extends": path, "prune": {"seed": 1}}))
     assert "extends" in refuse("prune", "--config", tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["prune: {seed: 1, seed: 2}", "prune: {seed: 1}\nprune: {round_to: 2}", "a: &a {b: 1, b: 1}"]
+)
+def test_setting_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="stands twice, in line 1"):
+        read_recipe(tmp_path / "recipe.yaml")

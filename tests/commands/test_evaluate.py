@@ -109,6 +109,12 @@ def test_per_class_figures_are_written(pruned: Path, images: Path, tmp_path: Pat
         values = [float(row[name]) for row in rows]
         assert np.average(values, weights=weights) == pytest.approx(figures[name])
     assert f"--per_class {tmp_path} is a folder" in refuse(*command[:-1], tmp_path)
+    before = contents(pruned)
+    assert "is not a table of this command" in refuse(*command[:-1], pruned / "config.json")
+    assert contents(pruned) == before
+    (tmp_path / "empty.csv").touch()
+    succeed(*command[:-1], tmp_path / "empty.csv")
+    assert (tmp_path / "empty.csv").read_text() == (tmp_path / "a" / "classes.csv").read_text()
 
 
 def test_figures_of_other_transform_are_not_stored(pruned: Path, images: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from helpers.command_line import succeed
+from helpers.command_line import refuse, succeed
 from helpers.cut_folders import MODEL_ARGS, NAME, OPEN, check_refused
 from helpers.marks import one_of_each
 
@@ -94,3 +94,8 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("kind", BAD_INPUT)
 def test_bad_input_is_one_line_and_changes_nothing(kind: str, folders: Path, tmp_path: Path) -> None:
     check_refused(*BAD_INPUT[kind], folders, tmp_path)
+
+
+def test_picture_and_page_need_two_files(tmp_path: Path) -> None:
+    same = (tmp_path / "a.png", tmp_path / "." / "a.png")
+    assert "--html" in refuse("inspect", "timm/resnet18", "--output", same[0], "--html", same[1])
