@@ -40,6 +40,7 @@ from isoprune_hf.recipes.prune import PRESETS
 BEST = {**PRESETS["best"], "min_keep": 1, "round_to": 1}
 OURS: dict[str, dict[str, Any]] = {
     "best": {},
+    "best_joint": {"criterion": "gate_fisher_joint"},
     "best_bn": {"reconstruct": "bn"},
     "best_none": {"reconstruct": "none"},
     "best_round8": {"round_to": 8},

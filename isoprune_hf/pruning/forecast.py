@@ -18,9 +18,12 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.repairing.judging import FEW, HELD_OUT
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
+from isoprune_hf.pruning.scoring.criteria.trial_loss import FRACTIONS, TrialLoss
+from isoprune_hf.pruning.scoring.trial_cuts import count_judges
 from isoprune_hf.recipes import PruneRecipe
 
 _TIMED_IMAGES = 4
@@ -81,7 +84,7 @@ def forecast(
     reads = CRITERIA[str(recipe.criterion)].reads_images
     passes = {
         "rotate": float(bool(recipe.rotate)),
-        "score": recipe.steps * reads * (1.0 if recipe.criterion in _FORWARD_ONLY else _WITH_BACKWARD),
+        "score": recipe.steps * reads * _passes_of_criterion(model, recipe, images),
         "repair": recipe.steps * _passes_of_repair(model, recipe, share, is_few=images < FEW),
         "evaluate": evaluated * (1 + share) / max(images, 1),
     }
@@ -107,6 +110,16 @@ def _kept_share(model: IsoPruneForImageClassification, recipe: PruneRecipe) -> f
     cost = count_cost(model)
     whole = cost.macs if recipe.budget.kind == "macs" else cost.params
     return min(recipe.budget.value / whole, 1.0)
+
+
+def _passes_of_criterion(model: IsoPruneForImageClassification, recipe: PruneRecipe, images: int) -> float:
+    """Return the passes of a criterion that reads images, with those of trial cuts."""
+    if recipe.criterion in _FORWARD_ONLY:
+        return 1.0
+    if recipe.criterion != TrialLoss.name or not images:
+        return float(_WITH_BACKWARD)
+    cuts = len(FRACTIONS) * len(trace_groups(model, recipe.signature, recipe.engine))
+    return _WITH_BACKWARD + 1 + cuts * count_judges(images, recipe.batch_size) / images
 
 
 def _passes_of_repair(

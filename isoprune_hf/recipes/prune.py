@@ -31,7 +31,7 @@ DATA_CRITERIA: tuple[str, ...] = (*LOSS_CRITERIA, *get_args(DataCriterion))
 # Preset -> setting -> value; a recipe that sets another value is refused.
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
-        "criterion": "gate_fisher_joint",
+        "criterion": "trial_loss",
         "allocation": "knapsack",
         "rotate": True,
         "reconstruct": "least_squares",
@@ -108,7 +108,7 @@ class PruneRecipe:
         scoring_precision: no (fp32) or bf16 for the scoring passes; bf16 reports its rank correlation with fp32.
         allocation: class shares the cut by the ratios, one for each kind of channel; knapsack lets the channels of all
             classes compete by loss per saved MAC (or parameter, or millisecond) regardless of scope, best with
-            gate_fisher_joint. If a criterion is named, the default is class.
+            trial_loss. If a criterion is named, the default is class.
         scope: Which groups compete: isomorphic (equal sub-structures), global (all), local (none).
         scopes: Custom scopes, such as {"blocks.0.*": first}: groups whose names match a pattern compete in the scope
             of that name; all others by `scope`.

@@ -182,7 +182,7 @@ def test_inspect_lists_and_draws_isomorphic_classes(stage: str, cut_folder: Path
     printed = succeed("inspect", "--model", model, "--output", picture)
     lines = re.findall(r"^ +(\d+)  \S+ +(\d+) +(\d+)  [\dx ]+?(?: +(\d+)%)?$", printed, re.MULTILINE)
     rows = [tuple(int(number or 100) for number in line) for line in lines]
-    assert "no scores, so nothing is compared: criterion gate_fisher_joint needs --data.dataset" in printed
+    assert "no scores, so nothing is compared: criterion trial_loss needs --data.dataset" in printed
     if stage == "pruned":
         # Of two blocks: the stream, the attentions (32 dims each) and the MLPs (128 hidden channels each).
         assert "5 coupled groups in 3 isomorphic classes" in printed

@@ -187,7 +187,7 @@ def test_best_twin_differs_only_in_cut(name: str) -> None:
     first, second = recipe_to_dict(published.prune), recipe_to_dict(best.prune)
     assert {key: value for key, value in second.items() if first[key] != value} == {
         "preset": "best",
-        "criterion": "gate_fisher_joint",
+        "criterion": "trial_loss",
         "allocation": "knapsack",
         "rotate": True,
         "reconstruct": "least_squares",
@@ -246,11 +246,11 @@ def test_printed_config_is_complete_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "taken"),
     [
-        ("", ("gate_fisher_joint", "knapsack", True, "least_squares", "none", "sum")),
-        ("ratio: 0.3, rotate: false", ("gate_fisher_joint", "knapsack", False, "least_squares", "none", "sum")),
+        ("", ("trial_loss", "knapsack", True, "least_squares", "none", "sum")),
+        ("ratio: 0.3, rotate: false", ("trial_loss", "knapsack", False, "least_squares", "none", "sum")),
         ("criterion: l1", ("l1", "class", False, "none", "none", "sum")),
         ("criterion: l1, normalizer: max, rotate: true", ("l1", "class", True, "none", "max", "sum")),
-        ("preset: best, target_macs: 1G", ("gate_fisher_joint", "knapsack", True, "least_squares", "none", "sum")),
+        ("preset: best, target_macs: 1G", ("trial_loss", "knapsack", True, "least_squares", "none", "sum")),
         ("preset: paper", ("taylor_l2", "class", False, "none", "none", "sum")),
         ("preset: reference", ("taylor_reference", "class", False, "none", "mean", "mean")),
     ],
@@ -270,7 +270,7 @@ def test_printed_config_has_values_of_preset(settings: str, taken: tuple, tmp_pa
 
 def test_config_contradicting_preset_is_refused() -> None:
     line = refuse("prune", "--prune.preset", "best", "--prune.criterion", "l1", "--print_config")
-    assert "prune.preset best takes prune.criterion gate_fisher_joint, got l1" in line
+    assert "prune.preset best takes prune.criterion trial_loss, got l1" in line
 
 
 # Files that extend others

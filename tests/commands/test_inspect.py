@@ -69,7 +69,7 @@ def test_compared_plans_equal_those_made_directly(given: str, folders: Path, tmp
 def test_inspect_scores_from_images(tmp_path: Path) -> None:
     data = ["--data.dataset", "digits", "--prune.calibration_batches", "1", "--prune.batch_size", "4"]
     printed = succeed("inspect", NAME, *OPEN, *data, "--prune.target_macs", "80%", "--prune.round_to", "1")
-    assert "scores by gate_fisher_joint\n" in printed and ", 80.0% of the base\n" in printed
+    assert "scores by trial_loss\n" in printed and ", 80.0% of the base\n" in printed
 
 
 BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {

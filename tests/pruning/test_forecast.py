@@ -14,8 +14,10 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.forecast import forecast
+from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 Model = IsoPruneForImageClassification
@@ -63,6 +65,21 @@ def test_passes_of_repair_are_those_that_run(repair: str, images: int, base: Mod
     assert expected == pytest.approx(ran, rel=0.1)
 
 
+@pytest.mark.parametrize(("images", "size"), [(40, 40), (96, 48)])
+def test_passes_of_trial_cuts_are_those_that_run(images: int, size: int, base: Model) -> None:
+    pixels = torch.randn(images, *base.config.image_size)
+    batches = [(part, torch.arange(len(part)) % 7) for part in pixels.split(size)]
+    groups = trace_groups(base)
+    whole = count_operations(lambda: base(pixel_values=pixels))
+    ran, expected = {}, {}
+    for name in ("gate_fisher_joint", "trial_loss"):
+        ran[name] = count_operations(lambda name=name: score_groups(base, groups, criterion=name, batches=batches))
+        recipe = PruneRecipe(target_macs="100%", criterion=name, batch_size=size)
+        expected[name] = forecast(base, recipe, images=images).passes["score"]
+    passes = (ran["trial_loss"] - ran["gate_fisher_joint"]) / whole
+    assert expected["trial_loss"] - expected["gate_fisher_joint"] == pytest.approx(passes, rel=0.05)
+
+
 def test_products_of_a_fit_are_counted_by_hand(base: Model) -> None:
     base.model = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.Flatten(), nn.Linear(8, 5))
     base.config.image_size = [3, 3, 3]
@@ -82,8 +99,10 @@ def test_stages_follow_the_recipe(base: Model) -> None:
     }
     best = forecast(base, PruneRecipe(target_macs="70%", steps=2), images=200, evaluated=50, ranks=2)
     alone = forecast(base, PruneRecipe(target_macs="70%"), images=200, evaluated=50)
-    assert (best.passes["rotate"], best.passes["score"]) == (1, 6)
+    # Gradients take three passes, moments one; 32 of the images judge three cuts of each group.
+    scoring = 2 * (4 + 3 * len(trace_groups(base)) * 32 / 200)
+    assert best.passes["rotate"] == 1 and best.passes["score"] == pytest.approx(scoring)
     assert best.passes["repair"] == 2 * alone.passes["repair"]
     assert best.passes["evaluate"] == pytest.approx(50 * 1.7 / 200)
-    assert best.seconds("score") == 6 * best.pass_seconds > 0
+    assert best.seconds("score") == pytest.approx(scoring * best.pass_seconds) and best.pass_seconds > 0
     assert alone.score_bytes > alone.weight_bytes

@@ -17,6 +17,7 @@ from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.plan import PruningPlan, note_left
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
+from isoprune_hf.recipes.prune import LOSS_CRITERIA
 
 # Settings that change a decision, as a plan records them; the ratios are recorded as the budget has scaled them.
 _RECORDED_SETTINGS = (
@@ -123,7 +124,7 @@ def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
     """Return the recipe that applies to scores.
 
     A named preset accepts its own scores only. A recipe that got the values of `best` by default is treated as if it
-    had named the criterion of the scores.
+    had named the criterion of the scores, unless they are losses, of heads that are rotated alike.
 
     Raises:
         RecipeError: The preset of the recipe needs other scores.
@@ -137,6 +138,8 @@ def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
                 f"with {made[wrong[0]]}: score again, or replace the preset by --prune.criterion {scores.criterion}"
             )
     elif recipe.taken_preset is not None and scores.criterion != recipe.criterion:
+        if scores.criterion in LOSS_CRITERIA and scores.rotated == recipe.rotate:
+            return replace(recipe, criterion=scores.criterion)
         return replace(recipe, criterion=scores.criterion, allocation=None, rotate=None, reconstruct=None)
     return recipe
 

@@ -73,6 +73,14 @@ def measure_trial_cuts(
     return found
 
 
+def count_judges(images: int, batch_size: int) -> int:
+    """Return about how many of so many images judge each cut, in micro-batches of so many."""
+    batches = -(-images // batch_size)
+    each = _count_held(min(images, batch_size))
+    step = max(1, batches * each // _IMAGES)
+    return min(-(-batches // step) * each, images)
+
+
 def _portions(
     model: IsoPruneForImageClassification, by_group: Mapping[str, Sequence[GatePoint]]
 ) -> Iterator[set[str]]:
@@ -154,7 +162,7 @@ def _observe(
     processes = 1 if calibration.accelerator is None else calibration.accelerator.num_processes
     try:
         for number, (images, _) in enumerate(finite_batches(calibration.batches)):
-            count = len(images) - _count_held(images)
+            count = len(images) - _count_held(len(images))
             held.append((number * processes + calibration.rank, images[count:]))
             if count:
                 _logits(model, images[:count], calibration.precision)
@@ -169,9 +177,9 @@ def _observe(
     return moments, called, [part for number, part in held if number % step == 0 and len(part)]
 
 
-def _count_held(images: torch.Tensor) -> int:
-    """Return how many images of a micro-batch judge: the last ones."""
-    return max(len(images) // _ONE_OF, int(len(images) > 1))
+def _count_held(images: int) -> int:
+    """Return how many of the images of a micro-batch judge: the last ones."""
+    return max(images // _ONE_OF, int(images > 1))
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -334,10 +335,18 @@ def test_scores_decide_without_preset_and_criterion() -> None:
     given = PruneRecipe(target_macs="50%", round_to=4)
     assert given.taken_preset == "best" and given.preset is None
     assert recipe_of_scores(given, scores_by("l1")) == PruneRecipe(criterion="l1", target_macs="50%", round_to=4)
-    assert recipe_of_scores(given, scores_by("gate_fisher_joint", rotated=True)) is given
+    assert recipe_of_scores(given, scores_by("trial_loss", rotated=True)) is given
     plan = plan_for({"a": [1, 2, 3, 4]}, [group("a", "x", 4)], criterion=None, ratio=0.5)
     assert plan.settings["allocation"] == "class" and plan.settings["preset"] is None
     assert plan.kept == {"a": (2, 3)}
+
+
+def test_losses_of_rotated_heads_suit_the_default() -> None:
+    given = PruneRecipe(target_macs="50%")
+    found = recipe_of_scores(given, scores_by("gate_fisher_joint", rotated=True))
+    assert found == replace(given, criterion="gate_fisher_joint") and found.allocation == "knapsack"
+    plain = recipe_of_scores(given, scores_by("gate_fisher_joint"))
+    assert plain == PruneRecipe(criterion="gate_fisher_joint", target_macs="50%") and plain.allocation == "class"
 
 
 def test_recipe_with_named_criterion_is_unchanged() -> None:

@@ -122,7 +122,7 @@ def test_cuts_are_measured_alike_in_portions(family: str, tmp_path: Path, monkey
     assert all(divergence > 0 for divergence in whole)
 
 
-def test_scores_are_those_of_joint_without_images_to_set_aside(tmp_path: Path) -> None:
+def test_scores_are_joint_without_images_to_judge(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     groups = trace_groups(model)
     batches = batches_of(model, [1, 1])
