@@ -42,6 +42,12 @@ def check_output(
         RecipeError: The place is occupied or cannot be written.
     """
     path = Path(output)
+    try:
+        real = path.resolve()
+    except RuntimeError as error:  # of Python 3.11 and 3.12
+        raise RecipeError(f"{flag} {output} is a link that leads to itself; choose another name") from error
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise RecipeError(f"{flag} {output} is a pipe or a device, and is not replaced; choose another name")
     if path.exists() and path.is_dir() == is_file:
         raise RecipeError(f"{flag} {output} is a {'folder' if is_file else 'file'}; choose another name")
     if is_file and path.exists() and not overwrite:
@@ -54,7 +60,6 @@ def check_output(
         check_replaceable(output, marks=marks, flag=flag)
     if os.path.ismount(path):
         raise RecipeError(f"{flag} {output} is a mount point, which cannot be renamed; choose a folder inside it")
-    real = path.resolve()
     parent = next(place for place in real.parents if place.exists())
     for place in (parent, *([path] if path.is_dir() else [])):
         if not place.is_dir() or not os.access(place, os.W_OK):

@@ -208,7 +208,7 @@ def _recover(real: Path) -> None:
     """Remove the temporary files of killed processes; parts of the target that they had moved away return first."""
     pattern = re.compile(rf"\.{re.escape(real.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
     real.with_name(f".tmp.{real.name}").unlink(missing_ok=True)  # of `replace_file`
-    found = [path for path in real.parent.iterdir() if pattern.fullmatch(path.name)]
+    found = [path for path in real.parent.iterdir() if pattern.fullmatch(path.name) and not path.is_symlink()]
     for left in sorted(found, key=lambda path: path.suffix):  # the old folder before what it has given away
         if left.suffix == ".old" and not real.exists():
             os.rename(left, real)

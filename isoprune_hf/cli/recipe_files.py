@@ -7,6 +7,7 @@ readers: where the values come from, and the published figures. No stage reads t
 import itertools
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -67,7 +68,7 @@ def select_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def _read(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """Read a file; `extending` are the files that led to it."""
-    if file.resolve() in (path.resolve() for path in extending):
+    if os.path.realpath(file) in map(os.path.realpath, extending):
         chain = " extends ".join(str(path) for path in (*extending, file))
         raise RecipeError(f"--config: {chain}: recipe files must not extend each other in a cycle")
     if len(extending) == MAX_RECIPE_FILES:

@@ -1,5 +1,6 @@
 """The stage `inspect`: list the isomorphic classes of a model, and compare what different decisions would cut."""
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -37,7 +38,7 @@ def run(
     from isoprune_hf.reporting.pictures import check_plotting
 
     is_writer, given = accelerator.is_main_process, {"--output": output, "--html": html}
-    if output is not None and html is not None and Path(output).resolve() == Path(html).resolve():
+    if output is not None and html is not None and os.path.realpath(output) == os.path.realpath(html):
         raise RecipeError(f"--output and --html are the same file, {output}; choose another name for one of them")
     with ExitStack() as stack:
         files = {}

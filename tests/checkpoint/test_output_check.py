@@ -76,3 +76,16 @@ def test_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(RecipeError):
         check_output(tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop"])
+def test_what_is_no_file_is_never_replaced(kind: str, is_file: bool, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/null" if kind == "device" else "place")
+    with pytest.raises(RecipeError, match=f"^--output {place} "):
+        check_output(place, overwrite=True, is_file=is_file)
+    assert names(tmp_path) == {"place"}

@@ -281,6 +281,15 @@ def test_leftovers_of_other_results_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == {".out.v2.abcdefgh.tmp", ".out.scoring-0", ".outer.abcdefgh.tmp", "out.abcdefgh.tmp"}
 
 
+def test_links_among_leftovers_are_not_followed(tmp_path: Path) -> None:
+    write_old(tmp_path / "other")
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.abcdefgh.tmp").symlink_to("other")
+    with locked_target(tmp_path / "out"):
+        pass
+    assert (tmp_path / "other" / "checkpoints").is_dir() and names(tmp_path / "out") == set()
+
+
 def test_failed_rename_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "exchange", lambda first, second: False)
     ordinary = os.rename

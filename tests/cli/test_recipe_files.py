@@ -340,6 +340,12 @@ def test_file_may_be_extended_by_two_others(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "left.yaml") == read_recipe(tmp_path / "right.yaml") == {"prune": {"model": "a"}}
 
 
+def test_recipe_that_links_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").symlink_to("a.yaml")
+    with pytest.raises(RecipeError, match=r"a\.yaml cannot be read"):
+        read_recipe(tmp_path / "a.yaml")
+
+
 def test_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.yaml .*No such file"):
         read_recipe(tmp_path / "none.yaml")
