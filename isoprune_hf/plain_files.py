@@ -1,4 +1,7 @@
-"""Read files of unknown origin within the budgets of `limits`: `read_bytes`, `read_text`, `read_json`."""
+"""Read files of unknown origin within the budgets of `limits`.
+
+`read_bytes`, `read_text` and `read_json` read; `require_file` checks a file that a library opens.
+"""
 
 import errno
 import json
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from isoprune_hf.limits import MAX_JSON_BYTES, MAX_NESTING
+
+_NO_FILE = "not a file but a pipe, a device or a folder"
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
@@ -25,11 +30,21 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a file but a pipe, a device or a folder", str(path))
+            raise OSError(errno.EINVAL, _NO_FILE, str(path))
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
     return content
+
+
+def require_file(path: str | Path) -> None:
+    """Check that a path is a file, before a library opens it.
+
+    Raises:
+        OSError: It does not exist, or is no file but a pipe, a device or a folder, see `read_bytes`.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, _NO_FILE, str(path))
 
 
 def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:

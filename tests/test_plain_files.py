@@ -13,12 +13,14 @@ from isoprune_hf.limits import MAX_JSON_BYTES, MAX_NESTING
 from isoprune_hf.models.identify import identify
 from isoprune_hf.plain_files import parse_json, read_json, read_text
 from isoprune_hf.pruning.plan import PruningPlan
+from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.reporting.model_card import build_model_card
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "recipe": ("config.json", lambda folder: read_recipe(folder / "config.json")),
     "model": ("config.json", identify),
     "plan": ("pruning_plan.json", PruningPlan.load),
+    "scores": ("scores.safetensors", lambda folder: ImportanceScores.load(folder / "scores.safetensors")),
     "metrics": ("metrics.json", lambda folder: read_json_of_folder(folder, "metrics.json")),
     "card": ("config.json", build_model_card),
 }

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.plain_files import require_file
 from isoprune_hf.pruning.scoring.criteria.criterion import Reduction
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
 from isoprune_hf.recipes import Criterion
@@ -90,6 +91,7 @@ class ImportanceScores:
             RecipeError: The file does not exist, contains no scores, or is damaged.
         """
         try:
+            require_file(path)
             with safe_open(str(path), framework="pt") as file:
                 record = json.loads((file.metadata() or {})["isoprune"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
