@@ -21,10 +21,12 @@ KINDS = {"parquet": "parquet", "tar": "webdataset"}  # ending of the files: thei
 def sort_by_split(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
     """Sort files by the split that a folder or a word of their name mentions, or else by the first word.
 
-    Names are lower-case. Files with one first word, and without a split, are one split.
+    Names are lower-case. Files with one first word, and without a split, are one split. Pipes are left out.
     """
     files: dict[str, list[str]] = {}
     for path in sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"*/*.{ending}")]):
+        if path.exists() and not path.is_file():  # a pipe, which `datasets` would wait for
+            continue
         words = [*path.relative_to(folder).parts[:-1], *re.split(r"[-_.]", path.name)]
         known = [word for word in words if is_split_name(word, recipe)]
         first = re.split(r"[-.]", path.name)[0]

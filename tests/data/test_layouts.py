@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,3 +249,10 @@ def test_fingerprint_is_that_of_the_images(tmp_path: Path) -> None:
     assert first.with_provenance({}) == {"data": first.eval_fingerprint, "split": "all"}
     sliced = load(places[0], eval_split="train[:50%]")
     assert sliced.with_provenance({})["split"] == "all[:50%]"
+
+
+@pytest.mark.parametrize("ending", ["parquet", "tar", "csv"])
+def test_pipes_are_no_files_of_a_data_set(ending: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"train.{ending}")
+    with pytest.raises(DatasetError):
+        load_data(DataRecipe(str(tmp_path)))

@@ -142,7 +142,7 @@ def test_texts_of_the_model_are_escaped() -> None:
     assert [item.text for item in root.iter("li")] == ["a <note>"]
 
 
-def test_page_has_a_value_of_every_colour_in_both_modes() -> None:
+def test_page_has_every_colour_in_both_modes() -> None:
     page = page_of("all")
     used = set(re.findall(r"var\((--\w+)\)", page))
     light, dark = (set(re.findall(r"(--\w+):", block)) for block in re.findall(r":root \{(.*?)\}", page))
