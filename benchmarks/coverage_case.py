@@ -38,7 +38,10 @@ from isoprune_hf import BudgetError, IsoPruneError, IsoPruneForImageClassificati
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 
-RECIPES = {"default": PruneRecipe(target_macs="50%"), "plain": PruneRecipe(criterion="l1", target_macs="50%")}
+RECIPES = {
+    "default": PruneRecipe(target_macs="50%"),
+    "plain": PruneRecipe(criterion="l1", allocation="class", normalizer="none", max_ratio=1.0, target_macs="50%"),
+}
 IMAGES = 16  # for calibration, and as many held out
 ORACLE_IMAGES = 2
 MICRO_BATCH = 16

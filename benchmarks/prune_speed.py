@@ -63,7 +63,9 @@ def prune_with_ours(model: IsoPruneForImageClassification) -> tuple[int, int]:
     """Prune with isoprune_hf; return the parameters before and after."""
     # Both sides keep Swin's heads: torch-pruning does not prune the tables of its position biases.
     head_ratio = 0.0 if "swin" in model.config.base["architecture"] else HEAD_RATIO
-    recipe = PruneRecipe(criterion="l1", ratio=RATIO, head_ratio=head_ratio, round_to=1, min_keep=1)
+    recipe = PruneRecipe(
+        criterion="l1", normalizer="none", ratio=RATIO, head_ratio=head_ratio, max_ratio=1.0, round_to=1, min_keep=1
+    )
     result = prune_model(model, recipe)
     return result.base_cost.params, result.pruned_cost.params
 

@@ -22,7 +22,7 @@ from transformers.models.vit.modeling_vit import ViTAttention
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.cost.macs import count_cost
-from isoprune_hf.recipes.prune import PRESETS
+from isoprune_hf.recipes.presets import PRESETS
 
 MICRO_BATCH = 64
 # Search for the ratio of a share of MACs.
@@ -232,12 +232,13 @@ def with_recipe(case: Case, **settings: Any) -> Pruned:
 
 
 BEST = PRESETS["best"]
+PLAIN = {"allocation": "class", "normalizer": "none", "rotate": False, "reconstruct": "none"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "random": {"criterion": "random"},
-    "isomorphic": {"criterion": "taylor"},
+    "random": {**PLAIN, "criterion": "random"},
+    "isomorphic": {**PLAIN, "criterion": "taylor"},
     "paper": {"preset": "paper"},
-    "global": {"criterion": "taylor", "scope": "global"},
-    "local": {"criterion": "taylor", "scope": "local"},
+    "global": {**PLAIN, "criterion": "taylor", "scope": "global"},
+    "local": {**PLAIN, "criterion": "taylor", "scope": "local"},
     "best": {"preset": "best"},
     "best_diagonal": {**BEST, "criterion": "gate_fisher"},
     "best_no_rotate": {**BEST, "rotate": False},

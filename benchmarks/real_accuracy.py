@@ -35,7 +35,7 @@ from isoprune_hf.evaluation.metrics import calibration_error
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.score import score_model
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
-from isoprune_hf.recipes.prune import PRESETS
+from isoprune_hf.recipes.presets import PRESETS
 
 BEST = {**PRESETS["best"], "min_keep": 1, "round_to": 1}
 OURS: dict[str, dict[str, Any]] = {

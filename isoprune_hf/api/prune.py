@@ -28,8 +28,7 @@ from isoprune_hf.models.calling import restore
 from isoprune_hf.models.from_module import Recognised, processor_of, recognise_wrapper
 from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.prune import prune_model
-from isoprune_hf.recipes import DataRecipe, PruneRecipe
-from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA
+from isoprune_hf.recipes import BUDGETS, DATA_CRITERIA, DataRecipe, PruneRecipe
 
 _LOSS_READERS = {*DATA_CRITERIA} - {"activation_variance"}
 _OF_NAMES = ("pretrained", "model_args", "num_labels", "weights")  # settings of a model that is a name
@@ -56,7 +55,7 @@ def prune(
             A tensor is one batch, and a data set of torch is loaded in its order. The first `calibration_batches *
             batch_size` samples are read, once. Or images with labels, of which as many are drawn: rows of `datasets`,
             or a name, folder, `DataRecipe` or the result of `load_data`. For a criterion of weights only, such as l1,
-            an example is enough.
+            one tensor is an example of the inputs: nothing is rotated or repaired with it, unless that is named.
         loss: `loss(outputs, batch)` returns the mean over the samples or one value for each sample, where `batch` has
             the form of the data and any number of samples; or cross_entropy, binary_cross_entropy or squared_error.
             By default the one of these that the targets fit. Data without targets are scored on the classes that the
@@ -94,6 +93,8 @@ def prune(
         raise RecipeError(
             f"interpolation {recipe.interpolation} is for images of a data set; leave it out for batches"
         )
+    is_example = isinstance(data, torch.Tensor) and recipe.reads_images is None
+    recipe = recipe.settled(has_images=not is_example)
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
     with torch.inference_mode(False), kept_random_state():
@@ -159,7 +160,7 @@ def _check_no_name(recipe: PruneRecipe) -> None:
     Raises:
         RecipeError: It does.
     """
-    plain = PruneRecipe(target_macs="50%")
+    plain = PruneRecipe()
     for name in _OF_NAMES:
         if getattr(recipe, name) != getattr(plain, name):
             raise RecipeError(

@@ -46,6 +46,10 @@ class _Parser(ArgumentParser):
     def dump(self, namespace: Namespace, *arguments: Any, **options: Any) -> str:
         """Return the values that a recipe resolves to, with those of presets and defaults."""
         resolved = self.instantiate_classes(namespace)
+        if "prune" in resolved:
+            prune, data = resolved["prune"], resolved["data"]
+            has_images = data.dataset is not None or prune.reads_images == "criterion"
+            resolved["prune"] = prune.settled(has_images=has_images)
         for name in SECTIONS:
             if name in resolved:
                 resolved[name] = _namespace(recipe_to_dict(resolved[name]))

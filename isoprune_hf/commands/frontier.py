@@ -1,12 +1,15 @@
 """The stage `frontier`: cut a base to several sizes from one scoring, and measure all of them."""
 
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isoprune_hf.commands.flags import BASE_MODEL, OVERWRITE, SCORES, output_flag
 from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.recipes import DataRecipe, PruneRecipe
+from isoprune_hf.recipes import DataRecipe, PruneRecipe, recipe_to_dict
+from isoprune_hf.recipes.named import as_flags, named_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +29,8 @@ def run(
     """Score once, cut to every size, measure all of them, and write table, plot and scores."""
     from isoprune_hf.checkpoint.folder import replace_folder
     from isoprune_hf.checkpoint.target import open_target
-    from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs, open_scores
+    from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
+    from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.commands.steps.sizes import cut_sizes, measure_sizes, record_sizes, tabulate_sizes, write_sizes
     from isoprune_hf.reporting.pictures import check_plotting
 
@@ -38,9 +42,8 @@ def run(
         if prune.steps > 1:
             raise RecipeError(f"frontier cuts every size from one scoring: set prune.steps to 1, got {prune.steps}")
         prune = replace(prune, model=model or prune.model, target_macs=None, target_params=None, target_latency=None)
-        prune, known = open_scores(prune, scores)
         images = open_data(data, accelerator) if data.dataset else None
-        reader = prune.reads_images if known is None else prune.data_step
+        prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
         cuts = cut_sizes(opened, shares, output)
         rows = measure_sizes(opened, cuts)
@@ -49,14 +52,19 @@ def run(
             replace_folder(target, lambda place: write_sizes(place, rows, record, cuts.scores))
         forget_scoring(output, accelerator)
         accelerator.wait_for_everyone()
-    again = f"isoprune prune --prune.model {prune.model} --scores {target.path / 'importance.safetensors'}"
-    again += f" --prune.preset {preset}" if (preset := prune.taken_preset) else f" --prune.criterion {prune.criterion}"
-    again += f" --data.dataset {data.dataset}" if prune.data_step else ""
     text = (
         f"{tabulate_sizes(rows)}\n\nThe table, its plot and the scores are in {target.path}. Make a folder of a size "
-        f"with:\n\n    {again} --prune.target_macs 50%"
+        f"with:\n\n    {_command_of_one(prune, data, target.path / 'importance.safetensors')}"
     )
     return Answer(text, {"folder": str(target.path), **record})
+
+
+def _command_of_one(prune: PruneRecipe, data: DataRecipe, scores: Path) -> str:
+    """Return the command that cuts the base to one size as this stage did."""
+    settings = {**recipe_to_dict(prune), "target_macs": "50%"}
+    words = as_flags("prune", named_settings(PruneRecipe, settings, has_images=data.dataset is not None))
+    words += as_flags("data", named_settings(DataRecipe, recipe_to_dict(data), has_images=True))
+    return " ".join(["isoprune prune", *words, "--scores", shlex.quote(str(scores))])
 
 
 def read_sizes(text: str) -> tuple[float, ...]:

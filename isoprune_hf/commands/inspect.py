@@ -56,8 +56,9 @@ def run(
         inspected = compare_plans(name, prune, data, scores, accelerator) if can_score else list_classes(name, prune)
         lines = [show_inspected(inspected)]
         if not can_score:
+            criterion = prune.settled(has_images=False).criterion
             lines.append(
-                f"no scores, so nothing is compared: criterion {prune.criterion} needs --data.dataset; or use scores "
+                f"no scores, so nothing is compared: criterion {criterion} needs --data.dataset; or use scores "
                 "of the weights with --prune.criterion l1, or scores of a file with --scores"
             )
         written = _write_files(inspected, files) if is_writer else []

@@ -67,11 +67,13 @@ def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe
     from dataclasses import asdict
 
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
+    from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.pruning.forecast import forecast
     from isoprune_hf.reporting.plan_text import show_forecast
 
     images = open_data(data, accelerator) if data.dataset else None
-    opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
+    prune, _, reader = settle(prune, images)
+    opened = open_inputs(prune, data, images, accelerator, reader=reader)
     cost = forecast(
         opened.base.model,
         prune,

@@ -23,9 +23,10 @@ def run(
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.cutting import cut_base
-    from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs, open_scores
+    from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
     from isoprune_hf.commands.steps.results import send_result, summarize, write_folder
+    from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.hub.uploads import open_uploads
     from isoprune_hf.reporting.tables import Metrics
 
@@ -33,9 +34,8 @@ def run(
         target.check_inputs({"prune.model": prune.model, "prune.weights": prune.weights, "--scores": scores})
         target.check_inputs({"data.dataset": data.dataset})
         uploads = open_uploads(push_to_hub, accelerator)
-        prune, known = open_scores(prune, scores)
         images = open_data(data, accelerator) if data.dataset else None
-        reader = prune.reads_images if known is None else prune.data_step
+        prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
         result = cut_base(opened, output)
         metrics: Metrics = {}

@@ -27,6 +27,7 @@ def run(
     from isoprune_hf.commands.steps.opening import evaluation_split, open_data, open_inputs
     from isoprune_hf.commands.steps.pipeline import run_pipeline
     from isoprune_hf.commands.steps.results import send_result
+    from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.hub.uploads import open_uploads
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
@@ -36,7 +37,8 @@ def run(
         uploads = open_uploads(push_to_hub, accelerator, push_every)
         images = open_data(data, accelerator)
         evaluation_split(images, data)  # before the model is loaded
-        opened = open_inputs(prune, data, images, accelerator, reader=prune.reads_images)
+        prune, _, reader = settle(prune, images)
+        opened = open_inputs(prune, data, images, accelerator, reader=reader)
         answer = run_pipeline(
             opened, opened.images or images, pretrain, finetune, target, uploads, overwrite=overwrite
         )

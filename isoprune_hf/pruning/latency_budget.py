@@ -49,7 +49,9 @@ def fit_base(
     variants = [(model, cost.layer_macs({}, {}))]
     for ratio in _FITTED_RATIOS:
         plan = make_plan(
-            groups, scores, PruneRecipe(criterion="random", scope="local", ratio=ratio, round_to=round_to)
+            groups,
+            scores,
+            PruneRecipe(criterion="random", allocation="class", scope="local", ratio=ratio, round_to=round_to),
         )
         variants.append((apply_plan(model, plan, groups), cost.layer_macs(*RemovedUnits.of_plan(plan, groups))))
     return fit_latency(model, variants, settings)

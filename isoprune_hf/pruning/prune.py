@@ -86,8 +86,8 @@ def prune_model(
         model: The base, from `load_base`; left untouched.
         recipe: How to prune. With `steps` above 1 the model is repaired and scored again after each
             intermediate cut.
-        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)); only for recipes that read images.
-            Several steps, a rotation or a repair iterate over them several times.
+        calibration: This rank's micro-batches (images (B, C, H, W), labels (B,)). Several steps, a rotation or a
+            repair iterate over them several times. Without them nothing is rotated or repaired by default.
         accelerator: Ranks that share the images. The main process decides, and all ranks make the same cut.
         scores: Scores of an earlier run; the base is not scored again.
         sample: Description of the calibration sample, recorded in scores and plan.
@@ -97,11 +97,11 @@ def prune_model(
             `rotate_heads` and `repair`.
     """
     check_inputs(model, calibration)
+    recipe = recipe if scores is None else recipe_of_scores(recipe, scores)
+    recipe = recipe.settled(has_images=calibration is not None)
     clock = StageClock()
     with clock.stage("trace"):
         traced = _trace(model, recipe, accelerator)
-    if scores is not None:
-        recipe = recipe_of_scores(recipe, scores)
     check_calibration(recipe, calibration, scores)
     if scores is not None:
         check_scores(model, recipe, scores)

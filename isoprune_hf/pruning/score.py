@@ -45,6 +45,7 @@ def score_model(
         RecipeError, UnsupportedArchitectureError: See `score_groups`, `trace_groups` and `rotate_heads`.
     """
     check_inputs(model, calibration)
+    recipe = recipe.settled(has_images=calibration is not None)
     check_calibration(recipe, calibration, None)
     images = None if calibration is None else Calibration(calibration, accelerator)
     groups = trace_groups(model, recipe.signature, recipe.engine)
@@ -95,7 +96,7 @@ def score_with_recipe(
     return score_groups(
         model,
         groups,
-        criterion=cast("Criterion", recipe.criterion),  # None only until the recipe has applied its preset
+        criterion=cast("Criterion", recipe.criterion),  # None only until the recipe is settled
         batches=None if calibration is None else calibration.batches,
         accelerator=None if calibration is None else calibration.accelerator,
         seed=recipe.seed,

@@ -10,7 +10,8 @@ Nothing here knows models, data or the command line.
 from isoprune_hf.recipes.budget import Budget, BudgetKind
 from isoprune_hf.recipes.data import DataRecipe
 from isoprune_hf.recipes.finetune import FinetuneRecipe, PretrainRecipe
-from isoprune_hf.recipes.prune import BUDGETS, DATA_CRITERIA, Criterion, PruneRecipe
+from isoprune_hf.recipes.presets import BUDGETS, DATA_CRITERIA, Criterion
+from isoprune_hf.recipes.prune import PruneRecipe
 from isoprune_hf.recipes.values import Interpolation, recipe_to_dict, resume_identity
 
 __all__ = [

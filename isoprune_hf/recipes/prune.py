@@ -1,11 +1,12 @@
 """The section `prune`: how to open, score and cut a base."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.recipes.budget import Budget
+from isoprune_hf.recipes.presets import BUDGETS, DATA_CRITERIA, PRESETS, Criterion, default_settings
 from isoprune_hf.recipes.values import (
     IGNORED_FOR_RESUME,
     IMAGES,
@@ -18,59 +19,6 @@ from isoprune_hf.recipes.values import (
     whole,
 )
 
-BUDGETS = ("target_macs", "target_params", "target_latency")
-# The names of all criteria; each is a file in `pruning/scoring/criteria`. Those of the first two kinds read images.
-LossCriterion = Literal["gate_fisher", "gate_fisher_joint", "trial_loss"]  # scores are losses in nats
-DataCriterion = Literal[
-    "taylor", "taylor_l2", "taylor_reference", "hessian", "hessian_reference", "activation_variance"
-]
-WeightCriterion = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "random"]
-Criterion = Literal[LossCriterion, DataCriterion, WeightCriterion]
-LOSS_CRITERIA: tuple[str, ...] = get_args(LossCriterion)
-DATA_CRITERIA: tuple[str, ...] = (*LOSS_CRITERIA, *get_args(DataCriterion))
-# Preset -> setting -> value; a recipe that sets another value is refused.
-PRESETS: dict[str, dict[str, Any]] = {
-    "best": {
-        "criterion": "trial_loss",
-        "allocation": "knapsack",
-        "rotate": True,
-        "reconstruct": "least_squares",
-        "normalizer": "none",
-        "selection": "exact",
-    },
-    "paper": {
-        "criterion": "taylor_l2",
-        "score_batchnorm": True,
-        "reduction": "sum",
-        "normalizer": "none",
-        "allocation": "class",
-        "scope": "isomorphic",
-        "signature": "paper",
-        "rotate": False,
-        "reconstruct": "none",
-    },
-    "reference": {
-        "criterion": "taylor_reference",
-        "score_batchnorm": False,
-        "reduction": "mean",
-        "normalizer": "mean",
-        "allocation": "class",
-        "scope": "isomorphic",
-        "signature": "paper",
-        "engine": "torch-pruning",
-        "head_dims": "shared_all",
-        "selection": "threshold",
-        "rounding": "down",
-        "min_keep": 1,
-        "max_ratio": 1.0,
-        "rotate": False,
-        "reconstruct": "none",
-        "steps": 1,
-        **dict.fromkeys(BUDGETS),
-    },
-}
-# Values of the settings that are None in a recipe that names a criterion.
-_PLAIN = {"allocation": "class", "rotate": False, "reconstruct": "none"}
 RANGES = {
     **dict.fromkeys(("ratio", "head_ratio", "head_dim_ratio", "max_ratio", "ratios"), SHARE),
     **dict.fromkeys(("min_keep", "round_to", "calibration_batches"), whole(1, 2**20)),
@@ -96,19 +44,20 @@ class PruneRecipe:
             {img_size: 64}.
         num_labels: Replace the head of the base: a number of classes, or `data` for the classes of the data set.
         preset: Named values of the settings below: best (highest accuracy in our measurements), paper (the method as
-            the paper describes it), reference (torch-pruning 1.6.1). Without preset and criterion: best.
-        criterion: How channels are scored; naming one without a preset keeps all other defaults below. From images:
-            gate_fisher (the loss that removing a channel costs), gate_fisher_joint (the same after removing all
-            channels of its group that cost less), trial_loss (the same after a repair, from trial cuts), taylor,
+            the paper describes it), reference (torch-pruning 1.6.1). Without a preset the values of best are defaults.
+        criterion: How channels are scored. From images: gate_fisher (the loss that removing a channel costs),
+            gate_fisher_joint (the same after removing all channels of its group that cost less), trial_loss (the
+            default; the same after a repair, from trial cuts), taylor,
             taylor_l2 (the norm of the paper), hessian, activation_variance; for parity with old scripts
             taylor_reference and hessian_reference. From weights only: l1, l2, bn_scale, fpgm, lamp, random.
         score_batchnorm: Include the scales and shifts of BatchNorm in scores; torch-pruning does not.
         reduction: How to combine the coupled layers of a channel: sum or mean.
-        normalizer: Divisor of the scores of a group before groups compete: none, mean or max.
+        normalizer: Divisor of the scores of a group before groups compete: none, mean or max. By default none for
+            losses (gate_fisher, gate_fisher_joint, trial_loss), mean for those of other criteria.
         scoring_precision: no (fp32) or bf16 for the scoring passes; bf16 reports its rank correlation with fp32.
         allocation: class shares the cut by the ratios, one for each kind of channel; knapsack lets the channels of all
-            classes compete by loss per saved MAC (or parameter, or millisecond) regardless of scope, best with
-            trial_loss. If a criterion is named, the default is class.
+            classes compete by loss per saved MAC (or parameter, or millisecond) regardless of scope. By default
+            knapsack for losses, see normalizer, and class for others.
         scope: Which groups compete: isomorphic (equal sub-structures), global (all), local (none).
         scopes: Custom scopes, such as {"blocks.0.*": first}: groups whose names match a pattern compete in the scope
             of that name; all others by `scope`.
@@ -135,14 +84,15 @@ class PruneRecipe:
         selection: exact removes the requested fraction; threshold removes everything up to a score, and counts the
             dims of an attention once for all heads.
         min_keep: Smallest number of channels (or dims of a head) in any layer.
-        max_ratio: Largest fraction to remove from any single layer.
+        max_ratio: Largest fraction to remove from any single layer; by default 1, without images 0.75 or the largest
+            ratio.
         round_to: Widths become multiples of this number; 8 suits most hardware.
         rounding: balanced compensates within a class for what rounding removes, down only rounds down.
-        rotate: Before scoring, rotate heads into the basis that concentrates them in few dims; needs data. If a
-            criterion is named, the default is false.
+        rotate: Before scoring, rotate heads into the basis that concentrates them in few dims. By default if there are
+            images.
         reconstruct: Repair of the cut model without training: none, bn (new statistics of BatchNorm), bias (mean
-            outputs of each layer), least_squares (outputs of each layer); needs data. If a criterion is named, the
-            default is none.
+            outputs of each layer), least_squares (outputs of each layer). By default least_squares if there are
+            images.
         steps: Number of cuts on the way to the ratio or budget, each with a new scoring and a repair.
         calibration_batches: Micro-batches of the training split for scoring.
         batch_size: Images in a micro-batch, on every rank.
@@ -162,7 +112,7 @@ class PruneRecipe:
     criterion: Criterion | None = None
     score_batchnorm: bool = True
     reduction: Literal["sum", "mean"] = "sum"
-    normalizer: Literal["none", "mean", "max"] = "none"
+    normalizer: Literal["none", "mean", "max"] | None = None
     scoring_precision: Literal["no", "bf16"] = "no"
     allocation: Literal["class", "knapsack"] | None = None
     scope: Literal["isomorphic", "global", "local"] = "isomorphic"
@@ -185,7 +135,7 @@ class PruneRecipe:
     latency_backend: Literal["eager", "compile"] = "eager"
     selection: Literal["exact", "threshold"] = "exact"
     min_keep: int = 2
-    max_ratio: float = 1.0
+    max_ratio: float | None = None
     round_to: int = 8
     rounding: Literal["balanced", "down"] = "balanced"
     rotate: bool | None = None
@@ -206,7 +156,7 @@ class PruneRecipe:
             raise RecipeError(f"prune.{targets[0]} and prune.{targets[1]} are both set; set only one budget")
         if self.allocation == "knapsack":
             for name, needed in (("selection", "exact"), ("normalizer", "none")):
-                if getattr(self, name) != needed:
+                if getattr(self, name) not in (None, needed):
                     raise RecipeError(
                         f"prune.allocation knapsack compares losses as they are: set prune.{name} {needed} or "
                         f"prune.allocation class, got {getattr(self, name)}"
@@ -220,7 +170,7 @@ class PruneRecipe:
 
     @property
     def taken_preset(self) -> str | None:
-        """The named preset, or `best` if its values apply by default; None otherwise."""
+        """The named preset, or `best` if a settled recipe has all of its values; None otherwise."""
         if self.preset is None and all(getattr(self, name) == value for name, value in PRESETS["best"].items()):
             return "best"
         return self.preset
@@ -239,14 +189,28 @@ class PruneRecipe:
     @property
     def reads_images(self) -> Literal["criterion", "rotate", "reconstruct"] | None:
         """The first setting that reads images of the training split; None if none does."""
-        return "criterion" if self.criterion in DATA_CRITERIA else self.data_step
+        criterion = self.criterion or PRESETS["best"]["criterion"]
+        return "criterion" if criterion in DATA_CRITERIA else self.data_step
 
     @property
     def data_step(self) -> Literal["rotate", "reconstruct"] | None:
         """The first setting other than the criterion that reads images of the training split; None if none does."""
         if self.rotate:
             return "rotate"
-        return "reconstruct" if self.reconstruct != "none" else None
+        return "reconstruct" if self.reconstruct not in (None, "none") else None
+
+    def settled(self, *, has_images: bool) -> "PruneRecipe":
+        """Return the recipe with values for the settings of `best` that it leaves open; named values are kept.
+
+        Args:
+            has_images: There are images to score on or to repair with. Without them nothing is rotated or repaired.
+        """
+        defaults = default_settings(self.criterion, has_images=has_images, preset=self.preset)
+        if self.allocation == "knapsack":
+            defaults["normalizer"] = "none"
+        named = (self.ratio, self.head_ratio, self.head_dim_ratio or 0.0, *self.ratios.values())
+        defaults["max_ratio"] = max(defaults["max_ratio"], *named)
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def replaced_by_preset(self) -> dict[str, tuple[Any, Any]]:
         """Return the settings that the preset changed: setting -> (default, value of the preset)."""
@@ -259,20 +223,13 @@ class PruneRecipe:
         return {} if self.preset is None else PRESETS[self.preset]
 
     def _apply_preset(self) -> None:
-        """Apply the values of the preset to the settings that have their defaults.
-
-        Without preset and criterion the values of `best` are defaults that other values may replace; `preset` remains
-        None.
+        """Apply the values of the named preset to the settings that have their defaults.
 
         Raises:
             RecipeError: There is no such preset, or a setting contradicts it.
         """
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"prune.preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if self.preset is None:
-            for name, value in (PRESETS["best"] if self.criterion is None else _PLAIN).items():
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, value)
         defaults = {setting.name: setting.default for setting in fields(self)}
         for name, value in self._preset_values().items():
             given = getattr(self, name)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isoprune_hf.recipes.prune import DATA_CRITERIA
+from isoprune_hf.recipes import DATA_CRITERIA
 
 _PAPER = "[Isomorphic Pruning](https://arxiv.org/abs/2407.04616)"
 CRITERION_TEXTS = {

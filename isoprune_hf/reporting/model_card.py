@@ -20,7 +20,8 @@ from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.plain_files import read_json
 from isoprune_hf.pruning.plan import PLAN_FILE
-from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe, recipe_to_dict
+from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
+from isoprune_hf.recipes.named import named_settings
 from isoprune_hf.reporting.benchmark import benchmark_table
 from isoprune_hf.reporting.card_metadata import License, describe_model
 from isoprune_hf.reporting.decision_text import describe_decision
@@ -236,14 +237,13 @@ def _commands(recipe: dict[str, Any], stage: str) -> list[str]:
 
 
 def _flags(section: str, recipe: dict[str, Any]) -> list[str]:
-    defaults = recipe_to_dict(_SECTIONS[section]())
+    named = named_settings(_SECTIONS[section], recipe.get(section) or {}, has_images=bool(recipe.get("data")))
     found = []
-    for key, value in (recipe.get(section) or {}).items():
-        if key in defaults and value != defaults[key]:
-            shown = show_place(value)
-            text = value if isinstance(value, str) else json.dumps(value)
-            text = "LOCAL" if shown != plain_markdown(text) else " ".join(text.replace("`", "'").split())
-            found.append(f"--{section}.{key} {shlex.quote(text)}")
+    for key, value in named.items():
+        shown = show_place(value)
+        text = value if isinstance(value, str) else json.dumps(value)
+        text = "LOCAL" if shown != plain_markdown(text) else " ".join(text.replace("`", "'").split())
+        found.append(f"--{section}.{key} {shlex.quote(text)}")
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from isoprune_hf import Pruned, prune
 from isoprune_hf.errors import BudgetError, DatasetError, RecipeError, UnsupportedArchitectureError
-from isoprune_hf.recipes.prune import Criterion, DataCriterion, LossCriterion, WeightCriterion
+from isoprune_hf.recipes.presets import Criterion, DataCriterion, LossCriterion, WeightCriterion
 
 DEAD = (1, 2, 5)
 CRITERIA = [name for kind in (LossCriterion, DataCriterion, WeightCriterion) for name in get_args(kind)]
@@ -64,6 +64,21 @@ def test_exactly_the_dead_channels_leave(criterion: Criterion) -> None:
     assert result.model.conv.out_channels == result.model.head.in_features == 5
     images = batches[0][0]
     torch.testing.assert_close(result.model(images), net.eval()(images))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_named_criterion_keeps_the_repair(criterion: Criterion) -> None:
+    decided = prune(make_net(), make_batches(), criterion=criterion, ratio=3 / 8, round_to=1).plan.settings
+    assert (decided["criterion"], decided["rotate"], decided["reconstruct"]) == (criterion, True, "least_squares")
+
+
+def test_batches_without_targets_repair_cut_by_weights() -> None:
+    images = [batch for batch, _ in make_batches()]
+    cuts = [prune(make_net(), data, criterion="l1", ratio=0.5, round_to=1) for data in (images, images[0])]
+    assert [cut.plan.settings["reconstruct"] for cut in cuts] == ["least_squares", "none"]
+    base, *nets = make_net().eval(), *(cut.model for cut in cuts)
+    errors = [float((net(images[0]) - base(images[0])).square().mean()) for net in nets]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_default_is_half_of_the_macs() -> None:

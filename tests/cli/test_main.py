@@ -17,6 +17,7 @@ from helpers.command_line import Done, contents, isoprune, read, refuse, succeed
 from helpers.evaluation import calibration_error_by_hand, numbers_of
 from helpers.imagenet import SYNSETS
 from helpers.imagenet_cut import MODEL_ARGS, TAYLOR, VIT
+from helpers.plain_cut import PLAIN_FLAGS
 from helpers.ranks import run
 from PIL import Image
 from torch import nn
@@ -305,7 +306,7 @@ def test_given_base_starts_from_defaults() -> None:
 
 def test_cut_from_scores_needs_no_data(cut_folder: Path, images: Path, tmp_path: Path) -> None:
     succeed("score", *TAYLOR, "--data.dataset", images, "--output", tmp_path / "scores.safetensors")
-    ten = [*VIT, "--prune.num_labels", "10", "--scores", tmp_path / "scores.safetensors"]
+    ten = [*VIT, *PLAIN_FLAGS, "--prune.num_labels", "10", "--scores", tmp_path / "scores.safetensors"]
     succeed("prune", *ten, "--output", tmp_path / "out")
     assert (tmp_path / "out" / "pruning_plan.json").read_bytes() == (cut_folder / "pruning_plan.json").read_bytes()
 

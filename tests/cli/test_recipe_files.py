@@ -115,6 +115,7 @@ def test_recipe_cuts_like_script_of_its_name(name: str) -> None:
     assert (cut.model, cut.ratio, cut.head_ratio, cut.head_dim_ratio, cut.calibration_batches) == CUTS[name]
     assert (cut.criterion, cut.reduction, cut.normalizer, cut.score_batchnorm) == ("taylor", "mean", "mean", False)
     assert (cut.scope, cut.round_to, cut.batch_size, cut.target_macs) == ("isomorphic", 2, 64, None)
+    assert (cut.allocation, cut.rotate, cut.reconstruct) == ("class", False, "none")
     assert cut.remove_blocks == ({"stages.2.*": 18} if name == "convnext_4.2g" else None)
 
 
@@ -237,6 +238,7 @@ def test_printed_config_is_complete_recipe(tmp_path: Path) -> None:
     pushes = {"push_to_hub", "push_every"}
     assert shown.keys() == {"prune", "data", "pretrain", "finetune", "output", "overwrite"} | pushes
     expected = resolve("run", "deit_4.2g")
+    expected.prune = expected.prune.settled(has_images=True)
     for name in ("prune", "data", "finetune"):
         assert shown[name] == recipe_to_dict(expected[name]) | ({"epochs": 9} if name == "finetune" else {})
     again = parse(["run", "--config", str(write(tmp_path, printed=printed))])[1]
@@ -248,7 +250,7 @@ def test_printed_config_is_complete_recipe(tmp_path: Path) -> None:
     [
         ("", ("trial_loss", "knapsack", True, "least_squares", "none", "sum")),
         ("ratio: 0.3, rotate: false", ("trial_loss", "knapsack", False, "least_squares", "none", "sum")),
-        ("criterion: l1", ("l1", "class", False, "none", "none", "sum")),
+        ("criterion: l1", ("l1", "class", False, "none", "mean", "sum")),
         ("criterion: l1, normalizer: max, rotate: true", ("l1", "class", True, "none", "max", "sum")),
         ("preset: best, target_macs: 1G", ("trial_loss", "knapsack", True, "least_squares", "none", "sum")),
         ("preset: paper", ("taylor_l2", "class", False, "none", "none", "sum")),
@@ -264,8 +266,8 @@ def test_printed_config_has_values_of_preset(settings: str, taken: tuple, tmp_pa
     first, second = (
         parse(["prune", "--config", str(path)])[1].prune for path in (file, write(tmp_path, printed=printed))
     )
-    assert shown == recipe_to_dict(first)
-    assert (second, second.taken_preset) == (first, first.taken_preset)
+    assert recipe_to_dict(second) == shown
+    assert second == first.settled(has_images=first.reads_images == "criterion")
 
 
 def test_config_contradicting_preset_is_refused() -> None:

@@ -14,6 +14,7 @@ from helpers.evaluation import calibration_error_by_hand, numbers_of
 from helpers.imagenet import SYNSETS
 from helpers.imagenet_cut import MODEL_ARGS, offline_on_cpu
 from helpers.imagenet_cut import VIT as UNTRAINED
+from helpers.plain_cut import PLAIN_FLAGS
 from helpers.reference_files import make_module, save
 from helpers.tiny_models import TRANSFORMERS
 from PIL import Image
@@ -162,7 +163,8 @@ def test_finetuning_with_other_transform_measures_everything_again(pruned: Path,
 
 
 def test_scoring_may_have_its_own_interpolation(images: Path, tmp_path: Path) -> None:
-    scoring = [*VIT, "--prune.criterion", "taylor", "--prune.calibration_batches", "1", "--data.dataset", images]
+    scoring = [*VIT, *PLAIN_FLAGS, "--prune.criterion", "taylor", "--prune.calibration_batches", "1"]
+    scoring += ["--data.dataset", images]
     plans = {}
     for name, flags in {"own": [], "other": ["--prune.interpolation", "nearest"], "resize": OTHER[:2]}.items():
         succeed("prune", *scoring, *flags, "--output", tmp_path / name)
@@ -176,7 +178,7 @@ def test_scoring_may_have_its_own_interpolation(images: Path, tmp_path: Path) ->
 
 
 def test_log_names_values_replaced_by_preset(images: Path, tmp_path: Path) -> None:
-    given = ["--prune.normalizer", "none", "--prune.preset", "reference", "--prune.calibration_batches", "1"]
+    given = ["--prune.preset", "reference", "--prune.calibration_batches", "1"]
     printed = succeed("prune", *VIT, *given, "--data.dataset", images, "--output", tmp_path / "out")
     assert printed.startswith(
         "prune.preset reference sets criterion taylor_reference, score_batchnorm False (not True), "

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def table_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def advised(printed: str) -> list[str]:
+    """Return the words of the command that the stage ends with."""
+    program, *words = shlex.split(printed.splitlines()[-1])
+    assert program == "isoprune"
+    return words
+
+
 def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorings = []
 
@@ -66,18 +74,7 @@ def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.Mon
     assert [{key: str(value) for key, value in row.items()} for row in record["rows"]] == rows
     assert record["criterion"] == "l1" and record["latency"]["repeats"] == 20
     assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 2 + len(rows)
-    # Its scores serve other sizes.
-    again = [
-        "prune",
-        "--prune.model",
-        NAME,
-        *OPEN,
-        "--scores",
-        out / "importance.safetensors",
-        "--prune.round_to",
-        "2",
-    ]
-    succeed(*again, "--prune.target_macs", "75%", "--output", tmp_path / "cut")
+    succeed(*advised(printed), "--prune.target_macs", "75%", "--output", tmp_path / "cut")
     assert read(tmp_path / "cut", "config.json")["cost"]["pruned"]["macs"] == int(rows[1]["macs"])
 
 
@@ -85,10 +82,9 @@ def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.Mon
 def test_accuracy_is_that_of_equal_cut(tmp_path: Path) -> None:
     images = write_imagenet(tmp_path / "images")
     data = ["--data.dataset", images, "--prune.calibration_batches", "2", "--prune.batch_size", "8"]
-    cut = ["prune", "--prune.model", NAME, *OPEN, *data, "--scores", tmp_path / "out" / "importance.safetensors"]
     with offline_on_cpu(tmp_path / "cache"):
-        succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")
-        succeed(*cut, "--prune.target_macs", "50%", "--output", tmp_path / "cut")
+        printed = succeed("frontier", NAME, *OPEN, *data, "--sizes", "0.5", "--output", tmp_path / "out")
+        succeed(*advised(printed), "--output", tmp_path / "cut")
     rows, metrics = table_of(tmp_path / "out"), read(tmp_path / "cut", "metrics.json")
     for row, name in zip(rows, ("base", "pruned"), strict=True):
         assert {key: float(row[key]) for key in numbers_of(metrics[name])} == numbers_of(metrics[name])

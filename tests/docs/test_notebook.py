@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from transformers import AutoModelForImageClassification
 
-from isoprune_hf.recipes.prune import PRESETS
+from isoprune_hf.recipes.presets import PRESETS
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "prune_your_model.ipynb"
 

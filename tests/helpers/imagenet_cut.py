@@ -8,12 +8,13 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+from helpers.plain_cut import PLAIN_FLAGS
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 VIT = ["--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false"]
 VIT += ["--prune.model_args", json.dumps(MODEL_ARGS)]
 # 13 micro-batches of 3 out of 40 images: two ranks get 7 and 6 of them.
-TAYLOR = [*VIT, "--prune.criterion", "taylor", "--prune.num_labels", "data"]
+TAYLOR = [*VIT, *PLAIN_FLAGS, "--prune.criterion", "taylor", "--prune.num_labels", "data"]
 TAYLOR += ["--prune.calibration_batches", "13", "--prune.batch_size", "3"]
 
 

@@ -10,6 +10,8 @@ from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
 
+BY_CLASS = {"allocation": "class", "normalizer": "none", "max_ratio": 1.0}  # scores as they are
+
 
 def group(name, signature, channels, num_heads=0, ways=1):
     index = np.arange(channels * ways).reshape(ways, channels).T
@@ -26,7 +28,7 @@ def cost_of(groups, blocks=()):
 
 
 def plan_for(scores, groups, blocks=(), block_scores=None, **options):
-    recipe = PruneRecipe(**{"criterion": "taylor", "round_to": 1, "min_keep": 1, **options})
+    recipe = PruneRecipe(**{**BY_CLASS, "round_to": 1, "min_keep": 1, **options})
     values = {name: torch.tensor(value, dtype=torch.float32) for name, value in scores.items()}
     known = ImportanceScores(values, "l1", "print", {}, blocks=block_scores or {})
     return make_plan(groups, known, recipe, cost=cost_of(groups, blocks), blocks=blocks)

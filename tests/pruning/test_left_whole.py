@@ -113,7 +113,8 @@ def test_steps_that_do_not_apply_are_noted_once(tmp_path: Path) -> None:
         "prune.rotate changes nothing: the model has no attention heads"
     ]
     tiny = open_odd("group_norm_per_channel").model  # its only block is no entry of a list
-    recipe = PruneRecipe(criterion="l1", ratio=0.25, round_to=1, remove_blocks="auto", reconstruct="bn")
+    steps = {"remove_blocks": "auto", "rotate": False, "reconstruct": "bn"}
+    recipe = PruneRecipe(criterion="l1", ratio=0.25, round_to=1, **steps)
     notes = prune_model(tiny, recipe, calibration_batches(3)).plan.notes
     assert [note for note in notes if "changes nothing" in note or "removes nothing" in note] == [
         "prune.remove_blocks auto removes nothing: the model has no removable residual blocks",

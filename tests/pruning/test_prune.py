@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.marks import one_of_each
+from helpers.plain_cut import PLAIN
 from helpers.tiny_models import make_base, make_images
 from torch import nn
 
@@ -47,7 +48,7 @@ def class_sums(result: PruneResult) -> dict[str, int]:
 def test_several_steps_reach_the_budget_of_one(family: str, tmp_path: Path) -> None:
     model, batches = make_base(family, tmp_path), None
     batches = Batches(model)
-    options = {"criterion": "taylor", "target_macs": "50%", "round_to": 2, "head_ratio": 0.25}
+    options = {**PLAIN, "criterion": "taylor", "target_macs": "50%", "round_to": 2, "head_ratio": 0.25}
     one = prune_model(model, PruneRecipe(**options), batches)
     three = prune_model(model, PruneRecipe(**options, steps=3), batches)
     assert batches.passes == (1 + 1) + (1 + 3)  # each pruning checks the logits of the base first
@@ -63,7 +64,8 @@ def test_several_steps_reach_the_budget_of_one(family: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", ["vit", "swin", "mobilenet_v2"])
 def test_several_steps_remove_exactly_what_one_step_does(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path)
-    options = {"criterion": "l1", "ratio": 0.4, "head_ratio": 0.25, "round_to": 1, "min_keep": 3, "max_ratio": 0.6}
+    bounds = {"round_to": 1, "min_keep": 3, "max_ratio": 0.6}
+    options = {**PLAIN, "criterion": "l1", "ratio": 0.4, "head_ratio": 0.25, **bounds}
     one, four = (prune_model(model, PruneRecipe(**options, steps=steps)) for steps in (1, 4))
     assert class_sums(four) == class_sums(one)
     for group in four.groups:
@@ -76,10 +78,12 @@ def test_several_steps_remove_exactly_what_one_step_does(family: str, tmp_path: 
 def test_channels_removed_in_a_step_stay_removed(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     steps = [
-        prune_model(model, PruneRecipe(criterion="taylor", ratio=ratio, round_to=1), Batches(model)).plan
+        prune_model(model, PruneRecipe(**PLAIN, criterion="taylor", ratio=ratio, round_to=1), Batches(model)).plan
         for ratio in (0.2,)
     ]
-    both = prune_model(model, PruneRecipe(criterion="taylor", ratio=0.4, round_to=1, steps=2), Batches(model)).plan
+    both = prune_model(
+        model, PruneRecipe(**PLAIN, criterion="taylor", ratio=0.4, round_to=1, steps=2), Batches(model)
+    ).plan
     for name, kept in both.kept.items():
         assert set(kept) <= set(steps[0].kept.get(name, kept))
 
@@ -96,7 +100,7 @@ def test_next_step_begins_with_repaired_weights(tmp_path: Path, monkeypatch: pyt
         return ()
 
     monkeypatch.setattr(pipeline, "repair", double)
-    recipe = PruneRecipe(criterion="l1", ratio=0.4, round_to=1, steps=2, reconstruct="least_squares")
+    recipe = PruneRecipe(criterion="l1", ratio=0.4, round_to=1, steps=2, rotate=False, reconstruct="least_squares")
     result = prune_model(model, recipe, Batches(model))
     assert len(repaired) == 2
     expected = apply_plan(model, result.plan, result.groups)

@@ -4,8 +4,7 @@ from typing import Any, get_args
 
 import pytest
 
-from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
-from isoprune_hf.recipes.prune import Criterion
+from isoprune_hf.recipes import Criterion, PruneRecipe, recipe_to_dict
 from isoprune_hf.reporting.decision_text import CRITERION_TEXTS, REPAIR_TEXTS, describe_decision
 
 # A claim of the card -> whether it holds for a recipe.

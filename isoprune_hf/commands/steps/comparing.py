@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.structure import meta_copy
-from isoprune_hf.commands.steps.opening import open_data, open_inputs, open_scores
+from isoprune_hf.commands.steps.opening import open_data, open_inputs
+from isoprune_hf.commands.steps.settling import settle
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cost.macs import cost_model
@@ -54,11 +55,10 @@ def compare_plans(
         CheckpointError: The plan in the folder was made on other weights than those of its base.
         RecipeError: The scores were, or the folder names no base.
     """
-    prune, scores = open_scores(prune, scores_file)
     images = open_data(data, accelerator) if data.dataset else None
+    prune, scores, reader = settle(prune, images, scores_file, only_decides=True)
     plan = _load_plan(name)
     source = prune if plan is None else _source_recipe(name, prune)
-    reader = prune.reads_images if scores is None else None
     opened = open_inputs(source, data, images, accelerator, reader=reader, scores=scores)
     model = opened.base.model
     weights = fingerprint(model.model)

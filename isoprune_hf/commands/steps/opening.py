@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.checkpoint.stock import stock_processor
+from isoprune_hf.commands.steps.settling import model_of
 from isoprune_hf.commands.steps.sources import align_images, class_names
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.decoding import PILLOW_CHANNELS, Rows
@@ -27,7 +28,6 @@ from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.calibration.resumable import ResumableBatches
-from isoprune_hf.pruning.deciding.make_plan import recipe_of_scores
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import DataRecipe, PruneRecipe
 
@@ -142,14 +142,6 @@ def evaluate_on(
     return images.with_provenance(figures)
 
 
-def open_scores(prune: PruneRecipe, file: str | None) -> tuple[PruneRecipe, ImportanceScores | None]:
-    """Read a file of scores, and return the recipe to cut by (see `recipe_of_scores`) with the scores."""
-    if file is None:
-        return prune, None
-    scores = ImportanceScores.load(file)
-    return recipe_of_scores(prune, scores), scores
-
-
 def open_inputs(
     prune: PruneRecipe,
     data: DataRecipe,
@@ -159,31 +151,24 @@ def open_inputs(
     reader: str | None,
     scores: ImportanceScores | None = None,
 ) -> Opened:
-    """Open the base model and check that there are images for every setting that reads them.
+    """Open the base model.
 
     Args:
-        prune: The base, and how to score and cut it.
+        prune: The base, and how to score and cut it, settled if the stage scores or cuts.
         data: How the images are read.
         images: The opened data set, if there is one.
         accelerator: The ranks.
-        reader: Setting that reads training images (see `PruneRecipe.reads_images`); None if the stage neither scores
-            nor repairs.
+        reader: Setting that reads training images, see `Settled`; None if the stage neither scores nor repairs.
         scores: Known scores.
 
     Raises:
-        RecipeError: No base is named, or a setting needs images and there are none.
-        DatasetError: There is no training split, or its labels are not those of the base.
+        RecipeError: No base is named, or its classes are those of images and there are none.
+        DatasetError: The labels of the images are not those of the base.
     """
-    if prune.model is None:
-        raise RecipeError(
-            "prune.model is not set; set --prune.model, for example timm/resnet50.a1_in1k, or a recipe with --config"
-        )
-    _log_preset(prune)
-    if images is None:
-        _refuse_without_images(prune, reader)
-    elif reader is not None and images.train is None:
-        raise DatasetError(f"data: {images.name} has no training split to score on; set data.train_split")
-    base, images = _load_base(prune.model, prune, images)
+    name = model_of(prune)
+    if images is None and prune.num_labels == "data":
+        raise RecipeError("prune.num_labels data needs data: set --data.dataset")
+    base, images = _load_base(name, prune, images)
     base.model.to(accelerator.device)
     base = with_data_transform(base, data)
     if prune.layout == "uniform":
@@ -202,30 +187,6 @@ def with_data_transform(base: BaseModel, data: DataRecipe) -> BaseModel:
 def forget_scoring(output: str | Path, accelerator: Accelerator) -> None:
     """Remove the partial sums that this rank has kept next to `output`, which is complete now."""
     shutil.rmtree(_scoring_folder(output, accelerator), ignore_errors=True)
-
-
-def _log_preset(prune: PruneRecipe) -> None:
-    replaced = prune.replaced_by_preset()
-    if replaced:
-        changes = ", ".join(
-            f"{name} {value}" + (f" (not {default})" if default is not None else "")
-            for name, (default, value) in replaced.items()
-        )
-        logger.info(f"prune.preset {prune.preset} sets {changes}")
-    elif prune.preset is None and prune.data_step is None:
-        logger.info(
-            f"prune.criterion {prune.criterion} alone rotates and repairs nothing: expect much less accuracy before "
-            "finetuning than by default; leave it out, or add --rotate --reconstruct least_squares (both need data)"
-        )
-
-
-def _refuse_without_images(prune: PruneRecipe, reader: str | None) -> None:
-    if reader == "criterion":
-        raise RecipeError(f"criterion {prune.criterion} needs data: set --data.dataset, or use --prune.criterion l1")
-    if reader is not None:
-        raise RecipeError(f"prune.{reader} needs data: set --data.dataset, or remove the setting")
-    if prune.num_labels == "data":
-        raise RecipeError("prune.num_labels data needs data: set --data.dataset")
 
 
 def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple[BaseModel, ImageData | None]:

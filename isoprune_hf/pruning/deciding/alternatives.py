@@ -11,7 +11,7 @@ from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
-from isoprune_hf.recipes.prune import LOSS_CRITERIA
+from isoprune_hf.recipes.presets import LOSS_CRITERIA
 
 # Name -> the settings that define an alternative. Tables, plots and the inspection page follow this order.
 ALTERNATIVES: Mapping[str, Mapping[str, Any]] = {

@@ -17,7 +17,6 @@ from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.plan import PruningPlan, note_left
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import PruneRecipe
-from isoprune_hf.recipes.prune import LOSS_CRITERIA
 
 # Settings that change a decision, as a plan records them; the ratios are recorded as the budget has scaled them.
 _RECORDED_SETTINGS = (
@@ -78,7 +77,7 @@ def make_plan(
         RecipeError: The scores are not of these groups, or the recipe names groups or blocks that do not exist.
     """
     check_scores(groups, scores)
-    recipe = recipe_of_scores(recipe, scores)
+    recipe = recipe_of_scores(recipe, scores).settled(has_images=False)
     problem = AllocationProblem.from_recipe(groups, scores, recipe, blocks)
     limit = None if recipe.budget is None else budget_limit(recipe.budget, cost, latency)
     allocation, ratios, notes = ALLOCATORS[recipe.allocation or "class"](problem, limit, cost)
@@ -123,8 +122,8 @@ def _record_settings(recipe: PruneRecipe, scores: ImportanceScores, ratios: Rati
 def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneRecipe:
     """Return the recipe that applies to scores.
 
-    A named preset accepts its own scores only. A recipe that got the values of `best` by default is treated as if it
-    had named the criterion of the scores, unless they are losses, of heads that are rotated alike.
+    A named preset accepts its own scores only. Any other recipe gets the criterion of the scores, and heads that are
+    rotated as they were unless it names `rotate`.
 
     Raises:
         RecipeError: The preset of the recipe needs other scores.
@@ -137,11 +136,10 @@ def recipe_of_scores(recipe: PruneRecipe, scores: ImportanceScores) -> PruneReci
                 f"prune.preset {recipe.preset} takes {wrong[0]} {getattr(recipe, wrong[0])}, and the scores were made "
                 f"with {made[wrong[0]]}: score again, or replace the preset by --prune.criterion {scores.criterion}"
             )
-    elif recipe.taken_preset is not None and scores.criterion != recipe.criterion:
-        if scores.criterion in LOSS_CRITERIA and scores.rotated == recipe.rotate:
-            return replace(recipe, criterion=scores.criterion)
-        return replace(recipe, criterion=scores.criterion, allocation=None, rotate=None, reconstruct=None)
-    return recipe
+        return recipe
+    return replace(
+        recipe, criterion=scores.criterion, rotate=scores.rotated if recipe.rotate is None else recipe.rotate
+    )
 
 
 def check_scores(groups: Sequence[CoupledGroup], scores: ImportanceScores) -> None:

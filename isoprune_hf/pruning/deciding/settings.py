@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from isoprune_hf.recipes import PruneRecipe
 
+Normalizer = Literal["none", "mean", "max"]
 _ROUNDING_ERROR = 1e-9  # of size x max_ratio, so that 0.7 of 10 channels are 7
 
 
@@ -103,7 +104,7 @@ class AllocationSettings:
 
     widths: WidthSettings
     patterns: PatternSettings
-    normalizer: Literal["none", "mean", "max"]
+    normalizer: Normalizer
     selection: Literal["exact", "threshold"]
     rounding: Literal["balanced", "down"]
     head_dims: Literal["per_head", "shared", "shared_all"]
@@ -113,10 +114,11 @@ class AllocationSettings:
     @classmethod
     def from_recipe(cls, recipe: PruneRecipe) -> "AllocationSettings":
         """Return the settings of a recipe that an allocation depends on, ratios and budget excepted."""
+        recipe = recipe.settled(has_images=False)  # the values are None only until then
         return cls(
-            widths=WidthSettings(recipe.min_keep, recipe.max_ratio, recipe.round_to),
+            widths=WidthSettings(recipe.min_keep, cast("float", recipe.max_ratio), recipe.round_to),
             patterns=PatternSettings(recipe.include, recipe.exclude, recipe.ratios, recipe.scopes, recipe.scope),
-            normalizer=recipe.normalizer,
+            normalizer=cast("Normalizer", recipe.normalizer),
             selection=recipe.selection,
             rounding=recipe.rounding,
             head_dims=recipe.head_dims,

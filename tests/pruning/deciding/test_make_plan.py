@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -333,25 +332,18 @@ def scores_by(criterion: str, rotated: bool = False) -> ImportanceScores:
 
 def test_scores_decide_without_preset_and_criterion() -> None:
     given = PruneRecipe(target_macs="50%", round_to=4)
-    assert given.taken_preset == "best" and given.preset is None
-    assert recipe_of_scores(given, scores_by("l1")) == PruneRecipe(criterion="l1", target_macs="50%", round_to=4)
-    assert recipe_of_scores(given, scores_by("trial_loss", rotated=True)) is given
+    for rotated in (False, True):
+        used = recipe_of_scores(given, scores_by("l1", rotated=rotated))
+        assert used == PruneRecipe(criterion="l1", target_macs="50%", round_to=4, rotate=rotated)
     plan = plan_for({"a": [1, 2, 3, 4]}, [group("a", "x", 4)], criterion=None, ratio=0.5)
     assert plan.settings["allocation"] == "class" and plan.settings["preset"] is None
     assert plan.kept == {"a": (2, 3)}
 
 
-def test_losses_of_rotated_heads_suit_the_default() -> None:
-    given = PruneRecipe(target_macs="50%")
-    found = recipe_of_scores(given, scores_by("gate_fisher_joint", rotated=True))
-    assert found == replace(given, criterion="gate_fisher_joint") and found.allocation == "knapsack"
-    plain = recipe_of_scores(given, scores_by("gate_fisher_joint"))
-    assert plain == PruneRecipe(criterion="gate_fisher_joint", target_macs="50%") and plain.allocation == "class"
-
-
-def test_recipe_with_named_criterion_is_unchanged() -> None:
-    for recipe in (PruneRecipe(criterion="taylor"), PruneRecipe(allocation="class", rotate=False)):
-        assert recipe.taken_preset is None and recipe_of_scores(recipe, scores_by("l1")) is recipe
+def test_named_settings_stay_with_other_scores() -> None:
+    given = {"allocation": "knapsack", "rotate": False, "reconstruct": "bn"}
+    used = recipe_of_scores(PruneRecipe(criterion="taylor", **given), scores_by("l1", rotated=True))
+    assert used == PruneRecipe(criterion="l1", **given)
 
 
 @pytest.mark.parametrize("preset", ["best", "paper", "reference"])

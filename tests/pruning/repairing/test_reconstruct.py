@@ -309,7 +309,7 @@ def test_bn_repair_notes_a_model_without_batchnorm(tmp_path: Path) -> None:
 def test_least_squares_reduces_error_on_calibration_images(family: str, tmp_path: Path) -> None:
     model = make_base(family, tmp_path).eval()
     batches = batches_of(model, [12])
-    recipe = {"criterion": "l1", "ratio": 0.25, "round_to": 1}
+    recipe = {"criterion": "l1", "ratio": 0.25, "round_to": 1, "rotate": False}
     bare, fitted = (
         prune_model(model, PruneRecipe(**recipe, reconstruct=step), batches) for step in ("none", "least_squares")
     )
@@ -321,7 +321,7 @@ def test_least_squares_reduces_error_on_calibration_images(family: str, tmp_path
 @pytest.mark.parametrize("step", ["bn", "bias", "least_squares"])
 def test_repair_needs_images_that_can_be_iterated_again(step: str, tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path)
-    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, reconstruct=step)
+    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, rotate=False, reconstruct=step)
     with pytest.raises(RecipeError, match=r"prune\.reconstruct needs data"):
         prune_model(model, recipe)
     images: Iterator = iter(batches_of(model, [2]))
@@ -336,7 +336,7 @@ def repair_on(accelerator: Accelerator | None, folder: Path, case: tuple[str, st
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     family, step, sizes = case
     model = make_base(family, folder)
-    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, reconstruct=step)
+    recipe = PruneRecipe(criterion="l1", ratio=0.5, round_to=1, rotate=False, reconstruct=step)
     return prune_model(model, recipe, batches_of(model, list(sizes))[rank::world], accelerator).model
 
 

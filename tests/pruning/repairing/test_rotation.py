@@ -8,6 +8,7 @@ import torch
 from helpers import grouped_query
 from helpers.command_line import refuse
 from helpers.masking import masked_base
+from helpers.plain_cut import PLAIN
 from helpers.plain_scores import Batches, batches_of
 from helpers.tiny_models import VIT, make_base, make_images
 from helpers.traced_models import make_timm
@@ -31,7 +32,8 @@ from isoprune_hf.recipes import PruneRecipe
 
 Model = IsoPruneForImageClassification
 ATTENTIONS = ["vit", "deit", "swin", "hf-vit", "hf-deit", "hf-swin"]
-HEADS = {"criterion": "l1", "round_to": 1, "min_keep": 1}
+HEADS = {"criterion": "l1", "reconstruct": "none", "round_to": 1, "min_keep": 1}
+TURNED = {"criterion": "taylor", "ratio": 0.5, "round_to": 1, "rotate": True, "reconstruct": "none"}
 
 
 def logits(model: Model, images: torch.Tensor) -> torch.Tensor:
@@ -295,9 +297,13 @@ def test_fused_and_eager_attention_agree_after_the_cut(family: str, tmp_path: Pa
 def test_rotated_heads_lose_less_when_cut(tmp_path: Path) -> None:
     model = make_base("vit", tmp_path)
     batches, images = batches_of(model, [16]), make_images(model, 8, seed=8)
-    options = {"criterion": "gate_fisher", "round_to": 1, "ratio": 0.5, "include": ["blocks.*.attn"]}
+    options = {**PLAIN, "criterion": "gate_fisher", "round_to": 1, "ratio": 0.5, "include": ["blocks.*.attn"]}
     errors = [
-        float((logits(prune_model(model, PruneRecipe(**options, rotate=turn), batches).model, images) - dense).norm())
+        float(
+            (
+                logits(prune_model(model, PruneRecipe(**{**options, "rotate": turn}), batches).model, images) - dense
+            ).norm()
+        )
         for dense in [logits(model, images)]
         for turn in (False, True)
     ]
@@ -311,13 +317,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Batches, Prun
     return (
         model,
         batches,
-        prune_model(model, PruneRecipe(criterion="taylor", ratio=0.5, round_to=1, rotate=True), batches),
+        prune_model(model, PruneRecipe(**TURNED), batches),
     )
 
 
 def test_scores_record_that_heads_were_rotated(made: tuple[Model, Batches, PruneResult], tmp_path: Path) -> None:
     model, batches, result = made
-    recipe = PruneRecipe(criterion="taylor", ratio=0.5, round_to=1, rotate=True)
+    recipe = PruneRecipe(**TURNED)
     scores = score_model(model, recipe, batches)
     assert scores.rotated and scores.fingerprint == fingerprint(model.model)
     scores.save(tmp_path / "scores.safetensors")
@@ -326,7 +332,7 @@ def test_scores_record_that_heads_were_rotated(made: tuple[Model, Batches, Prune
     again = prune_model(model, recipe, batches, scores=scores)
     assert again.plan.kept == result.plan.kept
     assert all(torch.equal(again.model.state_dict()[n], value) for n, value in result.model.state_dict().items())
-    plain = PruneRecipe(criterion="taylor", ratio=0.5, round_to=1)
+    plain = PruneRecipe(**{**TURNED, "rotate": False})
     with pytest.raises(RecipeError, match=r"with prune\.rotate"):
         prune_model(model, plain, scores=scores)
     unturned = score_model(model, plain, batches)
@@ -355,11 +361,11 @@ def test_plan_of_rotated_heads_cannot_be_replayed(made: tuple[Model, Batches, Pr
 
 def test_doctor_names_every_setting_that_changed_weights(made: tuple[Model, Batches, PruneResult]) -> None:
     model, batches, _ = made
-    options = {"criterion": "l1", "ratio": 0.5, "round_to": 1}
-    both = prune_model(model, PruneRecipe(**options, rotate=True, reconstruct="bias"), batches)
+    options = {**PLAIN, "criterion": "l1", "ratio": 0.5, "round_to": 1}
+    both = prune_model(model, PruneRecipe(**{**options, "rotate": True, "reconstruct": "bias"}), batches)
     text = "prune.rotate and prune.reconstruct changed the weights that the plan keeps, as it records"
     assert check_replay(both.model, model, both.plan) == ("tensors", "skip", text)
-    fitted = prune_model(model, PruneRecipe(**options, reconstruct="least_squares"), batches)
+    fitted = prune_model(model, PruneRecipe(**{**options, "reconstruct": "least_squares"}), batches)
     finding = check_replay(fitted.model, model, fitted.plan)
     assert finding.verdict == "skip" and finding.text.startswith("prune.reconstruct changed")
     plain = prune_model(model, PruneRecipe(**options), batches)
@@ -368,8 +374,8 @@ def test_doctor_names_every_setting_that_changed_weights(made: tuple[Model, Batc
 
 def test_repaired_plan_is_replayed_without_the_repair(made: tuple[Model, Batches, PruneResult], caplog) -> None:
     model, batches, _ = made
-    options = {"criterion": "l1", "ratio": 0.5, "round_to": 1}
-    fitted = prune_model(model, PruneRecipe(**options, reconstruct="least_squares"), batches)
+    options = {**PLAIN, "criterion": "l1", "ratio": 0.5, "round_to": 1}
+    fitted = prune_model(model, PruneRecipe(**{**options, "reconstruct": "least_squares"}), batches)
     plain = prune_model(model, PruneRecipe(**options)).model.state_dict()
     replayed, _ = replay_plan(model, fitted.plan)
     assert "repaired after the cut (prune.reconstruct least_squares)" in caplog.text

@@ -15,7 +15,7 @@ from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
 from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import DATA_CRITERIA, Criterion
-from isoprune_hf.recipes.prune import LOSS_CRITERIA
+from isoprune_hf.recipes.presets import LOSS_CRITERIA
 
 SIZES = [3, 1, 2]
 NORMS = {"taylor_l2": "member", "l2": "channel"}
