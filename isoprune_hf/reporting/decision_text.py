@@ -67,19 +67,21 @@ def describe_decision(recipe: Mapping[str, Any], plan: Mapping[str, Any], split:
         split: Split that the images for scoring were taken from, if it is known.
     """
     settings = {**recipe, **plan}
+    # A recipe leaves its allocation open until it is settled; folders of earlier versions do not name it.
+    is_known = bool(settings) and settings.get("allocation", "class") is not None
     is_knapsack = settings.get("allocation") == "knapsack"
     scope = settings.get("scope") or "isomorphic"
-    is_isomorphic = bool(settings) and not is_knapsack and scope == "isomorphic" and not settings.get("scopes")
+    is_isomorphic = is_known and not is_knapsack and scope == "isomorphic" and not settings.get("scopes")
     if is_isomorphic:
         method = _PAPER
     elif is_knapsack:
         method = "structured pruning (allocation `knapsack`)"
-    elif settings:
+    elif is_known:
         method = f"structured pruning ({'custom scopes' if settings.get('scopes') else f'scope `{scope}`'})"
     else:
         method = "structured pruning"
     sentences = (
-        _describe_competition(settings, scope, is_knapsack=is_knapsack) if settings else "",
+        _describe_competition(settings, scope, is_knapsack=is_knapsack) if is_known else "",
         _describe_scores(settings),
         _describe_images(settings, split) if settings else "",
         "Before scoring, attention heads were rotated so that few dims carry most of their products."

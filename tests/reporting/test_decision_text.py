@@ -40,7 +40,8 @@ CLAIMS = {
     ],
 )
 def test_sentences_follow_from_the_settings(changes: dict[str, Any]) -> None:
-    recipe = PruneRecipe(model="timm/vit_tiny_patch16_224", **changes)
+    has_images = changes.get("criterion") != "l1" or "reconstruct" in changes
+    recipe = PruneRecipe(model="timm/vit_tiny_patch16_224", **changes).settled(has_images=has_images)
     found = describe_decision(recipe_to_dict(recipe), {}, "train")
     text = " ".join(found.sentences)
     assert {claim: claim in text for claim in CLAIMS} == {
@@ -60,3 +61,9 @@ def test_every_criterion_and_repair_is_described() -> None:
 def test_nothing_is_claimed_without_settings() -> None:
     found = describe_decision({}, {}, None)
     assert (found.sentences, found.method, found.is_isomorphic) == ((), "structured pruning", False)
+
+
+def test_no_competition_is_claimed_of_open_settings() -> None:
+    found = describe_decision(recipe_to_dict(PruneRecipe()), {}, None)
+    assert found.method == "structured pruning" and not found.is_isomorphic
+    assert "rank" not in " ".join(found.sentences) and "compete" not in " ".join(found.sentences)
