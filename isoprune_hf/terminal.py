@@ -1,17 +1,23 @@
-"""Format text for a terminal: colours, escapes, progress bars and spelling suggestions in error messages."""
+"""Show text and progress: colours, escapes, bars, times, and spelling suggestions in error messages."""
 
 import difflib
+import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Literal, TextIO, TypeVar
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
+
 Value = TypeVar("Value")
 Look = Literal["red", "green"]
 _CODES: dict[Look, str] = {"red": "31;1", "green": "32"}
+_SHORT_SECONDS = 2  # a step that takes longer has a line
 
 _OWN_CODES = re.compile("(" + "|".join(rf"\033\[{code}m" for code in ("0", *_CODES.values())) + ")")
 
@@ -54,8 +60,42 @@ def with_bar(
         total: Number of all values with those; by default the length of `values`, if it has one.
     """
     is_shown = rank == 0 and has_bars()
-    bar: Iterable[Value] = tqdm(values, text, total, leave=False, unit=unit, initial=initial, disable=not is_shown)
+    size = _size() if is_shown else {}
+    bar: Iterable[Value] = tqdm(
+        values, text, total, leave=False, unit=unit, initial=initial, disable=not is_shown, **size
+    )
     return bar
+
+
+def with_progress(
+    values: Iterable[Value], text: str, unit: str, *, rank: int = 0, initial: int = 0, total: int | None = None
+) -> Iterator[Value]:
+    """Iterate over values as `with_bar` does; without bars rank 0 logs the time of a step above two seconds."""
+    start = time.monotonic()
+    yield from with_bar(values, text, unit, rank=rank, initial=initial, total=total)
+    seconds = time.monotonic() - start
+    if rank == 0 and seconds > _SHORT_SECONDS and not has_bars():
+        logger.info(f"{text}: {format_seconds(seconds)}")
+
+
+def _size() -> dict[str, int]:
+    """Return the size for a bar where the terminal says 0 x 0, as under `expect`, which hides a bar."""
+    try:
+        found = os.get_terminal_size(sys.stderr.fileno())
+    except OSError:  # not a terminal of the system
+        return {}
+    size = shutil.get_terminal_size()
+    return {} if all(found) else {"ncols": size.columns - 1, "nrows": size.lines}
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a time for people: 0.4 s, 42 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 100:
+        return f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
+    for unit, size, below in (("min", 60, 100), ("h", 3600, 48)):
+        if seconds < below * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def suggest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

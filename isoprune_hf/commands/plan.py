@@ -66,21 +66,15 @@ def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe
     """Estimate the cost of a pruning; a small batch is timed, and nothing is scored."""
     from dataclasses import asdict
 
+    from isoprune_hf.commands.steps.estimating import estimate_cut
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
     from isoprune_hf.commands.steps.settling import settle
-    from isoprune_hf.pruning.forecast import forecast
     from isoprune_hf.reporting.plan_text import show_forecast
 
     images = open_data(data, accelerator) if data.dataset else None
     prune, _, reader = settle(prune, images)
     opened = open_inputs(prune, data, images, accelerator, reader=reader)
-    cost = forecast(
-        opened.base.model,
-        prune,
-        images=opened.open_calibration().sample.get("images", 0),
-        evaluated=0 if images is None or images.evaluation is None else len(images.evaluation),
-        ranks=accelerator.num_processes,
-    )
+    cost = estimate_cut(opened, opened.open_calibration().sample.get("images", 0))
     figures = {**asdict(cost), "seconds": {stage: cost.seconds(stage) for stage in cost.passes}}
     return Answer(show_forecast(cost), figures)
 

@@ -17,7 +17,7 @@ from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, ev
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.metrics import TOP, ImageClassificationMetric, PerClassMetric, per_class_table
-from isoprune_hf.terminal import with_bar
+from isoprune_hf.terminal import with_progress
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
@@ -125,7 +125,7 @@ def predict_split(
     model = model if accelerator is None else accelerator.unwrap_model(model)
     decoding = options.decoding
     loader = eval_loader(split, processor, options, ranks)
-    batches = with_bar(loader, "evaluate", "batch", rank=ranks.rank)
+    batches = with_progress(loader, "evaluate", "batch", rank=ranks.rank)
     tensors = _predict_shard(model, processor, batches, len(split))
     if accelerator is not None and ranks.world > 1:
         # Each place was written by one rank, so the sum is a union.

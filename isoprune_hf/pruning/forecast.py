@@ -65,6 +65,7 @@ def forecast(
     images: int,
     evaluated: int = 0,
     ranks: int = 1,
+    is_scored: bool = False,
 ) -> Forecast:
     """Foretell the cost of pruning a base; one small batch is timed.
 
@@ -74,6 +75,7 @@ def forecast(
         images: Calibration images of all ranks.
         evaluated: Images on which the base and the cut model are evaluated.
         ranks: Processes that share the images.
+        is_scored: The scores are known.
     """
     share = _kept_share(model, recipe)
     work, outputs, saved = _layer_work(model)
@@ -81,7 +83,7 @@ def forecast(
     seconds = measure_latency({"base": model}, image_size_of(model), batch_size=_TIMED_IMAGES, repeats=3, warmup=1)
     copies = 2 - 1 / HELD_OUT if images >= FEW else 2
     is_fitted = recipe.reconstruct == "least_squares"
-    reads = CRITERIA[str(recipe.criterion)].reads_images
+    reads = CRITERIA[str(recipe.criterion)].reads_images and not is_scored
     passes = {
         "rotate": float(bool(recipe.rotate)),
         "score": recipe.steps * reads * _passes_of_criterion(model, recipe, images),

@@ -1,4 +1,4 @@
-"""Show a plan as text (`show_plan`), the differences of two (`diff_plans`), and a forecast (`show_forecast`)."""
+"""Show a plan as text (`show_plan`), the differences of two (`diff_plans`), and forecasts (`show_forecast`)."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from typing import Any
 from isoprune_hf.pruning.forecast import Forecast
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.tables import align_columns, format_figure
+from isoprune_hf.terminal import format_seconds
 
 _COLUMNS = {"macs": "GMACs", "params": "M params", "latency_ms": "latency ms"}
 _WIDTH = 100
@@ -47,27 +48,42 @@ def show_forecast(cost: Forecast) -> str:
     stages = {stage: passes for stage, passes in cost.passes.items() if passes}
     for stage, passes in stages.items():
         products = f"{cost.products:.1f}" if stage == "repair" and cost.products else "-"
-        rows.append([stage, f"{passes:.1f}", products, _duration(cost.seconds(stage))])
-    seconds = sum(cost.seconds(stage) for stage in stages)
-    rows.append(["all", f"{sum(stages.values()):.1f}", "", _duration(seconds)])
-    gigabytes = {
+        rows.append([stage, f"{passes:.1f}", products, format_seconds(cost.seconds(stage))])
+    rows.append(["all", f"{sum(stages.values()):.1f}", "", format_seconds(_all_seconds(cost))])
+    duration = format_seconds(cost.pass_seconds)
+    return (
+        f"{align_columns(rows)}\n\n"
+        f"A pass is a forward pass of the base over {cost.images:,} images: {duration} at the "
+        f"measured speed.\nThe solutions of the fits, and passes over single images, come on top.\n"
+        f"Memory: {_memory(cost)}."
+    )
+
+
+def describe_forecast(cost: Forecast) -> str:
+    """Return a forecast as one line: passes and time of each stage, all of the time, and memory."""
+    stages = [
+        f"{stage} {passes:.2g} pass{'' if passes == 1 else 'es'} ({format_seconds(cost.seconds(stage))})"
+        for stage, passes in cost.passes.items()
+        if passes
+    ]
+    return (
+        f"estimate for {cost.images:,} images: {', '.join(stages)}, at least {format_seconds(_all_seconds(cost))} in "
+        f"all; memory: {_memory(cost)}"
+    )
+
+
+def _all_seconds(cost: Forecast) -> float:
+    return sum(cost.seconds(stage) for stage, passes in cost.passes.items() if passes)
+
+
+def _memory(cost: Forecast) -> str:
+    sizes = {
         "weights": cost.weight_bytes,
         "a scored micro-batch": cost.score_bytes,
         "outputs stored by the repair, in memory or temporary files": cost.stored_bytes,
     }
-    memory = ", ".join(f"{name} {size / 1e9:.2g} GB" for name, size in gigabytes.items() if size)
-    return (
-        f"{align_columns(rows)}\n\n"
-        f"A pass is a forward pass of the base over {cost.images:,} images: {_duration(cost.pass_seconds)} at the "
-        f"measured speed.\nThe solutions of the fits, and passes over single images, come on top.\nMemory: {memory}."
-    )
-
-
-def _duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    shown = {name: f"{size / 1e9:.2g} GB" if size >= 1e8 else f"{size / 1e6:.2g} MB" for name, size in sizes.items()}
+    return ", ".join(f"{name} {shown[name]}" for name, size in sizes.items() if size)
 
 
 def diff_plans(first: PruningPlan, second: PruningPlan, names: tuple[str, str]) -> str:

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from isoprune_hf.checkpoint.folder import replace_file, write_file
+from isoprune_hf.terminal import format_seconds
 from isoprune_hf.training.progress import Entry
 
 logger = get_logger(__name__)
@@ -171,13 +172,3 @@ def describe_epoch(entry: Entry) -> str:
     """Return the log line of an epoch."""
     numbers = [f"{name} {value:.4g}" for name, value in entry.items() if name != "epoch"]
     return f"epoch {entry['epoch']}: " + ", ".join(numbers)
-
-
-def format_seconds(seconds: float) -> str:
-    """Format a time for people: 42 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    for unit, size, below in (("min", 60, 100), ("h", 3600, 48)):
-        if seconds < below * size:
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
-    return f"{seconds / 86400:.1f} days"

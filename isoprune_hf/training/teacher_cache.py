@@ -29,6 +29,7 @@ from isoprune_hf.data.pixels import Transform, normalised
 from isoprune_hf.data.streaming import map_style_split
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.terminal import with_progress
 from isoprune_hf.training.acceleration import autocast
 from isoprune_hf.training.teacher import Teacher, TeacherLogits, TeacherModel
 
@@ -150,11 +151,12 @@ class CachedTeacher:
     def _compute(self, teacher: Teacher, shards: dict[int, range]) -> Iterator[tuple[int, Tensor]]:
         """Yield the logits (N, C) of shards, on the CPU."""
         device, size = self._accelerator.device, self._options.batch_size
-        batches = {n: [shard[at : at + size] for at in range(0, len(shard), size)] for n, shard in shards.items()}
-        stream = iter(self._load([*itertools.chain(*batches.values())]))
-        for number, pieces in batches.items():
+        pieces = [(n, shard[at : at + size]) for n, shard in shards.items() for at in range(0, len(shard), size)]
+        loader, rank = self._load([piece for _, piece in pieces]), self._accelerator.process_index
+        loaded = zip(pieces, with_progress(loader, "teacher's logits", "batch", rank=rank), strict=True)
+        for number, of_shard in itertools.groupby(loaded, key=lambda pair: pair[0][0]):
             parts = []
-            for batch in itertools.islice(stream, len(pieces)):
+            for _, batch in of_shard:
                 pixel_values = normalised(batch.pixels.to(device, non_blocking=True), self._processor)
                 with autocast(device, self._recipe):
                     parts.append(teacher(pixel_values).cpu())

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from isoprune_hf.pruning.forecast import Forecast
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.reporting.plan_text import diff_plans, show_plan
+from isoprune_hf.reporting.plan_text import describe_forecast, diff_plans, show_plan
 
 PLAN = PruningPlan(
     kept={"blocks.10.mlp": (0, 1, 2), "blocks.2.mlp": (4, 5), "blocks.2.attn": (0, 1, 8, 9)},
@@ -118,3 +119,14 @@ def test_any_small_difference_is_shown() -> None:
     assert "settings.ratio" in diff_plans(PLAN, close, ("a", "b"))
     assert "also different: notes" in diff_plans(PLAN, replace(PLAN, notes=()), ("a", "b"))
     assert "also different: margins" in diff_plans(PLAN, replace(PLAN, margins={}), ("a", "b"))
+
+
+def test_forecast_is_one_line_with_the_sum() -> None:
+    passes = {"rotate": 1.0, "score": 3.0, "repair": 4.5, "evaluate": 0.0}
+    cost = Forecast(
+        1200, passes, products=1.5, pass_seconds=10, weight_bytes=10**9, score_bytes=2 * 10**9, stored_bytes=0
+    )
+    assert describe_forecast(cost) == (
+        "estimate for 1,200 images: rotate 1 pass (10 s), score 3 passes (30 s), repair 4.5 passes (60 s), at least "
+        "2 min in all; memory: weights 1 GB, a scored micro-batch 2 GB"
+    )

@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator, tracking
 from PIL import Image
 
-from isoprune_hf.training.log import Clock, TrainingLog, format_seconds, read_log
+from isoprune_hf.training.log import Clock, TrainingLog, read_log
 
 ACCELERATOR = Accelerator(cpu=True)  # the log of ranks needs one
 ENTRIES: list[dict[str, Any]] = [
@@ -129,8 +129,3 @@ def test_log_line_estimates_the_remaining_time(monkeypatch: pytest.MonkeyPatch) 
     entry = {"epoch": 2, "update": 10, "loss": 1.5, "lr": 0.1, "images_per_second": 811.6, "data_wait": 0.034}
     line = clock.describe(entry, remaining=400)
     assert line == ("epoch 2 update 10: loss 1.5, lr 0.1, 812 images/s, 3% of the time waiting for data, 20 min left")
-
-
-def test_times_are_formatted_for_people() -> None:
-    said = {42: "42 s", 750: "12 min", 12600: "3.5 h", 181440: "2.1 days"}
-    assert {seconds: format_seconds(seconds) for seconds in said} == said

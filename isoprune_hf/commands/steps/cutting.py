@@ -1,5 +1,6 @@
 """Cut the opened base of a stage; see `cut_base`."""
 
+from isoprune_hf.commands.steps.estimating import log_estimate
 from isoprune_hf.commands.steps.opening import Opened
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.recipes import recipe_to_dict
@@ -16,6 +17,7 @@ def cut_base(opened: Opened, output: str) -> PruneResult:
         The cut model, whose config also records the data section if images were used.
     """
     calibration = opened.open_calibration(output)
+    log_estimate(opened, calibration.sample.get("images", 0))
     result = prune_model(
         opened.base.model,
         opened.prune,

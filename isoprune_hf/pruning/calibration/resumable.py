@@ -19,7 +19,7 @@ from accelerate.logging import get_logger
 from isoprune_hf.checkpoint.snapshots import Snapshot, read_newest_snapshot, remove_snapshots, write_snapshot
 from isoprune_hf.errors import DamagedStateError
 from isoprune_hf.pruning.calibration.calibration import Batch, Calibration, finite_batches
-from isoprune_hf.terminal import with_bar
+from isoprune_hf.terminal import with_progress
 
 logger = get_logger(__name__)
 
@@ -75,7 +75,7 @@ class ResumableBatches:
         folder = self._folder / run
         number = written = self._restore(folder, run, sums)
         last = time.monotonic()
-        left = with_bar(
+        left = with_progress(
             self._batches.starting_at(written), "score", "batch", rank=rank, initial=written, total=len(self._batches)
         )
         for number, batch in enumerate(left, start=written + 1):
@@ -118,4 +118,4 @@ def remaining(sums: RunningSums, calibration: Calibration) -> Iterator[Batch]:
     batches = calibration.batches
     if isinstance(batches, ResumableBatches):
         return finite_batches(batches.remaining(sums, rank=calibration.rank))
-    return finite_batches(with_bar(batches, "score", "batch", rank=calibration.rank))
+    return finite_batches(with_progress(batches, "score", "batch", rank=calibration.rank))

@@ -47,7 +47,7 @@ from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit, solve
 from isoprune_hf.pruning.repairing.storage import Storage
 from isoprune_hf.pruning.repairing.trials import Share, Trial, shares_of
 from isoprune_hf.pruning.repairing.waypoints import find_waypoints
-from isoprune_hf.terminal import with_bar
+from isoprune_hf.terminal import with_progress
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs
 _MAX_BYTES = 2**33  # of the equations of a layer and their solution
@@ -108,7 +108,7 @@ def fit_layers(
         wanted = DenseOutputs(Passes(dense, images, cache(partial(find, dense)), storage), fitted)
         ways = cache(partial(find, pruned))  # those of its copies are the same
         fits = [(share, Passes(share.network, share.images, ways, storage)) for share in shares]
-        for layer in with_bar(layers, "repair", "layer", rank=calibration.rank):
+        for layer in with_progress(layers, "repair", "layer", rank=calibration.rank):
             form = forms[layer.name]
             if form is None:
                 left.setdefault(_TOO_LARGE, []).append(layer.name)

@@ -8,6 +8,7 @@ of the dense outputs, at scale 1. Labels are not used.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from isoprune_hf.models.held import objective_of
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches, Calibration
 from isoprune_hf.pruning.calibration.divergence import divergence_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
+from isoprune_hf.terminal import with_progress
 
 # The scales of logits that are compared: a repaired network is less confident than the dense one.
 SCALES = tuple(2 ** (step / 8) for step in range(-8, 33))
@@ -77,6 +79,9 @@ class _Part:
             if len(images[part]):
                 yield images[part], labels[part]
 
+    def __length_hint__(self) -> int:
+        return length_hint(self.batches)
+
 
 def split_images(calibration: Calibration, device: torch.device) -> tuple[tuple[Calibration, Calibration], ...]:
     """Split the images of each micro-batch into those for a repair and those that judge it.
@@ -119,17 +124,17 @@ class Judge:
     ):
         self._calibration = calibration
         self._compares_classes = objective_of(dense).compares_classes
-        self._wanted = _logits(dense, calibration.batches)
+        self._wanted = _logits(dense, calibration)
         count = torch.tensor(sum(len(part) for part in self._wanted), device=dense.device)
         self.images = int(sum_over_ranks(count, calibration.accelerator))
         squares = torch.tensor(sum(float(part.square().sum()) for part in self._wanted), dtype=torch.float64)
         self._size = float(self._sum(squares, dense.device)) / max(self.images, 1)
-        found = _logits(cut, calibration.batches)
+        found = _logits(cut, calibration)
         self._of_cut = [self._distance(*pair) for pair in zip(self._wanted, found, strict=True)]
 
     def compare(self, pruned: IsoPruneForImageClassification) -> Divergences:
         """Compute the divergences of a cut network at all scales; there must be images."""
-        found = _logits(pruned, self._calibration.batches)
+        found = _logits(pruned, self._calibration)
         total = torch.zeros(len(pruned.config.id2label or {}), dtype=torch.float64)  # a rank may have no images
         if self._compares_classes:
             total = self._sum(sum((logits.sum(0) for logits in found), start=total), pruned.device)
@@ -177,7 +182,9 @@ def judge(parts: Sequence[Divergences]) -> Judgement:
     return Judgement(float(means[best]), SCALES[best], logits, nearer, float(distances[best]))
 
 
-def _logits(model: IsoPruneForImageClassification, batches: Batches) -> list[torch.Tensor]:
+def _logits(model: IsoPruneForImageClassification, calibration: Calibration) -> list[torch.Tensor]:
     """Compute the logits of each micro-batch, in float64 on the CPU."""
+    total = length_hint(calibration.batches) or None
+    batches = with_progress(calibration.batches, "repair, comparison", "batch", rank=calibration.rank, total=total)
     with scoring_mode(model, requires_grad=False), torch.no_grad():
         return [model(pixel_values=images.to(model.device)).logits.double().cpu() for images, _ in batches]

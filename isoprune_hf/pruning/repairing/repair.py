@@ -18,6 +18,7 @@ from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 from isoprune_hf.pruning.repairing.rotation import Rotated
 from isoprune_hf.pruning.repairing.storage import Storage
+from isoprune_hf.terminal import with_progress
 
 
 def repair(
@@ -53,7 +54,8 @@ def repair(
     if calibration is None:
         raise RecipeError("prune.reconstruct needs data: set --data.dataset, or remove the setting")
     storage = Storage.of_ranks(pruned.device, calibration.accelerator)
-    held = [(storage.hold(images), labels) for images, labels in finite_batches(calibration.batches)]
+    batches = with_progress(calibration.batches, "repair, images", "batch", rank=calibration.rank)
+    held = [(storage.hold(images), labels) for images, labels in finite_batches(batches)]
     names = _names_of_tensors(rotated.model.model)
     kept = keep_masks(plan, groups, rotated.model.model)
     masks = {(name, dim): mask for (first, dim), mask in kept.items() for name in names[first]}

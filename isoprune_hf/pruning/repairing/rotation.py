@@ -33,7 +33,7 @@ from isoprune_hf.pruning.repairing.head_products import (
     read_logits,
     transform_pairs,
 )
-from isoprune_hf.terminal import with_bar
+from isoprune_hf.terminal import with_progress
 
 _FLOOR_SHARE = 1e-6  # of the mean moment, added to each: directions that no image uses stay invertible
 _NOT_FREE = "norms, positions or other operations lie between"
@@ -195,7 +195,7 @@ def _sum_activations(
     images = 0
     try:
         with scoring_mode(model, requires_grad=False), torch.no_grad():
-            for pixel_values, labels in finite_batches(with_bar(batches, "rotate", "batch", rank=rank)):
+            for pixel_values, labels in finite_batches(with_progress(batches, "rotate", "batch", rank=rank)):
                 model(pixel_values=pixel_values.to(model.device))
                 images += len(labels)
     finally:

@@ -14,6 +14,7 @@ from isoprune_hf.pruning.calibration.inputs import read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+from isoprune_hf.terminal import with_progress
 
 _ROUNDING = 1e-10  # variance, relative to the squared mean, of inputs that differ by rounding alone
 
@@ -84,7 +85,9 @@ def _sum_moments(
         with scoring_mode(pruned, requires_grad=False), torch.no_grad():
             for module in norms.values():
                 module.train()
-            for pixel_values, labels in calibration.batches:
+            for pixel_values, labels in with_progress(
+                calibration.batches, "repair, BatchNorm", "batch", rank=calibration.rank
+            ):
                 pruned(pixel_values=pixel_values.to(pruned.device))
                 images += len(labels)
     finally:
