@@ -1,6 +1,5 @@
 """The stage `evaluate`: measure any model, and store the results in its folder if they belong there."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +10,8 @@ from isoprune_hf.recipes import DataRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_MAX_NAME = 40  # characters of a model in the table
 
 
 def run(
@@ -38,7 +39,7 @@ def run(
     from isoprune_hf.models import load_base
     from isoprune_hf.models.base import require_finite_base
     from isoprune_hf.pruning.cost.macs import count_cost
-    from isoprune_hf.reporting.tables import describe_sample
+    from isoprune_hf.reporting.tables import results_table, shorten
 
     logger = get_logger(__name__)
     if per_class is not None:
@@ -77,8 +78,7 @@ def run(
         if per_class is not None:
             write_file(Path(per_class), tabulate_classes(predictions, images.label_names))
 
-    line = f"Accuracy: {figures['top1']:.4f}, Loss: {figures['loss']:.4f}{describe_sample([figures])}"
-    text = f"{line}\n{json.dumps(figures, sort_keys=True)}"
+    text = results_table({shorten(model, _MAX_NAME): {**cost.to_dict(), **figures}}, has_details=True)
     return Answer(text, {"model": model, **cost.to_dict(), **figures}, store=store)
 
 

@@ -71,7 +71,7 @@ def read_sizes(text: str) -> tuple[float, ...]:
     """Read the sizes of the cuts.
 
     Args:
-        text: Shares of the base's MACs, separated by commas, such as 0.8,0.5.
+        text: Shares of the base's MACs, separated by commas, such as 80%,50% or 0.8,0.5.
 
     Raises:
         RecipeError: One is not a number between 0 and 1, or is given twice.
@@ -79,11 +79,11 @@ def read_sizes(text: str) -> tuple[float, ...]:
     shares: list[float] = []
     for part in text.split(","):
         try:
-            share = float(part)
+            share = float(part.strip().removesuffix("%")) / (100 if part.strip().endswith("%") else 1)
         except ValueError:
             share = float("nan")
         if not 0 < share < 1:
-            raise RecipeError(f"--sizes must be numbers between 0 and 1, such as 0.8,0.5,0.3, got {part.strip()!r}")
+            raise RecipeError(f"--sizes must be shares between 0% and 100%, such as 80%,50%,30%, got {part.strip()!r}")
         if share in shares:
             raise RecipeError(f"--sizes names {share:g} twice")
         shares.append(share)
@@ -100,7 +100,7 @@ STAGE = Stage(
     sections=("prune", "data"),
     flags=(
         BASE_MODEL,
-        Flag("sizes", str, "0.8,0.6,0.5,0.4,0.3", "Shares of the base's MACs, separated by commas."),
+        Flag("sizes", str, "80%,60%,50%,40%,30%", "Shares of the base's MACs, separated by commas."),
         SCORES,
         output_flag("output/frontier"),
         OVERWRITE,

@@ -3,6 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+_COLUMNS = {
+    "macs": "GMACs",
+    "params": "params",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+    "loss": "loss",
+    "latency_ms": "latency ms",
+}
+_DETAILS = {"ece": "calibration error %", "images": "images", "broken": "broken"}
+
 Metrics = dict[str, dict[str, float | int | str]]  # figures by stage, each with the images that they were measured on
 
 
@@ -10,7 +20,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (shown in 10^9), params (in 10^6), top1, top5 (fractions, shown in percent), loss, ece, latency_ms,
+        key: macs (shown in 10^9), params (in 10^6), top1, top5, ece (fractions, shown in percent), loss, latency_ms,
             file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
@@ -20,37 +30,40 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     if key in ("macs", "params"):
         value = value / (1e9 if key == "macs" else 1e6)
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
-    if key in ("top1", "top5"):
+    if key in ("top1", "top5", "ece"):
         return f"{100 * value:.2f}"
-    shown = {"loss": f"{value:.4f}", "ece": f"{value:.4f}", "latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
+    shown = {"loss": f"{value:.4f}", "latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")
 
 
-def results_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the figures of base, pruned and finetuned model as a table for a terminal.
+def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model", has_details: bool = False) -> str:
+    """Return the figures of several models as a table for a terminal, with the columns that were measured.
+
+    Below it is a line on the sample of the images, if it is one.
 
     Args:
-        rows: Model -> its figures: macs (or gmacs), params, top1, top5 (fractions), loss, latency_ms. A missing figure
-            is shown as a dash.
+        rows: Model -> its figures: macs (or gmacs), params, top1, top5, ece (fractions), loss, latency_ms, images,
+            broken. A missing figure is shown as a dash.
+        title: Heading of the first column.
+        has_details: Show the calibration error and the numbers of images, too.
     """
+    figures = {name: dict(row) for name, row in rows.items()}
+    for row in figures.values():
+        if row.get("macs") is None and row.get("gmacs") is not None:
+            row["macs"] = row["gmacs"] * 1e9
     columns = {
-        "macs": "GMACs",
-        "params": "params",
-        "top1": "top-1 %",
-        "top5": "top-5 %",
-        "loss": "loss",
-        "latency_ms": "latency ms",
+        key: heading
+        for key, heading in {**_COLUMNS, **(_DETAILS if has_details else {})}.items()
+        if any(row.get(key) is not None for row in figures.values())
     }
-    table = [["model", *columns.values()]]
-    for name, row in rows.items():
-        figures = dict(row)
-        if figures.get("macs") is None and figures.get("gmacs") is not None:
-            figures["macs"] = figures["gmacs"] * 1e9
-        cells = {key: format_figure(key, figures.get(key)) for key in columns}
-        if figures.get("params") is not None:
+    table = [[title, *columns.values()]]
+    for name, row in figures.items():
+        cells = {key: format_figure(key, row.get(key)) for key in columns}
+        if row.get("params") is not None:
             cells["params"] += " M"
         table.append([name, *cells.values()])
-    return align_columns(table)
+    sample = describe_sample(rows.values())
+    return align_columns(table) + (f"\nAccuracy and loss{sample}" if sample else "")
 
 
 def describe_sample(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -22,6 +22,9 @@ TABLE = "log.csv"
 CURVES = "curves.png"
 
 
+_FRACTIONS = ("top1", "top5", "ece")  # ends of names
+
+
 class TrainingLog:
     """Writes the entries of a run to files in its folder and to a tracker; used on the main process only.
 
@@ -169,6 +172,10 @@ class Clock:
 
 
 def describe_epoch(entry: Entry) -> str:
-    """Return the log line of an epoch."""
-    numbers = [f"{name} {value:.4g}" for name, value in entry.items() if name != "epoch"]
+    """Return the log line of an epoch; fractions are shown in percent."""
+    numbers = [
+        f"{name} {100 * value:.2f}%" if name.endswith(_FRACTIONS) else f"{name} {value:.4g}"
+        for name, value in entry.items()
+        if name != "epoch"
+    ]
     return f"epoch {entry['epoch']}: " + ", ".join(numbers)

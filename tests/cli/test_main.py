@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("offline_cpu")
 L1 = [*VIT, "--prune.criterion", "l1"]
 PRUNED_FILES = {"README.md", "config.json", "model.safetensors", "modeling_isoprune.py"}
 PRUNED_FILES |= {"preprocessor_config.json", "pruning_plan.json", "widths.png"}
+PERCENT = {"top1": "top-1 %", "top5": "top-5 %", "ece": "calibration error %"}
 FIGURES = {"top1", "top5", "loss", "ece", "images", "data", "split"}
 RECIPE = {
     "prune": {
@@ -122,14 +123,17 @@ def test_evaluate_prints_and_stores_figures(cut_folder: Path, images: Path, tmp_
     wrong = {"top1": 1.0, "top5": 1.0, "loss": 0.0, "images": 1}
     (out / "metrics.json").write_text(json.dumps({**metrics, "pruned": wrong}))
     printed = succeed("evaluate", "--model", out, "--data.dataset", images)
-    size, start, accuracy, figures = printed.splitlines()
+    size, start, heading, figures = printed.splitlines()
     params = read(out, "config.json")["cost"]["pruned"]["params"]
     assert re.fullmatch(rf"MACs: \d+\.\d+ G, Params: {params / 1e6:.4f} M", size)
     assert start == f"evaluate {out} on 20 images, transform: the model's own"
     by_hand = evaluate_by_hand(out, images)
-    assert accuracy == f"Accuracy: {by_hand['top1']:.4f}, Loss: {by_hand['loss']:.4f}"
-    assert numbers_of(json.loads(figures)) == pytest.approx(by_hand, rel=1e-5)
-    assert read(out, "metrics.json") == {"base": metrics["base"], "pruned": json.loads(figures)}
+    shown = dict(zip(re.split("  +", heading), re.split("  +", figures), strict=True))
+    percent = {name: f"{100 * by_hand[key]:.2f}" for key, name in PERCENT.items()}
+    assert {name: shown[name] for name in PERCENT.values()} == percent
+    assert (shown["loss"], shown["images"]) == (f"{by_hand['loss']:.4f}", "20")
+    stored = read(out, "metrics.json")
+    assert stored["base"] == metrics["base"] and numbers_of(stored["pruned"]) == pytest.approx(by_hand, rel=1e-5)
     assert f"{100 * metrics['pruned']['top5']:.2f}" in (out / "README.md").read_text()
 
 

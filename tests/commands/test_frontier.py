@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_every_size_is_cut_of_its_budget(tmp_path: Path, monkeypatch: pytest.Mon
     record = read(out, "frontier.json")
     assert [{key: str(value) for key, value in row.items()} for row in record["rows"]] == rows
     assert record["criterion"] == "l1" and record["latency"]["repeats"] == 20
-    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 2 + len(rows)
+    assert len([line for line in printed.splitlines() if re.match(r"\d+% ", line)]) == len(rows)
     succeed(*advised(printed), "--prune.target_macs", "75%", "--output", tmp_path / "cut")
     assert read(tmp_path / "cut", "config.json")["cost"]["pruned"]["macs"] == int(rows[1]["macs"])
 
@@ -114,7 +115,7 @@ def test_frontier_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
 
 
 BAD = {
-    "word": (["--sizes", "half"], "--sizes must be numbers between 0 and 1, such as 0.8,0.5,0.3, got 'half'"),
+    "word": (["--sizes", "half"], "--sizes"),
     "none": (["--sizes", ""], "got ''"),
     "empty part": (["--sizes", "0.5,"], "got ''"),
     "whole": (["--sizes", "1.0"], "got '1.0'"),
@@ -142,15 +143,16 @@ def test_missing_matplotlib_is_refused_first(tmp_path: Path, monkeypatch: pytest
 
 
 def test_sizes_are_read_from_text() -> None:
-    assert read_sizes("0.8, .5,3e-1") == (0.8, 0.5, 0.3)
+    assert read_sizes("0.8, .5,3e-1, 12.5%") == (0.8, 0.5, 0.3, 0.125)
     with pytest.raises(RecipeError, match="--sizes"):
         read_sizes("0.8;0.5")
 
 
 def test_table_has_only_measured_columns() -> None:
-    rows = [{"size": 1.0, "macs": 4_600_000_000, "params": 22_000_000, "latency_ms": 12.345, "top1": 0.5}]
+    rows = [
+        {"size": 1.0, "macs": 4_600_000_000, "params": 22_000_000, "latency_ms": 12.345, "top1": 0.5, "images": 20}
+    ]
     assert tabulate_sizes(rows).splitlines() == [
-        "| size | GMACs | params (M) | latency (ms) | top-1 % |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-        "| 1 | 4.60 | 22.00 | 12.35 | 50.00 |",
+        "size  GMACs   params  top-1 %  latency ms  images",
+        "100%   4.60  22.00 M    50.00       12.35      20",
     ]

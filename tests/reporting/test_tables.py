@@ -19,8 +19,14 @@ def test_table_is_aligned_and_missing_figures_are_dashes() -> None:
     ]
 
 
-def test_empty_table_is_its_heading() -> None:
-    assert results_table({}) == "model  GMACs  params  top-1 %  top-5 %  loss  latency ms"
+def test_table_has_only_measured_columns() -> None:
+    assert results_table({}) == "model"
+    rows = {"50%": {"macs": 2e9, "params": 1e6, "top1": 0.25, "ece": 0.125, "images": 30, "split_images": 1000}}
+    assert results_table(rows, title="size", has_details=True).splitlines() == [
+        "size  GMACs  params  top-1 %  calibration error %  images",
+        "50%    2.00  1.00 M    25.00                12.50      30",
+        "Accuracy and loss (sample of 30 of 1,000 images)",
+    ]
 
 
 def test_long_name_loses_its_middle() -> None:

@@ -19,7 +19,7 @@ from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.ornaments import ornament
-from isoprune_hf.reporting.tables import Metrics, describe_sample, on_same_images, results_table
+from isoprune_hf.reporting.tables import Metrics, on_same_images, results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
 
 
@@ -82,9 +82,7 @@ def summarize(
         f"{imports}    from transformers import pipeline\n"
         f'    classify = pipeline("image-classification", model="{folder}")\n'
     )
-    sample = describe_sample(rows.values())
-    table = results_table(rows) + (f"\nAccuracy and loss{sample}" if sample else "")
-    text = "\n\n".join([table, *(["\n".join(notes)] if notes else []), opening])
+    text = "\n\n".join([results_table(rows), *(["\n".join(notes)] if notes else []), opening])
     return Answer(text, {"folder": str(folder), "models": rows, "notes": list(notes)})
 
 

@@ -21,20 +21,9 @@ from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import recipe_to_dict
 from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.pictures import draw_frontier
-from isoprune_hf.reporting.tables import format_figure
+from isoprune_hf.reporting.tables import results_table
 
-COLUMNS = {
-    "size": "size",
-    "macs": "GMACs",
-    "params": "params (M)",
-    "latency_ms": "latency (ms)",
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "loss": "loss",
-    "ece": "calibration error",
-    "images": "images",
-    "broken": "broken",
-}
+COLUMNS = ("size", "macs", "params", "latency_ms", "top1", "top5", "loss", "ece", "images", "broken")  # of the CSV
 _TIMED_PASSES = 20
 
 
@@ -116,12 +105,8 @@ def record_sizes(opened: Opened, cuts: Cuts, rows: list[dict[str, Any]]) -> dict
 
 
 def tabulate_sizes(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the sizes as a Markdown table with the measured columns."""
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    lines = [[COLUMNS[key] for key in keys], ["---:" for _ in keys]]
-    for row in rows:
-        lines.append([f"{row[key]:g}" if key == "size" else format_figure(key, row.get(key)) for key in keys])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return the sizes as a table with the measured columns."""
+    return results_table({f"{100 * row['size']:.10g}%": row for row in rows}, title="size", has_details=True)
 
 
 def write_sizes(folder: Path, rows: list[dict[str, Any]], record: dict[str, Any], scores: ImportanceScores) -> None:
