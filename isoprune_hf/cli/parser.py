@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from isoprune_hf.cli.help import TEXT, USAGE, describe_stages
 from isoprune_hf.cli.recipe_files import read_recipe, select_stage
 from isoprune_hf.cli.short_flags import expand
+from isoprune_hf.cli.spelling import describe_wrong_value, suggest_flag
 from isoprune_hf.cli.stage_help import describe_stage
 from isoprune_hf.cli.table import GROUPS, HEADINGS, SECTIONS, STAGES, SWITCHES
 from isoprune_hf.commands.stage import Stage, StageGroup
@@ -35,12 +36,17 @@ _STAGES_WITH_EMBEDDED_RECIPE = ("run", "score", "prune")
 class _Parser(ArgumentParser):
     """Raises an error of one line, and prints resolved recipes."""
 
+    stage = ""  # its name; empty for `isoprune` and for a group
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message as an IsoPruneError, with a suggestion for an unknown flag."""
+        """Raise the message as an IsoPruneError, with a suggestion for an unknown flag or value."""
         message = " ".join(message.split())
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
+        unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+        wrong = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)$', message)
         if unknown:
-            message += suggest(unknown[1], [action.dest for action in self._actions], limit=1)
+            message += suggest_flag(self.stage, unknown[1])
+        elif wrong:
+            message = describe_wrong_value(self.stage, wrong[1], wrong[2]) or message
         raise IsoPruneError(message)
 
     def dump(self, namespace: Namespace, *arguments: Any, **options: Any) -> str:
@@ -189,6 +195,7 @@ def stage_parser(stage: Stage) -> ArgumentParser:
     words = [f"isoprune {stage.name}", *(name.rpartition(".")[2].upper() for name in stage.positional)]
     words += ["[--config RECIPE.yaml]"] if stage.sections else []
     parser = _Parser(description=stage.text, usage=" ".join([*words, "[FLAGS]"]))
+    parser.stage = stage.name
     if stage.sections:
         parser.add_argument("--config", action="config", help="Recipe file; flags override its values.")
     for flag in stage.flags:
