@@ -7,6 +7,7 @@ The batches of a training epoch are in `epochs.py`.
 import logging
 import signal
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf.data.augmentation import ImageSource, Sample, TransformedImages
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
 from isoprune_hf.data.pixels import Transform, evaluation_transform, normalised
+from isoprune_hf.data.workers import choose_workers
 from isoprune_hf.errors import DatasetError, LoaderError
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
@@ -46,12 +48,12 @@ class LoaderOptions:
 
     Args:
         batch_size: Images of a batch on each rank; in training, images of an update over all ranks.
-        num_workers: Loader processes on each rank.
+        num_workers: Loader processes on each rank; None chooses them, see `choose_workers`.
         decoding: How images are read; by default, an image that cannot be read is an error.
     """
 
     batch_size: int = 64
-    num_workers: int = 0
+    num_workers: int | None = 0
     decoding: Decoding = field(default_factory=Decoding)
 
     def for_processor(self, processor: BaseImageProcessor) -> "LoaderOptions":
@@ -87,22 +89,24 @@ class ImageLoader:
     Args:
         images: The images.
         batches: Indices into `images`, batch by batch.
-        num_workers: Loader processes.
+        num_workers: Loader processes; None chooses them.
     """
 
-    def __init__(self, images: ImageSource, batches: Iterable[Sequence[Any]], *, num_workers: int):
+    def __init__(self, images: ImageSource, batches: Iterable[Sequence[Any]], *, num_workers: int | None):
         self.images = images
-        self.num_workers = num_workers
-        self._loader = DataLoader(
-            images,
-            batch_sampler=batches,  # type: ignore[arg-type]  # torch annotates lists; any sequence will do
-            num_workers=num_workers,
-            # Its own generator: a loader draws a seed from the global one otherwise, which dropout uses.
-            generator=torch.Generator().manual_seed(0),
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_main_process,
-        )
+        self.num_workers = choose_workers(num_workers, sum(map(len, batches)) if isinstance(batches, Sequence) else 0)
+        with warnings.catch_warnings():  # `choose_workers` warns once, not for each loader
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            self._loader = DataLoader(
+                images,
+                batch_sampler=batches,  # type: ignore[arg-type]  # torch annotates lists; any sequence will do
+                num_workers=self.num_workers,
+                # Its own generator: a loader draws a seed from the global one otherwise, which dropout uses.
+                generator=torch.Generator().manual_seed(0),
+                collate_fn=_collate,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_leave_signals_to_main_process,
+            )
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -20,6 +20,7 @@ from isoprune_hf.data.decoding import Row, Rows
 from isoprune_hf.data.epochs import EpochOrder, TrainBatches, cut_updates, train_batches
 from isoprune_hf.data.loading import ALONE, ImageLoader, LoaderOptions, Ranks
 from isoprune_hf.data.pixels import Transform
+from isoprune_hf.data.workers import choose_workers
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 
@@ -149,7 +150,8 @@ def epoch_batches(
     rows = itertools.islice(rows, sum(map(len, positions[:first])), None)
     images = _StreamedImages(transform, (order.seed, order.epoch), decoding=options.decoding)
     batches = _StreamedBatches(rows, positions[first:])
-    return TrainBatches(ImageLoader(images, batches, num_workers=options.num_workers), cut.sizes, cut.totals)
+    workers = choose_workers(options.num_workers, sum(map(len, positions[first:])))
+    return TrainBatches(ImageLoader(images, batches, num_workers=workers), cut.sizes, cut.totals)
 
 
 def map_style_split(data: ImageData) -> Dataset:

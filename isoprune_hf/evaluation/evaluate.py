@@ -54,7 +54,7 @@ def evaluate_model(
     *,
     accelerator: Accelerator | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     decoding: Decoding | None = None,
 ) -> Figures:
     """Evaluate an image classifier on its current device.
@@ -66,7 +66,7 @@ def evaluate_model(
         accelerator: The ranks that share the work; one process by default. All ranks must call this with the same
             split.
         batch_size: Images in a batch on each rank.
-        num_workers: Loader processes on each rank.
+        num_workers: Loader processes on each rank; None chooses them.
         decoding: How images are read; by default, an image that cannot be read is an error.
 
     Returns:

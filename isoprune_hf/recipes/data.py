@@ -1,7 +1,7 @@
 """The section `data`: the labelled images."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from isoprune_hf.limits import MAX_PROCESSED_SIDE
 from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, IMAGES, Interpolation, Range, check_numbers, whole
@@ -9,6 +9,7 @@ from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, IMAGES, Interpolation
 RANGES = {
     "eval_images": whole(1, 2**40),
     "shuffle_buffer": whole(1, 2**20),
+    "image_size": whole(1, MAX_PROCESSED_SIDE),
     "resize": whole(1, MAX_PROCESSED_SIDE),
     "mean": Range(0, 1),
     "std": Range(1e-6, 1),
@@ -24,8 +25,10 @@ class DataRecipe:
 
     Args:
         dataset: A Hub id such as ILSVRC/imagenet-1k; a folder or file of images (docs/data.md has a table): class
-            folders, parquet, WebDataset tar files, CSV with paths, `save_to_disk`; or `digits` (1,797 real handwritten
-            digits that scikit-learn ships). `classes.txt` in the folder names the classes in order, one per line.
+            folders or a zip of them, parquet, WebDataset tar files, CSV with paths, `save_to_disk`; or `digits` (1,797
+            real handwritten digits that scikit-learn ships). `classes.txt` in the folder names the classes in order,
+            one per line.
+        subset: Subset (configuration) of a Hub data set that has several.
         revision: Git revision of a Hub data set.
         image_column: Column of the images; by default found by its name or type.
         label_column: Column of the classes, which are class labels, whole numbers from 0 on, or text; by default found
@@ -37,6 +40,8 @@ class DataRecipe:
         streaming: Stream the training split without storing a copy; needs `finetune.steps_per_epoch`. The evaluation
             split is downloaded.
         shuffle_buffer: Images of a stream that are shuffled at once; each rank keeps them encoded in memory.
+        image_size: Side in pixels of the images that the model reads, such as 32 for a convolutional network; by
+            default that of the model. Resize and crop keep their proportion. It is saved with a pruned model.
         resize: Length in pixels of the shorter side of an image before the centre crop, for scoring and evaluation; by
             default that of the model. It is saved with a pruned model.
         interpolation: Interpolation of that resize, and of random crops; by default that of the model.
@@ -50,10 +55,12 @@ class DataRecipe:
         decoder: pil gives exactly the pixels of the model's processor; torchvision decodes, resizes and crops 8-bit
             images, which makes an evaluation three times as fast; pixels differ by 1 of 255, at sharp edges by 2.
         batch_size: Images per rank in an evaluation batch.
-        num_workers: Loader processes per rank.
+        num_workers: Loader processes per rank; by default as many as this rank has CPUs, at most 16, and one for each
+            1,024 images (none on macOS and Windows).
     """
 
     dataset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    subset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     revision: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     image_column: str = "image"
     label_column: str = "label"
@@ -62,6 +69,7 @@ class DataRecipe:
     eval_images: int | None = None
     streaming: bool = False
     shuffle_buffer: int = 4096
+    image_size: int | None = None
     resize: int | None = None
     interpolation: Interpolation | None = None
     mean: list[float] | None = None
@@ -71,9 +79,15 @@ class DataRecipe:
     exif: bool = True
     decoder: Literal["pil", "torchvision"] = "pil"
     batch_size: int = field(default=64, metadata=IGNORED_FOR_RESUME)
-    num_workers: int = field(default=0, metadata=IGNORED_FOR_RESUME)
+    num_workers: int | None = field(default=None, metadata=IGNORED_FOR_RESUME)
 
     def __post_init__(self) -> None:
         if self.dataset is not None:  # `hf:` marks a name of the Hub for readers
             object.__setattr__(self, "dataset", self.dataset.removeprefix("hf:"))
         check_numbers("data", self, RANGES)
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """Return the settings of the evaluation transform that replace those of the model."""
+        names = ("image_size", "resize", "interpolation", "mean", "std")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -33,7 +33,7 @@ def finetune(
     teacher: nn.Module | None = None,
     teacher_processor: BaseImageProcessor | None = None,
     eval_batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     save: SaveCheckpoint | None = None,
     run: TrainingRun | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def finetune(
         teacher: Returns logits of the same classes; moved to the device, frozen and put in eval mode.
         teacher_processor: Image processor of the teacher, if it normalises differently from the student's.
         eval_batch_size: Images in an evaluation batch on each rank.
-        num_workers: Loader processes on each rank.
+        num_workers: Loader processes on each rank; None chooses them.
         save: Called on all ranks with a name, a model and the epoch's entry of the history: "last" after each epoch
             (and "ema", with the averaged weights), "best" if top-1 is the best of the trained epochs, "epoch-010" and
             so on for `save_every`. `recipe.best` selects the weights of "best", and those that `model` ends with.

@@ -192,7 +192,7 @@ class Trainer:
         if share > _DATA_WAIT_WARN_SHARE:
             logger.info(
                 f"epoch {progress.epoch}: the loader is the bottleneck, {share:.0%} of the time is waiting for data; "
-                f"raise data.num_workers (now {self.options.num_workers}), or set data.decoder: torchvision"
+                f"raise data.num_workers (now {batches.loader.num_workers}), or set data.decoder: torchvision"
             )
         samples = sum(batches.totals)
         entry = {
