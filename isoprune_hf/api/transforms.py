@@ -9,13 +9,11 @@ from isoprune_hf.recipes import DataRecipe
 
 
 def transformed(processor: BaseImageProcessor, data: Any) -> BaseImageProcessor:
-    """Return an image processor with the resize, interpolation, mean and std of a `DataRecipe`.
+    """Return an image processor with the transform of a `DataRecipe`.
 
     Raises:
         RecipeError: They do not fit the processor.
     """
     if not isinstance(data, DataRecipe):
         return processor
-    return with_transform(
-        processor, resize=data.resize, interpolation=data.interpolation, mean=data.mean, std=data.std
-    )
+    return with_transform(processor, **data.transform)

@@ -154,17 +154,17 @@ def processed_size(name: str, processor: BaseImageProcessor) -> list[int]:
 def with_transform(
     processor: BaseImageProcessor,
     *,
+    image_size: int | None = None,
     resize: int | None = None,
     interpolation: Interpolation | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> BaseImageProcessor:
-    """Return the processor with another resize before its centre crop, interpolation, mean or std.
-
-    The size of its output does not change.
+    """Return the processor with another size of its output, resize before its centre crop, interpolation, mean or std.
 
     Args:
         processor: Image processor; left untouched.
+        image_size: Side of its output, in pixels; the resize before a crop changes in proportion.
         resize: Length of the shorter side after the resize, in pixels. If given, the result is the transform of
             torchvision on PIL images, even if the processor had another one.
         interpolation: Interpolation of the resize.
@@ -178,6 +178,8 @@ def with_transform(
         RecipeError: The resize is smaller than the crop, or a channel has no mean or std.
     """
     processor = _with_values(_with_values(processor, "mean", mean), "std", std)
+    if image_size is not None:
+        processor = _with_side(processor, image_size)
     if interpolation is not None and _RESAMPLE[interpolation] != _setting(processor, "resample"):
         processor = copy.deepcopy(processor)
         vars(processor)["resample"] = _RESAMPLE[interpolation]
@@ -196,6 +198,21 @@ def with_transform(
             return processor
     kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     return IsoImageProcessor(size=size, crop_size=crop, **{name: _setting(processor, name) for name in kept})
+
+
+def _with_side(processor: BaseImageProcessor, side: int) -> BaseImageProcessor:
+    """Return the processor with square images of another side; the same object if it makes these."""
+    _, height, width = processed_size("the model", processor)
+    if height == width == side:
+        return processor
+    processor = copy.deepcopy(processor)
+    for name in ("size", "crop_size"):
+        known = plain_size(getattr(processor, name, None))
+        scaled = {edge: length * side // min(height, width) for edge, length in known.items()}  # as timm rounds
+        if known:
+            square = dict.fromkeys(scaled, side) if known == {"height": height, "width": width} else scaled
+            vars(processor)[name] = type(_setting(processor, name))(**square)
+    return processor
 
 
 def _with_values(processor: BaseImageProcessor, name: str, values: list[float] | None) -> BaseImageProcessor:

@@ -26,6 +26,7 @@ from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.models.image_size import set_image_size
 from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.calibration.resumable import ResumableBatches
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
@@ -177,10 +178,16 @@ def open_inputs(
 
 
 def with_data_transform(base: BaseModel, data: DataRecipe) -> BaseModel:
-    """Return the model with the evaluation transform of the data section; `base` itself if that is its own."""
-    processor = with_transform(
-        base.processor, resize=data.resize, interpolation=data.interpolation, mean=data.mean, std=data.std
-    )
+    """Return the model with the evaluation transform of the data section; `base` itself if that is its own.
+
+    An image size is also set in the config of `base`, in place.
+
+    Raises:
+        RecipeError: The transform does not fit the processor, or the model does not take images of the size.
+    """
+    processor = with_transform(base.processor, **data.transform)
+    if data.image_size is not None:
+        set_image_size(base.model, processor)
     return base if processor is base.processor else BaseModel(base.model, processor)
 
 
@@ -248,9 +255,8 @@ def _describe_sample(images: ImageData, ids: list[int], prune: PruneRecipe, data
         "ids_sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "ids": ids,
     }
-    interpolation = prune.interpolation or data.interpolation
-    transform = {"resize": data.resize, "interpolation": interpolation, "mean": data.mean, "std": data.std}
-    return sample | {name: value for name, value in transform.items() if value is not None}
+    own = {} if prune.interpolation is None else {"interpolation": prune.interpolation}
+    return sample | data.transform | own
 
 
 def _scoring_folder(output: str | Path, accelerator: Accelerator) -> Path:

@@ -94,8 +94,7 @@ def _check_speed(speed: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def describe_transform(data: DataRecipe) -> str:
     """Return the evaluation transform of the data section as text."""
-    given = {"resize": data.resize, "interpolation": data.interpolation, "mean": data.mean, "std": data.std}
-    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in data.transform.items())
 
 
 @dataclass(frozen=True)

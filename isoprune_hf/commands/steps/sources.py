@@ -143,6 +143,7 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
     )
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
         raise CheckpointError(f"the base {place} has other weights than the one that was cut")
+    base.model.config.image_size = model.config.image_size  # that of data.image_size
     return base
 
 
