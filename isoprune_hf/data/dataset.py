@@ -235,6 +235,11 @@ def _as_classes(parts: Sequence[Split], where: str) -> list[Split]:
     if all(isinstance(kind, ClassLabel) for kind in kinds):
         return list(parts)
     are_texts = all(getattr(kind, "dtype", "") in ("string", "large_string") for kind in kinds)
+    if any(isinstance(kind, List) for kind in kinds):
+        raise DatasetError(
+            f"{where} has several classes for an image; data sets of one class for each image are read. Pass batches "
+            "with their targets to isoprune_hf.prune and finetune instead"
+        )
     for kind in kinds:
         if not are_texts and not isinstance(kind, ClassLabel) and "int" not in getattr(kind, "dtype", ""):
             raise DatasetError(f"{where} must contain class labels, text or the whole numbers 0 to n-1, got {kind}")

@@ -1,5 +1,6 @@
 """Open the splits of a data set from the Hub, from files, or from a package; call `open_splits`."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
+from isoprune_hf.data.archives import unpack
 from isoprune_hf.data.class_names import Split
 from isoprune_hf.data.datasets_internals import only_labels_decoded, with_known_features
 from isoprune_hf.data.files import KINDS, load_files, name_by_list, sort_by_split
@@ -95,7 +97,18 @@ def _find(recipe: DataRecipe, *, streaming: bool, only: str | None = None) -> _A
     if place.is_file():
         return _find_in_file(place, recipe, streaming=streaming)
     split = None if only is None else {only: only}
-    opened = load_dataset(recipe.dataset, revision=recipe.revision, streaming=streaming, split=split)
+    try:
+        opened = load_dataset(
+            recipe.dataset, recipe.subset, revision=recipe.revision, streaming=streaming, split=split
+        )
+    except ValueError as error:  # `datasets` has no type of its own for a missing or unknown subset
+        known = re.search(r"\[.*\]", str(error), re.DOTALL)
+        if not known or "onfig" not in str(error):
+            raise
+        raise DatasetError(
+            f"data.subset: {recipe.dataset!r} has several subsets, {known[0]}; choose one with --data.subset, got "
+            f"{recipe.subset!r}"
+        ) from error
     return _Available({name: partial(list, [part]) for name, part in opened.items()})
 
 
@@ -103,9 +116,12 @@ def _find_in_file(file: Path, recipe: DataRecipe, *, streaming: bool) -> _Availa
     ending = file.suffix.lower()[1:]
     if ending == "csv":
         return _in_memory({UNDIVIDED: read_table(file, recipe)}, streaming=streaming, is_sorted=True)
+    if ending == "zip":
+        return _find_in_folder(unpack(file), recipe, streaming=streaming)
     if ending not in KINDS:
         raise DatasetError(
-            f"data.dataset: {str(file)!r} is no parquet, tar or CSV file; unpack an archive, and give its folder"
+            f"data.dataset: {str(file)!r} is no parquet, tar, CSV or zip file; unpack another archive, and give its "
+            "folder"
         )
     return _Available({UNDIVIDED: partial(load_files, KINDS[ending], [str(file)], streaming=streaming)})
 

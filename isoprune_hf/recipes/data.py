@@ -28,7 +28,6 @@ class DataRecipe:
             folders or a zip of them, parquet, WebDataset tar files, CSV with paths, `save_to_disk`; or `digits` (1,797
             real handwritten digits that scikit-learn ships). `classes.txt` in the folder names the classes in order,
             one per line.
-        subset: Subset (configuration) of a Hub data set that has several.
         revision: Git revision of a Hub data set.
         image_column: Column of the images; by default found by its name or type.
         label_column: Column of the classes, which are class labels, whole numbers from 0 on, or text; by default found
@@ -40,8 +39,6 @@ class DataRecipe:
         streaming: Stream the training split without storing a copy; needs `finetune.steps_per_epoch`. The evaluation
             split is downloaded.
         shuffle_buffer: Images of a stream that are shuffled at once; each rank keeps them encoded in memory.
-        image_size: Side in pixels of the images that the model reads, such as 32 for a convolutional network; by
-            default that of the model. Resize and crop keep their proportion. It is saved with a pruned model.
         resize: Length in pixels of the shorter side of an image before the centre crop, for scoring and evaluation; by
             default that of the model. It is saved with a pruned model.
         interpolation: Interpolation of that resize, and of random crops; by default that of the model.
@@ -57,10 +54,12 @@ class DataRecipe:
         batch_size: Images per rank in an evaluation batch.
         num_workers: Loader processes per rank; by default as many as this rank has CPUs, at most 16, and one for each
             1,024 images (none on macOS and Windows).
+        image_size: Side in pixels of the images that the model reads, such as 32 for a convolutional network; by
+            default that of the model. Resize and crop keep their proportion. It is saved with a pruned model.
+        subset: Subset (configuration) of a Hub data set that has several.
     """
 
     dataset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
-    subset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     revision: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     image_column: str = "image"
     label_column: str = "label"
@@ -69,7 +68,6 @@ class DataRecipe:
     eval_images: int | None = None
     streaming: bool = False
     shuffle_buffer: int = 4096
-    image_size: int | None = None
     resize: int | None = None
     interpolation: Interpolation | None = None
     mean: list[float] | None = None
@@ -80,6 +78,8 @@ class DataRecipe:
     decoder: Literal["pil", "torchvision"] = "pil"
     batch_size: int = field(default=64, metadata=IGNORED_FOR_RESUME)
     num_workers: int | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    image_size: int | None = None
+    subset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
 
     def __post_init__(self) -> None:
         if self.dataset is not None:  # `hf:` marks a name of the Hub for readers

@@ -4,8 +4,10 @@ import csv
 import io
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -13,6 +15,7 @@ from helpers.images import make_image, write_tar
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from isoprune_hf.data import sources
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.labels import align_labels
 from isoprune_hf.errors import DatasetError
@@ -78,12 +81,19 @@ def nested(root: Path) -> Path:
     return root
 
 
+def zipped(root: Path, wrapper: str = "") -> Path:
+    write_classes(root / "d" / wrapper / "train", "{}.png")
+    return Path(shutil.make_archive(str(root / "images"), "zip", root / "d"))
+
+
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "classes below splits": lambda root: write_classes(root / "train", "{}.png").parent,
     "classes at the root": lambda root: write_classes(root, "{}.png"),
     "nested files": nested,
     "linked classes": linked,
     "files without an ending": lambda root: write_classes(root / "train").parent,
+    "a zip": zipped,
+    "a zip of a folder": lambda root: zipped(root, "my images"),
     "numbers as endings": lambda root: write_classes(root / "train", "img.{}").parent,
     "another case": lambda root: write_classes(root / "Train", "{}.PNG").parent,
     "one parquet file": in_one_file,
@@ -98,6 +108,14 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "classes and brackets": lambda root: write_classes(root / "d[v1]" / "train", "{}.png").parent,
     "two colons": lambda root: write_classes(root / "d::x" / "train", "{}.png").parent,
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a cache of `datasets` of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
 
 
 def load(path: Path, **settings: object) -> ImageData:
@@ -225,6 +243,44 @@ def test_unreadable_file_names_its_setting(name: str, content: str | None, setti
         path.write_text(content)
     with pytest.raises(DatasetError, match=rf"data\.{setting}"):
         load(path)
+
+
+def test_changed_zip_is_unpacked_again(tmp_path: Path, cache: Path) -> None:
+    first = load(zipped(tmp_path))
+    make_image(9).save(tmp_path / "d" / "train" / "a" / "9.png")
+    again = load(zipped(tmp_path))
+    assert (len(first.train), len(again.train)) == (3, 4) and len(load(zipped(tmp_path)).train) == 4
+    assert [path for path in cache.rglob("*") if path.suffix == ".tmp"] == []
+
+
+def test_zip_without_room_is_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
+    with pytest.raises(DatasetError, match=r"data\.dataset"):
+        load(zipped(tmp_path))
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_several_labels_are_refused(tmp_path: Path) -> None:
+    kind = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    rows = table().remove_columns("label")
+    rows = rows.add_column("label", [[0], [0, 1], []], feature=kind)
+    with pytest.raises(DatasetError, match=r"data\.label_column"):
+        load(save(rows, tmp_path / "train.parquet"))
+
+
+def test_missing_subset_names_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, subset: str | None, **options: object) -> dict[str, datasets.Dataset]:
+        if subset is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['full', 'mini']")
+        if subset != "mini":
+            raise ValueError(f"BuilderConfig {subset!r} not found. Available: ['full', 'mini']")
+        return {"train": table()}
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    assert len(load_data(DataRecipe("hf:user/name", subset="mini")).train) == 3
+    for subset in (None, "big"):
+        with pytest.raises(DatasetError, match=r"data\.subset.*\['full', 'mini'\]"):
+            load_data(DataRecipe("user/name", subset=subset))
 
 
 def test_text_of_each_image_is_no_class(tmp_path: Path) -> None:
