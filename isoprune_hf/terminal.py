@@ -60,9 +60,17 @@ def with_bar(
         total: Number of all values with those; by default the length of `values`, if it has one.
     """
     is_shown = rank == 0 and has_bars()
-    size = _size() if is_shown else {}
+    columns, lines = _size() if is_shown else (None, None)
     bar: Iterable[Value] = tqdm(
-        values, text, total, leave=False, unit=unit, initial=initial, disable=not is_shown, **size
+        values,
+        text,
+        total,
+        leave=False,
+        ncols=columns,
+        nrows=lines,
+        unit=unit,
+        initial=initial,
+        disable=not is_shown,
     )
     return bar
 
@@ -78,14 +86,23 @@ def with_progress(
         logger.info(f"{text}: {format_seconds(seconds)}")
 
 
-def _size() -> dict[str, int]:
-    """Return the size for a bar where the terminal says 0 x 0, as under `expect`, which hides a bar."""
+class BesideBars(logging.StreamHandler[TextIO]):
+    """Writes log lines above the bars of the terminal, which it clears meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+def _size() -> tuple[int, int] | tuple[None, None]:
+    """Return columns and lines for a bar where the terminal says 0 x 0, as under `expect`, which would hide it."""
     try:
         found = os.get_terminal_size(sys.stderr.fileno())
     except OSError:  # not a terminal of the system
-        return {}
+        return None, None
     size = shutil.get_terminal_size()
-    return {} if all(found) else {"ncols": size.columns - 1, "nrows": size.lines}
+    return (None, None) if all(found) else (size.columns - 1, size.lines)
 
 
 def format_seconds(seconds: float) -> str:

@@ -11,7 +11,7 @@ import weakref
 import pytest
 from tqdm import tqdm
 
-from isoprune_hf.terminal import format_seconds, paint, suggest, with_bar, with_progress
+from isoprune_hf.terminal import BesideBars, format_seconds, paint, suggest, with_bar, with_progress
 
 
 class Terminal(io.StringIO):
@@ -87,6 +87,18 @@ def test_bar_is_shown_without_known_width(monkeypatch: pytest.MonkeyPatch) -> No
         shown = os.read(controller, 4096).decode()
     os.close(controller)
     assert "score" in shown and "0/3" in shown
+
+
+def test_log_line_clears_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(tqdm, "_instances", weakref.WeakSet(), raising=False)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for _ in with_bar("a", "score", "batch"):
+        BesideBars(terminal).emit(logging.makeLogRecord({"msg": "a line"}))
+    before = terminal.getvalue().partition("a line\n")[0].split("\r")[-1]
+    assert before == ""
 
 
 def test_times_are_formatted_for_people() -> None:

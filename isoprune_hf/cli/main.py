@@ -25,7 +25,7 @@ from isoprune_hf.errors import Cancelled, Interrupted, RecipeError
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.hub.waiting import limit_waiting
 from isoprune_hf.recipes import FinetuneRecipe
-from isoprune_hf.terminal import paint, printable
+from isoprune_hf.terminal import BesideBars, paint, printable
 
 _SHARDING_KINDS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -78,8 +78,6 @@ def _print(answer: Answer, *, as_json: bool) -> None:
 
 
 def _run(stage: Stage, config: Namespace, switches: set[str]) -> Answer:
-    if "json" in switches and not stage.has_figures:
-        raise RecipeError(f"isoprune {stage.name} does not support --json")
     values = {name: config[name] for name in (*stage.sections, *(flag.name for flag in stage.flags))}
     _quiet_libraries(has_switches=bool(switches))
     limit_waiting()
@@ -88,7 +86,7 @@ def _run(stage: Stage, config: Namespace, switches: set[str]) -> Answer:
     accelerator = _open_accelerator(values.get("finetune"))
     level = logging.WARNING if "quiet" in switches else logging.INFO
     level = level if accelerator.is_main_process else logging.ERROR
-    handler = logging.StreamHandler(sys.stderr if "json" in switches else sys.stdout)
+    handler = BesideBars(sys.stderr if "json" in switches else sys.stdout)
     handler.setFormatter(_WithoutRank("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("isoprune_hf").setLevel(level)
