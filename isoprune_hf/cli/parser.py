@@ -204,8 +204,7 @@ def stage_parser(stage: Stage) -> ArgumentParser:
         else:
             parser.add_argument(f"--{flag.name}", type=flag.type, default=flag.default, help=flag.text)
     for name, text in SWITCHES.items():
-        if name != "json" or stage.has_figures:
-            parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
+        parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
     for section in stage.sections:
         parser.add_class_arguments(SECTIONS[section], section)
     return parser

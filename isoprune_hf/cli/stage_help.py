@@ -53,8 +53,7 @@ def describe_stage(stage: Stage, parser: ArgumentParser) -> str:
     if stage.sections:
         lines += _line("--config FILE", "Recipe file with any of these settings; flags replace its values")
     for name, text in SWITCHES.items():
-        if name != "json" or stage.has_figures:
-            lines += _line(f"--{name}", text.rstrip("."))
+        lines += _line(f"--{name}", text.rstrip("."))
     rest = f"Also the other {len(names) - len(shown)} flags, with" if len(shown) < len(names) else "With"
     lines += _line("--help-all", f"{rest} types, defaults and the names that recipe files use")
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"

@@ -1,5 +1,6 @@
 """The stages `plan show`, `plan diff`, `plan apply` and `plan cost`: read, compare, replay plans; foretell costs."""
 
+import json
 from typing import TYPE_CHECKING
 
 from isoprune_hf.commands.flags import BASE_MODEL, OVERWRITE, output_flag, plan_flag
@@ -17,7 +18,7 @@ def run_show(*, plan: str) -> Answer:
     from isoprune_hf.reporting.plan_text import show_plan
 
     loaded = PruningPlan.load(plan)
-    return Answer(show_plan(loaded, title=plan, sizes=base_sizes(plan, loaded)))
+    return Answer(show_plan(loaded, title=plan, sizes=base_sizes(plan, loaded)), json.loads(loaded.to_json()))
 
 
 def run_diff(*, first: str, second: str) -> Answer:
@@ -25,8 +26,10 @@ def run_diff(*, first: str, second: str) -> Answer:
     from isoprune_hf.pruning.plan import PruningPlan
     from isoprune_hf.reporting.plan_text import diff_plans
 
-    text = diff_plans(PruningPlan.load(first), PruningPlan.load(second), (first, second))
-    return Answer(text or "the plans are equal", code=int(bool(text)))
+    plans = [PruningPlan.load(file) for file in (first, second)]
+    text = diff_plans(plans[0], plans[1], (first, second))
+    figures = {"equal": not text, "plans": [json.loads(plan.to_json()) for plan in plans]}
+    return Answer(text or "the plans are equal", figures, code=int(bool(text)))
 
 
 def run_apply(
@@ -87,7 +90,6 @@ _SHOW = Stage(
     order=8,
     flags=(plan_flag("plan"),),
     positional=("plan",),
-    has_figures=False,
     is_local=True,
 )
 _DIFF = Stage(
@@ -98,7 +100,6 @@ _DIFF = Stage(
     order=8,
     flags=(plan_flag("first"), plan_flag("second")),
     positional=("first", "second"),
-    has_figures=False,
     is_local=True,
 )
 _APPLY = Stage(

@@ -27,7 +27,7 @@ def run(
 
     place = Path(folder)
     validate_push_options(repo, tag=tag, create_pr=create_pr, collection=collection)
-    published_files(place)
+    files = published_files(place)
     # The files belong together: nobody replaces them meanwhile. Where nobody can, there is no lock either.
     can_be_replaced = os.access(place.resolve().parent, os.W_OK)
     what = f"--folder {folder}"
@@ -35,13 +35,12 @@ def run(
         if check:
             require_sound(place)
         if dry_run:
-            return Answer(
-                describe_push(folder, repo, revision=revision, tag=tag, create_pr=create_pr, collection=collection)
-            )
+            text = describe_push(folder, repo, revision=revision, tag=tag, create_pr=create_pr, collection=collection)
+            return Answer(text, {"repo": repo, "files": [path.name for path in files]})
         url = push_folder(
             folder, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, collection=collection
         )
-    return Answer(url)
+    return Answer(url, {"repo": repo, "url": url})
 
 
 STAGE = Stage(
@@ -63,6 +62,5 @@ STAGE = Stage(
     ),
     positional=("folder",),
     examples=("isoprune push finetuned --repo user/resnet50-half",),
-    has_figures=False,
     is_local=True,
 )

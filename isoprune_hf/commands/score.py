@@ -31,7 +31,8 @@ def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, out
         if accelerator.is_main_process:
             replace_file(target, scores.save)
         forget_scoring(output, accelerator)
-    return Answer(f"scores of {len(scores.scores)} groups are in {output}")
+    figures = {"file": output, "groups": len(scores.scores), "criterion": scores.criterion}
+    return Answer(f"scores of {len(scores.scores)} groups are in {output}", figures)
 
 
 STAGE = Stage(
@@ -44,5 +45,4 @@ STAGE = Stage(
     examples=("isoprune score timm/resnet50.a1_in1k --data DIR --output scores.safetensors",),
     sections=("prune", "data"),
     flags=(output_flag("output/importance.safetensors"), OVERWRITE),
-    has_figures=False,
 )

@@ -70,7 +70,6 @@ class Stage:
         flags: Its other flags.
         positional: Names of the flags and settings (`prune.model`) whose values may be given first, without them.
         examples: Command lines for the help.
-        has_figures: `--json` can print its figures.
         is_local: It runs in one process, without an accelerator and without a log.
     """
 
@@ -83,7 +82,6 @@ class Stage:
     flags: tuple[Flag, ...] = ()
     positional: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
-    has_figures: bool = True
     is_local: bool = False
 
 
