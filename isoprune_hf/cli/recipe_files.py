@@ -89,7 +89,9 @@ def _load(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         json.dumps(values)  # refuses values that are not plain
     except OSError as error:
         by = f"; {extending[-1]} extends it, by a path from its own folder" if extending else ""
-        raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror}){by}") from error
+        beside = [str(path) for path in file.parent.glob("*.y*ml")]
+        near = suggest(str(file), beside, limit=1) if not file.exists() else ""
+        raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror}){by}{near}") from error
     except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"--config: {file} is not YAML: {error}") from error
     if not isinstance(values, dict):

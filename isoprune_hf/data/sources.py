@@ -22,6 +22,7 @@ from isoprune_hf.data.tables import read_table
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.terminal import suggest
 
 _PLACES = (
     "set `digits`, a folder of parquet or tar files, a folder with train/CLASS and val/CLASS, or the id of a Hub "
@@ -68,7 +69,8 @@ def open_splits(recipe: DataRecipe) -> Opened:
         raise
     except (DatasetsError, TarError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_PLACES}") from error
+        near = suggest(recipe.dataset, ["digits", *map(str, Path(recipe.dataset).parent.glob("*"))], limit=1)
+        raise DatasetError(f"data.dataset: {recipe.dataset!r} cannot be opened ({reason}); {_PLACES}{near}") from error
 
 
 def _load_chosen(recipe: DataRecipe) -> Opened:

@@ -1,6 +1,7 @@
 """Misspelt flags and values."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,8 +68,10 @@ def test_no_flag_speaks_of_python_types() -> None:
         (["--criterion", "tayler"], "taylor?"),
         (["--traget-macs", "50%"], "--target-macs?"),
         (["--round-to", "x"], "'x'"),
+        (["--config", "recipes/deit_4.2gg.yaml"], "recipes/deit_4.2g.yaml?"),
     ],
 )
-def test_command_line_says_what_was_meant(flags: list[str], words: Any) -> None:
+def test_command_line_says_what_was_meant(flags: list[str], words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
     line = refuse("prune", "timm/resnet18", *flags)
     assert words in line and "Parser key" not in line

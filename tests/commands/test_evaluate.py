@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.command_line import contents, read, refuse, succeed
+from helpers.command_line import contents, isoprune, read, refuse, succeed
 from helpers.evaluation import calibration_error_by_hand, numbers_of
 from helpers.imagenet import SYNSETS
 from helpers.imagenet_cut import MODEL_ARGS, offline_on_cpu
@@ -84,43 +84,51 @@ def open_folder(folder: Path) -> nn.Module:
     return AutoModelForImageClassification.from_pretrained(folder)
 
 
+def measure(*arguments: str | Path) -> str:
+    """Run evaluate, and return its log and its figures as JSON."""
+    done = isoprune("evaluate", *arguments, "--json")
+    assert done.code == 0, done.err
+    return done.err + done.out
+
+
 def figures_of(printed: str) -> dict[str, float]:
-    return numbers_of(json.loads(printed.splitlines()[-1]))
+    figures = json.loads(printed[printed.index("{\n") :])
+    return {name: value for name, value in numbers_of(figures).items() if name not in ("model", "macs", "params")}
 
 
 def test_own_transform_is_default(pruned: Path, images: Path) -> None:
     # timm's data config of an untrained ViT of 16 pixels: the shorter side becomes 16, bicubic.
-    printed = succeed("evaluate", "--model", pruned, "--data.dataset", images)
+    printed = measure("--model", pruned, "--data.dataset", images)
     assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 16, "bicubic"), rel=1e-5)
     assert "transform: the model's own" in printed
-    same = succeed(
-        *("evaluate", "--model", pruned, "--data.dataset", images),
+    same = measure(
+        *("--model", pruned, "--data.dataset", images),
         *("--data.resize", "16", "--data.interpolation", "bicubic"),
     )
     assert same == printed
 
 
 def test_per_class_figures_are_written(pruned: Path, images: Path, tmp_path: Path) -> None:
-    command = ("evaluate", "--model", pruned, "--data.dataset", images, "--per_class", tmp_path / "a" / "classes.csv")
-    figures = figures_of(succeed(*command))
+    command = ("--model", pruned, "--data.dataset", images, "--per_class", tmp_path / "a" / "classes.csv")
+    figures = figures_of(measure(*command))
     rows = list(csv.DictReader((tmp_path / "a" / "classes.csv").open()))
     assert [row["name"] for row in rows] == list(SYNSETS)
     weights = [int(row["images"]) for row in rows]
     for name in ("top1", "loss"):
         values = [float(row[name]) for row in rows]
         assert np.average(values, weights=weights) == pytest.approx(figures[name])
-    assert f"--per_class {tmp_path} is a folder" in refuse(*command[:-1], tmp_path)
+    assert f"--per_class {tmp_path} is a folder" in refuse("evaluate", *command[:-1], tmp_path)
     before = contents(pruned)
-    assert "is not a table of this command" in refuse(*command[:-1], pruned / "config.json")
+    assert "is not a table of this command" in refuse("evaluate", *command[:-1], pruned / "config.json")
     assert contents(pruned) == before
     (tmp_path / "empty.csv").touch()
-    succeed(*command[:-1], tmp_path / "empty.csv")
+    succeed("evaluate", *command[:-1], tmp_path / "empty.csv")
     assert (tmp_path / "empty.csv").read_text() == (tmp_path / "a" / "classes.csv").read_text()
 
 
 def test_figures_of_other_transform_are_not_stored(pruned: Path, images: Path) -> None:
     before = contents(pruned)
-    printed = succeed("evaluate", "--model", pruned, "--data.dataset", images, *OTHER)
+    printed = measure("--model", pruned, "--data.dataset", images, *OTHER)
     assert figures_of(printed) == pytest.approx(by_hand(open_folder(pruned), images, 22, "bilinear"), rel=1e-5)
     assert "on 20 images, transform: resize 22, interpolation bilinear\n" in printed
     assert "figures are not stored in the folder: they were measured with another transform\n" in printed
@@ -142,7 +150,7 @@ def test_folder_has_transform_of_its_figures(images: Path, tmp_path: Path) -> No
     assert (saved["size"], saved["resample"]) == ({"shortest_edge": 22}, Image.Resampling.BILINEAR)
     want = by_hand(open_folder(out), images, 22, "bilinear")
     assert numbers_of(read(out, "metrics.json")["pruned"]) == pytest.approx(want, rel=1e-5)
-    printed = succeed("evaluate", "--model", out, "--data.dataset", images)
+    printed = measure("--model", out, "--data.dataset", images)
     assert figures_of(printed) == pytest.approx(want, rel=1e-5) and "the model's own" in printed
 
 
@@ -191,7 +199,7 @@ def test_imagenet_folder_is_labelled_by_sorted_synset(
     pruned: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    printed = succeed("evaluate", "--model", pruned, "--data.dataset", "data/imagenet", *OTHER)
+    printed = measure("--model", pruned, "--data.dataset", "data/imagenet", *OTHER)
     want = by_hand(open_folder(pruned), place / "data/imagenet", 22, "bilinear")
     assert figures_of(printed) == pytest.approx(want, rel=1e-5)
     names = read(pruned, "config.json")["id2label"]
@@ -199,8 +207,8 @@ def test_imagenet_folder_is_labelled_by_sorted_synset(
 
 
 def test_untrained_timm_name_needs_no_network(images: Path) -> None:
-    printed = succeed(
-        *("evaluate", "--model", "timm/vit_tiny_patch16_224", "--pretrained", "false"),
+    printed = measure(
+        *("--model", "timm/vit_tiny_patch16_224", "--pretrained", "false"),
         *("--model_args", json.dumps(MODEL_ARGS)),
         *("--num_labels", "data", "--data.dataset", images),
     )
@@ -217,13 +225,13 @@ def test_transformers_and_converted_models_are_evaluated(images: Path, tmp_path:
     model = ViTForImageClassification(config)
     model.save_pretrained(tmp_path / "hf")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "hf")
-    printed = succeed("evaluate", "--model", tmp_path / "hf", "--data.dataset", images, *OTHER)
+    printed = measure("--model", tmp_path / "hf", "--data.dataset", images, *OTHER)
     assert figures_of(printed) == pytest.approx(by_hand(model, images, 22, "bilinear"), rel=1e-5)
     old, new = save(make_module("deit"), tmp_path / "old.pth"), tmp_path / "new"
     args = json.dumps({"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4})
     assert f"run `isoprune convert {old}`" in refuse("evaluate", "--model", old, "--data.dataset", images)
     succeed("convert", old, "--output", new, f"--model_args={args}")
-    printed = succeed("evaluate", "--model", new, "--data.dataset", images)
+    printed = measure("--model", new, "--data.dataset", images)
     assert [*map(numbers_of, read(new, "metrics.json").values())] == [figures_of(printed)]
 
 
@@ -265,7 +273,7 @@ def test_table_of_a_cut_names_its_sample(images: Path, tmp_path: Path) -> None:
 def test_folder_of_some_classes_is_evaluated_whole(images: Path, pruned: Path, tmp_path: Path) -> None:
     for name in SYNSETS[3:6]:
         shutil.copytree(images / "val" / name, tmp_path / "some" / name)
-    printed = succeed("evaluate", "--model", pruned, "--data.dataset", tmp_path / "some")
+    printed = measure("--model", pruned, "--data.dataset", tmp_path / "some")
     expected = by_hand(open_folder(pruned), images, 16, "bicubic", SYNSETS[3:6])
     assert figures_of(printed) == pytest.approx(expected, rel=1e-5)
     assert '"split": "all"' in printed

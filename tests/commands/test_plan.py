@@ -78,7 +78,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "no plan": (["plan", "show"], ["required", "plan"]),
     "one plan": (["plan", "diff", "@small"], ["required", "second"]),
     "three plans": (["plan", "diff", "@small", "@small", "stray"], ["stray"]),
-    "unknown flag": (["plan", "show", "@small", "--plna", "x"], ["--plna", "did you mean plan?"]),
+    "unknown flag": (["plan", "show", "@small", "--plna", "x"], ["--plna", "did you mean --plan?"]),
     "missing file": (["plan", "show", "@tmp/none.json"], ["none.json", "cannot be read", "No such file"]),
     "folder without a plan": (["plan", "show", "@root"], ["has no pruning_plan.json"]),
     "one is missing": (["plan", "diff", "@small", "@tmp/none"], ["none", "cannot be read"]),

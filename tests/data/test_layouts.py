@@ -268,6 +268,17 @@ def test_several_labels_are_refused(tmp_path: Path) -> None:
         load(save(rows, tmp_path / "train.parquet"))
 
 
+def test_misspelt_place_names_a_near_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError("not on the Hub")
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    write_classes(tmp_path / "flowers" / "train", "{}.png")
+    for given, near in (("dgits", "digits"), (tmp_path / "flowesr", tmp_path / "flowers")):
+        with pytest.raises(DatasetError, match=rf"data\.dataset.*did you mean {near}\?"):
+            load(given)
+
+
 def test_missing_subset_names_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, subset: str | None, **options: object) -> dict[str, datasets.Dataset]:
         if subset is None:

@@ -29,7 +29,7 @@ def test_every_long_stage_shows_a_bar(tmp_path: Path, monkeypatch: pytest.Monkey
     recipe = PruneRecipe(target_macs="70%", round_to=1)
     prune_model(model, recipe, batches_of(model, [2, 2, 2]))
     shown = sys.stderr.getvalue()
-    layers = {text.partition("/")[2].partition(" ")[0] for text in shown.split("\r") if text.startswith("repair")}
-    for stage in ("rotate", "score"):
+    layers = {text.partition("/")[2].partition(" ")[0] for text in shown.split("\r") if text.startswith("repair:")}
+    for stage in ("rotate", "score", "repair, images", "repair, comparison"):
         assert any(text.startswith(stage) and " 0/3 " in text for text in shown.split("\r")), stage
     assert len(layers) == 1
