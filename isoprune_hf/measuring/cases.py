@@ -15,6 +15,7 @@ from isoprune_hf.extras import require_package
 from isoprune_hf.measuring.backends import BackendError
 from isoprune_hf.measuring.runtimes import DType, Models, Runtime
 from isoprune_hf.measuring.speed import Rounds, check_counts
+from isoprune_hf.terminal import with_bar
 
 RuntimeName = Literal["eager", "compile", "onnx"]
 _WARMUP = 3
@@ -111,7 +112,7 @@ def measure_cases(
     records: list[CaseRecord] = []
     unmeasured: list[UnmeasuredCase] = []
     rounds = Rounds(settings.repeats, _WARMUP, settings.seconds)
-    for name in settings.runtimes:
+    for name in with_bar(settings.runtimes, "benchmark", "runtime"):
         runtime = runtimes[name]()
         for dtype in settings.dtypes:
             reason = runtime.limitation(dtype, models["base"].device)
