@@ -178,9 +178,7 @@ def open_inputs(
 
 
 def with_data_transform(base: BaseModel, data: DataRecipe) -> BaseModel:
-    """Return the model with the evaluation transform of the data section; `base` itself if that is its own.
-
-    An image size is also set in the config of `base`, in place.
+    """Set the image size of the data section in the config of `base`, in place, and return it with its transform.
 
     Raises:
         RecipeError: The transform does not fit the processor, or the model does not take images of the size.

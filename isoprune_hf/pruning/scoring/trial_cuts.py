@@ -22,7 +22,7 @@ from isoprune_hf.pruning.calibration.inputs import read_tensor, replace_first_te
 from isoprune_hf.pruning.scoring.gate_points import GatePoint
 from isoprune_hf.pruning.scoring.input_moments import InputMoments, Prediction, channel_dim
 from isoprune_hf.recipes.values import Precision
-from isoprune_hf.terminal import with_bar
+from isoprune_hf.terminal import with_progress
 
 _ONE_OF = 8  # images of each micro-batch judges the cuts
 _IMAGES = 24  # that judge, about
@@ -121,7 +121,7 @@ def _measure_portion(
         return [None] * len(cuts)
     wanted = [_logits(model, part, calibration.precision) for part in held]
     totals = torch.zeros(len(cuts), dtype=torch.float64, device=model.device)
-    for number, (cut, points) in enumerate(with_bar(cuts, "trial cuts", "cut", rank=calibration.rank)):
+    for number, (cut, points) in enumerate(with_progress(cuts, "trial cuts", "cut", rank=calibration.rank)):
         if called.issuperset(point.layer for point in points):
             with _without(model, cut, points, moments):
                 for part, logits in zip(held, wanted, strict=True):
