@@ -21,7 +21,13 @@ def test_only_long_prunings_are_estimated(
     model = make_base("vit", tmp_path)
     base, images = BaseModel(model, SimpleNamespace()), SimpleNamespace(evaluation=range(50))
     opened = Opened(
-        PruneRecipe(target_macs="50%"), DataRecipe(), images, base, None, "criterion", Accelerator(cpu=True)
+        PruneRecipe(target_macs="50%").settled(has_images=True),
+        DataRecipe(),
+        images,
+        base,
+        None,
+        "criterion",
+        Accelerator(cpu=True),
     )
     monkeypatch.setattr(estimating, "_SHORT_MACS", 100 * count_cost(model).macs)
     with caplog.at_level(logging.INFO, "isoprune_hf"):
