@@ -77,6 +77,7 @@ def forecast(
         ranks: Processes that share the images.
         is_scored: The scores are known.
     """
+    recipe = recipe.settled(has_images=images > 0)
     share = _kept_share(model, recipe)
     work, outputs, saved = _layer_work(model)
     macs = count_cost(model).macs
