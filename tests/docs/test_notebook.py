@@ -9,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from transformers import AutoModelForImageClassification
 
+import isoprune_hf
 from isoprune_hf.recipes.presets import PRESETS
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "prune_your_model.ipynb"
@@ -26,6 +27,12 @@ def test_notebook_has_ten_cells_and_no_outputs() -> None:
     assert all(
         not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code"
     )
+
+
+def test_notebook_uses_public_names_alone() -> None:
+    code = "".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    assert re.findall(r"^(?:from|import) isoprune_hf.*$", code, re.M) == ["import isoprune_hf as iso"]
+    assert set(re.findall(r"\biso\.(\w+)", code)) <= set(isoprune_hf.__all__)
 
 
 @pytest.mark.launch
