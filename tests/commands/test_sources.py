@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import PartialState
 from helpers.bases import TINY, assert_same, save_timm, weights
 from helpers.tiny_models import VIT
 
@@ -77,6 +78,7 @@ def test_base_trained_after_opening_is_an_error(tmp_path: Path) -> None:
 
 
 def test_untrained_base_does_not_teach(tmp_path: Path) -> None:
+    PartialState()  # for the loggers of accelerate
     assert open_teacher(cut(load_base(TINY, pretrained=False, model_args=VIT), tmp_path), AUTO) is None
 
 
