@@ -6,6 +6,7 @@ with the fourth power of its side. Constructors compute such tables with torch, 
 """
 
 import math
+import re
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -118,8 +119,8 @@ def _limited_memory() -> Iterator[None]:
         return
     resource = import_module("resource")  # only Unix has it
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-    wanted = pages * resource.getpagesize() + MAX_BUILD_BYTES
+    used = re.search(r"^VmData:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    wanted = (0 if used is None else 1024 * int(used[1])) + MAX_BUILD_BYTES
     allowed = [limit for limit in (wanted, *before) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), before[1]))
     try:

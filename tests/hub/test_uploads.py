@@ -1,5 +1,6 @@
 """Uploads of stages during training and at its end, to a Hub in this process."""
 
+import json
 import logging
 import re
 import threading
@@ -60,8 +61,12 @@ def test_training_uploads_checkpoints_and_result_without_changing_weights(
     on_the_way = hub.branches["user/tiny", "training"]["model.safetensors"]
     assert len(on_the_way) == len(hub.files["user/tiny"]["model.safetensors"])
     assert on_the_way not in (hub.files["user/tiny"]["model.safetensors"], b"")
-    for name in ("model.safetensors", "config.json", "metrics.json"):
+    for name in ("model.safetensors", "metrics.json"):
         assert hub.files["user/tiny"][name] == (tmp_path / "out" / name).read_bytes()
+    texts = hub.files["user/tiny"]["config.json"].decode(), (tmp_path / "out" / "config.json").read_text()
+    assert [str(tmp_path) in text for text in texts] == [False, True]
+    sent, kept = map(json.loads, texts)
+    assert [name for name in kept if kept[name] != sent[name]] == ["recipe"]
     assert (tmp_path / "alone" / "model.safetensors").read_bytes() == hub.files["user/tiny"]["model.safetensors"]
     assert leftovers(tmp_path) == []
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

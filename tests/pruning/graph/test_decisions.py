@@ -10,7 +10,7 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.torch_private import aten
 from isoprune_hf.pruning.graph.trace import Decision
 
-HALF = PruneRecipe(criterion="l1", target_macs="50%", round_to=1)
+HALF = PruneRecipe(criterion="l1", target_macs="50%", round_to=1, max_ratio=1.0)
 
 
 def test_deciding_tensors_are_masks_and_read_values() -> None:
