@@ -68,6 +68,7 @@ def test_long_steps_have_one_line_without_bars(
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(tqdm, "_instances", weakref.WeakSet(), raising=False)  # bars that other tests left open
     monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # of handlers whose streams other tests have closed
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: seconds * next(clock))
     with caplog.at_level(logging.INFO, "isoprune_hf"):
