@@ -20,9 +20,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# All but the trainings that are killed for a quarter of an hour; a test that needs a browser is skipped without one.
+# All but the trainings that are killed for a quarter of an hour, and the inputs of `make fuzz`; a test that needs a
+# browser is skipped without one.
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not fuzz"
 
 # Trainings killed at every stage of their writing and at sixty random moments, and all combinations of faults: about
 # twenty minutes.

@@ -109,6 +109,7 @@ def test_photos_need_the_processor_of_the_base() -> None:
         prune(make_net(), photos())
 
 
+@pytest.mark.families
 def test_name_of_a_data_set_is_opened() -> None:
     settings = {"pretrained": False, "num_labels": 10, "criterion": "taylor", "ratio": 0.5, "round_to": 2}
     settings |= {"batch_size": 4, "calibration_batches": 1}

@@ -232,6 +232,7 @@ def test_run_writes_every_result(recipe_file: Path, images: Path, tmp_path: Path
 # Recipe files, flags and scores
 
 
+@pytest.mark.families
 def test_one_recipe_file_serves_several_stages(recipe_file: Path, images: Path, tmp_path: Path) -> None:
     scores, direct, from_file, flag = (tmp_path / name for name in ("importance.safetensors", "a", "b", "c"))
     recipe = ["--config", recipe_file, "--data.dataset", images]

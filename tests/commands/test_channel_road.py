@@ -86,7 +86,13 @@ def without_bars() -> Iterator[None]:
     datasets.enable_progress_bars()
 
 
-@pytest.fixture(scope="module", params=one_of_each(["grey", "grey-transformers", "rgba", "six"], "grey-transformers"))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("grey-transformers", marks=pytest.mark.families),
+        *one_of_each(["six", "grey", "rgba"], "grey", mark="faults"),
+    ],
+)
 def road(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Road:
     """Run the whole pipeline with the default preset, and return its results."""
     root = tmp_path_factory.mktemp(request.param)

@@ -83,7 +83,10 @@ def test_cut_by_weights_keeps_problem_type(layout: str, places: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("kind", "loss"),
-    [("multi_label_classification", "binary_cross_entropy"), ("regression", "squared_error")],
+    [
+        ("multi_label_classification", "binary_cross_entropy"),
+        pytest.param("regression", "squared_error", marks=pytest.mark.families),
+    ],
 )
 def test_batches_are_scored_by_problem_type(kind: str, loss: str, places: Path) -> None:
     stock = ViTForImageClassification.from_pretrained(places / kind)

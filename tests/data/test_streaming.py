@@ -126,8 +126,9 @@ def command(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["finetune", "--model", str(folder), *stream, *flags]
 
 
-@pytest.mark.kills
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    "world", [pytest.param(1, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.kills)]
+)
 def test_killed_stream_run_resumes_with_any_workers(world: int, command: list[str], tmp_path: Path) -> None:
     ended = [rank.wait() for rank in start_ranks([*command, "--output", tmp_path / "alone"], tmp_path / "log", world)]
     assert [end.code for end in ended] == [0] * world, ended[0].err

@@ -89,6 +89,7 @@ def prune_as(settings: dict[str, object], *, has_images: bool) -> float:
     return accuracy(isoprune_hf.prune(net, data, **settings).model) / accuracy(net)
 
 
+@pytest.mark.launch
 def test_documented_prunings_keep_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert accuracy(trained_net()[0]) > 0.9

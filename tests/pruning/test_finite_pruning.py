@@ -140,9 +140,9 @@ TRIED = {
     ("cnn", "float32", one_image, "batchnorm"),
     ("depthwise", "float32", one_label, "bias"),
 }
-# Every fifth, which has each pair of a fault with a network, a type and a recipe, is run by `make test-all`.
+# Every seventh, which has each pair of a fault with a network, a type and a recipe, is run by `make test-all`.
 CELLS = [
-    pytest.param(*cell, marks=() if cell in TRIED else pytest.mark.faults if number % 5 else pytest.mark.families)
+    pytest.param(*cell, marks=() if cell in TRIED else pytest.mark.faults if number % 7 else pytest.mark.families)
     for number, cell in enumerate(itertools.product(NETS, DTYPES, FAULTS, RECIPES))
 ]
 

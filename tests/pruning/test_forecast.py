@@ -65,7 +65,7 @@ def test_passes_of_repair_are_those_that_run(repair: str, images: int, base: Mod
     assert expected == pytest.approx(ran, rel=0.1)
 
 
-@pytest.mark.parametrize(("images", "size"), [(40, 40), (96, 48)])
+@pytest.mark.parametrize(("images", "size"), [(40, 40), pytest.param(96, 48, marks=pytest.mark.families)])
 def test_passes_of_trial_cuts_are_those_that_run(images: int, size: int, base: Model) -> None:
     pixels = torch.randn(images, *base.config.image_size)
     batches = [(part, torch.arange(len(part)) % 7) for part in pixels.split(size)]

@@ -18,7 +18,7 @@ from PIL import Image
 from isoprune_hf.pruning.calibration import resumable
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-OTHERS = ("activation_variance", "hessian", "gate_fisher_joint")
+OTHERS = ("activation_variance", "hessian", "trial_loss")
 CRITERIA = ["taylor", *(pytest.param(name, marks=pytest.mark.kills) for name in OTHERS)]
 
 
@@ -101,6 +101,7 @@ def test_two_killed_ranks_resume_from_their_own_states(case: Case, tmp_path: Pat
     assert_same(ended[0], tmp_path, (tmp_path / "paired").read_bytes())
 
 
+@pytest.mark.kills
 def test_damaged_states_are_skipped_down_to_the_beginning(case: Case, tmp_path: Path) -> None:
     command = [*case.command, "--prune.criterion", "taylor", "--prune.state_minutes", "0"]
     command += ["--output", str(tmp_path / "out")]

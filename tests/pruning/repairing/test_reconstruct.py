@@ -350,7 +350,10 @@ def save_repaired(accelerator: Accelerator, folder: Path, cases: tuple[tuple[str
     "cases",
     [
         (("vit", "least_squares", (8, 8, 4)), ("resnet", "bn", (6,))),
-        (("vit", "bias", (4,)), ("mobilenet_v2", "least_squares", (6,)), ("resnet", "bn", (6, 6))),
+        pytest.param(
+            (("vit", "bias", (4,)), ("mobilenet_v2", "least_squares", (6,)), ("resnet", "bn", (6, 6))),
+            marks=pytest.mark.faults,
+        ),
     ],
     ids=["two", "others"],
 )
