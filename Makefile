@@ -25,8 +25,8 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not fuzz"
 
-# Trainings killed at every stage of their writing and at sixty random moments, and all combinations of faults: about
-# twenty minutes.
+# Trainings killed at every stage of their writing and at sixty random moments, the notebook, and all combinations of
+# faults: about twenty minutes.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
 

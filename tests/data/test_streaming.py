@@ -127,7 +127,7 @@ def command(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "world", [pytest.param(1, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.kills)]
+    "world", [pytest.param(1, marks=pytest.mark.kills), pytest.param(2, marks=pytest.mark.faults)]
 )
 def test_killed_stream_run_resumes_with_any_workers(world: int, command: list[str], tmp_path: Path) -> None:
     ended = [rank.wait() for rank in start_ranks([*command, "--output", tmp_path / "alone"], tmp_path / "log", world)]

@@ -35,7 +35,7 @@ def test_notebook_uses_public_names_alone() -> None:
     assert set(re.findall(r"\biso\.(\w+)", code)) <= set(isoprune_hf.__all__)
 
 
-@pytest.mark.launch
+@pytest.mark.faults
 def test_notebook_runs_offline_and_writes_pruned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))

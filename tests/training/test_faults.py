@@ -132,7 +132,7 @@ def kill_at_random(case: Case, output: Path, kills: int, seed: int, world: int =
     return met
 
 
-@pytest.mark.kills
+@pytest.mark.faults
 def test_run_killed_at_random_resumes_byte_for_byte(case: Case, tmp_path: Path) -> None:
     assert kill_at_random(case, tmp_path / "out", kills=3, seed=0) >= 1
     finish(case, tmp_path / "out")
