@@ -151,6 +151,7 @@ def test_transformers_entry_of_unusual_size_is_refused(name: str, value: Any) ->
     ],
     ids=["timm", "transformers"],
 )
+@pytest.mark.families
 def test_base_of_too_many_layers_is_stopped_early(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[build_base.__module__], "MAX_MODULES", 2000)
     start = time.monotonic()

@@ -145,6 +145,7 @@ def test_inspect_prints_classes_and_groups_as_json(pruned: Callable[[str], Prune
     assert found["plans"]["plan"] == read(folder, "config.json")["cost"]["pruned"]
 
 
+@pytest.mark.families
 def test_prune_prints_json_and_logs_to_stderr(tmp_path: Path) -> None:
     vit = ["--prune.model", "timm/test_vit", "--prune.pretrained", "false", "--prune.criterion", "l1"]
     done = isoprune("prune", *vit, "--prune.ratio", "0.5", "--output", tmp_path / "out", "--json")

@@ -31,6 +31,7 @@ def widths_of(printed: str, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("given", one_of_each(["name", "folder", "scores"], "folder"))
+@pytest.mark.families
 def test_compared_plans_equal_those_made_directly(given: str, folders: Path, tmp_path: Path) -> None:
     model, groups = open_dense()
     scores, cost = score_groups(model, groups, criterion="l1"), cost_model(model, groups)

@@ -148,6 +148,7 @@ def test_killed_stream_run_resumes_with_any_workers(world: int, command: list[st
     assert "training on a stream" in ended[0].out
 
 
+@pytest.mark.kills
 def test_broken_stream_image_is_one_line(command: list[str], tmp_path: Path, tars: Path) -> None:
     broken = shutil.copytree(tars, tmp_path / "tars")
     (broken / "train-1.tar").unlink()

@@ -335,6 +335,7 @@ def train_on_ranks(accelerator: Accelerator, folder: Path) -> None:
     save_file(normed.state_dict(), folder / f"normed{rank}.safetensors")
 
 
+@pytest.mark.families
 def test_two_ranks_train_the_weights_of_one(tmp_path):
     call_on_ranks(functools.partial(train_on_ranks, folder=tmp_path), tmp_path / "log")
     alone = make_net()
