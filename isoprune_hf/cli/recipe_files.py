@@ -4,6 +4,7 @@ A file that `extends` another one inherits its settings and gives those that dif
 readers: where the values come from, and the published figures. No stage reads them, and they are not inherited.
 """
 
+import glob
 import itertools
 import json
 import math
@@ -89,8 +90,8 @@ def _load(file: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         json.dumps(values)  # refuses values that are not plain
     except OSError as error:
         by = f"; {extending[-1]} extends it, by a path from its own folder" if extending else ""
-        beside = [str(path) for path in file.parent.glob("*.y*ml")]
-        near = suggest(str(file), beside, limit=1) if not file.exists() else ""
+        beside = glob.glob(os.path.join(glob.escape(str(file.parent)), "*.y*ml"))
+        near = suggest(str(file), beside, limit=1) if not os.path.exists(file) else ""
         raise RecipeError(f"--config: the recipe file {file} cannot be read ({error.strerror}){by}{near}") from error
     except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"--config: {file} is not YAML: {error}") from error

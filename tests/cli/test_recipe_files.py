@@ -385,6 +385,13 @@ def test_chain_of_recipes_ends(tmp_path: Path) -> None:
         read_recipe(tmp_path / "16.yaml")
 
 
+@pytest.mark.parametrize("path", ["x" * 3000, "x" * 3000 + "/base.yaml", "a/" * 2500 + "base.yaml"])
+def test_too_long_path_of_extended_file_is_refused(path: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"extends": path}))
+    with pytest.raises(RecipeError, match="File name too long"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
 @pytest.mark.parametrize("path", ["a\0b.yaml", "a\nb.yaml", "\x1b[2J", ""])
 def test_path_of_extended_file_is_printable(path: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps({"extends": path, "prune": {"seed": 1}}))
