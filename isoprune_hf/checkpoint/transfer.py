@@ -52,7 +52,8 @@ def fit_classes(config: IsoPruneConfig, base: nn.Module) -> dict[str, Any] | Non
         name
         for name, shape in shapes.items()
         if isinstance(shape, list)
-        and len(shape) == len(full.get(name, ()))
+        and name in full
+        and len(shape) == len(full[name])
         and any(size != limit == classes for size, limit in zip(shape, full[name], strict=True))
     ]
     if not others:

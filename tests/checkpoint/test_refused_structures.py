@@ -45,6 +45,7 @@ def test_copied_folder_opens(edited, pruned) -> None:
         ("blocks.0.mlp.fc9.bias", [1]),
         ("model.blocks.0.mlp.fc1.bias", [1]),
         ("", [1]),
+        ("other", []),
     ],
 )
 def test_shape_outside_the_base_is_refused(name: str, shape: Any, edited) -> None:
