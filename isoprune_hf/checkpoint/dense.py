@@ -39,6 +39,7 @@ LIBRARY_ERRORS = (
     AttributeError,  # a string or number in place of a config or module
     LookupError,  # an unknown activation or layer name, a list that is too short
     RuntimeError,  # tensors of negative size, shapes that do not match
+    StopIteration,  # the first entry of an empty mapping
     TypeError,  # an unknown or missing argument
     ValueError,  # a value out of range
     StrictDataclassError,  # a config field of the wrong type

@@ -63,6 +63,14 @@ def test_damaged_processor_is_refused(family: str, text: str | bytes | None, pru
     assert "processor" in refused(str(folder), IsoPruneError)
 
 
+def test_empty_mapping_of_processors_is_refused(pruned, tmp_path) -> None:
+    folder = copy_of(pruned("vit").folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoImageProcessor"] = {}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "processor" in refused(str(folder), IsoPruneError)
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"image_processor_type": "Evil"}', '{"size": "x"}'])
 def test_damaged_processor_is_not_replaced_by_default(text: str, transformers_folder, tmp_path) -> None:
     folder = copy_of(transformers_folder("hf-vit"), tmp_path)
