@@ -1,4 +1,4 @@
-"""Say what was meant by an unknown flag (`suggest_flag`), and what a flag takes (`describe_wrong_value`)."""
+"""Suggest the flag that was meant (`suggest_flag`), and describe what a flag takes (`describe_wrong_value`)."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin

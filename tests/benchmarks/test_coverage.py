@@ -1,8 +1,8 @@
 """One small model for each root cause of unprunable architectures, and a sample of those of `benchmarks/coverage.py`.
 
 The complete sample is `python benchmarks/coverage.py --population named --sample 0.1 --seed 0`. Here run, of the same
-order, the first `SAMPLED` models that took at most `CHEAP` seconds of CPU time when they were measured, three of
-four by `make test-faults`.
+order, the first `SAMPLED` models that took at most `CHEAP` seconds of CPU time when they were measured, three of four
+by `make test-faults`.
 """
 
 import copy
