@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.pruning.partial_passes.observation import PassStopped
+from isoprune_hf.pruning.partial_passes.passes import Passes
+from isoprune_hf.pruning.partial_passes.storage import Keep
+from isoprune_hf.pruning.partial_passes.waypoints import Given, Stop, kept_outputs, replaced_outputs
 from isoprune_hf.pruning.repairing.fitted_rows import size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer
-from isoprune_hf.pruning.repairing.observation import PassStopped
-from isoprune_hf.pruning.repairing.passes import Passes
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
-from isoprune_hf.pruning.repairing.storage import Keep
-from isoprune_hf.pruning.repairing.waypoints import Given, Stop, kept_outputs, replaced_outputs
 
 _MAX_BYTES = 2**30  # of kept outputs, on each rank
 _WAYPOINT = ""  # no layer has this name

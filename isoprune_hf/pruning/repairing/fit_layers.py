@@ -36,17 +36,17 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import require_images, scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
+from isoprune_hf.pruning.partial_passes.passes import Images, Passes
+from isoprune_hf.pruning.partial_passes.storage import Storage
+from isoprune_hf.pruning.partial_passes.waypoints import find_waypoints
 from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutput, DenseOutputs
 from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FittedModule, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
-from isoprune_hf.pruning.repairing.passes import Images, Passes
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit, solve_within_bounds
-from isoprune_hf.pruning.repairing.storage import Storage
 from isoprune_hf.pruning.repairing.trials import Share, Trial, shares_of
-from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 from isoprune_hf.terminal import with_progress
 
 _NEGLIGIBLE_RESIDUAL_SHARE = 1e-10  # of the energy of the outputs

@@ -15,9 +15,9 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.calibration.inputs import first_tensor, read_tensor
 from isoprune_hf.pruning.graph.layers import BatchNorm, ConvNd
 from isoprune_hf.pruning.graph.output_masks import OutputMasks
+from isoprune_hf.pruning.partial_passes.observation import PassStopped
 from isoprune_hf.pruning.repairing.fitted_rows import FittedModule
 from isoprune_hf.pruning.repairing.functional_calls import FunctionalProbe, Window
-from isoprune_hf.pruning.repairing.observation import PassStopped
 from isoprune_hf.pruning.repairing.residual_stream import ResidualProbe
 
 # Number of images from whose outputs the places of channels are found: a dim that joins images has another size.

@@ -13,11 +13,11 @@ from isoprune_hf.pruning.cutting.cut import keep_masks
 from isoprune_hf.pruning.graph.find_groups import graph_of
 from isoprune_hf.pruning.graph.output_masks import output_masks
 from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.partial_passes.storage import Storage
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
 from isoprune_hf.pruning.repairing.rotation import Rotated
-from isoprune_hf.pruning.repairing.storage import Storage
 from isoprune_hf.terminal import with_progress
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Batches
-from isoprune_hf.pruning.repairing.passes import Images
+from isoprune_hf.pruning.partial_passes.passes import Images
 
 
 class Trial(NamedTuple):

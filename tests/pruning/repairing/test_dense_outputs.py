@@ -13,13 +13,13 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.partial_passes.passes import Images, Passes
+from isoprune_hf.pruning.partial_passes.storage import Storage
+from isoprune_hf.pruning.partial_passes.waypoints import find_waypoints
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutputs
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, find_layers, observe_calls
-from isoprune_hf.pruning.repairing.passes import Images, Passes
-from isoprune_hf.pruning.repairing.storage import Storage
-from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 
 Model = IsoPruneForImageClassification
 

@@ -14,8 +14,8 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.pruning.calibration.calibration import Batch, Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.partial_passes import storage
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing import storage
 from isoprune_hf.pruning.repairing.repair import repair
 from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.rotation import Rotated

@@ -13,12 +13,13 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.pruning.calibration.calibration import Calibration
-from isoprune_hf.pruning.repairing import fit_layers, storage
+from isoprune_hf.pruning.partial_passes import storage
+from isoprune_hf.pruning.partial_passes.passes import Images, Passes
+from isoprune_hf.pruning.partial_passes.storage import Storage
+from isoprune_hf.pruning.partial_passes.waypoints import find_waypoints
+from isoprune_hf.pruning.repairing import fit_layers
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutputs
 from isoprune_hf.pruning.repairing.layer_calls import find_layers
-from isoprune_hf.pruning.repairing.passes import Images, Passes
-from isoprune_hf.pruning.repairing.storage import Storage
-from isoprune_hf.pruning.repairing.waypoints import find_waypoints
 
 Model = IsoPruneForImageClassification
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.repairing.storage import Storage
-from isoprune_hf.pruning.repairing.waypoints import (
+from isoprune_hf.pruning.partial_passes.storage import Storage
+from isoprune_hf.pruning.partial_passes.waypoints import (
     Given,
     Stop,
     Waypoint,

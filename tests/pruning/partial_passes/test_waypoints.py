@@ -18,12 +18,12 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.partial_passes.passes import Images, Passes
+from isoprune_hf.pruning.partial_passes.storage import Keep, Storage
+from isoprune_hf.pruning.partial_passes.waypoints import Given, find_waypoints, replaced_outputs
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing import fit_layers as fitting
 from isoprune_hf.pruning.repairing.layer_calls import find_layers
-from isoprune_hf.pruning.repairing.passes import Images, Passes
-from isoprune_hf.pruning.repairing.storage import Keep, Storage
-from isoprune_hf.pruning.repairing.waypoints import Given, find_waypoints, replaced_outputs
 
 Model = IsoPruneForImageClassification
 EVERYWHERE = 2**40

@@ -31,14 +31,14 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.pruning.graph.torch_private import tree_map_only
-from isoprune_hf.pruning.repairing.observation import (
+from isoprune_hf.pruning.partial_passes.observation import (
     Observation,
     PassStopped,
     blank_of,
     observe,
     stop_pass,
 )
-from isoprune_hf.pruning.repairing.storage import Keep
+from isoprune_hf.pruning.partial_passes.storage import Keep
 
 _MAX_TESTS = 3  # of candidates between two layers
 
