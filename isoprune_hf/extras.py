@@ -24,7 +24,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
-    "openvino": "export",
+    "openvino": "openvino",
 }
 
 

@@ -29,7 +29,7 @@ def run(
     text = (
         f"{file}: {format}{', weights of 8 bits' if quantize == 'dynamic' else ''}, any batch size\n"
         f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
-        f"({images} photographs in batches of {' and '.join(map(str, exported.batches))}); "
+        f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
         f"the same class for {exported.same_class} of {images}"
     )
     figures = {

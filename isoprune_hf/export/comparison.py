@@ -1,14 +1,10 @@
-"""Compare the logits of an exported model with those of PyTorch: `load_photographs`, then `compare_logits`."""
+"""Compare the logits of an exported model with those of PyTorch: `compare_logits`."""
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
-from transformers import BaseImageProcessor
 
-from isoprune_hf.checkpoint.image_processor import channels_of, convert_image, layout_of
 from isoprune_hf.errors import ExportError
 from isoprune_hf.export.formats import FORMATS, Format
 
@@ -34,35 +30,6 @@ class Export(NamedTuple):
     largest: float
     batches: tuple[int, ...]
     same_class: int
-
-
-def load_photographs(processor: BaseImageProcessor) -> list[np.ndarray]:
-    """Return a batch of one image and a batch of four: the two photographs that scikit-learn ships, and crops of them.
-
-    For a model that reads neither grey nor RGB images, red, green and blue are repeated up to its number of channels.
-
-    Args:
-        processor: Turns the images into pixels (B, C, H, W).
-    """
-    first, second = (Image.fromarray(image) for image in import_module("sklearn.datasets").load_sample_images().images)
-    width, height = first.size
-    crops = [first.crop((0, 0, width // 2, height)), first.crop((width // 2, 0, width, height // 2))]
-    images = [first, second, *crops, second.crop((width // 4, height // 4, width, height))]
-    fitted = [_with_channels(image, channels_of(processor)) for image in images]
-    batches: list[Any] = [fitted[:1], fitted[1:]]  # transformers annotates no list of a union
-    layout = layout_of(fitted[0])
-    return [
-        np.ascontiguousarray(
-            processor(batch, return_tensors="np", input_data_format=layout).pixel_values, dtype=np.float32
-        )
-        for batch in batches
-    ]
-
-
-def _with_channels(image: Image.Image, channels: int) -> Image.Image | np.ndarray:
-    if channels in (1, 3):
-        return convert_image(image, channels)
-    return np.stack([np.asarray(image)[..., channel % 3] for channel in range(channels)])
 
 
 def compare_logits(

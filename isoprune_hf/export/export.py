@@ -18,8 +18,9 @@ from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.errors import ExportError, RecipeError
-from isoprune_hf.export.comparison import Export, Quantization, compare_logits, load_photographs
+from isoprune_hf.export.comparison import Export, Quantization, compare_logits
 from isoprune_hf.export.formats import FORMATS, Format
+from isoprune_hf.export.pictures import draw_pictures
 from isoprune_hf.export.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
 from isoprune_hf.extras import require_package
 
@@ -51,7 +52,7 @@ def export_model(
     """
     check_export(target, quantize)
     require_finite(model)
-    batches = load_photographs(processor)
+    batches = draw_pictures(processor)
     plain = plain_copy(model)
     with torch.inference_mode():
         expected = [plain(torch.from_numpy(pixels)).logits.numpy() for pixels in batches]
@@ -89,8 +90,8 @@ def check_export(target: Format, quantize: Quantization) -> None:
     if quantize != "none" and FORMATS[target].quantize is None:
         allowed = " or ".join(name for name, entry in FORMATS.items() if entry.quantize is not None)
         raise RecipeError(f"--quantize {quantize} needs --format {allowed}, got --format {target}")
-    for package in (*FORMATS[target].packages, "sklearn"):
-        require_package(package, f"--format {target}", "export")
+    for package in FORMATS[target].packages:
+        require_package(package, f"--format {target}")
 
 
 def fingerprint_weights(model: nn.Module) -> str:
