@@ -15,10 +15,18 @@ NETS = {"lite0": "EfficientNet-Lite0", "lite1": "EfficientNet-Lite1", "lite2": "
 # Method of `real_accuracy.py` -> its name in the picture and its colour; other methods are not drawn.
 METHODS = {
     "best": ("isoprune_hf", CLASS_COLORS[0]),
+    "corp": ("CORP, hidden channels only", CLASS_COLORS[2]),
     "tp_iso_bn": ("torch-pruning, new BatchNorm statistics", CLASS_COLORS[1]),
     "tp_iso": ("torch-pruning", CLASS_COLORS[4]),
 }
 Point = tuple[float, float, float]  # percent of the MACs, top-1 in percent, its standard error
+
+
+def select_rows(
+    rows: Sequence[Mapping[str, Any]], nets: Sequence[str], seed: int, images: int
+) -> list[Mapping[str, Any]]:
+    """Return the rows of these nets, of one split and of one number of calibration images."""
+    return [row for row in rows if row["net"] in nets and (row["seed"], row["images"]) == (seed, images)]
 
 
 def read_points(rows: Sequence[Mapping[str, Any]], net: str) -> dict[str, list[Point]]:
@@ -66,8 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--output", required=True, help="Beginning of both names: OUTPUT-light.png, OUTPUT-dark.png.")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["lite0"])
+    parser.add_argument("--seed", type=int, default=0, help="Number of the split.")
+    parser.add_argument("--images", type=int, default=200, help="Calibration images.")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.results.read_text(encoding="utf-8").splitlines()]
+    lines = arguments.results.read_text(encoding="utf-8").splitlines()
+    rows = select_rows([json.loads(line) for line in lines], arguments.nets, arguments.seed, arguments.images)
     for name, theme in (("light", LIGHT), ("dark", DARK)):
         draw_accuracy(rows, Path(f"{arguments.output}-{name}.png"), theme=theme)
 

@@ -16,9 +16,7 @@ with other settings of the recipe.
 import argparse
 import itertools
 import json
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -189,49 +187,45 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def write_table(results: dict[tuple[Any, ...], Record]) -> str:
-    """Return one Markdown table for each net and number of images: methods by budgets, the dense net first."""
-    tables: dict[tuple[Any, ...], dict[tuple[str, float], list[Record]]] = defaultdict(lambda: defaultdict(list))
+    """Return a Markdown table for each number of calibration images: nets, splits and methods by budgets.
+
+    Splits are not averaged: they share photographs, so that their errors are not independent.
+    """
+    tables: dict[tuple[int, int], dict[tuple[str, int], dict[str, dict[float, Record]]]] = {}
     for record in results.values():
-        table = record["net"], record["images"], record["held_out"]
-        tables[table][record["method"], record["budget"]].append(record)
+        nets = tables.setdefault((record["images"], record["held_out"]), {})
+        methods = nets.setdefault((record["net"], record["seed"]), {})
+        methods.setdefault(record["method"], {})[record["budget"]] = record
     parts = []
-    for (name, images, held_out), cells in sorted(tables.items()):
-        budgets = sorted({budget for _, budget in cells}, reverse=True)
+    for (images, held_out), nets in sorted(tables.items(), reverse=True):
+        budgets = sorted({budget for rows in nets.values() for cells in rows.values() for budget in cells})[::-1]
         parts += [
-            f"\n### {name}, {images} calibration images, {held_out} evaluated\n",
-            f"| method | {' | '.join(f'{budget:.0%}' for budget in budgets)} |",
-            f"|---|{'---:|' * len(budgets)}",
-            f"| dense | {' | '.join(describe_dense(cells, budget) for budget in budgets)} |",
+            f"\n### {images} calibration images, {held_out} evaluated\n",
+            f"| net | split | method | {' | '.join(f'{budget:.0%}' for budget in budgets)} |",
+            f"|---|---:|---|{'---:|' * len(budgets)}",
         ]
-        for method in dict.fromkeys(method for method, _ in cells):
-            row = [describe_cell(cells.get((method, budget), [])) for budget in budgets]
-            parts.append(f"| `{method}` | {' | '.join(row)} |")
+        for (name, seed), rows in sorted(nets.items()):
+            dense = next(record["dense"] for cells in rows.values() for record in cells.values())
+            shown = [("dense", [describe(dense)] * len(budgets))]
+            for method, cells in rows.items():
+                shown.append((f"`{method}`", [describe_cell(cells.get(budget)) for budget in budgets]))
+            parts += [f"| {name} | {seed} | {method} | {' | '.join(row)} |" for method, row in shown]
     return "\n".join(parts)
 
 
-def describe_cell(records: list[Record]) -> str:
-    """Return the figures of a cell, averaged over seeds, with the share of the dense top-1 in parentheses."""
-    if not records:
+def describe_cell(record: Record | None) -> str:
+    """Return the figures of a cell, with the share of the dense top-1 in parentheses."""
+    if record is None:
         return ""
-    dense = statistics.mean(record["dense"]["top1"] for record in records)
-    return describe_figures(records, f" ({statistics.mean(record['top1'] for record in records) / dense:.2f})")
+    return describe(record, f" ({record['top1'] / record['dense']['top1']:.2f})")
 
 
-def describe_dense(cells: Mapping[tuple[str, float], list[Record]], budget: float) -> str:
-    """Return the figures of the dense net on the photographs of the seeds that a budget was measured with."""
-    by_seed = {
-        record["seed"]: record["dense"] for (_, other), found in cells.items() if other == budget for record in found
-    }
-    return describe_figures(list(by_seed.values()))
-
-
-def describe_figures(records: list[Record], share: str = "") -> str:
-    """Return figures averaged over seeds, with `share` after the top-1."""
-    means = {key: statistics.mean(record[key] for record in records) for key in FIGURES}
-    error = means["error"] / len(records) ** 0.5
+def describe(figures: Mapping[str, float], share: str = "") -> str:
+    """Return the figures of a net, with `share` after the top-1."""
     return (
-        f"{means['top1']:.1f} ± {error:.1f}{share} / {means['agreement']:.1f} / {means['loss']:.2f} / "
-        f"{means['kl']:.2f} / {means['confidence']:.2f} / {means['calibration_error']:.2f}"
+        f"{figures['top1']:.1f} ± {figures['error']:.1f}{share} / {figures['agreement']:.1f} / "
+        f"{figures['loss']:.2f} / {figures['kl']:.2f} / {figures['confidence']:.2f} / "
+        f"{figures['calibration_error']:.2f}"
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from accuracy_picture import draw_accuracy, read_points
+from accuracy_picture import draw_accuracy, read_points, select_rows
 from matplotlib.image import imread
 
 from isoprune_hf.reporting.figures import DARK
@@ -29,6 +29,12 @@ def test_points_are_those_of_the_results() -> None:
         "best": [(50.0, 50.0, 1.0), (75.0, 70.0, 1.0), (100.0, 80.0, 2.0)],
         "tp_iso": [(50.0, 1.0, 1.0)],
     }
+
+
+def test_one_split_is_selected() -> None:
+    kept = {**row("best", 0.5, 50.0), "seed": 0, "images": 200}
+    rows = [kept, {**kept, "seed": 1}, {**kept, "images": 64}, {**kept, "net": "lite2"}]
+    assert select_rows(rows, ["lite0", "lite1"], 0, 200) == [kept]
 
 
 def test_dark_picture_has_no_background(tmp_path: Path) -> None:

@@ -65,17 +65,20 @@ def test_figures_are_those_of_numpy() -> None:
     assert found["confidence"] == pytest.approx(p.max(1).mean())
 
 
-def test_table_averages_the_seeds(tmp_path: Path) -> None:
+def test_table_has_a_row_for_each_split(tmp_path: Path) -> None:
     cell = {"net": "lite0", "method": "best", "budget": 0.7, "images": 200, "held_out": 500}
     values = ((0, 1.0, 4.0), (1, 3.0, 6.0))
     records = [
         {**cell, "seed": seed, "dense": dict.fromkeys(FIGURES, dense), **dict.fromkeys(FIGURES, value)}
         for seed, value, dense in values
     ]
+    records.append({**records[0], "method": "tp_iso", "budget": 0.5})
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in (*records, records[0])))
     results = read_results([file])
-    assert len(results) == 2
-    table = write_table(results)
-    assert "| dense | 5.0 ± 3.5 / 5.0 / 5.00 / 5.00 / 5.00 / 5.00 |" in table
-    assert "| `best` | 2.0 ± 1.4 (0.40) / 2.0 / 2.00 / 2.00 / 2.00 / 2.00 |" in table
+    assert len(results) == 3
+    table = write_table(results).splitlines()
+    assert table[-5].startswith("| lite0 | 0 | dense | 4.0 ± 4.0 / 4.0 / 4.00 / 4.00 / 4.00 / 4.00 | 4.0 ")
+    assert table[-4] == "| lite0 | 0 | `best` | 1.0 ± 1.0 (0.25) / 1.0 / 1.00 / 1.00 / 1.00 / 1.00 |  |"
+    assert table[-3].startswith("| lite0 | 0 | `tp_iso` |  | 1.0 ± 1.0 (0.25) ")
+    assert table[-1] == "| lite0 | 1 | `best` | 3.0 ± 3.0 (0.50) / 3.0 / 3.00 / 3.00 / 3.00 / 3.00 |  |"
