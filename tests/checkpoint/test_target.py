@@ -240,7 +240,7 @@ def kill_in_writing(out: Path, call: int, keep: str | None, write: Callable[[Tar
     "write, keep",
     [
         (replace, None),
-        (replace, "checkpoints"),
+        pytest.param(replace, "checkpoints", marks=pytest.mark.kills),
         (update, "checkpoints"),
         pytest.param(update, None, marks=pytest.mark.kills),
     ],

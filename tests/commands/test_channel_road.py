@@ -160,6 +160,7 @@ print(classify(numpy.load(sys.argv[2]))[0]["label"])
     assert (done.returncode, done.stdout.strip()) == (0, best), done.stderr
 
 
+@pytest.mark.families
 def test_evaluate_export_and_inspect_run(road: Road, tmp_path: Path) -> None:
     metrics = read(road.folder, "metrics.json")["finetuned"]
     evaluated = isoprune("evaluate", "--model", road.folder, "--data.dataset", road.images, "--json")

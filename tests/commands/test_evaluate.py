@@ -170,6 +170,7 @@ def test_finetuning_with_other_transform_measures_everything_again(pruned: Path,
     assert read(out / "checkpoints" / "best", "preprocessor_config.json")["size"] == {"shortest_edge": 22}
 
 
+@pytest.mark.families
 def test_scoring_may_have_its_own_interpolation(images: Path, tmp_path: Path) -> None:
     scoring = [*VIT, *PLAIN_FLAGS, "--prune.criterion", "taylor", "--prune.calibration_batches", "1"]
     scoring += ["--data.dataset", images]
@@ -185,6 +186,7 @@ def test_scoring_may_have_its_own_interpolation(images: Path, tmp_path: Path) ->
     assert saved["other"] == saved["own"] != saved["resize"]
 
 
+@pytest.mark.families
 def test_log_names_values_replaced_by_preset(images: Path, tmp_path: Path) -> None:
     given = ["--prune.preset", "reference", "--prune.calibration_batches", "1"]
     printed = succeed("prune", *VIT, *given, "--data.dataset", images, "--output", tmp_path / "out")
@@ -279,6 +281,7 @@ def test_folder_of_some_classes_is_evaluated_whole(images: Path, pruned: Path, t
     assert '"split": "all"' in printed
 
 
+@pytest.mark.families
 def test_finetuning_on_other_images_measures_everything_again(pruned: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tuning = ["--data.dataset", images, "--finetune.epochs", "1", "--output", out]

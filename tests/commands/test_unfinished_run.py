@@ -162,9 +162,8 @@ def states(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.glob(f".{out.name}.run/*/checkpoints/training/[0-9]*"))
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.kills)]
-)
+@pytest.mark.kills
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signal_saves_a_state_that_continues(number: int, code: int, case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = Process([*case.command, "--output", out], tmp_path / "log", slowly)

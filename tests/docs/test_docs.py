@@ -155,7 +155,7 @@ def prepare(page: types.ModuleType, name: str, pruned: Callable[[str], Pruned], 
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.families if page.name == "quickstart.md" else ()) for page in PAGES],
+    [pytest.param(page, marks=pytest.mark.faults if page.name == "quickstart.md" else ()) for page in PAGES],
     ids=NAMES,
 )
 def test_every_block_is_run_or_says_why_not(

@@ -190,7 +190,9 @@ def check_kill_in_writing(case: Case, output: Path, call: int) -> bool:
 
 # Within run.json, a snapshot, and the result's files; the full list is that of `make test-faults`.
 @pytest.mark.kills
-@pytest.mark.parametrize("call", [2, 23, -4])
+@pytest.mark.parametrize(
+    "call", [pytest.param(2, marks=pytest.mark.faults), 23, pytest.param(-4, marks=pytest.mark.faults)]
+)
 def test_a_kill_within_writing_loses_nothing(call: int, case: Case, tmp_path: Path) -> None:
     if call < 0:  # from the end: count the calls of a whole run
         counted = tmp_path / "calls"
@@ -225,7 +227,7 @@ def stop(process: Process, output: Path, number: int, above: list[str]) -> Ended
     return process.wait()
 
 
-@pytest.mark.kills
+@pytest.mark.faults
 def test_signals_stop_a_run_after_an_update(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for number, code in ((signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGTERM, 75)):

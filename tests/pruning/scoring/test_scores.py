@@ -298,7 +298,7 @@ def save_shared(accelerator: Accelerator, folder: Path) -> None:
         scores.save(folder / f"{name} {accelerator.process_index}")
 
 
-@pytest.mark.families
+@pytest.mark.faults
 def test_two_ranks_score_as_one_does(tmp_path: Path) -> None:
     call_on_ranks(functools.partial(save_shared, folder=tmp_path), tmp_path / "log")
     threads = torch.get_num_threads()
