@@ -6,8 +6,8 @@ Every architecture is built on the meta device. Those of up to 100 M parameters 
 images: of the arguments that a builder of timm passes to its model class, or of the config of transformers, those
 named in `DEPTHS` become at most 1 (2 in the deepest stage), then 2, then 4; images have 64 pixels, then more. A model
 is built for images of a size if its constructor takes one (`img_size`, `image_size`); other networks read images of
-any size, or fail. The first variant that returns logits (B, classes) is recorded, in the worst case the model as it
-is. Known models are not tried again.
+any size, or fail. The first variant that returns logits (B, classes) and can be trained on such images (auxiliary
+heads need more pixels) is recorded, in the worst case the model as it is. Known models are not tried again.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def _build(build: Callable[[Arguments], nn.Module], args: Arguments) -> nn.Modul
 
 
 def is_classifier(build: Callable[[Arguments], nn.Module], args: Arguments, side: int) -> bool:
-    """Return whether the network that is built returns logits (2, LABELS) for two images."""
+    """Return whether the network that is built returns logits (2, LABELS) for two images and runs in train mode."""
     network = _build(build, args)
     if isinstance(network, Exception):
         return False
@@ -149,6 +149,7 @@ def _error_of_pass(network: nn.Module, side: int) -> Exception | None:
     images = torch.zeros(2, 3, side, side, device=next(network.parameters()).device)
     try:
         with torch.no_grad():
+            network.train()(images)
             logits = network.eval()(images)
     except Exception as error:  # noqa: BLE001  # each library rejects images in its own way
         return error

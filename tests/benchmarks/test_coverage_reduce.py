@@ -43,6 +43,17 @@ def test_reduction_is_the_first_that_runs() -> None:
     assert row == {"family": "net", "params": 0.0, "args": {}, "side": 128}
 
 
+def test_variant_runs_in_train_mode() -> None:
+    class Trained(Net):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.training and images.shape[-1] < 112:
+                raise ValueError("too few pixels for the auxiliary head")
+            return self.head(self.blocks(images).mean((2, 3)))
+
+    row = reduce(Architecture("net", lambda args: Trained([2, 2], 64), {}, None, 224))
+    assert row["side"] == 112
+
+
 def test_network_without_head_has_a_reason() -> None:
     row = reduce(Architecture("net", lambda args: Net([2, 2], 64, classes=3), {}, None, 64))
     assert "returns features" in row["reason"] and "args" not in row
