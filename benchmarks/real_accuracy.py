@@ -207,10 +207,16 @@ def write_table(results: dict[tuple[Any, ...], Record]) -> str:
         for (name, seed), rows in sorted(nets.items()):
             dense = next(record["dense"] for cells in rows.values() for record in cells.values())
             shown = [("dense", [describe(dense)] * len(budgets))]
-            for method, cells in rows.items():
-                shown.append((f"`{method}`", [describe_cell(cells.get(budget)) for budget in budgets]))
+            for method in sorted(rows, key=place_of):
+                shown.append((f"`{method}`", [describe_cell(rows[method].get(budget)) for budget in budgets]))
             parts += [f"| {name} | {seed} | {method} | {' | '.join(row)} |" for method, row in shown]
     return "\n".join(parts)
+
+
+def place_of(method: str) -> int:
+    """Return the place of a method in a table: ours first, labels of `--label` last."""
+    known = [*OURS, *PEERS]
+    return known.index(method) if method in known else len(known)
 
 
 def describe_cell(record: Record | None) -> str:

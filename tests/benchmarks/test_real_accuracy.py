@@ -72,9 +72,9 @@ def test_table_has_a_row_for_each_split(tmp_path: Path) -> None:
         {**cell, "seed": seed, "dense": dict.fromkeys(FIGURES, dense), **dict.fromkeys(FIGURES, value)}
         for seed, value, dense in values
     ]
-    records.append({**records[0], "method": "tp_iso", "budget": 0.5})
+    records.insert(0, {**records[0], "method": "tp_iso", "budget": 0.5})
     file = tmp_path / "results.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in (*records, records[0])))
+    file.write_text("".join(json.dumps(record) + "\n" for record in (*records, records[1])))
     results = read_results([file])
     assert len(results) == 3
     table = write_table(results).splitlines()
@@ -82,3 +82,9 @@ def test_table_has_a_row_for_each_split(tmp_path: Path) -> None:
     assert table[-4] == "| lite0 | 0 | `best` | 1.0 ± 1.0 (0.25) / 1.0 / 1.00 / 1.00 / 1.00 / 1.00 |  |"
     assert table[-3].startswith("| lite0 | 0 | `tp_iso` |  | 1.0 ± 1.0 (0.25) ")
     assert table[-1] == "| lite0 | 1 | `best` | 3.0 ± 3.0 (0.50) / 3.0 / 3.00 / 3.00 / 3.00 / 3.00 |  |"
+
+
+def test_published_tables_are_those_of_results() -> None:
+    root = Path(__file__).parents[2]
+    table = write_table(read_results([root / "benchmarks" / "results" / "real_accuracy.jsonl"]))
+    assert table in (root / "docs" / "accuracy.md").read_text(encoding="utf-8")
