@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from isoprune_hf.cli.table import SECTIONS, STAGES
 from isoprune_hf.errors import RecipeError
 
-_ALIASES = {"data": "data.dataset"}
+_ALIASES = {"data": "data.dataset", "runtime": "prune.latency_backend"}
 
 
 def expand(stage: str, words: Sequence[str]) -> list[str]:

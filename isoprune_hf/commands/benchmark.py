@@ -6,6 +6,7 @@ from typing import Literal
 from isoprune_hf.commands.flags import MOVED_BASE
 from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes.values import DType, RuntimeName
 
 
 def run(
@@ -13,8 +14,8 @@ def run(
     folder: str,
     base: str | None,
     batch_sizes: list[int],
-    dtypes: list[Literal["fp32", "bf16"]],
-    runtimes: list[Literal["eager", "compile", "onnx"]],
+    dtypes: list[DType],
+    runtimes: list[RuntimeName],
     repeats: int,
     seconds: float,
     threads: int | None,
@@ -23,10 +24,11 @@ def run(
     """Benchmark a folder's model against its base, and store the figures in the folder and its card."""
     from isoprune_hf.commands.steps.recording import open_result_folder, record_benchmark
     from isoprune_hf.commands.steps.sources import open_source
-    from isoprune_hf.commands.steps.timing import choose_device, cpu_threads, move
+    from isoprune_hf.commands.steps.timing import choose_device, move
     from isoprune_hf.measuring.cases import BenchmarkSettings
+    from isoprune_hf.measuring.runtimes.opened import cpu_threads
     from isoprune_hf.models import load_base
-    from isoprune_hf.reporting.benchmark import benchmark_models, benchmark_text
+    from isoprune_hf.reporting.benchmark import benchmark_models, benchmark_text, without_busy_rows
 
     place = open_result_folder(folder)
     config = {} if place is None else place.config
@@ -40,7 +42,7 @@ def run(
     dense = open_source(pruned, base).model
     with cpu_threads(threads):
         record = benchmark_models(move(dense, hardware), move(pruned, hardware), settings)
-    return Answer(benchmark_text(record), record, store=partial(record_benchmark, place, record))
+    return Answer(benchmark_text(record), record, store=partial(record_benchmark, place, without_busy_rows(record)))
 
 
 STAGE = Stage(
@@ -54,8 +56,8 @@ STAGE = Stage(
         Flag("folder", str, None, "Folder of a pruned model; the figures are stored in it.", required=True),
         MOVED_BASE,
         Flag("batch_sizes", list[int], [1, 16, 64], "Images in a batch."),
-        Flag("dtypes", list[Literal["fp32", "bf16"]], ["fp32", "bf16"], "Precisions."),
-        Flag("runtimes", list[Literal["eager", "compile", "onnx"]], ["eager", "compile", "onnx"], "Runtimes."),
+        Flag("dtypes", list[DType], ["fp32", "bf16"], "Precisions."),
+        Flag("runtimes", list[RuntimeName], [], "Runtimes; the default is all that are installed."),
         Flag("repeats", int, 20, "Timed passes of each model."),
         Flag("seconds", float, 30.0, "Time limit of a row, once each model has five timed passes."),
         Flag("threads", int | None, None, "CPU threads; the default is PyTorch's."),

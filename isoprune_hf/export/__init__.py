@@ -1,7 +1,7 @@
 """Export a model to another runtime and check its logits against PyTorch.
 
-Entry points: `export.export_model` (write a folder), `export.check_export` (check the request before any work), and
-`onnx.write_onnx` (one ONNX file, for timing). A format is one file with a class that follows `formats.ExportFormat`,
+Entry points: `export.export_model` (write a folder) and `export.check_export` (check the request before any work). A
+format is one file with a class that follows `formats.ExportFormat`,
 and one entry in `formats.FORMATS`.
 
 This folder must not know the command line, model cards, or how a model was pruned.

@@ -21,8 +21,8 @@ from isoprune_hf.errors import ExportError, RecipeError
 from isoprune_hf.export.comparison import Export, Quantization, compare_logits
 from isoprune_hf.export.formats import FORMATS, Format
 from isoprune_hf.export.pictures import draw_pictures
-from isoprune_hf.export.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
 from isoprune_hf.extras import require_package
+from isoprune_hf.measuring.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
 
 
 def export_model(

@@ -12,7 +12,7 @@ import torch
 from isoprune_hf.export.onnx import OnnxFormat
 from isoprune_hf.export.openvino import OpenVinoFormat
 from isoprune_hf.export.torch_export import TorchExportFormat
-from isoprune_hf.measuring.runtimes import Run
+from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 Format = Literal["onnx", "openvino", "torch-export"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from isoprune_hf.measuring.runtimes import Run
+from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 
 class TorchExportFormat:

@@ -2,22 +2,28 @@
 
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.extras import require_package
-from isoprune_hf.measuring.backends import BackendError
-from isoprune_hf.measuring.runtimes import DType, Models, Runtime
-from isoprune_hf.measuring.speed import Rounds, check_counts
+from isoprune_hf.measuring.memory import peak_memory
+from isoprune_hf.measuring.runtimes.engine import Runtime, RuntimeFailedError
+from isoprune_hf.measuring.runtimes.opened import open_models
+from isoprune_hf.measuring.runtimes.registry import ENGINES, missing_packages
+from isoprune_hf.measuring.speed import check_counts
+from isoprune_hf.measuring.timing import Rounds, Timing
+from isoprune_hf.recipes.values import DType, RuntimeName
 from isoprune_hf.terminal import with_bar
 
-RuntimeName = Literal["eager", "compile", "onnx"]
+Models = Mapping[str, IsoPruneForImageClassification]
 _WARMUP = 3
 _MIN_REPEATS = 5
 
@@ -29,23 +35,24 @@ class BenchmarkSettings:
     Args:
         batch_sizes: Images in a batch.
         dtypes: `fp32`, `bf16`.
-        runtimes: `eager`, `compile` (`torch.compile`), `onnx` (ONNX Runtime, only on the CPU and in fp32).
+        runtimes: Names of runtimes; none takes all that are installed.
         repeats: Timed passes of each model; at least five.
-        seconds: Time limit of a case, applied once each model has been timed five times.
+        seconds: Time limit of a measurement, applied once each model has been timed five times. A case is measured up
+            to three times if the machine is busy.
 
     Raises:
         RecipeError: A setting is out of range.
-        MissingExtraError: A package that `onnx` needs is missing.
+        MissingExtraError: A package that a named runtime needs is missing.
     """
 
     batch_sizes: Sequence[int] = (1, 16, 64)
     dtypes: Sequence[DType] = ("fp32", "bf16")
-    runtimes: Sequence[RuntimeName] = ("eager", "compile", "onnx")
+    runtimes: Sequence[RuntimeName] = ()
     repeats: int = 20
     seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "dtypes", "runtimes"):
+        for name in ("batch_sizes", "dtypes"):
             if not getattr(self, name):
                 raise RecipeError(f"{name} needs at least one entry, got none")
         for index, size in enumerate(self.batch_sizes):
@@ -56,9 +63,9 @@ class BenchmarkSettings:
             )
         if not self.seconds > 0:
             raise RecipeError(f"seconds must be above 0, got {self.seconds}")
-        if "onnx" in self.runtimes:
-            for package in ("onnx", "onnxscript", "onnxruntime"):
-                require_package(package, 'the runtime onnx (omit it with --runtimes "[eager,compile]")')
+        for name in self.runtimes:
+            for package in ENGINES[name].packages:
+                require_package(package, f"the runtime {name} (omit it from --runtimes)")
 
 
 class Quartiles(TypedDict):
@@ -70,7 +77,14 @@ class Quartiles(TypedDict):
 
 
 class CaseRecord(TypedDict):
-    """The figures of one case; `of_promised` is the measured speed-up divided by that of the MACs."""
+    """The figures of one case.
+
+    Attributes:
+        cpu: Median milliseconds of CPU time, of all threads, by model.
+        faster: Median of the base divided by that of the pruned model.
+        of_promised: `faster` divided by the ratio of the MACs.
+        busy: Why the machine counts as busy; such figures are shown, and not stored.
+    """
 
     runtime: RuntimeName
     dtype: DType
@@ -78,85 +92,116 @@ class CaseRecord(TypedDict):
     turns: int
     base: Quartiles
     pruned: Quartiles
+    cpu: dict[str, float]
     faster: float
     of_promised: float
+    busy: NotRequired[str]
     memory: NotRequired[dict[str, int]]
 
 
-class UnmeasuredCase(NamedTuple):
-    """A runtime and dtype that could not be measured on this machine, and why."""
+class CaseNote(NamedTuple):
+    """A runtime and dtype that could not be measured on this machine, or not as intended, and why."""
 
     runtime: RuntimeName
-    dtype: DType
+    dtype: DType | None
     reason: str
 
+    def __str__(self) -> str:
+        """Return the note as a line."""
+        label = ENGINES[self.runtime].label
+        return f"{label} in {self.dtype}: {self.reason}" if self.dtype else f"{label}: {self.reason}"
 
-def measure_cases(
-    models: Models,
-    settings: BenchmarkSettings,
-    runtimes: Mapping[RuntimeName, Callable[[], Runtime]],
-    *,
-    promised: float,
-) -> tuple[list[CaseRecord], list[UnmeasuredCase]]:
+
+class Measured(NamedTuple):
+    """The result of `measure_cases`.
+
+    Attributes:
+        rows: Figures of each case.
+        left_out: Cases that could not be measured.
+        notes: What was not done to a model in a case.
+    """
+
+    rows: list[CaseRecord]
+    left_out: list[CaseNote]
+    notes: list[CaseNote]
+
+
+def measure_cases(models: Models, settings: BenchmarkSettings, *, promised: float) -> Measured:
     """Time `base` and `pruned` in turns, case by case.
 
     Args:
         models: `base` and `pruned`, on one device; they are not changed.
         settings: The cases.
-        runtimes: Name -> function that opens the models in this runtime.
         promised: MACs of the base divided by those of the pruned model.
-
-    Returns:
-        A record of each case, and the cases that could not be measured.
     """
-    records: list[CaseRecord] = []
-    unmeasured: list[UnmeasuredCase] = []
-    rounds = Rounds(settings.repeats, _WARMUP, settings.seconds)
-    for name in with_bar(settings.runtimes, "benchmark", "runtime"):
-        runtime = runtimes[name]()
+    measured = Measured([], [], [])
+    named = settings.runtimes or tuple(ENGINES)
+    for name in with_bar(named, "benchmark", "runtime"):
+        missing = missing_packages(name)
+        if missing:
+            measured.left_out.append(CaseNote(name, None, f"{', '.join(missing)} not installed"))
+            continue
         for dtype in settings.dtypes:
-            reason = runtime.limitation(dtype, models["base"].device)
-            for batch_size in settings.batch_sizes if reason is None else ():
-                try:
-                    times = runtime.time_passes(batch_size, dtype, rounds)
-                except BackendError as error:
-                    reason = error.reason
-                    break
-                record = record_case(name, dtype, batch_size, times, promised=promised)
-                memory = runtime.peak_memory(batch_size, dtype)
-                if memory:
-                    record["memory"] = memory
-                records.append(record)
+            reason = ENGINES[name].limitation(dtype, models["base"].device)
+            try:
+                if reason is None:
+                    _measure_sizes(measured, models, settings, Runtime(name, dtype), dtype=dtype, promised=promised)
+            except RuntimeFailedError as error:
+                reason = error.reason
             if reason is not None:
-                unmeasured.append(UnmeasuredCase(name, dtype, reason))
-    return records, unmeasured
+                measured.left_out.append(CaseNote(name, dtype, reason))
+    return measured
 
 
-def record_case(
-    runtime: RuntimeName, dtype: DType, batch_size: int, times: Mapping[str, Sequence[float]], *, promised: float
-) -> CaseRecord:
+def _measure_sizes(
+    measured: Measured,
+    models: Models,
+    settings: BenchmarkSettings,
+    runtime: Runtime,
+    *,
+    dtype: DType,
+    promised: float,
+) -> None:
+    """Open the models once, and add a record for each batch size."""
+    size = image_size_of(models["base"])
+    rounds = Rounds(settings.repeats, _WARMUP, settings.seconds)
+    with open_models(models, size, runtime) as opened:
+        measured.notes.extend(CaseNote(runtime.name, dtype, note) for note in opened.notes)
+        for batch_size in settings.batch_sizes:
+            record = record_case(runtime.name, dtype, batch_size, opened.time(batch_size, rounds), promised=promised)
+            if runtime.name == "eager":
+                record["memory"] = {
+                    key: peak_memory(model, size, batch_size=batch_size, dtype=dtype) for key, model in models.items()
+                }
+            measured.rows.append(record)
+
+
+def record_case(runtime: RuntimeName, dtype: DType, batch_size: int, timing: Timing, *, promised: float) -> CaseRecord:
     """Summarize the times of one case.
 
     Args:
         runtime: Name of the runtime.
         dtype: Dtype of the models.
         batch_size: Images in the batch.
-        times: `base` and `pruned` -> milliseconds of each pass.
+        timing: Times of `base` and `pruned`.
         promised: MACs of the base divided by those of the pruned model.
     """
-    base = quartiles(times["base"])
-    pruned = quartiles(times["pruned"])
+    base, pruned = (quartiles(timing.passes[name].wall) for name in ("base", "pruned"))
     faster = base["median"] / pruned["median"]
-    return {
+    record: CaseRecord = {
         "runtime": runtime,
         "dtype": dtype,
         "batch_size": batch_size,
-        "turns": len(times["base"]),
+        "turns": len(timing.passes["base"].wall),
         "base": base,
         "pruned": pruned,
+        "cpu": {name: statistics.median(passes.cpu) for name, passes in timing.passes.items()},
         "faster": faster,
         "of_promised": faster / promised,
     }
+    if timing.busy is not None:
+        record["busy"] = timing.busy
+    return record
 
 
 def quartiles(times: Sequence[float]) -> Quartiles:
@@ -167,20 +212,12 @@ def quartiles(times: Sequence[float]) -> Quartiles:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the name of the device, the threads of PyTorch, and the versions of the installed runtimes."""
+    installed = [package for package in ("onnxruntime", "openvino") if not missing_packages(package)]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "versions": {
-            name: version(name) for name in ("torch", "onnxruntime") if name == "torch" or _is_installed(name)
-        },
+        "versions": {name: version(name) for name in ("torch", *installed)},
     }
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except ModuleNotFoundError:
-        return False
 
 
 def _cpu_name() -> str:

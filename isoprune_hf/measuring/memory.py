@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from isoprune_hf.measuring.speed import draw_images, with_precision
-from isoprune_hf.recipes.values import Precision
+from isoprune_hf.measuring.images import draw_images, in_dtype
+from isoprune_hf.recipes.values import DType
 
 _CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
 
 
 def peak_memory(
-    model: nn.Module, image_size: Sequence[int], *, batch_size: int = 1, precision: Precision = "no"
+    model: nn.Module, image_size: Sequence[int], *, batch_size: int = 1, dtype: DType | None = None
 ) -> int:
     """Measure the largest number of bytes held by tensors at any time of an eager forward pass, weights included.
 
@@ -31,9 +31,9 @@ def peak_memory(
         model: The model in eval mode, on its device; it is not changed.
         image_size: (C, H, W) of one image.
         batch_size: Images in the batch.
-        precision: As in `measure_latency`.
+        dtype: Dtype of weights and images; None is the model's own.
     """
-    copied = with_precision(model, precision)
+    copied = in_dtype(model, dtype)
     pixels = draw_images(copied, image_size, batch_size)
     weights = sum(tensor.nbytes for tensor in (*copied.parameters(), *copied.buffers()))
     with torch.no_grad():

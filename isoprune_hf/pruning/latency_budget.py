@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import BudgetError, RecipeError
+from isoprune_hf.measuring.speed import runtime_of
 from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency
 from isoprune_hf.pruning.cost.macs import CostModel, RemovedUnits
 from isoprune_hf.pruning.cutting.cut import apply_plan
@@ -25,7 +26,7 @@ _AIM_MARGIN = 0.98
 
 def latency_settings(recipe: PruneRecipe) -> LatencySettings:
     """Return the conditions under which a recipe times models."""
-    return LatencySettings(recipe.latency_batch_size, recipe.latency_precision, recipe.latency_backend)
+    return LatencySettings(recipe.latency_batch_size, runtime_of(recipe.latency_backend, recipe.latency_precision))
 
 
 def fit_base(

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.measuring.speed import measure_pair
+from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
@@ -141,14 +142,13 @@ class PruningRun:
 
         def measure(pruned: IsoPruneForImageClassification) -> tuple[float, float]:
             stored, _ = in_stored_types(pruned, self.model)
-            times = measure_pair(
-                self.model,
-                stored,
+            times = measure_latency(
+                {"base": self.model, "pruned": stored},
+                image_size_of(self.model),
                 batch_size=settings.batch_size,
-                precision=settings.precision,
-                backend=settings.backend,
+                runtime=settings.runtime,
             )
-            return broadcast(times, self.accelerator)
+            return broadcast((times["base"], times["pruned"]), self.accelerator)
 
         with self.clock.stage("solve"):
             return meet_latency(recipe, traced.cost, traced.latency, attempt=attempt, measure=measure)

@@ -15,6 +15,7 @@ from isoprune_hf.recipes.values import (
     SHARE,
     Interpolation,
     Range,
+    RuntimeName,
     check_numbers,
     whole,
 )
@@ -80,7 +81,8 @@ class PruneRecipe:
         target_latency: Budget of the time of a forward pass on this machine: 12ms, or a share of the base.
         latency_batch_size: Images in the timed batch.
         latency_precision: no (fp32) or bf16 weights and images in the timed passes.
-        latency_backend: eager or compile (torch.compile).
+        latency_backend: Runtime of the timed passes: eager, channels_last (with folded BatchNorm), compile
+            (torch.compile), onnxruntime or openvino.
         selection: exact removes the requested fraction; threshold removes everything up to a score, and counts the
             dims of an attention once for all heads.
         min_keep: Smallest number of channels (or dims of a head) in any layer.
@@ -132,7 +134,7 @@ class PruneRecipe:
     target_latency: str | int | float | None = None
     latency_batch_size: int = 1
     latency_precision: Literal["no", "bf16"] = "no"
-    latency_backend: Literal["eager", "compile"] = "eager"
+    latency_backend: RuntimeName = "eager"
     selection: Literal["exact", "threshold"] = "exact"
     min_keep: int = 2
     max_ratio: float | None = None

@@ -9,6 +9,8 @@ from isoprune_hf.errors import RecipeError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Precision = Literal["no", "bf16"]  # of a forward pass: fp32, or bf16
+RuntimeName = Literal["eager", "channels_last", "compile", "onnxruntime", "openvino"]
+DType = Literal["fp32", "bf16"]
 # Field metadata of settings that do not change the result: a run resumes although they differ.
 IGNORED_FOR_RESUME = MappingProxyType({"ignored_for_resume": True})
 

@@ -5,17 +5,11 @@ of the MACs, and `speed_reasons` explains the difference.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.export.onnx import write_onnx
-from isoprune_hf.measuring.cases import BenchmarkSettings, RuntimeName, describe_machine, measure_cases
-from isoprune_hf.measuring.runtimes import Models, OnnxRuntime, Run, Runtime, TorchRuntime
+from isoprune_hf.measuring.cases import BenchmarkSettings, describe_machine, measure_cases
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.reporting.speed_picture import RUNTIMES
 from isoprune_hf.reporting.speed_reasons import describe_layers, explain_speed_gap
@@ -42,19 +36,31 @@ def benchmark_models(
     models = {"base": base, "pruned": pruned}
     costs = {name: count_cost(model).macs for name, model in models.items()}
     promised = costs["base"] / costs["pruned"]
-    with TemporaryDirectory() as folder:
-        rows, unmeasured = measure_cases(models, settings, _runtimes(models, Path(folder)), promised=promised)
+    measured = measure_cases(models, settings, promised=promised)
     record: dict[str, Any] = {
         "machine": describe_machine(base.device),
         "macs": costs,
         "promised": promised,
-        "rows": rows,
-        "left_out": [f"{RUNTIMES[case.runtime]} in {case.dtype}: {case.reason}" for case in unmeasured],
+        "rows": measured.rows,
+        "left_out": [str(case) for case in measured.left_out],
+        "notes": [str(note) for note in measured.notes],
         "settings": {"repeats": settings.repeats, "seconds": settings.seconds},
         "layers": describe_layers(pruned),
     }
-    record["reason"] = explain_speed_gap(record) if rows else None
+    quiet = without_busy_rows(record)
+    record["reason"] = explain_speed_gap(quiet) if quiet["rows"] else None
     return record
+
+
+def without_busy_rows(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a benchmark with the rows that may be published; the others are listed among those not measured."""
+    busy = [
+        f"{RUNTIMES[row['runtime']]} in {row['dtype']}, batch {row['batch_size']}: machine busy ({row['busy']})"
+        for row in record["rows"]
+        if "busy" in row
+    ]
+    rows = [row for row in record["rows"] if "busy" not in row]
+    return {**record, "rows": rows, "left_out": [*record["left_out"], *busy]}
 
 
 def benchmark_table(record: Mapping[str, Any]) -> list[list[str]]:
@@ -68,7 +74,7 @@ def benchmark_table(record: Mapping[str, Any]) -> list[list[str]]:
                 row["dtype"],
                 str(row["batch_size"]),
                 *(format_quartiles(row[name]) for name in ("base", "pruned")),
-                f"{row['faster']:.2f}x",
+                f"{row['faster']:.2f}x" + (" (busy)" if "busy" in row else ""),
                 f"{row['of_promised']:.2f}",
                 *(f"{memory[name] / 1e6:.1f}" if name in memory else "" for name in ("base", "pruned")),
             ]
@@ -88,7 +94,10 @@ def benchmark_text(record: Mapping[str, Any]) -> str:
         "",
         align_columns(benchmark_table(record)),
         *(f"not measured: {entry}" for entry in record["left_out"]),
+        *(record.get("notes") or ()),
     ]
+    if any("busy" in row for row in record["rows"]):
+        lines.append("busy: other programs used the machine; these rows are not stored, measure them again")
     if record["reason"]:
         lines += ["", record["reason"]]
     return "\n".join(lines)
@@ -99,15 +108,3 @@ def format_quartiles(times: Mapping[str, float]) -> str:
     decimals = max(0, 2 - math.floor(math.log10(max(times["median"], _MIN_MILLISECONDS))))
     low, median, high = (f"{times[key]:.{decimals}f}" for key in ("low", "median", "high"))
     return f"{median} ({low} to {high})"
-
-
-def _runtimes(models: Models, folder: Path) -> Mapping[RuntimeName, Callable[[], Runtime]]:
-    return {
-        "eager": lambda: TorchRuntime(models, "eager"),
-        "compile": lambda: TorchRuntime(models, "compile"),
-        "onnx": lambda: OnnxRuntime(models, folder, _write_onnx),
-    }
-
-
-def _write_onnx(model: IsoPruneForImageClassification, file: Path) -> Run:
-    return write_onnx(model, file, threads=torch.get_num_threads())

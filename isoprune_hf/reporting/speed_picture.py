@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from isoprune_hf.measuring.runtimes.registry import ENGINES
 from isoprune_hf.reporting.figures import CLASS_COLORS, DPI, LIGHT, Theme, label_rows, open_figure
 
 SPEED_PICTURE = "speed.png"
-RUNTIMES = {"eager": "eager", "compile": "torch.compile", "onnx": "ONNX Runtime"}
+# `onnx` is the name of ONNX Runtime in folders of earlier versions.
+RUNTIMES: Mapping[str, str] = {"onnx": "ONNX Runtime"} | {str(name): engine.label for name, engine in ENGINES.items()}
 
 
 def draw_times(record: Mapping[str, Any], path: Path, *, title: str, theme: Theme = LIGHT) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
-from isoprune_hf.measuring.speed import draw_images
+from isoprune_hf.measuring.images import draw_images
 
 # A CPU register holds 8 or 16 fp32 numbers; a tile of a GPU's matrix unit has 16 or more rows.
 _ALIGNMENTS = (8, 16, 32)

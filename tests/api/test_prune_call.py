@@ -184,11 +184,8 @@ def test_latency_budget_is_that_of_the_measured_times(monkeypatch: pytest.Monkey
     def times(models: dict[str, Any], *_: Any, **__: Any) -> dict[str, float]:
         return {name: float(model.model.conv.out_channels) for name, model in models.items()}
 
-    def pair(base: Any, cut: Any, **_: Any) -> tuple[float, ...]:
-        return tuple(times({"base": base, "cut": cut}).values())
-
     latency = "isoprune_hf.pruning.cost.latency"
-    monkeypatch.setattr("isoprune_hf.pruning.pipeline.measure_pair", pair)
+    monkeypatch.setattr("isoprune_hf.pruning.pipeline.measure_latency", times)
     monkeypatch.setattr(f"{latency}.measure_latency", times)
     monkeypatch.setattr(f"{latency}.time_layers", lambda variants, *_, **__: [dict(macs) for _, macs in variants])
     result = prune(make_net(), make_batches(), target_latency="63%", round_to=1)

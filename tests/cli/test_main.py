@@ -206,7 +206,10 @@ def test_inspect_lists_and_draws_isomorphic_classes(stage: str, cut_folder: Path
         assert opened.width > 500 and len(opened.convert("RGB").getcolors(2**24)) > 10
 
 
-def test_run_writes_every_result(recipe_file: Path, images: Path, tmp_path: Path) -> None:
+def test_run_writes_every_result(
+    recipe_file: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isoprune_hf.measuring.timing.find_load", lambda passes, on_cpu: None)
     out = tmp_path / "out"
     command = ["run", "--config", recipe_file, "--data.dataset", images, "--output", out]
     printed = succeed(*command)

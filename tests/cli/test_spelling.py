@@ -48,7 +48,18 @@ def test_every_flag_survives_a_lost_letter() -> None:
         ("prune", "prune.round_to", "eight", "must be a whole number, got 'eight'"),
         ("prune", "prune.num_labels", "dta", "must be a whole number or data, got 'dta'; did you mean data?"),
         ("evaluate", "pretrained", "flase", "must be true or false, got 'flase'"),
-        ("benchmark", "runtimes", "egaer", "must be a list of eager, compile, onnx, got 'egaer'; did you mean eager?"),
+        (
+            "benchmark",
+            "runtimes",
+            "egaer",
+            "must be a list of eager, channels_last, compile, onnxruntime, openvino, got 'egaer'; did you mean eager?",
+        ),
+        (
+            "benchmark",
+            "runtimes",
+            "onnx",
+            "must be a list of eager, channels_last, compile, onnxruntime, openvino, got 'onnx'",
+        ),
         ("prune", "data.mean", "x", "must be a list of numbers, got 'x'"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers.fresh_python import FreshPython
@@ -13,8 +13,8 @@ from isoprune_hf.commands.stage import Flag
 from isoprune_hf.export.comparison import Quantization
 from isoprune_hf.export.formats import Format
 from isoprune_hf.legacy.tree import Weights
-from isoprune_hf.measuring.cases import RuntimeName
-from isoprune_hf.measuring.runtimes import DType
+from isoprune_hf.measuring.runtimes.registry import ENGINES
+from isoprune_hf.recipes.values import DType, RuntimeName
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -38,6 +38,7 @@ def test_choices_of_flags_are_those_of_registries() -> None:
     kinds = {(stage.name, flag.name): flag.type for stage in STAGES.values() for flag in stage.flags}
     assert kinds["export", "format"] == Format and kinds["export", "quantize"] == Quantization
     assert kinds["benchmark", "dtypes"] == list[DType] and kinds["benchmark", "runtimes"] == list[RuntimeName]
+    assert set(get_args(RuntimeName)) == set(ENGINES)
     assert kinds["convert", "weights"] == Weights
 
 

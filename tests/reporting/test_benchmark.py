@@ -15,7 +15,8 @@ from helpers.tiny_models import make_base
 from torch import nn
 
 from isoprune_hf.measuring.cases import quartiles, record_case
-from isoprune_hf.reporting.benchmark import benchmark_table, benchmark_text, format_quartiles
+from isoprune_hf.measuring.timing import Passes, Timing
+from isoprune_hf.reporting.benchmark import benchmark_table, benchmark_text, format_quartiles, without_busy_rows
 from isoprune_hf.reporting.speed_reasons import advise_multiple, describe_layers, explain_speed_gap
 
 
@@ -24,11 +25,15 @@ def test_times_have_three_significant_digits() -> None:
     assert shown == ["0.0123 (0.0123 to 0.0123)", "1.23 (1.23 to 1.23)", "12.3 (12.3 to 12.3)", "1234 (1234 to 1234)"]
 
 
+def times_of(**medians: float) -> Timing:
+    return Timing({name: Passes((time,) * 5, (time,) * 5) for name, time in medians.items()}, None)
+
+
 def record_of(**changes: Any) -> dict[str, Any]:
-    times = {"base": [10.0] * 5, "pruned": [8.0] * 5}
+    slow, fast = (times_of(base=10.0, pruned=pruned) for pruned in (8.0, 4.0))
     rows = [
-        record_case("eager", "fp32", 1, times, promised=2.5) | {"memory": {"base": 4_000_000, "pruned": 1_500_000}},
-        record_case("onnx", "fp32", 16, {**times, "pruned": [4.0] * 5}, promised=2.5),
+        record_case("eager", "fp32", 1, slow, promised=2.5) | {"memory": {"base": 4_000_000, "pruned": 1_500_000}},
+        record_case("onnxruntime", "fp32", 16, fast, promised=2.5),
     ]
     layers = {"narrow": 0.0, "depthwise": 0.0, "unaligned": {"8": 0.0, "16": 0.0, "32": 0.0}}
     machine = {"device": "a CPU", "threads": 2, "versions": {"torch": "9.9"}}
@@ -51,6 +56,17 @@ def test_table_shows_a_dash_for_unmeasured_memory() -> None:
     text = benchmark_text(record_of(left_out=["ONNX Runtime in bf16: its CPU kernels are of fp32"]))
     assert text.startswith("a CPU, 2 threads; torch 9.9\nMACs promise 2.50x;")
     assert "\nnot measured: ONNX Runtime in bf16: its CPU kernels are of fp32\n" in text
+
+
+def test_busy_rows_are_shown_and_not_published() -> None:
+    record = record_of()
+    record["rows"][0]["busy"] = "drift"
+    text = benchmark_text(record)
+    assert "1.25x (busy)" in text and "not stored" in text
+    kept = without_busy_rows(record)
+    assert [row["runtime"] for row in kept["rows"]] == ["onnxruntime"]
+    assert kept["left_out"] == ["eager in fp32, batch 1: machine busy (drift)"]
+    assert len(record["rows"]) == 2
 
 
 def test_sentence_names_causes_and_the_helpful_round_to() -> None:
@@ -87,19 +103,24 @@ def test_layer_shares_match_hand_computed_macs() -> None:
 
 
 @pytest.mark.benchmarks
-def test_benchmark_is_saved_and_shown_on_card(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+def test_benchmark_is_saved_and_shown_on_card(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isoprune_hf.measuring.timing.find_load", lambda passes, on_cpu: None)
     folder = shutil.copytree(pruned("vit").folder, tmp_path / "vit")
     (folder / "speed.json").write_text(
         '{"milliseconds": {"base": 5.0}, "device": "cpu", "threads": 1, "batch_size": 1}'
     )
     flags = ["--base", _dense(pruned, tmp_path), "--batch_sizes", "[1,2]", "--repeats", "5", "--threads", "1"]
-    done = isoprune("benchmark", folder, *flags, "--runtimes", "[eager,onnx]", "--device", "cpu")
+    done = isoprune("benchmark", folder, *flags, "--runtimes", "[eager,onnxruntime]", "--device", "cpu")
     assert (done.code, done.err) == (0, "")
     speed = read(folder, "speed.json")
     record = speed["benchmark"]
     assert speed["milliseconds"] == {"base": 5.0}
     cases = [(row["runtime"], row["dtype"], row["batch_size"]) for row in record["rows"]]
-    assert cases == [("eager", d, n) for d in ("fp32", "bf16") for n in (1, 2)] + [("onnx", "fp32", n) for n in (1, 2)]
+    assert cases == [("eager", d, n) for d in ("fp32", "bf16") for n in (1, 2)] + [
+        ("onnxruntime", "fp32", n) for n in (1, 2)
+    ]
     cost = read(folder, "config.json")["cost"]
     assert record["promised"] == pytest.approx(cost["base"]["macs"] / cost["pruned"]["macs"])
     for row in record["rows"]:

@@ -24,7 +24,9 @@ from isoprune_hf.commands.steps.unfinished import Unfinished, finish, open_unfin
 from isoprune_hf.data.dataset import ImageData, with_encoded_images
 from isoprune_hf.data.decoding import Decoding, Rows, read_or_replace, to_pixels
 from isoprune_hf.hub.uploads import Uploads
-from isoprune_hf.measuring.speed import measure_latency, record_measurement
+from isoprune_hf.measuring.runtimes.engine import Runtime
+from isoprune_hf.measuring.speed import record_measurement, time_models
+from isoprune_hf.measuring.timing import Rounds
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.recipes import FinetuneRecipe, resume_identity
@@ -33,6 +35,7 @@ from isoprune_hf.reporting.tables import Metrics
 logger = get_logger(__name__)
 
 _TIMED_PASSES = 20
+_WARMUP = 3
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,12 @@ def _finish_model(
 def _measure(models: Mapping[str, IsoPruneForImageClassification], accelerator: Accelerator) -> dict[str, Any]:
     """Measure one image in each model, and describe the measurement."""
     size = image_size_of(models["base"])
-    latency = measure_latency(models, size, batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES)
-    record = record_measurement(
-        accelerator.device, batch_size=1, precision="no", backend="eager", repeats=_TIMED_PASSES
-    )
-    return {**record, "milliseconds": latency}
+    runtime = Runtime()
+    timing = time_models(models, size, batch_size=1, runtime=runtime, rounds=Rounds(_TIMED_PASSES, _WARMUP))
+    record = record_measurement(accelerator.device, runtime, batch_size=1, repeats=_TIMED_PASSES)
+    if timing.busy is not None:
+        logger.warning(f"the latency is not recorded: {timing.busy}, so other programs use this machine")
+    return {**record, "milliseconds": timing.medians() if timing.busy is None else {}}
 
 
 def _pretrain(

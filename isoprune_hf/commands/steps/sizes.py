@@ -14,7 +14,7 @@ from typing import Any
 from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.commands.steps.opening import Opened, evaluate_on
-from isoprune_hf.measuring.speed import measure_latency, record_measurement
+from isoprune_hf.measuring.speed import measure_latency, record_measurement, runtime_of
 from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
@@ -72,8 +72,7 @@ def measure_sizes(opened: Opened, cuts: Cuts) -> list[dict[str, Any]]:
         {str(share): model for share, model in models.items()},
         image_size_of(base.model),
         batch_size=prune.latency_batch_size,
-        precision=prune.latency_precision,
-        backend=prune.latency_backend,
+        runtime=runtime_of(prune.latency_backend, prune.latency_precision),
         repeats=_TIMED_PASSES,
     )
     rows = []
@@ -90,9 +89,8 @@ def record_sizes(opened: Opened, cuts: Cuts, rows: list[dict[str, Any]]) -> dict
     prune = opened.prune
     latency = record_measurement(
         opened.accelerator.device,
+        runtime_of(prune.latency_backend, prune.latency_precision),
         batch_size=prune.latency_batch_size,
-        precision=prune.latency_precision,
-        backend=prune.latency_backend,
         repeats=_TIMED_PASSES,
     )
     return {

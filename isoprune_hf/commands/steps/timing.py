@@ -1,7 +1,5 @@
-"""Device and threads that a benchmark runs on."""
+"""Device that a benchmark runs on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -20,17 +18,6 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if name == "cuda" and not has_cuda:
         raise RecipeError("--device cuda: this machine has no CUDA device; use --device cpu")
     return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
-
-
-@contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """Set the number of CPU threads of PyTorch to `count` within the context; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def move(model: IsoPruneForImageClassification, device: torch.device) -> IsoPruneForImageClassification:

@@ -8,10 +8,9 @@ import numpy as np
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
-from isoprune_hf.measuring.backends import Backend
+from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.measuring.speed import measure_latency, record_measurement
 from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant, time_layers
-from isoprune_hf.recipes.values import Precision
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,11 @@ class LatencySettings:
 
     Args:
         batch_size: Images in the batch.
-        precision: no (fp32) or bf16, as in `measure_latency`.
-        backend: eager or compile.
+        runtime: Where it runs.
     """
 
     batch_size: int = 1
-    precision: Precision = "no"
-    backend: Backend = "eager"
+    runtime: Runtime = Runtime()  # noqa: RUF009 a frozen value
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,23 +76,16 @@ def fit_latency(
     """
     image_size = image_size_of(model)
     layer_times = time_layers(
-        variants, image_size, batch_size=settings.batch_size, precision=settings.precision, repeats=repeats
+        variants, image_size, batch_size=settings.batch_size, dtype=settings.runtime.dtype, repeats=repeats
     )
     totals = measure_latency(
         {str(number): variant for number, (variant, _) in enumerate(variants)},
         image_size,
         batch_size=settings.batch_size,
-        precision=settings.precision,
-        backend=settings.backend,
+        runtime=settings.runtime,
         repeats=repeats,
     )
-    record = record_measurement(
-        model.device,
-        batch_size=settings.batch_size,
-        precision=settings.precision,
-        backend=settings.backend,
-        repeats=repeats,
-    )
+    record = record_measurement(model.device, settings.runtime, batch_size=settings.batch_size, repeats=repeats)
     return fit_times([layer_macs for _, layer_macs in variants], layer_times, list(totals.values()), record)
 
 

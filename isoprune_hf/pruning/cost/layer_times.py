@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.measuring.speed import check_counts, draw_images, with_precision
-from isoprune_hf.recipes.values import Precision
+from isoprune_hf.measuring.images import draw_images, in_dtype
+from isoprune_hf.measuring.speed import check_counts
+from isoprune_hf.recipes.values import DType
 
 LayerMacs = Mapping[str, int]  # layer -> MACs for one image
 Variant = tuple[IsoPruneForImageClassification, LayerMacs]
@@ -24,7 +25,7 @@ def time_layers(
     image_size: Sequence[int],
     *,
     batch_size: int = 1,
-    precision: Precision = "no",
+    dtype: DType | None = None,
     repeats: int = 20,
 ) -> list[dict[str, float]]:
     """Measure the layers of each variant in eager mode: layer -> median milliseconds in a pass.
@@ -41,7 +42,7 @@ def time_layers(
     try:
         for variant, layer_macs in variants:
             variant.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
-            copied = with_precision(variant, precision)
+            copied = in_dtype(variant, dtype)
             present = [name for name, macs in layer_macs.items() if macs > 0]
             timers.append(_LayerTimer(copied, present, draw_images(copied, image_size, batch_size)))
         with torch.inference_mode():

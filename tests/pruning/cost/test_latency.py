@@ -10,6 +10,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency, fit_times
 from isoprune_hf.pruning.cost.layer_times import time_layers
 from isoprune_hf.pruning.cost.macs import cost_model
@@ -131,7 +132,7 @@ def test_real_model_is_fitted_and_not_changed(
     base = variants[0][0]
     base.train()
     base.model.head.eval()
-    fitted = fit_latency(base, variants, LatencySettings(batch_size=2, precision="bf16"), repeats=3)
+    fitted = fit_latency(base, variants, LatencySettings(2, Runtime(dtype="bf16")), repeats=3)
     assert base.training and base.model.blocks[0].training and not base.model.head.training
     assert base.dtype == torch.float32
     base.eval()

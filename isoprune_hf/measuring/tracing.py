@@ -1,4 +1,4 @@
-"""Trace a model for export: `plain_copy`, then `trace_model`."""
+"""Trace a model for another runtime or format: `plain_copy`, then `trace_model`."""
 
 import copy
 

@@ -1,0 +1,93 @@
+"""ONNX Runtime on the CPU in fp32."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from isoprune_hf.checkpoint.dense import describe_error
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.measuring.runtimes.engine import OpenModel, Pass, Runtime, RuntimeFailedError
+from isoprune_hf.measuring.tracing import EXPORT_ERRORS, plain_copy, trace_model
+from isoprune_hf.recipes.values import DType
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+Run = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, H, W) -> logits (B, classes), both fp32
+_MAX_FILE_BYTES = 2**31 - 2**24  # the limit of protobuf, minus space for the graph
+
+
+class OnnxRuntimeEngine:
+    """Runs an exported copy of a module in ONNX Runtime."""
+
+    label = "ONNX Runtime"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    min_warmup = 1
+
+    def limitation(self, dtype: DType | None, device: torch.device) -> str | None:
+        """Return why models on `device` cannot be timed in `dtype`, or None if they can."""
+        if device.type != "cpu":
+            return "measured on the CPU only"
+        return None if dtype in (None, "fp32") else "its CPU kernels are of fp32"
+
+    def session(self) -> AbstractContextManager[None]:
+        """Return an empty context."""
+        return nullcontext()
+
+    def open(self, model: IsoPruneForImageClassification, images: torch.Tensor, runtime: Runtime) -> OpenModel:
+        """Export a copy to a temporary file and open it."""
+        try:
+            program = trace_model(plain_copy(model), images.float().cpu())
+            with TemporaryDirectory() as folder:
+                file = Path(folder) / "model.onnx"
+                save_onnx(convert_onnx(program), program, file)
+                run = open_onnx(file, threads=runtime.threads or torch.get_num_threads())
+        except EXPORT_ERRORS as error:
+            raise RuntimeFailedError(
+                f"the model cannot be exported to onnx ({describe_error(error)})", "measure in the runtime eager"
+            ) from error
+        return OpenModel(lambda pixels: numpy_pass(run, pixels))
+
+
+def convert_onnx(program: torch.export.ExportedProgram) -> "ONNXProgram":
+    """Convert a traced model, from `pixel_values` to `logits`."""
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=["pixel_values"], output_names=["logits"], verbose=False
+    )
+    return cast("ONNXProgram", exported)  # torch types it as optional for dynamo=False
+
+
+def save_onnx(converted: "ONNXProgram", program: torch.export.ExportedProgram, file: Path) -> None:
+    """Write a converted model; large weights go to a file beside it."""
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    converted.save(file, external_data=size > _MAX_FILE_BYTES)
+
+
+def open_onnx(file: Path, *, threads: int = 0) -> Run:
+    """Open an ONNX model with ONNX Runtime on the CPU.
+
+    Args:
+        file: File of the model, with the input `pixel_values` and the output `logits`.
+        threads: Threads of one operator; 0 uses all cores.
+
+    Returns:
+        Function that maps pixels (B, C, H, W) to logits (B, classes).
+    """
+    runtime = import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(["logits"], {"pixel_values": pixels})[0]
+
+
+def numpy_pass(run: Run, images: torch.Tensor) -> Pass:
+    """Return the call of a pass of a runtime that reads arrays."""
+    pixels = images.float().cpu().numpy()
+    return lambda: run(pixels)
