@@ -83,6 +83,8 @@ class CaseRecord(TypedDict):
         cpu: Median milliseconds of CPU time, of all threads, by model.
         faster: Median of the base divided by that of the pruned model.
         of_promised: `faster` divided by the ratio of the MACs.
+        of_fastest: Median of the fastest base in any runtime and dtype, at this batch size, divided by that of the
+            pruned model.
         busy: Why the machine counts as busy; such figures are shown, and not stored.
     """
 
@@ -95,6 +97,7 @@ class CaseRecord(TypedDict):
     cpu: dict[str, float]
     faster: float
     of_promised: float
+    of_fastest: NotRequired[float]
     busy: NotRequired[str]
     memory: NotRequired[dict[str, int]]
 

@@ -1,9 +1,9 @@
 """Explain why a pruned network is not faster by the factor that its MACs promise.
 
-`describe_layers` measures the shares of unfavourable layers, `explain_speed_gap` turns them into one sentence.
+`describe_layers` counts the shares of unfavourable layers; `explain_speed_gap` says them, and where the time goes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from isoprune_hf.measuring.images import draw_images
 # A CPU register holds 8 or 16 fp32 numbers; a tile of a GPU's matrix unit has 16 or more rows.
 _ALIGNMENTS = (8, 16, 32)
 _NARROW_WIDTH = 64
+_SHOWN_MODULES = 3
 _MIN_NOTABLE_SHARE = 0.05  # of the MACs; smaller shares are not mentioned
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -53,30 +54,41 @@ def describe_layers(model: IsoPruneForImageClassification) -> dict[str, Any]:
 
 
 def explain_speed_gap(record: Mapping[str, Any]) -> str:
-    """Return one sentence: why the measured speed-up differs from the promised one, and which `round_to` would help.
+    """Return in words how far the measured speed-up is from the promised one, and where the time goes.
 
     Args:
-        record: `promised`, `rows` and `layers` of a benchmark.
+        record: `promised`, `rows`, `layers` and `modules` of a benchmark.
     """
     shares = sorted(row["of_promised"] for row in record["rows"])
     lowest, highest = f"{shares[0]:.2f}", f"{shares[-1]:.2f}"
     measured = lowest if lowest == highest else f"{lowest} to {highest}"
-    layers = record["layers"]
-    causes = []
-    multiple = advise_multiple(layers)
+    largest = [f"{share:.0%} in {name}" for name, share in list(record["modules"].items())[:_SHOWN_MODULES]]
+    sentences = [
+        f"The measured speed-up is {measured} of the {record['promised']:.2f}x that the MACs promise",
+        f"Of an eager pass of the pruned model, torch.profiler finds {', '.join(largest)}",
+    ]
+    layout = _share_of_eager(record["rows"])
+    if layout is not None:
+        sentences.append(f"In channels_last, with folded BatchNorm, it takes {layout:.2f} of its eager time")
+    multiple = advise_multiple(record["layers"])
     if multiple is not None:
-        share = layers["unaligned"][str(multiple)]
-        causes.append(f"{share:.0%} of the MACs are in layers whose widths are not multiples of {multiple}")
-    if layers["narrow"] > _MIN_NOTABLE_SHARE:
-        causes.append(f"{layers['narrow']:.0%} are in layers narrower than {_NARROW_WIDTH}, which leave units idle")
-    if layers["depthwise"] > _MIN_NOTABLE_SHARE:
-        causes.append(
-            f"{layers['depthwise']:.0%} are in depthwise convolutions, which are limited by memory bandwidth"
+        share = record["layers"]["unaligned"][str(multiple)]
+        sentences.append(
+            f"{share:.0%} of the MACs are in layers whose widths are not multiples of {multiple}, which "
+            f"--prune.round_to {multiple} would align"
         )
-    causes.append("norms, activations and copies take time but have no MACs, and small batches pay for every call")
-    advice = "no round_to improves the alignment" if multiple is None else f"--prune.round_to {multiple} would help"
-    start = f"The measured speed-up is {measured} of the {record['promised']:.2f}x that the MACs promise"
-    return f"{start}: {', '.join(causes)}; {advice}."
+    return ". ".join(sentences) + "."
+
+
+def _share_of_eager(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the smallest time of the pruned model in channels_last, as a share of its eager time in the same case."""
+    times = {(row["runtime"], row["dtype"], row["batch_size"]): row["pruned"]["median"] for row in rows}
+    shares = [
+        time / times["eager", *case]
+        for (name, *case), time in times.items()
+        if name == "channels_last" and ("eager", *case) in times
+    ]
+    return min(shares, default=None)
 
 
 def advise_multiple(layers: Mapping[str, Any]) -> int | None:

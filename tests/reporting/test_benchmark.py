@@ -16,7 +16,13 @@ from torch import nn
 
 from isoprune_hf.measuring.cases import quartiles, record_case
 from isoprune_hf.measuring.timing import Passes, Timing
-from isoprune_hf.reporting.benchmark import benchmark_table, benchmark_text, format_quartiles, without_busy_rows
+from isoprune_hf.reporting.benchmark import (
+    _compare_with_fastest,
+    benchmark_table,
+    benchmark_text,
+    format_quartiles,
+    without_busy_rows,
+)
 from isoprune_hf.reporting.speed_reasons import advise_multiple, describe_layers, explain_speed_gap
 
 
@@ -42,6 +48,7 @@ def record_of(**changes: Any) -> dict[str, Any]:
         "promised": 2.5,
         "rows": rows,
         "layers": layers,
+        "modules": {"Conv2d": 0.6, "ReLU": 0.2, "Add": 0.15, "Linear": 0.05},
         "left_out": [],
         "reason": "So.",
     } | changes
@@ -69,15 +76,40 @@ def test_busy_rows_are_shown_and_not_published() -> None:
     assert len(record["rows"]) == 2
 
 
-def test_sentence_names_causes_and_the_helpful_round_to() -> None:
+def test_sentence_names_dominant_modules_and_helpful_round_to() -> None:
     aligned = explain_speed_gap(record_of())
-    assert "0.50 to 1.00 of the 2.50x" in aligned
-    assert "MACs are in layers" not in aligned and "--prune.round_to" not in aligned
+    assert "0.50 to 1.00 of the 2.50x" in aligned and "finds 60% in Conv2d, 20% in ReLU, 15% in Add." in aligned
+    assert "MACs are in layers" not in aligned and "channels_last" not in aligned
     layers = {"narrow": 0.31, "depthwise": 0.12, "unaligned": {"8": 0.04, "16": 0.62, "32": 0.9}}
     sentence = explain_speed_gap(record_of(layers=layers))
-    assert re.search("62% of the MACs .* 16, 31% .* layers narrower than 64.* 12% .* depthwise", sentence)
-    assert "--prune.round_to 16" in sentence
+    assert re.search("62% of the MACs .* multiples of 16, which --prune.round_to 16", sentence)
     assert advise_multiple({"unaligned": {"8": 0.06, "16": 0.06, "32": 1.0}}) == 8
+
+
+def test_layout_is_compared_within_a_case() -> None:
+    record = record_of()
+    record["rows"] += [
+        record_case("channels_last", "fp32", size, times_of(base=9.0, pruned=2.0), promised=2.5) for size in (1, 16)
+    ]
+    # 2 ms of 8 at one image; eager was not measured at sixteen.
+    assert "takes 0.25 of its eager time" in explain_speed_gap(record)
+
+
+def test_speed_up_is_compared_with_fastest_quiet_base() -> None:
+    record = record_of()
+    record["rows"] += [
+        record_case("channels_last", "bf16", 1, times_of(base=6.0, pruned=3.0), promised=2.5),
+        {**record_case("compile", "fp32", 1, times_of(base=2.0, pruned=1.0), promised=2.5), "busy": "drift"},
+    ]
+    _compare_with_fastest(record)
+    # The busy base is not the fastest one; at sixteen images there is one row alone.
+    assert [row["of_fastest"] for row in record["rows"]] == [0.75, 2.5, 2.0, 6.0]
+    assert record["fastest_base"] == {
+        "1": {"runtime": "channels_last", "dtype": "bf16"},
+        "16": {"runtime": "onnxruntime", "dtype": "fp32"},
+    }
+    assert [row[6] for row in benchmark_table(record)] == ["vs fastest base", "0.75x", "2.50x", "2.00x", "6.00x"]
+    assert "fastest base, batch 1: channels_last in bf16" in benchmark_text(record)
 
 
 class Net(nn.Module):
