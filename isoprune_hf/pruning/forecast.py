@@ -22,8 +22,7 @@ from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.repairing.judging import FEW, HELD_OUT
 from isoprune_hf.pruning.scoring.criteria.registry import CRITERIA
-from isoprune_hf.pruning.scoring.criteria.trial_loss import FRACTIONS, TrialLoss
-from isoprune_hf.pruning.scoring.trial_cuts import count_judges
+from isoprune_hf.pruning.scoring.criteria.trial_loss import TrialLoss, foretell_passes
 from isoprune_hf.recipes import PruneRecipe
 
 _TIMED_IMAGES = 4
@@ -121,8 +120,8 @@ def _passes_of_criterion(model: IsoPruneForImageClassification, recipe: PruneRec
         return 1.0
     if recipe.criterion != TrialLoss.name or not images:
         return float(_WITH_BACKWARD)
-    cuts = len(FRACTIONS) * len(trace_groups(model, recipe.signature, recipe.engine))
-    return _WITH_BACKWARD + 1 + cuts * count_judges(images, recipe.batch_size) / images
+    groups = trace_groups(model, recipe.signature, recipe.engine)
+    return _WITH_BACKWARD + foretell_passes(model, groups, images=images, batch_size=recipe.batch_size)
 
 
 def _passes_of_repair(

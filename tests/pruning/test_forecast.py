@@ -17,6 +17,7 @@ from isoprune_hf.pruning.forecast import forecast
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.repairing.repairs.registry import REPAIRS
 from isoprune_hf.pruning.repairing.repairs.task import RepairTask
+from isoprune_hf.pruning.scoring.criteria.trial_loss import foretell_passes
 from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
@@ -99,8 +100,7 @@ def test_stages_follow_the_recipe(base: Model) -> None:
     }
     best = forecast(base, PruneRecipe(target_macs="70%", steps=2), images=200, evaluated=50, ranks=2)
     alone = forecast(base, PruneRecipe(target_macs="70%"), images=200, evaluated=50)
-    # Gradients take three passes, moments one; 32 of the images judge three cuts of each group.
-    scoring = 2 * (4 + 3 * len(trace_groups(base)) * 32 / 200)
+    scoring = 2 * (3 + foretell_passes(base, trace_groups(base), images=200, batch_size=64))
     assert best.passes["rotate"] == 1 and best.passes["score"] == pytest.approx(scoring)
     assert best.passes["repair"] == 2 * alone.passes["repair"]
     assert best.passes["evaluate"] == pytest.approx(50 * 1.7 / 200)

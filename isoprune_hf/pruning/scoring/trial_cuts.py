@@ -2,11 +2,12 @@
 
 Nothing is cut: where a layer reads the removed channels, they are replaced by their prediction from the kept ones
 (see `input_moments`), and where they are written as dims of an attention, by zero. The predictions are fitted to one
-part of the images, and the divergence from the network as it is is measured on the other part.
+part of the images, and the divergence from the network as it is is measured on the other part. A trial starts at the
+last waypoint before its cut.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,17 +16,20 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Calibration, finite_batches
+from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.divergence import divergence_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.calibration.inputs import read_tensor, replace_first_tensor
+from isoprune_hf.pruning.partial_passes.observation import PassStopped
+from isoprune_hf.pruning.partial_passes.passes import Passes
+from isoprune_hf.pruning.partial_passes.storage import Storage
 from isoprune_hf.pruning.scoring.gate_points import GatePoint
 from isoprune_hf.pruning.scoring.input_moments import InputMoments, Prediction, channel_dim
-from isoprune_hf.recipes.values import Precision
+from isoprune_hf.pruning.scoring.trial_choice import Trials, choose_trials
+from isoprune_hf.pruning.scoring.trial_course import Course, find_course
+from isoprune_hf.pruning.scoring.trial_images import TrialImages, count_held, split_images
 from isoprune_hf.terminal import with_progress
 
-_ONE_OF = 8  # images of each micro-batch judges the cuts
-_IMAGES = 24  # that judge, about
 _MAX_BYTES = 2**31  # of the moments of one pass
 _FLOAT64_BYTES = 8
 
@@ -45,62 +49,63 @@ class TrialCut(NamedTuple):
 def measure_trial_cuts(
     model: IsoPruneForImageClassification,
     points: Sequence[GatePoint],
-    cuts: Sequence[TrialCut],
+    candidates: Mapping[str, Sequence[TrialCut]],
     calibration: Calibration,
-) -> list[float | None]:
-    """Measure each cut by itself.
+) -> dict[str, list[tuple[TrialCut, float]]]:
+    """Measure each cut by itself, as many as the budget of `choose_trials` allows.
 
     Args:
         model: Its logits are those of classes. Restored afterwards.
         points: Points of `find_gate_points`.
-        cuts: The cuts.
-        calibration: Images, iterated over once for each 2 GiB of moments of inputs.
+        candidates: Group -> possible cuts, see `choose_trials`.
+        calibration: Images; iterated over once.
 
     Returns:
-        For each cut the mean divergence in nats, equal on all ranks; None if it cannot be measured: a weight is used
-        without calling its layer, its input is too wide, or there is no image to set aside.
+        Group -> the cuts that were measured, with the mean divergence in nats; equal on all ranks. A group has none if
+        one of its weights is used without calling its layer, the input of a layer is too wide, or there is no image
+        to set aside.
     """
-    by_group: dict[str, list[GatePoint]] = {}
-    for point in points:
-        by_group.setdefault(point.group, []).append(point)
-    found: list[float | None] = [None] * len(cuts)
+    device, accelerator = model.device, calibration.accelerator
+    with ExitStack() as stack:
+        stack.enter_context(scoring_mode(model, requires_grad=False))
+        stack.enter_context(torch.no_grad())
+        course = find_course(model, points)
+        measured = {name: cuts for name, cuts in candidates.items() if _is_measurable(model, course, name)}
+        storage = Storage.of_ranks(device, accelerator)
+        images = split_images(calibration, storage)
+        shares = {name: course.share(name) for name in measured}
+        trials = choose_trials(measured, shares, images=images.total, held=images.held)
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=calibration.precision == "bf16"))
+        return _measure(model, course, trials, images, calibration) if trials.judges else {}
+
+
+def foretell_passes(
+    model: IsoPruneForImageClassification,
+    points: Sequence[GatePoint],
+    candidates: Mapping[str, Sequence[object]],
+    *,
+    images: int,
+    batch_size: int,
+) -> float:
+    """Return the passes over all images that `measure_trial_cuts` will take, in micro-batches of so many."""
     with scoring_mode(model, requires_grad=False), torch.no_grad():
-        for names in _portions(model, by_group):
-            numbers = [number for number, cut in enumerate(cuts) if cut.group in names]
-            inside = [(cuts[number], by_group[cuts[number].group]) for number in numbers]
-            for number, divergence in zip(numbers, _measure_portion(model, inside, calibration), strict=True):
-                found[number] = divergence
-    return found
+        course = find_course(model, points)
+    measured = {name: cuts for name, cuts in candidates.items() if _is_measurable(model, course, name)}
+    held = images // batch_size * count_held(batch_size) + count_held(images % batch_size)
+    shares = {name: course.share(name) for name in measured}
+    trials = choose_trials(measured, shares, images=images, held=held)
+    last = min((shares[name] for name, cuts in trials.cuts.items() if cuts), default=1.0)
+    judging = trials.passes + trials.judges * (2 - last)
+    return (images - held + judging) / images if trials.judges else 0.0
 
 
-def count_judges(images: int, batch_size: int) -> int:
-    """Return about how many of so many images judge each cut, in micro-batches of so many."""
-    batches = -(-images // batch_size)
-    each = _count_held(min(images, batch_size))
-    step = max(1, batches * each // _IMAGES)
-    return min(-(-batches // step) * each, images)
+def _is_measurable(model: IsoPruneForImageClassification, course: Course, group: str) -> bool:
+    return course.is_called(group) and _moments_size(model, course.points.get(group, ())) <= _MAX_BYTES
 
 
-def _portions(
-    model: IsoPruneForImageClassification, by_group: Mapping[str, Sequence[GatePoint]]
-) -> Iterator[set[str]]:
-    """Yield names of groups whose moments fit into memory together."""
-    portion: set[str] = set()
-    used = 0
-    for name, points in by_group.items():
-        if not all(point.layer for point in points):
-            continue
-        widths = [_input_width(model, point) for point in points if not point.is_output]
-        size = _FLOAT64_BYTES * sum((width + 1) ** 2 for width in widths)
-        if size > _MAX_BYTES:
-            continue
-        if used + size > _MAX_BYTES:
-            yield portion
-            portion, used = set(), 0
-        portion.add(name)
-        used += size
-    if portion:
-        yield portion
+def _moments_size(model: IsoPruneForImageClassification, points: Sequence[GatePoint]) -> int:
+    """Return the bytes of the moments of the layers that read at some points."""
+    return _FLOAT64_BYTES * sum((_input_width(model, point) + 1) ** 2 for point in points if not point.is_output)
 
 
 def _input_width(model: IsoPruneForImageClassification, point: GatePoint) -> int:
@@ -108,78 +113,92 @@ def _input_width(model: IsoPruneForImageClassification, point: GatePoint) -> int
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
-def _measure_portion(
+def _measure(
     model: IsoPruneForImageClassification,
-    cuts: Sequence[tuple[TrialCut, Sequence[GatePoint]]],
+    course: Course,
+    trials: Trials[TrialCut],
+    images: TrialImages,
     calibration: Calibration,
-) -> list[float | None]:
-    """Measure cuts of groups whose moments fit into memory."""
-    moments, called, held = _observe(model, cuts, calibration)
-    count = torch.tensor(sum(len(part) for part in held), device=model.device)
-    images = sum_over_ranks(count, calibration.accelerator)
-    if not images:
-        return [None] * len(cuts)
-    wanted = [_logits(model, part, calibration.precision) for part in held]
+) -> dict[str, list[tuple[TrialCut, float]]]:
+    """Measure the chosen cuts, in the order of the network."""
+    storage = Storage.of_ranks(model.device, calibration.accelerator)
+    fitted = Passes(model, images.fitted, lambda: course.waypoints, storage)
+    judging = Passes(model, images.judging(trials.judges), lambda: course.waypoints, storage)
+    wanted = [_logits(model, part) for part, _ in judging.batches()]
+    cuts = [cut for name in course.in_order(trials.cuts) for cut in trials.cuts[name]]
     totals = torch.zeros(len(cuts), dtype=torch.float64, device=model.device)
-    for number, (cut, points) in enumerate(with_progress(cuts, "trial cuts", "cut", rank=calibration.rank)):
-        if called.issuperset(point.layer for point in points):
-            with _without(model, cut, points, moments):
-                for part, logits in zip(held, wanted, strict=True):
-                    totals[number] += divergence_of(logits, _logits(model, part, calibration.precision)).sum()
-    means = (sum_over_ranks(totals, calibration.accelerator) / images).tolist()
-    return [
-        mean if called.issuperset(point.layer for point in points) else None
-        for mean, (_, points) in zip(means, cuts, strict=True)
-    ]
+    moments: dict[str, InputMoments] = {}
+    ahead = _portions(model, course, trials.cuts)
+    portion: set[str] = set()
+    for number, cut in enumerate(with_progress(cuts, "trial cuts", "cut", rank=calibration.rank)):
+        if cut.group not in portion:
+            portion = next(ahead)
+            moments = _observe(model, course, portion, fitted, calibration)
+        judging.reach(course.first(cut.group))
+        with _without(model, cut, course.points[cut.group], moments):
+            for (pixels, begin), logits in zip(judging, wanted, strict=True):
+                with begin():
+                    totals[number] += divergence_of(logits, _logits(model, pixels)).sum()
+    judges = sum_over_ranks(torch.tensor(judging.images.count, device=model.device), calibration.accelerator)
+    if not judges:
+        return {}
+    means = (sum_over_ranks(totals, calibration.accelerator) / judges).tolist()
+    found: dict[str, list[tuple[TrialCut, float]]] = {}
+    for cut, mean in zip(cuts, means, strict=True):
+        found.setdefault(cut.group, []).append((cut, mean))
+    return found
+
+
+def _portions(
+    model: IsoPruneForImageClassification, course: Course, cuts: Mapping[str, Sequence[TrialCut]]
+) -> Iterator[set[str]]:
+    """Yield names of groups that are cut and whose moments fit into memory together, in the order of the network."""
+    portion: set[str] = set()
+    used = 0
+    for name in course.in_order(cuts):
+        size = _moments_size(model, course.points[name]) if cuts[name] else 0
+        if used + size > _MAX_BYTES:
+            yield portion
+            portion, used = set(), 0
+        portion.add(name)
+        used += size
+    yield portion
 
 
 def _observe(
     model: IsoPruneForImageClassification,
-    cuts: Sequence[tuple[TrialCut, Sequence[GatePoint]]],
+    course: Course,
+    portion: set[str],
+    passes: Passes,
     calibration: Calibration,
-) -> tuple[dict[str, InputMoments], set[str], list[torch.Tensor]]:
-    """Return the moments of the layers that read, all layers that are called, and the images that judge."""
-    points = [point for _, used in cuts for point in used]
-    moments = {
-        point.layer: InputMoments.empty(_input_width(model, point), model.device)
-        for point in points
-        if not point.is_output
-    }
-    called: set[str] = set()
+) -> dict[str, InputMoments]:
+    """Return the moments of the inputs of the layers that read channels of some groups."""
+    points = [point for name in portion for point in course.points[name] if not point.is_output]
+    moments = {point.layer: InputMoments.empty(_input_width(model, point), model.device) for point in points}
+    waiting = {name: course.calls[name] for name in moments}
     count = 0
 
     def on_call(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        called.add(name)
-        if name in moments:
-            x = read_tensor(args, kwargs)
-            moments[name].add(x, channel_dim(layer, x), count)
+        x = read_tensor(args, kwargs)
+        moments[name].add(x, channel_dim(layer, x), count)
+        left[name] -= 1
+        if not any(left.values()):
+            raise PassStopped
 
-    handles = [
-        model.model.get_submodule(name).register_forward_pre_hook(partial(on_call, name), with_kwargs=True)
-        for name in dict.fromkeys(point.layer for point in points)
-    ]
-    held: list[tuple[int, torch.Tensor]] = []
-    processes = 1 if calibration.accelerator is None else calibration.accelerator.num_processes
-    try:
-        for number, (images, _) in enumerate(finite_batches(calibration.batches)):
-            count = len(images) - _count_held(len(images))
-            held.append((number * processes + calibration.rank, images[count:]))
-            if count:
-                _logits(model, images[:count], calibration.precision)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name in moments:
+            layer = model.model.get_submodule(name)
+            handle = layer.register_forward_pre_hook(partial(on_call, name), with_kwargs=True)
+            stack.callback(handle.remove)
+        if not course.is_first(portion):
+            passes.reach(min((course.first(name) for name in portion), key=course.waypoints.starts.__getitem__))
+        for images, begin in passes if moments else ():
+            count, left = len(images), dict(waiting)
+            with begin(), suppress(PassStopped):
+                model(pixel_values=images)
     for found in moments.values():
         found.add_ranks(calibration.accelerator)
-    total = sum(len(part) for _, part in held)
-    total = int(sum_over_ranks(torch.tensor(total, device=model.device), calibration.accelerator))
-    step = max(1, total // _IMAGES)  # the same micro-batches judge however many ranks share them
-    return moments, called, [part for number, part in held if number % step == 0 and len(part)]
-
-
-def _count_held(images: int) -> int:
-    """Return how many of the images of a micro-batch judge: the last ones."""
-    return max(images // _ONE_OF, int(images > 1))
+    return moments
 
 
 @contextmanager
@@ -217,8 +236,6 @@ def _without(
             handle.remove()
 
 
-def _logits(model: IsoPruneForImageClassification, images: torch.Tensor, precision: Precision) -> torch.Tensor:
-    device = model.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        logits: torch.Tensor = model(pixel_values=images.to(model.device)).logits
+def _logits(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(pixel_values=images).logits
     return logits.double()

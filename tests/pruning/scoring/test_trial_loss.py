@@ -15,7 +15,7 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring import trial_cuts
-from isoprune_hf.pruning.scoring.criteria.trial_loss import correct_losses
+from isoprune_hf.pruning.scoring.criteria.trial_loss import correct_losses, ratios_of
 from isoprune_hf.pruning.scoring.gate_points import find_gate_points
 from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.pruning.scoring.trial_cuts import TrialCut, measure_trial_cuts
@@ -31,7 +31,9 @@ def measure(
     model: IsoPruneForImageClassification, group: CoupledGroup, removed: list[int], calibration: Calibration
 ) -> float | None:
     points, _ = find_gate_points(model, [group])
-    return measure_trial_cuts(model, points, [TrialCut(group.name, np.array(removed))], calibration)[0]
+    cuts = {group.name: [TrialCut(group.name, np.array(removed))]}
+    found = measure_trial_cuts(model, points, cuts, calibration).get(group.name)
+    return None if found is None else found[0][1]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,14 @@ def test_corrected_losses_by_hand(
     losses: list[float], measured: list[tuple[list[int], float]], heads: int, expected: list[float]
 ) -> None:
     cuts = [(np.array(removed), loss) for removed, loss in measured]
-    found = correct_losses(np.array(losses), cuts, heads)
+    ratios = ratios_of(np.array(losses), cuts)
+    found = correct_losses(np.array(losses), np.zeros(3) if ratios is None else ratios, heads)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_order_of_removal_stays_where_losses_tie() -> None:
-    found = correct_losses(np.arange(1.0, 9.0)[::-1], [(np.arange(6, 8), 9.0), (np.arange(2, 8), 10.0)])
+    losses = np.arange(1.0, 9.0)[::-1]
+    found = correct_losses(losses, ratios_of(losses, [(np.arange(6, 8), 9.0), (np.arange(2, 8), 10.0)]))
     assert np.argsort(found.astype(np.float32), kind="stable").tolist() == list(range(8))[::-1]
 
 
@@ -103,8 +107,8 @@ def test_uncalled_layers_and_single_images_are_not_measured(tmp_path: Path) -> N
     group = group_read_by(model, HIDDEN)
     assert measure(model, group, [0], Calibration(batches_of(model, [1, 1]))) is None
     points = [point._replace(layer="") for point in find_gate_points(model, [group])[0]]
-    cuts = [TrialCut(group.name, np.array([0]))]
-    assert measure_trial_cuts(model, points, cuts, Calibration(batches_of(model, [4]))) == [None]
+    cuts = {group.name: [TrialCut(group.name, np.array([0]))]}
+    assert measure_trial_cuts(model, points, cuts, Calibration(batches_of(model, [4]))) == {}
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet", "mobilenet_v2"])
@@ -112,14 +116,16 @@ def test_cuts_are_measured_alike_in_portions(family: str, tmp_path: Path, monkey
     model = make_base(family, tmp_path)
     groups = trace_groups(model)
     points, _ = find_gate_points(model, groups)
-    cuts = [TrialCut(group.name, np.arange(0, group.channels, 3)) for group in groups]
+    cuts = {group.name: [TrialCut(group.name, np.arange(0, group.channels, 3))] for group in groups}
     calibration = Calibration(batches_of(model, [4, 4]))
     whole = measure_trial_cuts(model, points, cuts, calibration)
     widths = {point.layer: trial_cuts._input_width(model, point) for point in points}
     sizes = [sum((widths[p.layer] + 1) ** 2 for p in points if p.group == group.name) for group in groups]
     monkeypatch.setattr(trial_cuts, "_MAX_BYTES", 8 * max(sizes))
-    assert measure_trial_cuts(model, points, cuts, calibration) == pytest.approx(whole, rel=1e-6)
-    assert all(divergence > 0 for divergence in whole)
+    portions = measure_trial_cuts(model, points, cuts, calibration)
+    assert whole.keys() == portions.keys() == cuts.keys()
+    for name, [(_, divergence)] in whole.items():
+        assert portions[name][0][1] == pytest.approx(divergence, rel=1e-6) and divergence > 0
 
 
 def test_scores_are_joint_without_images_to_judge(tmp_path: Path) -> None:
