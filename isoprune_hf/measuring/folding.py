@@ -14,19 +14,19 @@ _MAX_DIFFERENCE = 1e-3  # of the logits, as a fraction of the largest
 
 
 def fold_batchnorm(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, str | None]:
-    """Return a copy of a model in which BatchNorm that directly follows a convolution is part of its weights.
+    """Return a copy in eval mode in which BatchNorm that directly follows a convolution is part of its weights.
 
     Pairs are found in one pass: the output of the convolution is the input of the norm, and both run once. The copy is
     kept only if it answers as the model does, since another use of that output does not show in the pass.
 
     Args:
-        model: The model in eval mode; it is not changed.
+        model: The model; it is not changed.
         images: Images (B, C, H, W) that it takes.
 
     Returns:
         The copy, and why nothing was folded; None if all pairs were.
     """
-    folded = copy.deepcopy(model)
+    folded = copy.deepcopy(model).eval()
     with torch.no_grad():
         pairs, expected = _find_pairs(folded, images)
         for conv, norm in pairs.items():
@@ -36,7 +36,7 @@ def fold_batchnorm(model: nn.Module, images: torch.Tensor) -> tuple[nn.Module, s
     difference = float((found - expected).abs().max() / largest)
     if difference <= _MAX_DIFFERENCE:
         return folded, None
-    return copy.deepcopy(model), f"BatchNorm is not folded, which would change the answers by {difference:.0%}"
+    return copy.deepcopy(model).eval(), f"BatchNorm is not folded, which would change the answers by {difference:.0%}"
 
 
 def _find_pairs(model: nn.Module, images: torch.Tensor) -> tuple[Mapping[str, str], torch.Tensor]:

@@ -4,12 +4,14 @@
 machine was busy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.measuring.runtimes.opened import open_models
@@ -72,6 +74,28 @@ def time_models(
     check_counts(batch_size=batch_size, repeats=rounds.repeats, warmup=rounds.warmup)
     with open_models(models, image_size, runtime) as opened:
         return opened.time(batch_size, rounds)
+
+
+@contextmanager
+def time_against(
+    base: IsoPruneForImageClassification, *, batch_size: int, runtime: Runtime, rounds: Rounds
+) -> Iterator[Callable[[IsoPruneForImageClassification], Timing]]:
+    """Open a base once; yield a function that times `base` and another model, named `pruned`, in turns.
+
+    Args:
+        base: The base; its image size is that of the measurement.
+        batch_size: Images in the batch.
+        runtime: Where both run.
+        rounds: How often.
+    """
+    size = image_size_of(base)
+    with open_models({"base": base}, size, runtime) as dense:
+
+        def time_pruned(model: IsoPruneForImageClassification) -> Timing:
+            with open_models({"pruned": model}, size, runtime) as pruned:
+                return pruned.time(batch_size, rounds, beside=dense)
+
+        yield time_pruned
 
 
 def record_measurement(device: torch.device, runtime: Runtime, *, batch_size: int, repeats: int) -> dict[str, Any]:

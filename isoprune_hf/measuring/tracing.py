@@ -13,13 +13,13 @@ EXPORT_ERRORS: tuple[type[Exception], ...] = (*LIBRARY_ERRORS, OSError)
 
 
 def plain_copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
-    """Return a copy of a model on the CPU in fp32, with an attention that can be traced."""
+    """Return a copy of a model on the CPU in fp32 and eval mode, with an attention that can be traced."""
     plain = copy.deepcopy(model)
     nn.Module.to(plain, device="cpu", dtype=torch.float32)  # transformers wraps its own `to` without types
     if (model.config.base or {}).get("library") == "transformers":
         # The decomposition of the fused attention returns a layout that the model cannot view.
         plain.model.set_attn_implementation("eager")
-    return plain
+    return nn.Module.eval(plain)
 
 
 def trace_model(model: IsoPruneForImageClassification, pixels: torch.Tensor) -> torch.export.ExportedProgram:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import BudgetError, RecipeError
@@ -16,6 +17,15 @@ from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 Cut = tuple[PruningPlan, IsoPruneForImageClassification]
+
+
+class MeasuredPair(NamedTuple):
+    """Milliseconds of a base and a cut model, and why the machine counts as busy; None if it does not."""
+
+    base: float
+    pruned: float
+    busy: str | None = None
+
 
 _FITTED_RATIOS = (0.25, 0.5, 0.75)
 _MAX_CUTS = 6
@@ -64,7 +74,7 @@ def meet_latency(
     latency: LatencyModel,
     *,
     attempt: Callable[[PruneRecipe], Cut],
-    measure: Callable[[IsoPruneForImageClassification], tuple[float, float]],
+    measure: Callable[[IsoPruneForImageClassification], MeasuredPair],
 ) -> Cut:
     """Cut and measure until the measured time meets the budget.
 
@@ -94,12 +104,12 @@ def meet_latency(
     smallest_share = float("inf")
     for _ in range(_MAX_CUTS):
         plan, pruned = attempt(replace(recipe, target_latency=aim))
-        base_ms, pruned_ms = measure(pruned)
-        share = pruned_ms / budget.resolve(base_ms)
+        times = measure(pruned)
+        share = times.pruned / budget.resolve(times.base)
         smallest_share = min(smallest_share, share)
         if best_share < share <= 1:
             best_share = share
-            best = _record_times(plan, recipe, latency, base_ms, pruned_ms), pruned
+            best = _record_times(plan, recipe, latency, times), pruned
         if _MIN_USED_SHARE <= share <= 1:
             break
         aim = min(aim * _AIM_MARGIN / share, predicted)
@@ -112,10 +122,12 @@ def meet_latency(
 
 
 def _record_times(
-    plan: PruningPlan, recipe: PruneRecipe, latency: LatencyModel, base_ms: float, pruned_ms: float
+    plan: PruningPlan, recipe: PruneRecipe, latency: LatencyModel, measured: MeasuredPair
 ) -> PruningPlan:
     """Return the plan with the measured times, and with the budget of the recipe in place of the aim."""
-    times = {"base": base_ms, "pruned": pruned_ms}
+    times = {"base": measured.base, "pruned": measured.pruned}
     achieved = {name: {**figures, "latency_ms": round(times[name], 3)} for name, figures in plan.achieved.items()}
     settings = {**plan.settings, "target_latency": recipe.target_latency, "latency": dict(latency.record)}
-    return replace(plan, achieved=achieved, settings=settings)
+    busy = f"the latency was measured on a busy machine ({measured.busy}); measure it again with isoprune benchmark"
+    notes = plan.notes if measured.busy is None else (*plan.notes, busy)
+    return replace(plan, achieved=achieved, settings=settings, notes=notes)

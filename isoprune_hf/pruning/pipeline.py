@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.checkpoint.structure import image_size_of
-from isoprune_hf.measuring.speed import measure_latency
+from isoprune_hf.measuring.speed import time_against
+from isoprune_hf.measuring.timing import Rounds
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel
@@ -21,7 +21,7 @@ from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.deciding.make_plan import make_plan
 from isoprune_hf.pruning.graph.precision import in_stored_types
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
-from isoprune_hf.pruning.latency_budget import latency_settings, meet_latency
+from isoprune_hf.pruning.latency_budget import MeasuredPair, latency_settings, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.repairing.attention_scale import keep_scale, undo_scale
 from isoprune_hf.pruning.repairing.repair import repair
@@ -31,6 +31,8 @@ from isoprune_hf.pruning.scoring.scores import ImportanceScores, Sample
 from isoprune_hf.recipes import PruneRecipe
 
 Value = TypeVar("Value")
+_TIMED_PASSES = 20
+_UNTIMED_PASSES = 3
 _STAGES = ("trace", "rotate", "score", "solve", "cut", "repair")
 
 
@@ -140,17 +142,19 @@ class PruningRun:
             plan = self.decide(tried, scores)
             return plan, self.cut(plan)
 
-        def measure(pruned: IsoPruneForImageClassification) -> tuple[float, float]:
+        def measure(pruned: IsoPruneForImageClassification) -> MeasuredPair:
             stored, _ = in_stored_types(pruned, self.model)
-            times = measure_latency(
-                {"base": self.model, "pruned": stored},
-                image_size_of(self.model),
-                batch_size=settings.batch_size,
-                runtime=settings.runtime,
-            )
-            return broadcast((times["base"], times["pruned"]), self.accelerator)
+            timing = time_pruned(stored)
+            times = timing.medians()
+            return broadcast(MeasuredPair(times["base"], times["pruned"], timing.busy), self.accelerator)
 
-        with self.clock.stage("solve"):
+        rounds = Rounds(_TIMED_PASSES, _UNTIMED_PASSES)
+        with (
+            self.clock.stage("solve"),
+            time_against(
+                self.model, batch_size=settings.batch_size, runtime=settings.runtime, rounds=rounds
+            ) as time_pruned,
+        ):
             return meet_latency(recipe, traced.cost, traced.latency, attempt=attempt, measure=measure)
 
     def repair(

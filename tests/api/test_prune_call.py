@@ -2,7 +2,8 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from isoprune_hf import Pruned, prune
 from isoprune_hf.errors import BudgetError, DatasetError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.measuring.timing import Passes, Timing
 from isoprune_hf.recipes.presets import Criterion, DataCriterion, LossCriterion, WeightCriterion
 
 DEAD = (1, 2, 5)
@@ -185,9 +187,18 @@ def test_latency_budget_is_that_of_the_measured_times(monkeypatch: pytest.Monkey
         return {name: float(model.model.conv.out_channels) for name, model in models.items()}
 
     latency = "isoprune_hf.pruning.cost.latency"
-    monkeypatch.setattr("isoprune_hf.pruning.pipeline.measure_latency", times)
+
+    @contextmanager
+    def against(base: Any, **_: Any) -> Iterator[Callable[[Any], Timing]]:
+        def time_pruned(cut: Any) -> Timing:
+            widths = times({"base": base, "pruned": cut})
+            return Timing({name: Passes((width,), (width,)) for name, width in widths.items()}, None)
+
+        yield time_pruned
+
+    monkeypatch.setattr("isoprune_hf.pruning.pipeline.time_against", against)
     monkeypatch.setattr(f"{latency}.measure_latency", times)
-    monkeypatch.setattr(f"{latency}.time_layers", lambda variants, *_, **__: [dict(macs) for _, macs in variants])
+    monkeypatch.setattr(f"{latency}.time_in_runtime", lambda variants, *_, **__: [dict(macs) for _, macs in variants])
     result = prune(make_net(), make_batches(), target_latency="63%", round_to=1)
     assert kept_channels(result) == [0, 3, 4, 6, 7]
 

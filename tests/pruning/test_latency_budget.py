@@ -6,7 +6,7 @@ from isoprune_hf.errors import BudgetError
 from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, Term
 from isoprune_hf.pruning.graph.widths import Width
-from isoprune_hf.pruning.latency_budget import meet_latency
+from isoprune_hf.pruning.latency_budget import MeasuredPair, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.recipes import PruneRecipe
 
@@ -30,7 +30,7 @@ def meet(measured, target):
         COST,
         LATENCY,
         attempt=attempt,
-        measure=lambda pruned: measured(pruned.aim),
+        measure=lambda pruned: MeasuredPair(*measured(pruned.aim)),
     )
     return plan, pruned, aims
 
@@ -41,6 +41,12 @@ def test_cut_that_measures_as_predicted_is_accepted() -> None:
     assert plan.achieved["pruned"] == {"macs": 1, "params": 1, "latency_ms": 60.0}
     assert plan.achieved["base"]["latency_ms"] == 100.0
     assert (plan.settings["target_latency"], plan.settings["latency"]) == ("60ms", {"device": "cpu"})
+
+
+def test_busy_machine_is_noted_in_the_plan() -> None:
+    plan, _, _ = meet(lambda aim: (100.0, aim, "drift"), "60ms")
+    assert [note for note in plan.notes if "busy machine (drift)" in note]
+    assert meet(lambda aim: (100.0, aim), "60ms")[0].notes == ()
 
 
 def test_aim_is_corrected_by_the_measurement() -> None:

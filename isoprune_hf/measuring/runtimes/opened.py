@@ -8,7 +8,7 @@ import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.measuring.images import draw_images
-from isoprune_hf.measuring.runtimes.engine import Engine, OpenModel, Runtime
+from isoprune_hf.measuring.runtimes.engine import Engine, OpenModel, Pass, Runtime
 from isoprune_hf.measuring.runtimes.registry import ENGINES
 from isoprune_hf.measuring.timing import Rounds, Timing, time_calls
 
@@ -27,13 +27,18 @@ class OpenModels:
         """What was not done to the models, one line each."""
         return tuple(f"{name}: {model.note}" for name, model in self.opened.items() if model.note)
 
-    def time(self, batch_size: int, rounds: Rounds) -> Timing:
-        """Time the models in turns."""
-        calls = {
+    def time(self, batch_size: int, rounds: Rounds, *, beside: "OpenModels | None" = None) -> Timing:
+        """Time the models in turns, and with them those of `beside`, which come first."""
+        calls = self.passes(batch_size) if beside is None else beside.passes(batch_size) | self.passes(batch_size)
+        on_cpu = not any(next(model.parameters()).is_cuda for model in self.models.values())
+        return time_calls(calls, rounds.with_warmup(self.engine.min_warmup), on_cpu=on_cpu)
+
+    def passes(self, batch_size: int) -> dict[str, Pass]:
+        """Return the call of a pass of each model, by name."""
+        return {
             name: self.opened[name].bind(draw_images(model, self.image_size, batch_size))
             for name, model in self.models.items()
         }
-        return time_calls(calls, rounds.with_warmup(self.engine.min_warmup))
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.measuring.speed import measure_latency, record_measurement
-from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant, time_layers
+from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant
+from isoprune_hf.pruning.cost.runtime_times import time_in_runtime
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,15 @@ def fit_latency(
         model: The dense base; its image size and device are those of the measurement.
         variants: Models of different widths, including the base, each with its MACs by layer. Layers are the modules
             of `model.model` that compute; the entry of an attention module is that of its two products.
-        settings: Conditions of the measurement. Compiled layers cannot be timed one by one: with `compile` the shares
-            of the layers are measured in eager mode, and the whole model compiled.
+        settings: Conditions of the measurement; see `time_in_runtime`.
         repeats: Timed passes of each variant: of its layers, and again of the whole model.
 
     Raises:
         RecipeError: See `measure_latency`.
     """
     image_size = image_size_of(model)
-    layer_times = time_layers(
-        variants, image_size, batch_size=settings.batch_size, dtype=settings.runtime.dtype, repeats=repeats
+    layer_times = time_in_runtime(
+        variants, image_size, batch_size=settings.batch_size, runtime=settings.runtime, repeats=repeats
     )
     totals = measure_latency(
         {str(number): variant for number, (variant, _) in enumerate(variants)},
