@@ -31,6 +31,7 @@ def run(
     from isoprune_hf.checkpoint.folder import write_file
     from isoprune_hf.checkpoint.output_check import check_output
     from isoprune_hf.commands.steps import recording
+    from isoprune_hf.commands.steps.holding_out import has_seen, settle_holdout
     from isoprune_hf.commands.steps.opening import evaluation_split, open_data, with_data_transform
     from isoprune_hf.commands.steps.sources import align_images
     from isoprune_hf.data.loading import LoaderOptions
@@ -49,6 +50,7 @@ def run(
                 f"--per_class {per_class} exists and is not a table of this command; choose another file"
             )
     place = recording.open_result_folder(model)
+    data = settle_holdout(data, model, otherwise=0.0)
     images = open_data(data, accelerator).evaluating_all(data.eval_images)
     evaluation_split(images, data)  # before the model is loaded
     names = images.label_names
@@ -70,7 +72,8 @@ def run(
         accelerator=accelerator,
     )
     figures = images.with_provenance(compute_figures(predictions))
-    is_stored = recording.takes_figures(place, base.model, data, has_own_transform=base is found)
+    is_seen = has_seen(base.model.config, images)
+    is_stored = recording.takes_figures(place, base.model, data, has_own_transform=base is found, is_seen=is_seen)
 
     def store() -> None:
         if place is not None and is_stored:

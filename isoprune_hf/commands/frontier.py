@@ -29,6 +29,7 @@ def run(
     """Score once, cut to every size, measure all of them, and write table, plot and scores."""
     from isoprune_hf.checkpoint.folder import replace_folder
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.commands.steps.sizes import cut_sizes, measure_sizes, record_sizes, tabulate_sizes, write_sizes
@@ -42,6 +43,7 @@ def run(
         if prune.steps > 1:
             raise RecipeError(f"frontier cuts every size from one scoring: set prune.steps to 1, got {prune.steps}")
         prune = replace(prune, model=model or prune.model, target_macs=None, target_params=None, target_latency=None)
+        data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator) if data.dataset else None
         prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)

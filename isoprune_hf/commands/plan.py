@@ -45,6 +45,7 @@ def run_apply(
 ) -> Answer:
     """Replay a plan on its base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
     from isoprune_hf.commands.steps.replaying import replay_on_base
@@ -58,6 +59,7 @@ def run_apply(
         settings = recipe_to_dict(prune)
         if model is not None:
             settings["model"] = model
+        data = settle_holdout(data, settings["model"])
         images = open_data(data, accelerator) if data.dataset else None
         opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
         pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
@@ -70,10 +72,12 @@ def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe
     from dataclasses import asdict
 
     from isoprune_hf.commands.steps.estimating import estimate_cut
+    from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
     from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.reporting.plan_text import show_forecast
 
+    data = settle_holdout(data, prune.model)
     images = open_data(data, accelerator) if data.dataset else None
     prune, _, reader = settle(prune, images)
     opened = open_inputs(prune, data, images, accelerator, reader=reader)

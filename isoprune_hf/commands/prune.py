@@ -23,6 +23,7 @@ def run(
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.commands.steps.cutting import cut_base
+    from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
     from isoprune_hf.commands.steps.results import send_result, summarize, write_folder
@@ -34,6 +35,7 @@ def run(
         target.check_inputs({"prune.model": prune.model, "prune.weights": prune.weights, "--scores": scores})
         target.check_inputs({"data.dataset": data.dataset})
         uploads = open_uploads(push_to_hub, accelerator)
+        data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator) if data.dataset else None
         prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)

@@ -24,6 +24,7 @@ def run(
 ) -> Answer:
     """Open, train the base if requested, score, cut, finetune, evaluate and write; an unfinished run is resumed."""
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import evaluation_split, open_data, open_inputs
     from isoprune_hf.commands.steps.pipeline import run_pipeline
     from isoprune_hf.commands.steps.results import send_result
@@ -35,6 +36,7 @@ def run(
         target.check_inputs({**models, "data.dataset": data.dataset})
         target.check_inputs({"finetune.teacher_cache": finetune.teacher_cache}, are_places=True)
         uploads = open_uploads(push_to_hub, accelerator, push_every)
+        data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator)
         evaluation_split(images, data)  # before the model is loaded
         prune, _, reader = settle(prune, images)

@@ -14,12 +14,14 @@ def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, out
     """Score the base and write `importance.safetensors`."""
     from isoprune_hf.checkpoint.folder import replace_file
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.pruning.score import score_model
 
     with open_target(output, overwrite=overwrite, is_file=True, is_writer=accelerator.is_main_process) as target:
         target.check_inputs({"prune.weights": prune.weights})
+        data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator) if data.dataset else None
         prune, _, reader = settle(prune, images)
         opened = open_inputs(prune, data, images, accelerator, reader=reader)

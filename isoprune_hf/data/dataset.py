@@ -17,8 +17,9 @@ from isoprune_hf.data.class_names import Split, number_texts, read_labels, short
 from isoprune_hf.data.columns import find_column, is_file, is_image
 from isoprune_hf.data.decoding import DECODE_ERRORS, Decoding, Rows
 from isoprune_hf.data.fingerprint import fingerprint_images
+from isoprune_hf.data.holdout import HOLDOUT_SEED, divide
 from isoprune_hf.data.sources import open_splits
-from isoprune_hf.data.splits import UNDIVIDED, part_of, take_part
+from isoprune_hf.data.splits import UNDIVIDED
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.limits import MAX_IMAGE_BYTES
 from isoprune_hf.plain_files import read_bytes
@@ -40,12 +41,15 @@ class ImageData:
             It leaves out the labels of a stream, which are not known.
         decoding: How the images are read.
         buffer: Number of rows of `train` that are shuffled together if it is a stream, else None.
-        split_images: Number of images of the evaluation split if `evaluation` is a sample of it, else None.
+        split_images: Number of images of the evaluation split if `evaluation` is a sample of it, else None. Of images
+            that are held out, it is the number of training images before.
         eval_name: Name of the evaluation split.
         eval_fingerprint: Digest of the images of `evaluation`, see `fingerprint_images`.
         is_order_ambiguous: The classes have the order of their sorted names, and sorted by characters they would have
             another one; the labels of a model without names of classes may have either.
         is_undivided: The data set has no splits, and `train` is all of it, or the part that the recipe names.
+        holdout: Share of the training images that `evaluation` is held out of; 0 if it is all of them, None if it is a
+            split of its own.
     """
 
     train: Dataset | IterableDataset | None
@@ -60,6 +64,13 @@ class ImageData:
     eval_fingerprint: str | None = None
     is_order_ambiguous: bool = False
     is_undivided: bool = False
+    holdout: float | None = None
+
+    @property
+    def identity(self) -> dict[str, str | float]:
+        """Return what identifies the images of a run that is resumed, by its name in an error."""
+        held_out = {} if not self.holdout else {"data.holdout": self.holdout}
+        return {"the data set": self.fingerprint, **held_out}
 
     def evaluating_all(self, images: int | None) -> "ImageData":
         """Return the images of an undivided data set, or a sample of so many, as the split for evaluation."""
@@ -72,6 +83,7 @@ class ImageData:
             evaluation=sample,
             split_images=None if sample is self.train else len(self.train),
             eval_name=UNDIVIDED,
+            holdout=0.0,
             eval_fingerprint=fingerprint_images(with_encoded_images(sample), self.label_names),
         )
 
@@ -79,14 +91,21 @@ class ImageData:
         """Return figures of an evaluation with the images that they were measured on.
 
         `data` is the fingerprint of the images, `split` their split, and `split_images` the number of images of the
-        split if they are a sample of it.
+        split if they are a sample of it; `holdout_seed` is the seed by which training images were held out.
         """
-        origin = {"data": self.eval_fingerprint, "split": self.eval_name, "split_images": self.split_images}
+        origin = {
+            "data": self.eval_fingerprint,
+            "split": self.eval_name,
+            "split_images": self.split_images,
+            "holdout_seed": HOLDOUT_SEED if self.holdout else None,
+        }
         return {**figures, **{name: value for name, value in origin.items() if value is not None}}
 
 
 def load_data(recipe: DataRecipe) -> ImageData:
     """Open the data set of a recipe; a split that it does not have is None.
+
+    Without a split for evaluation, images of the training split are held out for it, see `divide`.
 
     Raises:
         DatasetError: The data set cannot be opened, or its splits, columns or labels do not fit image classification.
@@ -95,9 +114,8 @@ def load_data(recipe: DataRecipe) -> ImageData:
     selected = {name: [_select(part, name, recipe) for part in parts] for name, parts in opened.splits.items()}
     splits, label_names = _name_classes(selected, recipe)
     has_texts = any(not hasattr(part.features["label"], "names") for parts in selected.values() for part in parts)
-    chosen = opened.chosen
-    train = take_part(splits[chosen.train], "train_split", recipe.train_split) if chosen.train else None
-    whole = take_part(splits[chosen.evaluation], "eval_split", recipe.eval_split) if chosen.evaluation else None
+    division = divide(splits, opened.chosen, recipe)
+    train, whole = division.train, division.evaluation
     digest = hashlib.sha256("\n".join(label_names).encode())
     for split in (train, whole):
         if isinstance(split, Dataset):
@@ -106,7 +124,7 @@ def load_data(recipe: DataRecipe) -> ImageData:
             digest.update(b"none" if split is None else b"stream")
     evaluation = _sample(whole, recipe.eval_images) if isinstance(whole, Dataset) else None
     _warn_of_wide_images(str(recipe.dataset), (train, whole))
-    is_sample = evaluation is not None and evaluation is not whole
+    is_sample = division.held_out_of is None and evaluation is not whole
     return ImageData(
         train=train,
         evaluation=evaluation,
@@ -117,13 +135,14 @@ def load_data(recipe: DataRecipe) -> ImageData:
             broken=recipe.broken, max_broken=recipe.max_broken, exif=recipe.exif, decoder=recipe.decoder
         ),
         buffer=recipe.shuffle_buffer if recipe.streaming else None,
-        split_images=len(whole) if isinstance(whole, Dataset) and is_sample else None,
-        eval_name=None if evaluation is None else f"{chosen.evaluation}{part_of(recipe.eval_split)}",
+        split_images=len(whole) if isinstance(whole, Dataset) and is_sample else division.held_out_of,
+        eval_name=division.eval_name,
         eval_fingerprint=(
             None if evaluation is None else fingerprint_images(with_encoded_images(evaluation), label_names)
         ),
         is_order_ambiguous=(opened.is_sorted or has_texts) and list(label_names) != sorted(label_names),
-        is_undivided=chosen.is_undivided,
+        is_undivided=opened.chosen.is_undivided,
+        holdout=None if division.held_out_of is None else recipe.held_out,
     )
 
 

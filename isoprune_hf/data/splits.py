@@ -28,11 +28,13 @@ class ChosenSplits:
         train: For training; None if there is none.
         evaluation: For evaluation; None if there is none.
         is_undivided: The data set has one split without a name of a split, and that is the one for training.
+        is_held_out: Images of the split for training are held out, as there is none for evaluation.
     """
 
     train: str | None
     evaluation: str | None
     is_undivided: bool = False
+    is_held_out: bool = False
 
 
 def choose_splits(available: Sequence[str], recipe: DataRecipe) -> ChosenSplits:
@@ -52,7 +54,8 @@ def choose_splits(available: Sequence[str], recipe: DataRecipe) -> ChosenSplits:
             f"data.dataset: {recipe.dataset!r} has neither the split {recipe.train_split!r} nor "
             f"{recipe.eval_split!r}, it has {', '.join(map(str, available))}; set data.train_split and data.eval_split"
         )
-    if evaluation is None:
+    is_held_out = evaluation is None and names[1] == DataRecipe.eval_split and recipe.held_out > 0
+    if evaluation is None and not is_held_out:
         use = (
             "its only split is used whole, to train on or by `isoprune evaluate`"
             if is_undivided
@@ -62,9 +65,9 @@ def choose_splits(available: Sequence[str], recipe: DataRecipe) -> ChosenSplits:
             f"data: {recipe.dataset}: {use}; hold images out with data.train_split: train[:90%] and data.eval_split: "
             "train[90%:]"
         )
-    elif names[1] == DataRecipe.eval_split and evaluation.casefold() not in _VALIDATION:
+    elif evaluation is not None and names[1] == DataRecipe.eval_split and evaluation.casefold() not in _VALIDATION:
         logger.info(f"data: the split for evaluation is {evaluation!r}")
-    return ChosenSplits(train, evaluation, is_undivided and train is not None)
+    return ChosenSplits(train, evaluation, is_undivided and train is not None, is_held_out)
 
 
 def is_split_name(name: str, recipe: DataRecipe) -> bool:

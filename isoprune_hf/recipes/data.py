@@ -4,10 +4,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from isoprune_hf.limits import MAX_PROCESSED_SIDE
-from isoprune_hf.recipes.values import IGNORED_FOR_RESUME, IMAGES, Interpolation, Range, check_numbers, whole
+from isoprune_hf.recipes.values import (
+    IGNORED_FOR_RESUME,
+    IMAGES,
+    SHARE_BELOW_ONE,
+    Interpolation,
+    Range,
+    check_numbers,
+    whole,
+)
 
+DEFAULT_HOLDOUT = 0.1
 RANGES = {
     "eval_images": whole(1, 2**40),
+    "holdout": SHARE_BELOW_ONE,
     "shuffle_buffer": whole(1, 2**20),
     "image_size": whole(1, MAX_PROCESSED_SIDE),
     "resize": whole(1, MAX_PROCESSED_SIDE),
@@ -57,6 +67,8 @@ class DataRecipe:
         image_size: Side in pixels of the images that the model reads, such as 32 for a convolutional network; by
             default that of the model. Resize and crop keep their proportion. It is saved with a pruned model.
         subset: Subset (configuration) of a Hub data set that has several.
+        holdout: Share of the training images that is held out by a seed for evaluation, if the data set has no split
+            for it: by default 0.1, or that of the model's folder. 0 holds none out, and so does a stream.
     """
 
     dataset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
@@ -80,11 +92,17 @@ class DataRecipe:
     num_workers: int | None = field(default=None, metadata=IGNORED_FOR_RESUME)
     image_size: int | None = None
     subset: str | None = field(default=None, metadata=IGNORED_FOR_RESUME)
+    holdout: float | None = field(default=None, metadata=IGNORED_FOR_RESUME)  # see `ImageData.identity`
 
     def __post_init__(self) -> None:
         if self.dataset is not None:  # `hf:` marks a name of the Hub for readers
             object.__setattr__(self, "dataset", self.dataset.removeprefix("hf:"))
         check_numbers("data", self, RANGES)
+
+    @property
+    def held_out(self) -> float:
+        """Return the share of the training images that is held out if there is no split for evaluation."""
+        return 0.0 if self.streaming else DEFAULT_HOLDOUT if self.holdout is None else self.holdout
 
     @property
     def transform(self) -> dict[str, Any]:

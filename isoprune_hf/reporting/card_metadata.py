@@ -113,6 +113,11 @@ def list_benchmark_entries(config: Mapping[str, Any], figures: Mapping[str, Any]
     ]
 
 
+def _name_split(figures: Mapping[str, Any], data: Mapping[str, Any]) -> str | None:
+    split: str | None = figures.get("split", data.get("eval_split"))
+    return f"{split} (held out)" if "holdout_seed" in figures else split
+
+
 def _list_results(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list[EvalResult]:
     data, stage = (config.get("recipe") or {}).get("data") or {}, config.get("stage", "base")
     macs = ((config.get("cost") or {}).get("base" if stage == "base" else "pruned") or {}).get("macs")
@@ -125,7 +130,7 @@ def _list_results(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list
             task_type="image-classification",
             dataset_type=show_place(data["dataset"]),
             dataset_name=show_place(data["dataset"]),
-            dataset_split=figures.get("split", data.get("eval_split")),
+            dataset_split=_name_split(figures, data),
             dataset_revision=data.get("revision"),
             metric_type=kind,
             metric_name=name,

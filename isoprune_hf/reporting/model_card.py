@@ -167,6 +167,7 @@ def _describe_results(files: _Files) -> dict[str, Any]:
         "saved": _compare(cost),
         "sample": describe_sample(shown.values()),
         "split": plain_markdown(last.get("split")),
+        "is_held_out": "holdout_seed" in last,
         "left_out": [name for name in _STAGES if metrics.get(name) and name not in shown],
         "table": _tabulate(cost, shown, speed.get("milliseconds") or {}, files.stage, size),
         "speed": plain_markdown(speed),

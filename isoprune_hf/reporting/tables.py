@@ -67,10 +67,16 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
 
 
 def describe_sample(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return on how many images of the split figures were measured, if they are those of a sample, else nothing."""
-    samples = {(row["images"], row["split_images"]) for row in rows if "split_images" in row}
-    texts = [f"{images:,} of {split:,}" for images, split in sorted(samples)]
-    return f" (sample of {' and '.join(texts)} images)" if texts else ""
+    """Return on how many images of the split figures were measured, if it was not on all of them, else nothing."""
+    texts = {_describe_part(row) for row in rows if "split_images" in row}
+    return f" ({' and '.join(sorted(texts))})" if texts else ""
+
+
+def _describe_part(figures: Mapping[str, Any]) -> str:
+    images, total, seed = figures["images"], figures["split_images"], figures.get("holdout_seed")
+    if seed is not None:
+        return f"{images:,} of {total:,} training images, held out by seed {seed:,}"
+    return f"sample of {images:,} of {total:,} images"
 
 
 def on_same_images(metrics: Metrics, images: Mapping[str, Any]) -> Metrics:

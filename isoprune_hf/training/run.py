@@ -186,7 +186,8 @@ class TrainingRun:
         """Return the message about an unfinished run with another identity."""
         names = sorted({*known, *self._identity})
         changed = [name for name in names if known.get(name) != self._identity.get(name)]
-        values = "; ".join(f"{name} was {known.get(name)}, got {self._identity.get(name)}" for name in changed[:3])
+        pairs = [(name, known.get(name, "not set"), self._identity.get(name, "not set")) for name in changed[:3]]
+        values = "; ".join(f"{name} was {old}, got {new}" for name, old, new in pairs)
         return (
             f"--output {self._output} contains an unfinished run with other settings: {values}; restore "
             "the old values to resume it, choose another folder, or replace it with --overwrite true"

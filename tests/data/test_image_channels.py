@@ -127,7 +127,7 @@ def test_column_of_arrays_is_a_data_set(kind: str, layout: str, tmp_path: Path) 
     expected = torch.stack(
         [EvaluationTransform(processor)(torch.from_numpy(image.transpose(2, 0, 1).copy())) for image in images]
     )
-    data = load_data(DataRecipe(dataset=str(tmp_path), image_column="pixels"))
+    data = load_data(DataRecipe(dataset=str(tmp_path), image_column="pixels", holdout=0))
     (batch,) = CalibrationBatches(data.train, processor, LoaderOptions(6), batches=1, seed=0)
     assert sorted(map(float, batch[0].sum((1, 2, 3)))) == sorted(map(float, expected.sum((1, 2, 3))))
     stream = load_data(DataRecipe(dataset=str(tmp_path), image_column="pixels", streaming=True))

@@ -151,12 +151,12 @@ def test_evaluation_split_has_usual_names(name: str, tmp_path: Path) -> None:
 
 
 def test_missing_evaluation_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = load(in_one_file(tmp_path))
+    images = load(in_one_file(tmp_path), holdout=0)
     assert "its only split is used whole" in caplog.text and images.is_undivided
     whole = images.evaluating_all(None)
     assert sorted(rows_of(whole.evaluation)) == sorted(ROWS)
     assert images.evaluating_all(2).split_images == 3
-    divided = load(save(table(), tmp_path / "d" / "train.parquet").parent)
+    divided = load(save(table(), tmp_path / "d" / "train.parquet").parent, holdout=0)
     assert "so nothing is evaluated" in caplog.text and divided.evaluating_all(None).evaluation is None
 
 
@@ -168,7 +168,7 @@ def test_slices_share_a_split(tmp_path: Path) -> None:
     train, evaluation = rows_of(parts.train), rows_of(parts.evaluation)
     assert (len(train), len(evaluation)) == (8, 2) and not set(train) & set(evaluation)
     assert {label for _, label in train} == {"a", "b"}  # not the first classes only
-    assert rows_of(load(root, train_split="train[:80%]").train) == train
+    assert rows_of(load(root, train_split="train[:80%]", holdout=0).train) == train
 
 
 @pytest.mark.parametrize("value", ["train[a:b]", "train[3:3]", "train[:20%][1:]"])
@@ -200,7 +200,7 @@ def test_left_out_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFix
         (tmp_path / "train" / name).mkdir()
         make_image(9).save(tmp_path / "train" / name / "0.png")
     images = load(tmp_path)
-    assert images.label_names == (".c", "__d__", "a", "b") and len(images.train) == 6
+    assert images.label_names == (".c", "__d__", "a", "b") and len(images.train) + len(images.evaluation) == 6
     assert "3 files that are not images: a/notes.txt, a/x/._3.png, list.csv" in caplog.text
     assert "1 class folders without images: empty" in caplog.text
 

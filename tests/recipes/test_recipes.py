@@ -197,5 +197,5 @@ def test_resume_identity_omits_settings_without_effect() -> None:
     assert recipe_to_dict(finetune).keys() - resume_identity(finetune).keys() == ignored
     data = DataRecipe()
     assert recipe_to_dict(data).keys() - resume_identity(data).keys() == {
-        *("dataset", "subset", "revision", "batch_size", "num_workers", "max_broken")
+        *("dataset", "subset", "revision", "batch_size", "num_workers", "max_broken", "holdout")
     }

@@ -27,6 +27,8 @@ def test_table_has_only_measured_columns() -> None:
         "50%    2.00  1.00 M    25.00                12.50      30",
         "Accuracy and loss (sample of 30 of 1,000 images)",
     ]
+    rows["50%"]["holdout_seed"] = 0
+    assert results_table(rows).endswith("\nAccuracy and loss (30 of 1,000 training images, held out by seed 0)")
 
 
 def test_long_name_loses_its_middle() -> None:

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.commands.steps.holding_out import settle_holdout
 from isoprune_hf.commands.steps.opening import open_data, open_inputs
 from isoprune_hf.commands.steps.settling import settle
 from isoprune_hf.errors import CheckpointError, RecipeError
@@ -55,6 +56,7 @@ def compare_plans(
         CheckpointError: The plan in the folder was made on other weights than those of its base.
         RecipeError: The scores were, or the folder names no base.
     """
+    data = settle_holdout(data, name)
     images = open_data(data, accelerator) if data.dataset else None
     prune, scores, reader = settle(prune, images, scores_file, only_decides=True)
     plan = _load_plan(name)

@@ -9,6 +9,7 @@ from isoprune_hf.checkpoint.folder import read_json
 from isoprune_hf.checkpoint.output_check import check_output
 from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
 from isoprune_hf.commands.stage import Answer
+from isoprune_hf.commands.steps.holding_out import settle_holdout
 from isoprune_hf.commands.steps.opening import evaluate_on, open_data, with_data_transform
 from isoprune_hf.commands.steps.recording import Records, read_records
 from isoprune_hf.commands.steps.results import summarize, write_folder
@@ -56,6 +57,7 @@ def finetune_folder(
     folder = target.path
     known = read_run(folder / CHECKPOINTS)
     holds_unfinished = is_begun(folder / CHECKPOINTS) and not (known is not None and known["finished"])
+    data = settle_holdout(data, source.name)
     images = open_data(data, accelerator)
     student, carried, images = _open_student(source, images, data, finetune)
     has_dense = not source.takes_new_head  # the dense model has other classes than a new head

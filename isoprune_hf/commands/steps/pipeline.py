@@ -84,7 +84,7 @@ def run_pipeline(
 
 def _identify(opened: Opened, images: ImageData, pretrain: FinetuneRecipe) -> dict[str, Any]:
     """Return everything that determines the cut of a run."""
-    identity = {"the base": fingerprint(opened.base.model.model), "the data set": images.fingerprint}
+    identity = {"the base": fingerprint(opened.base.model.model), **images.identity}
     for section, recipe in (("prune", opened.prune), ("data", opened.data), ("pretrain", pretrain)):
         identity |= {f"{section}.{name}": value for name, value in resume_identity(recipe).items()}
     return identity

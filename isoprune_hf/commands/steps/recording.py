@@ -126,7 +126,12 @@ def open_result_folder(folder: str) -> ResultFolder | None:
 
 
 def takes_figures(
-    folder: ResultFolder | None, model: IsoPruneForImageClassification, data: DataRecipe, *, has_own_transform: bool
+    folder: ResultFolder | None,
+    model: IsoPruneForImageClassification,
+    data: DataRecipe,
+    *,
+    has_own_transform: bool,
+    is_seen: bool = False,
 ) -> bool:
     """Return whether figures are stored in a folder, and log a line if not.
 
@@ -138,6 +143,7 @@ def takes_figures(
         model: The evaluated model.
         data: The data set that was evaluated on.
         has_own_transform: The images went through the model's own evaluation transform.
+        is_seen: The model was pruned or trained on some of the images.
     """
     if folder is None:
         return False
@@ -147,6 +153,8 @@ def takes_figures(
         reason = "they were measured with another transform"
     elif recorded is not None and recorded.get("dataset") != data.dataset:
         reason = "they were measured with another data set"
+    elif is_seen:
+        reason = "the model has seen some of the images"
     elif not os.access(folder.path, os.W_OK):
         reason = "it is not writable"
     if reason is not None:
@@ -174,7 +182,8 @@ def record_figures(
     def write(place: Path) -> None:
         _write_json(place / "metrics.json", {**read_metrics(str(place)), config.stage: figures})
         if recorded is None:
-            config.recipe = {**(config.recipe or {}), "data": recipe_to_dict(data)}
+            section = {name: value for name, value in recipe_to_dict(data).items() if name != "holdout"}
+            config.recipe = {**(config.recipe or {}), "data": section}  # nothing was held out of a training
             is_stock = config.layout == "uniform"
             text = stock_config_text(folder.config, config) if is_stock else config.to_json_string()
             write_file(place / "config.json", text)

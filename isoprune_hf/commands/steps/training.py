@@ -90,7 +90,7 @@ def open_run(
     identity: dict[str, Any] = {
         "the model": fingerprint(student.model),
         "the teacher": None if teacher is None else fingerprint(teacher.model),
-        "the data set": images.fingerprint,
+        **images.identity,
         "the image processor": json.loads(student.processor.to_json_string()),
     }
     for section, settings in (("data", data), ("finetune", recipe)):

@@ -95,7 +95,8 @@ def finish(work: Unfinished) -> None:
 
 def _describe_difference(target: Target, known: dict[str, Any], wanted: dict[str, Any]) -> str:
     changed = [name for name in sorted({*known, *wanted}) if known.get(name) != wanted.get(name)]
-    values = "; ".join(f"{name} was {known.get(name)}, got {wanted.get(name)}" for name in changed[:3])
+    pairs = [(name, known.get(name, "not set"), wanted.get(name, "not set")) for name in changed[:3]]
+    values = "; ".join(f"{name} was {old}, got {new}" for name, old, new in pairs)
     return (
         f"--output {target.path} has an unfinished run with other settings: {values}; restore the old values to "
         "resume it, choose another folder, or replace it with --overwrite true"

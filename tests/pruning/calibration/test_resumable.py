@@ -46,7 +46,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
             Image.fromarray(pixels).save(root / "images" / "train" / f"class{label}" / f"{number}.png")
     command = ["score", "--prune.model", "timm/vit_tiny_patch16_224", "--prune.pretrained", "false"]
     command += ["--prune.num_labels", "6", "--prune.model_args", json.dumps(MODEL_ARGS), "--prune.batch_size", "2"]
-    command += ["--prune.calibration_batches", "12", "--data.dataset", str(root / "images")]
+    command += ["--prune.calibration_batches", "12", "--data.dataset", str(root / "images"), "--data.holdout", "0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
