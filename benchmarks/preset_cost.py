@@ -1,7 +1,7 @@
 """Count the passes, the time and the memory of the default preset, and print a Markdown table.
 
     PYTHONPATH=.:tests OMP_NUM_THREADS=1 python benchmarks/preset_cost.py [--models NAME ...] [--images 64 128]
-        [--predict 256]
+        [--predict 256] [--size 224]
 
 Prunes to 70 % of the MACs by the preset `best`, with random weights that keep all units active, smooth random images
 and the labels that the base itself gives them: neither network nor data are needed.
@@ -45,19 +45,20 @@ STAGES = ("trace", "rotate", "score", "solve", "cut", "repair")
 COUNTED = ("rotate", "score", "repair")
 
 
-def build(name: str) -> IsoPruneForImageClassification:
-    base = {"library": "timm", "architecture": name, "args": {}}
-    model = IsoPruneForImageClassification(IsoPruneConfig(base=base, num_labels=1000, image_size=[3, 224, 224])).eval()
+def build(name: str, size: int) -> IsoPruneForImageClassification:
+    base = {"library": "timm", "architecture": name, "args": {"img_size": size} if "patch" in name else {}}
+    config = IsoPruneConfig(base=base, num_labels=1000, image_size=[3, size, size])
+    model = IsoPruneForImageClassification(config).eval()
     with torch.no_grad():
-        randomize(model, images=draw_images(16, seed=1))
+        randomize(model, images=draw_images(16, size, seed=1))
     return model
 
 
-def draw_images(count: int, *, seed: int) -> torch.Tensor:
-    """Draw smooth images with some noise: (count, 3, 224, 224)."""
+def draw_images(count: int, size: int, *, seed: int) -> torch.Tensor:
+    """Draw smooth images with some noise: (count, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, 14, 14, generator=generator)
-    smooth = functional.interpolate(coarse, 224, mode="bicubic")
+    coarse = torch.randn(count, 3, size // 16, size // 16, generator=generator)
+    smooth = functional.interpolate(coarse, size, mode="bicubic")
     return smooth + 0.3 * torch.randn(smooth.shape, generator=generator)
 
 
@@ -99,10 +100,10 @@ class Clock(StageClock):
         self.work[name] += self._layers.total - before
 
 
-def measure(name: str, images: int) -> dict[str, Any]:
+def measure(name: str, images: int, size: int) -> dict[str, Any]:
     """Prune a model; return passes and CPU seconds of each stage, and the memory."""
-    model, layers = build(name), LayerCount()
-    parts = draw_images(images, seed=2).split(MICRO_BATCH)
+    model, layers = build(name, size), LayerCount()
+    parts = draw_images(images, size, seed=2).split(MICRO_BATCH)
     with torch.no_grad(), layers.counting():
         start = time.process_time()
         labels = [model(pixel_values=part).logits.argmax(1) for part in parts]
@@ -131,9 +132,9 @@ def read_memory(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
 
-def run(name: str, images: int) -> dict[str, Any]:
+def run(name: str, images: int, size: int) -> dict[str, Any]:
     """Measure a model in a new process."""
-    command = [sys.executable, __file__, "--one", "--models", name, "--images", str(images)]
+    command = [sys.executable, __file__, "--one", "--models", name, "--images", str(images), "--size", str(size)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
@@ -164,17 +165,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--images", type=int, nargs="+", default=[64])
     parser.add_argument("--predict", type=int)
+    parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if args.one:
-        print(json.dumps(measure(args.models[0], args.images[0])))
+        print(json.dumps(measure(args.models[0], args.images[0], args.size)))
         return
     print("| model | images | rotate | score | repair | all passes | s of a pass | s | of it repair | peak GiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name in args.models:
-        results = [run(name, images) for images in args.images]
+        results = [run(name, images, args.size) for images in args.images]
         for found in results:
             print(row(name, found), flush=True)
         if args.predict and len(results) > 1:
