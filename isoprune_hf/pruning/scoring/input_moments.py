@@ -61,7 +61,8 @@ class InputMoments:
         rows = x.movedim(dim, -1).flatten(0, -2)
         rows = rows[:: max(1, len(rows) // (_ROWS * images))].float()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
-        self.products += rows.T @ rows
+        with torch.autocast(rows.device.type, enabled=False):
+            self.products += rows.T @ rows
 
     def add_ranks(self, accelerator: Accelerator | None) -> None:
         """Add the sums of all other ranks, in place; each rank must call this."""

@@ -37,6 +37,13 @@ def test_channels_of_images_lie_on_any_dim() -> None:
     torch.testing.assert_close(first.movedim(1, -1), moments_of(last, 3).predict(kept, removed).replace(last, 3))
 
 
+def test_moments_are_precise_under_autocast() -> None:
+    x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = moments_of(x, 2)
+    assert torch.equal(found.products, moments_of(x, 2).products)
+
+
 def test_copy_of_a_channel_is_predicted_by_it() -> None:
     x = torch.randn(200, 60, 5, generator=torch.Generator().manual_seed(2))
     x[..., 3] = 2 * x[..., 1] + 1
