@@ -39,6 +39,13 @@ class Node(NamedTuple):
     scopes: Sequence[str]
 
 
+class LayerTimes(NamedTuple):
+    """Milliseconds of the layers of a model in a pass, and of the whole pass."""
+
+    layers: dict[str, float]
+    total: float
+
+
 class Kernel(NamedTuple):
     """A kernel of ONNX Runtime, which may do the work of several operations."""
 
@@ -54,7 +61,7 @@ def time_onnx_layers(
     batch_size: int,
     threads: int,
     repeats: int,
-) -> dict[str, float]:
+) -> LayerTimes:
     """Return the milliseconds of each layer in the faster half of some passes; 0 for layers without a kernel.
 
     Args:
@@ -71,7 +78,7 @@ def time_onnx_layers(
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         save_onnx(converted, program, file)
-        events = _profile(file, pixels, threads=threads, passes=_WARMUP + repeats)
+        events, totals = _profile(file, pixels, threads=threads, passes=_WARMUP + repeats)
     length = len(events) // (_WARMUP + repeats)  # every pass runs the same kernels
     kernels = [Kernel(event["name"].removesuffix(_ENDING), event["args"]["op_name"]) for event in events[:length]]
     owners = assign_kernels(kernels, _nodes_of(converted.model.graph), layers)
@@ -82,7 +89,11 @@ def time_onnx_layers(
             if owner is not None:
                 spent[owner][turn] += event["dur"] / 1000  # microseconds
     # The clock of the profile has whole microseconds, so that a median of short kernels would be coarse.
-    return {name: statistics.mean(sorted(times)[: (repeats + 1) // 2]) for name, times in spent.items()}
+    return LayerTimes({name: _typical(times) for name, times in spent.items()}, _typical(totals[_WARMUP:]))
+
+
+def _typical(times: Sequence[float]) -> float:
+    return statistics.mean(sorted(times)[: (len(times) + 1) // 2])
 
 
 def assign_kernels(kernels: Sequence[Kernel], nodes: Iterable[Node], layers: Collection[str]) -> list[str | None]:
@@ -137,8 +148,8 @@ def _nodes_of(graph: Iterable[Any]) -> list[Node]:
     ]
 
 
-def _profile(file: Path, pixels: Any, *, threads: int, passes: int) -> list[dict[str, Any]]:
-    """Run a model, and return the events of its kernels in their order."""
+def _profile(file: Path, pixels: Any, *, threads: int, passes: int) -> tuple[list[dict[str, Any]], list[float]]:
+    """Run a model; return the events of its kernels in their order, and the milliseconds of each pass."""
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -149,4 +160,5 @@ def _profile(file: Path, pixels: Any, *, threads: int, passes: int) -> list[dict
     for _ in range(passes):
         session.run(["logits"], {"pixel_values": pixels})
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_ENDING)]
+    kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_ENDING)]
+    return kernels, [event["dur"] / 1000 for event in events if event["name"] == "model_run"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from isoprune_hf import Pruned, prune
 from isoprune_hf.errors import BudgetError, DatasetError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.measuring.onnx_profile import LayerTimes
 from isoprune_hf.measuring.timing import Passes, Timing
 from isoprune_hf.recipes.presets import Criterion, DataCriterion, LossCriterion, WeightCriterion
 
@@ -188,6 +189,9 @@ def test_latency_budget_is_that_of_the_measured_times(monkeypatch: pytest.Monkey
 
     latency = "isoprune_hf.pruning.cost.latency"
 
+    def fit(variants: Any, *_: Any, **__: Any) -> list[LayerTimes]:
+        return [LayerTimes(dict(macs), times({"cut": model})["cut"]) for model, macs in variants]
+
     @contextmanager
     def against(base: Any, **_: Any) -> Iterator[Callable[[Any], Timing]]:
         def time_pruned(cut: Any) -> Timing:
@@ -197,8 +201,7 @@ def test_latency_budget_is_that_of_the_measured_times(monkeypatch: pytest.Monkey
         yield time_pruned
 
     monkeypatch.setattr("isoprune_hf.pruning.pipeline.time_against", against)
-    monkeypatch.setattr(f"{latency}.measure_latency", times)
-    monkeypatch.setattr(f"{latency}.time_in_runtime", lambda variants, *_, **__: [dict(macs) for _, macs in variants])
+    monkeypatch.setattr(f"{latency}.time_in_runtime", fit)
     result = prune(make_net(), make_batches(), target_latency="63%", round_to=1)
     assert kept_channels(result) == [0, 3, 4, 6, 7]
 

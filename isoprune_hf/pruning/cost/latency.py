@@ -9,7 +9,7 @@ import numpy as np
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.runtimes.engine import Runtime
-from isoprune_hf.measuring.speed import measure_latency, record_measurement
+from isoprune_hf.measuring.speed import record_measurement
 from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant
 from isoprune_hf.pruning.cost.runtime_times import time_in_runtime
 
@@ -75,18 +75,16 @@ def fit_latency(
         RecipeError: See `measure_latency`.
     """
     image_size = image_size_of(model)
-    layer_times = time_in_runtime(
+    times = time_in_runtime(
         variants, image_size, batch_size=settings.batch_size, runtime=settings.runtime, repeats=repeats
     )
-    totals = measure_latency(
-        {str(number): variant for number, (variant, _) in enumerate(variants)},
-        image_size,
-        batch_size=settings.batch_size,
-        runtime=settings.runtime,
-        repeats=repeats,
-    )
     record = record_measurement(model.device, settings.runtime, batch_size=settings.batch_size, repeats=repeats)
-    return fit_times([layer_macs for _, layer_macs in variants], layer_times, list(totals.values()), record)
+    return fit_times(
+        [layer_macs for _, layer_macs in variants],
+        [variant.layers for variant in times],
+        [variant.total for variant in times],
+        record,
+    )
 
 
 def fit_times(

@@ -9,19 +9,20 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.measuring.folding import fold_batchnorm
 from isoprune_hf.measuring.images import draw_images
-from isoprune_hf.measuring.onnx_profile import time_onnx_layers
+from isoprune_hf.measuring.onnx_profile import LayerTimes, time_onnx_layers
 from isoprune_hf.measuring.runtimes.engine import Runtime
+from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.pruning.cost.layer_times import Variant, time_layers
 
 
 def time_in_runtime(
     variants: Sequence[Variant], image_size: Sequence[int], *, batch_size: int, runtime: Runtime, repeats: int
-) -> list[dict[str, float]]:
-    """Measure the layers of each variant: layer -> milliseconds in a pass.
+) -> list[LayerTimes]:
+    """Measure each variant: the milliseconds of a pass, and of each layer in it.
 
-    ONNX Runtime reports the time of each of its kernels. In eager mode and in channels_last the layers are timed by
-    hooks. Compiled layers and those of OpenVINO cannot be timed one by one: their shares are those of eager mode and
-    of channels_last.
+    ONNX Runtime reports the time of each of its kernels and of the pass. In eager mode and in channels_last the layers
+    are timed by hooks. Compiled layers and those of OpenVINO cannot be timed one by one: their shares are those of
+    eager mode and of channels_last.
 
     Args:
         variants: Models with their MACs by layer; they are not changed.
@@ -46,9 +47,17 @@ def time_in_runtime(
             )
             for model, layer_macs in variants
         ]
+    totals = measure_latency(
+        {str(number): model for number, (model, _) in enumerate(variants)},
+        image_size,
+        batch_size=batch_size,
+        runtime=runtime,
+        repeats=repeats,
+    )
     if runtime.name in ("channels_last", "openvino"):
         variants = [(_in_channels_last(model, image_size), layer_macs) for model, layer_macs in variants]
-    return time_layers(variants, image_size, batch_size=batch_size, dtype=runtime.dtype, repeats=repeats)
+    layers = time_layers(variants, image_size, batch_size=batch_size, dtype=runtime.dtype, repeats=repeats)
+    return [LayerTimes(times, total) for times, total in zip(layers, totals.values(), strict=True)]
 
 
 def _in_channels_last(

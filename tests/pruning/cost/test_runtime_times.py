@@ -8,6 +8,7 @@ import torch
 from helpers.tiny_models import make_base
 from torch import nn
 
+from isoprune_hf.measuring.onnx_profile import LayerTimes
 from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.pruning.cost import runtime_times
 from isoprune_hf.pruning.cost.runtime_times import time_in_runtime
@@ -19,10 +20,17 @@ def test_layers_are_timed_in_the_layout_of_the_runtime(
     name: RuntimeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[Any] = []
-    monkeypatch.setattr(runtime_times, "time_layers", lambda variants, *_, **settings: timed.extend(variants))
+
+    def time_layers(variants: list[Any], *_: Any, **settings: Any) -> list[dict[str, float]]:
+        timed.extend(variants)
+        return [{"conv1": 2.0}]
+
+    monkeypatch.setattr(runtime_times, "time_layers", time_layers)
+    monkeypatch.setattr(runtime_times, "measure_latency", lambda models, *_, **settings: {"0": 3.0})
     base = make_base("resnet", tmp_path).train()
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    time_in_runtime([(base, {"conv1": 5})], (3, 64, 64), batch_size=1, runtime=Runtime(name), repeats=1)
+    times = time_in_runtime([(base, {"conv1": 5})], (3, 64, 64), batch_size=1, runtime=Runtime(name), repeats=1)
+    assert times == [({"conv1": 2.0}, 3.0)]
     ((model, layer_macs),) = timed
     folds = name in ("channels_last", "openvino")
     assert layer_macs == {"conv1": 5} and (model is base) != folds
@@ -32,11 +40,12 @@ def test_layers_are_timed_in_the_layout_of_the_runtime(
 
 
 def test_onnx_runtime_times_layers_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(model: str, size: tuple[int, ...], layers: list[str], **settings: int) -> dict[str, float]:
+    def fake(model: str, size: tuple[int, ...], layers: list[str], **settings: int) -> LayerTimes:
         assert (size, settings) == ((3, 4, 4), {"batch_size": 2, "threads": 3, "repeats": 4})
-        return dict.fromkeys(layers, float(len(model)))
+        return LayerTimes(dict.fromkeys(layers, 1.0), float(len(model)))
 
     monkeypatch.setattr(runtime_times, "time_onnx_layers", fake)
     variants = [("b", {"a": 1, "gone": 0}), ("bb", {"a": 1})]
     runtime = Runtime("onnxruntime", threads=3)
-    assert time_in_runtime(variants, (3, 4, 4), batch_size=2, runtime=runtime, repeats=4) == [{"a": 1.0}, {"a": 2.0}]
+    times = time_in_runtime(variants, (3, 4, 4), batch_size=2, runtime=runtime, repeats=4)
+    assert times == [({"a": 1.0}, 1.0), ({"a": 1.0}, 2.0)]
