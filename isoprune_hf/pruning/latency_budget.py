@@ -102,8 +102,16 @@ def meet_latency(
     best: Cut | None = None
     best_share = 0.0
     smallest_share = float("inf")
+    reached: float | None = None  # the last aim that a cut could be made for
     for _ in range(_MAX_CUTS):
-        plan, pruned = attempt(replace(recipe, target_latency=aim))
+        try:
+            plan, pruned = attempt(replace(recipe, target_latency=aim))
+        except BudgetError:
+            if reached is None:
+                raise
+            aim = (reached + aim) / 2
+            continue
+        reached = aim
         times = measure(pruned)
         share = times.pruned / budget.resolve(times.base)
         smallest_share = min(smallest_share, share)

@@ -16,12 +16,14 @@ LATENCY = LatencyModel(0.0, {"a": (0.0, 1.0)}, {"device": "cpu"})
 ACHIEVED = {"base": {"macs": 100, "params": 10}, "pruned": {"macs": 1, "params": 1}}
 
 
-def meet(measured, target):
+def meet(measured, target, smallest=0.0):
     """Meet a target; a cut that aims at x ms takes measured(x) = (base ms, cut ms)."""
     aims = []
 
     def attempt(recipe: PruneRecipe) -> tuple[PruningPlan, SimpleNamespace]:
         aims.append(recipe.target_latency)
+        if recipe.target_latency < smallest:
+            raise BudgetError("too small")
         plan = PruningPlan({}, {}, achieved=ACHIEVED, settings={"target_latency": recipe.target_latency})
         return plan, SimpleNamespace(aim=recipe.target_latency)
 
@@ -66,6 +68,21 @@ def test_cut_far_below_budget_is_retried_larger() -> None:
     plan, _, aims = meet(lambda aim: (100.0, 0.5 * aim), "40ms")
     assert aims == pytest.approx([40.0, 40 * 0.98 / 0.5])
     assert plan.achieved["pruned"]["latency_ms"] == pytest.approx(39.2)
+
+
+def test_aim_below_smallest_cut_is_raised() -> None:
+    # Large cuts take 1.9 times what is predicted, so that an aim of 20.6 ms is tried; none below 24 ms can be made.
+    # Half-way to the last cut is tried instead, twice; 25.5 ms takes 38.2.
+    plan, _, aims = meet(lambda aim: (100.0, 1.9 * aim if aim > 30 else 1.5 * aim), "40ms", smallest=24.0)
+    low = 0.98 * 40 / 1.9
+    middle = (40 + low) / 2
+    assert aims == pytest.approx([40.0, low, middle, low, (middle + low) / 2])
+    assert plan.achieved["pruned"]["latency_ms"] == pytest.approx(1.5 * (middle + low) / 2, abs=1e-3)
+
+
+def test_unreachable_budget_is_refused_at_once() -> None:
+    with pytest.raises(BudgetError, match="too small"):
+        meet(lambda aim: (100.0, aim), "10ms", smallest=24.0)
 
 
 def test_budget_unmet_when_measured_is_refused() -> None:
