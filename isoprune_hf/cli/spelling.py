@@ -18,6 +18,7 @@ _SYNONYMS = {
     **dict.fromkeys(("params", "parameters"), "target-params"),
     **dict.fromkeys(("latency", "speed"), "target-latency"),
     **dict.fromkeys(("checkpoint", "ckpt", "pretrained-path"), "weights"),
+    **dict.fromkeys(("quantize", "dtype", "int8", "fp16"), "precision"),
 }
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _KINDS_IN_LIST: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}

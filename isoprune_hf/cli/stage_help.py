@@ -15,7 +15,7 @@ _MOST_SHOWN = 12  # flags; a stage with more of them shows the common ones
 _COMMON = (
     *("prune.target_macs", "prune.target_params", "prune.target_latency", "prune.preset", "prune.weights"),
     *("data.dataset", "data.eval_split", "finetune.epochs", "finetune.learning_rate", "finetune.teacher"),
-    *("scores", "output", "overwrite", "push_to_hub"),
+    *("scores", "format", "precision", "calibration_images", "output", "overwrite", "push_to_hub"),
 )
 _METAVARS = {bool: "", int: " N", float: " X", str: " TEXT"}
 _OWN_METAVARS = {

@@ -1,63 +1,89 @@
-"""The stage `export`: write a model for another runtime, and compare its outputs with PyTorch."""
+"""The stage `export`: write a model for another runtime, compare it with PyTorch, and measure its accuracy."""
 
+from pathlib import Path
 from typing import Literal
 
 from isoprune_hf.commands.flags import OVERWRITE, output_flag
 from isoprune_hf.commands.stage import Answer, Flag, Heading, Stage
+from isoprune_hf.errors import RecipeError
+from isoprune_hf.recipes import DataRecipe
 
 
 def run(
     *,
+    data: DataRecipe,
     folder: str,
     format: Literal["onnx", "openvino", "torch-export"],
     output: str,
-    quantize: Literal["none", "dynamic"],
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int8-dynamic"],
+    calibration_images: int,
     overwrite: bool,
 ) -> Answer:
-    """Export a model and report how far its logits are from those of PyTorch."""
+    """Export a model, and report how far its logits are from those of PyTorch, and its accuracy with images."""
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.commands.steps.exporting import open_export_images, write_results
+    from isoprune_hf.export.comparison import Export
     from isoprune_hf.export.export import check_export, export_model
+    from isoprune_hf.measuring.runtimes.onnx_runtime import Run
     from isoprune_hf.models import load_base
+    from isoprune_hf.reporting.export_text import describe_export
+    from isoprune_hf.reporting.tables import Metrics
 
+    if calibration_images < 1:
+        raise RecipeError(f"--calibration_images must be at least 1, got {calibration_images}")
     with open_target(output, overwrite=overwrite) as target:
-        target.check_inputs({"--folder": folder})
-        check_export(format, quantize)
-        model, processor = load_base(folder)
-        exported = export_model(model, processor, target, target=format, quantize=quantize)
-    images = sum(exported.batches)
-    file = target.path / exported.file
-    text = (
-        f"{file}: {format}{', weights of 8 bits' if quantize == 'dynamic' else ''}, any batch size\n"
-        f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
-        f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
-        f"the same class for {exported.same_class} of {images}"
-    )
+        target.check_inputs({"--folder": folder, "data.dataset": data.dataset})
+        check_export(format, precision, has_images=data.dataset is not None)
+        base = load_base(folder)
+        images = open_export_images(data, base) if data.dataset is not None else None
+        base = base if images is None else images.base
+        metrics: Metrics = {}
+
+        def finish(temporary: Path, exported: Export, run: Run) -> None:
+            if images is not None:
+                metrics.update(images.measure(run, precision))
+            write_results(temporary, target.path.name, exported, metrics)
+
+        calibration = images.calibration(calibration_images) if images is not None and precision == "int8" else ()
+        exported = export_model(
+            *base, target, target=format, precision=precision, calibration=calibration, finish=finish
+        )
     figures = {
-        "file": str(file),
+        "file": str(target.path / exported.file),
         "format": format,
-        "images": images,
-        "difference": exported.difference,
-        "largest": exported.largest,
-        "same_class": exported.same_class,
+        "precision": precision,
+        "images": sum(exported.batches),
+        **{key: value for key, value in exported._asdict().items() if key not in ("file", "batches")},
+        "models": metrics,
     }
-    return Answer(text, figures)
+    return Answer(describe_export(target.path / exported.file, format, precision, exported, metrics), figures)
 
 
 STAGE = Stage(
     name="export",
     run=run,
-    text="Export a model to ONNX, OpenVINO or torch.export, compare its outputs with PyTorch, and write the folder "
-    "OUTPUT.",
+    text="Export a model to ONNX, OpenVINO or torch.export, compare its outputs with PyTorch, measure its accuracy in "
+    "its own runtime if there are images, and write the folder OUTPUT.",
     heading=Heading.DELIVER,
     order=12,
     flags=(
         Flag("folder", str, None, "Folder of a model, or a name as for prune.model.", required=True),
         Flag("format", Literal["onnx", "openvino", "torch-export"], "onnx", "Format of the exported model."),
         output_flag("output/exported"),
-        Flag("quantize", Literal["none", "dynamic"], "none", "dynamic: 8-bit weights of an ONNX model."),
+        Flag(
+            "precision",
+            Literal["fp32", "fp16", "bf16", "int8", "int8-dynamic"],
+            "fp32",
+            "int8 needs --data for its ranges; int8-dynamic stores the weights alone in 8 bits; both are of ONNX.",
+        ),
+        Flag("calibration_images", int, 256, "Training images that the ranges of int8 are measured on."),
         OVERWRITE,
     ),
+    sections=("data",),
     positional=("folder",),
-    examples=("isoprune export finetuned --format onnx --output onnx",),
+    examples=(
+        "isoprune export finetuned --format onnx --output onnx",
+        "isoprune export finetuned --precision int8 --data DIR --output int8",
+    ),
     is_local=True,
 )

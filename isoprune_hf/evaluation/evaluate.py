@@ -151,7 +151,7 @@ def _predict_shard(
     model: nn.Module, processor: BaseImageProcessor, batches: Iterable[ImageBatch], images: int
 ) -> list[Tensor]:
     """Return the vectors of `Predictions`, zero for images of other ranks, and a 1 for each broken image (N,)."""
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     top = torch.zeros(images, TOP, dtype=torch.int64)
     references = torch.zeros(images, dtype=torch.int64)
     losses = torch.zeros(images, dtype=torch.float64)

@@ -1,17 +1,24 @@
 """Compare the logits of an exported model with those of PyTorch: `compare_logits`."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from isoprune_hf.errors import ExportError
 from isoprune_hf.export.formats import FORMATS, Format
+from isoprune_hf.export.values import ExportPrecision
 
-Quantization = Literal["none", "dynamic"]
-# Largest difference of two logits, as a fraction of the largest logit: other kernels add in another order, and weights
-# of eight bits are coarse.
-_MAX_DIFFERENCE: dict[Quantization, float] = {"none": 1e-3, "dynamic": 0.25}
+# Largest difference of two logits, as a fraction of the largest logit: other kernels add in another order, and fewer
+# bits are coarse.
+_MAX_DIFFERENCE: dict[ExportPrecision, float] = {
+    "fp32": 1e-3,
+    "fp16": 0.02,
+    "bf16": 0.1,
+    "int8": 0.25,
+    "int8-dynamic": 0.25,
+}
 
 
 class Export(NamedTuple):
@@ -23,6 +30,7 @@ class Export(NamedTuple):
         largest: Largest absolute logit of PyTorch.
         batches: Number of images in each batch that was compared.
         same_class: Number of images with the same predicted class.
+        quantization: How the model was quantised; empty if there is nothing to say.
     """
 
     file: str
@@ -30,10 +38,11 @@ class Export(NamedTuple):
     largest: float
     batches: tuple[int, ...]
     same_class: int
+    quantization: Mapping[str, Any] = MappingProxyType({})
 
 
 def compare_logits(
-    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], *, target: Format, quantize: Quantization
+    expected: Sequence[np.ndarray], found: Sequence[np.ndarray], *, target: Format, precision: ExportPrecision
 ) -> Export:
     """Compare the logits of an exported model, batch by batch.
 
@@ -41,11 +50,11 @@ def compare_logits(
         expected: Logits of PyTorch, (B, classes) for each batch.
         found: Logits of the exported model.
         target: Format of the exported model.
-        quantize: How its weights are stored.
+        precision: Its precision.
 
     Raises:
-        ExportError: Shapes differ, or a logit differs by more than 0.1 % (25 % with weights of eight bits) of the
-            largest one.
+        ExportError: Shapes differ, or a logit differs by more than 0.1 % of the largest one (fp16: 2 %, bf16: 10 %,
+            eight bits: 25 %).
     """
     shapes = [array.shape for array in found]
     if shapes != [array.shape for array in expected]:
@@ -55,9 +64,9 @@ def compare_logits(
     reference, answer = np.concatenate(expected), np.concatenate(found)
     difference = float(abs(answer - reference).max())
     largest = float(abs(reference).max())
-    limit = _MAX_DIFFERENCE[quantize] * largest
+    limit = _MAX_DIFFERENCE[precision] * largest
     if not difference <= limit:  # also true for NaN
-        advice = "try --quantize none" if quantize != "none" else "no file is kept"
+        advice = "try --precision fp32" if precision != "fp32" else "no file is kept"
         raise ExportError(
             f"a logit of the model in {target} differs from PyTorch by {difference:.3g}, at most {limit:.3g} is "
             f"allowed; {advice}"

@@ -5,9 +5,11 @@ The folder is kept only if the exported model returns the logits of PyTorch.
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import BaseImageProcessor
@@ -18,10 +20,13 @@ from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.errors import ExportError, RecipeError
-from isoprune_hf.export.comparison import Export, Quantization, compare_logits
-from isoprune_hf.export.formats import FORMATS, Format
+from isoprune_hf.export.comparison import Export, compare_logits
+from isoprune_hf.export.formats import FORMATS, Format, precisions_of
 from isoprune_hf.export.pictures import draw_pictures
+from isoprune_hf.export.script import SCRIPT_FILE, write_script
+from isoprune_hf.export.values import DTYPES, ExportPrecision, Quantized
 from isoprune_hf.extras import require_package
+from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
 
 
@@ -31,7 +36,9 @@ def export_model(
     folder: str | Path | Target,
     *,
     target: Format,
-    quantize: Quantization = "none",
+    precision: ExportPrecision = "fp32",
+    calibration: Sequence[np.ndarray] = (),
+    finish: Callable[[Path, Export, Run], None] | None = None,
 ) -> Export:
     """Write a folder with the exported model, its labels and its image processor, completely or not at all.
 
@@ -42,17 +49,21 @@ def export_model(
         processor: Its image processor.
         folder: The folder, or the one that this process has locked; an existing one is replaced.
         target: `onnx`, `openvino` or `torch-export`.
-        quantize: `dynamic` stores the weights of an ONNX model in eight bits and rounds activations at run time.
+        precision: int8 stores weights and activations in eight bits, with ranges of the calibration images, and layers
+            that this would harm in fp32; int8-dynamic stores the weights alone in eight bits.
+        calibration: Batches of pixels (B, C, H, W) of training images, for int8.
+        finish: Writes further files into the new folder before it is renamed, given what was exported and the function
+            that maps pixels to its logits.
 
     Raises:
-        RecipeError: The format cannot be quantized.
+        RecipeError: The format does not have the precision, or int8 has no calibration images.
         MissingExtraError: A package is missing.
         ExportError: The model cannot be exported, or its logits differ from those of PyTorch.
         CheckpointError: The folder cannot be written, or a tensor is not finite.
     """
-    check_export(target, quantize)
+    check_export(target, precision, has_images=len(calibration) > 0)
     require_finite(model)
-    batches = draw_pictures(processor)
+    batches = draw_pictures(processor) if precision != "int8" else _one_and_four(calibration)
     plain = plain_copy(model)
     with torch.inference_mode():
         expected = [plain(torch.from_numpy(pixels)).logits.numpy() for pixels in batches]
@@ -61,37 +72,49 @@ def export_model(
     def write(temporary: Path) -> None:
         file = temporary / FORMATS[target].file
         try:
-            program = trace_model(plain, torch.from_numpy(batches[-1]))
-            run = FORMATS[target].write(program, file, labels_of(plain))
-            rewrite = FORMATS[target].quantize
-            if quantize == "dynamic" and rewrite is not None:
-                run = rewrite(file)
-            found = [run(pixels) for pixels in batches]
+            program = trace_model(plain, torch.from_numpy(batches[-1]), DTYPES.get(precision, torch.float32))
+            made = Quantized(FORMATS[target].write(program, file, labels_of(plain)), {})
+            if precision in FORMATS[target].quantizers:
+                made = FORMATS[target].quantizers[precision](file, calibration)
+            found = [made.run(pixels) for pixels in batches]
+        except ExportError:
+            raise
         except EXPORT_ERRORS as error:
             raise ExportError(f"the model cannot be exported to {target}: {describe_error(error)}") from error
-        results.append(compare_logits(expected, found, target=target, quantize=quantize))
+        compared = compare_logits(expected, found, target=target, precision=precision)
+        results.append(compared._replace(quantization=made.record))
         _write_config_and_processor(temporary, plain, processor)
-        record = {"format": target, "quantize": quantize, **results[0]._asdict(), "versions": _versions(target)}
+        record = {"format": target, "precision": precision, **results[0]._asdict(), "versions": _versions(target)}
         record["weights"] = fingerprint_weights(model)
-        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-        (temporary / "export.json").write_text(text, encoding="utf-8")
+        _write_text(temporary / "export.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        _write_text(temporary / SCRIPT_FILE, write_script(FORMATS[target]))
+        if finish is not None:
+            finish(temporary, results[0], made.run)
 
     replace_folder(folder, write)
     return results[0]
 
 
-def check_export(target: Format, quantize: Quantization) -> None:
+def check_export(target: Format, precision: ExportPrecision, *, has_images: bool) -> None:
     """Check before any work that the format can be written on this machine.
 
     Raises:
-        RecipeError: The format cannot be quantized.
+        RecipeError: The format does not have the precision, or int8 has no calibration images.
         MissingExtraError: A package is missing.
     """
-    if quantize != "none" and FORMATS[target].quantize is None:
-        allowed = " or ".join(name for name, entry in FORMATS.items() if entry.quantize is not None)
-        raise RecipeError(f"--quantize {quantize} needs --format {allowed}, got --format {target}")
+    if precision not in precisions_of(target):
+        allowed = " or ".join(name for name in FORMATS if precision in precisions_of(name))
+        raise RecipeError(f"--precision {precision} needs --format {allowed}, got --format {target}")
+    if precision == "int8" and not has_images:
+        raise RecipeError("--precision int8 measures ranges on training images: set --data, or use int8-dynamic")
     for package in FORMATS[target].packages:
         require_package(package, f"--format {target}")
+
+
+def _one_and_four(calibration: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return a batch of one calibration image and one of up to four others."""
+    images = np.concatenate([batch[:5] for batch in calibration[:5]])[:5]
+    return [images[:1], images[-4:]]
 
 
 def fingerprint_weights(model: nn.Module) -> str:
@@ -113,7 +136,11 @@ def _write_config_and_processor(
     }
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "modeling_isoprune.py").write_text(code_that_ships(), encoding="utf-8")
+    _write_text(folder / "modeling_isoprune.py", code_that_ships())
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _versions(target: Format) -> dict[str, str]:

@@ -3,7 +3,7 @@
 `FORMATS` maps each name in `Format` to an `ExportFormat`, which is implemented in a file of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from isoprune_hf.export.onnx import OnnxFormat
 from isoprune_hf.export.openvino import OpenVinoFormat
 from isoprune_hf.export.torch_export import TorchExportFormat
+from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 Format = Literal["onnx", "openvino", "torch-export"]
@@ -31,15 +32,28 @@ class ExportFormat(Protocol):
         ...
 
     @property
-    def quantize(self) -> Callable[[Path], Run] | None:
-        """Function that rewrites a file with weights of eight bits and opens it; None if the format has none."""
+    def floats(self) -> tuple[ExportPrecision, ...]:
+        """Precisions of a traced model that the runtime computes on a CPU."""
+        ...
+
+    @property
+    def quantizers(self) -> Mapping[ExportPrecision, Quantizer]:
+        """Function for each precision of eight bits that the format has."""
+        ...
+
+    @property
+    def script(self) -> tuple[str, str]:
+        """Python that runs the file: name of the runtime's package, and an expression.
+
+        The expression gives the logits (B, classes) as an array, of `folder` (Path) and `pixels` (array).
+        """
         ...
 
     def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
         """Write a traced model and open it again.
 
         Args:
-            program: The model, from `pixel_values` (B, C, H, W) to `logits` (B, classes).
+            program: The model, from `pixel_values` (B, C, H, W) to `logits` (B, classes), both in fp32.
             file: File to write.
             labels: Class -> its name, stored in the file.
 
@@ -54,3 +68,8 @@ FORMATS: Mapping[Format, ExportFormat] = {
     "openvino": OpenVinoFormat(),
     "torch-export": TorchExportFormat(),
 }
+
+
+def precisions_of(target: Format) -> tuple[ExportPrecision, ...]:
+    """Return the precisions that a format has."""
+    return (*FORMATS[target].floats, *FORMATS[target].quantizers)

@@ -1,12 +1,15 @@
 """Export to ONNX, opened with ONNX Runtime."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from isoprune_hf.export.static_int8 import quantize_static
+from isoprune_hf.export.values import ExportPrecision, Quantized, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, convert_onnx, open_onnx, save_onnx
 
 
@@ -16,10 +19,16 @@ class OnnxFormat:
     file = "model.onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
 
+    floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")  # the CPU has no kernels of bf16
+    script = (
+        "onnxruntime",
+        'onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], {"pixel_values": pixels})[0]',
+    )
+
     @property
-    def quantize(self) -> Callable[[Path], Run]:
-        """Function that rewrites a file with weights of eight bits and opens it."""
-        return quantize_onnx
+    def quantizers(self) -> Mapping[ExportPrecision, Quantizer]:
+        """Function for each precision of eight bits."""
+        return {"int8": quantize_static, "int8-dynamic": quantize_dynamic}
 
     def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`."""
@@ -29,7 +38,7 @@ class OnnxFormat:
         return open_onnx(file)
 
 
-def quantize_onnx(file: Path) -> Run:
+def quantize_dynamic(file: Path, batches: Sequence[np.ndarray]) -> Quantized:
     """Store the weights of an ONNX file in eight bits, activations being rounded at run time, and open it."""
     tools = import_module("onnxruntime.quantization")
     prepared = file.with_name("prepared.onnx")
@@ -38,4 +47,4 @@ def quantize_onnx(file: Path) -> Run:
     # The convolutions of the CPU support unsigned weights only.
     tools.quantize_dynamic(prepared, file, weight_type=tools.QuantType.QUInt8)
     prepared.unlink()
-    return open_onnx(file)
+    return Quantized(open_onnx(file), {})

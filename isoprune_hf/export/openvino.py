@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch
 
+from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.runtimes.openvino import convert_openvino, open_openvino
 
 
 class OpenVinoFormat:
-    """OpenVINO's intermediate representation: the graph as XML and the weights next to it, in fp32."""
+    """OpenVINO's intermediate representation: the graph as XML and the weights next to it."""
 
     file = "openvino_model.xml"
     packages = ("openvino",)
-    quantize = None
+    floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")
+    quantizers: Mapping[ExportPrecision, Quantizer] = {}
+    script = ("openvino", 'openvino.Core().compile_model(folder / "openvino_model.xml", "CPU")(pixels)["logits"]')
 
     def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`."""

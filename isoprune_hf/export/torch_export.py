@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 
@@ -15,7 +16,12 @@ class TorchExportFormat:
 
     file = "model.pt2"
     packages = ()
-    quantize = None
+    floats: tuple[ExportPrecision, ...] = ("fp32", "fp16", "bf16")
+    quantizers: Mapping[ExportPrecision, Quantizer] = {}
+    script = (
+        "torch",
+        'torch.export.load(folder / "model.pt2").module()(torch.from_numpy(pixels)).detach().numpy()',
+    )
 
     def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`."""

@@ -22,15 +22,21 @@ def plain_copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassif
     return nn.Module.eval(plain)
 
 
-def trace_model(model: IsoPruneForImageClassification, pixels: torch.Tensor) -> torch.export.ExportedProgram:
-    """Trace a model from `pixel_values` to `logits`, for any batch size.
+def trace_model(
+    model: IsoPruneForImageClassification, pixels: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.export.ExportedProgram:
+    """Trace a model from `pixel_values` to `logits`, both in fp32, for any batch size.
 
     Args:
-        model: A model in eval mode that `plain_copy` returned.
+        model: A model in eval mode that `plain_copy` returned; it is not changed.
         pixels: Images (B, C, H, W), at least two.
+        dtype: Precision of the weights and of the computation between them.
     """
+    if dtype != torch.float32:
+        model = copy.deepcopy(model)
+        nn.Module.to(model, dtype=dtype)
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
-    return torch.export.export(_LogitsOnly(model), (pixels,), dynamic_shapes=shapes, strict=False)
+    return torch.export.export(_LogitsOnly(model, dtype), (pixels,), dynamic_shapes=shapes, strict=False)
 
 
 def labels_of(model: IsoPruneForImageClassification) -> dict[int, str]:
@@ -41,10 +47,11 @@ def labels_of(model: IsoPruneForImageClassification) -> dict[int, str]:
 class _LogitsOnly(nn.Module):
     """Returns the logits as a tensor, because other runtimes cannot return the output class of transformers."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.model = model
+        self.dtype = dtype
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(pixel_values).logits
-        return logits
+        logits: torch.Tensor = self.model(pixel_values.to(self.dtype)).logits
+        return logits.float()

@@ -11,17 +11,24 @@ _COLUMNS = {
     "loss": "loss",
     "latency_ms": "latency ms",
 }
-_DETAILS = {"ece": "calibration error %", "images": "images", "broken": "broken"}
+_DETAILS = {
+    "ece": "calibration error %",
+    "agreement": "agreement %",
+    "file_mb": "MB",
+    "images": "images",
+    "broken": "broken",
+}
 
-Metrics = dict[str, dict[str, float | int | str]]  # figures by stage, each with the images that they were measured on
+Figures = dict[str, float | int | str]  # figures of one model, with the images that they were measured on
+Metrics = dict[str, Figures]  # by stage
 
 
 def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (shown in 10^9), params (in 10^6), top1, top5, ece (fractions, shown in percent), loss, latency_ms,
-            file_mb, images or broken.
+        key: macs (shown in 10^9), params (in 10^6), top1, top5, ece, agreement (fractions, shown in percent), loss,
+            latency_ms, file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """
@@ -30,7 +37,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     if key in ("macs", "params"):
         value = value / (1e9 if key == "macs" else 1e6)
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
-    if key in ("top1", "top5", "ece"):
+    if key in ("top1", "top5", "ece", "agreement"):
         return f"{100 * value:.2f}"
     shown = {"loss": f"{value:.4f}", "latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")
@@ -45,7 +52,7 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
         rows: Model -> its figures: macs (or gmacs), params, top1, top5, ece (fractions), loss, latency_ms, images,
             broken. A missing figure is shown as a dash.
         title: Heading of the first column.
-        has_details: Show the calibration error and the numbers of images, too.
+        has_details: Show the calibration error, the agreement, the size of files and the numbers of images, too.
     """
     figures = {name: dict(row) for name, row in rows.items()}
     for row in figures.values():

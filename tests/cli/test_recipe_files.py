@@ -64,7 +64,12 @@ TARGETS = {
     "swin_4.5g": "4.5G",
     "mobilenet_v2_0.15g": "0.15G",
 }
-NEEDED = {"finetune": ["--model", "m"], "evaluate": ["--model", "m"], "plan apply": ["--plan", "p"]}
+NEEDED = {
+    "finetune": ["--model", "m"],
+    "evaluate": ["--model", "m"],
+    "export": ["--folder", "m"],
+    "plan apply": ["--plan", "p"],
+}
 
 
 @cache

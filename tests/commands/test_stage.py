@@ -10,8 +10,8 @@ from helpers.fresh_python import FreshPython
 from isoprune_hf.cli.short_flags import types_of
 from isoprune_hf.cli.table import HEADINGS, SECTIONS, STAGES
 from isoprune_hf.commands.stage import Flag
-from isoprune_hf.export.comparison import Quantization
 from isoprune_hf.export.formats import Format
+from isoprune_hf.export.values import ExportPrecision
 from isoprune_hf.legacy.tree import Weights
 from isoprune_hf.measuring.runtimes.registry import ENGINES
 from isoprune_hf.recipes.values import DType, RuntimeName
@@ -36,7 +36,7 @@ def test_every_stage_is_under_one_heading() -> None:
 
 def test_choices_of_flags_are_those_of_registries() -> None:
     kinds = {(stage.name, flag.name): flag.type for stage in STAGES.values() for flag in stage.flags}
-    assert kinds["export", "format"] == Format and kinds["export", "quantize"] == Quantization
+    assert kinds["export", "format"] == Format and kinds["export", "precision"] == ExportPrecision
     assert kinds["benchmark", "dtypes"] == list[DType] and kinds["benchmark", "runtimes"] == list[RuntimeName]
     assert set(get_args(RuntimeName)) == set(ENGINES)
     assert kinds["convert", "weights"] == Weights

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from isoprune_hf.export import export
 from isoprune_hf.export.export import export_model
 
 ROOT = Path(__file__).parents[2]
-FILES = {"config.json", "export.json", "modeling_isoprune.py", "preprocessor_config.json"}
+FILES = {"config.json", "export.json", "modeling_isoprune.py", "preprocessor_config.json", "README.md", "classify.py"}
 MODELS = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
 MODELS["torch-export"] = {"model.pt2"}
 
@@ -61,9 +60,9 @@ def exported(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathF
     """Return a function that exports a pruned model by the command line, once; the folder must not be changed."""
 
     @functools.cache
-    def give(family: str, target: str, quantize: str = "none") -> Exported:
+    def give(family: str, target: str, precision: str = "fp32") -> Exported:
         out = tmp_path_factory.mktemp("exported") / "out"
-        flags = ["--format", target, "--quantize", quantize]
+        flags = ["--format", target, "--precision", precision]
         done = isoprune("export", pruned(family).folder, *flags, "--output", out)
         assert (done.code, done.err) == (0, "")
         assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -92,7 +91,7 @@ def test_exported_logits_match_pytorch_for_any_batch_size(
     found, largest = record["difference"], record["largest"]
     assert f"largest difference to PyTorch: {found:.3g}, logits up to {largest:.3g}" in printed
     assert found < 1e-5 < 0.1 < largest
-    assert (record["batches"], record["same_class"], record["quantize"]) == ([1, 4], 5, "none")
+    assert (record["batches"], record["same_class"], record["precision"]) == ([1, 4], 5, "fp32")
 
 
 def test_labels_and_processor_are_exported(pruned: Callable[[str], Pruned], exported: Callable[..., Exported]) -> None:
@@ -110,20 +109,54 @@ def test_labels_and_processor_are_exported(pruned: Callable[[str], Pruned], expo
 
 
 @pytest.mark.export
-def test_documented_script_runs_without_isoprune_hf(
-    pruned: Callable[[str], Pruned], exported: Callable[..., Exported], fresh_python: FreshPython, tmp_path: Path
+@pytest.mark.parametrize("target", MODELS)
+def test_script_beside_model_runs_without_isoprune_hf(
+    target: str,
+    pruned: Callable[[str], Pruned],
+    exported: Callable[..., Exported],
+    fresh_python: FreshPython,
+    tmp_path: Path,
 ) -> None:
-    sample = pruned("vit")
-    (tmp_path / "exported").symlink_to(exported("vit", "onnx").folder)
+    sample, folder = pruned("vit"), exported("vit", target).folder
     image = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB")
     image.save(tmp_path / "image.png")
-    script = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)[1]
+    script = (folder / "classify.py").read_text()
     assert sum(bool(line) for line in script.splitlines()) <= 10
-    done = fresh_python.run(script, cwd=tmp_path, absent=["isoprune_hf"])
+    run = f"import runpy, sys; sys.argv[1:] = ['image.png']; runpy.run_path({str(folder / 'classify.py')!r})"
+    done = fresh_python.run(run, cwd=tmp_path, absent=["isoprune_hf"])
     assert done.returncode == 0, done.stderr
     with torch.inference_mode():
         logits = sample.model(**sample.processor(image, return_tensors="pt")).logits
     assert done.stdout.strip() == LABELS[int(logits.argmax())]
+
+
+HALF = [("vit", "onnx", "fp16", 5e-3)]
+HALF += [
+    pytest.param("vit", "torch-export", "bf16", 5e-2, marks=pytest.mark.export),
+    pytest.param("resnet", "openvino", "fp16", 5e-3, marks=pytest.mark.export),
+    pytest.param("vit", "torch-export", "fp16", 5e-3, marks=pytest.mark.faults),
+    pytest.param("resnet", "onnx", "fp16", 5e-3, marks=pytest.mark.faults),
+]
+
+
+@pytest.mark.parametrize(("family", "target", "precision", "limit"), HALF)
+def test_half_precision_halves_file_and_keeps_logits(
+    family: str,
+    target: str,
+    precision: str,
+    limit: float,
+    pruned: Callable[[str], Pruned],
+    exported: Callable[..., Exported],
+) -> None:
+    folders = [exported(family, target, name).folder for name in ("fp32", precision)]
+    sizes = [sum((folder / name).stat().st_size for name in MODELS[target]) for folder in folders]
+    assert sizes[0] - sizes[1] > 0.4 * sum(tensor.nbytes for tensor in pruned(family).model.parameters())
+    folder = folders[1]
+    pixels = digits(folder, 4)
+    with torch.inference_mode():
+        expected = pruned(family).model(pixels).logits.numpy()
+    apart = abs(answers(target, folder, pixels) - expected).max() / abs(expected).max()
+    assert 1e-6 < apart < limit
 
 
 @pytest.mark.export
@@ -131,16 +164,16 @@ def test_documented_script_runs_without_isoprune_hf(
 def test_eight_bit_weights_shrink_file_and_keep_classes(
     family: str, pruned: Callable[[str], Pruned], exported: Callable[..., Exported]
 ) -> None:
-    folders = {quantize: exported(family, "onnx", quantize).folder for quantize in ("none", "dynamic")}
+    folders = {name: exported(family, "onnx", name).folder for name in ("fp32", "int8-dynamic")}
     sizes = {name: sum(w.nbytes for w in _weights(folder / "model.onnx")) for name, folder in folders.items()}
-    assert sizes["dynamic"] < 0.5 * sizes["none"]
+    assert sizes["int8-dynamic"] < 0.5 * sizes["fp32"]
     for folder in folders.values():
         assert read(folder, "export.json")["same_class"] == 5
         assert {path.name for path in folder.iterdir()} == FILES | MODELS["onnx"]
-    pixels = digits(folders["dynamic"], 4)
+    pixels = digits(folders["int8-dynamic"], 4)
     with torch.inference_mode():
         expected = pruned(family).model(pixels).logits.numpy()
-    apart = abs(answers("onnx", folders["dynamic"], pixels) - expected).max() / abs(expected).max()
+    apart = abs(answers("onnx", folders["int8-dynamic"], pixels) - expected).max() / abs(expected).max()
     assert 1e-4 < apart < 0.1
 
 
@@ -157,10 +190,10 @@ def test_differing_logits_are_an_error_and_write_nothing(
     (tmp_path / "out" / "config.json").write_text("{}")
     before = contents(tmp_path)
 
-    def trace(model: torch.nn.Module, pixels: torch.Tensor, trace_model: Callable = export.trace_model) -> object:
+    def trace(model: torch.nn.Module, *rest: object, trace_model: Callable = export.trace_model) -> object:
         with torch.no_grad():
             next(reversed(list(model.parameters()))).add_(0.1)  # the bias of the head
-        return trace_model(model, pixels)
+        return trace_model(model, *rest)
 
     monkeypatch.setattr(export, "trace_model", trace)
     with pytest.raises(ExportError, match=r"torch-export differs from PyTorch by 0\.1,.* no file is kept"):
@@ -196,9 +229,9 @@ def test_missing_package_is_named_with_its_extra(
 
 def test_impossible_export_is_refused_before_any_work(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
     folder = pruned("vit").folder
-    wrong = ["--format", "openvino", "--quantize", "dynamic", "--output", tmp_path / "out"]
+    wrong = ["--format", "openvino", "--precision", "int8-dynamic", "--output", tmp_path / "out"]
     line = refuse("export", folder, *wrong)
-    assert "--quantize dynamic" in line and "--format openvino" in line
+    assert "--precision int8-dynamic" in line and "--format openvino" in line
     same = ["--output", folder, "--overwrite", "true"]
     assert "--output" in refuse("export", folder, *same)
     assert f"{tmp_path / 'none'}" in refuse("export", tmp_path / "none", "--output", tmp_path / "out")

@@ -1,0 +1,91 @@
+"""Images for an export (`ExportImages`): calibration, and figures of the exported model in its own runtime."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from isoprune_hf.checkpoint.folder import write_file
+from isoprune_hf.commands.steps.opening import evaluation_split, with_data_transform
+from isoprune_hf.commands.steps.sources import align_images
+from isoprune_hf.data.dataset import ImageData, load_data
+from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
+from isoprune_hf.data.streaming import calibration_split
+from isoprune_hf.evaluation.evaluate import Predictions, compute_figures, predict_split
+from isoprune_hf.export.comparison import Export
+from isoprune_hf.export.running import ExportedModel
+from isoprune_hf.export.values import ExportPrecision
+from isoprune_hf.measuring.runtimes.onnx_runtime import Run
+from isoprune_hf.models import BaseModel
+from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.reporting.export_card import build_export_card
+from isoprune_hf.reporting.ornaments import ornament
+from isoprune_hf.reporting.tables import Metrics
+
+_BATCH = 16  # images of a calibration batch
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class ExportImages:
+    """The labelled images of an export, numbered by the classes of the model.
+
+    Attributes:
+        data: How they are read.
+        images: The two splits.
+        base: The model, with the evaluation transform of the data section.
+    """
+
+    data: DataRecipe
+    images: ImageData
+    base: BaseModel
+
+    def calibration(self, count: int) -> list[np.ndarray]:
+        """Return batches of pixels (B, C, H, W) of so many training images, drawn with a fixed seed."""
+        batches = CalibrationBatches(
+            calibration_split(self.images, count, _SEED),
+            self.base.processor,
+            LoaderOptions(_BATCH, self.data.num_workers, self.images.decoding),
+            batches=math.ceil(count / _BATCH),
+            seed=_SEED,
+        )
+        pixels = [batch.numpy() for batch, _ in batches]
+        pixels[-1] = pixels[-1][: count - sum(map(len, pixels[:-1]))]
+        return [batch for batch in pixels if len(batch)]
+
+    def measure(self, exported: Run, precision: ExportPrecision) -> Metrics:
+        """Return the figures of the model in PyTorch and of the exported one, by name of the table row."""
+        stage = self.base.model.config.stage
+        before, after = self._predict(self.base.model), self._predict(ExportedModel(exported))
+        same = float(np.mean(before.predictions[:, 0] == after.predictions[:, 0]))
+        first, second = (self.images.with_provenance(compute_figures(found)) for found in (before, after))
+        size = sum(tensor.nbytes for tensor in self.base.model.state_dict().values()) / 1e6
+        return {stage: {**first, "file_mb": size}, f"{stage}+{precision}": {**second, "agreement": same}}
+
+    def _predict(self, model: nn.Module) -> Predictions:
+        options = LoaderOptions(self.data.batch_size, self.data.num_workers, self.images.decoding)
+        return predict_split(model, evaluation_split(self.images, self.data), self.base.processor, options)
+
+
+def open_export_images(data: DataRecipe, base: BaseModel) -> ExportImages:
+    """Open the images of an export.
+
+    Raises:
+        DatasetError: They cannot be opened, have no split for evaluation, or have other classes than the model.
+    """
+    images = align_images(load_data(data), base.model)
+    evaluation_split(images, data)
+    return ExportImages(data, images, with_data_transform(base, data))
+
+
+def write_results(folder: Path, name: str, exported: Export, metrics: Metrics) -> None:
+    """Write the card and the figures of an export, to which the size of its files is added in place."""
+    if metrics:
+        stem = Path(exported.file).stem  # of all files of the model: OpenVINO has two, ONNX beyond 2 GB as well
+        metrics[list(metrics)[-1]]["file_mb"] = sum(file.stat().st_size for file in folder.glob(f"{stem}.*")) / 1e6
+        write_file(folder / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+    with ornament("the card"):
+        write_file(folder / "README.md", str(build_export_card(folder, name=name)))

@@ -1,0 +1,35 @@
+"""The values that formats and their callers exchange: precisions, calibration images and quantised models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from isoprune_hf.measuring.runtimes.onnx_runtime import Run
+
+ExportPrecision = Literal["fp32", "fp16", "bf16", "int8", "int8-dynamic"]
+
+# Precisions of a traced model; the others are made of the file in fp32.
+DTYPES: Mapping[ExportPrecision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+class Quantized(NamedTuple):
+    """A model of eight bits.
+
+    Args:
+        run: Function that maps pixels to logits.
+        record: How it was quantised, for `export.json`.
+    """
+
+    run: Run
+    record: Mapping[str, Any]
+
+
+# Rewrites a file in fp32 with eight bits; the pixels (B, C, H, W) are calibration images, none if it needs none.
+Quantizer = Callable[[Path, Sequence[np.ndarray]], Quantized]

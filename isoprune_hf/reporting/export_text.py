@@ -1,0 +1,40 @@
+"""Describe an exported model for a terminal: `describe_export`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isoprune_hf.export.comparison import Export
+from isoprune_hf.export.values import ExportPrecision
+from isoprune_hf.reporting.tables import Metrics, results_table
+
+
+def describe_export(file: Path, target: str, precision: ExportPrecision, exported: Export, metrics: Metrics) -> str:
+    """Return what was written, how far its logits are from those of PyTorch, and the table of its figures."""
+    images, quantization = sum(exported.batches), exported.quantization
+    lines = [
+        f"{file}: {target}, {precision}, any batch size",
+        f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
+        f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
+        f"the same class for {exported.same_class} of {images}",
+    ]
+    if quantization:
+        lines.append(describe_quantization(quantization))
+    if metrics:
+        lines += ["", results_table(metrics, has_details=True)]
+    return "\n".join(lines)
+
+
+def describe_quantization(record: Mapping[str, Any]) -> str:
+    """Return in one sentence which layers stayed in fp32, and the effect of quantising the others.
+
+    Args:
+        record: The entry `quantization` of `export.json`.
+    """
+    left_out = record["left_out"]
+    kept = "all layers" if not left_out else f"all layers but {', '.join(left_out)}, which changed predictions most,"
+    return (
+        f"{kept} in eight bits ({record['share_of_weights']:.0%} of the weights), ranges of "
+        f"{record['calibration_images']:,} training images; predictions differ from fp32 by "
+        f"{record['divergence']:.3g} nats"
+    )
