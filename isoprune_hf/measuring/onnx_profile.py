@@ -109,7 +109,7 @@ def assign_kernels(kernels: Sequence[Kernel], nodes: Iterable[Node], layers: Col
     ends = [by_name.get(kernel.name.partition("/")[0].removesuffix("_nchwc")) for kernel in kernels]
     results = {name for end in ends if end is not None for name in end.outputs}
     return [
-        None if end is None else _innermost(_find_product(kernel, end, by_name, results), layers)
+        None if end is None else _owner(_find_product(kernel, end, by_name, results), layers)
         for kernel, end in zip(kernels, ends, strict=True)
     ]
 
@@ -129,8 +129,13 @@ def _find_product(kernel: Kernel, end: Node, by_name: Mapping[str, Node], result
     return end
 
 
-def _innermost(node: Node, layers: Collection[str]) -> str | None:
-    names = (scope.removeprefix(_NETWORK) for scope in reversed(node.scopes))
+def _owner(node: Node, layers: Collection[str]) -> str | None:
+    """Return the layer whose weight an operation reads, or the innermost one in which it was called.
+
+    A convolution that the exporter has merged with a BatchNorm counts as called in the latter.
+    """
+    weights = (value.removesuffix(".weight") for value in node.inputs if value.endswith(".weight"))
+    names = (scope.removeprefix(_NETWORK) for scope in (*weights, *reversed(node.scopes)))
     return next((name for name in names if name in layers), None)
 
 
