@@ -40,7 +40,7 @@ class Node(NamedTuple):
 
 
 class LayerTimes(NamedTuple):
-    """Milliseconds of the layers of a model in a pass, and of the whole pass."""
+    """Milliseconds of the layers of a model in a pass, and of all of its kernels."""
 
     layers: dict[str, float]
     total: float
@@ -62,7 +62,7 @@ def time_onnx_layers(
     threads: int,
     repeats: int,
 ) -> LayerTimes:
-    """Return the milliseconds of each layer in the faster half of some passes; 0 for layers without a kernel.
+    """Return the milliseconds of each layer, 0 for one without a kernel, and of all kernels of a pass.
 
     Args:
         model: The model in eval mode; it is not changed.
@@ -78,22 +78,24 @@ def time_onnx_layers(
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         save_onnx(converted, program, file)
-        events, totals = _profile(file, pixels, threads=threads, passes=_WARMUP + repeats)
+        events = _profile(file, pixels, threads=threads, passes=_WARMUP + repeats)
     length = len(events) // (_WARMUP + repeats)  # every pass runs the same kernels
     kernels = [Kernel(event["name"].removesuffix(_ENDING), event["args"]["op_name"]) for event in events[:length]]
     owners = assign_kernels(kernels, _nodes_of(converted.model.graph), layers)
-    spent: dict[str, list[float]] = {name: [0.0] * repeats for name in layers}
-    for turn in range(repeats):
-        start = (_WARMUP + turn) * length
-        for event, owner in zip(events[start : start + length], owners, strict=True):
-            if owner is not None:
-                spent[owner][turn] += event["dur"] / 1000  # microseconds
-    # The clock of the profile has whole microseconds, so that a median of short kernels would be coarse.
-    return LayerTimes({name: _typical(times) for name, times in spent.items()}, _typical(totals[_WARMUP:]))
+    # Kernels are so short that other programs rarely interrupt one of them, but often a whole pass.
+    times = [
+        _typical([event["dur"] for event in events[place + _WARMUP * length :: length]]) for place in range(length)
+    ]
+    spent = dict.fromkeys(layers, 0.0)
+    for owner, time in zip(owners, times, strict=True):
+        if owner is not None:
+            spent[owner] += time
+    return LayerTimes(spent, sum(times))
 
 
-def _typical(times: Sequence[float]) -> float:
-    return statistics.mean(sorted(times)[: (len(times) + 1) // 2])
+def _typical(microseconds: Sequence[float]) -> float:
+    """Return the mean of the faster half of some times, in milliseconds; a median of whole numbers would be coarse."""
+    return statistics.mean(sorted(microseconds)[: (len(microseconds) + 1) // 2]) / 1000
 
 
 def assign_kernels(kernels: Sequence[Kernel], nodes: Iterable[Node], layers: Collection[str]) -> list[str | None]:
@@ -153,8 +155,8 @@ def _nodes_of(graph: Iterable[Any]) -> list[Node]:
     ]
 
 
-def _profile(file: Path, pixels: Any, *, threads: int, passes: int) -> tuple[list[dict[str, Any]], list[float]]:
-    """Run a model; return the events of its kernels in their order, and the milliseconds of each pass."""
+def _profile(file: Path, pixels: Any, *, threads: int, passes: int) -> list[dict[str, Any]]:
+    """Run a model, and return the events of its kernels in their order."""
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -165,5 +167,4 @@ def _profile(file: Path, pixels: Any, *, threads: int, passes: int) -> tuple[lis
     for _ in range(passes):
         session.run(["logits"], {"pixel_values": pixels})
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_ENDING)]
-    return kernels, [event["dur"] / 1000 for event in events if event["name"] == "model_run"]
+    return [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_ENDING)]

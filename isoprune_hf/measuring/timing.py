@@ -64,6 +64,21 @@ class Timing(NamedTuple):
         """Return the median wall time of a call, in milliseconds, by name."""
         return {name: statistics.median(passes.wall) for name, passes in self.passes.items()}
 
+    def undisturbed(self) -> dict[str, float]:
+        """Return the medians; on a busy machine an estimate of them from the CPU time, by name.
+
+        Waiting for a core lengthens the wall time of long passes more often than that of short ones, which makes a
+        small model look faster than it is. The median CPU time is then multiplied by the smallest wall time for a
+        second of CPU time that any pass needed.
+        """
+        if self.busy is None:
+            return self.medians()
+        pairs = [pair for passes in self.passes.values() for pair in zip(passes.wall, passes.cpu, strict=True)]
+        scale = min((wall / cpu for wall, cpu in pairs if cpu > 0), default=0.0)
+        if scale == 0.0:
+            return self.medians()
+        return {name: scale * statistics.median(passes.cpu) for name, passes in self.passes.items()}
+
 
 def time_calls(
     calls: Mapping[str, Callable[[], object]], rounds: Rounds, *, on_cpu: bool = True, clock: Clock | None = None

@@ -136,6 +136,6 @@ def _record_times(
     times = {"base": measured.base, "pruned": measured.pruned}
     achieved = {name: {**figures, "latency_ms": round(times[name], 3)} for name, figures in plan.achieved.items()}
     settings = {**plan.settings, "target_latency": recipe.target_latency, "latency": dict(latency.record)}
-    busy = f"the latency was measured on a busy machine ({measured.busy}); measure it again with isoprune benchmark"
+    busy = f"the latency is estimated from CPU time on a busy machine ({measured.busy}): measure it with benchmark"
     notes = plan.notes if measured.busy is None else (*plan.notes, busy)
     return replace(plan, achieved=achieved, settings=settings, notes=notes)

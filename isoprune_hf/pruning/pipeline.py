@@ -145,7 +145,7 @@ class PruningRun:
         def measure(pruned: IsoPruneForImageClassification) -> MeasuredPair:
             stored, _ = in_stored_types(pruned, self.model)
             timing = time_pruned(stored)
-            times = timing.medians()
+            times = timing.undisturbed()
             return broadcast(MeasuredPair(times["base"], times["pruned"], timing.busy), self.accelerator)
 
         rounds = Rounds(_TIMED_PASSES, _UNTIMED_PASSES)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from isoprune_hf.measuring.timing import Clock, Passes, Rounds, drift_of, find_load, time_calls
+from isoprune_hf.measuring.timing import Clock, Passes, Rounds, Timing, drift_of, find_load, time_calls
 
 
 class Hands:
@@ -76,6 +76,15 @@ def test_load_is_found_by_the_rule(wall: list[float], share: float, words: str |
     assert (found is None) == (words is None)
     assert words is None or (found is not None and words in found)
     assert find_load(passes, on_cpu=False) is None or words == "drifted by 20%"
+
+
+def test_undisturbed_times_follow_cpu_time_if_busy() -> None:
+    # Two threads: 1 ms of wall time for 2 ms of CPU time at best; the base waits for a core in most passes.
+    passes = {"base": Passes((9.0, 9.0, 5.0), (8.0, 8.0, 8.0)), "pruned": Passes((1.0, 3.0, 1.0), (2.0, 2.0, 2.0))}
+    assert Timing(passes, "load").undisturbed() == {"base": 4.0, "pruned": 1.0}
+    assert Timing(passes, None).undisturbed() == {"base": 9.0, "pruned": 1.0}
+    still = {"a": Passes((2.0,), (0.0,))}
+    assert Timing(still, "load").undisturbed() == {"a": 2.0}
 
 
 def test_busy_measurement_is_repeated_until_quiet() -> None:
