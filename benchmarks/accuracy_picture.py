@@ -15,7 +15,7 @@ NETS = {"lite0": "EfficientNet-Lite0", "lite1": "EfficientNet-Lite1", "lite2": "
 # Method of `real_accuracy.py` -> its name in the picture and its colour; other methods are not drawn.
 METHODS = {
     "best": ("isoprune_hf", CLASS_COLORS[0]),
-    "corp": ("CORP, hidden channels only", CLASS_COLORS[2]),
+    "corp": ("CORP, our implementation", CLASS_COLORS[2]),
     "tp_iso_bn": ("torch-pruning, new BatchNorm statistics", CLASS_COLORS[1]),
     "tp_iso": ("torch-pruning", CLASS_COLORS[4]),
 }
