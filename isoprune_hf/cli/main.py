@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from isoprune_hf.cli.failures import Failure, classify, classify_lost_rank, describe_unexpected
 from isoprune_hf.cli.help import take_switches
+from isoprune_hf.cli.memory import keep_freed_memory
 from isoprune_hf.cli.parser import parse
 from isoprune_hf.cli.ranks import code_of_failed_rank, is_first_to_fail
 from isoprune_hf.cli.table import STAGES
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process exits: bad input with 2, an unexpected error with 3, a `TrainingFault` with its code, Ctrl-C with
             130.
     """
+    if arguments is None:  # the process is ours
+        keep_freed_memory()
     try:
         words, switches = take_switches(list(sys.argv[1:] if arguments is None else arguments))
         with naming_extra("this command"):
