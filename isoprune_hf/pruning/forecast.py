@@ -26,17 +26,17 @@ from isoprune_hf.pruning.scoring.criteria.trial_loss import TrialLoss, foretell_
 from isoprune_hf.recipes import PruneRecipe
 
 _TIMED_IMAGES = 4
-_WITH_BACKWARD = 3  # passes
+WITH_BACKWARD = 3  # passes
 _FORWARD_ONLY = ("activation_variance",)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Estimated cost of a pruning.
+    """Estimated cost of a pruning or a training.
 
     Args:
-        images: Calibration images.
-        passes: Stage (rotate, score, repair, evaluate) -> passes over them.
+        images: Calibration images, or those of an epoch.
+        passes: Stage (rotate, score, repair, evaluate, train) -> passes over them.
         products: Products of the fits of the repair, in passes.
         pass_seconds: Seconds of one pass on this rank, at the measured speed of a small batch.
         weight_bytes: Bytes of the weights.
@@ -80,7 +80,6 @@ def forecast(
     share = _kept_share(model, recipe)
     work, outputs, saved = _layer_work(model)
     macs = count_cost(model).macs
-    seconds = measure_latency({"base": model}, image_size_of(model), batch_size=_TIMED_IMAGES, repeats=3, warmup=1)
     copies = 2 - 1 / HELD_OUT if images >= FEW else 2
     is_fitted = recipe.reconstruct == "least_squares"
     reads = CRITERIA[str(recipe.criterion)].reads_images and not is_scored
@@ -94,11 +93,22 @@ def forecast(
         images=images,
         passes=passes,
         products=recipe.steps * is_fitted * copies * share * work / macs,
-        pass_seconds=images / ranks * seconds["base"] / 1e3 / _TIMED_IMAGES,
-        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        pass_seconds=time_pass(model, images / ranks),
+        weight_bytes=count_bytes(model),
         score_bytes=saved * recipe.batch_size if reads else 0,
         stored_bytes=math.ceil(2 * copies * outputs * images / ranks) if is_fitted else 0,
     )
+
+
+def time_pass(model: IsoPruneForImageClassification, images: float) -> float:
+    """Return the seconds of a forward pass over images, at the measured speed of a small batch."""
+    milliseconds = measure_latency({"": model}, image_size_of(model), batch_size=_TIMED_IMAGES, repeats=3, warmup=1)
+    return images * milliseconds[""] / 1e3 / _TIMED_IMAGES
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights."""
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _kept_share(model: IsoPruneForImageClassification, recipe: PruneRecipe) -> float:
@@ -119,9 +129,9 @@ def _passes_of_criterion(model: IsoPruneForImageClassification, recipe: PruneRec
     if recipe.criterion in _FORWARD_ONLY:
         return 1.0
     if recipe.criterion != TrialLoss.name or not images:
-        return float(_WITH_BACKWARD)
+        return float(WITH_BACKWARD)
     groups = trace_groups(model, recipe.signature, recipe.engine)
-    return _WITH_BACKWARD + foretell_passes(model, groups, images=images, batch_size=recipe.batch_size)
+    return WITH_BACKWARD + foretell_passes(model, groups, images=images, batch_size=recipe.batch_size)
 
 
 def _passes_of_repair(

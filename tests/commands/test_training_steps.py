@@ -58,7 +58,7 @@ def test_checkpoint_needs_isoprune_model(student: BaseModel, tmp_path: Path, mon
         save("last", nn.Linear(1, 1), {"epoch": 1})
 
     monkeypatch.setattr(training, "finetune", finetune)
-    images: Any = SimpleNamespace(evaluation=None)
+    images: Any = SimpleNamespace(train=None, evaluation=None)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(TypeError, match="Linear"):
         train_student(student, images, DataRecipe(), FinetuneRecipe(), Accelerator(cpu=True), checkpoints=checkpoints)

@@ -8,11 +8,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.commands.steps.estimating import estimate_sizes, log_estimate
 from isoprune_hf.commands.steps.opening import Opened, evaluate_on
 from isoprune_hf.measuring.speed import measure_latency, record_measurement, runtime_of
 from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
@@ -47,6 +49,7 @@ def cut_sizes(opened: Opened, shares: Sequence[float], output: str) -> Cuts:
         BudgetError: A size cannot be reached. The smallest is tried first, and refused before the scoring.
     """
     calibration = opened.open_calibration(output)
+    log_estimate(opened, calibration.sample.get("images", 0), partial(estimate_sizes, shares=shares))
     results: dict[float, PruneResult] = {}
     scores = opened.scores
     for share in sorted(shares):

@@ -16,6 +16,7 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.target import CHECKPOINTS
+from isoprune_hf.commands.steps.estimating import log_training
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.errors import CheckpointError, ConflictError, WriteError
 from isoprune_hf.hub.uploads import Uploads
@@ -181,6 +182,10 @@ def train_student(
         shutil.rmtree(checkpoints.folder, ignore_errors=True)  # checkpoints of an earlier run
     if not is_dense:
         _record_training(student.model, data, recipe)
+
+    if recipe.epochs and images.train is not None and not (run is not None and run.has_state):
+        student.model.to(accelerator.device)
+        log_training(student, images, recipe, teacher, accelerator.num_processes)
 
     def save(name: str, model: nn.Module, entry: dict[str, Any]) -> None:
         if checkpoints is not None and accelerator.is_main_process:
