@@ -16,7 +16,7 @@ from isoprune_hf.recipes.values import RuntimeName
 
 
 @pytest.mark.parametrize("name", ["eager", "compile", "channels_last", "openvino"])
-def test_layers_are_timed_in_the_layout_of_the_runtime(
+def test_layers_are_timed_in_layout_of_runtime(
     name: RuntimeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[Any] = []
