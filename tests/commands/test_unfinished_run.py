@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pytest
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from isoprune_hf.commands.steps import pipeline
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.measuring.timing import Passes, Timing
 from isoprune_hf.pruning import score as scoring
 from isoprune_hf.training import run as training_run
 
@@ -34,13 +35,17 @@ def fixed_files(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in names if (out / name).exists()}
 
 
+def one_millisecond(models: dict[str, Any], *arguments: Any, **settings: Any) -> Timing:
+    return Timing(dict.fromkeys(models, Passes((1.0,), (1.0,))), busy=None)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("unfinished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(pipeline, "measure_latency", lambda models, *_, **__: dict.fromkeys(models, 1.0))
+        patch.setattr(pipeline, "time_models", one_millisecond)
         # Pictures take a fifth of a run, and no test here reads them.
         patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"picture"))
         datasets.disable_progress_bars()
