@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 PASSES = 2  # over all images, that trials take at most
 _MOST = 24  # images that judge a cut
-_LEAST = 8  # unless fewer are set aside
+_LEAST = 4  # if several cuts of a group are measured, unless fewer are set aside
 Cut = TypeVar("Cut")
 
 
@@ -30,7 +30,9 @@ class Trials(NamedTuple, Generic[Cut]):
 def choose_trials(
     candidates: Mapping[str, Sequence[Cut]], shares: Mapping[str, float], *, images: int, held: int
 ) -> Trials[Cut]:
-    """Choose as many cuts as the budget allows, first of each group, then by more images, then groups.
+    """Choose as many cuts of each group as the budget allows, then as many images to judge them.
+
+    The same images judge all cuts, so that even one of them compares groups.
 
     Args:
         candidates: Group -> possible cuts, ascending by the number of channels. Neighbours are alike: where the budget
@@ -40,11 +42,11 @@ def choose_trials(
         held: Those of them that are set aside to judge.
     """
     budget = PASSES * images
-    least = min(held, _LEAST)
     names = list(candidates)
-    options = [(names, count) for count in range(max(map(len, candidates.values()), default=0), 0, -1)]
-    options += [(_evenly(names, count), 1) for count in range(len(names) - 1, 0, -1)]
-    for chosen, count in options if held else []:
+    most = max(map(len, candidates.values()), default=0)
+    options = [(names, count, min(held, _LEAST)) for count in range(most, 0, -1)]
+    options += [(_evenly(names, count), 1, 1) for count in range(len(names), 0, -1)]
+    for chosen, count, least in options if held else []:
         cuts = {name: _evenly(candidates[name], count) for name in chosen}
         cost = sum(shares[name] * len(own) for name, own in cuts.items())
         if cost * least <= budget:

@@ -98,12 +98,11 @@ def test_trials_start_anywhere_alike(family: str, tmp_path: Path, monkeypatch: p
     [
         (1000, 100, 24, {"a": [1, 2, 3], "b": [4, 5, 6], "c": [7]}),  # 3.75 passes for each judge
         (20, 20, 10, {"a": [1, 2, 3], "b": [4, 5, 6], "c": [7]}),
-        (14, 14, 10, {"a": [1, 3], "b": [4, 6], "c": [7]}),  # 2.75
-        (8, 9, 9, {"a": [2], "b": [5], "c": [7]}),  # 1.75
+        (7, 14, 5, {"a": [1, 3], "b": [4, 6], "c": [7]}),  # 2.75
+        (4, 8, 4, {"a": [2], "b": [5], "c": [7]}),  # 1.75
         (4, 2, 2, {"a": [1, 2, 3], "b": [4, 5, 6], "c": [7]}),
-        (5, 8, 8, {"a": [2], "b": [], "c": [7]}),  # 1.25
-        (2, 8, 8, {"a": [], "b": [5], "c": []}),
-        (1, 8, 0, {"a": [], "b": [], "c": []}),
+        (2, 8, 2, {"a": [2], "b": [5], "c": [7]}),
+        (1, 8, 1, {"a": [2], "b": [5], "c": [7]}),
         (4, 0, 0, {"a": [], "b": [], "c": []}),
     ],
 )
@@ -112,6 +111,13 @@ def test_chosen_trials_by_hand(images: int, held: int, judges: int, cuts: dict[s
     found = choose_trials(candidates, {"a": 0.5, "b": 0.5, "c": 0.75}, images=images, held=held)
     assert (found.cuts, found.judges) == (cuts, judges)
     assert found.passes <= 2 * images
+
+
+def test_groups_are_left_out_evenly() -> None:
+    candidates = {name: [name] for name in "abcdefgh"}
+    found = choose_trials(candidates, dict.fromkeys(candidates, 1.0), images=2, held=3)
+    assert [name for name, cuts in found.cuts.items() if cuts] == ["b", "d", "f", "h"]
+    assert (found.judges, found.passes) == (1, 4)
 
 
 def test_ratios_of_neighbours_by_hand() -> None:
