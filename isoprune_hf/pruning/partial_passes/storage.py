@@ -35,10 +35,12 @@ class Storage:
     Args:
         device: The device on which the tensors are computed.
         ranks: Number of processes that share the memory.
+        always: Bytes that are stored on the device even if memory is short, as those of a single batch.
     """
 
     device: torch.device
     ranks: int = 1
+    always: int = 0
 
     @classmethod
     def of_ranks(cls, device: torch.device, accelerator: Accelerator | None) -> Self:
@@ -47,6 +49,8 @@ class Storage:
 
     def place(self, size: int) -> Keep | None:
         """Return a function that stores tensors; None if there is no room for so many bytes in all."""
+        if size <= self.always:
+            return partial(_keep_on, self.device)
         for device in dict.fromkeys((self.device, _HOST)):
             if size <= self._room(*free_memory(device)):
                 return partial(_keep_on, device)

@@ -8,6 +8,7 @@ last waypoint before its cut.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from isoprune_hf.pruning.scoring.trial_images import TrialImages, count_held, sp
 from isoprune_hf.terminal import with_progress
 
 _MAX_BYTES = 2**31  # of the moments of one pass
+_JUDGING_BYTES = 2**30  # of the outputs from which trials start
 _FLOAT64_BYTES = 8
 
 
@@ -123,7 +125,8 @@ def _measure(
     """Measure the chosen cuts, in the order of the network."""
     storage = Storage.of_ranks(model.device, calibration.accelerator)
     fitted = Passes(model, images.fitted, lambda: course.waypoints, storage)
-    judging = Passes(model, images.judging(trials.judges), lambda: course.waypoints, storage)
+    kept = replace(storage, always=_JUDGING_BYTES)  # few images; without them trials would start at the pixels
+    judging = Passes(model, images.judging(trials.judges), lambda: course.waypoints, kept)
     wanted = [_logits(model, part) for part, _ in judging.batches()]
     cuts = [cut for name in course.in_order(trials.cuts) for cut in trials.cuts[name]]
     totals = torch.zeros(len(cuts), dtype=torch.float64, device=model.device)

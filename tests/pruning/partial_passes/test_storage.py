@@ -79,7 +79,7 @@ def test_place_is_the_first_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tensor_is_kept_itself_only_if_allowed() -> None:
     values = torch.randn(4, 3)
-    keep = Storage(CPU).place(1)
+    keep = Storage(CPU, always=1).place(1)
     assert keep(values, is_copied=False) is values
     for other, is_copied in ((values, True), (values[:2], False)):
         kept = keep(other, is_copied=is_copied)

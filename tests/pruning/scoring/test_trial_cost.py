@@ -17,6 +17,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import CoupledGroup
+from isoprune_hf.pruning.partial_passes import storage
 from isoprune_hf.pruning.partial_passes.waypoints import Waypoints
 from isoprune_hf.pruning.scoring import trial_choice, trial_cuts
 from isoprune_hf.pruning.scoring.criteria.trial_loss import spread_ratios
@@ -73,6 +74,9 @@ def test_passes_of_trial_cuts_are_bounded(
     calibration = Calibration(batches_of(model, sizes))
     if is_split:
         monkeypatch.setattr(trial_cuts, "_MAX_BYTES", 2**16)
+    free = 2**40 if is_split else 0
+    monkeypatch.setattr(storage, "free_memory", lambda device: (free, 2**40))
+    monkeypatch.setattr(storage, "_free_disk", lambda: (0, 2**40))
     passes = count_passes(model, lambda: measure_trial_cuts(model, points, possible_cuts(groups), calibration))
     # The moments of a residual stream are one more pass if those of other groups do not fit beside them.
     assert 0 < passes <= (MOST_PASSES + is_split) * sum(sizes) + SINGLE_PASSES
