@@ -14,7 +14,7 @@ import torch
 import isoprune_hf
 
 # Modules that need a package of another extra than `prune`.
-OTHER_EXTRAS = ("matplotlib", "onnx", "onnxruntime", "openvino", "sklearn")
+OTHER_EXTRAS = ("executorch", "matplotlib", "onnx", "onnxruntime", "openvino", "sklearn")
 
 
 def import_all() -> int:

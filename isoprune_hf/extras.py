@@ -25,6 +25,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "openvino": "openvino",
+    "executorch": "executorch",
 }
 
 

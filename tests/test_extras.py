@@ -53,7 +53,8 @@ def setup() -> configparser.ConfigParser:
 
 
 def test_each_package_is_in_its_named_extra(setup: configparser.ConfigParser) -> None:
-    distributions = packages_distributions() | {"pyarrow": ["datasets"]}  # datasets brings it
+    # datasets brings pyarrow; executorch is no part of `all`, because it pins torchao.
+    distributions = packages_distributions() | {"pyarrow": ["datasets"], "executorch": ["executorch"]}
     extras = setup["options.extras_require"]
     for package, extra in EXTRAS.items():
         assert {name.lower().replace("_", "-") for name in distributions[package]} & names(extras[extra]), package

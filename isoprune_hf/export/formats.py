@@ -9,13 +9,14 @@ from typing import Literal, Protocol
 
 import torch
 
+from isoprune_hf.export.executorch import ExecuTorchFormat
 from isoprune_hf.export.onnx import OnnxFormat
 from isoprune_hf.export.openvino import OpenVinoFormat
 from isoprune_hf.export.torch_export import TorchExportFormat
 from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
-Format = Literal["onnx", "openvino", "torch-export"]
+Format = Literal["onnx", "openvino", "torch-export", "executorch"]
 
 
 class ExportFormat(Protocol):
@@ -67,6 +68,7 @@ FORMATS: Mapping[Format, ExportFormat] = {
     "onnx": OnnxFormat(),
     "openvino": OpenVinoFormat(),
     "torch-export": TorchExportFormat(),
+    "executorch": ExecuTorchFormat(),
 }
 
 

@@ -23,7 +23,7 @@ _COLUMNS = {
     "file_mb": "MB",
     "images": "images",
 }
-_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch"}
+_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch", "executorch": "executorch"}
 
 
 def build_export_card(folder: Path, *, name: str) -> ModelCard:

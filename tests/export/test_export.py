@@ -215,14 +215,20 @@ def test_untraceable_model_is_reported_in_one_line(
 
 @pytest.mark.parametrize(
     ("target", "package"),
-    [("onnx", "onnx"), ("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("openvino", "openvino")],
+    [
+        ("onnx", "onnx"),
+        ("onnx", "onnxscript"),
+        ("onnx", "onnxruntime"),
+        ("openvino", "openvino"),
+        ("executorch", "executorch"),
+    ],
 )
 def test_missing_package_is_named_with_its_extra(
     target: str, package: str, pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     line = refuse("export", pruned("vit").folder, "--format", target, "--output", tmp_path / "out")
-    extra = "openvino" if target == "openvino" else "export"
+    extra = "export" if target == "onnx" else target
     assert f"--format {target} needs {package}," in line and f"isoprune-hf[{extra}]" in line
     assert contents(tmp_path) == {}
 
