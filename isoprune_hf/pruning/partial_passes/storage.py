@@ -26,6 +26,7 @@ class Keep(Protocol):
 
 _HOST = torch.device("cpu")
 _LEFT_FREE = 4  # one of so many parts of a memory or disk
+_SMALL = 8  # one of so many parts of what is free may be used even so
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Storage:
         return _copy_to_file(tensor)
 
     def _room(self, free: int, total: int) -> int:
-        return (free - total // _LEFT_FREE) // self.ranks
+        return max(free - total // _LEFT_FREE, free // _SMALL) // self.ranks
 
 
 def _free_disk() -> tuple[int, int]:

@@ -77,6 +77,14 @@ def test_place_is_the_first_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert half.place(251) is None
 
 
+def test_small_tensors_are_stored_on_full_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(2)
+    limit(monkeypatch, (80, 1000), (800, 10_000))  # less than a quarter is free: an eighth of it may be used
+    assert Storage(CPU).place(10)(values, is_copied=False) is values
+    assert files_of(Storage(CPU).place(100)(values))
+    assert Storage(CPU).place(101) is None
+
+
 def test_tensor_is_kept_itself_only_if_allowed() -> None:
     values = torch.randn(4, 3)
     keep = Storage(CPU, always=1).place(1)
