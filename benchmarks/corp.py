@@ -1,15 +1,16 @@
 """CORP (Zhang and Yang, arXiv 2602.05243), a peer in `real_accuracy.py`: hidden channels are cut in closed form.
 
-From the paper: removed components are modelled as affine functions of the kept ones, by a ridge regression over
-unlabelled images, which is folded into the weights of the layer that reads them; all statistics are those of the dense
-network, from one pass over the images, without gradients. x_K and x_R being the kept and the removed hidden channels
-as a layer (W, b) reads them, with mean m and covariance C:
+From the paper's abstract: removed components are modelled as affine functions of the kept ones, by a ridge regression
+over unlabelled images, which is folded into the weights of the layer that reads them; all statistics are those of the
+dense network, from one pass over the images, without gradients. The formulas are those of that regression, not copied
+from the paper's text: x_K and x_R being the kept and the removed hidden channels as a layer (W, b) reads them, with
+mean m and covariance C,
 
     rank    E[x_c^2]; each hidden layer loses the same share of its channels, those with the lowest values
     fit     B = C_RK (C_KK + lambda I)^-1,   x_R ~ B (x_K - m_K) + m_R
     fold    W_K + W_R B   and   b + W_R (m_R - B m_K)
 
-Chosen here, since only the abstract of the paper was at hand: the size of lambda; the plain second moment as rank,
+Chosen here, since only the abstract was at hand, and not tuned: the size of lambda; the plain second moment as rank,
 without a factor for the weights of the reader; and, for convolutions, that a hidden channel is one that a single
 pointwise layer reads into fewer outputs (the expanded channels of an inverted residual block, after the depthwise
 convolution). Nothing else is cut: neither residual streams nor attention, for which the paper fits logits.
