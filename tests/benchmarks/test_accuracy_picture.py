@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from accuracy_picture import draw_accuracy, read_points, select_rows
 from matplotlib.image import imread
 
@@ -37,6 +38,7 @@ def test_one_split_is_selected() -> None:
     assert select_rows(rows, ["lite0", "lite1"], 0, 200) == [kept]
 
 
+@pytest.mark.benchmarks
 def test_dark_picture_has_no_background(tmp_path: Path) -> None:
     draw_accuracy([row("best", 0.5, 50.0)], tmp_path / "dark.png", theme=DARK)
     draw_accuracy([row("best", 0.5, 50.0)], tmp_path / "light.png")

@@ -187,6 +187,7 @@ def test_builder_that_reads_tensors_builds_on_meta(name: str) -> None:
     assert all(tensor.is_meta for tensor in network.state_dict().values())
 
 
+@pytest.mark.families
 def test_every_family_of_torchvision_builds_on_meta() -> None:
     names = torchvision.models.list_models(torchvision.models)
     families = {torchvision.models.get_model_builder(name).__module__: name for name in names}

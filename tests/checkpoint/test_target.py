@@ -242,7 +242,7 @@ def kill_in_writing(out: Path, call: int, keep: str | None, write: Callable[[Tar
         (replace, None),
         pytest.param(replace, "checkpoints", marks=pytest.mark.kills),
         (update, "checkpoints"),
-        pytest.param(update, None, marks=pytest.mark.kills),
+        pytest.param(update, None, marks=pytest.mark.faults),
     ],
 )
 def test_kill_at_each_step_leaves_old_or_new(

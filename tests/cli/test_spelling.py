@@ -30,6 +30,7 @@ def test_unknown_flag_names_a_near_one(stage: str, given: str, meant: str) -> No
     assert suggest_flag(stage, given) == f"; did you mean --{meant}?"
 
 
+@pytest.mark.families
 def test_every_flag_survives_a_lost_letter() -> None:
     lost = [(stage, name) for stage, name in FLAGS if not suggest_flag(stage, short_name(stage, name)[:-1])]
     assert lost == []

@@ -48,6 +48,7 @@ def test_changed_tensor_is_named(folders: Path, tmp_path: Path) -> None:
     assert f"{harmed}: 1 check failed" in done.out
 
 
+@pytest.mark.families
 def test_moved_base_is_found_by_its_weights(folders: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folders / "small", tmp_path / "moved")
     config = read(moved, "config.json")

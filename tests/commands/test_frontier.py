@@ -91,6 +91,7 @@ def test_accuracy_is_that_of_equal_cut(tmp_path: Path) -> None:
         assert {key: float(row[key]) for key in numbers_of(metrics[name])} == numbers_of(metrics[name])
 
 
+@pytest.mark.families
 def test_frontier_reads_images_as_data_settings_say(tmp_path: Path) -> None:
     root = write_images(tmp_path / "images", {"val": {2, 7}})
     data = ["--data.dataset", root, "--data.broken", "skip", "--prune.num_labels", "data"]
@@ -100,6 +101,7 @@ def test_frontier_reads_images_as_data_settings_say(tmp_path: Path) -> None:
     assert [(row["images"], row["broken"]) for row in table_of(tmp_path / "out")] == [("10", "2")] * 2
 
 
+@pytest.mark.families
 def test_frontier_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeed(*L1, "--sizes", "0.6", "--output", out)

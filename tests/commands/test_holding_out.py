@@ -100,6 +100,7 @@ def test_share_of_the_folder_is_the_default(tmp_path: Path, images: Path) -> Non
     assert settle_holdout(data, None) == data
 
 
+@pytest.mark.families
 def test_run_begun_without_holding_out(
     pruned: tuple[Path, str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

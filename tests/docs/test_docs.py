@@ -153,9 +153,13 @@ def prepare(page: types.ModuleType, name: str, pruned: Callable[[str], Pruned], 
         prune_model(make_base("vit", folder), recipe).save(folder / "half", processor)
 
 
+SLOW = {"quickstart.md": pytest.mark.faults}
+SLOW |= dict.fromkeys(["api.md", "own_weights.md", "timm_train.md", "trainer.md"], pytest.mark.families)
+
+
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.faults if page.name == "quickstart.md" else ()) for page in PAGES],
+    [pytest.param(page, marks=SLOW.get(page.name, ())) for page in PAGES],
     ids=NAMES,
 )
 def test_every_block_is_run_or_says_why_not(

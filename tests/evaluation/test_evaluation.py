@@ -137,6 +137,7 @@ def save_figures(accelerator: Accelerator, folder: Path) -> None:
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+@pytest.mark.launch
 def test_two_ranks_count_every_image_once(tmp_path):
     call_on_ranks(functools.partial(save_figures, folder=tmp_path), tmp_path / "log")
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

@@ -71,8 +71,10 @@ def exported(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathF
     return give
 
 
-CASES = [("vit", "onnx")]
-CASES += [pytest.param(*case, marks=pytest.mark.export) for case in [("vit", "torch-export"), ("resnet", "openvino")]]
+CASES = [
+    pytest.param(*case, marks=pytest.mark.export)
+    for case in [("vit", "onnx"), ("vit", "torch-export"), ("resnet", "openvino")]
+]
 CASES += [pytest.param(*case, marks=pytest.mark.faults) for case in [("vit", "openvino"), ("hf-swin", "onnx")]]
 
 
@@ -94,6 +96,7 @@ def test_exported_logits_match_pytorch_for_any_batch_size(
     assert (record["batches"], record["same_class"], record["precision"]) == ([1, 4], 5, "fp32")
 
 
+@pytest.mark.export
 def test_labels_and_processor_are_exported(pruned: Callable[[str], Pruned], exported: Callable[..., Exported]) -> None:
     sample, out = pruned("vit"), exported("vit", "onnx").folder
     names = {str(index): name for index, name in LABELS.items()}
@@ -130,7 +133,7 @@ def test_script_beside_model_runs_without_isoprune_hf(
     assert done.stdout.strip() == LABELS[int(logits.argmax())]
 
 
-HALF = [("vit", "onnx", "fp16", 5e-3)]
+HALF = [pytest.param("vit", "onnx", "fp16", 5e-3, marks=pytest.mark.export)]
 HALF += [
     pytest.param("vit", "torch-export", "bf16", 5e-2, marks=pytest.mark.export),
     pytest.param("resnet", "openvino", "fp16", 5e-3, marks=pytest.mark.export),
@@ -182,6 +185,7 @@ def _weights(file: Path) -> list[np.ndarray]:
     return [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer]
 
 
+@pytest.mark.export
 def test_differing_logits_are_an_error_and_write_nothing(
     pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def layers(file: Path) -> dict[str, list[np.ndarray]]:
     return found
 
 
-FAMILIES = ["resnet", pytest.param("vit", marks=pytest.mark.export)]
+FAMILIES = [pytest.param("resnet", marks=pytest.mark.export), pytest.param("vit", marks=pytest.mark.export)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,6 +100,7 @@ def test_figures_are_those_of_the_runtime(
     assert f"| pruned+int8 | {100 * metrics['pruned+int8']['top1']:.2f} |" in card
 
 
+@pytest.mark.faults
 def test_sensitive_layers_stay_in_fp32(
     pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -451,6 +451,7 @@ def test_base_is_recorded_with_its_fingerprint(no_network: Path, tmp_path: Path)
     assert fingerprint(trained) in converted.notes[-1]
 
 
+@pytest.mark.families
 def test_unproven_assumptions_are_noted(no_network: Path, tmp_path: Path) -> None:
     whole = torchvision.models.mobilenet_v2().half()
     converted = convert_file(save(whole, tmp_path / "old.pth"))

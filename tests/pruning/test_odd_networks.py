@@ -65,13 +65,13 @@ COMBINATIONS = {
 def cases() -> Iterator[Any]:
     """Yield each network with each combination; "best" is run by default, and of every sixth network another one.
 
-    `make test-all` runs every third of the others, `make test-faults` the rest.
+    `make test-all` runs every fourth of the others, `make test-faults` the rest.
     """
     _, *others = COMBINATIONS
     for number, name in enumerate(HANDLED):
         by_default = ("best", *([] if number % 6 else [others[number // 6 % len(others)]]))
         for index, combination in enumerate(COMBINATIONS):
-            is_rare = (number + index) % 3
+            is_rare = (number + index) % 4
             marks = () if combination in by_default else pytest.mark.faults if is_rare else pytest.mark.families
             yield pytest.param(name, combination, marks=marks)
 

@@ -268,7 +268,7 @@ def test_run_is_saved_when_time_is_up(case: Case, tmp_path: Path) -> None:
     finish(case, out)
 
 
-@pytest.mark.kills
+@pytest.mark.faults
 def test_two_ranks_stop_together_and_resume_exactly(case: Case, tmp_path: Path) -> None:
     out, command = tmp_path / "out", [*case.command, "--output", tmp_path / "out"]
     ranks = start_ranks(command, tmp_path / "log")

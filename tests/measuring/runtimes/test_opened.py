@@ -75,7 +75,7 @@ def test_missing_package_of_a_runtime_is_named(monkeypatch: pytest.MonkeyPatch) 
     [
         "eager",
         "channels_last",
-        "onnxruntime",
+        pytest.param("onnxruntime", marks=pytest.mark.export),
         pytest.param("compile", marks=pytest.mark.families),
         pytest.param("openvino", marks=pytest.mark.export),
     ],
