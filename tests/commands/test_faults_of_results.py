@@ -28,6 +28,7 @@ from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.target import Target, locked_target
 from isoprune_hf.commands.steps import recording, results
 from isoprune_hf.export import export as export_module
+from isoprune_hf.measuring import timing
 
 VIT_ARGS = ["--model_args", json.dumps(MODEL_ARGS)]
 KILLS = int(os.environ.get("ISOPRUNE_KILLS", "12"))  # of each stage
@@ -205,6 +206,10 @@ ADDING_CODES = {"occupied": (0, 73), "file added": (0, 0), "disk full": (0, 74),
 ADDING_ALWAYS = {("benchmark", "disk full"), ("evaluate", "file added"), ("push", "occupied")}
 
 
+def idle(*_: object, **__: object) -> None:
+    """Say that the machine is not busy, so that all figures are stored."""
+
+
 @pytest.mark.parametrize(
     "stage, fault",
     [
@@ -217,6 +222,7 @@ def test_fault_leaves_the_files_of_a_folder_together(
     stage: str, fault: str, inputs: Inputs, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "find_load", idle)
     (words, added), make = ADDING[stage], FAULTS[fault][0]
     out = shutil.copytree(inputs.pruned, tmp_path / "out")
     before = contents(out)
@@ -313,8 +319,11 @@ def test_random_kills_leave_old_or_new(stage: str, inputs: Inputs, tmp_path: Pat
 
 
 @pytest.mark.faults
-def test_random_kills_of_benchmark_leave_old_or_new(inputs: Inputs, tmp_path: Path) -> None:
+def test_random_kills_of_benchmark_leave_old_or_new(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The figures and the card that shows them change together."""
+    monkeypatch.setattr(timing, "find_load", idle)
     folder = shutil.copytree(inputs.pruned, tmp_path / "pruned")
     (folder / "speed.json").write_text("{}")
     old = contents(folder)

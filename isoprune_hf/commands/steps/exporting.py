@@ -87,5 +87,8 @@ def write_results(folder: Path, name: str, exported: Export, metrics: Metrics) -
         stem = Path(exported.file).stem  # of all files of the model: OpenVINO has two, ONNX beyond 2 GB as well
         metrics[list(metrics)[-1]]["file_mb"] = sum(file.stat().st_size for file in folder.glob(f"{stem}.*")) / 1e6
         write_file(folder / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+    card = None
     with ornament("the card"):
-        write_file(folder / "README.md", str(build_export_card(folder, name=name)))
+        card = str(build_export_card(folder, name=name))
+    if card is not None:  # a disk that is full for the card is full for the model, and ends the export
+        write_file(folder / "README.md", card)
