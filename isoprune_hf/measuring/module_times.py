@@ -1,5 +1,6 @@
 """Find out with torch.profiler which types of modules a forward pass spends its time in: `share_of_modules`."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def share_of_modules(model: nn.Module, image_size: Sequence[int], *, batch_size:
         Type -> share of the time of the processor, or of the kernels on a GPU, from the largest. Convolutions with one
         input channel per group are a type of their own.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it reports start, stop and a missing GPU to standard error
     pixels = draw_images(model, image_size, batch_size)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if pixels.is_cuda else [])]
     ranges: list[record_function] = []
