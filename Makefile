@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+# One thread for each worker; compiled files are kept, since each worker and each fresh interpreter reads them again.
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
 FUZZ := tests/checkpoint/test_fuzz.py tests/cli/test_recipe_fuzz.py tests/legacy/test_pickle_fuzz.py
 
 .PHONY: setup demo test test-all test-faults fuzz docs lint types dist-test clean
@@ -18,21 +20,21 @@ demo: $(STAMP)
 
 # Two workers of one thread each. The markers of pyproject.toml say what is left out here and run by `make test-all`.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TESTS) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # All but the trainings that are killed for a quarter of an hour, and the inputs of `make fuzz`; a test that needs a
 # browser is skipped without one.
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not fuzz"
+	$(TESTS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not fuzz"
 
 # Trainings killed at every stage of their writing and at sixty random moments, the notebook, and all combinations of
 # faults: about twenty minutes.
 test-faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
+	$(TESTS) $(BIN)/python -m pytest -n 2 -m faults
 
 # 25,000 damaged configs, weights, plans, processors, recipes and old checkpoints: about twenty minutes.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s -m fuzz $(FUZZ)
+	$(TESTS) ISOPRUNE_FUZZ=10000 $(BIN)/python -m pytest -s -m fuzz $(FUZZ)
 
 # The site, into build/site, with no network; a broken link or reference is an error.
 docs: $(STAMP)

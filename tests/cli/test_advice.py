@@ -22,10 +22,10 @@ def messages() -> list[str]:
     """Collect the texts of the package that are no docstrings; inserted values become PLACE."""
     found = []
     for file in PACKAGE.rglob("*.py"):
-        tree = ast.parse(file.read_text())
-        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        documented = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else "PLACE" for part in node.values)
                 found.append("".join(parts))
