@@ -100,6 +100,7 @@ def photos() -> Dataset:
     return Dataset.from_dict({"image": images, "label": [0, 1] * 3}, features=features)
 
 
+@pytest.mark.families
 def test_photos_need_the_processor_of_the_base() -> None:
     module = timm.create_model("test_resnet", num_classes=2)
     result = prune(module, photos(), ratio=0.5, criterion="taylor", round_to=2)

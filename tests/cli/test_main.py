@@ -283,6 +283,7 @@ def test_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyP
     assert re.fullmatch(r"isoprune: error: out of memory; [^\n]*--prune\.batch_size[^\n]*\n", done.err)
 
 
+@pytest.mark.families
 def test_paths_may_have_spaces_unicode_and_links(cut_folder: Path, images: Path, tmp_path: Path) -> None:
     place = tmp_path / ("ein Ordner, größer als \N{SNOWMAN} und 'quoted' " + "x" * 120)
     (place / "real").mkdir(parents=True)

@@ -96,6 +96,7 @@ def figures_of(printed: str) -> dict[str, float]:
     return {name: value for name, value in numbers_of(figures).items() if name not in ("model", "macs", "params")}
 
 
+@pytest.mark.families
 def test_own_transform_is_default(pruned: Path, images: Path) -> None:
     # timm's data config of an untrained ViT of 16 pixels: the shorter side becomes 16, bicubic.
     printed = measure("--model", pruned, "--data.dataset", images)
@@ -143,6 +144,7 @@ def test_figures_of_other_data_set_are_not_stored(pruned: Path, images: Path, tm
     assert contents(pruned) == before
 
 
+@pytest.mark.families
 def test_folder_has_transform_of_its_figures(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeed("prune", *VIT, "--prune.criterion", "l1", "--data.dataset", images, *OTHER, "--output", out)
@@ -154,6 +156,7 @@ def test_folder_has_transform_of_its_figures(images: Path, tmp_path: Path) -> No
     assert figures_of(printed) == pytest.approx(want, rel=1e-5) and "the model's own" in printed
 
 
+@pytest.mark.families
 def test_finetuning_with_other_transform_measures_everything_again(pruned: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tuning = ["--data.dataset", images, "--finetune.epochs", "1", "--output", out]
