@@ -89,7 +89,7 @@ def without_bars() -> Iterator[None]:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("grey-transformers", marks=pytest.mark.families),
+        pytest.param("grey-transformers", marks=pytest.mark.faults),
         *one_of_each(["six", "grey", "rgba"], "grey", mark="faults"),
     ],
 )

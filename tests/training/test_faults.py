@@ -244,7 +244,7 @@ def test_signals_stop_a_run_after_an_update(case: Case, tmp_path: Path) -> None:
     finish(case, out)
 
 
-@pytest.mark.kills
+@pytest.mark.faults
 def test_signal_within_writing_of_log_loses_nothing(case: Case, tmp_path: Path) -> None:
     def dumps(entry: dict[str, Any]) -> str:
         if entry["epoch"] == 1 and "update" not in entry:
@@ -259,7 +259,7 @@ def test_signal_within_writing_of_log_loses_nothing(case: Case, tmp_path: Path) 
     finish(case, out)
 
 
-@pytest.mark.kills
+@pytest.mark.faults
 def test_run_is_saved_when_time_is_up(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = run([*case.command, "--finetune.max_minutes", "0.003", "--output", out], tmp_path / "log")

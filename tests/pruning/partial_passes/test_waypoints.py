@@ -66,7 +66,7 @@ def test_module_keeps_a_forward_of_its_own(tmp_path: Path) -> None:
     assert vars(block)["forward"] is own
 
 
-@pytest.mark.parametrize("family", one_of_each(ALL_FAMILIES, "vit", "resnet"))
+@pytest.mark.parametrize("family", one_of_each(ALL_FAMILIES, "vit", "resnet", mark="faults"))
 @pytest.mark.parametrize(
     "is_bias_only",
     [False, pytest.param(True, marks=pytest.mark.faults)],
