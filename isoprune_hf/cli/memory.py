@@ -14,7 +14,7 @@ _TRIM_BYTES = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let blocks of up to 64 MiB be used again, instead of returned to the system when they are freed.
+    """Keep freed blocks of up to 64 MiB for the next use, instead of returning them to the system.
 
     The thresholds of a user stay: the variables `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and
     `GLIBC_TUNABLES` are read by glibc itself.

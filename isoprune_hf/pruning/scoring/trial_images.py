@@ -30,14 +30,15 @@ class TrialImages(NamedTuple):
     batches: int
 
     def judging(self, judges: int) -> Images:
-        """Return this rank's share of about so many of the images that are set aside, in one micro-batch.
+        """Return this rank's share of about so many of the images that are set aside.
 
-        The micro-batches contribute evenly, the first ones more; the images do not depend on the number of ranks.
+        The micro-batches contribute evenly, the first ones more. Images of different ones do not pass together: neither
+        the images nor their rounding depend on the number of ranks.
         """
         chosen = [
             images[: self._share(number + 1, judges) - self._share(number, judges)] for number, images in self.aside
         ]
-        return Images([torch.cat(chosen)] if any(map(len, chosen)) else [])
+        return Images([images for images in chosen if len(images)])
 
     def _share(self, number: int, judges: int) -> int:
         """Return how many of so many images the first micro-batches contribute."""

@@ -311,7 +311,4 @@ def test_two_ranks_score_as_one_does(tmp_path: Path) -> None:
             assert found.correlation == expected.correlation
             assert found.scores.keys() == expected.scores.keys()
             for group, scores in expected.scores.items():
-                # Trial cuts pass in batches of the images that a rank has: their divergences, here hardly above the
-                # rounding of float32, differ by up to 1 %.
-                limit = 1e-2 if "trial_loss" in name else 0.0
-                torch.testing.assert_close(found.scores[group], scores, rtol=limit, atol=0.0, msg=f"{name} {group}")
+                assert torch.equal(found.scores[group], scores), f"{name} {group}"
