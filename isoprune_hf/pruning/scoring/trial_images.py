@@ -32,8 +32,8 @@ class TrialImages(NamedTuple):
     def judging(self, judges: int) -> Images:
         """Return this rank's share of about so many of the images that are set aside.
 
-        The micro-batches contribute evenly, the first ones more. Images of different ones do not pass together: neither
-        the images nor their rounding depend on the number of ranks.
+        The micro-batches contribute evenly, the first ones more. Images of different ones do not pass together, so
+        that neither the images nor the rounding of their passes depend on the number of ranks.
         """
         chosen = [
             images[: self._share(number + 1, judges) - self._share(number, judges)] for number, images in self.aside
