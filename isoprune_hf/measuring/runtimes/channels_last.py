@@ -1,31 +1,19 @@
 """PyTorch with images and weights in the layout NHWC, and BatchNorm folded into the convolutions before it."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.measuring.folding import fold_batchnorm
 from isoprune_hf.measuring.images import in_dtype
+from isoprune_hf.measuring.runtimes.eager import EagerEngine
 from isoprune_hf.measuring.runtimes.engine import OpenModel, Pass, Runtime, torch_pass
-from isoprune_hf.recipes.values import DType
 
 
-class ChannelsLastEngine:
+class ChannelsLastEngine(EagerEngine):
     """Runs a copy of a module in the layout that convolutions on a CPU compute in."""
 
     label = "channels_last"
-    packages = ()
-    min_warmup = 0
-
-    def limitation(self, dtype: DType | None, device: torch.device) -> str | None:
-        """Return None: PyTorch times every dtype on every device."""
-        return None
-
-    def session(self) -> AbstractContextManager[None]:
-        """Return an empty context: errors of the model keep their type."""
-        return nullcontext()
 
     def open(self, model: IsoPruneForImageClassification, images: torch.Tensor, runtime: Runtime) -> OpenModel:
         """Fold a copy, then change its dtype and layout; images are converted before they are timed."""

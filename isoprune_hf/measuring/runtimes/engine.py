@@ -31,7 +31,7 @@ class RuntimeFailedError(RecipeError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a model is timed; the device is that of the model.
+    """A way to run a model that is timed; the device is that of the model.
 
     Args:
         name: Engine that runs the model.

@@ -24,7 +24,7 @@ class OpenModels:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was not done to the models, one line each."""
+        """Return what was not done to the models, one line each."""
         return tuple(f"{name}: {model.note}" for name, model in self.opened.items() if model.note)
 
     def time(self, batch_size: int, rounds: Rounds, *, beside: "OpenModels | None" = None) -> Timing:
