@@ -27,6 +27,7 @@ from isoprune_hf.models import load_base
 from isoprune_hf.models.calling import restore
 from isoprune_hf.models.from_module import Recognised, processor_of, recognise_wrapper
 from isoprune_hf.models.processors import with_transform
+from isoprune_hf.pruning.plan import record_transform
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import BUDGETS, DATA_CRITERIA, DataRecipe, PruneRecipe
 
@@ -105,6 +106,8 @@ def prune(
     pruned, config = result.model.model, result.model.config
     restore(pruned)
     plan = dataclasses.replace(result.plan, notes=(*result.plan.notes, *_note_hooks(module, pruned)))
+    if isinstance(data, DataRecipe):
+        plan = record_transform(plan, data.transform)
     name = held.model.objective.name if reads_targets else None
     return Pruned(
         model=_as_given(given, module, pruned, config),

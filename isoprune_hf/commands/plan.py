@@ -48,7 +48,7 @@ def run_apply(
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
-    from isoprune_hf.commands.steps.replaying import replay_on_base
+    from isoprune_hf.commands.steps.replaying import replay_on_base, settle_transform
     from isoprune_hf.commands.steps.results import summarize, write_folder
     from isoprune_hf.pruning.plan import PruningPlan
     from isoprune_hf.recipes import recipe_to_dict
@@ -59,7 +59,7 @@ def run_apply(
         settings = recipe_to_dict(prune)
         if model is not None:
             settings["model"] = model
-        data = settle_holdout(data, settings["model"])
+        data = settle_transform(settle_holdout(data, settings["model"]), loaded)
         images = open_data(data, accelerator) if data.dataset else None
         opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
         pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
@@ -110,7 +110,7 @@ _APPLY = Stage(
     name="plan apply",
     run=run_apply,
     text="Replay a plan on its base and write the folder OUTPUT. The section prune only opens the base (model, "
-    "pretrained, model_args, num_labels, seed); the plan has decided everything else.",
+    "pretrained, model_args, num_labels, seed); the plan has decided all else, the size of the images included.",
     heading=Heading.MEASURE,
     order=8,
     sections=("prune", "data"),

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class PruningPlan:
         notes: Lines for the user: parts that a step left as they were (`note_left`), widths that could not be aligned,
             a budget that is not used up.
         achieved: `{"base": {"macs", "params"}, "pruned": {...}}`; a latency budget adds `latency_ms`.
-        settings: The settings that the plan depends on: criterion, scope, ratios, rounding.
+        settings: The settings that the plan depends on: criterion, scope, ratios, rounding. `transform` has those of
+            the images that replace the base's own, such as `image_size`; it is missing if none does.
         fingerprint: Fingerprint of the base weights.
         version: Version of this format.
     """
@@ -108,6 +109,16 @@ class PruningPlan:
             raise CheckpointError(f"plan: {path} cannot be read ({error.strerror})") from error
         except ValueError as error:  # CheckpointError among them
             raise CheckpointError(f"pruning plan {path}: {str(error).removeprefix('pruning plan: ')}") from error
+
+
+def record_transform(plan: PruningPlan, transform: Mapping[str, Any]) -> PruningPlan:
+    """Return a plan that records the settings of the images that replace those of its base.
+
+    Args:
+        plan: The plan.
+        transform: `DataRecipe.transform`; a plan of the base's own images stays as it is.
+    """
+    return replace(plan, settings={**plan.settings, "transform": dict(transform)}) if transform else plan
 
 
 def note_left(action: str, unit: str, reasons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

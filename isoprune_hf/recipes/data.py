@@ -15,6 +15,7 @@ from isoprune_hf.recipes.values import (
 )
 
 DEFAULT_HOLDOUT = 0.1
+TRANSFORM = ("image_size", "resize", "interpolation", "mean", "std")
 RANGES = {
     "eval_images": whole(1, 2**40),
     "holdout": SHARE_BELOW_ONE,
@@ -107,5 +108,4 @@ class DataRecipe:
     @property
     def transform(self) -> dict[str, Any]:
         """Return the settings of the evaluation transform that replace those of the model."""
-        names = ("image_size", "resize", "interpolation", "mean", "std")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in TRANSFORM if (value := getattr(self, name)) is not None}

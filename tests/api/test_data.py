@@ -146,6 +146,7 @@ def test_transform_of_a_recipe_makes_the_inputs() -> None:
         for name, options in {"own": {}, "mean": {"mean": [0.1] * 3}}.items()
     }
     assert [list(result.processor.image_mean) for result in found.values()] == [[0.5] * 3, [0.1] * 3]
+    assert [result.plan.settings.get("transform") for result in found.values()] == [None, {"mean": [0.1] * 3}]
     assert not torch.equal(found["own"].scores.scores["0"], found["mean"].scores.scores["0"])
     given: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:

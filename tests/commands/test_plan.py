@@ -58,6 +58,56 @@ def test_replay_writes_same_folder_as_cut(given: str, folders: Path, tmp_path: P
     assert second["recipe"]["prune"]["criterion"] == "l1" and second["recipe"]["prune"]["round_to"] == 4
 
 
+CONV = ["timm/test_resnet", "--no-pretrained", "--prune.num_labels", "10"]
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a convolutional network that was cut at 32 pixels, where its own size is 160."""
+    folder = tmp_path_factory.mktemp("sized") / "pruned"
+    small = ["--image-size", "32", "--data.mean", "[0.5, 0.5, 0.5]"]
+    succeed("prune", *CONV, *small, "--criterion", "l1", "--target-macs", "50%", "--output", folder)
+    return folder
+
+
+def test_replay_takes_image_size_of_plan(sized: Path, tmp_path: Path) -> None:
+    transform = {"image_size": 32, "mean": [0.5, 0.5, 0.5]}
+    assert read(sized, "pruning_plan.json")["settings"]["transform"] == transform
+    succeed("plan", "apply", sized, "--model", *CONV, "--output", tmp_path / "again")
+    for name in ("model.safetensors", "pruning_plan.json", "preprocessor_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (sized / name).read_bytes()
+    assert read(tmp_path / "again", "config.json")["image_size"] == [3, 32, 32]
+
+
+def test_image_size_of_older_plan_is_named(sized: Path, tmp_path: Path) -> None:
+    plan = read(sized, "pruning_plan.json")
+    recorded = plan["settings"].pop("transform")
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    arguments = ["plan", "apply", tmp_path / "plan.json", "--model", *CONV]
+    succeed(*arguments, "--image-size", "32", "--data.mean", "[0.5, 0.5, 0.5]", "--output", tmp_path / "named")
+    assert read(tmp_path / "named", "pruning_plan.json")["settings"]["transform"] == recorded
+
+
+WRONG_TRANSFORMS: dict[str, tuple[object, list[str], str]] = {
+    "other size": (None, ["--image-size", "64"], "data.image_size 64: the plan was made on images of image_size 32"),
+    "no mapping": ([32], [], "settings.transform must map names to settings"),
+    "unknown entry": ({"crop": 32}, [], "settings.transform: unknown entry 'crop'"),
+    "bad value": ({"image_size": -1}, [], "settings.transform: data.image_size must be"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_TRANSFORMS)
+def test_transform_that_does_not_fit_is_refused(kind: str, sized: Path, tmp_path: Path) -> None:
+    transform, flags, words = WRONG_TRANSFORMS[kind]
+    plan = read(sized, "pruning_plan.json")
+    if transform is not None:
+        plan["settings"]["transform"] = transform
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    line = refuse("plan", "apply", tmp_path / "plan.json", "--model", *CONV, *flags, "--output", tmp_path / "out")
+    assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_plan_of_other_base_needs_ignore_fingerprint(folders: Path, tmp_path: Path) -> None:
     arguments = ["plan", "apply", folders / "other", "--model", NAME, *OPEN, "--output", tmp_path / "out"]
     line = refuse(*arguments)

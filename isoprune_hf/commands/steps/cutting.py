@@ -1,7 +1,10 @@
 """Cut the opened base of a stage; see `cut_base`."""
 
+from dataclasses import replace
+
 from isoprune_hf.commands.steps.estimating import log_estimate
 from isoprune_hf.commands.steps.opening import Opened
+from isoprune_hf.pruning.plan import record_transform
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.recipes import recipe_to_dict
 
@@ -28,4 +31,4 @@ def cut_base(opened: Opened, output: str) -> PruneResult:
     )
     if opened.images is not None:
         result.model.config.recipe = {**(result.model.config.recipe or {}), "data": recipe_to_dict(opened.data)}
-    return result
+    return replace(result, plan=record_transform(result.plan, opened.data.transform))

@@ -1,20 +1,51 @@
-"""Replay a plan on an opened base (`replay_on_base`), and look up the sizes that a plan refers to (`base_sizes`)."""
+"""Replay a plan: `settle_transform` before the base is opened, `replay_on_base` after that.
 
-from dataclasses import fields
+`base_sizes` looks up the sizes that a plan refers to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
 from isoprune_hf.commands.steps.opening import Opened
-from isoprune_hf.errors import IsoPruneError
+from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning.cutting.replay import replay_plan
 from isoprune_hf.pruning.graph.find_groups import trace_groups
-from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.recipes import PruneRecipe, recipe_to_dict
+from isoprune_hf.pruning.plan import PruningPlan, record_transform
+from isoprune_hf.recipes import DataRecipe, PruneRecipe, recipe_to_dict
+from isoprune_hf.recipes.data import TRANSFORM
 
 _OPENING_SETTINGS = frozenset({"model", "pretrained", "model_args", "num_labels", "seed"})
+
+
+def settle_transform(data: DataRecipe, plan: PruningPlan) -> DataRecipe:
+    """Return the data section with the settings of the images that a plan was made on.
+
+    Raises:
+        CheckpointError: The plan records something else than such settings.
+        RecipeError: The section contradicts one of them.
+    """
+    recorded = plan.settings.get("transform", {})
+    if not isinstance(recorded, Mapping):
+        raise CheckpointError(f"pruning plan: settings.transform must map names to settings, got {recorded!r:.99}")
+    unknown = [name for name in recorded if name not in TRANSFORM]
+    if unknown:
+        raise CheckpointError(f"pruning plan: settings.transform: unknown entry {unknown[0]!r:.99}")
+    for name, value in recorded.items():
+        given = getattr(data, name)
+        if given not in (None, value):
+            raise RecipeError(
+                f"data.{name} {given}: the plan was made on images of {name} {value}; leave the setting out, or prune "
+                "again with it"
+            )
+    try:
+        return replace(data, **recorded)
+    except RecipeError as error:
+        raise CheckpointError(f"pruning plan: settings.transform: {error}") from error
 
 
 def replay_on_base(
@@ -38,7 +69,7 @@ def replay_on_base(
     if opened.images is not None:
         recipe["data"] = recipe_to_dict(opened.data)
     pruned.config.recipe = recipe
-    return pruned, replayed
+    return pruned, record_transform(replayed, opened.data.transform)
 
 
 def base_sizes(place: str, plan: PruningPlan) -> dict[str, tuple[int, int]]:
