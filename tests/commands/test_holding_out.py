@@ -1,6 +1,7 @@
 """Every stage holds out the same images of a data set without a split for evaluation, and says so."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,26 @@ def test_another_share_is_seen(pruned: tuple[Path, str], images: Path) -> None:
         printed = run("evaluate", pruned[0], "--data", images, "--holdout", share)
         assert "figures are too good" in printed and "not stored in the folder" in printed
     assert read(pruned[0], "metrics.json")["pruned"]["images"] == 4
+
+
+def test_folder_without_a_record_may_have_seen(pruned: tuple[Path, str], images: Path, tmp_path: Path) -> None:
+    """Earlier versions held nothing out, and recorded no share."""
+    folder = tmp_path / "old"
+    shutil.copytree(pruned[0], folder)
+    config = read(folder, "config.json")
+    del config["recipe"]["data"]["holdout"]
+
+    def said(*flags: str, **prune: object) -> int:
+        config["recipe"]["prune"] |= prune
+        (folder / "config.json").write_text(json.dumps(config))
+        return run("evaluate", folder, "--data", images, *flags).count("does not record which images")
+
+    assert said(criterion="l1", rotate=False, reconstruct="none") == 0  # it was only evaluated on them
+    assert said(criterion="taylor") == said("--holdout", "0.2") == 1
+    assert said(criterion="l1", reconstruct="bn") == 1
+    config["recipe"]["data"]["dataset"] = "other"
+    assert said() == 0
+    assert "does not record" not in run("evaluate", pruned[0], "--data", images)
 
 
 def test_base_is_evaluated_on_all_images(images: Path) -> None:

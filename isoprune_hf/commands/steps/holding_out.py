@@ -1,4 +1,7 @@
-"""Hold out the same images for every model of a data set: `settle_holdout`, and `has_seen` for the exceptions."""
+"""Hold out the same images for every model of a data set: `settle_holdout`; the rest are the exceptions.
+
+`has_seen` finds models that have seen images for evaluation, `may_have_seen` folders that do not record it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +13,7 @@ from transformers import PreTrainedConfig
 from isoprune_hf.checkpoint.folder import read_json
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.recipes import DATA_CRITERIA, DataRecipe
 from isoprune_hf.recipes.data import DEFAULT_HOLDOUT
 
 logger = get_logger(__name__)
@@ -44,6 +47,22 @@ def has_seen(config: PreTrainedConfig, images: ImageData) -> bool:
     if images.holdout is None or recorded is None:
         return False
     return images.holdout == 0 or images.holdout != recorded
+
+
+def may_have_seen(config: PreTrainedConfig, images: ImageData) -> bool:
+    """Return whether a model was pruned or trained on a data set with no record of the images that were held out.
+
+    Earlier versions wrote such folders. A model that was only evaluated on the data set has seen none of its images.
+    """
+    recipe = getattr(config, "recipe", None)
+    if images.holdout is None or not isinstance(recipe, Mapping):
+        return False
+    data, prune = recipe.get("data"), recipe.get("prune")
+    if not isinstance(data, Mapping) or data.get("dataset") != images.name or "holdout" in data:
+        return False
+    steps = prune if isinstance(prune, Mapping) else {}
+    has_read = steps.get("criterion") in DATA_CRITERIA or steps.get("reconstruct") not in (None, "none")
+    return has_read or bool(steps.get("rotate")) or "finetune" in recipe or "pretrain" in recipe
 
 
 def _recorded_share(recipe: Any, dataset: str) -> Any:

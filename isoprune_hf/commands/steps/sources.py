@@ -9,7 +9,7 @@ from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
 from isoprune_hf.checkpoint.transfer import find_class_dims
-from isoprune_hf.commands.steps.holding_out import has_seen
+from isoprune_hf.commands.steps.holding_out import has_seen, may_have_seen
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.labels import align_labels, check_labels, check_problem, classes_of
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
@@ -161,7 +161,7 @@ def check_classes(label_names: Sequence[str], model: IsoPruneForImageClassificat
 def align_images(images: ImageData, model: IsoPruneForImageClassification) -> ImageData:
     """Return images with the labels of a model that chooses one of their classes, see `align_labels`.
 
-    A warning says if the model has seen images for evaluation.
+    A warning says if the model has seen images for evaluation, or may have.
 
     Raises:
         DatasetError: It has other classes or another problem type.
@@ -172,6 +172,12 @@ def align_images(images: ImageData, model: IsoPruneForImageClassification) -> Im
         logger.warning(
             f"data: the model was pruned or trained on images of {images.name} that it is evaluated on, with another "
             "data.holdout, so its figures are too good"
+        )
+    elif may_have_seen(model.config, images):
+        logger.warning(
+            f"data: the folder of the model does not record which images of {images.name} were held out when it was "
+            "pruned or trained, as folders of earlier versions; it may have seen those that it is evaluated on now: "
+            "prune again for figures that hold"
         )
     return aligned
 
