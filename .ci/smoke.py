@@ -14,7 +14,16 @@ import torch
 import isoprune_hf
 
 # Modules that need a package of another extra than `prune`.
-OTHER_EXTRAS = ("executorch", "matplotlib", "onnx", "onnxruntime", "openvino", "sklearn")
+OTHER_EXTRAS = (
+    "ai_edge_litert",
+    "executorch",
+    "litert_torch",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "sklearn",
+)
 
 
 def import_all() -> int:

@@ -26,6 +26,8 @@ EXTRAS = {
     "onnxscript": "export",
     "openvino": "openvino",
     "executorch": "executorch",
+    "litert_torch": "litert",
+    "ai_edge_litert": "litert",
 }
 
 

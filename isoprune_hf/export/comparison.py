@@ -30,6 +30,7 @@ class Export(NamedTuple):
         largest: Largest absolute logit of PyTorch.
         batches: Number of images in each batch that was compared.
         same_class: Number of images with the same predicted class.
+        takes_batches: Whether the file takes any number of images at once; otherwise it takes one.
         quantization: How the model was quantised; empty if there is nothing to say.
     """
 
@@ -38,6 +39,7 @@ class Export(NamedTuple):
     largest: float
     batches: tuple[int, ...]
     same_class: int
+    takes_batches: bool
     quantization: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -72,4 +74,5 @@ def compare_logits(
             f"allowed; {advice}"
         )
     same = int((reference.argmax(1) == answer.argmax(1)).sum())
-    return Export(FORMATS[target].file, difference, largest, tuple(len(array) for array in expected), same)
+    batches = tuple(len(array) for array in expected)
+    return Export(FORMATS[target].file, difference, largest, batches, same, FORMATS[target].takes_batches)

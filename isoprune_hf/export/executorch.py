@@ -16,6 +16,7 @@ class ExecuTorchFormat:
 
     file = "model.pte"
     packages = ("executorch",)
+    takes_batches = True
     floats: tuple[ExportPrecision, ...] = ("fp32",)
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = (

@@ -42,13 +42,14 @@ def export_model(
 ) -> Export:
     """Write a folder with the exported model, its labels and its image processor, completely or not at all.
 
-    The exported model maps `pixel_values` (B, C, H, W) of any batch size in fp32 to `logits` (B, num_labels).
+    The exported model maps `pixel_values` (B, C, H, W) in fp32 to `logits` (B, num_labels), for any batch size B
+    unless its format takes one image (`ExportFormat.takes_batches`).
 
     Args:
         model: The model in eval mode; it is not changed.
         processor: Its image processor.
         folder: The folder, or the one that this process has locked; an existing one is replaced.
-        target: `onnx`, `openvino` or `torch-export`.
+        target: A name in `FORMATS`.
         precision: int8 stores weights and activations in eight bits, with ranges of the calibration images, and layers
             that this would harm in fp32; int8-dynamic stores the weights alone in eight bits.
         calibration: Batches of pixels (B, C, H, W) of training images, for int8.

@@ -10,13 +10,14 @@ from typing import Literal, Protocol
 import torch
 
 from isoprune_hf.export.executorch import ExecuTorchFormat
+from isoprune_hf.export.litert import LiteRtFormat
 from isoprune_hf.export.onnx import OnnxFormat
 from isoprune_hf.export.openvino import OpenVinoFormat
 from isoprune_hf.export.torch_export import TorchExportFormat
 from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
-Format = Literal["onnx", "openvino", "torch-export", "executorch"]
+Format = Literal["onnx", "openvino", "torch-export", "executorch", "litert"]
 
 
 class ExportFormat(Protocol):
@@ -30,6 +31,11 @@ class ExportFormat(Protocol):
     @property
     def packages(self) -> tuple[str, ...]:
         """Packages that writing and opening need, besides torch."""
+        ...
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether the file takes any number of images at once; otherwise it takes one."""
         ...
 
     @property
@@ -69,6 +75,7 @@ FORMATS: Mapping[Format, ExportFormat] = {
     "openvino": OpenVinoFormat(),
     "torch-export": TorchExportFormat(),
     "executorch": ExecuTorchFormat(),
+    "litert": LiteRtFormat(),
 }
 
 

@@ -16,6 +16,7 @@ class OpenVinoFormat:
 
     file = "openvino_model.xml"
     packages = ("openvino",)
+    takes_batches = True
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = ("openvino", 'openvino.Core().compile_model(folder / "openvino_model.xml", "CPU")(pixels)["logits"]')

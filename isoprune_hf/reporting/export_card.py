@@ -23,7 +23,13 @@ _COLUMNS = {
     "file_mb": "MB",
     "images": "images",
 }
-_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch", "executorch": "executorch"}
+_RUNTIMES = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "torch-export": "torch",
+    "executorch": "executorch",
+    "litert": "ai-edge-litert",
+}
 
 
 def build_export_card(folder: Path, *, name: str) -> ModelCard:

@@ -13,7 +13,7 @@ def describe_export(file: Path, target: str, precision: ExportPrecision, exporte
     """Return what was written, how far its logits are from those of PyTorch, and the table of its figures."""
     images, quantization = sum(exported.batches), exported.quantization
     lines = [
-        f"{file}: {target}, {precision}, any batch size",
+        f"{file}: {target}, {precision}, {'any batch size' if exported.takes_batches else 'one image at a time'}",
         f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
         f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
         f"the same class for {exported.same_class} of {images}",

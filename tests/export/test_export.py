@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,15 @@ from transformers import AutoImageProcessor
 from isoprune_hf.errors import ExportError
 from isoprune_hf.export import export
 from isoprune_hf.export.export import export_model
+from isoprune_hf.export.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 FILES = {"config.json", "export.json", "modeling_isoprune.py", "preprocessor_config.json", "README.md", "classify.py"}
 MODELS = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
 MODELS["torch-export"] = {"model.pt2"}
+MODELS["executorch"] = {"model.pte"}
+MODELS["litert"] = {"model.tflite"}
+APART = {"executorch": "executorch", "litert": "ai_edge_litert"}  # not installed with the others: they bring torchao
 
 
 def digits(folder: Path, count: int) -> torch.Tensor:
@@ -45,6 +50,18 @@ def answers(target: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
     if target == "openvino":
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         return openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)(pixels.numpy())["logits"]
+    if target == "executorch":
+        method = pytest.importorskip("executorch.runtime").Runtime.get().load_program(folder / "model.pte")
+        return method.load_method("forward").execute([pixels])[0].numpy().copy()
+    if target == "litert":
+        interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter(str(folder / "model.tflite"))
+        interpreter.allocate_tensors()
+        logits = []
+        for image in pixels.numpy():
+            interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
+            interpreter.invoke()
+            logits.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0])
+        return np.stack(logits)
     return torch.export.load(folder / "model.pt2").module()(pixels).detach().numpy()
 
 
@@ -61,6 +78,8 @@ def exported(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathF
 
     @functools.cache
     def give(family: str, target: str, precision: str = "fp32") -> Exported:
+        if target in APART:
+            pytest.importorskip(APART[target])
         out = tmp_path_factory.mktemp("exported") / "out"
         flags = ["--format", target, "--precision", precision]
         done = isoprune("export", pruned(family).folder, *flags, "--output", out)
@@ -73,8 +92,9 @@ def exported(pruned: Callable[[str], Pruned], tmp_path_factory: pytest.TempPathF
 
 CASES = [
     pytest.param(*case, marks=pytest.mark.export)
-    for case in [("vit", "onnx"), ("vit", "torch-export"), ("resnet", "openvino")]
+    for case in [("vit", "onnx"), ("vit", "torch-export"), ("resnet", "openvino"), ("vit", "executorch")]
 ]
+CASES += [pytest.param(family, "litert", marks=pytest.mark.export) for family in ("vit", "resnet")]
 CASES += [pytest.param(*case, marks=pytest.mark.faults) for case in [("vit", "openvino"), ("hf-swin", "onnx")]]
 
 
@@ -90,6 +110,7 @@ def test_exported_logits_match_pytorch_for_any_batch_size(
             expected = sample.model(pixels).logits.numpy()
         np.testing.assert_allclose(answers(target, out, pixels), expected, atol=1e-5, rtol=0)
     record = read(out, "export.json")
+    assert ("any batch size" in printed) == record["takes_batches"] == (target != "litert")
     found, largest = record["difference"], record["largest"]
     assert f"largest difference to PyTorch: {found:.3g}, logits up to {largest:.3g}" in printed
     assert found < 1e-5 < 0.1 < largest
@@ -225,12 +246,15 @@ def test_untraceable_model_is_reported_in_one_line(
         ("onnx", "onnxruntime"),
         ("openvino", "openvino"),
         ("executorch", "executorch"),
+        ("litert", "litert_torch"),
+        ("litert", "ai_edge_litert"),
     ],
 )
 def test_missing_package_is_named_with_its_extra(
     target: str, package: str, pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for other in FORMATS[target].packages:
+        monkeypatch.setitem(sys.modules, other, None if other == package else ModuleType(other))
     line = refuse("export", pruned("vit").folder, "--format", target, "--output", tmp_path / "out")
     extra = "export" if target == "onnx" else target
     assert f"--format {target} needs {package}," in line and f"isoprune-hf[{extra}]" in line
