@@ -42,7 +42,7 @@ from isoprune_hf.pruning.partial_passes.waypoints import find_waypoints
 from isoprune_hf.pruning.plan import note_left
 from isoprune_hf.pruning.repairing.dense_outputs import DenseOutput, DenseOutputs
 from isoprune_hf.pruning.repairing.equations import Equations
-from isoprune_hf.pruning.repairing.fitted_rows import FittedModule, pieces_of_halves, rows_of, size_of
+from isoprune_hf.pruning.repairing.fitted_rows import FittedModule, WaitingRows, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
 from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit, solve_within_bounds
@@ -178,6 +178,7 @@ def _add_images(
         False if the cut network runs the layer on other rows than the dense one, or another number of times.
     """
     size = size_of(layer.module, is_bias_only=is_bias_only)
+    waiting = [WaitingRows(size, half.add, moments.add) for half in halves]
     for (images, begin), wanted_calls in zip(passes, outputs, strict=False):  # there may be more outputs than images
         with begin():
             found_calls = observe_calls(passes.network, layer, images)
@@ -195,8 +196,9 @@ def _add_images(
                     missing=missing[part],
                     dim=layer.dim,
                 )
-                halves[half].add(rows)
-                moments.add(rows)
+                waiting[half].add(rows)
+    for rest in waiting:
+        rest.flush()
     return True
 
 

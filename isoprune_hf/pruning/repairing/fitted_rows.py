@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -94,12 +94,47 @@ def rows_of(
     output, missing = (
         value.movedim(dim, -1).reshape(-1, size.groups, size.outputs).transpose(0, 1) for value in (output, missing)
     )
-    one = torch.ones_like(output[..., :1])
+    features = output.new_ones(*output.shape[:2], size.features + 1)
     if not size.features:
-        features = one
-    elif isinstance(module, nn.LayerNorm):
-        features = torch.cat([output, one], dim=-1)
-    else:
-        x = x.reshape(1, -1, x.shape[-1]) if window is None else window.patches(x)
-        features = torch.cat([x, one], dim=-1)
+        return Rows(features, output, missing)
+    if isinstance(module, nn.LayerNorm):
+        features[..., :-1] = output
+    elif window is None:
+        features[..., :-1] = x.reshape(-1, x.shape[-1])
+    else:  # one copy: the patches of a convolution may be 49 times larger than its input
+        patches = window.patches(x)
+        places = torch.unflatten(features[..., :-1], 1, patches.shape[1:4])
+        torch.unflatten(places, -1, patches.shape[4:]).copy_(patches)
     return Rows(features, output, missing)
+
+
+class WaitingRows:
+    """Rows that are passed on when they are at least as many as their features.
+
+    The equations of a fit have the size of the features squared: to add few rows takes as long as to add many.
+
+    Args:
+        size: Size of the fit.
+        receivers: Called with rows.
+    """
+
+    def __init__(self, size: FitSize, *receivers: Callable[[Rows], None]):
+        self._least, self._receivers = size.features, receivers
+        self._pieces: list[Rows] = []
+
+    def add(self, rows: Rows) -> None:
+        """Add rows."""
+        self._pieces.append(rows)
+        if sum(piece.features.shape[1] for piece in self._pieces) >= self._least:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass all rows on."""
+        if not self._pieces:
+            return
+        rows = self._pieces[0]
+        if len(self._pieces) > 1:
+            rows = Rows(*(torch.cat(values, 1) for values in zip(*self._pieces, strict=True)))
+        self._pieces.clear()
+        for receive in self._receivers:
+            receive(rows)

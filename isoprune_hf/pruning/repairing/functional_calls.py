@@ -34,10 +34,19 @@ class Window(NamedTuple):
     groups: int
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the features from which each group of outputs is computed: (G, N, F)."""
-        padded = functional.pad(x, self.padding)
-        patches = functional.unfold(padded, self.kernel, self.dilation, 0, self.stride)
-        return torch.unflatten(patches, 1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        """Return a view of the inputs from which each output of each group is computed.
+
+        Args:
+            x: Input of the convolution (B, C, H, W).
+
+        Returns:
+            (G, B, rows, columns, C / G, kernel height, kernel width).
+        """
+        patches = functional.pad(x, self.padding)
+        settings = zip(self.kernel, self.stride, self.dilation, strict=True)
+        for dim, (size, stride, dilation) in enumerate(settings, start=2):
+            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        return torch.unflatten(patches, 1, (self.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
 
 
 class FunctionalCall(NamedTuple):

@@ -63,7 +63,7 @@ def test_patches_times_weight_are_the_output(name: str) -> None:
         output = layer(x)
     call = probe.call_of(layer, output)
     assert call is not None and call.window is not None
-    rows = call.window.patches(call.inputs).numpy()
+    rows = call.window.patches(call.inputs).flatten(4).flatten(1, 3).numpy()
     weights = layer.weight.detach().reshape(len(rows), 6 // len(rows), -1).numpy()
     bias = 0 if layer.bias is None else layer.bias.detach().numpy()
     found = np.concatenate([part @ weight.T for part, weight in zip(rows, weights, strict=True)], axis=1) + bias
