@@ -8,10 +8,10 @@ from isoprune_hf.version import __version__
 USAGE = "isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]"
 TEXT = "Prune image classifiers by isomorphic classes, finetune them, and open them anywhere."
 _EXAMPLES = """  isoprune
-      the embedded default: real handwritten digits and a small ViT, in two minutes
+      the embedded default: real handwritten digits and a small ViT, in one to two minutes
   isoprune prune timm/resnet50.a1_in1k --target-macs 50% --data DIR --output pruned
       a ResNet-50 with half of its MACs, scored and repaired with the images of DIR, not yet finetuned
-  accelerate launch train_accelerate.py run timm/resnet50.a1_in1k --target-macs 50% --data hf:ILSVRC/imagenet-1k
+  accelerate launch -m isoprune_hf run timm/resnet50.a1_in1k --target-macs 50% --data hf:ILSVRC/imagenet-1k
       score, cut and finetune on every GPU of the machine"""
 _OPTIONS = {
     "-h, --help": "Show this text; isoprune STAGE --help shows the common flags of a stage, --help-all all.",

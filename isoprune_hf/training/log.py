@@ -173,9 +173,13 @@ class Clock:
 
 def describe_epoch(entry: Entry) -> str:
     """Return the log line of an epoch; fractions are shown in percent."""
-    numbers = [
-        f"{name} {100 * value:.2f}%" if name.endswith(_FRACTIONS) else f"{name} {value:.4g}"
-        for name, value in entry.items()
-        if name != "epoch"
-    ]
+    numbers = [_describe(name, value) for name, value in entry.items() if name != "epoch"]
     return f"epoch {entry['epoch']}: " + ", ".join(numbers)
+
+
+def _describe(name: str, value: float) -> str:
+    if name == "images_per_second":
+        return f"{value:,.0f} images/s"
+    if name.endswith(_FRACTIONS):
+        return f"{name} {100 * value:.2f}%"
+    return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"

@@ -86,6 +86,7 @@ class Trainer:
         self.progress = Progress()
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
         self._transform = train_transform(processor, recipe, decoding=options.decoding)
+        self._is_loader_named = False  # as the bottleneck, once in a training
         self._open_teacher: Callable[[], TeacherLogits] | None = None
         if teacher is not None and recipe.distillation != "none":
             self._open_teacher = partial(
@@ -189,7 +190,8 @@ class Trainer:
             if update.signal is not None:
                 return None
         share = progress.waited / max(progress.seconds, 1e-9)
-        if share > _DATA_WAIT_WARN_SHARE:
+        if share > _DATA_WAIT_WARN_SHARE and not self._is_loader_named:
+            self._is_loader_named = True
             logger.info(
                 f"epoch {progress.epoch}: the loader is the bottleneck, {share:.0%} of the time is waiting for data; "
                 f"raise data.num_workers (now {batches.loader.num_workers}), or set data.decoder: torchvision"

@@ -18,7 +18,9 @@ from isoprune_hf.recipes import PruneRecipe
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "isoprune_hf/cli/help_texts").glob("*.txt")]
 COMMAND = re.compile(
-    r"^ *(?:accelerate launch [^\n]*?train_accelerate\.py|isoprune) ((?:prune|run|frontier|--config) .+)$", re.M
+    r"^ *(?:accelerate launch [^\n]*?(?:train_accelerate\.py|-m isoprune_hf)|isoprune) "
+    r"((?:prune|run|frontier|--config) .+)$",
+    re.M,
 )
 # Settings that name the model of the command or parts of it, and those of its sample and machine.
 OF_THE_MODEL = ("model", "pretrained", "weights", "model_args", "num_labels", "scopes", "ratios", "include", "exclude")

@@ -35,6 +35,14 @@ def test_notebook_uses_public_names_alone() -> None:
     assert set(re.findall(r"\biso\.(\w+)", code)) <= set(isoprune_hf.__all__)
 
 
+def test_notebook_offline_and_on_the_hub_share_code() -> None:
+    """Names and sizes differ; one branch installs the package in Colab, and one chooses the settings of the base."""
+    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert 'ON_THE_HUB = "google.colab" in sys.modules' in code[0]
+    assert '    %pip install --quiet "isoprune-hf[train,publish]"' in code[0]
+    assert [source.count("if ON_THE_HUB:") for source in code] == [0, 1, *[0] * (len(code) - 2)]
+
+
 @pytest.mark.faults
 def test_notebook_runs_offline_and_writes_pruned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -176,6 +176,8 @@ def test_card_without_metrics_shows_no_accuracy(tmp_path: Path) -> None:
     assert "top-1" not in str(card)
     assert "model-index" not in str(card)
     assert "The weights were not trained after pruning." in card.text
+    assert "Accuracy was not measured, nor was robustness to other cameras" in card.text
+    assert "LOCAL" not in card.text
 
 
 def test_results_of_base_are_not_results_of_model(tmp_path: Path) -> None:
@@ -211,6 +213,8 @@ def test_card_contains_no_local_path(tmp_path: Path) -> None:
     assert "alice" not in card
     assert str(tmp_path) not in card
     assert card.count("a local folder (photos)") >= 4
+    assert "(LOCAL is a folder of the author)" in card and " LOCAL" in card
+    assert "Accuracy was measured only on the data above" in card
     assert "\n`deit_small_patch16_224`, pruned with" in card
     assert "base_model" not in card
     assert "\ndatasets" not in card
@@ -306,7 +310,7 @@ def test_card_has_hashes_versions_snippets_and_citation(tmp_path: Path) -> None:
     assert f"| pruning_plan.json | `{hashlib.sha256(b'{}').hexdigest()}` |" in text
     assert f"transformers {transformers_version}" in text
     assert 'pipeline("image-classification", model="me/deit", trust_remote_code=True)' in text
-    assert "isoprune evaluate --model me/deit" in text
+    assert "isoprune evaluate me/deit --data DIR" in text
     assert "arXiv:2407.04616" in text
 
 
@@ -459,7 +463,7 @@ def test_snippets_and_command_of_the_card_run(
             image.save(tmp_path / "data" / split / color / "image.png")
     line = (
         re.search(r"```bash\n(isoprune evaluate .*?)\n```", text)[1]
-        .replace("DATASET", "data")
+        .replace("DIR", "data")
         .replace("tiny", str(folder))
     )
     arguments = [str(tmp_path / "data") if word == "data" else word for word in shlex.split(line)[1:]]

@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator, tracking
 from PIL import Image
 
-from isoprune_hf.training.log import Clock, TrainingLog, read_log
+from isoprune_hf.training.log import Clock, TrainingLog, describe_epoch, read_log
 
 ACCELERATOR = Accelerator(cpu=True)  # the log of ranks needs one
 ENTRIES: list[dict[str, Any]] = [
@@ -129,3 +129,8 @@ def test_log_line_estimates_the_remaining_time(monkeypatch: pytest.MonkeyPatch) 
     entry = {"epoch": 2, "update": 10, "loss": 1.5, "lr": 0.1, "images_per_second": 811.6, "data_wait": 0.034}
     line = clock.describe(entry, remaining=400)
     assert line == ("epoch 2 update 10: loss 1.5, lr 0.1, 812 images/s, 3% of the time waiting for data, 20 min left")
+
+
+def test_line_of_an_epoch_shows_whole_numbers() -> None:
+    entry = {"epoch": 3, "train_loss": 1.23456, "images_per_second": 1811.6, "top1": 0.12345, "images": 10000}
+    assert describe_epoch(entry) == "epoch 3: train_loss 1.235, 1,812 images/s, top1 12.35%, images 10,000"
