@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, ev
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.metrics import TOP, ImageClassificationMetric, PerClassMetric, per_class_table
+from isoprune_hf.models.layout import in_fast_layout
 from isoprune_hf.terminal import with_progress
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
@@ -157,9 +158,11 @@ def _predict_shard(
     losses = torch.zeros(images, dtype=torch.float64)
     confidences = torch.zeros(images, dtype=torch.float64)
     broken = torch.zeros(images, dtype=torch.int64)
-    with _eval_mode(model):
-        for positions, pixels, labels, is_replacement in batches:
+    with _eval_mode(model), ExitStack() as layout:
+        for number, (positions, pixels, labels, is_replacement) in enumerate(batches):
             pixel_values = normalised(pixels.to(device, non_blocking=True), processor)
+            if number == 0:
+                layout.enter_context(in_fast_layout(model, pixel_values))
             logits = model(pixel_values=pixel_values).logits.cpu().double()
             best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
             top[positions] = nn.functional.pad(best, (0, TOP - best.shape[1]), value=-1)

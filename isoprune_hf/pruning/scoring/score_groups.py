@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.held import HeldModel
+from isoprune_hf.models.layout import in_fast_layout
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches, Calibration
-from isoprune_hf.pruning.calibration.gradients import check_finite
+from isoprune_hf.pruning.calibration.gradients import check_finite, scoring_mode
 from isoprune_hf.pruning.calibration.resumable import ResumableBatches
 from isoprune_hf.pruning.graph.layers import BatchNorm
 from isoprune_hf.pruning.graph.precision import in_float32
@@ -81,7 +84,8 @@ def score_groups(
     task = ScoringTask(
         criterion, wide, groups, blocks, weights, batchnorm, calibration, seed, reduction, score_batchnorm
     )
-    raw = _finite_scores(task, method.score(task))
+    with _fast_passes(wide) if method.reads_images else nullcontext():
+        raw = _finite_scores(task, method.score(task))
     return ImportanceScores(
         raw.groups,
         criterion,
@@ -95,6 +99,18 @@ def score_groups(
         versions={name: version(name) for name in _LIBRARIES} | {"isoprune-hf": __version__},
         unscored=raw.unscored,
     )
+
+
+@contextmanager
+def _fast_passes(model: IsoPruneForImageClassification) -> Iterator[None]:
+    """Keep a model in the layout of `in_fast_layout` within the context; one that is tried on a random image."""
+    size = model.config.image_size
+    with ExitStack() as layout:
+        if size is not None and not isinstance(model, HeldModel):
+            image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+            with scoring_mode(model, requires_grad=False):
+                layout.enter_context(in_fast_layout(model, image))
+        yield
 
 
 def _open_images(
