@@ -1,16 +1,20 @@
 """Measure images per second on one core: both decoders, and the reference's ImageFolder with torchvision's transforms.
 
-    python benchmarks/loader.py [--images 200] [--rounds 5] [--side 500 375]
+    python benchmarks/loader.py [--images 200] [--rounds 5] [--side 500 375] [--data DIR]
 
 The images are JPEGs of smooth noise with several grain sizes, written to a temporary folder; photographs have more
-detail and decode more slowly. The pipelines are read in turns, in one thread and without loader processes; each figure
-is the median CPU time over the rounds. `normalise` converts a batch of 8-bit pixels, on a GPU in training and on the
-CPU here. The last two columns are the largest and the mean difference from the evaluation pixels of the reference.
+detail and decode more slowly. With `--data`, they are the first wide images of the evaluation split of a data set,
+scaled to the same size. The pipelines are read in turns, in one thread and without loader processes, with the setting
+of memory that the command line makes; each figure is the median CPU time over the rounds. `normalise` converts a batch
+of 8-bit pixels, on a GPU in training and on the CPU here. The last two columns are the largest and the mean difference
+from the evaluation pixels of the reference.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -24,8 +28,10 @@ from torchvision.datasets import ImageFolder
 
 from isoprune_hf import DataRecipe, FinetuneRecipe
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
+from isoprune_hf.cli.memory import keep_freed_memory
 from isoprune_hf.data.augmentation import train_transform
 from isoprune_hf.data.dataset import load_data
+from isoprune_hf.data.decoding import read_image
 from isoprune_hf.data.epochs import EpochOrder, train_batches
 from isoprune_hf.data.loading import ImageBatch, ImageLoader, LoaderOptions, eval_loader
 from isoprune_hf.data.pixels import normalised
@@ -39,33 +45,49 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--data", help="data set of photographs, as in `isoprune --data`")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        size = write_images(Path(folder), options.images, tuple(options.side))
+        side = tuple(options.side)
+        pictures = draw_pictures(side) if options.data is None else photographs(options.data, side)
+        size = write_images(Path(folder), itertools.islice(pictures, options.images))
         print(f"{options.images} JPEGs of {options.side[0]} x {options.side[1]}, {size / 1e3:.0f} kB each, one thread")
         print("\n| | images/s | x | normalise images/s | max of 255 | mean of 255 |\n|---|---:|---:|---:|---:|---:|")
         for stage in ("evaluation", "training"):
             report(stage, Path(folder), options.rounds)
 
 
-def write_images(folder: Path, images: int, side: tuple[int, int]) -> float:
+def write_images(folder: Path, pictures: Iterator[Image.Image]) -> float:
     """Write the images to train/a and val/a, and return their mean size in bytes."""
-    rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (folder / split / "a").mkdir(parents=True)
     sizes = []
-    for number in range(images):
+    for number, picture in enumerate(pictures):
+        for split in ("train", "val"):
+            picture.save(folder / split / "a" / f"{number:05d}.jpg", quality=92)
+        sizes.append((folder / "val" / "a" / f"{number:05d}.jpg").stat().st_size)
+    return float(np.mean(sizes))
+
+
+def draw_pictures(side: tuple[int, int]) -> Iterator[Image.Image]:
+    rng = np.random.default_rng(0)
+    while True:
         grains = ((80, 0.5), (12, 0.3), (3, 0.2))  # size in pixels, and share
         layers = [
             share * np.asarray(noise(rng, (side[0] // grain, side[1] // grain)).resize(side, Image.Resampling.BICUBIC))
             for grain, share in grains
         ]
-        picture = Image.fromarray(sum(layers).astype(np.uint8))
-        for split in ("train", "val"):
-            picture.save(folder / split / "a" / f"{number:05d}.jpg", quality=92)
-        sizes.append((folder / "val" / "a" / f"{number:05d}.jpg").stat().st_size)
-    return float(np.mean(sizes))
+        yield Image.fromarray(sum(layers).astype(np.uint8))
+
+
+def photographs(name: str, side: tuple[int, int]) -> Iterator[Image.Image]:
+    data = load_data(DataRecipe(dataset=name))
+    for position in range(len(data.evaluation)):
+        image = read_image(data.evaluation, position, data.decoding).image
+        if image.width > image.height:
+            yield image.resize(side, Image.Resampling.LANCZOS)
 
 
 def noise(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:

@@ -29,9 +29,12 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     # A pipe without a writer would block the opening.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, _NO_FILE, str(path))
-        content = file.read(limit + 1)
+        # `read` allocates as many bytes as it may read; the second one reads what a growing file got in between.
+        content = file.read(min(found.st_size, limit) + 1)
+        content += file.read(limit + 1 - len(content)) if len(content) > found.st_size else b""
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
     return content

@@ -1,6 +1,7 @@
 """Files that are no text, too large, nested too deeply, or never end."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,3 +76,10 @@ def test_text_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_text(tmp_path / "a", 7)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files whose size is not known before they are read")
+def test_file_of_unknown_size_is_read_whole() -> None:
+    status = Path("/proc/self/status")
+    assert status.stat().st_size == 0
+    assert read_text(status).startswith("Name:") and read_text(status).endswith("\n")

@@ -18,7 +18,13 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
 from isoprune_hf.data.augmentation import TransformedImages, seeded_generators, train_transform
 from isoprune_hf.data.decoding import Decoding, decode_image, decode_pixels
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
-from isoprune_hf.data.pixels import EvaluationTransform, PixelTransform, normalisation, normalised
+from isoprune_hf.data.pixels import (
+    EvaluationTransform,
+    PixelTransform,
+    evaluation_transform,
+    normalisation,
+    normalised,
+)
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.recipes import FinetuneRecipe
@@ -111,6 +117,37 @@ def difference(image: Image.Image, processor: IsoImageProcessor) -> torch.Tensor
 def test_pixel_transform_differs_only_by_rounding(resample: int, size: tuple[int, int]) -> None:
     differing = difference(smooth(size), make_processor(resample=resample))
     assert differing.max() < 2.01 and differing.mean() < 0.1 and (differing > 1.01).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("resample", [1, 2, 3])
+@pytest.mark.parametrize("size", [(100, 75), (75, 100), (41, 301), (32, 33)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"size": {"height": 32, "width": 47}}, {"do_center_crop": False}, {"image_mean": [0.4], "image_std": [0.2]}],
+)
+def test_default_decoder_gives_pixels_of_the_processor(
+    resample: int, size: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    processor = make_processor(resample=resample, **changes)
+    image = noise(size).convert("L" if "image_mean" in changes else "RGB")
+    pixels = evaluation_transform(processor, Decoding())(image)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(normalised(pixels, processor), EvaluationTransform(processor)(image))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rescale_factor": 1 / 100},
+        {"do_rescale": False},
+        {"resample": 0},
+        {"do_resize": False},
+        {"crop_size": {"height": 32, "width": 41}},
+        {"image_mean": [0.1, 0.2, 0.3, 0.4], "image_std": [0.2] * 4},
+    ],
+)
+def test_other_processors_make_their_pixels_themselves(changes: dict[str, Any]) -> None:
+    assert isinstance(evaluation_transform(make_processor(**changes), Decoding()), EvaluationTransform)
 
 
 def test_noise_differs_by_two_at_most() -> None:
