@@ -5,9 +5,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import BudgetError, RecipeError
-from isoprune_hf.measuring.speed import runtime_of
-from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency
+from isoprune_hf.measuring.cases import describe_machine
+from isoprune_hf.measuring.speed import record_measurement, runtime_of
+from isoprune_hf.pruning.cost.latency import FITTED_PASSES, LatencyModel, LatencySettings, fit_latency
+from isoprune_hf.pruning.cost.latency_cache import remembered
 from isoprune_hf.pruning.cost.macs import CostModel, RemovedUnits
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
@@ -15,6 +18,7 @@ from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
+from isoprune_hf.version import __version__
 
 Cut = tuple[PruningPlan, IsoPruneForImageClassification]
 
@@ -49,6 +53,8 @@ def fit_base(
 ) -> LatencyModel:
     """Measure the base and three cuts of it by random scores, and fit a time to each layer.
 
+    The times depend on the architecture and the machine alone, so they are kept for the next run; see `remembered`.
+
     Args:
         model: The base; left untouched.
         groups: Groups of `trace_groups(model)`.
@@ -56,6 +62,29 @@ def fit_base(
         settings: Conditions of the measurement.
         round_to: Widths of the cuts are multiples of this number.
     """
+    layer_macs = cost.layer_macs({}, {})
+    record = record_measurement(model.device, settings.runtime, batch_size=settings.batch_size, repeats=FITTED_PASSES)
+    conditions = {
+        "machine": describe_machine(model.device),
+        "measurement": record,
+        "package": __version__,
+        "network": repr(model.model),
+        "image_size": list(image_size_of(model)),
+        "dtype": str(model.dtype),
+        "layer_macs": layer_macs,
+        "cuts": [*_FITTED_RATIOS, round_to],
+    }
+    return remembered(conditions, layer_macs, record, lambda: _fit(model, groups, cost, settings, round_to=round_to))
+
+
+def _fit(
+    model: IsoPruneForImageClassification,
+    groups: Sequence[CoupledGroup],
+    cost: CostModel,
+    settings: LatencySettings,
+    *,
+    round_to: int,
+) -> LatencyModel:
     scores = score_groups(model, groups, criterion="random")
     variants = [(model, cost.layer_macs({}, {}))]
     for ratio in _FITTED_RATIOS:

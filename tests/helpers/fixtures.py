@@ -9,8 +9,18 @@ from helpers.pruned_models import LABELS, Pruned
 from helpers.tiny_models import TIMM, make_base, make_images
 
 from isoprune_hf.models import load_base
+from isoprune_hf.pruning.cost import latency_cache
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_latency_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep fitted times in a folder of this session: tests neither read nor write those of the user."""
+    folder = tmp_path_factory.mktemp("latency")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_cache, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

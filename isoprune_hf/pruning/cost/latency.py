@@ -13,6 +13,8 @@ from isoprune_hf.measuring.speed import record_measurement
 from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant
 from isoprune_hf.pruning.cost.runtime_times import time_in_runtime
 
+FITTED_PASSES = 20  # timed passes of each variant by default
+
 
 @dataclass(frozen=True)
 class LatencySettings:
@@ -60,7 +62,7 @@ def fit_latency(
     variants: Sequence[Variant],
     settings: LatencySettings,
     *,
-    repeats: int = 20,
+    repeats: int = FITTED_PASSES,
 ) -> LatencyModel:
     """Measure some cuts of a model and fit a time to each of its layers.
 
