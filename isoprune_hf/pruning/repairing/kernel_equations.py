@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator
 
 from isoprune_hf.pruning.calibration.gradients import sum_over_ranks
-from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, damping
+from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, damping, solve_positive
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, Rows
 
-_KERNELS = 3  # the kernel, its Cholesky factor and a copy of it
+_KERNELS = 2  # the kernel and its Cholesky factor
 _SOLUTIONS = 3  # of features by outputs: the weights and their copies
 
 
@@ -98,10 +98,8 @@ class KernelEquations:
         x *= root
         kernel = x @ x.mT
         kernel.diagonal(dim1=1, dim2=2).add_(1)
-        factor, failed = torch.linalg.cholesky_ex(kernel)
-        weights = x.mT @ torch.cholesky_solve(missing - shift, factor)
+        weights = x.mT @ solve_positive(kernel, missing - shift)
         weights *= root.mT
-        weights.masked_fill_(failed.ne(0)[:, None, None], math.nan)
         return torch.cat([weights, shift - mean @ weights], dim=1)
 
     def gain(self, change: torch.Tensor) -> float:

@@ -1,17 +1,20 @@
 """The normal equations of a least-squares fit (`NormalEquations`); the number of rows does not change their size."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from accelerate import Accelerator
 
 from isoprune_hf.pruning.calibration.gradients import sum_over_ranks
-from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, damping
+from isoprune_hf.pruning.repairing.centred_equations import CentredEquations
+from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, damping, solve_positive
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, Rows
 
-_MATRICES = 5  # of the products of features: those of each half, centred ones, their Cholesky factor and a copy of it
+# Matrices of the products of features: those of each half, and either, in the type of the layer, centred ones of each
+# half, damped ones and their Cholesky factor, or damped ones and their factor in float64.
+_HALVES, _COMPARED, _SOLVED = 2, 4, 2
 _SOLUTIONS = 5  # of the products with outputs: those of each half, the right side, the solution and its copies
 
 
@@ -23,24 +26,29 @@ class NormalEquations:
         inputs: Sum of x x^T (G, F + 1, F + 1).
         missing: Sum of x y^T (G, F + 1, O).
         totals: Totals of the rows.
+        dtype: Type of the layer.
     """
 
     inputs: torch.Tensor
     missing: torch.Tensor
     totals: torch.Tensor
+    dtype: torch.dtype
 
     @classmethod
     def empty(cls, size: FitSize, device: torch.device) -> Self:
         """Return the sums of no rows."""
         features = size.features + 1
         shapes = ((size.groups, features, features), (size.groups, features, size.outputs), (3,))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        inputs, missing, totals = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(inputs, missing, totals, size.dtype)
 
     @staticmethod
     def bytes_of(size: FitSize, rows: int) -> int:
         """Return an upper bound of the bytes of a fit to any number of rows."""
         features = size.features + 1
-        return FLOAT64_BYTES * size.groups * features * (_MATRICES * features + _SOLUTIONS * size.outputs)
+        compared = max(_COMPARED * _compared_type(size.dtype).itemsize, _SOLVED * FLOAT64_BYTES)
+        products = (_HALVES * FLOAT64_BYTES + compared) * features
+        return size.groups * features * (products + _SOLUTIONS * FLOAT64_BYTES * size.outputs)
 
     def add(self, rows: Rows) -> None:
         """Add rows, in place."""
@@ -59,10 +67,16 @@ class NormalEquations:
         self.missing += other.missing
         self.totals += other.totals
 
-    def with_some_outputs(self, most: int) -> Self:
-        """Return the equations of at most so many outputs of each group, evenly spaced."""
-        step = -(-self.missing.shape[-1] // most)
-        return replace(self, missing=self.missing[..., ::step])
+    def with_some_outputs(self, most: int) -> CentredEquations:
+        """Return a fit of at most so many outputs of each group, evenly spaced; its products have the layer's type."""
+        count = self.totals[-1]
+        missing = self.missing[..., :: -(-self.missing.shape[-1] // most)]
+        mean, shift = self.inputs[:, :-1, -1:] / count, missing[:, -1:] / count
+        products = torch.baddbmm(self.inputs[:, :-1, :-1], mean * -count, mean.mT)
+        variance = products.diagonal(dim1=1, dim2=2).clone()
+        rest = missing[:, :-1] - count * mean @ shift
+        dtype = _compared_type(self.dtype)
+        return CentredEquations(products.to(dtype), rest.to(dtype), mean, shift, variance, count)
 
     def is_finite(self) -> bool:
         """Return whether all sums are finite."""
@@ -82,17 +96,8 @@ class NormalEquations:
         products = torch.baddbmm(self.inputs[:, :-1, :-1], mean * -count, mean.mT)
         diagonal = products.diagonal(dim1=1, dim2=2)
         diagonal += damping(ridge, diagonal, energy, count)
-        factor, failed = torch.linalg.cholesky_ex(products)
-        weights = torch.cholesky_solve(self.missing[:, :-1] - count * mean @ shift, factor)
-        weights.masked_fill_(failed.ne(0)[:, None, None], math.nan)
+        weights = solve_positive(products, self.missing[:, :-1] - count * mean @ shift)
         return torch.cat([weights, shift - mean.mT @ weights], dim=1)
-
-    def gain(self, change: torch.Tensor) -> float:
-        """Compute how much of the squared error of the rows a change removes."""
-        size = change.shape[1]
-        inputs = self.inputs[:, -size:, -size:]
-        missing = self.missing[:, -size:]
-        return float((change * (2 * missing - inputs @ change)).sum().item())
 
     def moments(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute mean and variance of the outputs of weights; see `Equations.moments`."""
@@ -100,3 +105,8 @@ class NormalEquations:
         mean = self.inputs[:, -1:, :-1] @ weights / count
         square = (self.inputs[:, :-1, :-1] @ weights).mul_(weights).sum(1, keepdim=True) / count
         return mean, square - mean.square()
+
+
+def _compared_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which ridges for a layer of a type are compared: float32 for halves."""
+    return torch.promote_types(dtype, torch.float32)

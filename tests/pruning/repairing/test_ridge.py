@@ -1,6 +1,8 @@
 """The form of a fit, and the ridge that cross-validation between the halves of a sample chooses."""
 
+import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +59,25 @@ def test_both_forms_choose_the_same_ridge(count: int, noise: float) -> None:
     assert chosen[0] == chosen[1]
 
 
+@pytest.mark.parametrize("has_shift", [True, False], ids=["shift", "no shift"])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0, 30.0])
+def test_float32_chooses_the_ridge_of_float64(noise: float, has_shift: bool) -> None:
+    """The features have means of 100 deviations, and variances along directions that differ 10**8 times."""
+    generator = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    mixed = torch.linalg.qr(normal(60, 60))[0] * torch.logspace(0, -4, 60, dtype=torch.float64)[:, None]
+    halves = []
+    for _ in range(2):
+        x = normal(90, 60) @ mixed
+        missing = x @ mixed.mT + noise * x.std() * normal(90, 60)
+        x += 100 * x.std(0)
+        halves.append(equations_of(NormalEquations, nn.Linear(60, 60, dtype=torch.float64), x, missing))
+    assert all(isinstance(half, NormalEquations) and half.dtype == torch.float64 for half in halves)
+    wide = choose_ridge(*halves, has_shift=has_shift)
+    narrow = [replace(half, dtype=torch.float32) for half in halves]
+    assert choose_ridge(*narrow, has_shift=has_shift) == wide
+
+
 def test_features_that_never_change_get_a_bias() -> None:
     # Products of 960 features that are almost constant, in float32, have no Cholesky factor.
     generator = torch.Generator().manual_seed(0)
@@ -76,10 +97,11 @@ def test_form_follows_from_rows_and_limit() -> None:
     size = FitSize(groups=1, features=1000, outputs=10, dtype=torch.float32)
     assert form_of_fit(size, 10_000, LARGE) is NormalEquations
     assert form_of_fit(size, 100, LARGE) is KernelEquations
-    # 5 matrices of 1001 x 1001 in float64 have 40 MB, 3 of 600 x 600 and rows of 1001 features 16 MB.
+    # 4 matrices of 1001 x 1001 in float64 have 32 MB, 2 of 600 x 600 and rows of 1001 features 13 MB.
     assert form_of_fit(size, 600, 45 * 10**6) is NormalEquations
     assert form_of_fit(size, 600, 30 * 10**6) is KernelEquations
-    assert form_of_fit(size, 600, 15 * 10**6) is None
+    assert form_of_fit(size, 600, 14 * 10**6) is KernelEquations
+    assert form_of_fit(size, 600, 13 * 10**6) is None
     assert form_of_fit(size, 10_000, 30 * 10**6) is None
 
 
