@@ -25,6 +25,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "openvino": "openvino",
+    "nncf": "openvino",
     "executorch": "executorch",
     "litert_torch": "litert",
     "ai_edge_litert": "litert",

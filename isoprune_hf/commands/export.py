@@ -79,7 +79,7 @@ STAGE = Stage(
             "precision",
             Literal["fp32", "fp16", "bf16", "int8", "int8-dynamic"],
             "fp32",
-            "int8 needs --data for its ranges; int8-dynamic stores the weights alone in 8 bits; both are of ONNX.",
+            "int8 needs --data for its ranges; int8-dynamic stores the weights alone in 8 bits, in ONNX.",
         ),
         Flag("calibration_images", int, 256, "Training images that the ranges of int8 are measured on."),
         OVERWRITE,

@@ -21,7 +21,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.errors import ExportError, RecipeError
 from isoprune_hf.export.comparison import Export, compare_logits
-from isoprune_hf.export.formats import FORMATS, Format, precisions_of
+from isoprune_hf.export.formats import FORMATS, Format, packages_of, precisions_of
 from isoprune_hf.export.pictures import draw_pictures
 from isoprune_hf.export.script import SCRIPT_FILE, write_script
 from isoprune_hf.export.values import DTYPES, ExportPrecision, Quantized
@@ -76,7 +76,7 @@ def export_model(
             program = trace_model(plain, torch.from_numpy(batches[-1]), DTYPES.get(precision, torch.float32))
             made = Quantized(FORMATS[target].write(program, file, labels_of(plain)), {})
             if precision in FORMATS[target].quantizers:
-                made = FORMATS[target].quantizers[precision](file, calibration)
+                made = FORMATS[target].quantizers[precision].quantize(file, calibration)
             found = [made.run(pixels) for pixels in batches]
         except ExportError:
             raise
@@ -85,7 +85,12 @@ def export_model(
         compared = compare_logits(expected, found, target=target, precision=precision)
         results.append(compared._replace(quantization=made.record))
         _write_config_and_processor(temporary, plain, processor)
-        record = {"format": target, "precision": precision, **results[0]._asdict(), "versions": _versions(target)}
+        record = {
+            "format": target,
+            "precision": precision,
+            **results[0]._asdict(),
+            "versions": _versions(target, precision),
+        }
         record["weights"] = fingerprint_weights(model)
         _write_text(temporary / "export.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
         _write_text(temporary / SCRIPT_FILE, write_script(FORMATS[target]))
@@ -107,9 +112,10 @@ def check_export(target: Format, precision: ExportPrecision, *, has_images: bool
         allowed = " or ".join(name for name in FORMATS if precision in precisions_of(name))
         raise RecipeError(f"--precision {precision} needs --format {allowed}, got --format {target}")
     if precision == "int8" and not has_images:
-        raise RecipeError("--precision int8 measures ranges on training images: set --data, or use int8-dynamic")
-    for package in FORMATS[target].packages:
-        require_package(package, f"--format {target}")
+        raise RecipeError("--precision int8 measures ranges on training images: set --data, or use fp16")
+    for package in packages_of(target, precision):
+        is_of_format = package in FORMATS[target].packages
+        require_package(package, f"--format {target}" + ("" if is_of_format else f" --precision {precision}"))
 
 
 def _one_and_four(calibration: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -144,5 +150,5 @@ def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _versions(target: Format) -> dict[str, str]:
-    return {name: version(name) for name in ("torch", *FORMATS[target].packages)}
+def _versions(target: Format, precision: ExportPrecision) -> dict[str, str]:
+    return {name: version(name) for name in ("torch", *packages_of(target, precision))}

@@ -45,7 +45,7 @@ class ExportFormat(Protocol):
 
     @property
     def quantizers(self) -> Mapping[ExportPrecision, Quantizer]:
-        """Function for each precision of eight bits that the format has."""
+        """Function and packages for each precision of eight bits that the format has."""
         ...
 
     @property
@@ -82,3 +82,9 @@ FORMATS: Mapping[Format, ExportFormat] = {
 def precisions_of(target: Format) -> tuple[ExportPrecision, ...]:
     """Return the precisions that a format has."""
     return (*FORMATS[target].floats, *FORMATS[target].quantizers)
+
+
+def packages_of(target: Format, precision: ExportPrecision) -> tuple[str, ...]:
+    """Return the packages that a format needs for a precision, besides torch."""
+    quantizers = FORMATS[target].quantizers
+    return (*FORMATS[target].packages, *(quantizers[precision].packages if precision in quantizers else ()))

@@ -28,7 +28,7 @@ class OnnxFormat:
     @property
     def quantizers(self) -> Mapping[ExportPrecision, Quantizer]:
         """Function for each precision of eight bits."""
-        return {"int8": quantize_static, "int8-dynamic": quantize_dynamic}
+        return {"int8": Quantizer(quantize_static), "int8-dynamic": Quantizer(quantize_dynamic)}
 
     def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`."""

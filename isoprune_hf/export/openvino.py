@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from isoprune_hf.export.openvino_int8 import quantize_openvino
 from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.runtimes.openvino import convert_openvino, open_openvino
@@ -18,7 +19,7 @@ class OpenVinoFormat:
     packages = ("openvino",)
     takes_batches = True
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")
-    quantizers: Mapping[ExportPrecision, Quantizer] = {}
+    quantizers: Mapping[ExportPrecision, Quantizer] = {"int8": Quantizer(quantize_openvino, ("nncf",))}
     script = ("openvino", 'openvino.Core().compile_model(folder / "openvino_model.xml", "CPU")(pixels)["logits"]')
 
     def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:

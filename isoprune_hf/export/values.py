@@ -31,5 +31,14 @@ class Quantized(NamedTuple):
     record: Mapping[str, Any]
 
 
-# Rewrites a file in fp32 with eight bits; the pixels (B, C, H, W) are calibration images, none if it needs none.
-Quantizer = Callable[[Path, Sequence[np.ndarray]], Quantized]
+class Quantizer(NamedTuple):
+    """How a format gets a precision of eight bits.
+
+    Args:
+        quantize: Rewrites a file in fp32 with eight bits; the pixels (B, C, H, W) are calibration images, none if it
+            needs none.
+        packages: Packages that it needs besides those of the format.
+    """
+
+    quantize: Callable[[Path, Sequence[np.ndarray]], Quantized]
+    packages: tuple[str, ...] = ()

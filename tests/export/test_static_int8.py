@@ -1,11 +1,14 @@
 """An int8 export has eight-bit weights with a scale for each channel, and layers in fp32 only where it needs them."""
 
 import functools
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from helpers.command_line import read, refuse, succeed
@@ -14,10 +17,13 @@ from onnx import numpy_helper
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from isoprune_hf.export import static_int8
+from isoprune_hf.export import bounded_int8
 from isoprune_hf.export.onnx import OnnxFormat
+from isoprune_hf.export.openvino import OpenVinoFormat
+from isoprune_hf.export.openvino_int8 import quantize_openvino
 from isoprune_hf.export.static_int8 import quantize_static
 from isoprune_hf.measuring.runtimes.onnx_runtime import open_onnx
+from isoprune_hf.measuring.runtimes.openvino import open_openvino
 from isoprune_hf.measuring.tracing import plain_copy, trace_model
 
 
@@ -37,14 +43,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(
     pruned: Callable[[str], Pruned], photos: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+) -> Callable[..., Path]:
     """Return a function that exports the pruned model of a family in int8 by the command line, once."""
 
     @functools.cache
-    def give(family: str) -> Path:
+    def give(family: str, target: str = "onnx") -> Path:
+        if target == "openvino":
+            pytest.importorskip("nncf")
+            import_module("torch.utils.cpp_extension")  # nncf does, and it may warn of a missing GPU
         out = tmp_path_factory.mktemp("int8") / "out"
         flags = ["--precision", "int8", "--data", photos, "--calibration_images", "10", "--data.num_workers", "0"]
-        succeed("export", pruned(family).folder, *flags, "--output", out)
+        succeed("export", pruned(family).folder, "--format", target, *flags, "--output", out)
         return out
 
     return give
@@ -65,7 +74,7 @@ FAMILIES = [pytest.param("resnet", marks=pytest.mark.export), pytest.param("vit"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_int8_with_scale_per_channel(family: str, exported: Callable[[str], Path]) -> None:
+def test_weights_are_int8_with_scale_per_channel(family: str, exported: Callable[..., Path]) -> None:
     folder = exported(family)
     found = layers(folder / "model.onnx")
     assert len(found) >= 5
@@ -73,16 +82,72 @@ def test_weights_are_int8_with_scale_per_channel(family: str, exported: Callable
         assert scales.size in weights.shape
         assert 100 < abs(weights.astype(int)).max() <= 127
     record = read(folder, "export.json")["quantization"]
-    assert record["calibration_images"] == 10 and record["divergence"] <= static_int8.MAX_DIVERGENCE
+    assert record["calibration_images"] == 10 and record["divergence"] <= bounded_int8.MAX_DIVERGENCE
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_figures_are_those_of_the_runtime(
-    family: str, exported: Callable[[str], Path], pruned: Callable[[str], Pruned], photos: Path
+@pytest.mark.export
+def test_openvino_weights_are_int8_with_channel_scales(
+    exported: Callable[..., Path], pruned: Callable[[str], Pruned]
 ) -> None:
-    folder, sample = exported(family), pruned(family)
-    processor, run = AutoImageProcessor.from_pretrained(folder), open_onnx(folder / "model.onnx")
+    folder, model = exported("resnet", "openvino"), pruned("resnet").model
+    nodes = openvino.Core().read_model(folder / "openvino_model.xml").get_ordered_ops()
+    kinds = {openvino.Type.i8: [], openvino.Type.f32: []}
+    for node in nodes:
+        if node.get_type_name() == "Constant" and node.get_element_type() in kinds:
+            kinds[node.get_element_type()].append(node.data)
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+    weights = kinds[openvino.Type.i8]
+    assert sum(array.size for array in weights) == sum(layer.weight.numel() for layer in layers)
+    # The first layer uses half of the range, so that sums of products do not overflow.
+    assert sorted(abs(array.astype(int)).max() for array in weights) == [64, *[127] * (len(weights) - 1)]
+    scales = {(array.size, array.ndim) for array in kinds[openvino.Type.f32]}
+    assert {(len(array), array.ndim) for array in weights} <= scales
+    record = read(folder, "export.json")
+    assert record["quantization"] | {"divergence": 0} == {
+        "calibration_images": 10,
+        "divergence": 0,
+        "left_out": [],
+        "share_of_weights": 1,
+    }
+    assert record["quantization"]["divergence"] <= bounded_int8.MAX_DIVERGENCE and "nncf" in record["versions"]
+    assert 1e-4 < record["difference"] / record["largest"] < 0.25
+
+
+@pytest.mark.faults
+def test_sensitive_layers_of_openvino_stay_in_fp32(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf")
+    sample = pruned("resnet")
+    pixels = np.random.default_rng(0).standard_normal((8, *sample.images.shape[1:]), dtype=np.float32)
+    whole, records = [], []
+    for name in ("all", "part"):
+        file = tmp_path / name / "openvino_model.xml"
+        file.parent.mkdir()
+        OpenVinoFormat().write(trace_model(plain_copy(sample.model), torch.from_numpy(pixels)), file, LABELS)
+        records.append(quantize_openvino(file, [pixels]).record)
+        nodes = openvino.Core().read_model(file).get_ordered_ops()
+        constants = [node for node in nodes if node.get_type_name() == "Constant"]
+        whole.append(sum(node.data.size for node in constants if node.get_element_type() == openvino.Type.i8))
+        monkeypatch.setattr(bounded_int8, "MAX_DIVERGENCE", 0.8 * records[0]["divergence"])
+    assert records[0]["left_out"] == []
+    assert records[1]["left_out"] and records[1]["divergence"] <= bounded_int8.MAX_DIVERGENCE
+    assert whole[1] == pytest.approx(records[1]["share_of_weights"] * whole[0], rel=0.01)
+
+
+CASES = [pytest.param("resnet", target, marks=pytest.mark.export) for target in ("onnx", "openvino")]
+CASES += [pytest.param("vit", target, marks=pytest.mark.faults) for target in ("onnx", "openvino")]
+
+
+@pytest.mark.parametrize(("family", "target"), CASES)
+def test_figures_are_those_of_the_runtime(
+    family: str, target: str, exported: Callable[..., Path], pruned: Callable[[str], Pruned], photos: Path
+) -> None:
+    folder, sample = exported(family, target), pruned(family)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    is_onnx = target == "onnx"
+    run = open_onnx(folder / "model.onnx") if is_onnx else open_openvino(folder / "openvino_model.xml")
     labels, dense, int8 = [], [], []
     for label, name in LABELS.items():
         for file in sorted((photos / "val" / name).iterdir()):
@@ -95,7 +160,8 @@ def test_figures_are_those_of_the_runtime(
     assert metrics["pruned"]["top1"] == pytest.approx(np.mean(np.equal(dense, labels)))
     assert metrics["pruned+int8"]["top1"] == pytest.approx(np.mean(np.equal(int8, labels)))
     assert metrics["pruned+int8"]["agreement"] == pytest.approx(np.mean(np.equal(int8, dense)))
-    assert metrics["pruned+int8"]["file_mb"] == (folder / "model.onnx").stat().st_size / 1e6
+    sizes = [file.stat().st_size for file in folder.glob("model.onnx" if is_onnx else "openvino_model.*")]
+    assert metrics["pruned+int8"]["file_mb"] == sum(sizes) / 1e6
     card = (folder / "README.md").read_text()
     assert f"| pruned+int8 | {100 * metrics['pruned+int8']['top1']:.2f} |" in card
 
@@ -112,20 +178,27 @@ def test_sensitive_layers_stay_in_fp32(
         OnnxFormat().write(trace_model(plain_copy(sample.model), torch.from_numpy(pixels)), file, LABELS)
     everything = quantize_static(files[0], batches)
     assert everything.record["left_out"] == []
-    monkeypatch.setattr(static_int8, "MAX_DIVERGENCE", 0.8 * everything.record["divergence"])
+    monkeypatch.setattr(bounded_int8, "MAX_DIVERGENCE", 0.8 * everything.record["divergence"])
     part = quantize_static(files[1], batches)
-    assert part.record["left_out"] and part.record["divergence"] <= static_int8.MAX_DIVERGENCE
+    assert part.record["left_out"] and part.record["divergence"] <= bounded_int8.MAX_DIVERGENCE
     assert 0.5 <= part.record["share_of_weights"] <= 1
     whole = [sum(weights.size for weights, _ in layers(file).values()) for file in files]
     assert whole[1] == pytest.approx(part.record["share_of_weights"] * whole[0], rel=0.01)
 
 
-def test_int8_without_images_or_format_is_refused(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+def test_int8_without_images_or_format_is_refused(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, out = pruned("vit").folder, ["--output", tmp_path / "out"]
     line = refuse("export", folder, "--precision", "int8", *out)
     assert "--precision int8" in line and "--data" in line
     line = refuse("export", folder, "--precision", "int8", "--format", "openvino", *out)
-    assert "--format onnx" in line
+    assert "--precision int8" in line and "--data" in line
+    line = refuse("export", folder, "--precision", "int8", "--format", "torch-export", *out)
+    assert "--format onnx or openvino" in line
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    line = refuse("export", folder, "--precision", "int8", "--format", "openvino", "--data", tmp_path, *out)
+    assert "--format openvino --precision int8 needs nncf," in line and "isoprune-hf[openvino]" in line
     assert "--precision" in refuse("export", folder, "--quantize", "dynamic", *out)
     assert "--calibration_images" in refuse("export", folder, "--calibration_images", "0", *out)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""Quantise a model with as few layers in fp32 as its predictions need: `quantize_bounded`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from isoprune_hf.errors import ExportError
+from isoprune_hf.export.sensitivity import Nodes, Unit, choose_left_out, mean_divergence
+from isoprune_hf.measuring.runtimes.onnx_runtime import Run
+
+MAX_DIVERGENCE = 0.02  # nats; EfficientNet-Lite0 loses 0.2 points of top-1 at 0.01
+_SEARCH_IMAGES = 64
+_MAX_UNITS = 32  # of layers with weights
+_MIN_SHARE = 0.5  # of the weights that must be stored in eight bits
+
+
+def quantize_bounded(
+    write: Callable[[Nodes], Run],
+    dense: Run,
+    batches: Sequence[np.ndarray],
+    *,
+    weights: Mapping[str, int],
+    between: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Quantise all but the layers whose quantisation changes the predictions most.
+
+    Layers with weights are left out in at most `_MAX_UNITS` groups of consecutive ones, those between them by type, as
+    few as needed for `MAX_DIVERGENCE`.
+
+    Args:
+        write: Writes the model with all nodes but the given ones in eight bits, and opens it; called last with the
+            nodes that were chosen.
+        dense: The model in fp32.
+        batches: Pixels (B, C, H, W) of the calibration images.
+        weights: Number of weights of each layer that has some, in the order of the network.
+        between: Type -> names of the nodes between these layers that are quantised too.
+
+    Returns:
+        How the model was quantised, for `export.json`.
+
+    Raises:
+        ExportError: The bound leaves less than half of the weights in eight bits.
+    """
+    sample = _first_images(batches, _SEARCH_IMAGES)
+    reference = _run(dense, sample)
+
+    def effect(left_out: Nodes) -> float:
+        return mean_divergence(reference, _run(write(left_out), sample))
+
+    choice = choose_left_out(_list_units(list(weights), between), effect, MAX_DIVERGENCE)
+    share = 1 - sum(weights.get(node, 0) for node in choice.nodes) / max(sum(weights.values()), 1)
+    if share < _MIN_SHARE:
+        raise ExportError(
+            f"--precision int8 would store {share:.0%} of the weights in eight bits: with more, the predictions "
+            f"differ from fp32 by more than {MAX_DIVERGENCE} nats; use --precision fp16"
+        )
+    write(choice.nodes)
+    return {
+        "calibration_images": sum(map(len, batches)),
+        "divergence": choice.divergence,
+        "left_out": [unit.name for unit in choice.left_out],
+        "share_of_weights": share,
+    }
+
+
+def _first_images(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    """Return the first batches, with `count` images in all."""
+    found, left = [], count
+    for batch in batches:
+        if left > 0:
+            found.append(batch[:left])
+            left -= len(batch)
+    return found
+
+
+def _run(run: Run, batches: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the logits for all batches."""
+    return np.concatenate([run(pixels) for pixels in batches])
+
+
+def _list_units(layers: Sequence[str], between: Mapping[str, Sequence[str]]) -> list[Unit]:
+    """Return groups of consecutive layers, and one unit for each type between them."""
+    size = -(-len(layers) // _MAX_UNITS)
+    parts = [layers[start : start + size] for start in range(0, len(layers), max(size, 1))]
+    types = [Unit(f"all {kind}", frozenset(names)) for kind, names in sorted(between.items())]
+    return [*map(_unit, parts), *types]
+
+
+def _unit(names: Sequence[str]) -> Unit:
+    return Unit(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", frozenset(names))
