@@ -29,6 +29,7 @@ EXTRAS = {
     "executorch": "executorch",
     "litert_torch": "litert",
     "ai_edge_litert": "litert",
+    "coremltools": "coreml",
 }
 
 

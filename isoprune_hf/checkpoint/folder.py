@@ -92,9 +92,13 @@ def replace_folder(folder: str | Path | Target, write: Callable[[Path], None], *
 
     def write_and_sync(temporary: Path) -> None:
         write(temporary)
-        for file in temporary.iterdir():
-            os.chmod(file, 0o644)
-            sync_file(file)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                os.chmod(path, 0o644)
+                sync_file(path)
+            else:
+                os.chmod(path, 0o755)
+                sync_folder(path)
 
     _put(folder, write_and_sync)
 

@@ -13,7 +13,7 @@ def run(
     *,
     data: DataRecipe,
     folder: str,
-    format: Literal["onnx", "openvino", "torch-export", "executorch", "litert"],
+    format: Literal["onnx", "openvino", "torch-export", "executorch", "litert", "coreml"],
     output: str,
     precision: Literal["fp32", "fp16", "bf16", "int8", "int8-dynamic"],
     calibration_images: int,
@@ -39,8 +39,8 @@ def run(
         base = base if images is None else images.base
         metrics: Metrics = {}
 
-        def finish(temporary: Path, exported: Export, run: Run) -> None:
-            if images is not None:
+        def finish(temporary: Path, exported: Export, run: Run | None) -> None:
+            if images is not None and run is not None:
                 metrics.update(images.measure(run, precision))
             write_results(temporary, target.path.name, exported, metrics)
 
@@ -62,15 +62,15 @@ def run(
 STAGE = Stage(
     name="export",
     run=run,
-    text="Export a model to ONNX, OpenVINO, torch.export, ExecuTorch or LiteRT, compare its outputs with PyTorch, "
-    "measure its accuracy in its own runtime if there are images, and write the folder OUTPUT.",
+    text="Export a model to ONNX, OpenVINO, torch.export, ExecuTorch, LiteRT or Core ML, compare its outputs with "
+    "PyTorch, measure its accuracy in its own runtime if there are images, and write the folder OUTPUT.",
     heading=Heading.DELIVER,
     order=12,
     flags=(
         Flag("folder", str, None, "Folder of a model, or a name as for prune.model.", required=True),
         Flag(
             "format",
-            Literal["onnx", "openvino", "torch-export", "executorch", "litert"],
+            Literal["onnx", "openvino", "torch-export", "executorch", "litert", "coreml"],
             "onnx",
             "Format of the exported model.",
         ),

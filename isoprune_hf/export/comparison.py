@@ -26,21 +26,29 @@ class Export(NamedTuple):
 
     Args:
         file: Name of the model's file in its folder.
-        difference: Largest difference of two logits over all images and batches.
-        largest: Largest absolute logit of PyTorch.
+        difference: Largest difference of two logits over all images and batches; None if they were not compared.
+        largest: Largest absolute logit of PyTorch; None if they were not compared.
         batches: Number of images in each batch that was compared.
         same_class: Number of images with the same predicted class.
         takes_batches: Whether the file takes any number of images at once; otherwise it takes one.
         quantization: How the model was quantised; empty if there is nothing to say.
+        limitation: Why this machine could not run and compare the model; None if it was compared.
     """
 
     file: str
-    difference: float
-    largest: float
+    difference: float | None
+    largest: float | None
     batches: tuple[int, ...]
     same_class: int
     takes_batches: bool
     quantization: Mapping[str, Any] = MappingProxyType({})
+    limitation: str | None = None
+
+
+def without_comparison(target: Format) -> Export:
+    """Describe an exported model that this machine cannot run."""
+    form = FORMATS[target]
+    return Export(form.file, None, None, (), 0, form.takes_batches, {}, form.limitation)
 
 
 def compare_logits(

@@ -17,6 +17,7 @@ class ExecuTorchFormat:
     file = "model.pte"
     packages = ("executorch",)
     takes_batches = True
+    limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32",)
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = (

@@ -1,13 +1,14 @@
 """Write the folder of an exported model: `check_export` first, then `export_model`.
 
-The folder is kept only if the exported model returns the logits of PyTorch.
+The folder is kept only if the exported model returns the logits of PyTorch, wherever its runtime exists.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ from isoprune_hf.checkpoint.folder import replace_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.errors import ExportError, RecipeError
-from isoprune_hf.export.comparison import Export, compare_logits
+from isoprune_hf.export.comparison import Export, compare_logits, without_comparison
 from isoprune_hf.export.formats import FORMATS, Format, packages_of, precisions_of
 from isoprune_hf.export.pictures import draw_pictures
 from isoprune_hf.export.script import SCRIPT_FILE, write_script
-from isoprune_hf.export.values import DTYPES, ExportPrecision, Quantized
+from isoprune_hf.export.values import DTYPES, ExportPrecision
 from isoprune_hf.extras import require_package
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
@@ -38,7 +39,7 @@ def export_model(
     target: Format,
     precision: ExportPrecision = "fp32",
     calibration: Sequence[np.ndarray] = (),
-    finish: Callable[[Path, Export, Run], None] | None = None,
+    finish: Callable[[Path, Export, Run | None], None] | None = None,
 ) -> Export:
     """Write a folder with the exported model, its labels and its image processor, completely or not at all.
 
@@ -54,7 +55,7 @@ def export_model(
             that this would harm in fp32; int8-dynamic stores the weights alone in eight bits.
         calibration: Batches of pixels (B, C, H, W) of training images, for int8.
         finish: Writes further files into the new folder before it is renamed, given what was exported and the function
-            that maps pixels to its logits.
+            that maps pixels to its logits, None if this machine cannot run it.
 
     Raises:
         RecipeError: The format does not have the precision, or int8 has no calibration images.
@@ -74,16 +75,20 @@ def export_model(
         file = temporary / FORMATS[target].file
         try:
             program = trace_model(plain, torch.from_numpy(batches[-1]), DTYPES.get(precision, torch.float32))
-            made = Quantized(FORMATS[target].write(program, file, labels_of(plain)), {})
+            run = FORMATS[target].write(program, file, labels_of(plain))
+            quantization: Mapping[str, Any] = {}
             if precision in FORMATS[target].quantizers:
-                made = FORMATS[target].quantizers[precision].quantize(file, calibration)
-            found = [made.run(pixels) for pixels in batches]
+                run, quantization = FORMATS[target].quantizers[precision].quantize(file, calibration)
+            found = [run(pixels) for pixels in batches] if run is not None else None
         except ExportError:
             raise
         except EXPORT_ERRORS as error:
             raise ExportError(f"the model cannot be exported to {target}: {describe_error(error)}") from error
-        compared = compare_logits(expected, found, target=target, precision=precision)
-        results.append(compared._replace(quantization=made.record))
+        if found is None:
+            results.append(without_comparison(target))
+        else:
+            compared = compare_logits(expected, found, target=target, precision=precision)
+            results.append(compared._replace(quantization=quantization))
         _write_config_and_processor(temporary, plain, processor)
         record = {
             "format": target,
@@ -95,7 +100,7 @@ def export_model(
         _write_text(temporary / "export.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
         _write_text(temporary / SCRIPT_FILE, write_script(FORMATS[target]))
         if finish is not None:
-            finish(temporary, results[0], made.run)
+            finish(temporary, results[0], run)
 
     replace_folder(folder, write)
     return results[0]
@@ -105,7 +110,8 @@ def check_export(target: Format, precision: ExportPrecision, *, has_images: bool
     """Check before any work that the format can be written on this machine.
 
     Raises:
-        RecipeError: The format does not have the precision, or int8 has no calibration images.
+        RecipeError: The format does not have the precision, int8 has no calibration images, or this machine cannot
+            run the format on images.
         MissingExtraError: A package is missing.
     """
     if precision not in precisions_of(target):
@@ -113,6 +119,9 @@ def check_export(target: Format, precision: ExportPrecision, *, has_images: bool
         raise RecipeError(f"--precision {precision} needs --format {allowed}, got --format {target}")
     if precision == "int8" and not has_images:
         raise RecipeError("--precision int8 measures ranges on training images: set --data, or use fp16")
+    limitation = FORMATS[target].limitation
+    if has_images and limitation is not None:
+        raise RecipeError(f"--data measures the accuracy of the exported model, and {limitation}: omit --data")
     for package in packages_of(target, precision):
         is_of_format = package in FORMATS[target].packages
         require_package(package, f"--format {target}" + ("" if is_of_format else f" --precision {precision}"))

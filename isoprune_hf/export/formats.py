@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from isoprune_hf.export.coreml import CoreMlFormat
 from isoprune_hf.export.executorch import ExecuTorchFormat
 from isoprune_hf.export.litert import LiteRtFormat
 from isoprune_hf.export.onnx import OnnxFormat
@@ -17,7 +18,7 @@ from isoprune_hf.export.torch_export import TorchExportFormat
 from isoprune_hf.export.values import ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
-Format = Literal["onnx", "openvino", "torch-export", "executorch", "litert"]
+Format = Literal["onnx", "openvino", "torch-export", "executorch", "litert", "coreml"]
 
 
 class ExportFormat(Protocol):
@@ -39,6 +40,11 @@ class ExportFormat(Protocol):
         ...
 
     @property
+    def limitation(self) -> str | None:
+        """Why this machine cannot run the format; None if it can."""
+        ...
+
+    @property
     def floats(self) -> tuple[ExportPrecision, ...]:
         """Precisions of a traced model that the runtime computes on a CPU."""
         ...
@@ -56,7 +62,7 @@ class ExportFormat(Protocol):
         """
         ...
 
-    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
+    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run | None:
         """Write a traced model and open it again.
 
         Args:
@@ -65,7 +71,8 @@ class ExportFormat(Protocol):
             labels: Class -> its name, stored in the file.
 
         Returns:
-            Function that maps pixels to logits, computed by the runtime of the format on the CPU.
+            Function that maps pixels to logits, computed by the runtime of the format on the CPU; None if this
+            machine cannot run it.
         """
         ...
 
@@ -76,6 +83,7 @@ FORMATS: Mapping[Format, ExportFormat] = {
     "torch-export": TorchExportFormat(),
     "executorch": ExecuTorchFormat(),
     "litert": LiteRtFormat(),
+    "coreml": CoreMlFormat(),
 }
 
 

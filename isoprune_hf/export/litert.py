@@ -23,6 +23,7 @@ class LiteRtFormat:
     file = "model.tflite"
     packages = ("litert_torch", "ai_edge_litert")
     takes_batches = False
+    limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32",)
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = (

@@ -19,6 +19,7 @@ class OnnxFormat:
     file = "model.onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     takes_batches = True
+    limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")  # the CPU has no kernels of bf16
     script = (
         "onnxruntime",

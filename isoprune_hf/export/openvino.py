@@ -18,6 +18,7 @@ class OpenVinoFormat:
     file = "openvino_model.xml"
     packages = ("openvino",)
     takes_batches = True
+    limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")
     quantizers: Mapping[ExportPrecision, Quantizer] = {"int8": Quantizer(quantize_openvino, ("nncf",))}
     script = ("openvino", 'openvino.Core().compile_model(folder / "openvino_model.xml", "CPU")(pixels)["logits"]')

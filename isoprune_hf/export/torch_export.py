@@ -17,6 +17,7 @@ class TorchExportFormat:
     file = "model.pt2"
     packages = ()
     takes_batches = True
+    limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16", "bf16")
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = (

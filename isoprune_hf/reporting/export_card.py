@@ -29,6 +29,7 @@ _RUNTIMES = {
     "torch-export": "torch",
     "executorch": "executorch",
     "litert": "ai-edge-litert",
+    "coreml": "coremltools",
 }
 
 

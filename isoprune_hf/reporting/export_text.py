@@ -12,12 +12,17 @@ from isoprune_hf.reporting.tables import Metrics, results_table
 def describe_export(file: Path, target: str, precision: ExportPrecision, exported: Export, metrics: Metrics) -> str:
     """Return what was written, how far its logits are from those of PyTorch, and the table of its figures."""
     images, quantization = sum(exported.batches), exported.quantization
-    lines = [
-        f"{file}: {target}, {precision}, {'any batch size' if exported.takes_batches else 'one image at a time'}",
-        f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
-        f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
-        f"the same class for {exported.same_class} of {images}",
-    ]
+    lines = [f"{file}: {target}, {precision}, {'any batch size' if exported.takes_batches else 'one image at a time'}"]
+    if exported.difference is None:
+        lines.append(
+            f"not compared with PyTorch: {exported.limitation}; inputs, outputs, labels and weights were checked"
+        )
+    else:
+        lines.append(
+            f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
+            f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
+            f"the same class for {exported.same_class} of {images}"
+        )
     if quantization:
         lines.append(describe_quantization(quantization))
     if metrics:

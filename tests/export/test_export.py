@@ -248,6 +248,7 @@ def test_untraceable_model_is_reported_in_one_line(
         ("executorch", "executorch"),
         ("litert", "litert_torch"),
         ("litert", "ai_edge_litert"),
+        ("coreml", "coremltools"),
     ],
 )
 def test_missing_package_is_named_with_its_extra(

@@ -84,8 +84,10 @@ def open_export_images(data: DataRecipe, base: BaseModel) -> ExportImages:
 def write_results(folder: Path, name: str, exported: Export, metrics: Metrics) -> None:
     """Write the card and the figures of an export, to which the size of its files is added in place."""
     if metrics:
-        stem = Path(exported.file).stem  # of all files of the model: OpenVINO has two, ONNX beyond 2 GB as well
-        metrics[list(metrics)[-1]]["file_mb"] = sum(file.stat().st_size for file in folder.glob(f"{stem}.*")) / 1e6
+        # All files of the model: OpenVINO has two, ONNX beyond 2 GB as well, and Core ML has a folder.
+        stem = Path(exported.file).stem
+        files = [*folder.glob(f"{stem}.*"), *folder.glob(f"{stem}.*/**/*")]
+        metrics[list(metrics)[-1]]["file_mb"] = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
         write_file(folder / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     card = None
     with ornament("the card"):
