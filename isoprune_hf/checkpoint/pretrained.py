@@ -14,6 +14,7 @@ Private names of transformers that are used here and in no other module (as of 5
 import copy
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _PACKAGE = "isoprune_hf"
 _VALUES = ("needed", "building", "meta", "plain_values", "own_network", "nested_config")
 _BASES = ("settings", "dense", "transfer", "difference")
 _MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
+PROCESSOR_PARTS = ("errors.py", "limits.py", "checkpoint/image_processor.py")  # without torch
 PARTS = ("errors.py", "limits.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_BASES, *_MODELS)))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless
 # preprocessor_config.json names another type.
@@ -205,13 +207,13 @@ def align_tensors(network: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def code_that_ships() -> str:
-    """Return the source of the file that is saved next to the weights: the modules of `PARTS`, concatenated."""
+def code_that_ships(parts: Sequence[str] = PARTS) -> str:
+    """Return the source of the file that is saved next to the weights: the modules of `parts`, concatenated."""
     here = Path(__file__)
     if __name__ != f"{_PACKAGE}.checkpoint.pretrained":  # running as the shipped file itself
         return here.read_text(encoding="utf-8")
     own_imports = re.compile(rf"^from {_PACKAGE}\.[\w.]+ import (\([^)]*\)|.*)\n", re.MULTILINE)
-    return "\n\n".join(own_imports.sub("", (here.parents[1] / name).read_text(encoding="utf-8")) for name in PARTS)
+    return "\n\n".join(own_imports.sub("", (here.parents[1] / name).read_text(encoding="utf-8")) for name in parts)
 
 
 def _check_files(folder: Path) -> None:

@@ -18,13 +18,15 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.dense import describe_error
 from isoprune_hf.checkpoint.finite import require_finite
 from isoprune_hf.checkpoint.folder import replace_folder
+from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
+from isoprune_hf.checkpoint.pretrained import PROCESSOR_PARTS
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.errors import ExportError, RecipeError
 from isoprune_hf.export.comparison import Export, compare_logits, without_comparison
 from isoprune_hf.export.formats import FORMATS, Format, packages_of, precisions_of
 from isoprune_hf.export.pictures import draw_pictures
-from isoprune_hf.export.script import SCRIPT_FILE, write_script
+from isoprune_hf.export.script import PROCESSOR_FILE, SCRIPT_FILE, write_script
 from isoprune_hf.export.values import DTYPES, ExportPrecision
 from isoprune_hf.extras import require_package
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
@@ -98,7 +100,7 @@ def export_model(
         }
         record["weights"] = fingerprint_weights(model)
         _write_text(temporary / "export.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-        _write_text(temporary / SCRIPT_FILE, write_script(FORMATS[target]))
+        _write_text(temporary / SCRIPT_FILE, write_script(FORMATS[target], processor))
         if finish is not None:
             finish(temporary, results[0], run)
 
@@ -153,6 +155,8 @@ def _write_config_and_processor(
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     _write_text(folder / "modeling_isoprune.py", code_that_ships())
+    if isinstance(processor, IsoImageProcessor):
+        _write_text(folder / PROCESSOR_FILE, code_that_ships(PROCESSOR_PARTS))
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -50,6 +50,7 @@ def build_export_card(folder: Path, *, name: str) -> ModelCard:
     metadata.library_name = _RUNTIMES.get(str(record["format"]))
     metadata.tags = [*(metadata.tags or []), str(record["format"]), str(record["precision"])]
     source = config.get("source") or {}
+    has_code = (folder / "image_processing_isoprune.py").is_file()  # otherwise it is a processor of transformers
     card: ModelCard = ModelCard.from_template(
         metadata,
         template_path=str(_TEMPLATE),
@@ -62,7 +63,8 @@ def build_export_card(folder: Path, *, name: str) -> ModelCard:
         table=_tabulate(metrics),
         split=plain_markdown(row.get("split")),
         sample=describe_sample(metrics.values()),
-        packages=f"{_RUNTIMES.get(str(record['format']))} torch torchvision transformers pillow",
+        packages=f"{_RUNTIMES.get(str(record['format']))} transformers pillow{'' if has_code else ' torchvision'}",
+        has_code=has_code,
         script=read_text(folder / "classify.py"),
     )
     return card

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from isoprune_hf.export.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 FILES = {"config.json", "export.json", "modeling_isoprune.py", "preprocessor_config.json", "README.md", "classify.py"}
+FILES |= {"image_processing_isoprune.py"}
 MODELS = {"onnx": {"model.onnx"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
 MODELS["torch-export"] = {"model.pt2"}
 MODELS["executorch"] = {"model.pte"}
@@ -103,7 +105,8 @@ def test_exported_logits_match_pytorch_for_any_batch_size(
     family: str, target: str, pruned: Callable[[str], Pruned], exported: Callable[..., Exported]
 ) -> None:
     sample, (out, printed) = pruned(family), exported(family, target)
-    assert {path.name for path in out.iterdir()} == FILES | MODELS[target]
+    of_transformers = {"image_processing_isoprune.py"} if family.startswith("hf-") else set()
+    assert {path.name for path in out.iterdir()} == (FILES | MODELS[target]) - of_transformers
     for count in (1, 3, 7):
         pixels = digits(out, count)
         with torch.inference_mode():
@@ -146,12 +149,26 @@ def test_script_beside_model_runs_without_isoprune_hf(
     image.save(tmp_path / "image.png")
     script = (folder / "classify.py").read_text()
     assert sum(bool(line) for line in script.splitlines()) <= 10
-    run = f"import runpy, sys; sys.argv[1:] = ['image.png']; runpy.run_path({str(folder / 'classify.py')!r})"
+    run = f"import sys; sys.path.insert(0, {str(folder)!r}); sys.argv[1:] = ['image.png']; import classify"
     done = fresh_python.run(run, cwd=tmp_path, absent=["isoprune_hf"])
     assert done.returncode == 0, done.stderr
     with torch.inference_mode():
         logits = sample.model(**sample.processor(image, return_tensors="pt")).logits
     assert done.stdout.strip() == LABELS[int(logits.argmax())]
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("target", ["onnx", "litert"])
+def test_script_beside_model_needs_no_torch(target: str, exported: Callable[..., Exported], tmp_path: Path) -> None:
+    folder = exported("vit", target).folder
+    Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 30).convert("RGB").save(tmp_path / "image.png")
+    absent = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'timm', 'isoprune_hf']))"
+    run = f"{absent}; sys.path.insert(0, {str(folder)!r}); import classify"
+    command = [sys.executable, "-c", run, str(tmp_path / "image.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in LABELS.values()
+    assert "torch" not in (folder / "README.md").read_text().partition("pip install")[2].partition(")")[0]
 
 
 HALF = [pytest.param("vit", "onnx", "fp16", 5e-3, marks=pytest.mark.export)]
