@@ -212,6 +212,7 @@ def test_skipped_blocks_need_network_or_another_library() -> None:
         ("scaling.md", "a file of accelerate's"),
         ("transformers.md", "needs torchao"),
         ("lightning.md", "needs lightning"),
+        ("export.md", "needs TensorRT"),
         ("scaling.md", "there is no Slurm here"),
         ("imagenet_protocol.md", "needs ImageNet"),
         ("axes.md", "lines from the inside of timm's attention"),
