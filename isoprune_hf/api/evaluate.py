@@ -6,11 +6,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.api.holding import inner_of
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.data.decoding import Decoding, Rows
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.evaluation import evaluate
+from isoprune_hf.models.from_module import gives_features
 from isoprune_hf.models.held import HeldModel
 
 
@@ -62,9 +64,18 @@ def evaluate_model(
 
 
 def with_logits(model: nn.Module | Pruned) -> nn.Module:
-    """Return a model in the form that evaluation and training take; its weights are those of the model."""
+    """Return a model in the form that evaluation and training take; its weights are those of the model.
+
+    Raises:
+        RecipeError: It gives features.
+    """
     config = model.config if isinstance(model, Pruned) else IsoPruneConfig()
     module = model.model if isinstance(model, Pruned) else model
+    if gives_features(inner_of(module)):
+        raise RecipeError(
+            f"{type(inner_of(module)).__name__} gives features and no logits of classes: evaluate its folder with "
+            "`isoprune evaluate`, and finetune it on batches of tensors"
+        )
     if isinstance(module, IsoPruneForImageClassification):
         return module
     parameters = inspect.signature(module.forward).parameters

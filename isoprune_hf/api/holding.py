@@ -3,20 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperForImageClassification
 
 from isoprune_hf.api.batches import CallerBatch
-from isoprune_hf.api.objectives import Loss, choose_objective
+from isoprune_hf.api.objectives import Loss, choose_objective, features_objective
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, IsoPruneModel
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.calling import CallForm, adapt
-from isoprune_hf.models.from_module import Recognised, recognise
+from isoprune_hf.models.from_module import Recognised, gives_features, recognise
 from isoprune_hf.models.held import HeldModel
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.processors import processed_size
@@ -51,7 +52,13 @@ def inner_of(module: nn.Module) -> nn.Module:
     if isinstance(module, TimmWrapperForImageClassification):
         network: nn.Module = module.timm_model
         return network
-    return module.model if isinstance(module, IsoPruneForImageClassification) else module
+    return module.model if is_ours(module) else module
+
+
+def is_ours(module: nn.Module) -> TypeGuard[IsoPruneForImageClassification | IsoPruneModel]:
+    """Return whether a module is a classifier of ours or a network of ours for features, not part of a classifier."""
+    is_encoder = isinstance(module, IsoPruneModel) and not task_of(module.config.base).has_classes
+    return isinstance(module, IsoPruneForImageClassification) or is_encoder
 
 
 def share(module: nn.Module) -> nn.Module:
@@ -136,7 +143,10 @@ def hold(
     if known is None and form.names == (None,):
         known = recognise(copied, size)
     described = config_of(copied, known)
-    chosen = choose_objective(output, seen, form, loss, None if described is None else described.problem_type)
+    if loss is None and gives_features(module):
+        chosen = features_objective(output)
+    else:
+        chosen = choose_objective(output, seen, form, loss, None if described is None else described.problem_type)
     objective = chosen.objective
     if form.names != (None,) or not _is_traced(output):
         adapt(copied, form)

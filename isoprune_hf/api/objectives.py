@@ -13,6 +13,7 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.caller_loss import BatchForm, CallerLoss
 from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.feature_loss import FEATURES, draw_signs
 from isoprune_hf.models.held import LOSS_NAMES
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import LOSSES, Objective, OutputNorm, TargetLoss, side_by_side
@@ -65,11 +66,21 @@ def choose_objective(
     elif loss is not None:
         chosen = _by_caller(output, batches[0], call, loss)
     elif is_unlabelled:
-        chosen = _by_outputs(output, batches[0], has_classes=problem in _OF_CLASSES)
+        chosen = unlabelled_objective(output, batches[0], has_classes=problem in _OF_CLASSES)
     else:
         chosen = _by_targets(output, batches)
     _try_once(chosen, output, batches[0], call)
     return chosen
+
+
+def features_objective(output: Any) -> Chosen:
+    """Return the loss of a network that gives features; labels are not looked at.
+
+    Args:
+        output: The output of the network for a batch.
+    """
+    shapes = [value.shape[1:] for value in separate(output)[0]]
+    return Chosen(FEATURES, lambda batch: draw_signs(batch.inputs[0], shapes))
 
 
 def _by_caller(output: Any, batch: CallerBatch, call: CallForm, loss: Callable[[Any, Any], Tensor]) -> Chosen:
@@ -94,8 +105,14 @@ def _compared(output: Any, batch: CallerBatch) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _by_outputs(output: Any, batch: CallerBatch, *, has_classes: bool) -> Chosen:
-    """Choose the loss for data without targets: the model's own outputs take their place."""
+def unlabelled_objective(output: Any, batch: CallerBatch, *, has_classes: bool) -> Chosen:
+    """Choose the loss for data without targets: the model's own outputs take their place.
+
+    Args:
+        output: The output of the model for the batch.
+        batch: A batch.
+        has_classes: A single output (B, C) may be logits of classes; otherwise all outputs are compared by squares.
+    """
     numbers = _compared(output, batch)
     found = separate(output)[0][numbers[0]]
     if has_classes and len(numbers) == 1 and found.ndim == 2 and found.shape[1] > 1:

@@ -11,13 +11,14 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedConfig, TimmWrapperForImageClassification
 
 from isoprune_hf.api.batches import InputKeys, read_batches
-from isoprune_hf.api.holding import config_of, count_hooks, hold, inner_of, share, unwrap
+from isoprune_hf.api.holding import config_of, count_hooks, hold, inner_of, is_ours, share, unwrap
 from isoprune_hf.api.objectives import Loss
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
-from isoprune_hf.api.saving import wrap
 from isoprune_hf.api.transforms import transformed
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.structure import as_saved
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS, task_of
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.images import holds_images, image_batches
 from isoprune_hf.data.labels import check_problem, classes_of
@@ -148,9 +149,10 @@ def _open(
             num_labels=recipe.num_labels,
             seed=recipe.seed,
             weights=recipe.weights,
+            tasks=TASK_FORMS,
         )
     module = unwrap(model)
-    if isinstance(module, IsoPruneForImageClassification):
+    if is_ours(module):
         return module.model, Recognised(copy.deepcopy(module.config), processor)
     if enters_wrapper and isinstance(module, TimmWrapperForImageClassification):
         return inner_of(module), recognise_wrapper(module)
@@ -179,7 +181,7 @@ def _as_given(
     if given is module:
         return pruned
     if not isinstance(given, TimmWrapperForImageClassification):
-        return wrap(config, pruned)
+        return as_saved(config, pruned)
     wrapper = share(given)
     wrapper.timm_model = pruned
     return wrapper.eval()
@@ -199,7 +201,8 @@ def _read_images(
             "processor is not set: the model does not name one; pass the image processor that makes "
             "its inputs, or batches of tensors"
         )
-    if config is not None:
+    has_classes = not isinstance(config, IsoPruneConfig) or task_of(config.base).has_classes
+    if config is not None and has_classes:
         check_problem(config)
     return image_batches(
         data,
@@ -207,7 +210,7 @@ def _read_images(
         batches=recipe.calibration_batches,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        id2label=None if config is None else classes_of(config),
+        id2label=classes_of(config) if config is not None and has_classes else None,
     )
 
 

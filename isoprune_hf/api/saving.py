@@ -1,6 +1,5 @@
 """Write the folder of a pruned module: `save_module`."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.folder import save_model_folder, write_file
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.own_network import Builder, allow_builder
 from isoprune_hf.checkpoint.plain_values import check_args
+from isoprune_hf.checkpoint.structure import as_saved
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.pruning.plan import PruningPlan
@@ -40,22 +40,13 @@ def save_module(
     Raises:
         CheckpointError: The folder cannot be written, or its config builds a module that computes other outputs.
     """
-    model = wrap(config, module)
+    model = as_saved(config, module)
 
     def finish(temporary: Path) -> None:
         with ornament("the model card"):
             write_file(temporary / "README.md", str(build_model_card(temporary, repo=Path(folder).name)))
 
     save_model_folder(folder, model, processor, plan=plan.to_json(), finish=finish)
-
-
-def wrap(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageClassification:
-    """Return a pruned module as the model of its config; the module itself is not changed."""
-    with torch.device("meta"):
-        model = IsoPruneForImageClassification(copy.deepcopy(config))
-    model.model = module
-    model.training = module.training
-    return model
 
 
 def describe_builder(

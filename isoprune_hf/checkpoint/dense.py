@@ -16,17 +16,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from isoprune_hf.checkpoint.meta import build_on_meta
 from isoprune_hf.checkpoint.nested_config import IGNORED_ENTRIES, check_config
 from isoprune_hf.checkpoint.own_network import find_builder, inputs_of, with_classes
 from isoprune_hf.checkpoint.plain_values import check_args, require
 from isoprune_hf.checkpoint.settings import apply_settings
+from isoprune_hf.checkpoint.task_forms import TaskForm, task_of
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER, MAX_IMAGE_SIDE, MAX_INPUT_NUMBERS, MAX_MODULES
 
-FORMAT_VERSION = 2  # the newest that this code reads
+FORMAT_VERSION = 3  # the newest that this code reads
 _LIBRARIES = ("timm", "torchvision", "transformers", "python")
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 _WEIGHT_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -57,8 +58,8 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     model_type = "isoprune"
     # `library` (timm, torchvision, transformers or python), with `architecture` and `args`; for transformers with
     # `config`. The architecture of python is `package.module:builder`, with its classes as `num_labels`, and name and
-    # shape of several inputs as `inputs`. `settings` and `modules` for what the arguments do not tell, see
-    # `settings.py`.
+    # shape of several inputs as `inputs`. `task`, if it is not image classification, see `task_forms.py`. `settings`
+    # and `modules` for what the arguments do not tell, see `settings.py`.
     base: dict[str, Any] | None = None
     # Origin of the dense weights: `name` (with `revision`, or `weights` for a file), `pretrained`, `seed`,
     # `model_args`, `num_labels`; `fingerprint`; `changed` if they were trained after they were opened.
@@ -72,7 +73,8 @@ class IsoPruneConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # tran
     layout: str = "per-layer"  # or uniform: `base.config` itself has the pruned sizes, and there is no structure
     out_features: list[str] | None = None  # stages of a backbone
     out_indices: list[int] | None = None
-    format_version: int = 1  # the oldest code that reads this folder right; 2 reads `settings` and `modules`
+    # The oldest code that reads this folder right: 2 reads `settings` and `modules`, and 3 `task`.
+    format_version: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         hidden = {
@@ -162,10 +164,12 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     library = base.get("library") if isinstance(base, dict) else None
     if base is None or not isinstance(library, str) or library not in _LIBRARIES:
         raise CheckpointError(f"config.base: library must be one of {', '.join(_LIBRARIES)}, got {base!r}")
+    form = task_of(base)
     if library == "transformers":
-        network = _build_transformers(base.get("config"), config.num_labels, config._attn_implementation)
+        network = _build_transformers(base.get("config"), form, config.num_labels, config._attn_implementation)
     else:
-        network = _build_by_name(library, base, config.num_labels)
+        require(form.has_classes or library == "timm", f"config.base: {library} has no networks for {form.task}")
+        network = _build_by_name(library, base, config.num_labels if form.has_classes else 0)
     return apply_settings(network, base)
 
 
@@ -193,7 +197,9 @@ def _build_by_name(library: str, base: dict[str, Any], num_labels: int | None) -
     return build_limited(complaint, lambda: create(name, num_classes=num_labels, **args))
 
 
-def _build_transformers(values: Any, num_labels: int | None, attention: str | dict[str, Any] | None) -> nn.Module:
+def _build_transformers(
+    values: Any, form: TaskForm, num_labels: int | None, attention: str | dict[str, Any] | None
+) -> nn.Module:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise CheckpointError(
@@ -201,15 +207,17 @@ def _build_transformers(values: Any, num_labels: int | None, attention: str | di
             "custom type, import the module that registers it first"
         )
     config_class = CONFIG_MAPPING[kind]
-    known = config_class in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in ("timm_wrapper", "isoprune")
-    require(known, f"config.base.config: {kind} is not a transformers image classifier")
+    known = config_class in form.networks and kind not in ("timm_wrapper", "isoprune")
+    named_task = "a transformers image classifier" if form.has_classes else f"a model of transformers for {form.task}"
+    require(known, f"config.base.config: {kind} is not {named_task}")
     values = check_config(config_class, values)
-    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config_class]
+    classes = form.networks[config_class]
     named = {cls.__name__: cls for cls in (classes if isinstance(classes, tuple) else (classes,)) if cls is not None}
 
     def build() -> nn.Module:
         inner = config_class.from_dict(values)
-        inner.num_labels = num_labels  # type: ignore[assignment]  # transformers types only the getter as optional
+        if form.has_classes:
+            inner.num_labels = num_labels  # type: ignore[assignment]  # transformers types only the getter as optional
         inner.return_dict = True
         if attention not in (None, "sdpa"):  # which transformers sets by itself, also where the base has no sdpa
             inner._attn_implementation = attention

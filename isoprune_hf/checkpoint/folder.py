@@ -17,17 +17,19 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf import plain_files
 from isoprune_hf.checkpoint.finite import require_finite
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.output_check import check_replaceable
+from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.checkpoint.stock import save_stock, stock_processor
+from isoprune_hf.checkpoint.structure import as_saved
 from isoprune_hf.checkpoint.sync import sync_file, sync_folder
 from isoprune_hf.checkpoint.target import Target, locked_target
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError, WriteError
 
 
 def save_model_folder(
     folder: str | Path | Target,
-    model: IsoPruneForImageClassification,
+    model: IsoPrunePreTrainedModel,
     processor: BaseImageProcessor | None,
     *,
     plan: str | None = None,
@@ -55,8 +57,10 @@ def save_model_folder(
         require_finite(model)
         if model.config.layout == "uniform":
             save_stock(temporary, model)
-        else:
+        elif task_of(model.config.base).has_classes:
             model.save_pretrained(temporary)
+        else:
+            as_saved(model.config, model.model).save_pretrained(temporary)
         if processor is not None:
             saved = stock_processor(processor) if model.config.layout == "uniform" else processor
             saved.save_pretrained(temporary)

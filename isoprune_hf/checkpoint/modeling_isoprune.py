@@ -19,7 +19,10 @@ from isoprune_hf.checkpoint.difference import (
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.checkpoint.meta import move_to_meta
 from isoprune_hf.checkpoint.outputs import HiddenStates, call_classifier, call_features, call_stages
+from isoprune_hf.checkpoint.own_network import Builder
+from isoprune_hf.checkpoint.plain_values import require
 from isoprune_hf.checkpoint.pretrained import PARTS, IsoPrunePreTrainedModel, code_that_ships
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
 __all__ = [
@@ -47,6 +50,13 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
 
     Without a structure it is the dense base: base and pruned model share one class, one forward and one label map.
     """
+
+    def __init__(self, config: IsoPruneConfig, builder: Builder | None = None):
+        form = task_of(config.base)
+        require(
+            form.has_classes, f"config.base.task: the model is of the task {form.task}; open it with {form.auto_class}"
+        )
+        super().__init__(config, builder)
 
     @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
     def forward(
@@ -92,7 +102,7 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
 
 
 class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
-    """The same network without its classification: the features that its head reads."""
+    """The features of a network: of a classifier those that its head reads, of an encoder its outputs."""
 
     @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
     def forward(

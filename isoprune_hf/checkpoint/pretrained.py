@@ -30,13 +30,14 @@ from isoprune_hf.checkpoint.meta import move_to_meta, unsaved_buffers
 from isoprune_hf.checkpoint.own_network import Builder, allow_builder, inputs_of
 from isoprune_hf.checkpoint.plain_values import require
 from isoprune_hf.checkpoint.rebuild import settle_config
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS, task_of
 from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.errors import CheckpointError
 
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-_VALUES = ("needed", "building", "meta", "plain_values", "own_network", "nested_config")
+_VALUES = ("needed", "building", "meta", "plain_values", "own_network", "nested_config", "task_forms")
 _BASES = ("settings", "dense", "transfer", "difference")
 _MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
 PROCESSOR_PARTS = ("errors.py", "limits.py", "checkpoint/image_processor.py")  # without torch
@@ -188,7 +189,7 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         # Tensors keep the names of their modules: the structure refers to them, and loading compares them.
         kwargs["save_original_format"] = False
-        self.config.auto_map = {auto: f"modeling_isoprune.{name}" for auto, name in AUTO_CLASSES.items()}
+        self.config.auto_map = auto_map_of(self.config)
         keep_cut_buffers(self.model, self.config.structure)
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         given_state = args[1] if len(args) > 1 else kwargs.get("state_dict")
@@ -198,6 +199,13 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         target = Path(save_directory) / "modeling_isoprune.py"
         if is_main_process and target.resolve() != Path(__file__).resolve():
             target.write_text(code_that_ships(), encoding="utf-8", newline="\n")
+
+
+def auto_map_of(config: IsoPruneConfig) -> dict[str, str]:
+    """Return Auto class -> class in the shipped file, of those that open a folder of the config's task."""
+    form = task_of(config.base)
+    others = {other.auto_class for other in TASK_FORMS.values() if other.has_classes and other is not form}
+    return {auto: f"modeling_isoprune.{name}" for auto, name in AUTO_CLASSES.items() if auto not in others}
 
 
 def align_tensors(network: nn.Module) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import BaseImageProcessor, PilBackend
 
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor, channels_of
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.plain_values import require
+from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.checkpoint.rebuild import settle_config
 from isoprune_hf.errors import CheckpointError
 
@@ -19,7 +20,7 @@ ENTRY = "isoprune"  # transformers keeps unknown entries of a config
 _ENTRY_FIELDS = ("source", "cost", "recipe", "stage", "format_version")
 
 
-def save_stock(folder: Path, model: IsoPruneForImageClassification) -> None:
+def save_stock(folder: Path, model: IsoPrunePreTrainedModel) -> None:
     """Write config and weights of the inner transformers model, with the `isoprune` entry, into a folder.
 
     Raises:

@@ -9,8 +9,32 @@ from torch import nn
 
 from isoprune_hf.checkpoint.difference import named_tensors, number_tables
 from isoprune_hf.checkpoint.meta import move_to_meta
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, SkippedBlock
+from isoprune_hf.checkpoint.modeling_isoprune import (
+    IsoPruneConfig,
+    IsoPruneForImageClassification,
+    IsoPruneModel,
+    SkippedBlock,
+)
+from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError
+
+
+def as_saved(config: IsoPruneConfig, network: nn.Module) -> IsoPrunePreTrainedModel:
+    """Return a network as the model that its folder opens as; the network itself is shared and not changed.
+
+    Args:
+        config: Its config, which the model gets a copy of.
+        network: The network.
+    """
+    config, has_classes = copy.deepcopy(config), task_of(config.base).has_classes
+    if not has_classes:
+        config.format_version = max(config.format_version, 3)
+    with torch.device("meta"):
+        model = IsoPruneForImageClassification(config) if has_classes else IsoPruneModel(config)
+    model.model = network
+    model.training = network.training
+    return model
 
 
 def image_size_of(model: IsoPruneForImageClassification) -> list[int]:

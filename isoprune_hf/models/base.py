@@ -13,7 +13,10 @@ from isoprune_hf.checkpoint.finite import describe_not_finite
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import align_tensors
 from isoprune_hf.checkpoint.rebuild import record_settings
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
+from isoprune_hf.models.feature_loss import FEATURES
+from isoprune_hf.models.held import HeldModel
 
 OTHER_TASK = "not an image classifier; choose a model with a classification head"
 UNTRAINED = "--prune.pretrained false (in evaluate: --pretrained false)"
@@ -73,7 +76,17 @@ def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageCl
 def _on_meta(config: IsoPruneConfig) -> IsoPruneForImageClassification:
     """Build the model of a config without weights; on a real device transformers would initialise all of them."""
     with torch.device("meta"):
-        return IsoPruneForImageClassification(config)
+        return IsoPruneForImageClassification(config) if task_of(config.base).has_classes else hold_features(config)
+
+
+def hold_features(config: IsoPruneConfig, module: nn.Module | None = None) -> HeldModel:
+    """Return a network that gives features as the pipeline takes it, with the loss that it is scored for.
+
+    Args:
+        config: Config that builds the network.
+        module: The network; by default it is built.
+    """
+    return HeldModel(config, module, FEATURES)
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def without_head(place: str) -> RecipeError:
     return RecipeError(
         f"model: {place} is an encoder without a classification head; for a new head, set --prune.num_labels (in "
         "evaluate: --num_labels) to a number of classes, or to data for those of the data set; finetune takes the "
-        "folder that prune then writes"
+        "folder that prune then writes; for its features, prune and evaluate take it as it is"
     )
 
 

@@ -12,10 +12,11 @@ import torchvision
 from timm.data.config import resolve_data_config
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
 from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TaskForm, task_entry
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.from_torchvision import args_of_module
@@ -56,6 +57,13 @@ def recognise(module: nn.Module, image_size: list[int]) -> Recognised | None:
     return None
 
 
+def gives_features(module: nn.Module) -> bool:
+    """Return whether a module of transformers or timm is an encoder, whose outputs are features and no logits."""
+    if isinstance(module, PreTrainedModel):
+        return _form_of(module) is IMAGE_FEATURE_EXTRACTION
+    return bool(_timm_settings(module)) and getattr(module, "num_classes", None) == 0
+
+
 def recognise_wrapper(wrapper: TimmWrapperForImageClassification) -> Recognised:
     """Return the config that builds the module of timm in a model of transformers."""
     labels = {int(index): label for index, label in (wrapper.config.id2label or {}).items()}
@@ -73,33 +81,46 @@ def recognise_wrapper(wrapper: TimmWrapperForImageClassification) -> Recognised:
 
 def _recognise_transformers(module: PreTrainedModel, image_size: list[int]) -> Recognised | None:
     kind = type(module.config)
-    if kind not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind.model_type in ("isoprune", "timm_wrapper"):
+    form = _form_of(module)
+    if form is None or kind.model_type in ("isoprune", "timm_wrapper"):
         return None
     values = module.config.to_diff_dict() | {"model_type": kind.model_type, "architectures": [type(module).__name__]}
     labels = {int(index): label for index, label in (module.config.id2label or {}).items()}
     names = [labels[index] for index in range(len(labels))]
+    described: dict[str, Any] = {"problem_type": module.config.problem_type, **label_fields(names)}
     config = IsoPruneConfig(
-        base={"library": "transformers", "config": values},
+        base={"library": "transformers", "config": values, **task_entry(form)},
         image_size=image_size,
-        problem_type=module.config.problem_type,
-        **label_fields(names),
+        **(described if form.has_classes else {}),
     )
     return Recognised(config) if _builds(config, module) else None
+
+
+def _form_of(module: PreTrainedModel) -> TaskForm | None:
+    """Return the task that the class of a model of transformers is for; None if it is another one."""
+    kind = type(module.config)
+    if kind in MODEL_MAPPING:
+        encoders = MODEL_MAPPING[kind]
+        if type(module) in (encoders if isinstance(encoders, tuple) else (encoders,)):
+            return IMAGE_FEATURE_EXTRACTION
+    return IMAGE_CLASSIFICATION if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else None
 
 
 def _recognise_timm(module: Any, image_size: list[int]) -> Recognised | None:
     known = _timm_settings(module)
     name = known.get("architecture")
-    if not isinstance(name, str) or not timm.is_model(name) or not getattr(module, "num_classes", 0):
+    classes = getattr(module, "num_classes", None)
+    if not isinstance(name, str) or not timm.is_model(name) or classes is None:
         return None
+    form = IMAGE_CLASSIFICATION if classes else IMAGE_FEATURE_EXTRACTION
     tagged = f"{name}.{known['tag']}" if known.get("tag") else name
     size = image_size[1] if image_size[1] == image_size[2] else image_size[1:]
     for with_channels, with_size in product((False, True), repeat=2):
         args = ({"in_chans": image_size[0]} if with_channels else {}) | ({"img_size": size} if with_size else {})
         config = IsoPruneConfig(
-            base={"library": "timm", "architecture": tagged, "args": args},
+            base={"library": "timm", "architecture": tagged, "args": args, **task_entry(form)},
             image_size=image_size,
-            **label_fields(timm_labels(module)),
+            **(label_fields(timm_labels(module)) if classes else {}),
         )
         if _builds(config, module):
             return Recognised(config, _processor_of(known, image_size))

@@ -158,7 +158,7 @@ def _create(
             f"model: {name} has no {missing[0]}; a custom builder must set num_classes, and pretrained_cfg such as "
             "{'input_size': (3, 224, 224), 'num_classes': 1000}"
         )
-    if not module.num_classes:
+    if not module.num_classes and not options.takes_features:
         raise without_head(name) if labels is None else RecipeError(f"model: {name} is {OTHER_TASK}")
     return module
 

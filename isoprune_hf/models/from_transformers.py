@@ -1,5 +1,7 @@
 """Open an image classifier of transformers from a folder or the Hub."""
 
+from typing import Any
+
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -16,6 +18,7 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base, build_limit
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.nested_config import check_config, entries_of
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TaskForm, task_entry
 from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import (
     OTHER_TASK,
@@ -43,24 +46,29 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
         CheckpointError: The image processor cannot be opened.
         UnsupportedArchitectureError: The model reads tokens.
     """
-    _check_source(source)
+    form = IMAGE_FEATURE_EXTRACTION if options.takes_features and _is_encoder(source) else IMAGE_CLASSIFICATION
+    _check_source(source, form)
     config = _read_config(source)
     processor = transformers_processor(source, config)
-    labels = _label_names(source, config)
+    described: dict[str, Any] = {"problem_type": config.problem_type, **label_fields(_label_names(source, config))}
     values = config.to_diff_dict() | {"model_type": config.model_type}
     # A stock model with a uniform layout has an entry of isoprune_hf in its config.
     fields = entry_fields(values.pop(ENTRY, None))
     outer = IsoPruneConfig(
-        base={"library": "transformers", "config": values},
+        base={"library": "transformers", "config": values, **task_entry(form)},
         image_size=transformers_image_size(config, processor),
-        problem_type=config.problem_type,
-        **label_fields(labels),
+        **(described if form.has_classes else {}),
         **fields,
     )
     with torch.device("meta"):  # refuses an oversized model before memory is allocated
         build_base(outer)
     if options.pretrained:
-        read, missing = _read_model(source)
+        read, missing = _read_model(source, form)
+        if missing and not form.has_classes:
+            raise RecipeError(
+                f"model: {source.place} has no trained weights for {min(missing)}, by which {type(read).__name__} "
+                "computes its features; save it with all of its weights"
+            )
         if missing:
             _check_missing(source, read, missing, options)
             return with_new_head(BaseModel(wrap_module(outer, read), processor), source, options, missing)
@@ -86,7 +94,17 @@ def _read_config(source: BaseSource) -> PreTrainedConfig:
     return config
 
 
-def _check_source(source: BaseSource) -> None:
+def _is_encoder(source: BaseSource) -> bool:
+    """Return whether a config names the class of a network that takes images and returns features."""
+    kind, named = source.config.get("model_type"), source.config.get("architectures")
+    if not isinstance(kind, str) or not isinstance(named, list) or kind not in CONFIG_MAPPING:
+        return False
+    classes = MODEL_MAPPING.get(CONFIG_MAPPING[kind], ())
+    found = [one for one in (classes if isinstance(classes, tuple) else (classes,)) if one is not None]
+    return any(one.__name__ in named[:1] and one.main_input_name == "pixel_values" for one in found)
+
+
+def _check_source(source: BaseSource, form: TaskForm) -> None:
     """Check a config.json before a class of transformers reads it, which may fetch what it names.
 
     Raises:
@@ -103,7 +121,8 @@ def _check_source(source: BaseSource) -> None:
             if "implementation" in f"{name} {key}" and isinstance(text, str) and not text.isidentifier():
                 raise RecipeError(f"model: {source.place}/config.json: {name}={value!r:.99} names a kernel to fetch")
     if kind in CONFIG_MAPPING:  # others are refused by transformers
-        _check_task(source, CONFIG_MAPPING[kind])
+        if form.has_classes:
+            _check_task(source, CONFIG_MAPPING[kind])
         check_config(CONFIG_MAPPING[kind], values)
 
 
@@ -126,11 +145,12 @@ def _label_names(source: BaseSource, config: PreTrainedConfig) -> list[str]:
     return [named[index] for index in range(len(named))]
 
 
-def _read_model(source: BaseSource) -> tuple[PreTrainedModel, frozenset[str]]:
+def _read_model(source: BaseSource, form: TaskForm) -> tuple[PreTrainedModel, frozenset[str]]:
     """Read the model, and return it with the names of the tensors that the file does not contain."""
+    auto = AutoModelForImageClassification if form.has_classes else AutoModel
     try:
         with torch.random.fork_rng():  # transformers draws the missing ones
-            loaded = AutoModelForImageClassification.from_pretrained(
+            loaded = auto.from_pretrained(
                 source.place,
                 revision=source.revision or "main",
                 use_safetensors=True,

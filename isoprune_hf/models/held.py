@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss
 
@@ -48,7 +49,7 @@ class HeldModel(IsoPruneForImageClassification):
 
     def __init__(self, config: IsoPruneConfig, module: nn.Module | None = None, objective: Objective = CLASSES):
         if module is None:
-            super().__init__(config)
+            IsoPrunePreTrainedModel.__init__(self, config)  # of any task
         else:
             PreTrainedModel.__init__(self, config)  # type: ignore[no-untyped-call]  # untyped in transformers
             self.model = module

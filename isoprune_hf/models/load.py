@@ -1,11 +1,13 @@
 """Open a base model with the head that is asked for: `load_base`."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from isoprune_hf.checkpoint.difference import run_once
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.base import BaseModel
 from isoprune_hf.models.from_isoprune import open_isoprune
@@ -36,6 +38,7 @@ def load_base(
     seed: int = 0,
     weights: str | Path | None = None,
     revision: str | None = None,
+    tasks: Collection[str] = (IMAGE_CLASSIFICATION.task,),
 ) -> BaseModel:
     """Open a base model and its image processor.
 
@@ -53,6 +56,8 @@ def load_base(
             torch.save, possibly inside a checkpoint. Nothing in it is executed. The head has the size of the one in
             the file.
         revision: Commit, branch or tag of a Hub repository.
+        tasks: Tasks that the caller works with. With image-feature-extraction among them, an encoder without a head
+            is opened as it is if no head is asked for.
 
     Returns:
         The model in eval mode, and its image processor.
@@ -62,7 +67,8 @@ def load_base(
         CheckpointError: A saved model or image processor is damaged.
         UnsupportedArchitectureError: The model cannot be rebuilt from a config, or reads tokens.
     """
-    options = LoadOptions(pretrained, {} if model_args is None else model_args, num_labels, label_names, seed)
+    args = {} if model_args is None else model_args
+    options = LoadOptions(pretrained, args, num_labels, label_names, seed, tasks)
     source = identify(name, revision)
     if options.model_args and source.kind != "architecture":
         raise RecipeError(

@@ -1,9 +1,11 @@
 """The interface of the openers: what an opener takes and returns."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER
 from isoprune_hf.models.base import BaseModel, default_labels
@@ -20,6 +22,7 @@ class LoadOptions:
         num_labels: Size of a new head; None keeps that of the base.
         label_names: Label names of a new head.
         seed: Seed of random weights.
+        tasks: Names of the tasks that a model may be of.
 
     Raises:
         RecipeError: An option has another type or is out of range.
@@ -30,6 +33,12 @@ class LoadOptions:
     num_labels: int | None
     label_names: tuple[str, ...] | None
     seed: int
+    tasks: Collection[str] = (IMAGE_CLASSIFICATION.task,)
+
+    @property
+    def takes_features(self) -> bool:
+        """Return whether an encoder without a head is opened as it is: it may be, and no head is asked for."""
+        return IMAGE_FEATURE_EXTRACTION.task in self.tasks and self.num_labels is None
 
     def __post_init__(self) -> None:
         args = self.model_args

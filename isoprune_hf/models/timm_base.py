@@ -18,6 +18,7 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS
 from isoprune_hf.checkpoint.folder import read_json
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.plain_values import check_args
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, task_entry
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models.base import BaseModel, default_labels, label_fields, single_line, unreadable, wrap_module
 from isoprune_hf.models.processors import timm_processor
@@ -68,7 +69,7 @@ def processor_of_folder(folder: Path, base: BaseModel) -> BaseImageProcessor | N
 
 def wrap_timm(opened: TimmModule) -> BaseModel:
     classes = opened.module.num_classes
-    if len(opened.labels) != classes:
+    if classes and len(opened.labels) != classes:
         raise RecipeError(f"model: {opened.architecture} has {len(opened.labels)} label_names for {classes} classes")
     data = _at_size_of(opened.model_args, _checked_data(opened.architecture, opened.data))
     config = IsoPruneConfig(
@@ -76,9 +77,10 @@ def wrap_timm(opened: TimmModule) -> BaseModel:
             "library": "timm",
             "architecture": opened.architecture,
             "args": {**_noted_channels(opened.architecture, data), **without_classes(opened.model_args)},
+            **task_entry(IMAGE_CLASSIFICATION if classes else IMAGE_FEATURE_EXTRACTION),
         },
         image_size=list(data["input_size"]),
-        **label_fields(opened.labels),
+        **(label_fields(opened.labels) if classes else {}),
     )
     return BaseModel(wrap_module(config, opened.module), timm_processor(data))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.reporting.places import plain_hub_id, show_place
 
 _METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy"), "loss": ("loss", "loss")}
@@ -60,7 +61,7 @@ def describe_model(
         license_name=found.name if found else None,
         license_link=found.link if found else None,
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=task_of(config.get("base")).task,
         tags=tags,
         base_model=base_model,
         # The Hub knows adapter, merge, quantized and finetune: other weights than those of the base.
@@ -127,7 +128,7 @@ def _list_results(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list
     values |= {} if macs is None else {_MACS: macs}
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=task_of(config.get("base")).task,
             dataset_type=show_place(data["dataset"]),
             dataset_name=show_place(data["dataset"]),
             dataset_split=_name_split(figures, data),

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.checkpoint.own_network import inputs_of
 from isoprune_hf.checkpoint.stock import isoprune_fields
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.plain_files import read_json
 from isoprune_hf.pruning.plan import PLAN_FILE
@@ -28,7 +29,7 @@ from isoprune_hf.reporting.decision_text import describe_decision
 from isoprune_hf.reporting.places import show_note, show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.speed_picture import SPEED_PICTURE
-from isoprune_hf.reporting.tables import Metrics, describe_sample, format_figure, on_same_images
+from isoprune_hf.reporting.tables import FEATURE_COLUMNS, Metrics, describe_sample, format_figure, on_same_images
 from isoprune_hf.reporting.widths import PICTURE
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -39,6 +40,7 @@ _COLUMNS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
     "loss": "loss",
+    **FEATURE_COLUMNS,
     "latency_ms": "latency (ms)",
     "images": "images",
     "file_mb": "weights (MB)",
@@ -152,6 +154,7 @@ def _describe_files(files: _Files) -> dict[str, Any]:
         "reads_arrays": _reads_arrays(config, folder / "preprocessor_config.json"),
         "builder": _builder(config.get("base") or {}),
         "call": None if _has_pipeline(config, folder) else _call(config),
+        "form": task_of(config.get("base")),
         "hashes": {path.name: _digest_of(path) for path in hashed},
     }
 

@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+FEATURE_COLUMNS = {"cosine": "cosine", "position_cosine": "cosine of positions", "knn": "k-NN %"}
 _COLUMNS = {
     "macs": "GMACs",
     "params": "params",
     "top1": "top-1 %",
     "top5": "top-5 %",
     "loss": "loss",
+    **FEATURE_COLUMNS,
     "latency_ms": "latency ms",
 }
 _DETAILS = {
@@ -27,8 +29,8 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (shown in 10^9), params (in 10^6), top1, top5, ece, agreement (fractions, shown in percent), loss,
-            latency_ms, file_mb, images or broken.
+        key: macs (shown in 10^9), params (in 10^6), top1, top5, knn, ece, agreement (fractions, shown in percent),
+            loss, cosine, position_cosine, latency_ms, file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """
@@ -37,9 +39,11 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     if key in ("macs", "params"):
         value = value / (1e9 if key == "macs" else 1e6)
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
-    if key in ("top1", "top5", "ece", "agreement"):
+    if key in ("top1", "top5", "knn", "ece", "agreement"):
         return f"{100 * value:.2f}"
-    shown = {"loss": f"{value:.4f}", "latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
+    if key in ("loss", "cosine", "position_cosine"):
+        return f"{value:.4f}"
+    shown = {"latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")
 
 
@@ -49,8 +53,8 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
     Below it is a line on the sample of the images, if it is one.
 
     Args:
-        rows: Model -> its figures: macs (or gmacs), params, top1, top5, ece (fractions), loss, latency_ms, images,
-            broken. A missing figure is shown as a dash.
+        rows: Model -> its figures: macs (or gmacs), params, top1, top5, knn, ece (fractions), loss, cosine,
+            position_cosine, latency_ms, images, broken. A missing figure is shown as a dash.
         title: Heading of the first column.
         has_details: Show the calibration error, the agreement, the size of files and the numbers of images, too.
     """

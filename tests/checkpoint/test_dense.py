@@ -66,7 +66,7 @@ def refused(config: Any) -> str:
         *(("dtype", value) for value in ("nosuch", "int8", "Tensor", "float", 5, [1], {"a": 1}, "torch.int64")),
         *((name, value) for name in ("base", "source", "cost", "recipe") for value in (5, "x", [], True)),
         *(("stage", value) for value in (5, None, [])),
-        *(("format_version", value) for value in (0, 3, "1", True, 1.0, None, math.nan, HUGE, [1])),
+        *(("format_version", value) for value in (0, 4, "1", True, 1.0, None, math.nan, HUGE, [1])),
     ],
 )
 def test_entry_of_wrong_form_is_refused_by_name(name: str, value: Any, dense: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_structure_of_wrong_form_is_refused(structure: Any, edited) -> None:
     assert refused(folder).startswith("config.structure: ")
 
 
-@pytest.mark.parametrize("version", [3, 10**9, "1", 0, -1, None, True, 1.0, [1]])
+@pytest.mark.parametrize("version", [4, 10**9, "1", 0, -1, None, True, 1.0, [1]])
 def test_unknown_format_version_is_refused(version: Any, edited) -> None:
     folder = edited(lambda config: config.update(format_version=version))
     assert refused(folder).startswith(f"config.format_version: {version!r} ")

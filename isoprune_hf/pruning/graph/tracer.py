@@ -225,7 +225,7 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
         trace.names.setdefault(id(tensor), (name, tensor))
     trace.comparisons = mark_attributes(network)
     output = run_traced(network, trace, image)
-    for tensor in _logits_in(output):
+    for tensor in _outputs_in(output):
         for axis in trace.axes(tensor):
             freeze(axis, "outputs of the classifier")
     return trace
@@ -243,11 +243,12 @@ def run_traced(network: nn.Module, trace: Trace, image: Tensor) -> Any:
         return network(image)
 
 
-def _logits_in(output: Any) -> list[Tensor]:
-    """Return the logits of a classifier: its output itself, the entries of a tuple, or fields of an output."""
+def _outputs_in(output: Any) -> list[Tensor]:
+    """Return the outputs whose sizes stay: of named ones the logits, or all if there are none; otherwise all."""
     if isinstance(output, Tensor | tuple | list):
         return [*tensors_in([output])]
-    return [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
+    logits = [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
+    return logits or [value for value in output.values() if isinstance(value, Tensor)]
 
 
 @contextmanager
