@@ -61,7 +61,8 @@ def prune(
         loss: `loss(outputs, batch)` returns the mean over the samples or one value for each sample, where `batch` has
             the form of the data and any number of samples; or cross_entropy, binary_cross_entropy or squared_error.
             By default the one of these that the targets fit. Data without targets are scored on the classes that the
-            model itself predicts, or, if its outputs are no (B, classes), on the squares of its outputs.
+            model itself predicts, or, if its outputs are no (B, classes), on the squares of its outputs. An encoder of
+            transformers or timm without a head is scored on its features, whatever the targets.
         inputs: Positions or names of the entries of a batch that the model takes, if there are several; names are
             passed as keywords.
         processor: Makes the inputs of images; by default that of the base, if it is known.

@@ -30,10 +30,13 @@ def run(
 
     from isoprune_hf.checkpoint.folder import write_file
     from isoprune_hf.checkpoint.output_check import check_output
+    from isoprune_hf.checkpoint.structure import is_cut
+    from isoprune_hf.checkpoint.task_forms import TASK_FORMS, task_of
     from isoprune_hf.commands.steps import recording
     from isoprune_hf.commands.steps.holding_out import has_seen, settle_holdout
-    from isoprune_hf.commands.steps.opening import evaluation_split, open_data, with_data_transform
-    from isoprune_hf.commands.steps.sources import align_images
+    from isoprune_hf.commands.steps.opening import evaluate_on, evaluation_split, open_data, with_data_transform
+    from isoprune_hf.commands.steps.sources import align_images, reopen_base
+    from isoprune_hf.commands.steps.timing import move
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
     from isoprune_hf.evaluation.metrics import is_per_class_table
@@ -55,23 +58,33 @@ def run(
     evaluation_split(images, data)  # before the model is loaded
     names = images.label_names
     head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
-    found = load_base(model, pretrained, model_args=model_args, weights=weights, **head)
+    found = load_base(model, pretrained, model_args=model_args, weights=weights, tasks=TASK_FORMS, **head)
     require_finite_base(found, model)
-    images = align_images(images, found.model)
+    has_classes = task_of(found.model.config.base).has_classes
+    if has_classes:
+        images = align_images(images, found.model)
+    elif per_class is not None:
+        raise RecipeError(f"--per_class is for a classifier, and {model} gives features; leave it out")
     split = evaluation_split(images, data)
     base = with_data_transform(found, data)
     cost = count_cost(base.model)
     logger.info(f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M")
     transform = "the model's own" if base is found else recording.describe_transform(data)
     logger.info(f"evaluate {model} on {len(split)} images, transform: {transform}")
-    predictions = predict_split(
-        base.model.to(accelerator.device),
-        split,
-        base.processor,
-        LoaderOptions(data.batch_size, data.num_workers, images.decoding),
-        accelerator=accelerator,
-    )
-    figures = images.with_provenance(compute_figures(predictions))
+    if per_class is None:
+        dense = None if has_classes or not is_cut(base.model.config) else reopen_base(base.model)
+        moved = None if dense is None else move(dense.model, accelerator.device)
+        figures = evaluate_on(images, base.model, base.processor, data, accelerator, dense=moved)
+    else:
+        predictions = predict_split(
+            move(base.model, accelerator.device),
+            split,
+            base.processor,
+            LoaderOptions(data.batch_size, data.num_workers, images.decoding),
+            accelerator=accelerator,
+        )
+        table = tabulate_classes(predictions, images.label_names)
+        figures = images.with_provenance(compute_figures(predictions))
     is_seen = has_seen(base.model.config, images)
     is_stored = recording.takes_figures(place, base.model, data, has_own_transform=base is found, is_seen=is_seen)
 
@@ -79,7 +92,7 @@ def run(
         if place is not None and is_stored:
             recording.record_figures(place, base.model, figures, data)
         if per_class is not None:
-            write_file(Path(per_class), tabulate_classes(predictions, images.label_names))
+            write_file(Path(per_class), table)
 
     text = results_table({shorten(model, _MAX_NAME): {**cost.to_dict(), **figures}}, has_details=True)
     return Answer(text, {"model": model, **cost.to_dict(), **figures}, store=store)

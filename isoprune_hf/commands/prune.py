@@ -22,6 +22,7 @@ def run(
 ) -> Answer:
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.cutting import cut_base
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs
@@ -38,13 +39,14 @@ def run(
         data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator) if data.dataset else None
         prune, known, reader = settle(prune, images, scores)
-        opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
+        opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known, tasks=TASK_FORMS)
         result = cut_base(opened, output)
         metrics: Metrics = {}
         images = opened.images  # with the labels of the base
         if images is not None and images.evaluation is not None:
-            for name, model in (("base", opened.base.model), ("pruned", result.model)):
-                metrics[name] = evaluate_on(images, model, opened.base.processor, data, accelerator)
+            base, processor = opened.base
+            metrics["base"] = evaluate_on(images, base, processor, data, accelerator)
+            metrics["pruned"] = evaluate_on(images, result.model, processor, data, accelerator, dense=base)
         achieved = result.plan.achieved
         latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
         speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None

@@ -1,7 +1,8 @@
-"""Evaluation of image classifiers: every image of a split is counted exactly once, on any number of ranks.
+"""Evaluation of classifiers and features: every image of a split is counted exactly once, on any number of ranks.
 
 Entry points:
     `evaluate.evaluate_model` returns accuracy, loss and calibration error of a model on a split.
+    `features.evaluate_features` compares features with those of the dense network.
     `evaluate.predict_split` returns the predictions behind them, for `compute_figures` and `tabulate_classes`.
 
 Nothing here knows about pruning, training or the command line.

@@ -158,7 +158,7 @@ def _predict_shard(
     losses = torch.zeros(images, dtype=torch.float64)
     confidences = torch.zeros(images, dtype=torch.float64)
     broken = torch.zeros(images, dtype=torch.int64)
-    with _eval_mode(model), ExitStack() as layout:
+    with eval_mode(model), ExitStack() as layout:
         for number, (positions, pixels, labels, is_replacement) in enumerate(batches):
             pixel_values = normalised(pixels.to(device, non_blocking=True), processor)
             if number == 0:
@@ -174,7 +174,7 @@ def _predict_shard(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Set the model to eval mode inside the block, and restore the mode of each of its modules after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -139,7 +139,6 @@ def _read_files(folder: Path) -> _Files:
 def _describe_files(files: _Files) -> dict[str, Any]:
     """Return the variables of the template that describe the folder: config, plan, usage, digests."""
     folder, config = files.folder, files.config
-    hashed = [folder / file for file in _HASHED if (folder / file).is_file()]
     return {
         "config": plain_markdown(config),
         "stage": files.stage,
@@ -155,7 +154,7 @@ def _describe_files(files: _Files) -> dict[str, Any]:
         "builder": _builder(config.get("base") or {}),
         "call": None if _has_pipeline(config, folder) else _call(config),
         "form": task_of(config.get("base")),
-        "hashes": {path.name: _digest_of(path) for path in hashed},
+        "hashes": {file: _digest_of(folder / file) for file in _HASHED if (folder / file).is_file()},
     }
 
 

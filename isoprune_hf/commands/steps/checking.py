@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.errors import CheckpointError, IsoPruneError
 from isoprune_hf.models import load_base
@@ -20,7 +21,7 @@ def examine_folder(folder: str, base: str | None) -> list[Finding]:
         IsoPruneError: `base` is given and cannot be opened.
     """
     try:
-        opened = load_base(folder)
+        opened = load_base(folder, tasks=TASK_FORMS)
     except (IsoPruneError, OSError) as error:
         return [Finding("load", "FAIL", f"{' '.join(str(error).split())}; nothing else can be checked")]
     model = opened.model
@@ -51,7 +52,7 @@ def require_sound(folder: Path) -> None:
     Raises:
         CheckpointError: A check fails.
     """
-    opened = load_base(str(folder))
+    opened = load_base(str(folder), tasks=TASK_FORMS)
     plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
     for finding in check_model(opened.model, opened.processor, plan):
         if finding.verdict == "FAIL":

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.commands.steps.holding_out import settle_holdout
 from isoprune_hf.commands.steps.opening import open_data, open_inputs
 from isoprune_hf.commands.steps.settling import settle
@@ -32,7 +33,7 @@ def list_classes(name: str, prune: PruneRecipe) -> Inspected:
         name: Folder or name of the model; a name that is not a folder is opened without trained weights.
         prune: Recipe whose tracing settings are used.
     """
-    opened = load_base(name, pretrained=Path(name).is_dir(), model_args=prune.model_args).model
+    opened = load_base(name, Path(name).is_dir(), model_args=prune.model_args, tasks=TASK_FORMS).model
     plan = _load_plan(name)
     # The groups of a plan are those of the dense base.
     traced = opened if plan is None else meta_copy(opened, dense=True)
@@ -61,7 +62,7 @@ def compare_plans(
     prune, scores, reader = settle(prune, images, scores_file, only_decides=True)
     plan = _load_plan(name)
     source = prune if plan is None else _source_recipe(name, prune)
-    opened = open_inputs(source, data, images, accelerator, reader=reader, scores=scores)
+    opened = open_inputs(source, data, images, accelerator, reader=reader, scores=scores, tasks=TASK_FORMS)
     model = opened.base.model
     weights = fingerprint(model.model)
     if plan is not None and plan.fingerprint != weights:
@@ -86,14 +87,14 @@ def compare_plans(
 
 def _load_plan(name: str) -> PruningPlan | None:
     """Load the plan of a folder; None for a uniform one, whose stock config does not lead back to the groups."""
-    if not (Path(name) / PLAN_FILE).is_file() or load_base(name).model.config.layout == "uniform":
+    if not (Path(name) / PLAN_FILE).is_file() or load_base(name, tasks=TASK_FORMS).model.config.layout == "uniform":
         return None
     return PruningPlan.load(name)
 
 
 def _source_recipe(name: str, prune: PruneRecipe) -> PruneRecipe:
     """Return a recipe that opens the dense base that a folder was cut from, instead of the folder."""
-    source = load_base(name).model.config.source or {}
+    source = load_base(name, tasks=TASK_FORMS).model.config.source or {}
     if not source.get("name"):
         raise RecipeError(f"{name} has a plan but does not name the base that it was cut from: nothing can be scored")
     settings = ("pretrained", "seed", "model_args", "num_labels", "weights")

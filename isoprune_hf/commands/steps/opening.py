@@ -6,31 +6,34 @@ Everything is checked here, before any work. Stages that score or cut call `open
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.image_processor import channels_of
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import stock_processor
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION
 from isoprune_hf.commands.steps.settling import model_of
 from isoprune_hf.commands.steps.sources import align_images, class_names
+from isoprune_hf.commands.steps.timing import move
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.decoding import PILLOW_CHANNELS, Rows
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import DatasetError, RecipeError
-from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.image_size import set_image_size
 from isoprune_hf.models.processors import with_transform
-from isoprune_hf.pruning.calibration.resumable import ResumableBatches
+from isoprune_hf.pruning.calibration.resumable import Repeatable, ResumableBatches
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes import DataRecipe, PruneRecipe
+from isoprune_hf.tasks.registry import find_task
 
 logger = get_logger(__name__)
 
@@ -42,7 +45,7 @@ class Calibration:
     Without a setting that reads images there are no batches, and the record is empty.
     """
 
-    batches: CalibrationBatches | ResumableBatches | None = None
+    batches: Repeatable | ResumableBatches | None = None
     sample: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,7 +89,7 @@ class Opened:
         sample = _describe_sample(self.images, ids, prune, data)
         processor = with_transform(self.base.processor, interpolation=prune.interpolation)
         logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
-        batches = CalibrationBatches(
+        drawn = CalibrationBatches(
             train,
             processor,
             LoaderOptions(prune.batch_size, data.num_workers, self.images.decoding),
@@ -94,6 +97,7 @@ class Opened:
             seed=prune.seed,
             ranks=Ranks(ranks.process_index, ranks.num_processes),
         )
+        batches = find_task(self.base.model.config).with_targets(drawn, self.base.model)
         if output is None:
             return Calibration(batches, sample)
         identity = {
@@ -127,18 +131,31 @@ def evaluation_split(images: ImageData, data: DataRecipe) -> Rows:
 
 
 def evaluate_on(
-    images: ImageData, model: nn.Module, processor: BaseImageProcessor, data: DataRecipe, accelerator: Accelerator
+    images: ImageData,
+    model: IsoPruneForImageClassification,
+    processor: BaseImageProcessor,
+    data: DataRecipe,
+    accelerator: Accelerator,
+    *,
+    dense: IsoPruneForImageClassification | None = None,
 ) -> dict[str, float | int | str]:
-    """Evaluate a model, which moves to the accelerator's device, on the evaluation split of `images`."""
-    split = evaluation_split(images, data)
-    figures = evaluate_model(
-        model.to(accelerator.device),
-        split,
+    """Evaluate a model, which moves to the accelerator's device, on the evaluation split of `images`.
+
+    Args:
+        images: The images.
+        model: The model.
+        processor: Makes its pixel values.
+        data: How the images are read.
+        accelerator: The ranks.
+        dense: Its dense base on the device, for tasks that are measured against it.
+    """
+    figures = find_task(model.config).evaluate(
+        move(model, accelerator.device),
+        dense,
+        evaluation_split(images, data),
         processor,
+        LoaderOptions(data.batch_size, data.num_workers, images.decoding),
         accelerator=accelerator,
-        batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        decoding=images.decoding,
     )
     return images.with_provenance(figures)
 
@@ -151,6 +168,7 @@ def open_inputs(
     *,
     reader: str | None,
     scores: ImportanceScores | None = None,
+    tasks: Collection[str] = (IMAGE_CLASSIFICATION.task,),
 ) -> Opened:
     """Open the base model.
 
@@ -161,6 +179,7 @@ def open_inputs(
         accelerator: The ranks.
         reader: Setting that reads training images, see `Settled`; None if the stage neither scores nor repairs.
         scores: Known scores.
+        tasks: Tasks that the stage works with.
 
     Raises:
         RecipeError: No base is named, or its classes are those of images and there are none.
@@ -169,7 +188,7 @@ def open_inputs(
     name = model_of(prune)
     if images is None and prune.num_labels == "data":
         raise RecipeError("prune.num_labels data needs data: set --data.dataset")
-    base, images = _load_base(name, prune, images)
+    base, images = _load_base(name, prune, images, tasks)
     base.model.to(accelerator.device)
     base = with_data_transform(base, data)
     if prune.layout == "uniform":
@@ -194,7 +213,9 @@ def forget_scoring(output: str | Path, accelerator: Accelerator) -> None:
     shutil.rmtree(_scoring_folder(output, accelerator), ignore_errors=True)
 
 
-def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple[BaseModel, ImageData | None]:
+def _load_base(
+    name: str, prune: PruneRecipe, images: ImageData | None, tasks: Collection[str]
+) -> tuple[BaseModel, ImageData | None]:
     """Load the base, and number the images as it does; generic labels ("LABEL_0") become those of the data."""
     if images is None:
         num_labels = None if prune.num_labels == "data" else prune.num_labels
@@ -205,6 +226,7 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple
             num_labels=num_labels,
             seed=prune.seed,
             weights=prune.weights,
+            tasks=tasks,
         )
         return base, None
     names = images.label_names
@@ -217,7 +239,10 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple
         label_names=names if num_labels == len(names) else None,
         seed=prune.seed,
         weights=prune.weights,
+        tasks=tasks,
     )
+    if not find_task(base.model.config).form.has_classes:
+        return base, images
     images = align_images(images, base.model)
     if all(label == f"LABEL_{index}" for index, label in class_names(base.model).items()):
         base.model.config.id2label = dict(enumerate(names))

@@ -10,6 +10,7 @@ from typing import Any
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import meta_copy
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.commands.steps.opening import Opened
 from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError
 from isoprune_hf.models import load_base
@@ -80,7 +81,7 @@ def base_sizes(place: str, plan: PruningPlan) -> dict[str, tuple[int, int]]:
     if not (Path(place) / "config.json").is_file():
         return {}
     try:
-        model = load_base(place).model
+        model = load_base(place, tasks=TASK_FORMS).model
         is_own_base = (model.config.source or {}).get("fingerprint") == plan.fingerprint
         if not is_own_base or model.config.layout == "uniform":
             return {}

@@ -21,6 +21,7 @@ from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.tables import Metrics, on_same_images, results_table
 from isoprune_hf.reporting.widths import PICTURE, can_draw, draw_widths, layer_widths
+from isoprune_hf.tasks.registry import find_task
 
 
 def write_folder(
@@ -80,7 +81,7 @@ def summarize(
     opening = (
         f"The model is in {folder}. Open it with:\n\n"
         f"{imports}    from transformers import pipeline\n"
-        f'    classify = pipeline("image-classification", model="{folder}")\n'
+        f"    {find_task(model.config).code(folder)}\n"
     )
     text = "\n\n".join([results_table(rows), *(["\n".join(notes)] if notes else []), opening])
     return Answer(text, {"folder": str(folder), "models": rows, "notes": list(notes)})

@@ -8,6 +8,7 @@ from accelerate.logging import get_logger
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import is_cut, meta_copy
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.commands.steps.holding_out import has_seen, may_have_seen
 from isoprune_hf.data.dataset import ImageData
@@ -141,6 +142,7 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
         seed=source.get("seed", 0),
         weights=None if is_saved else source.get("weights"),
         revision=None if is_saved else source.get("revision"),
+        tasks=(task_of(model.config.base).task,),
     )
     if source.get("fingerprint") not in (None, fingerprint(base.model.model)):
         raise CheckpointError(f"the base {place} has other weights than the one that was cut")

@@ -1,0 +1,51 @@
+"""Image classification: scored by the labels, measured by accuracy, loss and calibration error."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import BaseImageProcessor
+
+from isoprune_hf.checkpoint import task_forms
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.loading import LoaderOptions
+from isoprune_hf.evaluation.evaluate import Figures, evaluate_model
+from isoprune_hf.pruning.calibration.resumable import Repeatable
+
+
+class ImageClassification:
+    """See `Task`."""
+
+    form = task_forms.IMAGE_CLASSIFICATION
+
+    def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
+        """Return the batches themselves: the targets are the labels."""
+        return batches
+
+    def evaluate(
+        self,
+        model: IsoPruneForImageClassification,
+        dense: IsoPruneForImageClassification | None,
+        split: Rows,
+        processor: BaseImageProcessor,
+        options: LoaderOptions,
+        *,
+        accelerator: Accelerator | None = None,
+    ) -> Figures:
+        """Compute the figures of `evaluate_model`."""
+        return evaluate_model(
+            model,
+            split,
+            processor,
+            accelerator=accelerator,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            decoding=options.decoding,
+        )
+
+    def code(self, folder: Path) -> str:
+        """Return the line of Python that makes the pipeline of a folder."""
+        return f'classify = pipeline("image-classification", model="{folder}")'
+
+
+IMAGE_CLASSIFICATION = ImageClassification()

@@ -1,0 +1,55 @@
+"""`Task`: what every task implements."""
+
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import Accelerator
+from transformers import BaseImageProcessor
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.task_forms import TaskForm
+from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.loading import LoaderOptions
+from isoprune_hf.evaluation.evaluate import Figures
+from isoprune_hf.pruning.calibration.resumable import Repeatable
+
+
+class Task(Protocol):
+    """A task of a network.
+
+    Attributes:
+        form: Its name, and how a folder of it opens.
+    """
+
+    @property
+    def form(self) -> TaskForm: ...
+
+    def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
+        """Return micro-batches of images and labels with the targets of the loss in place of the labels."""
+
+    def evaluate(
+        self,
+        model: IsoPruneForImageClassification,
+        dense: IsoPruneForImageClassification | None,
+        split: Rows,
+        processor: BaseImageProcessor,
+        options: LoaderOptions,
+        *,
+        accelerator: Accelerator | None = None,
+    ) -> Figures:
+        """Measure a model on its device.
+
+        Args:
+            model: The model.
+            dense: The dense network on the same device; None if the model is the dense one, or it is not known.
+            split: Images with the columns `image` and `label`.
+            processor: Makes the pixel values.
+            options: How the images are loaded.
+            accelerator: The ranks that share the work.
+
+        Raises:
+            DatasetError: Images cannot be read, or the labels do not fit.
+        """
+
+    def code(self, folder: Path) -> str:
+        """Return the line of Python that makes the pipeline of a folder."""
