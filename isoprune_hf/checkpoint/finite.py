@@ -28,7 +28,8 @@ def describe_not_finite(model: nn.Module) -> str | None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta or tensor.dtype not in _FLOATS:
+        # A sum is ten times faster than a test of every element, and rarely overflows for finite elements.
+        if tensor.is_meta or tensor.dtype not in _FLOATS or tensor.sum().isfinite():
             continue
         is_allowed = torch.isfinite(tensor)
         if name not in parameters:

@@ -52,3 +52,14 @@ def test_folder_of_the_model_before_stays(pruned, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'model\.\S+'"):
         save_model_folder(tmp_path / "out", broken, sample.processor)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_sum_that_overflows_is_no_fault(dtype: torch.dtype) -> None:
+    net = Net(dtype)
+    net.weight.data.fill_(torch.finfo(dtype).max)
+    assert net.weight.sum().isinf()
+    require_finite(net)
+    net.weight.data[0, 0], net.weight.data[1, 2] = math.inf, -math.inf  # whose sum is nan
+    with pytest.raises(CheckpointError, match="2 of 6 values"):
+        require_finite(net)
