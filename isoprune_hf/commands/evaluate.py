@@ -70,7 +70,7 @@ def run(
     cost = count_cost(base.model)
     logger.info(f"MACs: {cost.macs / 1e9:.4f} G, Params: {cost.params / 1e6:.4f} M")
     transform = "the model's own" if base is found else recording.describe_transform(data)
-    logger.info(f"evaluate {model} on {len(split)} images, transform: {transform}")
+    logger.info(f"evaluate {model} on {len(split):,} images, transform: {transform}")
     if per_class is None:
         dense = None if has_classes or not is_cut(base.model.config) else reopen_base(base.model)
         moved = None if dense is None else move(dense.model, accelerator.device)

@@ -84,11 +84,11 @@ class CachedTeacher:
         accelerator.wait_for_everyone()  # all ranks have the same list
         if missing:
             count = sum(len(shards[number]) for number in missing)
-            logger.info(f"teacher: computing the logits of {count} images for {self.folder}")
+            logger.info(f"teacher: computing the logits of {count:,} images for {self.folder}")
             self._fill(teacher, {number: shards[number] for number in missing})
             accelerator.wait_for_everyone()
         else:
-            logger.info(f"teacher: reading the logits of {images} images from {self.folder}")
+            logger.info(f"teacher: reading the logits of {images:,} images from {self.folder}")
         # Mapped into memory, not read: the operating system keeps what fits.
         self._shards = [self._open(number, shard) for number, shard in enumerate(shards)]
 

@@ -208,6 +208,8 @@ def test_skipped_blocks_need_network_or_another_library() -> None:
     reasons = {(page.name, block.reason) for page in PAGES for block in blocks_of(page) if block.reason is not None}
     assert reasons == {
         ("quickstart.md", "what `make demo` prints"),
+        ("first_ten_minutes.md", "what the command printed"),
+        ("first_ten_minutes.md", "needs the model of this session"),
         ("command_line.md", "in an environment without extras"),
         ("scaling.md", "a file of accelerate's"),
         ("transformers.md", "needs torchao"),

@@ -88,7 +88,7 @@ class Opened:
         )
         sample = _describe_sample(self.images, ids, prune, data)
         processor = with_transform(self.base.processor, interpolation=prune.interpolation)
-        logger.info(f"score on {len(ids)} images in micro-batches of {prune.batch_size}")
+        logger.info(f"score on {len(ids):,} images in micro-batches of {prune.batch_size}")
         drawn = CalibrationBatches(
             train,
             processor,
