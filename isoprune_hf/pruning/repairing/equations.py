@@ -93,3 +93,8 @@ def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     half = torch.linalg.solve_triangular(factor, right, upper=False)
     solution: torch.Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution.masked_fill_(failed.ne(0)[:, None, None], math.nan)
+
+
+def compared_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which ridges for a layer of a type are compared: float32 for halves."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,28 +1,23 @@
 """The dual form of a least-squares fit (`KernelEquations`), whose matrix has the size of the number of rows.
 
-With centred rows X (N, F) and Y (N, O), the solution of the normal equations is, for a diagonal damping D > 0,
-
-    (X^T X + D)^-1 X^T Y = D^-1 X^T (X D^-1 X^T + 1)^-1 Y.
-
-For fewer rows than features the right side needs less memory and time.
-
-Source:
-    Saunders et al., Ridge Regression Learning Algorithm in Dual Variables, ICML 1998.
+For fewer rows than features it needs less memory and time: see `centred_rows`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from accelerate import Accelerator
 
 from isoprune_hf.pruning.calibration.gradients import sum_over_ranks
-from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, damping, solve_positive
+from isoprune_hf.pruning.repairing.centred_rows import CentredRows, solve_scaled
+from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, compared_type, damping
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, Rows
 
 _KERNELS = 2  # the kernel and its Cholesky factor
+_COMPARED = 1.5  # rows in the type of the layer: centred ones of each half, and scaled ones of one half
 _SOLUTIONS = 3  # of features by outputs: the weights and their copies
 
 
@@ -53,9 +48,10 @@ class KernelEquations:
     def bytes_of(size: FitSize, rows: int) -> int:
         """Return an upper bound of the bytes of a fit to so many rows of all ranks."""
         width = size.features + 1 + size.outputs
-        stored = rows * width * size.dtype.itemsize
-        solved = rows * (width + size.outputs) + _KERNELS * rows**2 + _SOLUTIONS * (size.features + 1) * size.outputs
-        return size.groups * (stored + FLOAT64_BYTES * solved)
+        compared = math.ceil(_COMPARED * compared_type(size.dtype).itemsize)
+        joined = rows * width * (size.dtype.itemsize + max(FLOAT64_BYTES, compared))
+        solved = rows * size.outputs + _KERNELS * rows**2 + _SOLUTIONS * (size.features + 1) * size.outputs
+        return size.groups * (joined + FLOAT64_BYTES * solved)
 
     def add(self, rows: Rows) -> None:
         """Add rows, in place."""
@@ -74,10 +70,16 @@ class KernelEquations:
         self.missing += other.missing
         self.totals += other.totals
 
-    def with_some_outputs(self, most: int) -> Self:
-        """Return the equations of at most so many outputs of each group, evenly spaced."""
+    def with_some_outputs(self, most: int) -> CentredRows:
+        """Return a fit of at most so many outputs of each group, evenly spaced; its rows have the layer's type."""
         step = -(-self.missing[0].shape[-1] // most)
-        return replace(self, missing=[piece[..., ::step] for piece in self.missing])
+        missing = torch.cat([piece[..., ::step] for piece in self.missing], 1).double()
+        features, dtype = _joined(self.features), compared_type(self.features[0].dtype)
+        mean, shift = (values.mean(1, keepdim=True) for values in (features, missing))
+        features -= mean
+        variance = torch.linalg.vector_norm(features, dim=1, keepdim=True).square()
+        rest = (missing - shift).to(dtype)
+        return CentredRows(features.to(dtype), rest, mean, shift, variance, self.totals[-1])
 
     def is_finite(self) -> bool:
         """Return whether all features and missing outputs are finite."""
@@ -96,19 +98,8 @@ class KernelEquations:
         variance = torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
         root = damping(ridge, variance, variance + count * mean.square(), count).rsqrt()
         x *= root
-        kernel = x @ x.mT
-        kernel.diagonal(dim1=1, dim2=2).add_(1)
-        weights = x.mT @ solve_positive(kernel, missing - shift)
-        weights *= root.mT
+        weights = solve_scaled(x, missing - shift, root)
         return torch.cat([weights, shift - mean @ weights], dim=1)
-
-    def gain(self, change: torch.Tensor) -> float:
-        """Compute how much of the squared error of the rows a change removes."""
-        total = 0.0
-        for features, missing in zip(self.features, self.missing, strict=True):
-            added = features[..., -change.shape[1] :].double() @ change
-            total += float((added * (2 * missing - added)).sum().item())
-        return total
 
     def moments(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute mean and variance of the outputs of weights; see `Equations.moments`."""

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from isoprune_hf.pruning.calibration.gradients import sum_over_ranks
 from isoprune_hf.pruning.repairing.centred_equations import CentredEquations
-from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, damping, solve_positive
+from isoprune_hf.pruning.repairing.equations import FLOAT64_BYTES, compared_type, damping, solve_positive
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, Rows
 
 # Matrices of the products of features: those of each half, and either, in the type of the layer, centred ones of each
@@ -46,7 +46,7 @@ class NormalEquations:
     def bytes_of(size: FitSize, rows: int) -> int:
         """Return an upper bound of the bytes of a fit to any number of rows."""
         features = size.features + 1
-        compared = max(_COMPARED * _compared_type(size.dtype).itemsize, _SOLVED * FLOAT64_BYTES)
+        compared = max(_COMPARED * compared_type(size.dtype).itemsize, _SOLVED * FLOAT64_BYTES)
         products = (_HALVES * FLOAT64_BYTES + compared) * features
         return size.groups * features * (products + _SOLUTIONS * FLOAT64_BYTES * size.outputs)
 
@@ -75,7 +75,7 @@ class NormalEquations:
         products = torch.baddbmm(self.inputs[:, :-1, :-1], mean * -count, mean.mT)
         variance = products.diagonal(dim1=1, dim2=2).clone()
         rest = missing[:, :-1] - count * mean @ shift
-        dtype = _compared_type(self.dtype)
+        dtype = compared_type(self.dtype)
         return CentredEquations(products.to(dtype), rest.to(dtype), mean, shift, variance, count)
 
     def is_finite(self) -> bool:
@@ -105,8 +105,3 @@ class NormalEquations:
         mean = self.inputs[:, -1:, :-1] @ weights / count
         square = (self.inputs[:, :-1, :-1] @ weights).mul_(weights).sum(1, keepdim=True) / count
         return mean, square - mean.square()
-
-
-def _compared_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which ridges for a layer of a type are compared: float32 for halves."""
-    return torch.promote_types(dtype, torch.float32)

@@ -61,21 +61,25 @@ def test_both_forms_choose_the_same_ridge(count: int, noise: float) -> None:
 
 @pytest.mark.parametrize("has_shift", [True, False], ids=["shift", "no shift"])
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0, 30.0])
-def test_float32_chooses_the_ridge_of_float64(noise: float, has_shift: bool) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_float32_chooses_the_ridge_of_float64(form: type[Equations], noise: float, has_shift: bool) -> None:
     """The features have means of 100 deviations, and variances along directions that differ 10**8 times."""
     generator = torch.Generator().manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     mixed = torch.linalg.qr(normal(60, 60))[0] * torch.logspace(0, -4, 60, dtype=torch.float64)[:, None]
-    halves = []
+    halves: list[Equations] = []
+    narrow: list[Equations] = []
     for _ in range(2):
         x = normal(90, 60) @ mixed
         missing = x @ mixed.mT + noise * x.std() * normal(90, 60)
         x += 100 * x.std(0)
-        halves.append(equations_of(NormalEquations, nn.Linear(60, 60, dtype=torch.float64), x, missing))
-    assert all(isinstance(half, NormalEquations) and half.dtype == torch.float64 for half in halves)
-    wide = choose_ridge(*halves, has_shift=has_shift)
-    narrow = [replace(half, dtype=torch.float32) for half in halves]
-    assert choose_ridge(*narrow, has_shift=has_shift) == wide
+        half = equations_of(form, nn.Linear(60, 60, dtype=torch.float64), x, missing)
+        halves.append(half)
+        if isinstance(half, NormalEquations):
+            narrow.append(replace(half, dtype=torch.float32))
+        else:
+            narrow.append(equations_of(form, nn.Linear(60, 60), x.float(), missing.float()))
+    assert choose_ridge(*narrow, has_shift=has_shift) == choose_ridge(*halves, has_shift=has_shift)
 
 
 def test_features_that_never_change_get_a_bias() -> None:
