@@ -12,10 +12,14 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.images import draw_images
+from isoprune_hf.measuring.runtimes.registry import ENGINES
+from isoprune_hf.recipes.values import RuntimeName
 
 # A CPU register holds 8 or 16 fp32 numbers; a tile of a GPU's matrix unit has 16 or more rows.
 _ALIGNMENTS = (8, 16, 32)
 _NARROW_WIDTH = 64
+# ONNX Runtime computes convolutions in blocks of channels (NCHWc) only if their widths are multiples of this.
+_BLOCK = 8
 _SHOWN_MODULES = 3
 _MIN_NOTABLE_SHARE = 0.05  # of the MACs; smaller shares are not mentioned
 
@@ -40,8 +44,10 @@ def describe_layers(model: IsoPruneForImageClassification) -> dict[str, Any]:
         `narrow`: share in layers with a width below 64 (image channels and classes are not counted as widths);
         `depthwise`: share in convolutions with one input channel per group; `unaligned`: multiple -> share in layers
         with a width that is not a multiple of it. All are fractions of the MACs of linear layers and convolutions.
+        `convolutions`: their number; `unblocked`: how many of them have a width that is not a multiple of 8.
     """
     costs = _measure_layers(model)
+    convolutions = [cost for cost in costs if not isinstance(cost.layer, nn.Linear)]
     total = sum(cost.macs for cost in costs) or 1
     return {
         "narrow": sum(cost.macs for cost in costs if cost.widths and min(cost.widths) < _NARROW_WIDTH) / total,
@@ -50,6 +56,8 @@ def describe_layers(model: IsoPruneForImageClassification) -> dict[str, Any]:
             str(multiple): sum(cost.macs for cost in costs if any(width % multiple for width in cost.widths)) / total
             for multiple in _ALIGNMENTS
         },
+        "convolutions": len(convolutions),
+        "unblocked": sum(any(width % _BLOCK for width in cost.widths) for cost in convolutions),
     }
 
 
@@ -67,6 +75,9 @@ def explain_speed_gap(record: Mapping[str, Any]) -> str:
         f"The measured speed-up is {measured} of the {record['promised']:.2f}x that the MACs promise",
         f"Of an eager pass of the pruned model, torch.profiler finds {', '.join(largest)}",
     ]
+    slower = _describe_slower(record)
+    if slower is not None:
+        sentences.append(slower)
     layout = _share_of_eager(record["rows"])
     if layout is not None:
         sentences.append(f"In channels_last, with folded BatchNorm, it takes {layout:.2f} of its eager time")
@@ -78,6 +89,25 @@ def explain_speed_gap(record: Mapping[str, Any]) -> str:
             f"--prune.round_to {multiple} would align"
         )
     return ". ".join(sentences) + "."
+
+
+def _describe_slower(record: Mapping[str, Any]) -> str | None:
+    """Return in which runtimes the pruned model is slower than its base, and why in ONNX Runtime; None if in none."""
+    shares: dict[RuntimeName, float] = {}
+    for row in record["rows"]:
+        if row["faster"] < 1:
+            shares[row["runtime"]] = min(row["faster"], shares.get(row["runtime"], 1.0))
+    if not shares:
+        return None
+    places = [f"{ENGINES[name].label} ({share:.2f}x)" for name, share in shares.items()]
+    unblocked, convolutions = record["layers"]["unblocked"], record["layers"]["convolutions"]
+    reason = (
+        f": {unblocked} of its {convolutions} convolutions have widths that are not multiples of {_BLOCK}, which ONNX "
+        f"Runtime computes without its blocks of channels"
+        if "onnxruntime" in shares and unblocked
+        else ""
+    )
+    return f"It is slower than its base in {', '.join(places)}{reason}"
 
 
 def _share_of_eager(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -42,6 +42,7 @@ def record_of(**changes: Any) -> dict[str, Any]:
         record_case("onnxruntime", "fp32", 16, fast, promised=2.5),
     ]
     layers = {"narrow": 0.0, "depthwise": 0.0, "unaligned": {"8": 0.0, "16": 0.0, "32": 0.0}}
+    layers |= {"convolutions": 49, "unblocked": 0}
     machine = {"device": "a CPU", "threads": 2, "versions": {"torch": "9.9"}}
     return {
         "machine": machine,
@@ -84,6 +85,21 @@ def test_sentence_names_dominant_modules_and_helpful_round_to() -> None:
     sentence = explain_speed_gap(record_of(layers=layers))
     assert re.search("62% of the MACs .* multiples of 16, which --prune.round_to 16", sentence)
     assert advise_multiple({"unaligned": {"8": 0.06, "16": 0.06, "32": 1.0}}) == 8
+
+
+def test_runtimes_slower_than_base_are_named() -> None:
+    record = record_of()
+    assert "slower" not in explain_speed_gap(record)
+    record["rows"] += [
+        record_case("openvino", "fp32", 1, times_of(base=4.0, pruned=5.0), promised=2.5),
+        record_case("onnxruntime", "fp32", 1, times_of(base=6.0, pruned=12.0), promised=2.5),
+        record_case("onnxruntime", "fp32", 16, times_of(base=6.0, pruned=8.0), promised=2.5),
+    ]
+    sentence = explain_speed_gap(record)
+    assert "It is slower than its base in OpenVINO (0.80x), ONNX Runtime (0.50x)." in sentence
+    record["layers"]["unblocked"] = 35
+    sentence = explain_speed_gap(record)
+    assert "ONNX Runtime (0.50x): 35 of its 49 convolutions have widths that are not multiples of 8" in sentence
 
 
 def test_layout_is_compared_within_a_case() -> None:
@@ -131,7 +147,13 @@ def test_layer_shares_match_hand_computed_macs() -> None:
     layers = describe_layers(Net())
     assert layers["depthwise"] == pytest.approx(9216 / total)
     assert layers["narrow"] == 0
+    assert (layers["convolutions"], layers["unblocked"]) == (2, 0)
     assert layers["unaligned"] == pytest.approx(dict.fromkeys(("8", "16", "32"), (4352 + 680) / total))
+    odd = Net()
+    odd.deep = nn.Conv2d(64, 60, 3, padding=1)
+    odd.fc = nn.Linear(60, 68)
+    layers = describe_layers(odd)
+    assert (layers["convolutions"], layers["unblocked"]) == (2, 1)
 
 
 @pytest.mark.benchmarks
