@@ -16,12 +16,14 @@ def run(
     batch_sizes: list[int],
     dtypes: list[DType],
     runtimes: list[RuntimeName],
+    exported: list[str],
     repeats: int,
     seconds: float,
     threads: int | None,
     device: Literal["auto", "cpu", "cuda"],
 ) -> Answer:
     """Benchmark a folder's model against its base, and store the figures in the folder and its card."""
+    from isoprune_hf.commands.steps.exporting import read_exported
     from isoprune_hf.commands.steps.recording import open_result_folder, record_benchmark
     from isoprune_hf.commands.steps.sources import open_source
     from isoprune_hf.commands.steps.timing import choose_device, move
@@ -34,11 +36,13 @@ def run(
     config = {} if place is None else place.config
     if place is None or config.get("model_type") != "isoprune" or config.get("stage", "base") == "base":
         raise RecipeError(f"--folder {folder} is not the folder of a pruned model: there is nothing to compare")
-    settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, repeats, seconds)
+    BenchmarkSettings(batch_sizes, dtypes, runtimes, repeats=repeats, seconds=seconds)  # checked before models open
     hardware = choose_device(device)
     if threads is not None and threads < 1:
         raise RecipeError(f"threads must be at least 1, got {threads}")
     pruned = load_base(folder).model
+    files = [read_exported(path, pruned) for path in exported]
+    settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, files, repeats, seconds)
     dense = open_source(pruned, base).model
     with cpu_threads(threads):
         record = benchmark_models(move(dense, hardware), move(pruned, hardware), settings)
@@ -58,12 +62,15 @@ STAGE = Stage(
         Flag("batch_sizes", list[int], [1, 16, 64], "Images in a batch."),
         Flag("dtypes", list[DType], ["fp32", "bf16"], "Precisions."),
         Flag("runtimes", list[RuntimeName], [], "Runtimes; the default is all that are installed."),
+        Flag(
+            "exported", list[str], [], "Exports of the model (ONNX, OpenVINO) to time beside the base, such as int8."
+        ),
         Flag("repeats", int, 20, "Timed passes of each model."),
         Flag("seconds", float, 30.0, "Time limit of a row, once each model has five timed passes."),
         Flag("threads", int | None, None, "CPU threads; the default is PyTorch's."),
         Flag("device", Literal["auto", "cpu", "cuda"], "auto", "auto takes a GPU if there is one."),
     ),
     positional=("folder",),
-    examples=("isoprune benchmark finetuned",),
+    examples=("isoprune benchmark finetuned", 'isoprune benchmark finetuned --exported "[int8]"'),
     is_local=True,
 )

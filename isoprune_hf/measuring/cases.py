@@ -14,6 +14,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.extras import require_package
+from isoprune_hf.measuring.exported import ExportedFile, open_exported
 from isoprune_hf.measuring.memory import peak_memory
 from isoprune_hf.measuring.runtimes.engine import Runtime, RuntimeFailedError
 from isoprune_hf.measuring.runtimes.opened import open_models
@@ -36,6 +37,7 @@ class BenchmarkSettings:
         batch_sizes: Images in a batch.
         dtypes: `fp32`, `bf16`.
         runtimes: Names of runtimes; none takes all that are installed.
+        exported: Files of the pruned model, each timed in its runtime beside the base in fp32.
         repeats: Timed passes of each model; at least five.
         seconds: Time limit of a measurement, applied once each model has been timed five times. A case is measured up
             to three times if the machine is busy.
@@ -48,6 +50,7 @@ class BenchmarkSettings:
     batch_sizes: Sequence[int] = (1, 16, 64)
     dtypes: Sequence[DType] = ("fp32", "bf16")
     runtimes: Sequence[RuntimeName] = ()
+    exported: Sequence[ExportedFile] = ()
     repeats: int = 20
     seconds: float = 30.0
 
@@ -63,7 +66,7 @@ class BenchmarkSettings:
             )
         if not self.seconds > 0:
             raise RecipeError(f"seconds must be above 0, got {self.seconds}")
-        for name in self.runtimes:
+        for name in (*self.runtimes, *(file.runtime for file in self.exported)):
             for package in ENGINES[name].packages:
                 require_package(package, f"the runtime {name} (omit it from --runtimes)")
 
@@ -80,6 +83,7 @@ class CaseRecord(TypedDict):
     """The figures of one case.
 
     Attributes:
+        dtype: A dtype, or the precision of an exported file, which is compared with the base in fp32.
         cpu: Median milliseconds of CPU time, of all threads, by model.
         faster: Median of the base divided by that of the pruned model.
         of_promised: `faster` divided by the ratio of the MACs.
@@ -89,7 +93,7 @@ class CaseRecord(TypedDict):
     """
 
     runtime: RuntimeName
-    dtype: DType
+    dtype: str
     batch_size: int
     turns: int
     base: Quartiles
@@ -106,7 +110,7 @@ class CaseNote(NamedTuple):
     """A runtime and dtype that could not be measured on this machine, or not as intended, and why."""
 
     runtime: RuntimeName
-    dtype: DType | None
+    dtype: str | None
     reason: str
 
     def __str__(self) -> str:
@@ -153,6 +157,8 @@ def measure_cases(models: Models, settings: BenchmarkSettings, *, promised: floa
                 reason = error.reason
             if reason is not None:
                 measured.left_out.append(CaseNote(name, dtype, reason))
+    for exported in settings.exported:
+        _measure_exported(measured, models, settings, exported, promised=promised)
     return measured
 
 
@@ -179,12 +185,30 @@ def _measure_sizes(
             measured.rows.append(record)
 
 
-def record_case(runtime: RuntimeName, dtype: DType, batch_size: int, timing: Timing, *, promised: float) -> CaseRecord:
+def _measure_exported(
+    measured: Measured, models: Models, settings: BenchmarkSettings, exported: ExportedFile, *, promised: float
+) -> None:
+    """Open an exported file and the base in its runtime once, and add a record for each batch size."""
+    name, precision, _ = exported
+    reason = ENGINES[name].limitation("fp32", models["base"].device)
+    if reason is not None:
+        measured.left_out.append(CaseNote(name, precision, reason))
+        return
+    size = image_size_of(models["base"])
+    rounds = Rounds(settings.repeats, _WARMUP, settings.seconds)
+    pruned = open_exported(exported, models["pruned"], size)
+    with open_models({"base": models["base"]}, size, Runtime(name, "fp32")) as base:
+        for batch_size in settings.batch_sizes:
+            timing = pruned.time(batch_size, rounds, beside=base)
+            measured.rows.append(record_case(name, precision, batch_size, timing, promised=promised))
+
+
+def record_case(runtime: RuntimeName, dtype: str, batch_size: int, timing: Timing, *, promised: float) -> CaseRecord:
     """Summarize the times of one case.
 
     Args:
         runtime: Name of the runtime.
-        dtype: Dtype of the models.
+        dtype: Dtype of the models, or precision of an exported file.
         batch_size: Images in the batch.
         timing: Times of `base` and `pruned`.
         promised: MACs of the base divided by those of the pruned model.

@@ -194,6 +194,31 @@ def test_benchmark_is_saved_and_shown_on_card(
     assert "](speed.png)" in card and (folder / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.benchmarks
+def test_exported_int8_is_a_row_of_its_own(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isoprune_hf.measuring.timing.find_load", lambda passes, on_cpu: None)
+    folder, out = shutil.copytree(pruned("vit").folder, tmp_path / "vit"), tmp_path / "int8"
+    assert isoprune("export", folder, "--precision", "int8-dynamic", "--output", out).code == 0
+    flags = ["--base", _dense(pruned, tmp_path), "--batch_sizes", "[1,2]", "--dtypes", "[fp32]", "--repeats", "5"]
+    flags += ["--threads", "1", "--runtimes", "[eager]", "--device", "cpu"]
+    done = isoprune("benchmark", folder, *flags, "--exported", f"[{out}]")
+    assert (done.code, done.err) == (0, "")
+    rows = read(folder, "speed.json")["benchmark"]["rows"]
+    cases = [(row["runtime"], row["dtype"], row["batch_size"]) for row in rows]
+    assert cases == [("eager", "fp32", 1), ("eager", "fp32", 2)] + [("onnxruntime", "int8-dynamic", n) for n in (1, 2)]
+    for row in rows[2:]:
+        bases = [other["base"]["median"] for other in rows if other["batch_size"] == row["batch_size"]]
+        assert row["of_fastest"] == pytest.approx(min(bases) / row["pruned"]["median"])
+    record = read(out, "export.json")
+    (out / "export.json").write_text(json.dumps(record | {"weights": "0" * 64}))
+    assert "other weights" in refuse("benchmark", folder, *flags, "--exported", f"[{out}]")
+    (out / "export.json").write_text(json.dumps(record | {"format": "torch-export"}))
+    assert "onnx and openvino are timed" in refuse("benchmark", folder, *flags, "--exported", f"[{out}]")
+    assert "isoprune export wrote" in refuse("benchmark", folder, *flags, "--exported", f"[{folder}]")
+
+
 def _dense(pruned: Callable[[str], Pruned], tmp_path: Path) -> Path:
     """Save the base of the tiny ViT and return its folder."""
     base = make_base("vit", tmp_path / "bases", labels=7)

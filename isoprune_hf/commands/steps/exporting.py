@@ -2,31 +2,39 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from isoprune_hf.checkpoint.folder import write_file
+from isoprune_hf.checkpoint.folder import read_json, write_file
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.commands.steps.opening import evaluation_split, with_data_transform
 from isoprune_hf.commands.steps.sources import align_images
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.data.streaming import calibration_split
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.evaluation.evaluate import Predictions, compute_figures, predict_split
 from isoprune_hf.export.comparison import Export
+from isoprune_hf.export.export import fingerprint_weights
+from isoprune_hf.export.formats import FORMATS, Format
 from isoprune_hf.export.running import ExportedModel
 from isoprune_hf.export.values import ExportPrecision
+from isoprune_hf.measuring.exported import ExportedFile
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.models import BaseModel
 from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.recipes.values import RuntimeName
 from isoprune_hf.reporting.export_card import build_export_card
 from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.tables import Metrics
 
 _BATCH = 16  # images of a calibration batch
 _SEED = 0
+_TIMED: Mapping[Format, RuntimeName] = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,28 @@ def open_export_images(data: DataRecipe, base: BaseModel) -> ExportImages:
     images = align_images(load_data(data), base.model)
     evaluation_split(images, data)
     return ExportImages(data, images, with_data_transform(base, data))
+
+
+def read_exported(place: str, model: IsoPruneForImageClassification) -> ExportedFile:
+    """Find the file of an exported folder that a benchmark can time.
+
+    Args:
+        place: The folder.
+        model: The model that it must have been exported from.
+
+    Raises:
+        RecipeError: It is no folder of an export, its format is not timed, or it is of other weights.
+    """
+    record = read_json(place, "export.json")
+    if record is None:
+        raise RecipeError(f"--exported {place} is not a folder that isoprune export wrote")
+    target: Format | None = next((name for name in _TIMED if name == record.get("format")), None)
+    if target is None:
+        allowed = " and ".join(_TIMED)
+        raise RecipeError(f"--exported {place} has the format {record.get('format')}; {allowed} are timed")
+    if record.get("weights") != fingerprint_weights(model):
+        raise RecipeError(f"--exported {place} is of other weights than --folder: export the model again")
+    return ExportedFile(_TIMED[target], str(record.get("precision")), Path(place, FORMATS[target].file))
 
 
 def write_results(folder: Path, name: str, exported: Export, metrics: Metrics) -> None:
