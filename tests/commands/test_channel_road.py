@@ -25,6 +25,7 @@ from isoprune_hf.data.augmentation import train_transform
 from isoprune_hf.data.dataset import load_data, with_encoded_images
 from isoprune_hf.data.decoding import read_image
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, calibration_ids, eval_loader
+from isoprune_hf.data.pixels import normalised
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 
 CLASSES, SIDE = ("dark", "light", "mixed"), 24
@@ -119,21 +120,22 @@ def test_every_stage_reads_the_same_pixels(road: Road) -> None:
     drawn = draw(road.channels, 12)
     in_folders = np.argsort([number % 3 for number in range(12)], kind="stable")
     expected = expected_pixels(base, drawn if road.channels == 6 else drawn[in_folders])
-    torch.testing.assert_close(batch.pixels, expected, rtol=0, atol=1e-6)
+    found = normalised(batch.pixels, base.processor)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     calibrated = CalibrationBatches(images.evaluation, base.processor, options, batches=1, seed=0)
     (pixels, _), order = next(iter(calibrated)), calibration_ids(12, batches=1, batch_size=12, seed=0)
-    assert torch.equal(pixels, batch.pixels[order])
+    assert torch.equal(pixels, found[order])
     trained = train_transform(base.processor, FinetuneRecipe(crop_scale=(1.0, 1.0), hflip=0.0))
     decoding = options.for_processor(base.processor).decoding
     rows = with_encoded_images(images.evaluation)
-    assert torch.equal(trained(read_image(rows, 0, decoding).image), batch.pixels[0])
+    assert torch.equal(trained(read_image(rows, 0, decoding).image), found[0])
 
 
 def test_pipeline_answers_like_the_evaluation(road: Road) -> None:
     base, images = load_base(str(road.folder)), load_data(DataRecipe(dataset=str(road.images)))
     (batch,) = eval_loader(images.evaluation, base.processor, LoaderOptions(batch_size=12))
     with torch.no_grad():
-        expected = base.model(batch.pixels[:1]).logits.softmax(-1)[0]
+        expected = base.model(normalised(batch.pixels[:1], base.processor)).logits.softmax(-1)[0]
     row = images.evaluation[0]["image"]
     array = np.asarray(row, np.uint8)
     asked = [array[None] if road.channels == 1 else array, *([row] if road.channels == 1 else [])]

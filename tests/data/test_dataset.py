@@ -19,7 +19,7 @@ from isoprune_hf.data.dataset import load_data
 from isoprune_hf.data.epochs import EpochOrder, train_batches
 from isoprune_hf.data.labels import check_labels
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids, eval_loader
-from isoprune_hf.data.pixels import EvaluationTransform
+from isoprune_hf.data.pixels import EvaluationTransform, normalised
 from isoprune_hf.errors import DatasetError, MissingExtraError
 from isoprune_hf.recipes import DataRecipe
 
@@ -336,10 +336,10 @@ def test_the_evaluation_shards_are_strided_and_complete(workers):
     options = LoaderOptions(batch_size=2, num_workers=workers)
     shards = [list(eval_loader(split, PROCESSOR, options, Ranks(rank, world=3))) for rank in range(3)]
     assert [torch.cat([batch[0] for batch in shard]).tolist() for shard in shards] == [[0, 3, 6], [1, 4], [2, 5]]
-    positions, pixel_values, labels, is_replacement = shards[0][1]
+    positions, pixels, labels, is_replacement = shards[0][1]
     assert is_replacement.dtype == torch.bool and shards[0][1].broken == []
     assert positions.dtype == labels.dtype == torch.int64 and labels.tolist() == [0]
-    assert torch.equal(pixel_values, PROCESSOR([make_image(6)], return_tensors="pt")["pixel_values"])
+    assert torch.equal(normalised(pixels, PROCESSOR), PROCESSOR([make_image(6)], return_tensors="pt")["pixel_values"])
 
 
 class DrawnTransform:
