@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from helpers.fresh_python import FreshPython
+from helpers.marks import one_of_each
 from PIL import Image
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
@@ -61,7 +62,7 @@ def outputs_of(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
     return {"pooler_output": found} if isinstance(found, torch.Tensor) else dict(found)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", one_of_each(ENCODERS, "Dinov2Model", "SiglipVisionModel", "timm"))
 def test_features_keep_their_widths_and_reload(name: str, tmp_path: Path) -> None:
     module, images = make(name)
     dense = outputs_of(module, images)
@@ -91,7 +92,7 @@ def test_labels_are_not_looked_at() -> None:
 
 def test_folder_opens_without_the_package(tmp_path: Path, fresh_python: FreshPython) -> None:
     module, images = make("Dinov2Model")
-    pruned = prune(module, [images], round_to=1)
+    pruned = prune(module, images, round_to=1, criterion="l1")
     processor = transformers.BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     pruned.save(tmp_path / "folder", processor)
     torch.save(images, tmp_path / "pixels.pt")
@@ -112,8 +113,9 @@ def test_folder_opens_without_the_package(tmp_path: Path, fresh_python: FreshPyt
 
 def test_folder_is_pruned_further(tmp_path: Path) -> None:
     module, images = make("Dinov2Model")
-    prune(module, [images], target_macs="70%", round_to=1).save(tmp_path / "folder")
-    again = prune(AutoModel.from_pretrained(tmp_path / "folder"), [images], target_macs="70%", round_to=1)
+    prune(module, images, target_macs="70%", round_to=1, criterion="l1").save(tmp_path / "folder")
+    settings = {"target_macs": "70%", "round_to": 1, "criterion": "gate_fisher", "reconstruct": "none"}
+    again = prune(AutoModel.from_pretrained(tmp_path / "folder"), [images], rotate=False, **settings)
     assert isinstance(again.model, IsoPruneModel) and again.loss == "features with random signs"
     again.save(tmp_path / "again")
     reopened = AutoModel.from_pretrained(tmp_path / "again")

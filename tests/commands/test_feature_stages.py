@@ -18,7 +18,8 @@ TOWER = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
-CUT = ["--target-macs", "60%", "--prune.round_to", "1"]
+SCORED = ["--prune.round_to", "1", "--prune.criterion", "gate_fisher"]
+CUT = ["--target-macs", "60%", *SCORED]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_doctor_finds_the_folder_sound(place: Path) -> None:
 
 def test_scores_of_features_make_the_same_cut(place: Path, tmp_path: Path) -> None:
     file, images = tmp_path / "scores.safetensors", place / "images"
-    succeed("score", place / "encoder", "--data", images, "--output", file, "--prune.round_to", "1")
+    succeed("score", place / "encoder", "--data", images, "--output", file, *SCORED)
     out = tmp_path / "out"
     succeed("prune", place / "encoder", *CUT, "--data", images, "--scores", file, "--output", out)
     plans = [json.loads((folder / "pruning_plan.json").read_text()) for folder in (place / "pruned", out)]
