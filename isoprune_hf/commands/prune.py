@@ -23,14 +23,13 @@ def run(
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
     from isoprune_hf.checkpoint.task_forms import TASK_FORMS
-    from isoprune_hf.commands.steps.cutting import cut_base
+    from isoprune_hf.commands.steps.cutting import cut_base, evaluate_cut
     from isoprune_hf.commands.steps.holding_out import settle_holdout
-    from isoprune_hf.commands.steps.opening import evaluate_on, forget_scoring, open_data, open_inputs
+    from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
     from isoprune_hf.commands.steps.results import send_result, summarize, write_folder
     from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.hub.uploads import open_uploads
-    from isoprune_hf.reporting.tables import Metrics
 
     with open_target(output, overwrite=overwrite, is_writer=accelerator.is_main_process) as target:
         target.check_inputs({"prune.model": prune.model, "prune.weights": prune.weights, "--scores": scores})
@@ -41,12 +40,7 @@ def run(
         prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known, tasks=TASK_FORMS)
         result = cut_base(opened, output)
-        metrics: Metrics = {}
-        images = opened.images  # with the labels of the base
-        if images is not None and images.evaluation is not None:
-            base, processor = opened.base
-            metrics["base"] = evaluate_on(images, base, processor, data, accelerator)
-            metrics["pruned"] = evaluate_on(images, result.model, processor, data, accelerator, dense=base)
+        metrics = evaluate_cut(opened, result.model)
         achieved = result.plan.achieved
         latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
         speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None

@@ -173,8 +173,12 @@ class Clock:
 
 def describe_epoch(entry: Entry) -> str:
     """Return the log line of an epoch; fractions are shown in percent."""
-    numbers = [_describe(name, value) for name, value in entry.items() if name != "epoch"]
-    return f"epoch {entry['epoch']}: " + ", ".join(numbers)
+    return f"epoch {entry['epoch']}: " + describe_figures({name: entry[name] for name in entry if name != "epoch"})
+
+
+def describe_figures(figures: Entry) -> str:
+    """Return figures as one line; fractions are shown in percent."""
+    return ", ".join(_describe(name, value) for name, value in figures.items())
 
 
 def _describe(name: str, value: float) -> str:

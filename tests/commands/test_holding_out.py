@@ -70,6 +70,17 @@ def test_stages_evaluate_on_the_same_images(pruned: tuple[Path, str], images: Pa
     assert tuned["pruned"] == expected and tuned["finetuned"]["data"] == expected["data"]
 
 
+def test_base_of_a_second_cut_is_dense(pruned: tuple[Path, str], images: Path, tmp_path: Path) -> None:
+    """Its row has the costs of the dense base, so it has the figures of that one, not those of the first cut."""
+    first = read(pruned[0], "metrics.json")
+    assert first["base"]["loss"] != first["pruned"]["loss"]
+    cut = ["--criterion", "l1", "--target-macs", "70%", "--data", images, "--output", tmp_path / "out"]
+    printed = run("prune", pruned[0], *cut)
+    second = read(tmp_path / "out", "metrics.json")
+    assert second["base"] == pytest.approx(first["base"])
+    assert f"the model before this cut: top1 {100 * first['pruned']['top1']:.2f}%" in printed
+
+
 def test_another_share_is_seen(pruned: tuple[Path, str], images: Path) -> None:
     for share in ("0", "0.3"):
         printed = run("evaluate", pruned[0], "--data", images, "--holdout", share)

@@ -1,12 +1,22 @@
-"""Cut the opened base of a stage; see `cut_base`."""
+"""Cut the opened base of a stage (`cut_base`), and measure the result against the dense base (`evaluate_cut`)."""
 
 from dataclasses import replace
 
+from accelerate.logging import get_logger
+
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.commands.steps.estimating import log_estimate
-from isoprune_hf.commands.steps.opening import Opened
+from isoprune_hf.commands.steps.opening import Opened, evaluate_on
+from isoprune_hf.commands.steps.sources import reopen_base
+from isoprune_hf.commands.steps.timing import move
 from isoprune_hf.pruning.plan import record_transform
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 from isoprune_hf.recipes import recipe_to_dict
+from isoprune_hf.reporting.tables import Metrics
+from isoprune_hf.training.log import describe_figures
+
+logger = get_logger(__name__)
 
 
 def cut_base(opened: Opened, output: str) -> PruneResult:
@@ -32,3 +42,30 @@ def cut_base(opened: Opened, output: str) -> PruneResult:
     if opened.images is not None:
         result.model.config.recipe = {**(result.model.config.recipe or {}), "data": recipe_to_dict(opened.data)}
     return replace(result, plan=record_transform(result.plan, opened.data.transform))
+
+
+def evaluate_cut(opened: Opened, pruned: IsoPruneForImageClassification) -> Metrics:
+    """Evaluate the dense base and the cut model; nothing without images for evaluation.
+
+    Of a model that was cut before, the row `base` is its dense base, whose costs stand in the same row; it is left out
+    if it cannot be opened. The figures before this cut are logged.
+
+    Args:
+        opened: Inputs of the stage.
+        pruned: The result of `cut_base`.
+    """
+    images, (given, processor) = opened.images, opened.base
+    if images is None or images.evaluation is None:
+        return {}
+    dense: IsoPruneForImageClassification | None = given
+    if is_cut(given.config):
+        found = reopen_base(given)
+        dense = None if found is None else move(found.model, opened.accelerator.device)
+        before = evaluate_on(images, given, processor, opened.data, opened.accelerator, dense=dense or given)
+        numbers = {name: value for name, value in before.items() if not isinstance(value, str)}
+        logger.info(f"the model before this cut: {describe_figures(numbers)}")
+    metrics: Metrics = {}
+    if dense is not None:
+        metrics["base"] = evaluate_on(images, dense, processor, opened.data, opened.accelerator)
+    metrics["pruned"] = evaluate_on(images, pruned, processor, opened.data, opened.accelerator, dense=dense or given)
+    return metrics

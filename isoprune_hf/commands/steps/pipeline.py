@@ -14,8 +14,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
 from isoprune_hf.commands.stage import Answer
-from isoprune_hf.commands.steps.cutting import cut_base
-from isoprune_hf.commands.steps.opening import Opened, evaluate_on, forget_scoring
+from isoprune_hf.commands.steps.cutting import cut_base, evaluate_cut
+from isoprune_hf.commands.steps.opening import Opened, forget_scoring
 from isoprune_hf.commands.steps.recording import Records, read_metrics, read_records
 from isoprune_hf.commands.steps.results import smoke_test, summarize, write_folder
 from isoprune_hf.commands.steps.sources import open_teacher
@@ -68,7 +68,7 @@ def run_pipeline(
     with open_unfinished(target, _identify(opened, images, pretrain), accelerator, overwrite=overwrite) as work:
         if pretrain.epochs:
             opened = replace(opened, base=_pretrain(opened, images, pretrain, work, overwrite=overwrite))
-        cut = _cut(opened, images, work)
+        cut = _cut(opened, work)
         model, found = _finish_model(opened, images, finetune, cut, work, uploads, overwrite=overwrite)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -90,7 +90,7 @@ def _identify(opened: Opened, images: ImageData, pretrain: FinetuneRecipe) -> di
     return identity
 
 
-def _cut(opened: Opened, images: ImageData, work: Unfinished) -> Cut:
+def _cut(opened: Opened, work: Unfinished) -> Cut:
     """Score, cut, repair and evaluate, and save the cut model; or open the one that an unfinished run has saved."""
     accelerator, base = opened.accelerator, opened.base
     if (work.pruned / "config.json").is_file():
@@ -99,10 +99,7 @@ def _cut(opened: Opened, images: ImageData, work: Unfinished) -> Cut:
         return Cut(model, PruningPlan.load(work.pruned), read_metrics(str(work.pruned)))
     output = str(work.target.path)
     result = cut_base(opened, output)
-    metrics: Metrics = {
-        name: evaluate_on(images, model, base.processor, opened.data, accelerator)
-        for name, model in (("base", base.model), ("pruned", result.model))
-    }
+    metrics = evaluate_cut(opened, result.model)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_file(work.result / "importance.safetensors", result.scores.save)
