@@ -145,8 +145,9 @@ def test_stage_names_its_missing_extra(
     package: str, arguments: list[str], extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    readers = [f"isoprune_hf.{name}" for name in ("commands.steps", "evaluation.", "tasks")]
     for name in [*sys.modules]:
-        if name.startswith(("isoprune_hf.commands.steps", "isoprune_hf.evaluation.", f"{package}.")):
+        if name.startswith((*readers, f"{package}.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stopped:

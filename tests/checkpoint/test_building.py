@@ -137,7 +137,7 @@ PLAIN: dict[str, tuple[Callable[[], object], str]] = {
     "loop": (lambda: relate_positions(12), "calls and returns of functions"),
     "list": (lambda: [None] * 2**26, "bytes of memory"),  # at once: memory that is free already is not new
     "text": (lambda: "x" * 2**28, "bytes of memory"),
-    "numpy": (lambda: np.ones((2**12, 2**12)), "bytes of memory"),
+    "numpy": (lambda: np.zeros((2**15, 2**13)), "bytes of memory"),
 }
 
 
