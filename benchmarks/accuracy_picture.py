@@ -51,21 +51,26 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
         theme: Colours.
     """
     nets = [net for net in NETS if any(row["net"] == net for row in rows)]
-    with open_figure((1.6 + 5.0 * len(nets), 3.5), dpi=DPI, layout="constrained", theme=theme) as figure:
+    with open_figure((1.6 + 5.0 * len(nets), 4.0), dpi=DPI, layout="constrained", theme=theme) as figure:
         for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
-            for method, points in read_points(rows, net).items():
+            points_of = read_points(rows, net)
+            for method in (method for method in METHODS if method in points_of):
+                points = points_of[method]
                 name, color = METHODS[method]
                 shares, values, errors = zip(*points, strict=True)
                 axes.errorbar(shares, values, errors, marker="o", color=color, label=name, capsize=2, linewidth=1.8)
+                below = method == "tp_iso"  # the lowest line
                 for share, value in zip(shares, values, strict=True):
-                    place = {"xytext": (-6, 9), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+                    offset = (0, -16) if below else (-6, 9)
+                    place = {"xytext": offset, "textcoords": "offset points", "ha": "center", "fontsize": 9}
                     axes.annotate(f"{value:.1f}", (share, value), color=theme.text, **place)
             axes.set_title(f"{NETS[net]}, ImageNet weights, no training after the cut", fontsize=10.5)
             axes.set_xlabel("MACs, % of the dense network")
             axes.set_ylabel("top-1 %")
             axes.set_xlim(47, 105)
-            axes.set_ylim(0, 100)
-            axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.4), fontsize=9)
+            axes.set_ylim(-9, 100)
+        labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*labels, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
