@@ -60,6 +60,10 @@ class RandomGradients(nn.Module):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         total = sum((self.slopes[name] * weight).sum() for name, weight in self.model.named_parameters())
         return SimpleNamespace(logits=torch.stack([total - total.detach(), torch.zeros(())])[None])
