@@ -56,7 +56,7 @@ def inner_of(module: nn.Module) -> nn.Module:
 
 
 def is_ours(module: nn.Module) -> TypeGuard[IsoPruneForImageClassification | IsoPruneModel]:
-    """Return whether a module is a classifier of ours or a network of ours for features, not part of a classifier."""
+    """Return whether a module is a whole model of isoprune_hf, for classes or features, not part of a classifier."""
     is_encoder = isinstance(module, IsoPruneModel) and not task_of(module.config.base).has_classes
     return isinstance(module, IsoPruneForImageClassification) or is_encoder
 

@@ -36,7 +36,7 @@ class ExportFormat(Protocol):
 
     @property
     def takes_batches(self) -> bool:
-        """Whether the file takes any number of images at once; otherwise it takes one."""
+        """Return whether the file takes any number of images at once; otherwise it takes one."""
         ...
 
     @property

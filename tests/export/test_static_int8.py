@@ -87,7 +87,7 @@ def test_weights_are_int8_with_scale_per_channel(family: str, exported: Callable
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.faults  # with all other tests before it, a worker crashed at a later fork
+@pytest.mark.faults  # workers that ran nncf crashed near the end of make test-all; why is not known
 def test_openvino_weights_are_int8_with_channel_scales(
     exported: Callable[..., Path], pruned: Callable[[str], Pruned]
 ) -> None:
