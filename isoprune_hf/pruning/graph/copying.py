@@ -22,6 +22,8 @@ from isoprune_hf.pruning.graph.torch_private import own_buffers, own_modules, ow
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _IMMUTABLE = frozenset((int, float, bool, str, type(None), type, torch.device, torch.dtype))
 _TABLES = frozenset((dict, OrderedDict))
+# Private attribute of transformers (as of 5.24): hooks that collect hidden states are set, and not set once more.
+_HOOKS_SET = "_output_capturing_hooks_installed"
 _CACHED = functools._lru_cache_wrapper  # the type of a function with functools.lru_cache, as read in Python 3.11
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
@@ -126,6 +128,8 @@ def copy_modules(
     for old in modules:
         values = vars(memo[id(old)])
         for name, value in vars(old).items():
+            if name == _HOOKS_SET and not with_hooks:
+                continue
             if type(value) in _IMMUTABLE:
                 values[name] = value
             elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):

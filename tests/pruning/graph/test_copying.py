@@ -5,8 +5,9 @@ import pytest
 import torch
 from helpers.tiny_models import FAMILIES, make_base
 from torch import nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from isoprune_hf.pruning.graph.copying import copy_modules, copy_shapes
+from isoprune_hf.pruning.graph.copying import copy_modules, copy_shapes, replace_tensor
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,6 +48,16 @@ def test_copy_with_tensors_computes_same_logits(family: str, tmp_path: Path) -> 
     assert torch.equal(copied(image).logits, base(image).logits)
     mine = {tensor.data_ptr() for tensor in base.state_dict().values()}
     assert not mine & {tensor.data_ptr() for tensor in copied.state_dict().values()}
+
+
+def test_copy_without_hooks_collects_hidden_states() -> None:
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "decoder_hidden_size": 8}
+    config = SegformerConfig(num_attention_heads=[1, 2], sr_ratios=[2, 1], num_labels=3, **sizes)
+    network = SegformerForSemanticSegmentation(config).eval()
+    image = torch.randn(1, 3, 32, 32)
+    wanted = network(image).logits  # transformers sets its hooks at the first pass
+    copied = copy_modules(network, lambda tensor: replace_tensor(tensor, tensor.detach()), with_hooks=False)
+    assert torch.equal(copied(image).logits, wanted)
 
 
 def test_copied_hooks_belong_to_the_copy() -> None:
