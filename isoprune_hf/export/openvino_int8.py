@@ -17,6 +17,7 @@ from isoprune_hf.export.sensitivity import Nodes
 from isoprune_hf.export.values import Quantized
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.runtimes.openvino import open_openvino
+from isoprune_hf.measuring.runtimes.signal_stack import kept_signal_stack
 
 _WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 _ATTENTION = ("ScaledDotProductAttention", "Softmax")
@@ -59,7 +60,7 @@ def _quantize(file: Path, batches: Sequence[np.ndarray], left_out: Nodes) -> Any
     images = [image[None] for batch in batches for image in batch]
     model = _read(file)
     has_attention = any(node.get_type_name() in _ATTENTION for node in model.get_ordered_ops())
-    with redirect_stdout(io.StringIO()):  # the progress of nncf
+    with kept_signal_stack(), redirect_stdout(io.StringIO()):  # the progress of nncf
         return nncf.quantize(
             model,
             nncf.Dataset(images),

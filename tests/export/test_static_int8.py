@@ -1,7 +1,6 @@
 """An int8 export has eight-bit weights with a scale for each channel, and layers in fp32 only where it needs them."""
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -87,7 +86,7 @@ def test_weights_are_int8_with_scale_per_channel(family: str, exported: Callable
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.faults  # workers that ran nncf crashed near the end of make test-all; why is not known
+@pytest.mark.export
 def test_openvino_weights_are_int8_with_channel_scales(
     exported: Callable[..., Path], pruned: Callable[[str], Pruned]
 ) -> None:
@@ -137,11 +136,8 @@ def test_sensitive_layers_of_openvino_stay_in_fp32(
     assert whole[1] == pytest.approx(records[1]["share_of_weights"] * whole[0], rel=0.01)
 
 
-CASES = [pytest.param("resnet", "onnx", marks=pytest.mark.export)]
-CASES += [
-    pytest.param(*case, marks=pytest.mark.faults)
-    for case in itertools.product(("resnet", "vit"), ("onnx", "openvino"))
-][1:]
+CASES = [pytest.param("resnet", target, marks=pytest.mark.export) for target in ("onnx", "openvino")]
+CASES += [pytest.param("vit", target, marks=pytest.mark.faults) for target in ("onnx", "openvino")]
 
 
 @pytest.mark.parametrize(("family", "target"), CASES)

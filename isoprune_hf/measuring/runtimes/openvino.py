@@ -10,6 +10,7 @@ from isoprune_hf.checkpoint.dense import describe_error
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.measuring.runtimes.engine import OpenModel, Runtime, RuntimeFailedError
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, numpy_pass
+from isoprune_hf.measuring.runtimes.signal_stack import kept_signal_stack
 from isoprune_hf.measuring.tracing import EXPORT_ERRORS, plain_copy, trace_model
 from isoprune_hf.recipes.values import DType
 
@@ -68,7 +69,8 @@ def open_openvino(model: Any, *, dtype: DType = "fp32", threads: int = 0) -> Run
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = _core().compile_model(model, "CPU", settings)
+    with kept_signal_stack():
+        compiled = _core().compile_model(model, "CPU", settings)
     return lambda pixels: compiled(pixels)["logits"]
 
 
