@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from isoprune_hf.api.batches import CallerBatch, InputKeys, read_batch
 from isoprune_hf.api.evaluate import with_logits
 from isoprune_hf.api.holding import config_of, inner_of, run_module, share
-from isoprune_hf.api.objectives import Chosen, Loss, choose_objective, unlabelled_objective
+from isoprune_hf.api.objectives import Chosen, Loss, choose_objective
 from isoprune_hf.api.pruned import Pruned
 from isoprune_hf.api.random_state import kept_random_state
 from isoprune_hf.api.transforms import transformed
@@ -23,6 +23,7 @@ from isoprune_hf.data.images import holds_images, holds_rows, open_images
 from isoprune_hf.data.labels import align_labels, classes_of, is_own_network
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.feature_loss import FEATURES
 from isoprune_hf.models.from_module import gives_features
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
 from isoprune_hf.models.nested import separate
@@ -209,7 +210,7 @@ def _choose(
 ) -> Chosen:
     """Choose the loss by the first batch."""
     if loss is None and gives_features(inner_of(module)):
-        return unlabelled_objective(output, first, has_classes=False)
+        return Chosen(FEATURES, None)
     known = model.loss if isinstance(model, Pruned) else None
     if loss is None and known in LOSSES and first.targets is not None:
         loss = known

@@ -31,7 +31,7 @@ def run(
     from isoprune_hf.checkpoint.folder import write_file
     from isoprune_hf.checkpoint.output_check import check_output
     from isoprune_hf.checkpoint.structure import is_cut
-    from isoprune_hf.checkpoint.task_forms import TASK_FORMS, task_of
+    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps import recording
     from isoprune_hf.commands.steps.holding_out import has_seen, settle_holdout
     from isoprune_hf.commands.steps.opening import evaluate_on, evaluation_split, open_data, with_data_transform
@@ -44,6 +44,7 @@ def run(
     from isoprune_hf.models.base import require_finite_base
     from isoprune_hf.pruning.cost.macs import count_cost
     from isoprune_hf.reporting.tables import results_table, shorten
+    from isoprune_hf.tasks.registry import find_task
 
     logger = get_logger(__name__)
     if per_class is not None:
@@ -60,11 +61,10 @@ def run(
     head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
     found = load_base(model, pretrained, model_args=model_args, weights=weights, tasks=TASK_FORMS, **head)
     require_finite_base(found, model)
-    has_classes = task_of(found.model.config.base).has_classes
-    if has_classes:
-        images = align_images(images, found.model)
-    elif per_class is not None:
-        raise RecipeError(f"--per_class is for a classifier, and {model} gives features; leave it out")
+    task = find_task(found.model.config)
+    if per_class is not None and not task.reads_labels:
+        raise RecipeError(f"--per_class is for a classifier, and {model} is for {task.form.task}; leave it out")
+    images = align_images(images, found.model)
     split = evaluation_split(images, data)
     base = with_data_transform(found, data)
     cost = count_cost(base.model)
@@ -72,7 +72,7 @@ def run(
     transform = "the model's own" if base is found else recording.describe_transform(data)
     logger.info(f"evaluate {model} on {len(split):,} images, transform: {transform}")
     if per_class is None:
-        dense = None if has_classes or not is_cut(base.model.config) else reopen_base(base.model)
+        dense = None if task.reads_labels or not is_cut(base.model.config) else reopen_base(base.model)
         moved = None if dense is None else move(dense.model, accelerator.device)
         figures = evaluate_on(images, base.model, base.processor, data, accelerator, dense=moved)
     else:

@@ -34,6 +34,7 @@ def run(
     from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.commands.steps.sizes import cut_sizes, measure_sizes, record_sizes, tabulate_sizes, write_sizes
     from isoprune_hf.reporting.pictures import check_plotting
+    from isoprune_hf.tasks.registry import find_task
 
     shares = read_sizes(sizes)
     marks = ("frontier.json",)
@@ -47,11 +48,12 @@ def run(
         images = open_data(data, accelerator) if data.dataset else None
         prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
+        task = find_task(opened.base.model.config)
         cuts = cut_sizes(opened, shares, output)
         rows = measure_sizes(opened, cuts)
         record = record_sizes(opened, cuts, rows)
         if accelerator.is_main_process:
-            replace_folder(target, lambda place: write_sizes(place, rows, record, cuts.scores))
+            replace_folder(target, lambda place: write_sizes(place, rows, record, cuts.scores, task))
         forget_scoring(output, accelerator)
         accelerator.wait_for_everyone()
     text = (

@@ -45,7 +45,6 @@ def run_apply(
 ) -> Answer:
     """Replay a plan on its base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
-    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
@@ -62,7 +61,7 @@ def run_apply(
             settings["model"] = model
         data = settle_transform(settle_holdout(data, settings["model"]), loaded)
         images = open_data(data, accelerator) if data.dataset else None
-        opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None, tasks=TASK_FORMS)
+        opened = open_inputs(PruneRecipe(**settings), data, images, accelerator, reader=None)
         pruned, replayed = replay_on_base(opened, loaded, settings, ignore_fingerprint=ignore_fingerprint)
         write_folder(target, pruned, opened.base.processor, accelerator, Records(replayed.to_json()))
     return summarize(pruned, {}, {}, target.path)
@@ -72,7 +71,6 @@ def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe
     """Estimate the cost of a pruning; a small batch is timed, and nothing is scored."""
     from dataclasses import asdict
 
-    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.estimating import estimate_cut
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import open_data, open_inputs
@@ -82,7 +80,7 @@ def run_cost(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe
     data = settle_holdout(data, prune.model)
     images = open_data(data, accelerator) if data.dataset else None
     prune, _, reader = settle(prune, images)
-    opened = open_inputs(prune, data, images, accelerator, reader=reader, tasks=TASK_FORMS)
+    opened = open_inputs(prune, data, images, accelerator, reader=reader)
     cost = estimate_cut(opened, opened.open_calibration().sample.get("images", 0))
     figures = {**asdict(cost), "seconds": {stage: cost.seconds(stage) for stage in cost.passes}}
     return Answer(show_forecast(cost), figures)

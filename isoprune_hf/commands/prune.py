@@ -22,7 +22,6 @@ def run(
 ) -> Answer:
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
-    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.cutting import cut_base, evaluate_cut
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
@@ -38,7 +37,7 @@ def run(
         data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator) if data.dataset else None
         prune, known, reader = settle(prune, images, scores)
-        opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known, tasks=TASK_FORMS)
+        opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
         result = cut_base(opened, output)
         metrics = evaluate_cut(opened, result.model)
         achieved = result.plan.achieved

@@ -14,7 +14,6 @@ def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, out
     """Score the base and write `importance.safetensors`."""
     from isoprune_hf.checkpoint.folder import replace_file
     from isoprune_hf.checkpoint.target import open_target
-    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.estimating import estimate_scores, log_estimate
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
@@ -26,7 +25,7 @@ def run(*, accelerator: "Accelerator", prune: PruneRecipe, data: DataRecipe, out
         data = settle_holdout(data, prune.model)
         images = open_data(data, accelerator) if data.dataset else None
         prune, _, reader = settle(prune, images)
-        opened = open_inputs(prune, data, images, accelerator, reader=reader, tasks=TASK_FORMS)
+        opened = open_inputs(prune, data, images, accelerator, reader=reader)
         calibration = opened.open_calibration(output)
         log_estimate(opened, calibration.sample.get("images", 0), estimate_scores)
         scores = score_model(

@@ -10,7 +10,7 @@ from torch import Tensor
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.nested import Form, separate
-from isoprune_hf.models.objective import side_by_side
+from isoprune_hf.models.objective import side_by_side, squared_distances
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,7 @@ class CallerLoss:
     """
 
     compares_classes = False
+    reads_labels = True
 
     def __init__(
         self,
@@ -109,3 +110,7 @@ class CallerLoss:
         batch = self._batch.unpack(targets, self._call.unpack(inputs))
         value = self._loss(self._outputs.fill(outputs), batch)
         return value.sum() if value.ndim else value * len(targets)
+
+    def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Return the squared distances of all outputs, (B,)."""
+        return squared_distances(self.logits(outputs), self.logits(wanted))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from isoprune_hf.models.objective import squared_distances
+
 _POSITIONS = 8  # of an output with positions, such as tokens or a map, by which two networks are compared
 
 
@@ -27,6 +29,7 @@ class FeatureLoss:
 
     name = "features with random signs"
     compares_classes = False
+    reads_labels = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FeatureLoss":
         return self  # a value: copies of a model share it
@@ -53,6 +56,20 @@ class FeatureLoss:
                 signed = signed * part.reshape(len(value), *(-1 if other == dim else 1 for other in dims))
             norm = value.detach().square().sum(dims).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
             total = total + (signed.sum(dims) / norm).sum()
+        return total
+
+    def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Return the squared distances of all outputs relative to the squared norms of the wanted ones, (B,).
+
+        Args:
+            outputs: Features, (B, C), (B, N, C) or (B, C, H, W).
+            wanted: Those of the teacher, of the same shapes.
+        """
+        total = torch.zeros(len(outputs[0]), device=outputs[0].device)
+        for value, other in zip(outputs, wanted, strict=True):
+            found, target = value.float().flatten(1), other.float().flatten(1)
+            norm = target.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+            total = total + squared_distances(found, target) / norm
         return total
 
 

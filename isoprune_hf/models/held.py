@@ -76,6 +76,18 @@ def objective_of(model: IsoPruneForImageClassification) -> Objective:
     return CLASSES if name == CLASSES.name else TargetLoss(name)
 
 
+def reads_labels(model: nn.Module) -> bool:
+    """Return whether a model is trained and scored with labels: all but held ones whose loss has none."""
+    return not isinstance(model, HeldModel) or model.objective.reads_labels
+
+
+@torch.no_grad()
+def output_shapes(model: IsoPruneForImageClassification) -> list[list[int]]:
+    """Return the shapes of all outputs of a held model for one image."""
+    blank = torch.zeros(1, *(model.config.image_size or ()), device=model.device)
+    return [list(value.shape[1:]) for value in model(pixel_values=blank).outputs or ()]
+
+
 def loss_of_batch(model: IsoPruneForImageClassification, pixel_values: Tensor, labels: Tensor) -> Tensor:
     """Run a model and return its loss summed over the images, see `objective_of`.
 

@@ -15,6 +15,7 @@ class Objective(Protocol):
         name: Its name in the result.
         compares_classes: The outputs are logits of classes, (B, classes), one class for each sample: two models are
             compared by their probabilities, and otherwise by the squares of their differences.
+        reads_labels: The targets are those of the data. Without them a network is trained by a teacher alone.
     """
 
     @property
@@ -22,6 +23,9 @@ class Objective(Protocol):
 
     @property
     def compares_classes(self) -> bool: ...
+
+    @property
+    def reads_labels(self) -> bool: ...
 
     def logits(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs by which two models are compared: (B, N)."""
@@ -34,6 +38,19 @@ class Objective(Protocol):
             targets: One entry for each sample, (B, ...).
             inputs: What the model was given, (B, ...).
         """
+
+    def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Return how far the outputs are from those of a teacher, for each sample: (B,) in float32."""
+
+
+def squared_distances(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the squared distance of two outputs (B, N) for each sample, (B,) in float32.
+
+    Source:
+        The limit of soft distillation at a high temperature, Hinton et al. 2015, arXiv 1503.02531, eq. 4.
+    """
+    difference: Tensor = found.float() - wanted.float()
+    return difference.square().sum(1)
 
 
 def side_by_side(outputs: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
@@ -49,6 +66,8 @@ class TargetLoss:
         output: Number of the output.
         compares_classes: See `Objective`.
     """
+
+    reads_labels = True
 
     def __init__(self, name: str, output: int = 0, *, compares_classes: bool = False):
         self.name = name
@@ -68,6 +87,10 @@ class TargetLoss:
         """Return the loss summed over samples."""
         return self._loss(outputs[self._output], targets)
 
+    def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Return the squared distances of the output, (B,)."""
+        return squared_distances(self.logits(outputs), self.logits(wanted))
+
 
 class OutputNorm:
     """The sum of squared outputs: a loss that needs no targets, for random or unlabelled data.
@@ -78,6 +101,7 @@ class OutputNorm:
 
     name = "squared outputs"
     compares_classes = False
+    reads_labels = False
 
     def __init__(self, logits: Callable[[Sequence[Tensor]], Tensor]):
         self._logits = logits
@@ -92,6 +116,10 @@ class OutputNorm:
     def summed_loss(self, outputs: Sequence[Tensor], targets: Tensor, inputs: Tensor) -> Tensor:
         """Return the sum of the squared outputs."""
         return self.logits(outputs).square().sum()
+
+    def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+        """Return the squared distances of the outputs, (B,)."""
+        return squared_distances(self.logits(outputs), self.logits(wanted))
 
 
 def as_classes(target: Tensor) -> Tensor:

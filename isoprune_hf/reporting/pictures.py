@@ -16,7 +16,7 @@ from isoprune_hf.reporting.figures import (
     check_plotting,
     open_figure,
 )
-from isoprune_hf.reporting.tables import format_figure, shorten
+from isoprune_hf.reporting.tables import COLUMNS, PERCENTAGES, format_figure, shorten
 
 __all__ = ["check_plotting", "describe_cost", "draw_classes", "draw_frontier"]
 
@@ -74,24 +74,26 @@ def describe_cost(plan: PruningPlan) -> str:
     return " and ".join(f"{share:.0f} % of the {_FIGURES[key]}" for key, share in shares.items()) + " are kept"
 
 
-def draw_frontier(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-    """Draw accuracy, latency and parameters against MACs; figures that a row lacks are not drawn.
+def draw_frontier(rows: Sequence[Mapping[str, Any]], files: Sequence[Path], *, best: str = "top1") -> None:
+    """Draw a figure of the task, latency and parameters against MACs, each at the sizes that it was measured at.
 
     Args:
-        rows: Figures of each size, including the base: macs, params, latency_ms, and optionally top1 (a fraction).
+        rows: Figures of each size, including the base: macs, params, latency_ms, and optionally `best`.
         files: Files to write, each in the format of its suffix.
+        best: Name of the task's figure, in the unit of `format_figure`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    labels = {"top1": "top-1 % before finetuning", "latency_ms": "latency (ms)", "params": "parameters (M)"}
-    panels = {key: label for key, label in labels.items() if all(row.get(key) is not None for row in rows)}
+    labels = {best: f"{COLUMNS[best]} before finetuning", "latency_ms": "latency (ms)", "params": "parameters (M)"}
+    panels = {key: label for key, label in labels.items() if any(row.get(key) is not None for row in rows)}
     with open_figure((3.6 * len(panels), 3.2), dpi=DPI, layout="constrained") as figure:
         for axes, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-            scale = {"top1": 100, "params": 1e-6}.get(key, 1)
-            points = [(row["macs"] / 1e9, row[key] * scale) for row in rows]
+            scale = 100 if key in PERCENTAGES else 1e-6 if key == "params" else 1
+            measured = [row for row in rows if row.get(key) is not None]
+            points = [(row["macs"] / 1e9, row[key] * scale) for row in measured]
             axes.plot(*zip(*points, strict=True), marker="o", color=CLASS_COLORS[0], linewidth=1.5)
-            for row, point in zip(rows, points, strict=True):
+            for row, point in zip(measured, points, strict=True):
                 text = format_figure(key, row[key])
                 axes.annotate(text, point, xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center")
             axes.set_xlabel("GMACs")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 FEATURE_COLUMNS = {"cosine": "cosine", "position_cosine": "cosine of positions", "knn": "k-NN %"}
-_COLUMNS = {
+COLUMNS = {
     "macs": "GMACs",
     "params": "params",
     "top1": "top-1 %",
@@ -13,6 +13,7 @@ _COLUMNS = {
     **FEATURE_COLUMNS,
     "latency_ms": "latency ms",
 }
+PERCENTAGES = ("top1", "top5", "knn", "ece", "agreement")  # fractions, shown in percent
 _DETAILS = {
     "ece": "calibration error %",
     "agreement": "agreement %",
@@ -39,7 +40,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     if key in ("macs", "params"):
         value = value / (1e9 if key == "macs" else 1e6)
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
-    if key in ("top1", "top5", "knn", "ece", "agreement"):
+    if key in PERCENTAGES:
         return f"{100 * value:.2f}"
     if key in ("loss", "cosine", "position_cosine"):
         return f"{value:.4f}"
@@ -64,7 +65,7 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
             row["macs"] = row["gmacs"] * 1e9
     columns = {
         key: heading
-        for key, heading in {**_COLUMNS, **(_DETAILS if has_details else {})}.items()
+        for key, heading in {**COLUMNS, **(_DETAILS if has_details else {})}.items()
         if any(row.get(key) is not None for row in figures.values())
     }
     table = [[title, *columns.values()]]

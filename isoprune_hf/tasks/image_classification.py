@@ -1,9 +1,10 @@
 """Image classification: scored by the labels, measured by accuracy, loss and calibration error."""
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, pipeline
 
 from isoprune_hf.checkpoint import task_forms
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -17,6 +18,8 @@ class ImageClassification:
     """See `Task`."""
 
     form = task_forms.IMAGE_CLASSIFICATION
+    reads_labels = True
+    figures = ("top1", "top5", "loss", "ece")
 
     def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
         """Return the batches themselves: the targets are the labels."""
@@ -46,6 +49,11 @@ class ImageClassification:
     def code(self, folder: Path) -> str:
         """Return the line of Python that makes the pipeline of a folder."""
         return f'classify = pipeline("image-classification", model="{folder}")'
+
+    def try_pipeline(self, folder: Path, image: Any, truth: str | None) -> str:
+        """Classify the image."""
+        best = pipeline("image-classification", model=str(folder))(image)[0]
+        return f"pipeline on a held-out image: {best['label']} ({best['score']:.2f}), truth {truth}"
 
 
 IMAGE_CLASSIFICATION = ImageClassification()

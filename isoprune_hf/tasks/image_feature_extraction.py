@@ -1,10 +1,11 @@
 """Image feature extraction: scored without labels, measured by the features of the dense network."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, pipeline
 
 from isoprune_hf.checkpoint import task_forms
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -14,7 +15,7 @@ from isoprune_hf.errors import CheckpointError
 from isoprune_hf.evaluation.evaluate import Figures
 from isoprune_hf.evaluation.features import evaluate_features
 from isoprune_hf.models.feature_loss import SignBatches
-from isoprune_hf.models.held import HeldModel
+from isoprune_hf.models.held import HeldModel, output_shapes
 from isoprune_hf.pruning.calibration.resumable import Repeatable
 
 
@@ -22,13 +23,12 @@ class ImageFeatureExtraction:
     """See `Task`."""
 
     form = task_forms.IMAGE_FEATURE_EXTRACTION
+    reads_labels = False
+    figures = ("cosine", "position_cosine", "knn")
 
     def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
         """Return the batches with random signs of the features, see `FeatureLoss`."""
-        with torch.no_grad():
-            blank = torch.zeros(1, *(model.config.image_size or ()), device=model.device)
-            outputs = _held(model)(pixel_values=blank).outputs or ()
-        return SignBatches(batches, [value.shape[1:] for value in outputs])
+        return SignBatches(batches, [torch.Size(shape) for shape in output_shapes(_held(model))])
 
     def evaluate(
         self,
@@ -46,6 +46,11 @@ class ImageFeatureExtraction:
     def code(self, folder: Path) -> str:
         """Return the line of Python that makes the pipeline of a folder."""
         return f'extract = pipeline("image-feature-extraction", model="{folder}")'
+
+    def try_pipeline(self, folder: Path, image: Any, truth: str | None) -> str:
+        """Extract the features of the image."""
+        found = torch.tensor(pipeline("image-feature-extraction", model=str(folder))(image))
+        return f"pipeline on a held-out image: features of the shape {list(found.shape)}"
 
 
 def _held(model: IsoPruneForImageClassification) -> HeldModel:

@@ -1,7 +1,7 @@
 """`Task`: what every task implements."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from transformers import BaseImageProcessor
@@ -19,10 +19,19 @@ class Task(Protocol):
 
     Attributes:
         form: Its name, and how a folder of it opens.
+        reads_labels: Networks are scored, trained and measured by labels. Without them any images will do, and the
+            dense network is the teacher.
+        figures: Names of its figures in the order of a table; the largest value of the first one is the best.
     """
 
     @property
     def form(self) -> TaskForm: ...
+
+    @property
+    def reads_labels(self) -> bool: ...
+
+    @property
+    def figures(self) -> tuple[str, ...]: ...
 
     def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
         """Return micro-batches of images and labels with the targets of the loss in place of the labels."""
@@ -53,3 +62,12 @@ class Task(Protocol):
 
     def code(self, folder: Path) -> str:
         """Return the line of Python that makes the pipeline of a folder."""
+
+    def try_pipeline(self, folder: Path, image: Any, truth: str | None) -> str:
+        """Open a folder by the pipeline of transformers, and describe its answer for one image in a line.
+
+        Args:
+            folder: The folder.
+            image: An image, or an array (C, H, W).
+            truth: Name of its class, if it has one.
+        """

@@ -9,6 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.labels import check_problem
 from isoprune_hf.data.loading import LoaderOptions
+from isoprune_hf.models.held import reads_labels
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.callbacks import (
     Callback,
@@ -18,9 +19,11 @@ from isoprune_hf.training.callbacks import (
     SignalCallback,
     SnapshotCallback,
 )
+from isoprune_hf.training.judging import CLASSES, Judging
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.teacher import TeacherModel
 from isoprune_hf.training.trainer import Trainer
+from isoprune_hf.training.unlabelled import check_unlabelled
 
 
 def finetune(
@@ -36,6 +39,7 @@ def finetune(
     num_workers: int | None = 0,
     save: SaveCheckpoint | None = None,
     run: TrainingRun | None = None,
+    judging: Judging = CLASSES,
 ) -> dict[str, Any]:
     """Train `model` in place, on the accelerator's device, and leave it in eval mode and without gradients.
 
@@ -45,34 +49,41 @@ def finetune(
     change the result.
 
     Args:
-        model: Returns `.logits` of shape (B, C) for `pixel_values`; not wrapped.
+        model: Returns `.logits` of shape (B, C) for `pixel_values`, or is a `HeldModel` whose loss reads no labels;
+            not wrapped.
         data: The `train` split is trained on. The `evaluation` split, if there is one, is evaluated before the first
             epoch, after every `recipe.evaluate_every`-th epoch and after the last.
         processor: Makes the pixel values; the training transform uses its size and normalisation.
         recipe: How to train.
         accelerator: The ranks. Its precision and its gradient accumulation are ignored; the recipe has its own.
-        teacher: Returns logits of the same classes; moved to the device, frozen and put in eval mode.
+        teacher: Returns logits of the same classes, or outputs of the same shapes for a model without labels, which
+            learns from it alone; moved to the device, frozen and put in eval mode.
         teacher_processor: Image processor of the teacher, if it normalises differently from the student's.
         eval_batch_size: Images in an evaluation batch on each rank.
         num_workers: Loader processes on each rank; None chooses them.
         save: Called on all ranks with a name, a model and the epoch's entry of the history: "last" after each epoch
-            (and "ema", with the averaged weights), "best" if top-1 is the best of the trained epochs, "epoch-010" and
-            so on for `save_every`. `recipe.best` selects the weights of "best", and those that `model` ends with.
+            (and "ema", with the averaged weights), "best" if the figure `judging.best` is the best of the trained
+            epochs, "epoch-010" and so on for `save_every`. `recipe.best` selects the weights of "best", and those that
+            `model` ends with.
         run: An open folder for snapshots and the log; an unfinished run in it is resumed.
+        judging: How the model is measured; by default as a classifier.
 
     Returns:
         `history`: for each epoch `epoch`, `train_loss`, `lr` (of the last update), `images_per_second` and the figures
-        of `evaluate_model`; epoch 0, before training, has only these figures. `best_epoch`: the trained epoch with the
-        best top-1, or the last one without an evaluation split.
+        of `judging`; epoch 0, before training, has only these figures. `best_epoch`: the trained epoch with the
+        best figure, or the last one without an evaluation split.
 
     Raises:
-        RecipeError: The batch cannot be divided equally, or the model does not support a setting.
+        RecipeError: The batch cannot be divided equally, or the model does not support a setting, or it learns from a
+            teacher alone and there is none.
         DivergedError: The loss or the gradient is not finite.
         Interrupted: A signal stopped the training; `run` has a snapshot of the last update.
         DatasetError: There is no training split, or it has fewer images than an update has parts, or the model does
             not choose one of several classes.
     """
-    if isinstance(model, PreTrainedModel):
+    if not reads_labels(model):
+        check_unlabelled(recipe, has_teacher=teacher is not None)
+    elif isinstance(model, PreTrainedModel):
         check_problem(model.config)
     callbacks: list[Callback] = []
     if run is not None:
@@ -87,6 +98,7 @@ def finetune(
         accelerator=accelerator,
         options=LoaderOptions(eval_batch_size, num_workers, data.decoding),
         teacher=None if teacher is None else TeacherModel(teacher, teacher_processor),
+        judging=judging,
         callbacks=callbacks,
     )
     history = trainer.fit()

@@ -22,7 +22,7 @@ TABLE = "log.csv"
 CURVES = "curves.png"
 
 
-_FRACTIONS = ("top1", "top5", "ece")  # ends of names
+_FRACTIONS = ("top1", "top5", "ece", "knn")  # ends of names
 
 
 class TrainingLog:
@@ -102,7 +102,10 @@ class TrainingLog:
         entries = read_log(self._folder)
         picture = figure.Figure(figsize=(9, 3.2), layout="constrained")
         left, right = picture.subplots(1, 2)
-        for axes, names in ((left, ("train_loss", "loss", "raw_loss", "ema_loss")), (right, ("top1", "top5"))):
+        for axes, names in (
+            (left, ("train_loss", "loss", "raw_loss", "ema_loss")),
+            (right, ("top1", "top5", "cosine", "knn")),
+        ):
             for name in names:
                 points = [(e["epoch"], e[name]) for e in entries if name in e and "update" not in e]
                 if points:

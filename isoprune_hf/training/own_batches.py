@@ -70,21 +70,19 @@ class OwnLoss:
         """Return the loss of each sample, (B,), or summed over the samples, a scalar.
 
         Source:
-            For classes see `training_loss`. For other outputs z, with those of the teacher z_t, the teacher's term is
-            the squared distance: the limit of soft distillation at a high temperature (Hinton et al. 2015, arXiv
-            1503.02531, eq. 4).
+            For classes see `training_loss`, for other outputs `Objective.distances`.
         """
         recipe, objective = self.recipe, self.objective
         outputs, _ = separate(self.form.call(module, batch.inputs))
-        compared, wanted = objective.logits(outputs), None
+        wanted = None
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = objective.logits(separate(self.form.call(self.teacher, batch.inputs))[0])
+                wanted = separate(self.form.call(self.teacher, batch.inputs))[0]
         if objective.compares_classes and batch.targets is not None:
             return training_loss(
-                compared,
+                objective.logits(outputs),
                 as_classes(batch.targets),
-                wanted,
+                None if wanted is None else objective.logits(wanted),
                 label_smoothing=recipe.label_smoothing,
                 distillation=recipe.distillation,
                 weight=recipe.distillation_weight,
@@ -92,10 +90,10 @@ class OwnLoss:
                 teacher_label_smoothing=recipe.teacher_label_smoothing,
             )
         weight = 0.0 if wanted is None else 1.0 if batch.targets is None else recipe.distillation_weight
-        loss = compared.new_zeros(())
+        loss = outputs[0].new_zeros(())
         if batch.targets is not None:
             loss = objective.summed_loss(outputs, batch.targets, self.form.pack(batch.inputs))
-        taught = compared.new_zeros(()) if wanted is None else (compared.float() - wanted.float()).square().sum()
+        taught = outputs[0].new_zeros(()) if wanted is None else objective.distances(outputs, wanted).sum()
         return (1 - weight) * loss + weight * taught
 
 

@@ -1,5 +1,6 @@
 """The loss of one part of a batch: pixels to the device, mixing, forward passes of student and teacher, loss."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import arrange, autocast
 from isoprune_hf.training.distillation import HeadLogits, training_loss
 from isoprune_hf.training.mixing import mix
-from isoprune_hf.training.teacher import TeacherLogits
+from isoprune_hf.training.teacher import TeacherOutputs
 
 # Appended to (seed, epoch, update, part): the seeds of images have no fifth number, so no random numbers are shared.
 _DROPOUT_STREAM = 1
@@ -31,7 +32,9 @@ class PartLoss:
         device: Device of the network.
         num_classes: Number of classes.
         heads: Returns the logits of both heads of the last forward pass, if the teacher has a head of its own.
-        teacher: Returns the teacher's logits, if there is a teacher.
+        teacher: Returns what the student learns from, if there is a teacher.
+        taught_alone: The loss of a student without labels: returns the distances of its outputs from those of the
+            teacher, (B,); None for a classifier.
     """
 
     network: nn.Module
@@ -40,7 +43,8 @@ class PartLoss:
     device: torch.device
     num_classes: int
     heads: HeadLogits | None = None
-    teacher: TeacherLogits | None = None
+    teacher: TeacherOutputs | None = None
+    taught_alone: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
 
     def __call__(self, batch: ImageBatch, seeds: tuple[int, ...]) -> Tensor:
         """Return the sum of the samples' losses.
@@ -62,15 +66,15 @@ class PartLoss:
         )
         pixel_values = arrange(pixel_values, recipe)
         with autocast(self.device, recipe):
-            logits = self.network(pixel_values=pixel_values).logits
-            taught_logits = None
-            if self.heads is not None:
-                logits, taught_logits = self.heads()
-            teacher_logits = None if self.teacher is None else self.teacher(pixel_values, batch.positions)
+            output = self.network(pixel_values=pixel_values)
+            wanted = None if self.teacher is None else self.teacher(pixel_values, batch.positions)
+        if self.taught_alone is not None and wanted is not None:
+            return self.taught_alone(output.outputs, wanted).sum()
+        logits, taught_logits = (output.logits, None) if self.heads is None else self.heads()
         return training_loss(
             logits,
             targets,
-            teacher_logits,
+            None if wanted is None else wanted[0],
             label_smoothing=recipe.label_smoothing,
             distillation=recipe.distillation,
             weight=recipe.distillation_weight,

@@ -18,8 +18,8 @@ class Progress:
         seconds: Time that the epoch has taken.
         waited: Part of it in which this process waited for data.
         history: Entries of the finished epochs.
-        best_epoch: Epoch with the best top-1 so far.
-        best_top1: Top-1 of that epoch.
+        best_epoch: Best epoch so far, see `Judging.best`.
+        best_top1: Figure of that epoch: top-1 of a classifier. Snapshots have it by this name.
         broken: Number of images of the epoch that could not be read.
         left_out: Number of samples in updates of the epoch that were skipped because they were not finite.
         faults: Number of consecutive skipped updates.

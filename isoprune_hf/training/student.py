@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BaseImageProcessor
 
 from isoprune_hf.data.loading import ImageBatch
+from isoprune_hf.models.held import HeldModel, reads_labels
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import accelerated
 from isoprune_hf.training.distillation import distillation_heads
@@ -22,7 +23,7 @@ from isoprune_hf.training.optimizer_step import Step, take_step
 from isoprune_hf.training.part_loss import PartLoss
 from isoprune_hf.training.regularisation import regularised
 from isoprune_hf.training.replicas import AveragedStatistics
-from isoprune_hf.training.teacher import TeacherLogits
+from isoprune_hf.training.teacher import TeacherOutputs
 from isoprune_hf.training.unreached import frozen_unreached
 
 
@@ -133,7 +134,7 @@ def open_student(
     *,
     num_classes: int,
     ema: ModelEmaV3 | None = None,
-    open_teacher: Callable[[], TeacherLogits] | None = None,
+    open_teacher: Callable[[], TeacherOutputs] | None = None,
 ) -> Iterator[Student]:
     """Prepare `model` for training inside the block, in place; dropout, memory format and hooks are undone after it.
 
@@ -161,11 +162,12 @@ def open_student(
             with frozen_unreached(model, processor):
                 network = _wrapped(compiled, accelerator)
         teacher = None if open_teacher is None else open_teacher()
+        taught_alone = None if not isinstance(model, HeldModel) or reads_labels(model) else model.objective.distances
         yield Student(
             model=model,
             network=network,
             ema=ema,
-            part_loss=PartLoss(network, processor, recipe, device, num_classes, heads, teacher),
+            part_loss=PartLoss(network, processor, recipe, device, num_classes, heads, teacher, taught_alone),
             optimizer=build_optimizer(model, recipe),
             scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
             statistics=AveragedStatistics(model, accelerator),

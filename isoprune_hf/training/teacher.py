@@ -11,18 +11,20 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.data.pixels import normalisation
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.held import reads_labels
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import PRECISIONS
 
-# Returns logits (B, C) for the student's pixel values (B, channels, H, W) and the positions of the images (B,).
-TeacherLogits = Callable[[Tensor, Tensor], Tensor]
+# Returns what a student learns from, for its pixel values (B, channels, H, W) and the positions of the images (B,):
+# the logits (B, C), or all outputs (B, ...) of a network without classes.
+TeacherOutputs = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class TeacherModel(NamedTuple):
     """A teacher as the caller passes it.
 
     Args:
-        model: Returns logits of the student's classes.
+        model: Returns logits of the student's classes, or the outputs of a `HeldModel` that reads no labels.
         processor: Its image processor; None if it normalises as the student does.
     """
 
@@ -31,7 +33,7 @@ class TeacherModel(NamedTuple):
 
 
 class Teacher:
-    """Computes the logits of a teacher, which is frozen, in eval mode, never wrapped and never saved.
+    """Computes the outputs of a teacher, which is frozen, in eval mode, never wrapped and never saved.
 
     Args:
         model: Moved to the device, frozen and put in eval mode; its weights stay unchanged.
@@ -50,6 +52,7 @@ class Teacher:
         processors: tuple[BaseImageProcessor, BaseImageProcessor] | None = None,
     ):
         model.to(device).eval().requires_grad_(False)
+        self._gives_all = not reads_labels(model)
         self._precision = recipe.teacher_precision
         self._device = device
         self._dtype = PRECISIONS.get(recipe.teacher_precision or "no", torch.float32)
@@ -61,17 +64,25 @@ class Teacher:
         self._network = torch.compile(model) if recipe.torch_compile else model
         self._renormalise = None if processors is None else _renormalisation(*processors, device=device)
 
-    def __call__(self, pixel_values: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return logits (B, C) for the student's pixel values (B, channels, H, W); positions are not needed."""
+    def __call__(self, pixel_values: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the logits (B, C), or all outputs of a network without labels, see `TeacherOutputs`.
+
+        Args:
+            pixel_values: Those of the student, (B, channels, H, W).
+            positions: Not needed.
+        """
         with torch.inference_mode():
             if self._renormalise is not None:
                 pixel_values = self._renormalise(pixel_values)
             if self._precision is None:  # that of the student: run within its autocast
-                logits: Tensor = self._network(pixel_values=pixel_values).logits
+                output = self._network(pixel_values=pixel_values)
             else:
                 with torch.autocast(self._device.type, enabled=False):
-                    logits = self._network(pixel_values=pixel_values.to(self._dtype)).logits
-        return logits.clone()  # a tensor outside inference mode, which the loss may save for its backward pass
+                    output = self._network(pixel_values=pixel_values.to(self._dtype))
+        found = output.outputs if self._gives_all else (output.logits,)
+        return tuple(
+            value.clone() for value in found
+        )  # outside inference mode: the loss may save them for its gradient
 
 
 def _renormalisation(

@@ -31,7 +31,7 @@ from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.terminal import with_progress
 from isoprune_hf.training.acceleration import autocast
-from isoprune_hf.training.teacher import Teacher, TeacherLogits, TeacherModel
+from isoprune_hf.training.teacher import Teacher, TeacherModel, TeacherOutputs
 
 logger = get_logger(__name__)
 
@@ -92,12 +92,12 @@ class CachedTeacher:
         # Mapped into memory, not read: the operating system keeps what fits.
         self._shards = [self._open(number, shard) for number, shard in enumerate(shards)]
 
-    def __call__(self, pixel_values: Tensor, positions: Tensor) -> Tensor:
-        """Return logits of shape (B, C) for the images at the positions, on the device of the pixel values."""
+    def __call__(self, pixel_values: Tensor, positions: Tensor) -> tuple[Tensor]:
+        """Return the logits (B, C) of the images at the positions, on the device of the pixel values."""
         logits = torch.stack(
             [self._shards[place // _SHARD_IMAGES][place % _SHARD_IMAGES] for place in positions.tolist()]
         )
-        return logits.to(pixel_values.device, non_blocking=True)
+        return (logits.to(pixel_values.device, non_blocking=True),)
 
     def _key(self, teacher: TeacherModel) -> str:
         """Return a digest of everything that the logits depend on; a few images represent transform and files."""
@@ -159,7 +159,7 @@ class CachedTeacher:
             for _, batch in of_shard:
                 pixel_values = normalised(batch.pixels.to(device, non_blocking=True), self._processor)
                 with autocast(device, self._recipe):
-                    parts.append(teacher(pixel_values).cpu())
+                    parts.append(teacher(pixel_values)[0].cpu())
             yield number, torch.cat(parts)
 
 
@@ -171,7 +171,7 @@ def open_teacher(
     recipe: FinetuneRecipe,
     accelerator: Accelerator,
     options: LoaderOptions,
-) -> TeacherLogits:
+) -> TeacherOutputs:
     """Return the teacher as the recipe uses it: computed for each batch, or cached; see `CachedTeacher`."""
     if recipe.teacher_cache is not None:
         return CachedTeacher(teacher, data, transform, processor, recipe, accelerator, options)

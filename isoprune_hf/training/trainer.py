@@ -27,11 +27,12 @@ from isoprune_hf.data.epochs import EpochOrder, TrainBatches
 from isoprune_hf.data.loading import ImageBatch, LoaderOptions, Ranks
 from isoprune_hf.data.streaming import count_images, epoch_batches
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.evaluation.evaluate import Figures, compute_figures, predict_split
+from isoprune_hf.evaluation.evaluate import Figures
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.terminal import with_bar
 from isoprune_hf.training.acceleration import float64_device
 from isoprune_hf.training.callbacks import Callback
+from isoprune_hf.training.judging import CLASSES, Judging
 from isoprune_hf.training.log import describe_epoch
 from isoprune_hf.training.optimisation import learning_rate_at
 from isoprune_hf.training.optimizer_step import check_faults
@@ -39,12 +40,13 @@ from isoprune_hf.training.progress import Entry, Progress, Update
 from isoprune_hf.training.replicas import count_parts, fit_batch_size
 from isoprune_hf.training.stored_precision import StoredPrecision
 from isoprune_hf.training.student import Part, PartSums, Student, open_student
-from isoprune_hf.training.teacher import TeacherLogits, TeacherModel
+from isoprune_hf.training.teacher import TeacherModel, TeacherOutputs
 from isoprune_hf.training.teacher_cache import open_teacher
 
 logger = get_logger(__name__)
 
 _DATA_WAIT_WARN_SHARE = 0.1  # of the time of an epoch
+_COUNTS = ("images", "broken")  # figures that are the same for all weights
 
 
 class Trainer:
@@ -69,6 +71,7 @@ class Trainer:
         accelerator: Accelerator,
         options: LoaderOptions,
         teacher: TeacherModel | None = None,
+        judging: Judging = CLASSES,
         callbacks: Sequence[Callback] = (),
     ):
         self.model = model.to(accelerator.device)
@@ -78,7 +81,7 @@ class Trainer:
         self.recipe = recipe
         self.accelerator = accelerator
         self.options = options = options.for_processor(processor)
-        self.callbacks = callbacks
+        self.callbacks, self.judging = callbacks, judging
         self.ranks = Ranks(accelerator.process_index, accelerator.num_processes)
         self.parts = count_parts(recipe, world=self.ranks.world)
         self.batch_size = recipe.batch_size  # `fit` lowers it for a small split
@@ -87,7 +90,7 @@ class Trainer:
         self.ema = None if recipe.ema_decay is None else ModelEmaV3(model, decay=recipe.ema_decay)
         self._transform = train_transform(processor, recipe, decoding=options.decoding)
         self._is_loader_named = False  # as the bottleneck, once in a training
-        self._open_teacher: Callable[[], TeacherLogits] | None = None
+        self._open_teacher: Callable[[], TeacherOutputs] | None = None
         if teacher is not None and recipe.distillation != "none":
             self._open_teacher = partial(
                 open_teacher, teacher, data, self._transform, processor, recipe, accelerator, options
@@ -138,9 +141,8 @@ class Trainer:
             if entry is None:
                 break
             is_evaluated = progress.epoch % recipe.evaluate_every == 0 or progress.epoch == recipe.epochs
-            entry |= self.evaluate() if is_evaluated else {}
-            self._record(entry)
-            self.save(entry, is_evaluated=is_evaluated)
+            self._record(entry | (self.evaluate() if is_evaluated else {}))
+            self.save(progress.history[-1])
             progress.start_next_epoch()
 
     def _train_epoch(self) -> Entry | None:
@@ -260,16 +262,16 @@ class Trainer:
         """Evaluate the result on the evaluation split; with an average of the weights, also the other model."""
         if self.data.evaluation is None:
             return {}
-        figures: Entry = {**self._evaluate(self.result, self.data.evaluation)}
+        figures: Entry = dict(self._evaluate(self.result, self.data.evaluation))
         if self.ema is not None:
             name, other = ("ema", self.ema.module) if self.result is self.model else ("raw", self.model)
             others = self._evaluate(other, self.data.evaluation)
-            figures |= {f"{name}_{key}": others[key] for key in ("top1", "top5", "loss", "ece")}
+            figures |= {f"{name}_{key}": value for key, value in others.items() if key not in _COUNTS}
         return figures
 
     def _evaluate(self, model: nn.Module, split: Rows) -> Figures:
-        model = self.precision.stored(model)  # whose figures are recorded
-        return compute_figures(predict_split(model, split, self.processor, self.options, accelerator=self.accelerator))
+        stored = self.precision.stored(model)  # whose figures are recorded
+        return self.judging.evaluate(stored, split, self.processor, self.options, accelerator=self.accelerator)
 
     def _record(self, entry: Entry) -> None:
         """Add an epoch's entry to the history and to the log."""
@@ -278,14 +280,14 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_record(self, entry)
 
-    def save(self, entry: Entry, *, is_evaluated: bool) -> None:
+    def save(self, entry: Entry) -> None:
         """Update the best epoch, and pass the checkpoints of the current epoch to the callbacks."""
-        progress = self.progress
-        has_evaluation = self.data.evaluation is not None
-        is_best = not has_evaluation or (is_evaluated and entry["top1"] > progress.best_top1)
+        progress, has_evaluation = self.progress, self.data.evaluation is not None
+        figure = entry.get(self.judging.best, -1.0)
+        is_best = not has_evaluation or figure > progress.best_top1
         if is_best:
             progress.best_epoch = progress.epoch
-            progress.best_top1 = entry.get("top1", -1.0)
+            progress.best_top1 = figure
         checkpoints = [("last", self.model)]
         if self.ema is not None:
             checkpoints.append(("ema", self.ema.module))

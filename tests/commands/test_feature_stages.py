@@ -1,5 +1,6 @@
 """The command line prunes and measures an encoder without a head, and refuses stages that need classes in one line."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -77,23 +78,82 @@ def test_scores_of_features_make_the_same_cut(place: Path, tmp_path: Path) -> No
     assert plans[0]["kept"] == plans[1]["kept"]
 
 
+def test_finetuning_measures_features_between_epochs(place: Path, tmp_path: Path) -> None:
+    images, out = place / "images", tmp_path / "out"
+    trained = ["--finetune.epochs", "2", "--finetune.batch_size", "8", "--finetune.learning_rate", "1e-4"]
+    printed = succeed("finetune", place / "pruned", "--data", images, "--output", out, *trained)
+    assert "finetuned" in printed and "cosine" in printed
+    lines = (out / "checkpoints" / "training" / "log.jsonl").read_text().splitlines()
+    epochs = [entry for entry in map(json.loads, lines) if "update" not in entry]
+    assert [entry["epoch"] for entry in epochs] == [0, 1, 2] and all("knn" in entry for entry in epochs)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["finetuned"]["cosine"] == epochs[-1]["cosine"]
+    assert metrics["pruned"] == json.loads((place / "pruned" / "metrics.json").read_text())["pruned"]
+    succeed("evaluate", out, "--data", images)  # the same figures by another road
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+@pytest.mark.families
+def test_run_tries_the_pipeline_of_features(place: Path, tmp_path: Path) -> None:
+    out, trained = tmp_path / "out", ["--finetune.epochs", "1", "--finetune.batch_size", "8"]
+    printed = succeed("run", place / "encoder", *CUT, "--data", place / "images", "--output", out, *trained)
+    assert "pipeline on a held-out image: features of the shape [1, 17, 32]" in printed
+    metrics = json.loads((out / "model" / "metrics.json").read_text())
+    known = json.loads((place / "pruned" / "metrics.json").read_text())
+    assert metrics["pruned"] == known["pruned"] and metrics["base"] == known["base"]
+    assert metrics["finetuned"]["cosine"] > 0.9
+    assert type(AutoModel.from_pretrained(out / "model")).__name__ == "IsoPruneModel"
+
+
+@pytest.mark.faults
+def test_frontier_compares_features_with_the_base(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scored = [*SCORED, "--sizes", "80%,60%", "--data", place / "images"]
+    succeed("frontier", place / "encoder", *scored, "--output", out)
+    base, large, small = csv.DictReader((out / "frontier.csv").read_text().splitlines())
+    assert base["cosine"] == "" and 1 > float(large["cosine"]) > float(small["cosine"]) > 0.9
+    assert float(small["cosine"]) == json.loads((place / "pruned" / "metrics.json").read_text())["pruned"]["cosine"]
+    assert "cosine before finetuning" in (out / "frontier.svg").read_text()
+
+
+def test_teacher_needs_outputs_of_equal_shapes(place: Path, tmp_path: Path) -> None:
+    other = transformers.Dinov2Model(transformers.Dinov2Config(**{**TOWER, "hidden_size": 16}))
+    other.save_pretrained(tmp_path / "other")
+    transformers.AutoImageProcessor.from_pretrained(place / "encoder").save_pretrained(tmp_path / "other")
+    words = ["--finetune.teacher", tmp_path / "other", "--output", tmp_path / "out"]
+    done = isoprune("finetune", place / "pruned", "--data", place / "images", *words)
+    assert done.code == 2 and "shapes [[17, 16], [16]], those of the student [[17, 32], [32]]" in done.err
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "text"),
     [
-        ["finetune", "pruned", "--data", "images"],
-        ["evaluate", "pruned", "--data", "images", "--per_class", "classes.csv"],
-        ["export", "pruned"],
-        ["benchmark", "pruned"],
-        ["run", "encoder", "--target-macs", "60%", "--data", "images"],
-        ["frontier", "encoder", "--data", "images"],
-        ["prune", "encoder", "--target-macs", "60%", "--data", "images", "--prune.layout", "uniform"],
-        ["prune", "encoder", "--ratio", "0.5", "--data", "images", "--prune.preset", "reference"],
+        (["evaluate", "pruned", "--per_class", "classes.csv"], "--per_class is for a classifier"),
+        (["finetune", "pruned", "--finetune.distillation", "hard"], "hard is for classes"),
+        (["finetune", "pruned", "--finetune.teacher", "none"], "learns from a teacher alone"),
+        (["finetune", "pruned", "--num_labels", "data"], "is of the task image-feature-extraction"),
+        (["run", "encoder", "--target-macs", "60%", "--pretrain.epochs", "1"], "pretrain.epochs 1"),
+        (["run", "encoder", "--target-macs", "60%", "--prune.pretrained", "false"], "learns from a teacher alone"),
+        (
+            ["prune", "encoder", "--target-macs", "60%", "--prune.layout", "uniform"],
+            "uniform is for image classifiers",
+        ),
+        (["prune", "encoder", "--ratio", "0.5", "--prune.preset", "reference"], "reference is for image classifiers"),
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: words[-2] if isinstance(words, list) else None,
 )
-def test_other_stages_refuse_in_one_line(words: list[str], place: Path, tmp_path: Path) -> None:
-    output = [] if words[0] in ("evaluate", "benchmark") else ["--output", tmp_path / "out"]
-    named = [place / word if word in ("encoder", "pruned", "images") else word for word in words]
-    done = isoprune(*named, *output)
+def test_settings_of_classes_are_refused_at_once(words: list[str], text: str, place: Path, tmp_path: Path) -> None:
+    output = [] if words[0] == "evaluate" else ["--output", tmp_path / "out"]
+    named = [place / word if word in ("encoder", "pruned") else word for word in words]
+    done = isoprune(*named, "--data", place / "images", *output)
+    line = done.err.strip().splitlines()[-1]
+    assert done.code == 2 and line.startswith("isoprune: error: ") and text in line
+    assert "score on" not in done.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["export", "benchmark"])
+def test_stages_of_logits_refuse_in_one_line(stage: str, place: Path, tmp_path: Path) -> None:
+    output = [] if stage == "benchmark" else ["--output", tmp_path / "out"]
+    done = isoprune(stage, place / "pruned", *output)
     line = done.err.strip().splitlines()[-1]
     assert done.code == 2 and line.startswith("isoprune: error: ") and not (tmp_path / "out").exists()

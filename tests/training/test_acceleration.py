@@ -93,13 +93,13 @@ def test_compiled_models_train_the_same_weights(monkeypatch: pytest.MonkeyPatch)
 
 def test_bf16_teacher_is_a_copy_without_autocast():
     model, images = make_net(), torch.randn(5, 3, 4, 4)
-    exact = Teacher(model, FinetuneRecipe(), device=CPU)(images)
-    half = Teacher(model, FinetuneRecipe(teacher_precision="bf16", channels_last=True), device=CPU)(images)
+    exact = Teacher(model, FinetuneRecipe(), device=CPU)(images)[0]
+    half = Teacher(model, FinetuneRecipe(teacher_precision="bf16", channels_last=True), device=CPU)(images)[0]
     assert model.stem.weight.dtype == torch.float32 and half.dtype == torch.bfloat16
     assert torch.equal(exact, model(images).logits) and not torch.equal(half.float(), exact)
     torch.testing.assert_close(half.float(), exact, atol=3e-2, rtol=3e-2)
     with torch.autocast("cpu", torch.bfloat16):
-        full = Teacher(model, FinetuneRecipe(teacher_precision="no"), device=CPU)(images)
+        full = Teacher(model, FinetuneRecipe(teacher_precision="no"), device=CPU)(images)[0]
     assert full.dtype == torch.float32 and torch.equal(full, exact)
     assert not exact.is_inference() and not exact.requires_grad
 
@@ -117,9 +117,9 @@ def test_teacher_gets_its_own_normalisation():
         def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
             return SimpleNamespace(logits=pixel_values)
 
-    seen = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, own))(normalise(student))
+    seen = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, own))(normalise(student))[0]
     torch.testing.assert_close(seen, normalise(own), atol=1e-5, rtol=1e-5)
-    same = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, student))(raw)
+    same = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, student))(raw)[0]
     assert torch.equal(same, raw)
 
 
@@ -133,7 +133,7 @@ def test_teacher_of_rgb_images_reads_grey_ones():
     student = IsoImageProcessor(image_mean=[0.4], image_std=[0.2], **sizes)
     own = IsoImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7], **sizes)
     pixels, expected = (processor(grey, return_tensors="pt").pixel_values for processor in (student, own))
-    seen = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, own))(pixels)
+    seen = Teacher(Echo(), FinetuneRecipe(), device=CPU, processors=(student, own))(pixels)[0]
     torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -62,7 +62,7 @@ def compare_plans(
     prune, scores, reader = settle(prune, images, scores_file, only_decides=True)
     plan = _load_plan(name)
     source = prune if plan is None else _source_recipe(name, prune)
-    opened = open_inputs(source, data, images, accelerator, reader=reader, scores=scores, tasks=TASK_FORMS)
+    opened = open_inputs(source, data, images, accelerator, reader=reader, scores=scores)
     model = opened.base.model
     weights = fingerprint(model.model)
     if plan is not None and plan.fingerprint != weights:

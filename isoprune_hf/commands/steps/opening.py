@@ -6,7 +6,6 @@ Everything is checked here, before any work. Stages that score or cut call `open
 import hashlib
 import json
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf.checkpoint.image_processor import channels_of
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.stock import stock_processor
-from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, TASK_FORMS
 from isoprune_hf.commands.steps.settling import model_of
 from isoprune_hf.commands.steps.sources import align_images, class_names
 from isoprune_hf.commands.steps.timing import move
@@ -168,7 +167,6 @@ def open_inputs(
     *,
     reader: str | None,
     scores: ImportanceScores | None = None,
-    tasks: Collection[str] = (IMAGE_CLASSIFICATION.task,),
 ) -> Opened:
     """Open the base model.
 
@@ -179,16 +177,17 @@ def open_inputs(
         accelerator: The ranks.
         reader: Setting that reads training images, see `Settled`; None if the stage neither scores nor repairs.
         scores: Known scores.
-        tasks: Tasks that the stage works with.
 
     Raises:
-        RecipeError: No base is named, or its classes are those of images and there are none.
+        RecipeError: No base is named, or its classes are those of images and there are none, or a setting is for
+            classifiers and it is none.
         DatasetError: The labels of the images are not those of the base.
     """
     name = model_of(prune)
     if images is None and prune.num_labels == "data":
         raise RecipeError("prune.num_labels data needs data: set --data.dataset")
-    base, images = _load_base(name, prune, images, tasks)
+    base, images = _load_base(name, prune, images)
+    _check_settings(prune, base)
     base.model.to(accelerator.device)
     base = with_data_transform(base, data)
     if prune.layout == "uniform":
@@ -213,9 +212,7 @@ def forget_scoring(output: str | Path, accelerator: Accelerator) -> None:
     shutil.rmtree(_scoring_folder(output, accelerator), ignore_errors=True)
 
 
-def _load_base(
-    name: str, prune: PruneRecipe, images: ImageData | None, tasks: Collection[str]
-) -> tuple[BaseModel, ImageData | None]:
+def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple[BaseModel, ImageData | None]:
     """Load the base, and number the images as it does; generic labels ("LABEL_0") become those of the data."""
     if images is None:
         num_labels = None if prune.num_labels == "data" else prune.num_labels
@@ -226,7 +223,7 @@ def _load_base(
             num_labels=num_labels,
             seed=prune.seed,
             weights=prune.weights,
-            tasks=tasks,
+            tasks=TASK_FORMS,
         )
         return base, None
     names = images.label_names
@@ -239,15 +236,28 @@ def _load_base(
         label_names=names if num_labels == len(names) else None,
         seed=prune.seed,
         weights=prune.weights,
-        tasks=tasks,
+        tasks=TASK_FORMS,
     )
-    if not find_task(base.model.config).form.has_classes:
-        return base, images
     images = align_images(images, base.model)
-    if all(label == f"LABEL_{index}" for index, label in class_names(base.model).items()):
+    is_named = find_task(base.model.config).reads_labels
+    if is_named and all(label == f"LABEL_{index}" for index, label in class_names(base.model).items()):
         base.model.config.id2label = dict(enumerate(names))
         base.model.config.label2id = {label: index for index, label in enumerate(names)}
     return base, images
+
+
+def _check_settings(prune: PruneRecipe, base: BaseModel) -> None:
+    """Check that settings for classifiers are given for one alone.
+
+    Raises:
+        RecipeError: The base is of another task.
+    """
+    task = find_task(base.model.config).form.task
+    for name, value in (("layout", "uniform"), ("preset", "reference")):
+        if getattr(prune, name) == value and task != IMAGE_CLASSIFICATION.task:
+            raise RecipeError(
+                f"prune.{name} {value} is for image classifiers, and {prune.model} is of the task {task}; leave it out"
+            )
 
 
 def _with_stock_processor(base: BaseModel) -> BaseModel:

@@ -1,5 +1,6 @@
 """The steps of the stage `run` after everything is opened; see `run_pipeline`."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,16 +14,18 @@ from isoprune_hf.checkpoint.folder import replace_file, save_model_folder
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.cutting import cut_base, evaluate_cut
 from isoprune_hf.commands.steps.opening import Opened, forget_scoring
 from isoprune_hf.commands.steps.recording import Records, read_metrics, read_records
-from isoprune_hf.commands.steps.results import smoke_test, summarize, write_folder
-from isoprune_hf.commands.steps.sources import open_teacher
+from isoprune_hf.commands.steps.results import summarize, write_folder
+from isoprune_hf.commands.steps.sources import check_taught, open_teacher
 from isoprune_hf.commands.steps.training import Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.commands.steps.unfinished import Unfinished, finish, open_unfinished
 from isoprune_hf.data.dataset import ImageData, with_encoded_images
 from isoprune_hf.data.decoding import Decoding, Rows, read_or_replace, to_pixels
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.measuring.speed import record_measurement, time_models
@@ -31,6 +34,7 @@ from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.recipes import FinetuneRecipe, resume_identity
 from isoprune_hf.reporting.tables import Metrics
+from isoprune_hf.tasks.registry import find_task
 
 logger = get_logger(__name__)
 
@@ -62,9 +66,19 @@ def run_pipeline(
     An unfinished run of the target is resumed.
 
     Returns:
-        The table of all models, and the class of one image by `transformers.pipeline`.
+        The table of all models, and the answer of `transformers.pipeline` for one image.
+
+    Raises:
+        RecipeError: A setting of the training does not fit the task.
     """
     accelerator, root = opened.accelerator, target.path
+    task = find_task(opened.base.model.config)
+    if pretrain.epochs and not task.reads_labels:
+        raise RecipeError(
+            f"pretrain.epochs {pretrain.epochs}: the base is trained with labels, which the task {task.form.task} "
+            "does not read; leave it out"
+        )
+    check_taught(opened.base.model, finetune)
     with open_unfinished(target, _identify(opened, images, pretrain), accelerator, overwrite=overwrite) as work:
         if pretrain.epochs:
             opened = replace(opened, base=_pretrain(opened, images, pretrain, work, overwrite=overwrite))
@@ -76,7 +90,8 @@ def run_pipeline(
     answer = summarize(model, found.metrics, (found.speed or {})["milliseconds"], root / "model", notes=cut.plan.notes)
     if accelerator.is_main_process and images.evaluation is not None:
         image, label = _first_image(images.evaluation, images.decoding, image_size_of(model)[0])
-        line = smoke_test(root / "model", image, images.label_names[label])
+        truth = images.label_names[label] if label < len(images.label_names) else None
+        line = task.try_pipeline(root / "model", image, truth)
         answer = replace(answer, text=f"{answer.text}\n\n{line}")
     accelerator.wait_for_everyone()
     return answer
@@ -94,7 +109,7 @@ def _cut(opened: Opened, work: Unfinished) -> Cut:
     """Score, cut, repair and evaluate, and save the cut model; or open the one that an unfinished run has saved."""
     accelerator, base = opened.accelerator, opened.base
     if (work.pruned / "config.json").is_file():
-        model = load_base(str(work.pruned)).model
+        model = load_base(str(work.pruned), tasks=TASK_FORMS).model
         model.to(accelerator.device)
         return Cut(model, PruningPlan.load(work.pruned), read_metrics(str(work.pruned)))
     output = str(work.target.path)
@@ -144,8 +159,8 @@ def _finish_model(
         output=work.target.path,
     )
     if training.is_finished and (folder / "config.json").is_file():  # killed before it became the output
-        return load_base(str(folder)).model, read_records(str(folder))
-    models = {"base": base.model, "pruned": _copy(cut.model), "finetuned": cut.model}
+        return load_base(str(folder), tasks=TASK_FORMS).model, read_records(str(folder))
+    models = {"base": base.model, "pruned": copy.deepcopy(cut.model), "finetuned": cut.model}
     with training:
         trained = train_student(
             student,
@@ -154,6 +169,7 @@ def _finish_model(
             finetune,
             accelerator,
             teacher=teacher,
+            dense=base,
             checkpoints=Checkpoints(work.result / CHECKPOINTS, training, uploads),
             metrics=cut.metrics,
         )
@@ -218,11 +234,3 @@ def _first_image(split: Rows, decoding: Decoding, channels: int) -> tuple[Any, i
     decoding = replace(decoding, decoder="pil", channels=channels)
     found = read_or_replace(with_encoded_images(split), 0, decoding)
     return found.image if channels == 3 else to_pixels(found.image).numpy(), found.label
-
-
-def _copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
-    """Copy a model with its weights."""
-    copy: IsoPruneForImageClassification = type(model).from_pretrained(
-        None, config=model.config, state_dict=model.state_dict()
-    )
-    return copy

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import BaseImageProcessor, pipeline
+from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import replace_file, save_model_folder, write_file
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -93,9 +93,3 @@ def send_result(uploads: Uploads | None, folder: Path, answer: Answer) -> Answer
         return answer
     url = uploads.finish(folder)
     return replace(answer, text=f"{answer.text}\n\nIt is at {url}", figures={**answer.figures, "url": url})
-
-
-def smoke_test(folder: Path, image: Any, truth: str) -> str:
-    """Open the folder with a transformers pipeline and classify an image or an array of the class `truth`."""
-    best = pipeline("image-classification", model=str(folder))(image)[0]
-    return f"pipeline on a held-out image: {best['label']} ({best['score']:.2f}), truth {truth}"

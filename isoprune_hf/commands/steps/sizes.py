@@ -24,8 +24,8 @@ from isoprune_hf.recipes import recipe_to_dict
 from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.pictures import draw_frontier
 from isoprune_hf.reporting.tables import results_table
+from isoprune_hf.tasks.task import Task
 
-COLUMNS = ("size", "macs", "params", "latency_ms", "top1", "top5", "loss", "ece", "images", "broken")  # of the CSV
 _TIMED_PASSES = 20
 
 
@@ -66,7 +66,7 @@ def cut_sizes(opened: Opened, shares: Sequence[float], output: str) -> Cuts:
 
 
 def measure_sizes(opened: Opened, cuts: Cuts) -> list[dict[str, Any]]:
-    """Return one row for the base and for each cut, the largest first: cost, latency and, with images, accuracy."""
+    """Return one row for the base and for each cut, the largest first: cost, latency and the figures of the task."""
     base, prune, data = opened.base, opened.prune, opened.data
     shares = sorted(cuts.results, reverse=True)
     models = {1.0: base.model} | {share: cuts.results[share].model for share in shares}
@@ -82,7 +82,8 @@ def measure_sizes(opened: Opened, cuts: Cuts) -> list[dict[str, Any]]:
     for share, model in models.items():
         row: dict[str, Any] = {"size": share, **costs[share].to_dict(), "latency_ms": round(latency[str(share)], 4)}
         if opened.images is not None and opened.images.evaluation is not None:
-            row |= evaluate_on(opened.images, model, base.processor, data, opened.accelerator)
+            dense = None if share == 1 else base.model
+            row |= evaluate_on(opened.images, model, base.processor, data, opened.accelerator, dense=dense)
         rows.append(row)
     return rows
 
@@ -110,10 +111,13 @@ def tabulate_sizes(rows: Sequence[dict[str, Any]]) -> str:
     return results_table({f"{100 * row['size']:.10g}%": row for row in rows}, title="size", has_details=True)
 
 
-def write_sizes(folder: Path, rows: list[dict[str, Any]], record: dict[str, Any], scores: ImportanceScores) -> None:
-    """Write table, record, plots and scores into a folder."""
+def write_sizes(
+    folder: Path, rows: list[dict[str, Any]], record: dict[str, Any], scores: ImportanceScores, task: Task
+) -> None:
+    """Write table, record, plots and scores of a task into a folder."""
     table = io.StringIO()
-    columns = [key for key in COLUMNS if key in rows[0]]
+    names = ("size", "macs", "params", "latency_ms", *task.figures, "images", "broken")
+    columns = [key for key in names if any(key in row for row in rows)]
     writer = csv.DictWriter(table, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
@@ -121,4 +125,4 @@ def write_sizes(folder: Path, rows: list[dict[str, Any]], record: dict[str, Any]
     write_file(folder / "frontier.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
     scores.save(folder / "importance.safetensors")
     with ornament("the plot of the sizes"):
-        draw_frontier(rows, [folder / "frontier.svg", folder / "frontier.png"])
+        draw_frontier(rows, [folder / "frontier.svg", folder / "frontier.png"], best=task.figures[0])

@@ -16,8 +16,11 @@ from isoprune_hf.data.labels import align_labels, check_labels, check_problem, c
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.head import replace_head
+from isoprune_hf.models.held import output_shapes
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.tasks.registry import find_task
+from isoprune_hf.training.unlabelled import check_unlabelled
 
 logger = get_logger(__name__)
 
@@ -43,10 +46,42 @@ def open_teacher(
             logger.info("no teacher: the dense base has untrained weights")
             return None
         return _of_equal_classes(student, base or _reopen_teacher(student))
-    teacher = load_base(finetune.teacher)
-    names = class_names(student)
-    check_classes([names[index] for index in sorted(names)], teacher.model)
+    teacher = load_base(finetune.teacher, tasks=(task_of(student.config.base).task,))
+    if find_task(student.config).reads_labels:
+        names = class_names(student)
+        check_classes([names[index] for index in sorted(names)], teacher.model)
+    else:
+        _check_shapes(student, teacher.model)
     return teacher
+
+
+def check_taught(model: IsoPruneForImageClassification, finetune: FinetuneRecipe) -> None:
+    """Check before any work that a network without labels will have a teacher.
+
+    Args:
+        model: The dense base, or the model to train.
+        finetune: Names the teacher.
+
+    Raises:
+        RecipeError: It will have none, or a setting is for classes.
+    """
+    if finetune.epochs and not find_task(model.config).reads_labels:
+        has_teacher = finetune.teacher != "auto" or not _is_untrained(model.config)
+        check_unlabelled(finetune, has_teacher=has_teacher)
+
+
+def _check_shapes(student: IsoPruneForImageClassification, teacher: IsoPruneForImageClassification) -> None:
+    """Check that a teacher has the outputs of a student without labels.
+
+    Raises:
+        RecipeError: It has others.
+    """
+    first, second = (output_shapes(model) for model in (student, teacher))
+    if first != second:
+        raise RecipeError(
+            f"finetune.teacher: the outputs of the teacher have the shapes {second}, those of the student {first}; "
+            "choose a teacher with the same outputs, such as the dense base (auto)"
+        )
 
 
 def _is_untrained(config: IsoPruneConfig) -> bool:
@@ -88,6 +123,8 @@ def reopen_base(model: IsoPruneForImageClassification) -> BaseModel | None:
 
 def _of_equal_classes(model: IsoPruneForImageClassification, base: BaseModel) -> BaseModel | None:
     """Return the dense base, or None, with a line, if it has other classes than a model whose head was replaced."""
+    if not find_task(model.config).reads_labels:
+        return base
     names = class_names(model)
     try:
         check_classes([names[index] for index in sorted(names)], base.model)
@@ -163,13 +200,16 @@ def check_classes(label_names: Sequence[str], model: IsoPruneForImageClassificat
 def align_images(images: ImageData, model: IsoPruneForImageClassification) -> ImageData:
     """Return images with the labels of a model that chooses one of their classes, see `align_labels`.
 
-    A warning says if the model has seen images for evaluation, or may have.
+    For a task that reads no labels they stay as they are. A warning says if the model has seen images for evaluation,
+    or may have.
 
     Raises:
         DatasetError: It has other classes or another problem type.
     """
-    aligned = align_labels(images, class_names(model))
-    check_problem(model.config)
+    aligned = images
+    if find_task(model.config).reads_labels:
+        aligned = align_labels(images, class_names(model))
+        check_problem(model.config)
     if has_seen(model.config, images):
         logger.warning(
             f"data: the model was pruned or trained on images of {images.name} that it is evaluated on, with another "

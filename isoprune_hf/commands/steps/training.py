@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
+from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
@@ -18,18 +20,22 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.target import CHECKPOINTS
 from isoprune_hf.commands.steps.estimating import log_training
 from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.errors import CheckpointError, ConflictError, WriteError
+from isoprune_hf.evaluation.evaluate import Figures
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, recipe_to_dict, resume_identity
 from isoprune_hf.reporting.tables import Metrics
+from isoprune_hf.tasks.registry import find_task
+from isoprune_hf.tasks.task import Task
 from isoprune_hf.training.finetune import finetune
+from isoprune_hf.training.judging import Judging
 from isoprune_hf.training.run import RunSettings, TrainingRun
 
 logger = get_logger(__name__)
-
-_FIGURES = ("top1", "top5", "loss", "ece", "images", "broken")
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ def train_student(
     accelerator: Accelerator,
     *,
     teacher: BaseModel | None = None,
+    dense: BaseModel | None = None,
     checkpoints: Checkpoints | None = None,
     metrics: Metrics | None = None,
 ) -> Metrics:
@@ -170,6 +177,7 @@ def train_student(
         recipe: How to train.
         accelerator: The ranks.
         teacher: The model that teaches.
+        dense: The dense base, by which tasks without labels are measured; by default the teacher.
         checkpoints: Place of the checkpoints; without it none are written.
         metrics: Known figures; those of the pruned model are kept.
 
@@ -194,6 +202,9 @@ def train_student(
             checkpoints.save(name, student._replace(model=model), entry["epoch"])
         accelerator.wait_for_everyone()
 
+    task, reference = find_task(student.model.config), dense or teacher
+    if reference is not None and not task.reads_labels:
+        reference.model.to(accelerator.device)
     history = finetune(
         student.model,
         images,
@@ -206,10 +217,31 @@ def train_student(
         num_workers=data.num_workers,
         save=None if checkpoints is None else save,
         run=run,
+        judging=Judging(partial(_evaluate, task, reference), task.figures[0]),
     )["history"]
     if images.evaluation is None:
         return {}
     first, last = (
-        images.with_provenance({key: history[at][key] for key in _FIGURES if key in history[at]}) for at in (0, -1)
+        images.with_provenance(
+            {key: history[at][key] for key in (*task.figures, "images", "broken") if key in history[at]}
+        )
+        for at in (0, -1)
     )
     return {"base": last} if is_dense else {"pruned": (metrics or {}).get("pruned", first), "finetuned": last}
+
+
+def _evaluate(
+    task: Task,
+    dense: BaseModel | None,
+    model: nn.Module,
+    split: Rows,
+    processor: BaseImageProcessor,
+    options: LoaderOptions,
+    *,
+    accelerator: Accelerator | None,
+) -> Figures:
+    """Return the figures of a task, see `Task.evaluate`."""
+    if not isinstance(model, IsoPruneForImageClassification):
+        raise TypeError(f"an evaluation needs an isoprune model, got {type(model).__name__}")
+    reference = None if dense is None else dense.model
+    return task.evaluate(model, reference, split, processor, options, accelerator=accelerator)
