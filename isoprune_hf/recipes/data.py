@@ -10,6 +10,7 @@ from isoprune_hf.recipes.values import (
     SHARE_BELOW_ONE,
     Interpolation,
     Range,
+    check_choices,
     check_numbers,
     whole,
 )
@@ -98,6 +99,7 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if self.dataset is not None:  # `hf:` marks a name of the Hub for readers
             object.__setattr__(self, "dataset", self.dataset.removeprefix("hf:"))
+        check_choices("data", self)
         check_numbers("data", self, RANGES)
 
     @property

@@ -14,6 +14,7 @@ from isoprune_hf.recipes.values import (
     SHARE_BELOW_ONE,
     Range,
     above_zero,
+    check_choices,
     check_numbers,
     whole,
 )
@@ -194,6 +195,7 @@ class FinetuneRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self.section, self)
         check_numbers(self.section, self, RANGES)
         if self.optimizer not in _TORCH_OPTIMIZERS and self.optimizer not in list_optimizers():
             raise RecipeError(

@@ -16,6 +16,7 @@ from isoprune_hf.recipes.values import (
     Interpolation,
     Range,
     RuntimeName,
+    check_choices,
     check_numbers,
     whole,
 )
@@ -152,6 +153,7 @@ class PruneRecipe:
 
     def __post_init__(self) -> None:
         self._apply_preset()
+        check_choices("prune", self)
         check_numbers("prune", self, RANGES)
         targets = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(targets) > 1:

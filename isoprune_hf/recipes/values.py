@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from isoprune_hf.errors import RecipeError
 
@@ -82,6 +82,29 @@ def check_numbers(section: str, recipe: Any, ranges: Mapping[str, Range]) -> Non
             is_text = allowed.or_text and isinstance(value, str)
             if not is_text and value not in allowed:
                 raise RecipeError(f"{section}.{name} must be {allowed}, got {shorten(value)}")
+
+
+def check_choices(section: str, recipe: Any) -> None:
+    """Check every setting of a recipe that takes one of some words; settings that are None are not set.
+
+    Args:
+        section: Section of the recipe, for error messages.
+        recipe: The recipe.
+
+    Raises:
+        RecipeError: A word is none of those of its setting.
+    """
+    for setting in fields(recipe):
+        value, parts = getattr(recipe, setting.name), _without_none(setting.type)
+        words = [word for part in parts for word in get_args(part)]
+        takes_words = bool(parts) and all(get_origin(part) is Literal for part in parts)
+        if takes_words and value is not None and value not in words:
+            raise RecipeError(f"{section}.{setting.name} must be one of {', '.join(words)}, got {shorten(value)}")
+
+
+def _without_none(kind: Any) -> list[Any]:
+    """Return the types of a union without None, or the type itself."""
+    return [kind] if get_origin(kind) is Literal else [part for part in get_args(kind) if part is not type(None)]
 
 
 def _values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
