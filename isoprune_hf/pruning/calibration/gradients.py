@@ -4,7 +4,7 @@
 reuse: the mode of the model, the loss, the sums in float64 and their reduction over ranks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar, cast
 
@@ -16,7 +16,6 @@ from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.held import loss_of_batch
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.calibration.pass_state import undoing_passes
-from isoprune_hf.pruning.calibration.replacing import replaced_parameters
 from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.recipes.values import Precision
 
@@ -52,7 +51,7 @@ def mean_gradients(
     with scoring_mode(model, requires_grad=True):
         for pixel_values, labels in remaining({**sums, IMAGES: images}, calibration):
             loss = summed_loss(model, pixel_values.to(model.device), labels.to(model.device), calibration.precision)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients = loss_gradients(loss, list(parameters.values()))
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
                     total += gradient
@@ -60,12 +59,28 @@ def mean_gradients(
     return mean_over_ranks(sums, images, calibration.accelerator)
 
 
+def loss_gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    """Return the gradients of a loss by parameters; None for those that it does not depend on.
+
+    Raises:
+        RecipeError: The network runs layers in reentrant activation checkpointing.
+    """
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RecipeError(
+            "the network runs layers in torch.utils.checkpoint with use_reentrant=True, which gives this criterion no "
+            "gradients: turn activation checkpointing off, or set use_reentrant=False"
+        ) from error
+
+
 def summed_loss(
     model: IsoPruneForImageClassification,
     pixel_values: torch.Tensor,
     labels: torch.Tensor,
     precision: Precision,
-    replacements: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute the loss summed over the images: a scalar.
 
@@ -74,13 +89,8 @@ def summed_loss(
         pixel_values: (B, C, H, W).
         labels: (B,), or other targets of the loss of the model.
         precision: bf16 runs the forward pass under autocast.
-        replacements: Parameter of `model.model` -> tensor that is used instead of it.
     """
-    is_bf16 = precision == "bf16"
-    with (
-        replaced_parameters(model.model, replacements or {}),
-        torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=is_bf16),
-    ):
+    with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return loss_of_batch(model, pixel_values, labels)
 
 

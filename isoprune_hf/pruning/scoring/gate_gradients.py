@@ -5,6 +5,9 @@ channel: one forward and one backward pass give the derivatives of a whole micro
 without calling its layer, or if images do not lie on dim 0 of a layer's input. `_weight_gates` multiplies the weights
 themselves, image by image: right for every model, and slower by the size of the micro-batch. Which models the first
 way fits cannot be read from their modules, so both are computed for the first images and compared.
+
+Layers that run while gradients are off may be within reentrant activation checkpointing (`torch.utils.checkpoint`),
+which runs them again in a backward pass if its inputs need a gradient: then the images do.
 """
 
 import itertools
@@ -22,6 +25,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, summed_loss
 from isoprune_hf.pruning.calibration.inputs import read_tensor, replace_first_tensor
+from isoprune_hf.pruning.calibration.replacing import replaced_parameters
 from isoprune_hf.pruning.scoring.gate_points import GatePoint
 from isoprune_hf.recipes.values import Precision
 
@@ -52,13 +56,46 @@ def gate_gradients(
     batches = iter(batches)
     first = list(itertools.islice(batches, 1)) if probe is None else []
     with scoring_mode(model, requires_grad=False):
+        compared = [
+            [part[:_COMPARED_IMAGES].to(model.device).detach() for part in batch]
+            for batch in (first if probe is None else probe)
+        ]
+        is_reentrant = any(_runs_without_gradients(model, points, images) for images, _ in compared)
         is_quick = all(
-            _is_batch_way_right(model, points, *(part[:_COMPARED_IMAGES].to(model.device) for part in batch))
-            for batch in probe or first
+            _is_batch_way_right(model, points, images.requires_grad_(is_reentrant), labels)
+            for images, labels in compared
         )
         measure = _batch_gates if is_quick else _weight_gates
         for images, labels in itertools.chain(first, batches):
-            yield measure(model, points, images.to(model.device), labels.to(model.device), precision), labels
+            pixels = images.to(model.device).detach().requires_grad_(is_reentrant)
+            yield measure(model, points, pixels, labels.to(model.device), precision), labels
+
+
+def _runs_without_gradients(
+    model: IsoPruneForImageClassification, points: Sequence[GatePoint], images: torch.Tensor
+) -> bool:
+    """Return whether some layer of a point runs while gradients are off."""
+    modes: set[bool] = set()
+    handles = [
+        model.model.get_submodule(name).register_forward_pre_hook(lambda *_: modes.add(torch.is_grad_enabled()))
+        for name in {point.layer for point in points} - {""}
+    ]
+    try:
+        model(pixel_values=images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return False in modes
+
+
+def _gradients(
+    loss: torch.Tensor, gates: Sequence[torch.Tensor], images: torch.Tensor
+) -> Sequence[torch.Tensor | None]:
+    """Return the derivatives of a loss by gates; None for those that it does not depend on."""
+    if not images.requires_grad:
+        return torch.autograd.grad(loss, gates, allow_unused=True)
+    torch.autograd.backward(loss)  # reentrant checkpointing refuses `grad`
+    return [gate.grad for gate in gates]
 
 
 def _is_batch_way_right(
@@ -94,10 +131,11 @@ def _batch_gates(
     gates: dict[_GateKey, torch.Tensor] = {}
     with _gate_hooks(model, points, len(images), gates):
         loss = summed_loss(model, images, labels, precision)
-    keys = [(point.layer, point.is_output) for point in points]
-    if not gates.keys() >= set(keys):
-        raise RuntimeError("a layer is never called")
-    found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        keys = [(point.layer, point.is_output) for point in points]
+        if not gates.keys() >= set(keys):
+            raise RuntimeError("a layer is never called")
+        # Within the hooks: activation checkpointing runs the layers again.
+        found = _gradients(loss, list(gates.values()), images)
     gradients = {
         key: torch.zeros_like(gate) if gradient is None else gradient
         for (key, gate), gradient in zip(gates.items(), found, strict=True)
@@ -163,8 +201,9 @@ def _weight_gates(
                 if name is not None:
                     weight = replaced.get(name, parameters[name].detach())
                     replaced[name] = weight * _factors_along(gate, point.member.index, weight, dim)
-        loss = summed_loss(model, image, label, precision, replaced)
-        gradients = torch.autograd.grad(loss, gates, allow_unused=True)
+        with replaced_parameters(model.model, replaced):
+            loss = summed_loss(model, image, label, precision)
+            gradients = _gradients(loss, gates, image)
         rows.append([torch.zeros_like(gate) if g is None else g for gate, g in zip(gates, gradients, strict=True)])
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 

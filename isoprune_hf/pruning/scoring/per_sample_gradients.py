@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.gradients import summed_loss
+from isoprune_hf.pruning.calibration.gradients import loss_gradients, summed_loss
 from isoprune_hf.pruning.calibration.inputs import first_tensor
+from isoprune_hf.pruning.calibration.replacing import replaced_parameters
 from isoprune_hf.pruning.scoring.layer_squares import Squares, module_squares, pieces
 from isoprune_hf.recipes.values import Precision
 
@@ -52,8 +53,11 @@ def streamed_squares(
         name: model.model.get_parameter(name).detach().repeat_interleave(batch, 0).requires_grad_()
         for name in expanded
     }
-    with _LayerHooks(model.model, layers, batch, is_probe=is_probe) as hooks:
-        loss = summed_loss(model, images, labels, precision, copies)
+    with (
+        _LayerHooks(model.model, layers, batch, is_probe=is_probe) as hooks,
+        replaced_parameters(model.model, copies),
+    ):
+        loss = summed_loss(model, images, labels, precision)
         if loss.requires_grad:
             torch.autograd.backward(loss)
     tokens = {name: copy.grad.square().sum(0, keepdim=True) for name, copy in copies.items() if copy.grad is not None}
@@ -75,7 +79,8 @@ def vmapped_squares(
     parameters = {name: model.model.get_parameter(name).detach() for name in names}
 
     def loss(values: Squares, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return summed_loss(model, image[None], label[None], precision, values)
+        with replaced_parameters(model.model, values):
+            return summed_loss(model, image[None], label[None], precision)
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     squares = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
@@ -99,8 +104,9 @@ def looped_squares(
     leaves = {name: model.model.get_parameter(name).detach().requires_grad_() for name in names}
     squares = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
     for image, label in zip(torch.split(images, 1), torch.split(labels, 1), strict=True):
-        loss = summed_loss(model, image, label, precision, leaves)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        with replaced_parameters(model.model, leaves):
+            loss = summed_loss(model, image, label, precision)
+            gradients = loss_gradients(loss, list(leaves.values()))
         for square, gradient in zip(squares.values(), gradients, strict=True):
             if gradient is not None:
                 square += gradient.square()
