@@ -10,6 +10,7 @@ A score is the increase of the corrected loss by one more channel. The loss is r
 that scores ascend in the order of removal.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,15 +24,21 @@ from isoprune_hf.pruning.scoring import trial_cuts
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
 from isoprune_hf.pruning.scoring.criteria.gate_fisher import gate_fisher_joint, score_losses
 from isoprune_hf.pruning.scoring.gate_points import find_gate_points
+from isoprune_hf.pruning.scoring.reduction import score_elements
 from isoprune_hf.pruning.scoring.trial_cuts import TrialCut
 
+logger = logging.getLogger(__name__)
 FRACTIONS = (0.25, 0.5, 0.75)  # of the channels of a group that its trial cuts remove
 _MAX_RATIO = 1e3  # of a measured loss to an estimated one, and its inverse the smallest
+_NAMED = 3  # groups in a message
 _STEP = 2e-7  # relative; keeps the order of removal where the hull is straight, in float32
 
 
 class TrialLoss:
     """The losses of `gate_fisher_joint`, corrected by those of trial cuts.
+
+    Groups without gradients, as behind `torch.no_grad` or a saturated softmax, have other losses before the trials,
+    see `losses_of_weights`.
 
     A group that is not measured is corrected like others (`spread_ratios`). A model whose outputs are no logits of
     classes, or of which no cut can be measured, keeps the losses of `gate_fisher_joint`.
@@ -48,6 +55,7 @@ class TrialLoss:
         losses = gate_fisher_joint(task.model, task.groups, several)
         if not objective_of(task.model).compares_classes:
             return score_losses(task, losses)
+        losses |= losses_of_weights(task, losses)
         groups = [group for group in task.groups if group.name in losses and losses[group.name].isfinite().all()]
         known = {group.name: losses[group.name].numpy() for group in groups}
         candidates = {group.name: _trial_cuts(group, known[group.name]) for group in _by_class(groups)}
@@ -61,6 +69,27 @@ class TrialLoss:
             scores = correct_losses(known[group.name], own, max(group.num_heads, 1))
             losses[group.name] = torch.from_numpy(scores)
         return score_losses(task, losses)
+
+
+def losses_of_weights(task: ScoringTask, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return losses for groups in which all are zero: the channels differ by the sums of their absolute weights.
+
+    The loss of all channels together is that of the mean of the other groups, and 1 nat without others: trial cuts
+    correct it.
+
+    Args:
+        task: Its weights are read.
+        losses: Group -> loss of each channel.
+    """
+    silent = [group for group in task.groups if group.name in losses and not losses[group.name].any()]
+    if not silent:
+        return {}
+    names = ", ".join(group.name for group in silent[:_NAMED])
+    logger.warning("no gradient of the loss reaches %d groups (%s): ranked by weights", len(silent), names)
+    found = score_elements(replace(task, groups=silent, blocks=()), task.weights, "sum").groups
+    totals = [float(loss.sum()) for loss in losses.values() if loss.any() and loss.isfinite().all()]
+    mean = sum(totals) / len(totals) if totals else 1.0
+    return {name: mean * magnitudes / magnitudes.sum() for name, magnitudes in found.items() if magnitudes.any()}
 
 
 def ratios_of(losses: np.ndarray, measured: Sequence[tuple[np.ndarray, float]]) -> np.ndarray | None:
