@@ -16,7 +16,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
-from isoprune_hf.models.calling import CallForm, adapt
+from isoprune_hf.models.calling import CallForm, adapt, input_dtype
 from isoprune_hf.models.from_module import Recognised, gives_features, recognise
 from isoprune_hf.models.held import HeldModel
 from isoprune_hf.models.nested import separate
@@ -38,10 +38,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
         model = getattr(model, _WRAPPERS[type(model).__name__])
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__}: a module of TorchScript cannot be cut; pass the module that it was made from"
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedArchitectureError(
+                f"{name or type(model).__name__}: a module of TorchScript cannot be cut; use the module that it was "
+                "made from"
+            )
     if next(model.parameters(), None) is None:
         raise UnsupportedArchitectureError(f"{type(model).__name__} has no parameter, so there is nothing to prune")
     return model
@@ -185,10 +187,10 @@ def run_module(module: nn.Module, form: CallForm, inputs: Sequence[Tensor]) -> A
     Raises:
         UnsupportedArchitectureError: It does not run.
     """
-    weight = next(module.parameters())
+    device, dtype = next(module.parameters()).device, input_dtype(module)
     try:
         with undoing_passes(module), torch.no_grad():
-            return form.call(module, [value.to(weight.device, weight.dtype) for value in inputs])
+            return form.call(module, [value.to(device, dtype) for value in inputs])
     except LIBRARY_ERRORS as error:  # of the module
         shapes = ", ".join(str(list(value.shape)) for value in inputs)
         raise UnsupportedArchitectureError(

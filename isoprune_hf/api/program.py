@@ -14,7 +14,7 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import replace_folder, write_file
 from isoprune_hf.errors import CheckpointError
-from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.calling import CallForm, input_dtype
 from isoprune_hf.models.nested import separate
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.version import __version__
@@ -99,7 +99,7 @@ def save_program(folder: str | Path, module: nn.Module, form: CallForm, plan: Pr
 
 def _draw(form: CallForm, module: nn.Module, samples: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    dtype = next(parameter.dtype for parameter in module.parameters())
+    dtype = input_dtype(module)
     return [torch.randn(samples, *shape, generator=generator).to(dtype) for shape in form.shapes]
 
 

@@ -52,7 +52,12 @@ AUTO_CLASSES = {
     "AutoModelForImageClassification": "IsoPruneForImageClassification",
 }
 # Names of safetensors for data types -> names of torch; all floating-point types may be cast to one another.
-_DTYPE_NAMES = {**dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"), "I64": "torch.int64", "BOOL": "torch.bool"}
+_DTYPE_NAMES = {
+    **dict.fromkeys(("F64", "F32", "F16", "BF16"), "floats"),
+    "C64": "torch.complex64",
+    "I64": "torch.int64",
+    "BOOL": "torch.bool",
+}
 
 
 class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers

@@ -1,4 +1,4 @@
-"""Call a module with one tensor that holds all of its inputs: `CallForm`, `adapt` and `restore`."""
+"""Call a module with one tensor that holds all of its inputs: `CallForm`, `adapt` and `restore`; `input_dtype`."""
 
 import math
 from collections.abc import Sequence
@@ -50,6 +50,12 @@ class CallForm:
         pairs = [*zip(self.names, inputs, strict=True)]
         named = {name: value for name, value in pairs if name is not None}
         return function(*(value for name, value in pairs if name is None), **named)
+
+
+def input_dtype(module: nn.Module) -> torch.dtype:
+    """Return the type of the inputs of a module: that of its first parameter of real numbers, or of its first one."""
+    parameters = list(module.parameters())
+    return next((weight.dtype for weight in parameters if weight.is_floating_point()), parameters[0].dtype)
 
 
 def adapt(module: nn.Module, form: CallForm) -> None:

@@ -160,10 +160,10 @@ def _layer_work(model: IsoPruneForImageClassification) -> tuple[float, int, int]
     """
     work, largest, saved = 0.0, 0, {}
 
-    def on_call(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    def on_call(module: nn.Linear | nn.Conv2d, args: Any, output: torch.Tensor) -> None:
         nonlocal work, largest
-        features = module.get_parameter("weight")[0].numel()
-        width = len(module.get_parameter("weight")) // (module.groups if isinstance(module, nn.Conv2d) else 1)
+        features = module.weight[0].numel()
+        width = len(module.weight) // (module.groups if isinstance(module, nn.Conv2d) else 1)
         work += output.numel() * features * (features + width) / width
         largest = max(largest, output.nbytes)
 

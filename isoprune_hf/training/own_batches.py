@@ -13,7 +13,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.calling import CallForm, input_dtype
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import Objective, as_classes
 from isoprune_hf.recipes import FinetuneRecipe
@@ -172,7 +172,7 @@ class _Update:
         self._loss = loss
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self._statistics = AveragedStatistics(module, accelerator)
-        self._dtype = next(parameter.dtype for parameter in module.parameters())
+        self._dtype = input_dtype(module)
 
     def __call__(self, batch: OwnBatch, *, lr: float) -> tuple[float, str | None]:
         """Make the step; return the mean loss, and why the step was skipped."""

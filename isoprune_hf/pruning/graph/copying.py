@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from isoprune_hf.models.calling import input_dtype
 from isoprune_hf.pruning.graph.layers import NORMS
 from isoprune_hf.pruning.graph.torch_private import own_buffers, own_modules, own_parameters
 
@@ -94,8 +95,7 @@ def _check_width(norm: nn.Module, stand_in: Callable[[Tensor], Tensor], hidden: 
 
 def blank_image(network: nn.Module, image_size: Sequence[int]) -> Tensor:
     """Create an image of zeros on the device and in the dtype of a network: (1, C, H, W)."""
-    weight = next(network.parameters())
-    return torch.zeros(1, *image_size, device=weight.device, dtype=weight.dtype)
+    return torch.zeros(1, *image_size, device=next(network.parameters()).device, dtype=input_dtype(network))
 
 
 def copy_modules(

@@ -35,10 +35,12 @@ class Prediction(NamedTuple):
     bias: torch.Tensor
 
     def replace(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return a copy of an input of a layer, with channels on a dim, in which the removed ones are predicted."""
-        rows = x.movedim(dim, -1)
-        predicted = rows[..., self.kept] @ self.weights.to(x.dtype) + self.bias.to(x.dtype)
-        return rows.index_copy(rows.ndim - 1, self.removed, predicted).movedim(-1, dim)
+        """Return a copy of an input of a layer, with channels on a dim, in which the removed ones are predicted.
+
+        The copy has the layout of the input, so the layer's output has the one that a `view` after it may need.
+        """
+        predicted = x.movedim(dim, -1)[..., self.kept] @ self.weights.to(x.dtype) + self.bias.to(x.dtype)
+        return x.index_copy(dim, self.removed, predicted.movedim(-1, dim))
 
 
 @dataclass(eq=False)

@@ -68,8 +68,8 @@ def find_course(model: IsoPruneForImageClassification, points: Sequence[GatePoin
     work: dict[str, int] = {}
     calls: dict[str, int] = {}
 
-    def on_call(name: str, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        work[name] = work.get(name, 0) + output.numel() * layer.get_parameter("weight")[0].numel()
+    def on_call(name: str, layer: nn.Linear | ConvNd, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        work[name] = work.get(name, 0) + output.numel() * layer.weight[0].numel()
         calls[name] = calls.get(name, 0) + 1
 
     layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, nn.Linear | ConvNd)}
