@@ -37,6 +37,7 @@ def run(
     from isoprune_hf.commands.steps.opening import evaluate_on, evaluation_split, open_data, with_data_transform
     from isoprune_hf.commands.steps.sources import align_images, reopen_base
     from isoprune_hf.commands.steps.timing import move
+    from isoprune_hf.data.labels import require_labels
     from isoprune_hf.data.loading import LoaderOptions
     from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
     from isoprune_hf.evaluation.metrics import is_per_class_table
@@ -57,6 +58,8 @@ def run(
     data = settle_holdout(data, model, otherwise=0.0)
     images = open_data(data, accelerator).evaluating_all(data.eval_images)
     evaluation_split(images, data)  # before the model is loaded
+    if num_labels is not None:
+        require_labels(images)
     names = images.label_names
     head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
     found = load_base(model, pretrained, model_args=model_args, weights=weights, tasks=TASK_FORMS, **head)

@@ -45,6 +45,13 @@ def find_column(split: Split, setting: Column, recipe: DataRecipe, place: str) -
     )
 
 
+def has_label_column(split: Split, recipe: DataRecipe) -> bool:
+    """Return whether a split has a column that can be meant by `label_column`."""
+    features: Mapping[str, Any] = split.features
+    named = any(name in features and _fits("label_column", features[name]) for name in _USUAL["label_column"])
+    return recipe.label_column in features or named or bool(_of_type(features, "label_column"))
+
+
 def is_file(feature: Any) -> bool:
     """Return whether a column has encoded files that are not declared as images."""
     return feature == Value("binary") or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})

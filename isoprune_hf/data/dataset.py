@@ -20,6 +20,7 @@ from isoprune_hf.data.fingerprint import fingerprint_images
 from isoprune_hf.data.holdout import HOLDOUT_SEED, divide
 from isoprune_hf.data.sources import open_splits
 from isoprune_hf.data.splits import UNDIVIDED
+from isoprune_hf.data.unlabelled import with_label_column
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.limits import MAX_IMAGE_BYTES
 from isoprune_hf.plain_files import read_bytes
@@ -181,7 +182,8 @@ def labelled_rows(rows: Dataset) -> ImageData:
         DatasetError: The rows have no such columns.
     """
     recipe = DataRecipe(dataset="rows")
-    splits, label_names = _name_classes({"train": [_select(rows, "train", recipe)]}, recipe)
+    (part,) = with_label_column({"train": [rows]}, recipe)["train"]
+    splits, label_names = _name_classes({"train": [_select(part, "train", recipe)]}, recipe)
     digest = hashlib.sha256("\n".join(label_names).encode() + read_labels(splits["train"]).tobytes())
     return ImageData(splits["train"], None, label_names, "rows", digest.hexdigest()[:16])
 

@@ -37,6 +37,12 @@ def holds_images(folder: Path, *, depth: int | None = None) -> bool:
     return next((True for path in files if path.is_file() and _is_image(path)), False)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Return the images that lie directly in a folder, sorted with numbers by their values."""
+    found = [path for path in folder.iterdir() if path.is_file() and _is_image(path)]
+    return sorted(found, key=lambda path: natural_key(path.name))
+
+
 def read_class_folders(root: Path, order: Sequence[str] = ()) -> Dataset:
     """Return the images of class folders, with the columns `image` and `label`.
 

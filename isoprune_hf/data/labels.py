@@ -15,6 +15,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.class_names import renumber_split, shorten
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.unlabelled import UNLABELLED
 from isoprune_hf.errors import DatasetError
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
@@ -36,6 +37,19 @@ def check_problem(config: PreTrainedConfig) -> None:
             f"data: each image has one class, and config.problem_type of the model is {kind}; pass batches with their "
             "targets to isoprune_hf.prune and finetune, or set `--prune.num_labels data` (in finetune and evaluate: "
             "`--num_labels data`) for a new head"
+        )
+
+
+def require_labels(images: ImageData) -> None:
+    """Check that images have labels, as a classifier needs.
+
+    Raises:
+        DatasetError: They have none.
+    """
+    if images.label_names == (UNLABELLED,):
+        raise DatasetError(
+            f"data: the images of {images.name} have no labels, which an image classifier needs: put them into "
+            "folders of classes, or name the column of the classes with --data.label_column"
         )
 
 
@@ -76,6 +90,7 @@ def align_labels(images: ImageData, id2label: dict[int, str]) -> ImageData:
     Raises:
         DatasetError: Nothing proves which class of the model a class of the data is.
     """
+    require_labels(images)
     names = images.label_names
     places = match_labels(names, id2label, is_sorted=images.is_order_ambiguous)
     model_names = tuple(id2label[index] for index in range(len(id2label)))

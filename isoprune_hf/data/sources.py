@@ -19,6 +19,7 @@ from isoprune_hf.data.files import KINDS, load_files, name_by_list, sort_by_spli
 from isoprune_hf.data.image_folders import class_folders, holds_images, read_class_folders
 from isoprune_hf.data.splits import UNDIVIDED, ChosenSplits, choose_splits, is_split_name
 from isoprune_hf.data.tables import read_table
+from isoprune_hf.data.unlabelled import read_flat_folder, with_label_column
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
 from isoprune_hf.recipes import DataRecipe
@@ -86,7 +87,7 @@ def _load_chosen(recipe: DataRecipe) -> Opened:
             splits[name] = [
                 with_known_features(part) if isinstance(part, IterableDataset) else part for part in loaded
             ]
-    return Opened(splits, chosen, available.is_sorted)
+    return Opened(with_label_column(splits, recipe), chosen, available.is_sorted)
 
 
 def _find(recipe: DataRecipe, *, streaming: bool, only: str | None = None) -> _Available:
@@ -150,16 +151,23 @@ def _find_in_folder(folder: Path, recipe: DataRecipe, *, streaming: bool) -> _Av
 
 
 def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streaming: bool) -> _Available:
-    """Find folders of classes, below folders of splits or directly in the folder, or else CSV files."""
+    """Find folders of classes, below folders of splits or directly in the folder, or else CSV files.
+
+    Otherwise images without labels, in folders of splits or directly in the folder.
+    """
     children = class_folders(folder)
     divided = {path.name: path for path in children if any(map(holds_images, class_folders(path)))}
+    flat = {path.name: path for path in children if holds_images(path, depth=1)}
+    if not divided and flat and all(is_split_name(name, recipe) for name in flat):
+        return _in_memory({name: read_flat_folder(path) for name, path in flat.items()}, streaming=streaming)
     if not any(is_split_name(name, recipe) for name in divided):
-        direct = [path for path in children if holds_images(path, depth=1)]
-        divided = {UNDIVIDED: folder} if direct else divided
+        divided = {UNDIVIDED: folder} if flat else divided
     if divided:
         loaders = {name: partial(_load_images, path, names, streaming=streaming) for name, path in divided.items()}
         return _Available(loaders, is_sorted=not names)
     tables = sort_by_split(folder, "csv", recipe)
+    if not tables and holds_images(folder, depth=1):
+        return _in_memory({UNDIVIDED: read_flat_folder(folder)}, streaming=streaming)
     if not tables:
         raise DatasetError(
             f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_PLACES}"

@@ -184,7 +184,7 @@ def _check_no_op(model: IsoPruneForImageClassification) -> Finding:
     )
     same = torch.equal(_logits(apply_plan(model, everything, groups)), _logits(model))
     text = f"a plan that keeps all of {len(groups)} groups "
-    return Finding("no-op", "ok" if same else "FAIL", text + ("changes no logit" if same else "changes the logits"))
+    return Finding("no-op", "ok" if same else "FAIL", text + ("changes no output" if same else "changes the outputs"))
 
 
 def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImageProcessor) -> Finding:
@@ -200,10 +200,10 @@ def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImag
             again = hold_features(opened.config, opened.model)
         different = _first_difference(again.model.state_dict(), model.model.state_dict())
         if different is None and not torch.equal(_logits(again), _logits(model)):
-            different = "the logits"
+            different = "an output"
     if different:
         return Finding("save-load", "FAIL", f"{different} came back different")
-    return Finding("save-load", "ok", f"tensors and the logits of {_NUM_IMAGES} images come back bit for bit")
+    return Finding("save-load", "ok", f"tensors and the outputs for {_NUM_IMAGES} images come back bit for bit")
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:

@@ -74,7 +74,7 @@ def _fixed_dims(
 def _known_reason(dense: IsoPruneForImageClassification, name: str, owner: nn.Module, dim: int) -> str | None:
     """Return the reason why a dim is fixed, if its name or layer tells."""
     if dim == 0 and getattr(owner, "out_features", getattr(owner, "out_channels", 0)) == dense.config.num_labels:
-        return "outputs of the classifier"
+        return "outputs of the network"
     if isinstance(owner, ConvNd) and dim == 1:
         if owner.in_channels == image_size_of(dense)[0]:
             return "colours of the image"

@@ -11,7 +11,13 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.reporting.places import plain_hub_id, show_place
 
-_METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("accuracy", "top-5 accuracy"), "loss": ("loss", "loss")}
+_METRICS = {
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("accuracy", "top-5 accuracy"),
+    "loss": ("loss", "loss"),
+    "cosine": ("cosine_similarity", "cosine similarity with the features of the base"),
+    "knn": ("accuracy", "accuracy of the 20 nearest other images (k-NN)"),
+}
 _MACS = ("macs", "MACs of one image (torch.utils.flop_counter)")
 # Photographs that the Hub shows beside image classifiers; each has one class of ImageNet.
 _SAMPLES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main"

@@ -168,7 +168,7 @@ def _describe_results(files: _Files) -> dict[str, Any]:
     return {
         "saved": _compare(cost),
         "sample": describe_sample(shown.values()),
-        "is_measured": any("top1" in figures for figures in shown.values()),
+        "is_measured": any(shown.values()),
         "split": plain_markdown(last.get("split")),
         "is_held_out": "holdout_seed" in last,
         "left_out": [name for name in _STAGES if metrics.get(name) and name not in shown],

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.labels import check_problem
+from isoprune_hf.data.labels import check_problem, require_labels
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.models.held import reads_labels
 from isoprune_hf.recipes import FinetuneRecipe
@@ -20,10 +20,10 @@ from isoprune_hf.training.callbacks import (
     SnapshotCallback,
 )
 from isoprune_hf.training.judging import CLASSES, Judging
+from isoprune_hf.training.label_free import check_unlabelled
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.teacher import TeacherModel
 from isoprune_hf.training.trainer import Trainer
-from isoprune_hf.training.unlabelled import check_unlabelled
 
 
 def finetune(
@@ -83,8 +83,10 @@ def finetune(
     """
     if not reads_labels(model):
         check_unlabelled(recipe, has_teacher=teacher is not None)
-    elif isinstance(model, PreTrainedModel):
-        check_problem(model.config)
+    else:
+        require_labels(data)
+        if isinstance(model, PreTrainedModel):
+            check_problem(model.config)
     callbacks: list[Callback] = []
     if run is not None:
         callbacks += [LogCallback(run), SignalCallback(run.interruption), SnapshotCallback(run)]

@@ -32,7 +32,7 @@ def test_sound_folder_passes_and_stays_untouched(folders: Path) -> None:
     printed = succeed("doctor", folders / "small")
     assert verdicts(printed) == SOUND
     assert printed.endswith(f"{folders}/small: no checks failed\n")
-    assert re.search(r"^ {17}fixed: outputs of the classifier: head.weight, head.bias$", printed, re.MULTILINE)
+    assert re.search(r"^ {17}fixed: outputs of the network: head.weight, head.bias$", printed, re.MULTILINE)
     assert contents(folders) == before and leftovers(folders) == []
 
 

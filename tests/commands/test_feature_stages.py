@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_finetuning_measures_features_between_epochs(place: Path, tmp_path: Path
     assert metrics["pruned"] == json.loads((place / "pruned" / "metrics.json").read_text())["pruned"]
     succeed("evaluate", out, "--data", images)  # the same figures by another road
     assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+def test_images_need_no_classes(place: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        for file in (place / "images" / split).rglob("*.png"):
+            shutil.copy(file, tmp_path / "flat" / split / f"{file.parent.name}-{file.name}")
+    words = [*CUT, "--data", tmp_path / "flat", "--output", tmp_path / "out"]
+    assert "k-NN" not in succeed("prune", place / "encoder", *words)
+    known, found = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (place / "pruned", tmp_path / "out")
+    )
+    assert found["pruned"]["cosine"] == pytest.approx(known["pruned"]["cosine"], rel=1e-6)
+    assert "knn" not in found["pruned"]
 
 
 @pytest.mark.families

@@ -39,7 +39,7 @@ def reference_groups(model: IsoPruneForImageClassification) -> list[PlainGroup]:
 
 
 def read_group(graph, group, names, order, stubs) -> PlainGroup | None:
-    """Convert a group of torch-pruning; None for the outputs of the classifier, which no layer reads."""
+    """Convert a group of torch-pruning; None for the outputs of the network, which no layer reads."""
     channels, ways, entries, is_read = len(group[0].idxs), 1, [], False
     for number in range(len(group)):
         item = group[number]

@@ -102,7 +102,7 @@ def move_a_weight(folder: Path) -> None:
 
 
 FOLDER_FAULTS = {
-    change_the_activation: "the logits came back different",
+    change_the_activation: "an output came back different",
     move_a_weight: "head.bias came back different",
 }
 
@@ -167,7 +167,7 @@ def test_surgery_that_changes_kept_values_is_found(vit: Pruned, monkeypatch: pyt
 
     monkeypatch.setattr(doctor, "apply_plan", cut_wrongly)
     finding = examine(vit)["no-op"]
-    assert finding.verdict == "FAIL" and "changes the logits" in finding.text
+    assert finding.verdict == "FAIL" and "changes the outputs" in finding.text
 
 
 def test_model_that_reloads_differently_is_found(vit: Pruned) -> None:
@@ -209,11 +209,11 @@ def test_the_reach_counts_the_layers_of_the_groups(vit: Pruned, monkeypatch: pyt
 def test_what_stays_fixed_is_named_with_its_reason(family: str, pruned: Callable[[str], Pruned]) -> None:
     fixed = {
         "vit": {"positions of tokens: pos_embed", "colours of the image: patch_embed.proj.weight"}
-        | {"outputs of the classifier: head.weight, head.bias"},
+        | {"outputs of the network: head.weight, head.bias"},
         "swin": {"colours of the image: patch_embed.proj.weight"}
         | {"relative positions in a window: layers.*.blocks.*.attn.relative_position_bias_table (4)"}
-        | {"outputs of the classifier: head.fc.weight, head.fc.bias"},
-        "resnet": {"colours of the image: conv*.weight", "outputs of the classifier: fc.weight, fc.bias"},
+        | {"outputs of the network: head.fc.weight, head.fc.bias"},
+        "resnet": {"colours of the image: conv*.weight", "outputs of the network: fc.weight, fc.bias"},
     }[family]
     lines = examine(pruned(family))["reach"].text.splitlines()
     assert {line.removeprefix("fixed: ") for line in lines[1:]} == fixed

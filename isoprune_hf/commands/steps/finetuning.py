@@ -23,6 +23,7 @@ from isoprune_hf.commands.steps.sources import (
 )
 from isoprune_hf.commands.steps.training import Checkpoints, open_run, train_student, writing_result
 from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.data.labels import require_labels
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.base import require_finite_base
@@ -112,6 +113,7 @@ def _open_student(
     """Open the model to train, the parts of its folder that the result keeps, and the images with its labels."""
     carried = read_records(source.name)
     if source.takes_new_head:
+        require_labels(images)
         found = open_with_new_head(source.name, images.label_names, finetune.seed)
     else:
         found = load_base(source.name, tasks=TASK_FORMS)

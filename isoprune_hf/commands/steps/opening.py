@@ -23,6 +23,7 @@ from isoprune_hf.commands.steps.sources import align_images, class_names
 from isoprune_hf.commands.steps.timing import move
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.decoding import PILLOW_CHANNELS, Rows
+from isoprune_hf.data.labels import require_labels
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions, Ranks, calibration_ids
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import DatasetError, RecipeError
@@ -226,6 +227,8 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple
             tasks=TASK_FORMS,
         )
         return base, None
+    if prune.num_labels is not None:
+        require_labels(images)
     names = images.label_names
     num_labels = len(names) if prune.num_labels == "data" else prune.num_labels
     base = load_base(

@@ -20,7 +20,7 @@ from isoprune_hf.models.held import output_shapes
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.tasks.registry import find_task
-from isoprune_hf.training.unlabelled import check_unlabelled
+from isoprune_hf.training.label_free import check_unlabelled
 
 logger = get_logger(__name__)
 

@@ -46,7 +46,7 @@ def trace_groups(
             of autograd, and supports fewer architectures.
 
     Returns:
-        Groups in the order of execution. The outputs of the classifier are never among them.
+        Groups in the order of execution. The outputs of the network are never among them.
 
     Raises:
         UnsupportedArchitectureError: The model does not run, or the engine does not support a part of it.

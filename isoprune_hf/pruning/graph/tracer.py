@@ -227,7 +227,7 @@ def trace_network(network: nn.Module, image: Tensor) -> Trace:
     output = run_traced(network, trace, image)
     for tensor in _outputs_in(output):
         for axis in trace.axes(tensor):
-            freeze(axis, "outputs of the classifier")
+            freeze(axis, "outputs of the network")
     return trace
 
 

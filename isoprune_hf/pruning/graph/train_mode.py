@@ -140,7 +140,7 @@ def _trace_parts(network: nn.Module, trace: Trace, images: Tensor) -> str:
         with _kept_record(trace, comparisons=True), _hooked(_unread_parts(network, trace), note_inputs):
             output = run_traced(network, trace, images)
             trace.freeze_inputs(
-                (value for value in tree_leaves(output) if isinstance(value, Tensor)), "outputs of the classifier"
+                (value for value in tree_leaves(output) if isinstance(value, Tensor)), "outputs of the network"
             )
     except FORWARD_ERRORS as error:
         del trace.modules[1:]

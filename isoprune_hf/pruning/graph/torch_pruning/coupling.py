@@ -78,7 +78,7 @@ class _Entry:
 
 
 def couple(found: Coupling, order: Mapping[str, int], stubs: _Stubs) -> CoupledGroup | None:
-    """Build the coupled group of a coupling; None for the outputs of the classifier, which no layer reads.
+    """Build the coupled group of a coupling; None for the outputs of the network, which no layer reads.
 
     Args:
         found: The coupling.
