@@ -27,7 +27,7 @@ from isoprune_hf.models.feature_loss import FEATURES
 from isoprune_hf.models.from_module import gives_features
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
 from isoprune_hf.models.nested import separate
-from isoprune_hf.models.objective import LOSSES
+from isoprune_hf.models.objective import LOSSES, chooses_class
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe
 from isoprune_hf.training import finetune as training
 from isoprune_hf.training.own_batches import OwnBatch, OwnLoss, check_own_recipe, train_on_batches
@@ -165,8 +165,8 @@ def _finetune_batches(
         output = run_module(share(module).eval(), form, first.inputs)
         chosen = _choose(model, module, first, form, loss, output)
         objective = chosen.objective
-        classes = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else None
-        check_own_recipe(recipe, compares_classes=objective.compares_classes)
+        classes = objective.logits(separate(output)[0]).shape[1] if chooses_class(objective) else None
+        check_own_recipe(recipe, has_classes=chooses_class(objective))
         if teacher is None and _targets(chosen, first) is None:
             raise RecipeError("finetune: there are neither targets nor a teacher, so nothing can be learned")
         batches = _Batches(loader, keys, chosen, form, classes)

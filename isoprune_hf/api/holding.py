@@ -152,7 +152,7 @@ def hold(
     objective = chosen.objective
     if form.names != (None,) or not _is_traced(output):
         adapt(copied, form)
-    labels = objective.logits(separate(output)[0]).shape[1] if objective.compares_classes else 1
+    labels = objective.logits(separate(output)[0]).shape[1] if objective.divergence is not None else 1
     config = IsoPruneConfig(**label_fields(default_labels(labels))) if known is None else known.config
     config.image_size = size
     config.source = config.source or {}  # where the weights come from may be unknown

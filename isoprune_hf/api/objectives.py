@@ -13,6 +13,7 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.caller_loss import BatchForm, CallerLoss
 from isoprune_hf.models.calling import CallForm
+from isoprune_hf.models.divergence import DIVERGENCES
 from isoprune_hf.models.feature_loss import FEATURES, draw_signs
 from isoprune_hf.models.held import LOSS_NAMES
 from isoprune_hf.models.nested import separate
@@ -116,7 +117,7 @@ def unlabelled_objective(output: Any, batch: CallerBatch, *, has_classes: bool) 
     numbers = _compared(output, batch)
     found = separate(output)[0][numbers[0]]
     if has_classes and len(numbers) == 1 and found.ndim == 2 and found.shape[1] > 1:
-        return Chosen(TargetLoss("cross_entropy", numbers[0], compares_classes=True), None)
+        return Chosen(TargetLoss("cross_entropy", numbers[0], has_logits=True), None)
     objective = OutputNorm(partial(side_by_side, numbers=numbers))
     return Chosen(objective, lambda batch: torch.zeros(len(batch.inputs[0])))
 
@@ -125,7 +126,7 @@ def _by_name(output: Any, batches: Sequence[CallerBatch], name: str) -> Chosen:
     number, found = _scored(output, len(batches[0].inputs[0]))
     if name == "cross_entropy" and found.ndim > 1 and found.shape[1] == 1:
         raise RecipeError("loss cross_entropy of a single output is always 0; use binary_cross_entropy for one class")
-    objective = TargetLoss(name, number, compares_classes=name == "cross_entropy" and found.ndim == 2)
+    objective = TargetLoss(name, number, has_logits=name in DIVERGENCES and found.ndim == 2)
     return Chosen(objective, _given_targets)
 
 
@@ -134,10 +135,10 @@ def _by_targets(output: Any, batches: Sequence[CallerBatch]) -> Chosen:
     has_classes = found.ndim == 2 and found.shape[1] > 1
     targets = [_given_targets(batch) for batch in batches]
     if _are_classes(targets, found) or (has_classes and _are_shares(targets, found)):
-        return Chosen(TargetLoss("cross_entropy", number, compares_classes=found.ndim == 2), _given_targets)
+        return Chosen(TargetLoss("cross_entropy", number, has_logits=found.ndim == 2), _given_targets)
     if targets[0].numel() == found.numel() and targets[0].ndim in (found.ndim, 1):
         if all(bool(((part == 0) | (part == 1)).all()) for part in targets):
-            return Chosen(TargetLoss("binary_cross_entropy", number), _given_targets)
+            return Chosen(TargetLoss("binary_cross_entropy", number, has_logits=found.ndim == 2), _given_targets)
         if targets[0].is_floating_point():
             return Chosen(TargetLoss("squared_error", number), _given_targets)
     low, high = min(float(part.min()) for part in targets), max(float(part.max()) for part in targets)

@@ -20,13 +20,14 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.structure import as_saved
 from isoprune_hf.checkpoint.task_forms import TASK_FORMS, task_of
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.images import holds_images, image_batches
-from isoprune_hf.data.labels import check_problem, classes_of
+from isoprune_hf.data.images import holds_images, image_batches, open_images
+from isoprune_hf.data.labels import adopt_problem, check_problem, classes_of
 from isoprune_hf.data.loading import CalibrationBatches
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.models.calling import restore
-from isoprune_hf.models.from_module import Recognised, processor_of, recognise_wrapper
+from isoprune_hf.models.from_module import Recognised, gives_features, processor_of, recognise_wrapper
+from isoprune_hf.models.held import LABELS
 from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.plan import record_transform
 from isoprune_hf.pruning.prune import prune_model
@@ -100,10 +101,15 @@ def prune(
     recipe = recipe.settled(has_images=not is_example)
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
+    images = open_images(data) if holds_images(data) else None
+    is_multi_label = images is not None and images.is_multi_label and not gives_features(inner_of(module))
+    if is_multi_label and recipe.criterion in _LOSS_READERS:
+        loss = loss or LABELS.name
     with torch.inference_mode(False), kept_random_state():
-        found: Any = _read_images(data, config_of(module, known), maker, recipe) if holds_images(data) else data
+        found: Any = data if images is None else _read_images(images, config_of(module, known), maker, recipe)
         batches = read_batches(found, samples=samples, batch_size=recipe.batch_size, keys=inputs)
         held = hold(module, batches, loss, reads_targets=reads_targets, known=known)
+        adopt_problem(held.model.config, is_multi_label=is_multi_label)
         result = prune_model(held.model, recipe, [*map(held.read, batches)] if recipe.reads_images else None)
     pruned, config = result.model.model, result.model.config
     restore(pruned)
@@ -189,13 +195,13 @@ def _as_given(
 
 
 def _read_images(
-    data: Any, config: PreTrainedConfig | None, processor: BaseImageProcessor | None, recipe: PruneRecipe
+    images: ImageData, config: PreTrainedConfig | None, processor: BaseImageProcessor | None, recipe: PruneRecipe
 ) -> CalibrationBatches:
     """Return the batches of a data set of images.
 
     Raises:
         RecipeError: No processor is known.
-        DatasetError: The images cannot be opened, or the module does not choose one of several classes.
+        DatasetError: There is no training split, or the module does not answer as the images are labelled.
     """
     if processor is None:
         raise RecipeError(
@@ -204,9 +210,9 @@ def _read_images(
         )
     has_classes = not isinstance(config, IsoPruneConfig) or task_of(config.base).has_classes
     if config is not None and has_classes:
-        check_problem(config)
+        check_problem(config, is_multi_label=images.is_multi_label)
     return image_batches(
-        data,
+        images,
         with_transform(processor, interpolation=recipe.interpolation),
         batches=recipe.calibration_batches,
         batch_size=recipe.batch_size,

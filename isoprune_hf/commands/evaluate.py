@@ -39,7 +39,7 @@ def run(
     from isoprune_hf.commands.steps.timing import move
     from isoprune_hf.data.labels import require_labels
     from isoprune_hf.data.loading import LoaderOptions
-    from isoprune_hf.evaluation.evaluate import compute_figures, predict_split, tabulate_classes
+    from isoprune_hf.evaluation.evaluate import compute_figures, predict_split
     from isoprune_hf.evaluation.metrics import is_per_class_table
     from isoprune_hf.models import load_base
     from isoprune_hf.models.base import require_finite_base
@@ -61,7 +61,8 @@ def run(
     if num_labels is not None:
         require_labels(images)
     names = images.label_names
-    head = {"num_labels": len(names), "label_names": names} if num_labels == "data" else {"num_labels": num_labels}
+    own = {"num_labels": len(names), "label_names": names, "problem_type": images.problem_type}
+    head = own if num_labels == "data" else {"num_labels": num_labels}
     found = load_base(model, pretrained, model_args=model_args, weights=weights, tasks=TASK_FORMS, **head)
     require_finite_base(found, model)
     task = find_task(found.model.config)
@@ -86,7 +87,7 @@ def run(
             LoaderOptions(data.batch_size, data.num_workers, images.decoding),
             accelerator=accelerator,
         )
-        table = tabulate_classes(predictions, images.label_names)
+        table = predictions.table(images.label_names)
         figures = images.with_provenance(compute_figures(predictions))
     is_seen = has_seen(base.model.config, images)
     is_stored = recording.takes_figures(place, base.model, data, has_own_transform=base is found, is_seen=is_seen)

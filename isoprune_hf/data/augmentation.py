@@ -5,11 +5,11 @@
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from isoprune_hf.data.decoding import (
     grey_image,
     read_or_replace,
 )
+from isoprune_hf.data.label_columns import encoder_of
 from isoprune_hf.data.pixels import (
     EvaluationTransform,
     RandomCrop,
@@ -187,13 +188,13 @@ class Sample(NamedTuple):
     Args:
         position: Position in the split.
         pixels: Output of the transform.
-        label: Index of the class.
+        label: Index of the class; of a list of classes zeros and ones, of shape (C,).
         is_replacement: The image at this position could not be read, so pixels and label belong to the replacement.
     """
 
     position: int
     pixels: Tensor
-    label: int
+    label: int | Tensor
     is_replacement: bool
 
 
@@ -206,6 +207,7 @@ class ImageSource(Dataset[Sample]):
             the copy for all copies after the first.
         decoding: How images are read.
         keep_labels: Never replace a row by another one; see `read_or_replace`.
+        encode: Makes the target of a list of classes, see `encoder_of`; None for one class of each image.
     """
 
     def __init__(
@@ -215,15 +217,18 @@ class ImageSource(Dataset[Sample]):
         *,
         decoding: Decoding | None = None,
         keep_labels: bool = False,
+        encode: Callable[[Any], Tensor] | None = None,
     ):
         self.transform = transform
         self.seeds = seeds
         self.decoding = decoding or Decoding()
         self._keep_labels = keep_labels
+        self._encode = encode
 
     def load(self, rows: Rows, position: int, copy: int = 0) -> Sample:
         """Read and transform one row."""
         image, label, is_replacement = read_or_replace(rows, position, self.decoding, keep_label=self._keep_labels)
+        label = label if self._encode is None else self._encode(label)
         if self.seeds is None:
             return Sample(position, self.transform(image), label, is_replacement)
         with seeded_generators(*self.seeds, position, *([copy] if copy else [])):
@@ -246,7 +251,7 @@ class TransformedImages(ImageSource):
         decoding: Decoding | None = None,
         keep_labels: bool = False,
     ):
-        super().__init__(transform, seeds, decoding=decoding, keep_labels=keep_labels)
+        super().__init__(transform, seeds, decoding=decoding, keep_labels=keep_labels, encode=encoder_of(split))
         self.split = with_encoded_images(split)
 
     def __len__(self) -> int:

@@ -6,15 +6,20 @@
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 
+from isoprune_hf.data.label_columns import (
+    Split,
+    class_feature,
+    is_multi_label,
+    label_kind,
+    read_label_lists,
+    read_labels,
+)
 from isoprune_hf.errors import DatasetError
-
-Split: TypeAlias = Dataset | IterableDataset
 
 _MANY = 100  # images of which each one has a class of its own are hardly classified
 
@@ -29,7 +34,7 @@ def unite_classes(parts: Sequence[Split], places: Sequence[str], where: str) -> 
     """Align the names of parts with ClassLabel labels; labels of a part with another order or fewer names change.
 
     Args:
-        parts: Rows with the columns `image` and `label`.
+        parts: Rows with the columns `image` and `label`, a class or a list of classes in all of them.
         places: Name of each part in an error.
         where: The column, at the beginning of an error.
 
@@ -39,7 +44,7 @@ def unite_classes(parts: Sequence[Split], places: Sequence[str], where: str) -> 
     Raises:
         DatasetError: No part has every name, or a part has a name twice.
     """
-    lists = [list(part.features["label"].names) for part in parts]
+    lists = [list(label_kind(part.features["label"]).names) for part in parts]
     names = max(lists, key=len)
     united: list[Split] = []
     for part, place, own in zip(parts, places, lists, strict=True):
@@ -57,48 +62,66 @@ def renumber_split(split: Split, names: Sequence[str], table: np.ndarray) -> Spl
     """Return a split whose label i is label `table[i]` of other names; a missing label stays -1."""
     # ImageNet calls two classes crane, which `datasets` does not allow.
     unique = [name if name not in names[:index] else f"{name} ({index})" for index, name in enumerate(names)]
-    feature = ClassLabel(names=unique)
+    in_lists = is_multi_label(split)
+    feature = class_feature(unique, in_lists=in_lists)
     if isinstance(split, IterableDataset):
         features = Features({**split.features, "label": feature})
         return split.map(partial(_renumber_row, table=table.tolist()), features=features)
-    labels = read_labels(split)
-    is_known = (labels >= 0) & (labels < len(table))
-    numbers = np.where(is_known, table[np.where(is_known, labels, 0)], -1)
+    numbers: Any
+    if in_lists:
+        numbers = [_renumber(labels, table.tolist()) for labels in read_label_lists(split)]
+    else:
+        labels = read_labels(split)
+        is_known = (labels >= 0) & (labels < len(table))
+        numbers = np.where(is_known, table[np.where(is_known, labels, 0)], -1)
     renumbered: Dataset = split.remove_columns("label").add_column("label", numbers, feature=feature)
     return renumbered.select_columns(["image", "label"])
 
 
 def number_texts(parts: Sequence[Dataset], where: str) -> list[Split]:
-    """Turn label columns with text into a ClassLabel with all texts as names, sorted with numbers by their values.
+    """Turn label columns with text, or with lists of texts, into a ClassLabel with all texts as names.
+
+    They are sorted with numbers by their values.
 
     Raises:
         DatasetError: Each of many images has a text of its own, so that the column has no classes.
     """
-    columns = [part.select_columns("label").with_format("arrow")[:]["label"].to_pylist() for part in parts]
-    names = sorted({text for column in columns for text in column if text}, key=natural_key)
+    columns: list[list[Any]] = [read_label_lists(part) for part in parts]
+    in_lists = is_multi_label(parts[0])
+    lists = ((found or ()) if in_lists else [found] for column in columns for found in column)
+    texts: set[str] = {text for found in lists for text in found if text}
+    names = sorted(texts, key=natural_key)
     images = sum(map(len, columns))
-    if len(names) == images > _MANY:
+    if len(names) >= images > _MANY:
         raise DatasetError(f"{where} has another text for each of {images} images; choose the column of the classes")
     places = {text: index for index, text in enumerate(names)}
-    feature = ClassLabel(names=names)
+    feature = class_feature(names, in_lists=in_lists)
     numbered: list[Split] = []
     for part, column in zip(parts, columns, strict=True):
-        labels = np.array([places.get(text, -1) for text in column])
+        labels = [_number(found, places, in_lists=in_lists) for found in column]
         added: Dataset = part.remove_columns("label").add_column("label", labels, feature=feature)
         numbered.append(added.select_columns(["image", "label"]))
     return numbered
 
 
+def _number(found: Any, places: dict[str, int], *, in_lists: bool) -> Any:
+    """Return the number of a text or of each text of a list; -1 for a missing text, and None for a missing list."""
+    if not in_lists:
+        return places.get(found, -1)
+    return None if found is None else [places.get(text, -1) for text in found]
+
+
 def _renumber_row(row: dict[str, Any], table: list[int]) -> dict[str, Any]:
-    label = row["label"]
-    return {**row, "label": table[label] if label is not None and 0 <= label < len(table) else label}
+    return {**row, "label": _renumber(row["label"], table)}
 
 
-def read_labels(split: Dataset, name: str = "label") -> np.ndarray:
-    """Return the labels, of shape (N,); a missing label is -1."""
-    column = split.select_columns(name).with_format("arrow")[:][name]
-    labels: np.ndarray = column.cast(pa.int64()).fill_null(-1).to_numpy()
-    return labels
+def _renumber(label: Any, table: list[int]) -> Any:
+    """Return the new number of a label or of each label of a list: -1 for one without, None for a missing one."""
+    if isinstance(label, list):
+        return [_renumber(entry, table) for entry in label]
+    if label is None:
+        return None
+    return table[label] if 0 <= label < len(table) else -1
 
 
 def shorten(values: Sequence[object]) -> str:

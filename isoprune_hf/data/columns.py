@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from datasets import Array3D, ClassLabel, Image, Value
 
-from isoprune_hf.data.class_names import Split
+from isoprune_hf.data.label_columns import Split, is_list, label_kind
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -52,6 +52,11 @@ def has_label_column(split: Split, recipe: DataRecipe) -> bool:
     return recipe.label_column in features or named or bool(_of_type(features, "label_column"))
 
 
+def is_label_name(name: str, recipe: DataRecipe) -> bool:
+    """Return whether a column has a name that columns of classes have, or that of the recipe."""
+    return name in (recipe.label_column, *_USUAL["label_column"])
+
+
 def is_file(feature: Any) -> bool:
     """Return whether a column has encoded files that are not declared as images."""
     return feature == Value("binary") or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"})
@@ -65,7 +70,8 @@ def is_image(feature: Any) -> bool:
 def _fits(setting: Column, feature: Any) -> bool:
     if setting == "image_column":
         return is_image(feature) or is_file(feature)
-    return isinstance(feature, ClassLabel) or _is_integer(feature) or _is_text(feature)
+    kind = label_kind(feature)
+    return isinstance(kind, ClassLabel) or _is_integer(kind) or _is_text(kind)
 
 
 def _of_type(features: Mapping[str, Any], setting: Column) -> list[str]:
@@ -73,7 +79,8 @@ def _of_type(features: Mapping[str, Any], setting: Column) -> list[str]:
     kinds: tuple[Callable[[Any], bool], ...] = (
         (is_image, lambda feature: isinstance(feature, dict) and is_file(feature))
         if setting == "image_column"
-        else (lambda feature: isinstance(feature, ClassLabel), _is_integer, _is_text)
+        # Lists of numbers or of texts may be anything, such as boxes or captions.
+        else (lambda feature: isinstance(feature, ClassLabel), _is_integer, _is_text, _is_list_of_classes)
     )
     for is_kind in kinds:
         found = [name for name, feature in features.items() if name not in _NO_LABELS and is_kind(feature)]
@@ -84,6 +91,10 @@ def _of_type(features: Mapping[str, Any], setting: Column) -> list[str]:
 
 def _is_integer(feature: Any) -> bool:
     return isinstance(feature, Value) and "int" in feature.dtype
+
+
+def _is_list_of_classes(feature: Any) -> bool:
+    return is_list(feature) and isinstance(label_kind(feature), ClassLabel)
 
 
 def _is_text(feature: Any) -> bool:

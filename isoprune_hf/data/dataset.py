@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from datasets import Array3D, ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
+from datasets import Array3D, Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
-from isoprune_hf.data.class_names import Split, number_texts, read_labels, shorten, unite_classes
+from isoprune_hf.data.class_columns import name_classes
 from isoprune_hf.data.columns import find_column, is_file, is_image
 from isoprune_hf.data.decoding import DECODE_ERRORS, Decoding, Rows
 from isoprune_hf.data.fingerprint import fingerprint_images
 from isoprune_hf.data.holdout import HOLDOUT_SEED, divide
+from isoprune_hf.data.label_columns import Split, is_multi_label, label_bytes, label_kind
 from isoprune_hf.data.sources import open_splits
 from isoprune_hf.data.splits import UNDIVIDED
 from isoprune_hf.data.unlabelled import with_label_column
@@ -25,13 +26,14 @@ from isoprune_hf.errors import DatasetError
 from isoprune_hf.limits import MAX_IMAGE_BYTES
 from isoprune_hf.plain_files import read_bytes
 from isoprune_hf.recipes import DataRecipe
+from isoprune_hf.recipes.values import MULTI_LABEL, ProblemType
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Two splits with exactly the columns `image` and `label`.
+    """Two splits with exactly the columns `image` and `label`, which is a class or a list of classes in both.
 
     Args:
         train: For calibration and finetuning; a stream with `data.streaming`.
@@ -66,6 +68,16 @@ class ImageData:
     is_order_ambiguous: bool = False
     is_undivided: bool = False
     holdout: float | None = None
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Return whether each image has a list of classes."""
+        return is_multi_label(self.train if self.evaluation is None else self.evaluation)
+
+    @property
+    def problem_type(self) -> ProblemType | None:
+        """Return the problem type of a model of the labels, in transformers; None for one class of each image."""
+        return MULTI_LABEL if self.is_multi_label else None
 
     @property
     def identity(self) -> dict[str, str | float]:
@@ -113,14 +125,16 @@ def load_data(recipe: DataRecipe) -> ImageData:
     """
     opened = open_splits(recipe)
     selected = {name: [_select(part, name, recipe) for part in parts] for name, parts in opened.splits.items()}
-    splits, label_names = _name_classes(selected, recipe)
-    has_texts = any(not hasattr(part.features["label"], "names") for parts in selected.values() for part in parts)
+    splits, label_names = name_classes(selected, recipe)
+    has_texts = any(
+        not hasattr(label_kind(part.features["label"]), "names") for parts in selected.values() for part in parts
+    )
     division = divide(splits, opened.chosen, recipe)
     train, whole = division.train, division.evaluation
     digest = hashlib.sha256("\n".join(label_names).encode())
     for split in (train, whole):
         if isinstance(split, Dataset):
-            digest.update(read_labels(split).tobytes())
+            digest.update(label_bytes(split))
         else:
             digest.update(b"none" if split is None else b"stream")
     evaluation = _sample(whole, recipe.eval_images) if isinstance(whole, Dataset) else None
@@ -183,8 +197,8 @@ def labelled_rows(rows: Dataset) -> ImageData:
     """
     recipe = DataRecipe(dataset="rows")
     (part,) = with_label_column({"train": [rows]}, recipe)["train"]
-    splits, label_names = _name_classes({"train": [_select(part, "train", recipe)]}, recipe)
-    digest = hashlib.sha256("\n".join(label_names).encode() + read_labels(splits["train"]).tobytes())
+    splits, label_names = name_classes({"train": [_select(part, "train", recipe)]}, recipe)
+    digest = hashlib.sha256("\n".join(label_names).encode() + label_bytes(splits["train"]))
     return ImageData(splits["train"], None, label_names, "rows", digest.hexdigest()[:16])
 
 
@@ -220,65 +234,6 @@ def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
         split = split.cast_column(image, Image(decode=not is_stream))
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     return split.select_columns([image, label]).rename_columns(renamed)
-
-
-def _name_classes(
-    splits: Mapping[str, Sequence[Split]], recipe: DataRecipe
-) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Make every label column a ClassLabel with the same names, and join the parts of each split.
-
-    Returns:
-        The splits, and the names.
-    """
-    where = f"data.label_column: column {recipe.label_column!r} of {recipe.dataset!r}"
-    places = [name for name, parts in splits.items() for _ in parts]
-    parts = [part for parts in splits.values() for part in parts]
-    united, names = unite_classes(_as_classes(parts, where), places, where)
-    for name, part in zip(places, united, strict=True):
-        if not isinstance(part, Dataset):
-            continue  # a stream is checked row by row
-        labels = read_labels(part)
-        unlabelled = int(((labels < 0) | (labels >= len(names))).sum())
-        if unlabelled:
-            raise DatasetError(
-                f"{where}: {unlabelled} of {len(labels)} images of split {name!r} have no label; choose another split"
-            )
-    rest = iter(united)
-    joined = {name: [next(rest) for _ in parts] for name, parts in splits.items()}
-    return {
-        name: found[0] if len(found) == 1 else concatenate_datasets(found) for name, found in joined.items()
-    }, names
-
-
-def _as_classes(parts: Sequence[Split], where: str) -> list[Split]:
-    """Turn label columns with text, or with the whole numbers 0 to n-1, into a ClassLabel with these names."""
-    kinds = [part.features["label"] for part in parts]
-    if all(isinstance(kind, ClassLabel) for kind in kinds):
-        return list(parts)
-    are_texts = all(getattr(kind, "dtype", "") in ("string", "large_string") for kind in kinds)
-    if any(isinstance(kind, List) for kind in kinds):
-        raise DatasetError(
-            f"{where} has several classes for an image; data sets of one class for each image are read. Pass batches "
-            "with their targets to isoprune_hf.prune and finetune instead"
-        )
-    for kind in kinds:
-        if not are_texts and not isinstance(kind, ClassLabel) and "int" not in getattr(kind, "dtype", ""):
-            raise DatasetError(f"{where} must contain class labels, text or the whole numbers 0 to n-1, got {kind}")
-    known = [part for part in parts if isinstance(part, Dataset)]
-    if not known or (are_texts and len(known) < len(parts)):
-        raise DatasetError(
-            f"{where} contains {'text' if are_texts else 'numbers'}, and the number of classes of a stream is "
-            "unknown; name the classes, or add an evaluation split"
-        )
-    if are_texts:
-        return number_texts(known, where)
-    numbers = np.unique(np.concatenate([*map(read_labels, known)])).tolist()
-    if numbers != list(range(len(numbers))):
-        raise DatasetError(
-            f"{where} must contain class labels, text or the whole numbers 0 to n-1, got {shorten(numbers)}"
-        )
-    feature = ClassLabel(names=[str(number) for number in numbers])
-    return [part.cast_column("label", feature) for part in parts]
 
 
 def prediction_features() -> Features:

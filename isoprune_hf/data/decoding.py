@@ -99,12 +99,12 @@ class LabelledImage(NamedTuple):
 
     Args:
         image: The image.
-        label: Index of its class.
+        label: Index of its class, or the list of its classes.
         is_replacement: The row itself could not be read, and this is the image that the policy uses instead.
     """
 
     image: Image.Image | Tensor
-    label: int
+    label: Any
     is_replacement: bool = False
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, load_dataset
 
-from isoprune_hf.data.class_names import Split, read_labels
 from isoprune_hf.data.columns import find_column
+from isoprune_hf.data.label_columns import Split, class_feature, is_list, label_kind, read_all_labels
 from isoprune_hf.data.splits import is_split_name
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
@@ -18,13 +18,14 @@ from isoprune_hf.recipes import DataRecipe
 KINDS = {"parquet": "parquet", "tar": "webdataset"}  # ending of the files: their name in `datasets`
 
 
-def sort_by_split(folder: Path, ending: str, recipe: DataRecipe) -> dict[str, list[str]]:
+def sort_by_split(folder: Path, ending: str, recipe: DataRecipe, stem: str = "*") -> dict[str, list[str]]:
     """Sort files by the split that a folder or a word of their name mentions, or else by the first word.
 
-    Names are lower-case. Files with one first word, and without a split, are one split. Pipes are left out.
+    Names are lower-case. Files with one first word, and without a split, are one split. Pipes are left out, and so are
+    files of another name than `stem`, if it is given.
     """
     files: dict[str, list[str]] = {}
-    for path in sorted([*folder.glob(f"*.{ending}"), *folder.glob(f"*/*.{ending}")]):
+    for path in sorted([*folder.glob(f"{stem}.{ending}"), *folder.glob(f"*/{stem}.{ending}")]):
         if path.exists() and not path.is_file():  # a pipe, which `datasets` would wait for
             continue
         words = [*path.relative_to(folder).parts[:-1], *re.split(r"[-_.]", path.name)]
@@ -52,7 +53,8 @@ def load_files(kind: str, paths: Sequence[str], *, streaming: bool) -> list[Spli
 def _class_lists(path: str) -> dict[str, list[str]]:
     """Return the names of the classes in each column of a parquet file that has any."""
     features = Features.from_arrow_schema(pq.read_schema(path))
-    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
+    kinds = {name: label_kind(feature) for name, feature in features.items()}
+    return {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
 
 
 def name_by_list(names: list[str], place: str, recipe: DataRecipe, load: Callable[[], list[Split]]) -> list[Split]:
@@ -67,13 +69,14 @@ def name_by_list(names: list[str], place: str, recipe: DataRecipe, load: Callabl
 def _named(part: Split, place: str, names: list[str], recipe: DataRecipe) -> Split:
     column = find_column(part, "label_column", recipe, place)
     feature = part.features[column]
-    if isinstance(feature, ClassLabel) or "int" not in getattr(feature, "dtype", ""):
+    kind = label_kind(feature)
+    if isinstance(kind, ClassLabel) or "int" not in getattr(kind, "dtype", ""):
         return part
     if isinstance(part, Dataset):
-        numbers = read_labels(part, column)
-        if numbers.min() < 0 or numbers.max() >= len(names):
+        numbers = read_all_labels(part, column)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= len(names)):
             raise DatasetError(
                 f"data.dataset: classes.txt names {len(names)} classes, but the labels of split {place!r} range from "
                 f"{numbers.min()} to {numbers.max()}; add the missing names"
             )
-    return part.cast_column(column, ClassLabel(names=names))
+    return part.cast_column(column, class_feature(names, in_lists=is_list(feature)))

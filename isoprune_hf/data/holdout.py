@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from isoprune_hf.data.class_names import Split, read_labels
+from isoprune_hf.data.label_columns import Split, read_strata
 from isoprune_hf.data.splits import ChosenSplits, part_of, take_part
 from isoprune_hf.recipes import DataRecipe
 
@@ -63,7 +63,8 @@ def divide(splits: Mapping[str, Split], chosen: ChosenSplits, recipe: DataRecipe
 def _hold_out(split: Dataset, recipe: DataRecipe) -> tuple[Dataset, Dataset | None]:
     """Divide a training split into the images that are trained on, and those that are held out for evaluation.
 
-    Both have the order of the split, and each class gives up the same share, to one image. Which images are held out
+    Both have the order of the split, and each class gives up the same share, to one image; of lists of classes, each
+    set of classes does. Which images are held out
     depends on the labels of the whole split and on `data.holdout` alone, so that every stage holds out the same ones.
 
     Returns:
@@ -82,7 +83,7 @@ def _hold_out(split: Dataset, recipe: DataRecipe) -> tuple[Dataset, Dataset | No
         f"by seed {HOLDOUT_SEED} and used for nothing else; data.holdout sets their share, and 0 holds none out"
     )
     order = np.random.default_rng(HOLDOUT_SEED).permutation(total)
-    order = order[np.argsort(read_labels(split)[order], kind="stable")]
+    order = order[np.argsort(read_strata(split)[order], kind="stable")]
     is_held_out = np.zeros(total, dtype=bool)
     is_held_out[order[((np.arange(held_out) + 0.5) * total / held_out).astype(int)]] = True
     return split.select(np.flatnonzero(~is_held_out)), split.select(np.flatnonzero(is_held_out))

@@ -15,8 +15,10 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.class_names import renumber_split, shorten
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.label_columns import label_kind
 from isoprune_hf.data.unlabelled import UNLABELLED
 from isoprune_hf.errors import DatasetError
+from isoprune_hf.recipes.values import MULTI_LABEL, ONE_CLASS
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
@@ -25,14 +27,28 @@ _MAX_DIFFERING_SHARE = 0.1  # of the class names; spellings differ between sourc
 _NEW_HEAD = "set `--prune.num_labels data` (in finetune and evaluate: `--num_labels data`) for a new head"
 
 
-def check_problem(config: PreTrainedConfig) -> None:
-    """Check that a model chooses one of several classes, as images with one label each need.
+def check_problem(config: PreTrainedConfig, *, is_multi_label: bool) -> None:
+    """Check that a model answers as the labels of images are: by one of several classes, or by any number of them.
+
+    A model without a problem type fits both; as in transformers, the labels decide then.
+
+    Args:
+        config: Config of the model.
+        is_multi_label: Each image has a list of classes.
 
     Raises:
-        DatasetError: It has another problem type. As in transformers, one output without a type is a regression.
+        DatasetError: It has another problem type. As in transformers, one output without a type is a regression,
+            unless there are lists of classes.
     """
+    if is_multi_label:
+        if config.problem_type not in (None, MULTI_LABEL):
+            raise DatasetError(
+                f"data: each image has a list of classes, and config.problem_type of the model is "
+                f"{config.problem_type}; choose a model of {MULTI_LABEL}, or {_NEW_HEAD}"
+            )
+        return
     kind = config.problem_type or ("regression" if config.num_labels == 1 else None)
-    if kind not in (None, "single_label_classification"):
+    if kind not in (None, ONE_CLASS):
         raise DatasetError(
             f"data: each image has one class, and config.problem_type of the model is {kind}; pass batches with their "
             "targets to isoprune_hf.prune and finetune, or set `--prune.num_labels data` (in finetune and evaluate: "
@@ -53,6 +69,16 @@ def require_labels(images: ImageData) -> None:
         )
 
 
+def adopt_problem(config: PreTrainedConfig, *, is_multi_label: bool) -> None:
+    """Set the problem type of lists of classes in a config that names none, in place, with a line in the log."""
+    if is_multi_label and config.problem_type is None:
+        logger.warning(
+            "data: each image has a list of classes, and the model has no problem type, so it is one of "
+            f"{MULTI_LABEL}: each class has a probability of its own"
+        )
+        config.problem_type = MULTI_LABEL
+
+
 def classes_of(config: PreTrainedConfig) -> dict[int, str]:
     """Return the names of the classes of a model by index."""
     return {int(index): name for index, name in (config.id2label or {}).items()}
@@ -66,7 +92,7 @@ def align_split(split: Rows, config: PreTrainedConfig) -> Rows:
     Raises:
         DatasetError: Nothing proves which class of the model a class of the data is.
     """
-    feature = split.features.get("label") if isinstance(split, Dataset) else None
+    feature = label_kind(split.features.get("label")) if isinstance(split, Dataset) else None
     if not isinstance(feature, ClassLabel) or is_own_network(config):
         return split
     classes = classes_of(config)

@@ -67,7 +67,7 @@ class ImageBatch(NamedTuple):
     Args:
         positions: Positions in the split, of shape (B,).
         pixels: Pixel values, or uint8 pixels that `normalised` completes, of shape (B, C, H, W).
-        labels: Class indices, of shape (B,).
+        labels: Class indices, of shape (B,); of lists of classes zeros and ones, of shape (B, C).
         is_replacement: Whether the image at the position could not be read, of shape (B,). A tensor of its own, so
             that it passes through loader processes and pinned memory as the others do.
     """
@@ -151,7 +151,8 @@ def _collate(samples: Sequence[Sample]) -> ImageBatch:
         stacked = torch.stack([image.movedim(0, -1) for image in pixels]).movedim(-1, 1)
     else:
         stacked = torch.stack(pixels)
-    return ImageBatch(torch.tensor(positions), stacked, torch.tensor(labels), torch.tensor(is_replacement))
+    targets = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
+    return ImageBatch(torch.tensor(positions), stacked, targets, torch.tensor(is_replacement))
 
 
 def _leave_signals_to_main_process(worker: int) -> None:
@@ -170,8 +171,8 @@ def calibration_ids(n: int, *, batches: int, batch_size: int, seed: int) -> list
 class CalibrationBatches:
     """This rank's micro-batches of the calibration sample: number k belongs to rank k % world.
 
-    Every iteration yields the same batches on the CPU: pixel values of shape (B, C, H, W) and labels of shape (B,).
-    The last batch may be smaller.
+    Every iteration yields the same batches on the CPU: pixel values of shape (B, C, H, W) and labels as in
+    `ImageBatch`. The last batch may be smaller.
 
     Args:
         split: Images with the columns `image` and `label`.

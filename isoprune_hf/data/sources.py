@@ -13,12 +13,12 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
 from isoprune_hf.data.archives import unpack
-from isoprune_hf.data.class_names import Split
 from isoprune_hf.data.datasets_internals import only_labels_decoded, with_known_features
 from isoprune_hf.data.files import KINDS, load_files, name_by_list, sort_by_split
 from isoprune_hf.data.image_folders import class_folders, holds_images, read_class_folders
+from isoprune_hf.data.label_columns import Split
 from isoprune_hf.data.splits import UNDIVIDED, ChosenSplits, choose_splits, is_split_name
-from isoprune_hf.data.tables import read_table
+from isoprune_hf.data.tables import ENDINGS, read_table
 from isoprune_hf.data.unlabelled import read_flat_folder, with_label_column
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.extras import naming_extra
@@ -117,14 +117,14 @@ def _find(recipe: DataRecipe, *, streaming: bool, only: str | None = None) -> _A
 
 def _find_in_file(file: Path, recipe: DataRecipe, *, streaming: bool) -> _Available:
     ending = file.suffix.lower()[1:]
-    if ending == "csv":
+    if ending in ENDINGS:
         return _in_memory({UNDIVIDED: read_table(file, recipe)}, streaming=streaming, is_sorted=True)
     if ending == "zip":
         return _find_in_folder(unpack(file), recipe, streaming=streaming)
     if ending not in KINDS:
         raise DatasetError(
-            f"data.dataset: {str(file)!r} is no parquet, tar, CSV or zip file; unpack another archive, and give its "
-            "folder"
+            f"data.dataset: {str(file)!r} is no parquet, tar, CSV, JSONL or zip file; unpack another archive, and "
+            "give its folder"
         )
     return _Available({UNDIVIDED: partial(load_files, KINDS[ending], [str(file)], streaming=streaming)})
 
@@ -151,10 +151,14 @@ def _find_in_folder(folder: Path, recipe: DataRecipe, *, streaming: bool) -> _Av
 
 
 def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streaming: bool) -> _Available:
-    """Find folders of classes, below folders of splits or directly in the folder, or else CSV files.
+    """Find folders of classes, below folders of splits or directly in the folder, or else CSV or JSONL files.
 
-    Otherwise images without labels, in folders of splits or directly in the folder.
+    Files named metadata come first, as for `datasets`. Otherwise images without labels, in folders of splits or
+    directly in the folder.
     """
+    described = _find_tables(folder, recipe, names, stem="metadata")
+    if described:
+        return _in_memory(described, streaming=streaming, is_sorted=not names)
     children = class_folders(folder)
     divided = {path.name: path for path in children if any(map(holds_images, class_folders(path)))}
     flat = {path.name: path for path in children if holds_images(path, depth=1)}
@@ -165,15 +169,24 @@ def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streamin
     if divided:
         loaders = {name: partial(_load_images, path, names, streaming=streaming) for name, path in divided.items()}
         return _Available(loaders, is_sorted=not names)
-    tables = sort_by_split(folder, "csv", recipe)
-    if not tables and holds_images(folder, depth=1):
+    read = _find_tables(folder, recipe, names)
+    if not read and holds_images(folder, depth=1):
         return _in_memory({UNDIVIDED: read_flat_folder(folder)}, streaming=streaming)
-    if not tables:
+    if not read:
         raise DatasetError(
             f"data.dataset: the folder {str(folder)!r} has no parquet, no tar files and no split folders; {_PLACES}"
         )
-    read = {name: read_table(Path(paths[0]), recipe) for name, paths in tables.items()}
-    return _in_memory(read, streaming=streaming, is_sorted=True)
+    return _in_memory(read, streaming=streaming, is_sorted=not names)
+
+
+def _find_tables(folder: Path, recipe: DataRecipe, names: list[str], stem: str = "*") -> dict[str, Dataset]:
+    """Read the CSV or JSONL file of each split; numbers have the names of `classes.txt`, if there is one."""
+    found = [sort_by_split(folder, ending, recipe, stem) for ending in ENDINGS]
+    return {
+        name: name_by_list(names, name, recipe, partial(list, [read_table(Path(paths[0]), recipe)]))[0]
+        for files in found
+        for name, paths in files.items()
+    }
 
 
 def _load_images(folder: Path, names: list[str], *, streaming: bool) -> list[Split]:

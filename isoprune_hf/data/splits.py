@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, IterableDataset, ReadInstruction
 
-from isoprune_hf.data.class_names import Split, read_labels
+from isoprune_hf.data.label_columns import Split, read_strata
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -106,7 +106,7 @@ def part_of(value: str) -> str:
 
 
 def _order(split: Dataset) -> np.ndarray:
-    labels = read_labels(split)
+    labels = read_strata(split)
     is_sorted = bool((np.diff(labels) >= 0).all()) and labels[0] != labels[-1]
     return np.random.default_rng(0).permutation(len(split)) if is_sorted else np.arange(len(split))
 

@@ -18,6 +18,7 @@ from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.datasets_internals import only_labels_decoded
 from isoprune_hf.data.decoding import Row, Rows
 from isoprune_hf.data.epochs import EpochOrder, TrainBatches, cut_updates, train_batches
+from isoprune_hf.data.label_columns import encoder_of
 from isoprune_hf.data.loading import ALONE, ImageLoader, LoaderOptions, Ranks
 from isoprune_hf.data.pixels import Transform
 from isoprune_hf.data.workers import choose_workers
@@ -42,21 +43,23 @@ class StreamedSplit:
     buffer: int
 
     def rows(self, seed: int, epoch: int, ranks: Ranks = ALONE) -> Iterator[Row]:
-        """Iterate over a rank's rows of one pass.
+        """Iterate over a rank's rows of one pass; the lists of several classes are targets, see `encoder_of`.
 
         Raises:
             DatasetError: A label is not a class.
         """
         shuffled = self.stream.shuffle(seed=seed, buffer_size=self.buffer)
         shuffled.set_epoch(epoch)
+        encode = encoder_of(self.stream)
         with only_labels_decoded():
             for row in split_dataset_by_node(shuffled, ranks.rank, ranks.world) if ranks.world > 1 else shuffled:
-                if row["label"] is None or not 0 <= row["label"] < self.num_classes:
+                labels = [row["label"]] if encode is None else row["label"]
+                if labels is None or any(label is None or not 0 <= label < self.num_classes for label in labels):
                     raise DatasetError(
                         f"data: an image of the stream has the label {row['label']}; the classes are 0 to "
                         f"{self.num_classes - 1}"
                     )
-                yield row
+                yield row if encode is None else {**row, "label": encode(row["label"])}
 
     def endless(self, seed: int, epoch: int, ranks: Ranks = ALONE) -> Iterator[Row]:
         """Iterate over a rank's rows, pass after pass.

@@ -1,30 +1,32 @@
-"""Read CSV files that name one image in each row; call `read_table`."""
+"""Read CSV and JSON-lines files that name one image in each row; call `read_table`."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 
+from isoprune_hf.data.columns import is_label_name
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
+ENDINGS = ("csv", "jsonl")
+_TYPES: dict[type, str] = {int: "int64", str: "string"}
+
 
 def read_table(file: Path, recipe: DataRecipe) -> Dataset:
-    """Return the rows of a CSV file with its columns: images, whole numbers and text.
+    """Return the rows of a file with its columns: images, whole numbers, text, and lists of numbers or of text.
 
-    Paths of images are relative to the folder of the file. Without a column `data.image_column`, the one whose first
-    row is the path of a file has the images.
+    Lists in cells of CSV are written as in JSON. Other columns are left out. Paths of images are relative to the
+    folder of the file. Without a column `data.image_column`, the one whose first row is the path of a file has the
+    images.
 
     Raises:
-        DatasetError: It has no rows, or no column or several columns with paths.
+        DatasetError: It has no rows, no column or several columns with paths, or a list of labels is not one of JSON.
     """
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        rows = list(csv.reader(text))
-    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
-        raise DatasetError(f"data.dataset: {str(file)!r} needs a line of column names, and rows of as many columns")
-    columns = dict(zip(rows[0], map(list, zip(*rows[1:], strict=True)), strict=True))
-    paths = [name for name, cells in columns.items() if cells[0] and (file.parent / cells[0]).is_file()]
+    columns = _read_lines(file) if file.suffix.lower() == ".jsonl" else _read_csv(file, recipe)
+    paths = [name for name, cells in columns.items() if _is_place(cells[0], file.parent)]
     image = recipe.image_column if recipe.image_column in columns else paths[0] if len(paths) == 1 else None
     if image is None:
         raise DatasetError(
@@ -35,10 +37,61 @@ def read_table(file: Path, recipe: DataRecipe) -> Dataset:
     values: dict[str, list[Any]] = {}
     features: dict[str, Any] = {}
     for name, cells in columns.items():
-        if name == image:
-            values[name], features[name] = [str(file.parent / cell) for cell in cells], Image()
-        elif all(map(str.isdecimal, cells)):
-            values[name], features[name] = [*map(int, cells)], Value("int64")
-        else:
-            values[name], features[name] = cells, Value("string")
+        feature = Image() if name == image else _type_of(cells)
+        if feature is not None:
+            values[name] = [str(file.parent / str(cell)) for cell in cells] if name == image else cells
+            features[name] = feature
     return Dataset.from_dict(values, features=Features(features))
+
+
+def _read_csv(file: Path, recipe: DataRecipe) -> dict[str, list[Any]]:
+    with file.open(newline="", encoding="utf-8-sig") as text:
+        rows = list(csv.reader(text))
+    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
+        raise DatasetError(f"data.dataset: {str(file)!r} needs a line of column names, and rows of as many columns")
+    columns = dict(zip(rows[0], map(list, zip(*rows[1:], strict=True)), strict=True))
+    return {name: _read_cells(name, cells, file, recipe) for name, cells in columns.items()}
+
+
+def _read_cells(name: str, cells: list[str], file: Path, recipe: DataRecipe) -> list[Any]:
+    """Return the cells of a column of CSV as numbers or lists if all of them are, else as text."""
+    if all(map(str.isdecimal, cells)):
+        return [*map(int, cells)]
+    if not any(cells) or not all(cell.startswith("[") for cell in cells if cell):
+        return cells
+    try:
+        return [json.loads(cell) if cell else None for cell in cells]
+    except ValueError as error:
+        if not is_label_name(name, recipe):
+            return cells
+        raise DatasetError(
+            f"data.label_column: column {name!r} of {str(file)!r} has lists that are not written as in JSON, such as "
+            f'{next(filter(None, cells))!r:.99}; write ["cat", "dog"] or [0, 3]'
+        ) from error
+
+
+def _read_lines(file: Path) -> dict[str, list[Any]]:
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except ValueError as error:
+        raise DatasetError(f"data.dataset: {str(file)!r} is not JSON lines ({error})") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise DatasetError(f"data.dataset: {str(file)!r} needs a JSON object in each line, with the path of an image")
+    return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+
+def _is_place(cell: Any, folder: Path) -> bool:
+    return isinstance(cell, str) and bool(cell) and (folder / cell).is_file()
+
+
+def _type_of(cells: list[Any]) -> Value | List | None:
+    """Return the type of a column of numbers, of text, or of lists of them; None for another one."""
+    known = [cell for cell in cells if cell is not None]
+    in_lists = bool(known) and all(isinstance(cell, list) for cell in known)
+    entries = {type(entry) for cell in known for entry in (cell if in_lists else [cell])}
+    if not in_lists and len(entries) != 1:
+        return None
+    kind = _TYPES.get(next(iter(entries), str))
+    if kind is None or len(entries) > 1:
+        return None
+    return List(Value(kind)) if in_lists else Value(kind)

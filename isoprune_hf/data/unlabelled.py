@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from isoprune_hf.data.class_names import Split
 from isoprune_hf.data.columns import has_label_column
 from isoprune_hf.data.image_folders import image_files
+from isoprune_hf.data.label_columns import Split
 from isoprune_hf.recipes import DataRecipe
 
 UNLABELLED = "unlabelled"

@@ -3,7 +3,7 @@
 Entry points:
     `evaluate.evaluate_model` returns accuracy, loss and calibration error of a model on a split.
     `features.evaluate_features` compares features with those of the dense network.
-    `evaluate.predict_split` returns the predictions behind them, for `compute_figures` and `tabulate_classes`.
+    `evaluate.predict_split` returns the predictions behind them, for `compute_figures`, with a table by class.
 
 Nothing here knows about pruning, training or the command line.
 """

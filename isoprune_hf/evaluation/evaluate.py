@@ -1,9 +1,8 @@
 """Evaluate an image classifier on a split: call `evaluate_model`, or `predict_split` for its predictions."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,40 +11,16 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.data.decoding import Decoding, Rows, check_broken
+from isoprune_hf.data.label_columns import class_count, is_multi_label
 from isoprune_hf.data.labels import align_split, check_problem
 from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, eval_loader
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.evaluation.metrics import TOP, ImageClassificationMetric, PerClassMetric, per_class_table
+from isoprune_hf.evaluation.predictions import Figures, Kind, Predictions, predictions_of
 from isoprune_hf.models.layout import in_fast_layout
 from isoprune_hf.terminal import with_progress
 
 logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
-
-Figures = dict[str, float | int]
-
-
-class Predictions(NamedTuple):
-    """Predictions of a model for the N images of a split, the same on every rank.
-
-    Args:
-        predictions: Ids of the top classes, best first, of shape (N, 5); -1 if the model has fewer classes.
-        references: Labels of shape (N,).
-        losses: Cross-entropies of shape (N,) in float64.
-        confidences: Probabilities of the top class, of shape (N,) in float64.
-        broken: Number of images that could not be read; they are left out, or grey.
-    """
-
-    predictions: np.ndarray
-    references: np.ndarray
-    losses: np.ndarray
-    confidences: np.ndarray
-    broken: int
-
-    @property
-    def columns(self) -> dict[str, np.ndarray]:
-        """Columns that the metrics take."""
-        return {name: column for name, column in self._asdict().items() if name != "broken"}
 
 
 def evaluate_model(
@@ -72,15 +47,16 @@ def evaluate_model(
 
     Returns:
         `top1` and `top5` as fractions, `loss` (mean cross-entropy in float64), `ece` (expected calibration error over
-        15 bins, a fraction) and `images`; the same on every rank. If images could not be read, `broken` is their
-        number.
+        15 bins, a fraction) and `images`; the same on every rank. For lists of classes `map` (mean average precision
+        over the classes that an image has, see `average_precisions`), `loss` (mean binary cross-entropy over classes
+        and images) and `images`. If images could not be read, `broken` is their number.
 
     Raises:
-        DatasetError: An image cannot be read, or more images than the policy allows, or the model does not choose one
-            of several classes, or has other classes.
+        DatasetError: An image cannot be read, or more images than the policy allows, or the model does not answer as
+            the images are labelled (see `check_problem`), or has other classes.
     """
     if isinstance(model, PreTrainedModel):
-        check_problem(model.config)
+        check_problem(model.config, is_multi_label=is_multi_label(split))
         split = align_split(split, model.config)
     options = LoaderOptions(batch_size, num_workers, decoding or Decoding())
     return compute_figures(predict_split(model, split, processor, options, accelerator=accelerator))
@@ -88,14 +64,7 @@ def evaluate_model(
 
 def compute_figures(predictions: Predictions) -> Figures:
     """Compute the figures that `evaluate_model` returns."""
-    figures: Figures = ImageClassificationMetric(keep_in_memory=True).compute(**predictions.columns)
-    return figures | ({"broken": predictions.broken} if predictions.broken else {})
-
-
-def tabulate_classes(predictions: Predictions, label_names: Sequence[str]) -> str:
-    """Return CSV with images, top1, top5, loss, mean confidence and number of predictions of each class."""
-    metric = PerClassMetric(keep_in_memory=True)
-    return per_class_table(metric.compute(**predictions.columns, num_classes=len(label_names)), label_names)
+    return predictions.figures | ({"broken": predictions.broken} if predictions.broken else {})
 
 
 def predict_split(
@@ -127,50 +96,48 @@ def predict_split(
     decoding = options.decoding
     loader = eval_loader(split, processor, options, ranks)
     batches = with_progress(loader, "evaluate", "batch", rank=ranks.rank)
-    tensors = _predict_shard(model, processor, batches, len(split))
+    kind = predictions_of(split)
+    *vectors, broken = _predict_shard(model, processor, batches, kind, kind.blank(len(split), class_count(split)))
     if accelerator is not None and ranks.world > 1:
         # Each place was written by one rank, so the sum is a union.
-        tensors = [accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu() for tensor in tensors]
-    top, references, losses, confidences, broken = (tensor.numpy() for tensor in tensors)
-    places = np.flatnonzero(broken)
+        *vectors, broken = (
+            accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu() for tensor in (*vectors, broken)
+        )
+    places = np.flatnonzero(broken.numpy())
     if ranks.rank == 0:
         for place in places[: decoding.max_broken].tolist():
             treatment = "left out" if decoding.broken == "skip" else "grey"
             logger.warning(f"evaluation: {loader.images.describe(place)}: {treatment}")
     check_broken(len(places), decoding, "the evaluation")
+    columns = [vector.numpy() for vector in vectors]
     if decoding.broken == "skip":
-        top, references, losses, confidences = (
-            np.delete(vector, places, axis=0) for vector in (top, references, losses, confidences)
-        )
-    if not len(top):
+        columns = [np.delete(column, places, axis=0) for column in columns]
+    if not len(columns[0]):
         raise DatasetError("data: the evaluation split has no readable image; fix its files, or set data.eval_split")
-    return Predictions(top, references, losses, confidences, broken=len(places))
+    return kind._make([*columns, len(places)])
 
 
 @torch.no_grad()
 def _predict_shard(
-    model: nn.Module, processor: BaseImageProcessor, batches: Iterable[ImageBatch], images: int
+    model: nn.Module, processor: BaseImageProcessor, batches: Iterable[ImageBatch], kind: Kind, fields: list[Tensor]
 ) -> list[Tensor]:
-    """Return the vectors of `Predictions`, zero for images of other ranks, and a 1 for each broken image (N,)."""
+    """Fill the fields of the predictions, in place, for the images of this rank.
+
+    Returns:
+        The fields, and a 1 for each broken image (N,).
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    top = torch.zeros(images, TOP, dtype=torch.int64)
-    references = torch.zeros(images, dtype=torch.int64)
-    losses = torch.zeros(images, dtype=torch.float64)
-    confidences = torch.zeros(images, dtype=torch.float64)
-    broken = torch.zeros(images, dtype=torch.int64)
+    broken = torch.zeros(len(fields[0]), dtype=torch.int64)
     with eval_mode(model), ExitStack() as layout:
         for number, (positions, pixels, labels, is_replacement) in enumerate(batches):
             pixel_values = normalised(pixels.to(device, non_blocking=True), processor)
             if number == 0:
                 layout.enter_context(in_fast_layout(model, pixel_values))
             logits = model(pixel_values=pixel_values).logits.cpu().double()
-            best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
-            top[positions] = nn.functional.pad(best, (0, TOP - best.shape[1]), value=-1)
-            references[positions] = labels
-            losses[positions] = nn.functional.cross_entropy(logits, labels, reduction="none")
-            confidences[positions] = logits.softmax(dim=1).amax(dim=1)
+            for field, part in zip(fields, kind.record(logits, labels), strict=True):
+                field[positions] = part
             broken[positions] = is_replacement.long()
-    return [top, references, losses, confidences, broken]
+    return [*fields, broken]
 
 
 @contextmanager

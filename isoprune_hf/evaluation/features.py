@@ -12,7 +12,8 @@ from isoprune_hf.data.decoding import Rows, check_broken
 from isoprune_hf.data.loading import ALONE, ImageBatch, LoaderOptions, Ranks, eval_loader
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.evaluation.evaluate import Figures, eval_mode
+from isoprune_hf.evaluation.evaluate import eval_mode
+from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.models.held import HeldModel, HeldOutput
 from isoprune_hf.terminal import with_progress
 
@@ -61,8 +62,8 @@ def evaluate_features(
     Returns:
         `cosine`: mean cosine similarity of the pooled features with the dense ones; `position_cosine`: that at each
         position of an output that has several; both without `dense` left out. `knn`: share of the images whose class
-        is found by the other images of the split, see `find_by_neighbours`; left out for a single class. `images`,
-        and `broken` if images could not be read.
+        is found by the other images of the split, see `find_by_neighbours`; left out for a single class, and for lists
+        of classes. `images`, and `broken` if images could not be read.
 
     Raises:
         DatasetError: An image cannot be read, or more images than the policy allows.
@@ -137,7 +138,8 @@ def _read_shard(
             pixel_values = normalised(pixels.to(device, non_blocking=True), processor)
             outputs = _by_positions(model(pixel_values=pixel_values))
             found.pooled[positions] = pooled_of(outputs).float().cpu()
-            found.labels[positions] = labels
+            if labels.ndim == 1:  # neighbours vote for one class
+                found.labels[positions] = labels
             found.broken[positions] = is_replacement.long()
             if dense is not None:
                 wanted = _by_positions(dense(pixel_values=pixel_values))

@@ -80,7 +80,7 @@ class CallerLoss:
         call: Inputs of the model.
     """
 
-    compares_classes = False
+    divergence = None
     reads_labels = True
 
     def __init__(

@@ -28,7 +28,7 @@ class FeatureLoss:
     """
 
     name = "features with random signs"
-    compares_classes = False
+    divergence = None
     reads_labels = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FeatureLoss":

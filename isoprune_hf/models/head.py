@@ -12,12 +12,18 @@ from isoprune_hf.models.base import BaseModel, draw_base, label_fields, wrap_mod
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions, describe_source
 from isoprune_hf.models.stored_type import default_type
+from isoprune_hf.recipes.values import ProblemType
 
 logger = logging.getLogger(__name__)
 
 
 def replace_head(
-    base: BaseModel, labels: tuple[str, ...], *, seed: int, untrained: Collection[str] = (), keeps_problem: bool = True
+    base: BaseModel,
+    labels: tuple[str, ...],
+    *,
+    seed: int,
+    untrained: Collection[str] = (),
+    problem: ProblemType | None = None,
 ) -> BaseModel:
     """Return the base with a new head of random weights, in its type; tensors of unchanged shape keep their values.
 
@@ -26,10 +32,10 @@ def replace_head(
         labels: Label names of the new head.
         seed: Seed of the new weights.
         untrained: Tensors that are drawn anew although their shapes stay.
-        keeps_problem: The new head is of the problem type of the base; otherwise the labels decide.
+        problem: Problem type of the new head.
     """
     config = _config_with(base, labels, {})
-    config.problem_type = config.problem_type if keeps_problem else None
+    config.problem_type = problem
     with default_type(base.model.dtype):
         module = draw_base(config, seed)
     fitting = base.model.model.state_dict()
@@ -59,7 +65,8 @@ def with_new_head(
     encoder.model.config.source = {**describe_source(source, options), "num_labels": count}
     base = encoder
     if untrained:
-        base = replace_head(encoder, options.head_labels(count), seed=options.seed, untrained=untrained)
+        labels, problem = options.head_labels(count), encoder.model.config.problem_type
+        base = replace_head(encoder, labels, seed=options.seed, untrained=untrained, problem=problem)
     if options.pretrained:
         log_new_head(base)
     return base

@@ -13,9 +13,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.models.nested import separate
-from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss
+from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss, chooses_class
 
-CLASSES = TargetLoss("cross_entropy", compares_classes=True)
+CLASSES = TargetLoss("cross_entropy", has_logits=True)
+LABELS = TargetLoss("binary_cross_entropy", has_logits=True)
 LOSS_NAMES: Mapping[str | None, str] = MappingProxyType(
     {
         "single_label_classification": "cross_entropy",
@@ -73,7 +74,7 @@ def objective_of(model: IsoPruneForImageClassification) -> Objective:
     if isinstance(model, HeldModel):
         return model.objective
     name = LOSS_NAMES.get(model.config.problem_type, CLASSES.name)
-    return CLASSES if name == CLASSES.name else TargetLoss(name)
+    return {CLASSES.name: CLASSES, LABELS.name: LABELS}.get(name) or TargetLoss(name)
 
 
 def reads_labels(model: nn.Module) -> bool:
@@ -108,6 +109,6 @@ def with_probe_loss(
     if isinstance(model, HeldModel):
         return HeldModel(model.config, model.model, OutputNorm(model.objective.logits)), torch.zeros(samples)
     count = model.config.num_labels or 1
-    if not objective_of(model).compares_classes:
+    if not chooses_class(objective_of(model)):
         return model, torch.zeros(samples, count, device=model.device)
     return model, torch.arange(samples, device=model.device) % count

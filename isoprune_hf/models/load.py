@@ -19,6 +19,7 @@ from isoprune_hf.models.identify import Library, identify
 from isoprune_hf.models.opener import LoadOptions, Opener, describe_source
 from isoprune_hf.models.processors import processed_size
 from isoprune_hf.models.weights import open_with_weights
+from isoprune_hf.recipes.values import ONE_CLASS, ProblemType
 
 OPENERS: dict[Library, Opener] = {
     "timm": open_timm,
@@ -35,6 +36,7 @@ def load_base(
     model_args: dict[str, Any] | None = None,
     num_labels: int | None = None,
     label_names: tuple[str, ...] | None = None,
+    problem_type: ProblemType | None = None,
     seed: int = 0,
     weights: str | Path | None = None,
     revision: str | None = None,
@@ -50,7 +52,9 @@ def load_base(
         model_args: Arguments of a timm or torchvision architecture without its trained weights, such as
             {"img_size": 64}.
         num_labels: Size of a new head, drawn from `seed`; None keeps the head of the base.
-        label_names: Names of the classes of a new head, of which each image has one.
+        label_names: Names of the classes of a new head.
+        problem_type: With `label_names`, the problem type of the new head in transformers; by default each image has
+            one of the classes.
         seed: Seed of random weights; the global random state is not changed.
         weights: File with the trained weights, in place of those of `name`: a state dict as safetensors or of
             torch.save, possibly inside a checkpoint. Nothing in it is executed. The head has the size of the one in
@@ -83,10 +87,12 @@ def load_base(
     if base.model.config.source is None:
         base.model.config.source = describe_source(source, options)
     _check_processor(source.name, base)
-    is_same_problem = label_names is None or base.model.config.problem_type in (None, "single_label_classification")
+    known = base.model.config.problem_type
+    is_same_problem = label_names is None or known in (None, problem_type or ONE_CLASS)
     if num_labels is None or (num_labels == base.model.config.num_labels and is_same_problem):
         return _with_fingerprint(base)
-    headed = replace_head(base, options.head_labels(num_labels), seed=seed, keeps_problem=is_same_problem)
+    problem = (known or problem_type) if is_same_problem else problem_type
+    headed = replace_head(base, options.head_labels(num_labels), seed=seed, problem=problem)
     if pretrained and not is_cut(headed.model.config):
         log_new_head(headed)
     return _with_fingerprint(headed)

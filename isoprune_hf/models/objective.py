@@ -7,14 +7,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from isoprune_hf.models.divergence import DIVERGENCES, Divergence, class_divergence
+
 
 class Objective(Protocol):
     """The loss that scores and repairs are computed for.
 
     Attributes:
         name: Its name in the result.
-        compares_classes: The outputs are logits of classes, (B, classes), one class for each sample: two models are
-            compared by their probabilities, and otherwise by the squares of their differences.
+        divergence: How two models are compared: by the probabilities of their outputs; None for the squares of their
+            differences.
         reads_labels: The targets are those of the data. Without them a network is trained by a teacher alone.
     """
 
@@ -22,7 +24,7 @@ class Objective(Protocol):
     def name(self) -> str: ...
 
     @property
-    def compares_classes(self) -> bool: ...
+    def divergence(self) -> Divergence | None: ...
 
     @property
     def reads_labels(self) -> bool: ...
@@ -64,14 +66,14 @@ class TargetLoss:
     Args:
         name: A name of `LOSSES`.
         output: Number of the output.
-        compares_classes: See `Objective`.
+        has_logits: The output is logits (B, N), of classes or of labels by the loss, so that it has probabilities.
     """
 
     reads_labels = True
 
-    def __init__(self, name: str, output: int = 0, *, compares_classes: bool = False):
+    def __init__(self, name: str, output: int = 0, *, has_logits: bool = False):
         self.name = name
-        self.compares_classes = compares_classes
+        self.divergence = DIVERGENCES[name] if has_logits else None
         self._output = output
         self._loss = LOSSES[name]
 
@@ -100,7 +102,7 @@ class OutputNorm:
     """
 
     name = "squared outputs"
-    compares_classes = False
+    divergence = None
     reads_labels = False
 
     def __init__(self, logits: Callable[[Sequence[Tensor]], Tensor]):
@@ -120,6 +122,11 @@ class OutputNorm:
     def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
         """Return the squared distances of the outputs, (B,)."""
         return squared_distances(self.logits(outputs), self.logits(wanted))
+
+
+def chooses_class(objective: Objective) -> bool:
+    """Return whether outputs are logits of classes (B, classes), of which one is chosen for each sample."""
+    return objective.divergence is class_divergence
 
 
 def as_classes(target: Tensor) -> Tensor:

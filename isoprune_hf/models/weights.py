@@ -82,7 +82,8 @@ def open_with_weights(source: BaseSource, options: LoadOptions, file: str | Path
     labels = None if is_cut_folder else head_size(fitted.tensors, layout, count)
     if labels is not None:
         names = options.label_names if options.label_names and len(options.label_names) == labels else None
-        base = replace_head(base, names or default_labels(labels), seed=options.seed)
+        problem = base.model.config.problem_type
+        base = replace_head(base, names or default_labels(labels), seed=options.seed, problem=problem)
         _, layout = _fit(stored, base.model.model)
     _check_fit(fitted.tensors, layout, base.model.model, file=file, name=source.name)
     _fill(base.model.model, fitted.tensors)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Final, Literal, get_args, get_origin
 
 from isoprune_hf.errors import RecipeError
 
@@ -11,6 +11,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Precision = Literal["no", "bf16"]  # of a forward pass: fp32, or bf16
 RuntimeName = Literal["eager", "channels_last", "compile", "onnxruntime", "openvino"]
 DType = Literal["fp32", "bf16"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]  # of transformers
+ONE_CLASS: Final = "single_label_classification"
+MULTI_LABEL: Final = "multi_label_classification"
 # Field metadata of settings that do not change the result: a run resumes although they differ.
 IGNORED_FOR_RESUME = MappingProxyType({"ignored_for_resume": True})
 

@@ -9,11 +9,13 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from isoprune_hf.checkpoint.task_forms import task_of
+from isoprune_hf.recipes.values import MULTI_LABEL
 from isoprune_hf.reporting.places import plain_hub_id, show_place
 
 _METRICS = {
     "top1": ("accuracy", "top-1 accuracy"),
     "top5": ("accuracy", "top-5 accuracy"),
+    "map": ("mAP", "mean average precision"),
     "loss": ("loss", "loss"),
     "cosine": ("cosine_similarity", "cosine similarity with the features of the base"),
     "knn": ("accuracy", "accuracy of the 20 nearest other images (k-NN)"),
@@ -59,7 +61,14 @@ def describe_model(
     data, library = (config.get("recipe") or {}).get("data") or {}, (config.get("base") or {}).get("library")
     base_model = base_on_hub(config)
     found = license_of_timm(config) or (base_license if base_model else None)
-    tags = ["isoprune", *(["isomorphic-pruning"] if is_isomorphic else []), "pruning", *([library] if library else [])]
+    is_multi_label = config.get("problem_type") == MULTI_LABEL
+    tags = [
+        "isoprune",
+        *(["isomorphic-pruning"] if is_isomorphic else []),
+        "pruning",
+        *(["multi-label-classification"] if is_multi_label else []),
+        *([library] if library else []),
+    ]
     labels = {name for text in (config.get("id2label") or {}).values() for name in str(text).split(", ")}
     shown = [name for name in _SAMPLE_CLASSES if name in labels]
     return ModelCardData(

@@ -18,6 +18,7 @@ _TEMPLATE = Path(__file__).with_name("export_card.md")
 _COLUMNS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "map": "mAP %",
     "loss": "loss",
     "agreement": "agreement %",
     "file_mb": "MB",

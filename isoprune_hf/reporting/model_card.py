@@ -29,18 +29,14 @@ from isoprune_hf.reporting.decision_text import describe_decision
 from isoprune_hf.reporting.places import show_note, show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.speed_picture import SPEED_PICTURE
-from isoprune_hf.reporting.tables import FEATURE_COLUMNS, Metrics, describe_sample, format_figure, on_same_images
+from isoprune_hf.reporting.tables import COLUMNS, Metrics, describe_sample, format_figure, on_same_images
 from isoprune_hf.reporting.widths import PICTURE
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _STAGES = ("base", "pruned", "finetuned")
 _COLUMNS = {
-    "macs": "GMACs",
+    **COLUMNS,
     "params": "params (M)",
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "loss": "loss",
-    **FEATURE_COLUMNS,
     "latency_ms": "latency (ms)",
     "images": "images",
     "file_mb": "weights (MB)",

@@ -9,11 +9,12 @@ COLUMNS = {
     "params": "params",
     "top1": "top-1 %",
     "top5": "top-5 %",
+    "map": "mAP %",
     "loss": "loss",
     **FEATURE_COLUMNS,
     "latency_ms": "latency ms",
 }
-PERCENTAGES = ("top1", "top5", "knn", "ece", "agreement")  # fractions, shown in percent
+PERCENTAGES = ("top1", "top5", "map", "knn", "ece", "agreement")  # fractions, shown in percent
 _DETAILS = {
     "ece": "calibration error %",
     "agreement": "agreement %",
@@ -30,8 +31,8 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (shown in 10^9), params (in 10^6), top1, top5, knn, ece, agreement (fractions, shown in percent),
-            loss, cosine, position_cosine, latency_ms, file_mb, images or broken.
+        key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, ece, agreement (fractions, shown in
+            percent), loss, cosine, position_cosine, latency_ms, file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """
@@ -54,7 +55,7 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
     Below it is a line on the sample of the images, if it is one.
 
     Args:
-        rows: Model -> its figures: macs (or gmacs), params, top1, top5, knn, ece (fractions), loss, cosine,
+        rows: Model -> its figures: macs (or gmacs), params, top1, top5, map, knn, ece (fractions), loss, cosine,
             position_cosine, latency_ms, images, broken. A missing figure is shown as a dash.
         title: Heading of the first column.
         has_details: Show the calibration error, the agreement, the size of files and the numbers of images, too.

@@ -10,7 +10,8 @@ from isoprune_hf.checkpoint import task_forms
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
-from isoprune_hf.evaluation.evaluate import Figures, evaluate_model
+from isoprune_hf.evaluation.evaluate import evaluate_model
+from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.pruning.calibration.resumable import Repeatable
 
 
@@ -19,7 +20,7 @@ class ImageClassification:
 
     form = task_forms.IMAGE_CLASSIFICATION
     reads_labels = True
-    figures = ("top1", "top5", "loss", "ece")
+    figures: tuple[str, ...] = ("top1", "top5", "loss", "ece")
 
     def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
         """Return the batches themselves: the targets are the labels."""

@@ -12,8 +12,8 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.errors import CheckpointError
-from isoprune_hf.evaluation.evaluate import Figures
 from isoprune_hf.evaluation.features import evaluate_features
+from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.models.feature_loss import SignBatches
 from isoprune_hf.models.held import HeldModel, output_shapes
 from isoprune_hf.pruning.calibration.resumable import Repeatable

@@ -10,7 +10,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.checkpoint.task_forms import TaskForm
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
-from isoprune_hf.evaluation.evaluate import Figures
+from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.pruning.calibration.resumable import Repeatable
 
 

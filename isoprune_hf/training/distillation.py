@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.divergence import label_divergence
 from isoprune_hf.recipes import FinetuneRecipe
 
 # Returns the logits of the class token and of the distillation token, (B, C) each, of the last forward pass.
@@ -66,6 +67,45 @@ def training_loss(
         divergence = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
         teacher_loss = temperature**2 * divergence
     return (1 - weight) * loss + weight * teacher_loss
+
+
+def label_loss(
+    logits: Tensor,
+    targets: Tensor,
+    teacher_logits: Tensor | None,
+    *,
+    label_smoothing: float,
+    weight: float,
+    temperature: float,
+    taught_logits: Tensor | None = None,
+) -> Tensor:
+    """Compute the loss of each sample in fp32, where each class is there or not, independently of the others.
+
+    Args:
+        logits: Logits of the student, of shape (B, C).
+        targets: Zeros and ones, or what mixup makes of them, of shape (B, C).
+        teacher_logits: Logits of the teacher, of shape (B, C); without them the loss is the binary cross-entropy.
+        label_smoothing: Share by which each target moves towards 1/2.
+        weight: Weight of the teacher's loss, from 0 to 1.
+        temperature: Divides the logits of teacher and student.
+        taught_logits: See `training_loss`.
+
+    Returns:
+        Losses of shape (B,), means over the classes.
+
+    Source:
+        Label smoothing: `BinaryCrossEntropy` of timm with `smooth_dense`. Teacher: Yang et al., Multi-label knowledge
+        distillation, ICCV 2023 (arXiv 2308.06453), section 3.2: soft distillation of each class as a classification
+        of its own, here with the factor T^2 of Hinton et al. 2015.
+    """
+    logits = logits.float()
+    smooth = targets.float() * (1 - label_smoothing) + label_smoothing / 2
+    loss = functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
+    if teacher_logits is None:
+        return loss
+    taught = logits if taught_logits is None else taught_logits.float()
+    divergence = label_divergence(teacher_logits.float() / temperature, taught / temperature)
+    return (1 - weight) * loss + weight * temperature**2 * divergence / logits.shape[1]
 
 
 def distillation_heads(

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.labels import check_problem, require_labels
+from isoprune_hf.data.labels import adopt_problem, check_problem, require_labels
 from isoprune_hf.data.loading import LoaderOptions
+from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.held import reads_labels
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.callbacks import (
@@ -19,7 +20,7 @@ from isoprune_hf.training.callbacks import (
     SignalCallback,
     SnapshotCallback,
 )
-from isoprune_hf.training.judging import CLASSES, Judging
+from isoprune_hf.training.judging import Judging, judging_of
 from isoprune_hf.training.label_free import check_unlabelled
 from isoprune_hf.training.run import TrainingRun
 from isoprune_hf.training.teacher import TeacherModel
@@ -39,7 +40,7 @@ def finetune(
     num_workers: int | None = 0,
     save: SaveCheckpoint | None = None,
     run: TrainingRun | None = None,
-    judging: Judging = CLASSES,
+    judging: Judging | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place, on the accelerator's device, and leave it in eval mode and without gradients.
 
@@ -66,7 +67,7 @@ def finetune(
             epochs, "epoch-010" and so on for `save_every`. `recipe.best` selects the weights of "best", and those that
             `model` ends with.
         run: An open folder for snapshots and the log; an unfinished run in it is resumed.
-        judging: How the model is measured; by default as a classifier.
+        judging: How the model is measured; by default as a classifier, see `judging_of`.
 
     Returns:
         `history`: for each epoch `epoch`, `train_loss`, `lr` (of the last update), `images_per_second` and the figures
@@ -79,14 +80,20 @@ def finetune(
         DivergedError: The loss or the gradient is not finite.
         Interrupted: A signal stopped the training; `run` has a snapshot of the last update.
         DatasetError: There is no training split, or it has fewer images than an update has parts, or the model does
-            not choose one of several classes.
+            not answer as the images are labelled.
     """
     if not reads_labels(model):
         check_unlabelled(recipe, has_teacher=teacher is not None)
     else:
         require_labels(data)
         if isinstance(model, PreTrainedModel):
-            check_problem(model.config)
+            check_problem(model.config, is_multi_label=data.is_multi_label)
+            adopt_problem(model.config, is_multi_label=data.is_multi_label)
+    if data.is_multi_label and teacher is not None and recipe.distillation == "hard":
+        raise RecipeError(
+            "finetune.distillation hard takes the top class of the teacher, and each image has a list of classes; set "
+            "it to soft or none"
+        )
     callbacks: list[Callback] = []
     if run is not None:
         callbacks += [LogCallback(run), SignalCallback(run.interruption), SnapshotCallback(run)]
@@ -100,7 +107,7 @@ def finetune(
         accelerator=accelerator,
         options=LoaderOptions(eval_batch_size, num_workers, data.decoding),
         teacher=None if teacher is None else TeacherModel(teacher, teacher_processor),
-        judging=judging,
+        judging=judging or judging_of(data),
         callbacks=callbacks,
     )
     history = trainer.fit()

@@ -7,9 +7,11 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
-from isoprune_hf.evaluation.evaluate import Figures, compute_figures, predict_split
+from isoprune_hf.evaluation.evaluate import compute_figures, predict_split
+from isoprune_hf.evaluation.predictions import Figures
 
 
 class Evaluate(Protocol):
@@ -51,3 +53,9 @@ def _evaluate_classes(
 
 
 CLASSES = Judging(_evaluate_classes, "top1")
+_LISTS = Judging(_evaluate_classes, "map")
+
+
+def judging_of(data: ImageData) -> Judging:
+    """Return how a classifier of some images is measured: by the class of each, or by its list of classes."""
+    return _LISTS if data.is_multi_label else CLASSES

@@ -22,7 +22,7 @@ TABLE = "log.csv"
 CURVES = "curves.png"
 
 
-_FRACTIONS = ("top1", "top5", "ece", "knn")  # ends of names
+_FRACTIONS = ("top1", "top5", "map", "ece", "knn")  # ends of names
 
 
 class TrainingLog:
@@ -104,7 +104,7 @@ class TrainingLog:
         left, right = picture.subplots(1, 2)
         for axes, names in (
             (left, ("train_loss", "loss", "raw_loss", "ema_loss")),
-            (right, ("top1", "top5", "cosine", "knn")),
+            (right, ("top1", "top5", "map", "cosine", "knn")),
         ):
             for name in names:
                 points = [(e["epoch"], e[name]) for e in entries if name in e and "update" not in e]

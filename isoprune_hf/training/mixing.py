@@ -15,7 +15,7 @@ def mix(
 
     Args:
         pixel_values: Images (B, C, H, W); may be changed in place. With `mixup_pairing` flip, B must be even.
-        labels: Class indices (B,).
+        labels: Class indices (B,), or targets (B, num_classes).
         recipe: Alphas and pairing.
         num_classes: Number of classes.
         seeds: Numbers that seed the mixing; it depends on nothing else.
@@ -32,7 +32,9 @@ def mix(
     with seeded_generators(*seeds):
         if recipe.mixup_pairing == "flip":
             # Without label smoothing, which the loss applies.
-            flip = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes)  # type: ignore[no-untyped-call]  # timm
+            flip = Mixup(  # type: ignore[no-untyped-call]  # timm
+                recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes, multi_label=labels.ndim == 2
+            )
             mixed = flip(pixel_values, labels)
         else:
             kinds = [(v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.calling import CallForm, input_dtype
 from isoprune_hf.models.nested import separate
-from isoprune_hf.models.objective import Objective, as_classes
+from isoprune_hf.models.objective import Objective, as_classes, chooses_class
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import accelerated, autocast
 from isoprune_hf.training.distillation import training_loss
@@ -78,7 +78,7 @@ class OwnLoss:
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = separate(self.form.call(self.teacher, batch.inputs))[0]
-        if objective.compares_classes and batch.targets is not None:
+        if chooses_class(objective) and batch.targets is not None:
             return training_loss(
                 objective.logits(outputs),
                 as_classes(batch.targets),
@@ -97,7 +97,7 @@ class OwnLoss:
         return (1 - weight) * loss + weight * taught
 
 
-def check_own_recipe(recipe: FinetuneRecipe, *, compares_classes: bool) -> None:
+def check_own_recipe(recipe: FinetuneRecipe, *, has_classes: bool) -> None:
     """Check that a recipe has no setting that needs images.
 
     Raises:
@@ -110,7 +110,7 @@ def check_own_recipe(recipe: FinetuneRecipe, *, compares_classes: bool) -> None:
                 f"finetune.{name} {getattr(recipe, name)} is for images of a data set, not for batches of your own: "
                 "leave it out, or apply it in your loader"
             )
-    if recipe.distillation == "hard" and not compares_classes:
+    if recipe.distillation == "hard" and not has_classes:
         raise RecipeError("finetune.distillation hard needs outputs that are classes; set it to soft or none")
 
 

@@ -12,7 +12,7 @@ from isoprune_hf.data.loading import ImageBatch
 from isoprune_hf.data.pixels import normalised
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import arrange, autocast
-from isoprune_hf.training.distillation import HeadLogits, training_loss
+from isoprune_hf.training.distillation import HeadLogits, label_loss, training_loss
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.teacher import TeacherOutputs
 
@@ -31,6 +31,7 @@ class PartLoss:
         recipe: The loss, the mixing and the precision.
         device: Device of the network.
         num_classes: Number of classes.
+        is_multi_label: Each image has a list of classes.
         heads: Returns the logits of both heads of the last forward pass, if the teacher has a head of its own.
         teacher: Returns what the student learns from, if there is a teacher.
         taught_alone: The loss of a student without labels: returns the distances of its outputs from those of the
@@ -42,6 +43,7 @@ class PartLoss:
     recipe: FinetuneRecipe
     device: torch.device
     num_classes: int
+    is_multi_label: bool = False
     heads: HeadLogits | None = None
     teacher: TeacherOutputs | None = None
     taught_alone: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
@@ -71,10 +73,21 @@ class PartLoss:
         if self.taught_alone is not None and wanted is not None:
             return self.taught_alone(output.outputs, wanted).sum()
         logits, taught_logits = (output.logits, None) if self.heads is None else self.heads()
+        teacher_logits = None if wanted is None else wanted[0]
+        if self.is_multi_label:
+            return label_loss(
+                logits,
+                targets,
+                teacher_logits,
+                label_smoothing=recipe.label_smoothing,
+                weight=recipe.distillation_weight,
+                temperature=recipe.temperature,
+                taught_logits=taught_logits,
+            ).sum()
         return training_loss(
             logits,
             targets,
-            None if wanted is None else wanted[0],
+            teacher_logits,
             label_smoothing=recipe.label_smoothing,
             distillation=recipe.distillation,
             weight=recipe.distillation_weight,

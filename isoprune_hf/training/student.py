@@ -133,6 +133,7 @@ def open_student(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    is_multi_label: bool = False,
     ema: ModelEmaV3 | None = None,
     open_teacher: Callable[[], TeacherOutputs] | None = None,
 ) -> Iterator[Student]:
@@ -144,6 +145,7 @@ def open_student(
         recipe: How to train.
         accelerator: The ranks. Random numbers of its device are restored after the block.
         num_classes: Number of classes.
+        is_multi_label: Each image has a list of classes.
         ema: Moving average of the weights of `model`.
         open_teacher: Opens the teacher, after everything that the model may not support was checked.
 
@@ -167,7 +169,9 @@ def open_student(
             model=model,
             network=network,
             ema=ema,
-            part_loss=PartLoss(network, processor, recipe, device, num_classes, heads, teacher, taught_alone),
+            part_loss=PartLoss(
+                network, processor, recipe, device, num_classes, is_multi_label, heads, teacher, taught_alone
+            ),
             optimizer=build_optimizer(model, recipe),
             scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
             statistics=AveragedStatistics(model, accelerator),

@@ -27,7 +27,7 @@ from isoprune_hf.data.epochs import EpochOrder, TrainBatches
 from isoprune_hf.data.loading import ImageBatch, LoaderOptions, Ranks
 from isoprune_hf.data.streaming import count_images, epoch_batches
 from isoprune_hf.errors import DatasetError
-from isoprune_hf.evaluation.evaluate import Figures
+from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.terminal import with_bar
 from isoprune_hf.training.acceleration import float64_device
@@ -76,8 +76,7 @@ class Trainer:
     ):
         self.model = model.to(accelerator.device)
         self.precision = StoredPrecision(model)
-        self.data = data
-        self.processor = processor
+        self.data, self.processor = data, processor
         self.recipe = recipe
         self.accelerator = accelerator
         self.options = options = options.for_processor(processor)
@@ -112,6 +111,7 @@ class Trainer:
             self.recipe,
             self.accelerator,
             num_classes=len(self.data.label_names),
+            is_multi_label=self.data.is_multi_label,
             ema=self.ema,
             open_teacher=self._open_teacher,
         ) as self.student:

@@ -12,9 +12,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from isoprune_hf import finetune
 from isoprune_hf.checkpoint.modeling_isoprune import IsoImageProcessor
-from isoprune_hf.data.class_names import read_labels, renumber_split
+from isoprune_hf.data.class_names import renumber_split
 from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.images import image_batches
+from isoprune_hf.data.label_columns import read_labels
 from isoprune_hf.data.labels import align_labels, align_split, check_labels, match_labels
 from isoprune_hf.data.streaming import StreamedSplit
 from isoprune_hf.errors import DatasetError

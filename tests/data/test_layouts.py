@@ -260,14 +260,6 @@ def test_zip_without_room_is_refused(tmp_path: Path, cache: Path, monkeypatch: p
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
-def test_several_labels_are_refused(tmp_path: Path) -> None:
-    kind = datasets.List(datasets.ClassLabel(names=["a", "b"]))
-    rows = table().remove_columns("label")
-    rows = rows.add_column("label", [[0], [0, 1], []], feature=kind)
-    with pytest.raises(DatasetError, match=r"data\.label_column"):
-        load(save(rows, tmp_path / "train.parquet"))
-
-
 def test_misspelt_place_names_a_near_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*arguments: object, **options: object) -> None:
         raise FileNotFoundError("not on the Hub")

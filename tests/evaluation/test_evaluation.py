@@ -16,7 +16,7 @@ from helpers.ranks import call_on_ranks
 from tqdm import tqdm
 
 from isoprune_hf.data.loading import LoaderOptions
-from isoprune_hf.evaluation.evaluate import evaluate_model, predict_split, tabulate_classes
+from isoprune_hf.evaluation.evaluate import evaluate_model, predict_split
 from isoprune_hf.evaluation.metrics import ImageClassificationMetric, calibration_error
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +61,8 @@ def test_a_bin_of_confidences_includes_its_upper_end():
 
 def test_class_figures_equal_figures_of_its_images():
     net, split = make_net(), make_split(13)
-    lines = tabulate_classes(
-        predict_split(net, split, make_processor(), LoaderOptions()), [f"class {n}" for n in range(8)]
-    ).splitlines()
+    predictions = predict_split(net, split, make_processor(), LoaderOptions())
+    lines = predictions.table([f"class {n}" for n in range(8)]).splitlines()
     assert lines[0] == "class,name,images,top1,top5,loss,confidence,predicted"
     rows = [line.split(",") for line in lines[1:]]
     assert sum(int(row[2]) for row in rows) == sum(int(row[7]) for row in rows) == 13

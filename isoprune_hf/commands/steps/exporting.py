@@ -17,7 +17,8 @@ from isoprune_hf.data.dataset import ImageData, load_data
 from isoprune_hf.data.loading import CalibrationBatches, LoaderOptions
 from isoprune_hf.data.streaming import calibration_split
 from isoprune_hf.errors import RecipeError
-from isoprune_hf.evaluation.evaluate import Predictions, compute_figures, predict_split
+from isoprune_hf.evaluation.evaluate import compute_figures, predict_split
+from isoprune_hf.evaluation.predictions import Predictions
 from isoprune_hf.export.comparison import Export
 from isoprune_hf.export.export import fingerprint_weights
 from isoprune_hf.export.formats import FORMATS, Format
@@ -68,7 +69,7 @@ class ExportImages:
         """Return the figures of the model in PyTorch and of the exported one, by name of the table row."""
         stage = self.base.model.config.stage
         before, after = self._predict(self.base.model), self._predict(ExportedModel(exported))
-        same = float(np.mean(before.predictions[:, 0] == after.predictions[:, 0]))
+        same = before.agreement(after)
         first, second = (self.images.with_provenance(compute_figures(found)) for found in (before, after))
         size = sum(tensor.nbytes for tensor in self.base.model.state_dict().values()) / 1e6
         return {stage: {**first, "file_mb": size}, f"{stage}+{precision}": {**second, "agreement": same}}

@@ -114,7 +114,8 @@ def _open_student(
     carried = read_records(source.name)
     if source.takes_new_head:
         require_labels(images)
-        found = open_with_new_head(source.name, images.label_names, finetune.seed)
+        names, problem = images.label_names, images.problem_type
+        found = open_with_new_head(source.name, names, finetune.seed, problem)
     else:
         found = load_base(source.name, tasks=TASK_FORMS)
     require_finite_base(found, source.name)

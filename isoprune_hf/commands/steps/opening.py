@@ -237,6 +237,7 @@ def _load_base(name: str, prune: PruneRecipe, images: ImageData | None) -> tuple
         model_args=prune.model_args,
         num_labels=num_labels,
         label_names=names if num_labels == len(names) else None,
+        problem_type=images.problem_type,
         seed=prune.seed,
         weights=prune.weights,
         tasks=TASK_FORMS,

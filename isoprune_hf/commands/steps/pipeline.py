@@ -90,7 +90,8 @@ def run_pipeline(
     answer = summarize(model, found.metrics, (found.speed or {})["milliseconds"], root / "model", notes=cut.plan.notes)
     if accelerator.is_main_process and images.evaluation is not None:
         image, label = _first_image(images.evaluation, images.decoding, image_size_of(model)[0])
-        truth = images.label_names[label] if label < len(images.label_names) else None
+        labels, names = label if isinstance(label, list) else [label], images.label_names
+        truth = ", ".join(names[number] for number in labels if number < len(names)) or None
         line = task.try_pipeline(root / "model", image, truth)
         answer = replace(answer, text=f"{answer.text}\n\n{line}")
     accelerator.wait_for_everyone()
@@ -226,8 +227,8 @@ def _pretrain(
     return base
 
 
-def _first_image(split: Rows, decoding: Decoding, channels: int) -> tuple[Any, int]:
-    """Return the first image of a split for a pipeline, with its label.
+def _first_image(split: Rows, decoding: Decoding, channels: int) -> tuple[Any, int | list[int]]:
+    """Return the first image of a split for a pipeline, with its label, or its list of labels.
 
     An image that is not RGB is an array: a pipeline turns all others into RGB.
     """

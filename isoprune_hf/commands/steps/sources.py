@@ -12,13 +12,14 @@ from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.commands.steps.holding_out import has_seen, may_have_seen
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.labels import align_labels, check_labels, check_problem, classes_of
+from isoprune_hf.data.labels import adopt_problem, align_labels, check_labels, check_problem, classes_of
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.head import replace_head
 from isoprune_hf.models.held import output_shapes
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.recipes.values import MULTI_LABEL, ProblemType
 from isoprune_hf.tasks.registry import find_task
 from isoprune_hf.training.label_free import check_unlabelled
 
@@ -49,7 +50,7 @@ def open_teacher(
     teacher = load_base(finetune.teacher, tasks=(task_of(student.config.base).task,))
     if find_task(student.config).reads_labels:
         names = class_names(student)
-        check_classes([names[index] for index in sorted(names)], teacher.model)
+        check_classes([names[index] for index in sorted(names)], teacher.model, like=student)
     else:
         _check_shapes(student, teacher.model)
     return teacher
@@ -127,7 +128,7 @@ def _of_equal_classes(model: IsoPruneForImageClassification, base: BaseModel) ->
         return base
     names = class_names(model)
     try:
-        check_classes([names[index] for index in sorted(names)], base.model)
+        check_classes([names[index] for index in sorted(names)], base.model, like=model)
     except DatasetError:
         logger.info(
             "the dense base is neither evaluated nor used as a teacher: it has other classes than the new head"
@@ -136,16 +137,18 @@ def _of_equal_classes(model: IsoPruneForImageClassification, base: BaseModel) ->
     return base
 
 
-def open_with_new_head(name: str, labels: tuple[str, ...], seed: int) -> BaseModel:
+def open_with_new_head(name: str, labels: tuple[str, ...], seed: int, problem: ProblemType | None = None) -> BaseModel:
     """Open a pruned model with a new head for other classes; its costs are those with this head.
 
     Args:
         name: Folder or Hub id.
         labels: Names of the classes.
         seed: Seed of the weights of the head.
+        problem: Problem type of the head.
     """
     found = load_base(name)
-    headed = replace_head(found, labels, seed=seed, untrained=find_class_dims(found.model.config), keeps_problem=False)
+    untrained = find_class_dims(found.model.config)
+    headed = replace_head(found, labels, seed=seed, untrained=untrained, problem=problem)
     model = headed.model
     if model.config.cost is not None:
         dense, pruned = count_cost(meta_copy(model, dense=True)), count_cost(model)
@@ -176,6 +179,7 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
         model_args=None if is_saved else source.get("model_args"),
         num_labels=num_labels,
         label_names=tuple(names[index] for index in sorted(names)) if num_labels else None,
+        problem_type=model.config.problem_type,
         seed=source.get("seed", 0),
         weights=None if is_saved else source.get("weights"),
         revision=None if is_saved else source.get("revision"),
@@ -187,21 +191,31 @@ def open_source(model: IsoPruneForImageClassification, name: str | None = None) 
     return base
 
 
-def check_classes(label_names: Sequence[str], model: IsoPruneForImageClassification) -> None:
-    """Check that a model chooses one of the classes of another model, see `check_labels`.
+def check_classes(
+    label_names: Sequence[str], model: IsoPruneForImageClassification, *, like: IsoPruneForImageClassification
+) -> None:
+    """Check that a model answers as another one does, see `check_labels`; without a problem type it takes that one's.
+
+    Args:
+        label_names: Names of the classes of the other model by index.
+        model: The model; its config may change in place.
+        like: The other model.
 
     Raises:
         DatasetError: It has other classes or another problem type.
     """
+    is_multi_label = like.config.problem_type == MULTI_LABEL
     check_labels(label_names, class_names(model))
-    check_problem(model.config)
+    check_problem(model.config, is_multi_label=is_multi_label)
+    if is_multi_label:
+        model.config.problem_type = MULTI_LABEL
 
 
 def align_images(images: ImageData, model: IsoPruneForImageClassification) -> ImageData:
-    """Return images with the labels of a model that chooses one of their classes, see `align_labels`.
+    """Return images with the labels of a model that answers as they are labelled, see `align_labels`.
 
-    For a task that reads no labels they stay as they are. A warning says if the model has seen images for evaluation,
-    or may have.
+    For a task that reads no labels they stay as they are. A model without a problem type takes that of the images, in
+    place. A warning says if the model has seen images for evaluation, or may have.
 
     Raises:
         DatasetError: It has other classes or another problem type.
@@ -209,7 +223,8 @@ def align_images(images: ImageData, model: IsoPruneForImageClassification) -> Im
     aligned = images
     if find_task(model.config).reads_labels:
         aligned = align_labels(images, class_names(model))
-        check_problem(model.config)
+        check_problem(model.config, is_multi_label=images.is_multi_label)
+        adopt_problem(model.config, is_multi_label=images.is_multi_label)
     if has_seen(model.config, images):
         logger.warning(
             f"data: the model was pruned or trained on images of {images.name} that it is evaluated on, with another "

@@ -23,7 +23,7 @@ from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.errors import CheckpointError, ConflictError, WriteError
-from isoprune_hf.evaluation.evaluate import Figures
+from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost

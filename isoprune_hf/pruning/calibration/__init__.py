@@ -5,7 +5,6 @@ Entry points:
     gradients.mean_gradients: Mean gradient of the loss over all images.
     gradients.scoring_mode: Context in which a model runs deterministically and is restored afterwards.
     gradients.sum_over_ranks: The one reduction over ranks that a pass needs.
-    divergence.divergence_of: The distance between the answers of two networks.
     resumable.ResumableBatches: Micro-batches whose sums survive the process that adds them up.
 
 This folder knows nothing about coupled groups, criteria or plans.

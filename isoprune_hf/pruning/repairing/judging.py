@@ -2,8 +2,8 @@
 
 The measure is the mean Kullback-Leibler divergence of the dense network's probabilities from those of the cut one, at
 the scale of the logits around their mean that suits the cut one best: a ridge pulls outputs towards their mean. For
-outputs that are no logits of classes it is the sum of their squared differences, as a share of the mean sum of squares
-of the dense outputs, at scale 1. Labels are not used.
+outputs that are no logits of classes or labels it is the sum of their squared differences, as a share of the mean sum
+of squares of the dense outputs, at scale 1. Labels are not used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,6 @@ import torch
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.models.held import objective_of
 from isoprune_hf.pruning.calibration.calibration import Batch, Batches, Calibration
-from isoprune_hf.pruning.calibration.divergence import divergence_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 from isoprune_hf.terminal import with_progress
 
@@ -123,7 +122,7 @@ class Judge:
         self, dense: IsoPruneForImageClassification, cut: IsoPruneForImageClassification, calibration: Calibration
     ):
         self._calibration = calibration
-        self._compares_classes = objective_of(dense).compares_classes
+        self._divergence = objective_of(dense).divergence
         self._wanted = _logits(dense, calibration)
         count = torch.tensor(sum(len(part) for part in self._wanted), device=dense.device)
         self.images = int(sum_over_ranks(count, calibration.accelerator))
@@ -136,7 +135,7 @@ class Judge:
         """Compute the divergences of a cut network at all scales; there must be images."""
         found = _logits(pruned, self._calibration)
         total = torch.zeros(len(pruned.config.id2label or {}), dtype=torch.float64)  # a rank may have no images
-        if self._compares_classes:
+        if self._divergence is not None:
             total = self._sum(sum((logits.sum(0) for logits in found), start=total), pruned.device)
         center = total / self.images
         sums = torch.zeros(3, len(SCALES), dtype=torch.float64)
@@ -151,17 +150,17 @@ class Judge:
     def _distances(self, wanted: torch.Tensor, logits: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         """Compute the distances of outputs (B, N) from the dense ones at all scales, and squared: (2, scales, B)."""
         found = torch.full((2, len(SCALES), len(wanted)), torch.inf, dtype=torch.float64)
-        for index, scale in enumerate(SCALES if self._compares_classes else ()):
+        for index, scale in enumerate(SCALES if self._divergence is not None else ()):
             outputs = center + scale * (logits - center)
             found[:, index] = torch.stack([self._distance(wanted, outputs), (wanted - outputs).square().sum(-1)])
-        if not self._compares_classes:
+        if self._divergence is None:
             found[:, _PLAIN] = torch.stack([self._distance(wanted, logits), (wanted - logits).square().sum(-1)])
         return found
 
     def _distance(self, wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
         """Compute the distance of each output (B, N) from the dense one: (B,)."""
-        if self._compares_classes:
-            return divergence_of(wanted, found)
+        if self._divergence is not None:
+            return self._divergence(wanted, found)
         return (wanted - found).square().sum(-1) / max(self._size, torch.finfo(torch.float64).tiny)
 
     def _sum(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:

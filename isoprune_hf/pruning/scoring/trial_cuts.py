@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models.divergence import Divergence
+from isoprune_hf.models.held import objective_of
 from isoprune_hf.pruning.calibration.calibration import Calibration
-from isoprune_hf.pruning.calibration.divergence import divergence_of
 from isoprune_hf.pruning.calibration.gradients import scoring_mode, sum_over_ranks
 from isoprune_hf.pruning.calibration.inputs import read_tensor, replace_first_tensor
 from isoprune_hf.pruning.partial_passes.observation import PassStopped
@@ -57,17 +58,20 @@ def measure_trial_cuts(
     """Measure each cut by itself, as many as the budget of `choose_trials` allows.
 
     Args:
-        model: Its logits are those of classes. Restored afterwards.
+        model: Its objective compares probabilities. Restored afterwards.
         points: Points of `find_gate_points`.
         candidates: Group -> possible cuts, see `choose_trials`.
         calibration: Images; iterated over once.
 
     Returns:
-        Group -> the cuts that were measured, with the mean divergence in nats; equal on all ranks. A group has none if
-        one of its weights is used without calling its layer, the input of a layer is too wide, or there is no image
-        to set aside.
+        Group -> the cuts that were measured, with the mean divergence in nats; equal on all ranks. Empty if the
+        outputs have no probabilities. A group has none if one of its weights is used without calling its layer, the
+        input of a layer is too wide, or there is no image to set aside.
     """
     device, accelerator = model.device, calibration.accelerator
+    compare = objective_of(model).divergence
+    if compare is None:
+        return {}
     with ExitStack() as stack:
         stack.enter_context(scoring_mode(model, requires_grad=False))
         stack.enter_context(torch.no_grad())
@@ -78,7 +82,7 @@ def measure_trial_cuts(
         shares = {name: course.share(name) for name in measured}
         trials = choose_trials(measured, shares, images=images.total, held=images.held)
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=calibration.precision == "bf16"))
-        return _measure(model, course, trials, images, calibration) if trials.judges else {}
+        return _measure(model, course, trials, images, calibration, compare) if trials.judges else {}
 
 
 def foretell_passes(
@@ -121,6 +125,7 @@ def _measure(
     trials: Trials[TrialCut],
     images: TrialImages,
     calibration: Calibration,
+    compare: Divergence,
 ) -> dict[str, list[tuple[TrialCut, float]]]:
     """Measure the chosen cuts, in the order of the network."""
     storage = Storage.of_ranks(model.device, calibration.accelerator)
@@ -141,7 +146,7 @@ def _measure(
         with _without(model, cut, course.points[cut.group], moments):
             for (pixels, begin), logits in zip(judging, wanted, strict=True):
                 with begin():
-                    totals[number] += divergence_of(logits, _logits(model, pixels)).sum()
+                    totals[number] += compare(logits, _logits(model, pixels)).sum()
     judges = sum_over_ranks(torch.tensor(judging.images.count, device=model.device), calibration.accelerator)
     if not judges:
         return {}

@@ -53,7 +53,7 @@ class TrialLoss:
         batches = task.calibration.batches
         several = replace(task.calibration, batches=list(batches) if isinstance(batches, Iterator) else batches)
         losses = gate_fisher_joint(task.model, task.groups, several)
-        if not objective_of(task.model).compares_classes:
+        if objective_of(task.model).divergence is None:
             return score_losses(task, losses)
         losses |= losses_of_weights(task, losses)
         groups = [group for group in task.groups if group.name in losses and losses[group.name].isfinite().all()]
