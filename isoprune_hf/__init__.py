@@ -2,13 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 
 from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoImageProcessor,
     IsoPruneBackbone,
     IsoPruneConfig,
     IsoPruneForImageClassification,
+    IsoPruneForSemanticSegmentation,
     IsoPruneModel,
 )
 from isoprune_hf.errors import (
@@ -83,6 +91,7 @@ __all__ = [
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
+    "IsoPruneForSemanticSegmentation",
     "IsoPruneModel",
     "MissingExtraError",
     "PruneRecipe",
@@ -112,6 +121,7 @@ AutoConfig.register("isoprune", IsoPruneConfig)
 AutoBackbone.register(IsoPruneConfig, IsoPruneBackbone)
 AutoModel.register(IsoPruneConfig, IsoPruneModel)
 AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassification)
+AutoModelForSemanticSegmentation.register(IsoPruneConfig, IsoPruneForSemanticSegmentation)
 AutoImageProcessor.register(
     IsoPruneConfig, image_processor_classes={"pil": IsoImageProcessor, "torchvision": IsoImageProcessor}
 )

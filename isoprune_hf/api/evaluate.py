@@ -12,7 +12,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneFor
 from isoprune_hf.data.decoding import Decoding, Rows
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.evaluation import evaluate
-from isoprune_hf.models.from_module import gives_features
+from isoprune_hf.models.from_module import form_without_labels
 from isoprune_hf.models.held import HeldModel
 
 
@@ -67,13 +67,14 @@ def with_logits(model: nn.Module | Pruned) -> nn.Module:
     """Return a model in the form that evaluation and training take; its weights are those of the model.
 
     Raises:
-        RecipeError: It gives features.
+        RecipeError: It is of another task.
     """
     config = model.config if isinstance(model, Pruned) else IsoPruneConfig()
     module = model.model if isinstance(model, Pruned) else model
-    if gives_features(inner_of(module)):
+    form = form_without_labels(inner_of(module))
+    if form is not None:
         raise RecipeError(
-            f"{type(inner_of(module)).__name__} gives features and no logits of classes: evaluate its folder with "
+            f"{type(inner_of(module)).__name__} is for {form.task}, not a classifier: evaluate its folder with "
             "`isoprune evaluate`, and finetune it on batches of tensors"
         )
     if isinstance(module, IsoPruneForImageClassification):

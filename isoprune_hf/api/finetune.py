@@ -23,8 +23,8 @@ from isoprune_hf.data.images import holds_images, holds_rows, open_images
 from isoprune_hf.data.labels import align_labels, classes_of, is_own_network
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.calling import CallForm
-from isoprune_hf.models.feature_loss import FEATURES
-from isoprune_hf.models.from_module import gives_features
+from isoprune_hf.models.drawn_targets import loss_without_labels
+from isoprune_hf.models.from_module import form_without_labels
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import LOSSES, chooses_class
@@ -209,8 +209,9 @@ def _choose(
     output: Any,
 ) -> Chosen:
     """Choose the loss by the first batch."""
-    if loss is None and gives_features(inner_of(module)):
-        return Chosen(FEATURES, None)
+    task = form_without_labels(inner_of(module))
+    if loss is None and task is not None and (not task.names_classes or first.targets is None):
+        return Chosen(loss_without_labels(task), None)
     known = model.loss if isinstance(model, Pruned) else None
     if loss is None and known in LOSSES and first.targets is not None:
         loss = known

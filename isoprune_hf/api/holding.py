@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, TimmWrapperForImageClassification
 
 from isoprune_hf.api.batches import CallerBatch
-from isoprune_hf.api.objectives import Loss, choose_objective, features_objective
+from isoprune_hf.api.objectives import Loss, choose_objective, drawn_objective
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification, IsoPruneModel
-from isoprune_hf.checkpoint.task_forms import task_of
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, model_class_of
+from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.calling import CallForm, adapt, input_dtype
-from isoprune_hf.models.from_module import Recognised, gives_features, recognise
+from isoprune_hf.models.from_module import Recognised, form_without_labels, recognise
 from isoprune_hf.models.held import HeldModel
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.processors import processed_size
@@ -57,10 +57,10 @@ def inner_of(module: nn.Module) -> nn.Module:
     return module.model if is_ours(module) else module
 
 
-def is_ours(module: nn.Module) -> TypeGuard[IsoPruneForImageClassification | IsoPruneModel]:
-    """Return whether a module is a whole model of isoprune_hf, for classes or features, not part of a classifier."""
-    is_encoder = isinstance(module, IsoPruneModel) and not task_of(module.config.base).has_classes
-    return isinstance(module, IsoPruneForImageClassification) or is_encoder
+def is_ours(module: nn.Module) -> TypeGuard[IsoPrunePreTrainedModel]:
+    """Return whether a module is a whole model of isoprune_hf, of any task, and not the encoder of another one."""
+    is_whole = isinstance(module, IsoPrunePreTrainedModel) and isinstance(module, model_class_of(module.config))
+    return isinstance(module, HeldModel) or is_whole
 
 
 def share(module: nn.Module) -> nn.Module:
@@ -145,8 +145,9 @@ def hold(
     if known is None and form.names == (None,):
         known = recognise(copied, size)
     described = config_of(copied, known)
-    if loss is None and gives_features(module):
-        chosen = features_objective(output)
+    task = form_without_labels(module)
+    if loss is None and task is not None and (not task.names_classes or all(one.targets is None for one in seen)):
+        chosen = drawn_objective(output, task)
     else:
         chosen = choose_objective(output, seen, form, loss, None if described is None else described.problem_type)
     objective = chosen.objective

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from isoprune_hf.api.batches import CallerBatch
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
+from isoprune_hf.checkpoint.task_forms import TaskForm
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.caller_loss import BatchForm, CallerLoss
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.divergence import DIVERGENCES
-from isoprune_hf.models.feature_loss import FEATURES, draw_signs
+from isoprune_hf.models.drawn_targets import loss_without_labels
 from isoprune_hf.models.held import LOSS_NAMES
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import LOSSES, Objective, OutputNorm, TargetLoss, side_by_side
@@ -74,14 +75,16 @@ def choose_objective(
     return chosen
 
 
-def features_objective(output: Any) -> Chosen:
-    """Return the loss of a network that gives features; labels are not looked at.
+def drawn_objective(output: Any, form: TaskForm) -> Chosen:
+    """Return the loss of a network of a task without labels; those of the batches are not looked at.
 
     Args:
         output: The output of the network for a batch.
+        form: The task.
     """
     shapes = [value.shape[1:] for value in separate(output)[0]]
-    return Chosen(FEATURES, lambda batch: draw_signs(batch.inputs[0], shapes))
+    objective = loss_without_labels(form)
+    return Chosen(objective, lambda batch: objective.draw_targets(batch.inputs[0], shapes))
 
 
 def _by_caller(output: Any, batch: CallerBatch, call: CallForm, loss: Callable[[Any, Any], Tensor]) -> Chosen:

@@ -26,7 +26,7 @@ from isoprune_hf.data.loading import CalibrationBatches
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import load_base
 from isoprune_hf.models.calling import restore
-from isoprune_hf.models.from_module import Recognised, gives_features, processor_of, recognise_wrapper
+from isoprune_hf.models.from_module import Recognised, form_without_labels, processor_of, recognise_wrapper
 from isoprune_hf.models.held import LABELS
 from isoprune_hf.models.processors import with_transform
 from isoprune_hf.pruning.plan import record_transform
@@ -102,7 +102,7 @@ def prune(
     samples = recipe.calibration_batches * recipe.batch_size
     reads_targets = loss is not None or recipe.criterion in _LOSS_READERS
     images = open_images(data) if holds_images(data) else None
-    is_multi_label = images is not None and images.is_multi_label and not gives_features(inner_of(module))
+    is_multi_label = images is not None and images.is_multi_label and form_without_labels(inner_of(module)) is None
     if is_multi_label and recipe.criterion in _LOSS_READERS:
         loss = loss or LABELS.name
     with torch.inference_mode(False), kept_random_state():

@@ -23,7 +23,7 @@ from isoprune_hf.checkpoint.nested_config import IGNORED_ENTRIES, check_config
 from isoprune_hf.checkpoint.own_network import find_builder, inputs_of, with_classes
 from isoprune_hf.checkpoint.plain_values import check_args, require
 from isoprune_hf.checkpoint.settings import apply_settings
-from isoprune_hf.checkpoint.task_forms import TaskForm, task_of
+from isoprune_hf.checkpoint.task_forms import TaskForm, networks_of, task_of
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER, MAX_IMAGE_SIDE, MAX_INPUT_NUMBERS, MAX_MODULES
 
@@ -165,10 +165,10 @@ def build_base(config: IsoPruneConfig) -> nn.Module:
     if base is None or not isinstance(library, str) or library not in _LIBRARIES:
         raise CheckpointError(f"config.base: library must be one of {', '.join(_LIBRARIES)}, got {base!r}")
     form = task_of(base)
+    require(library in form.libraries, f"config.base: {library} has no networks for {form.task}")
     if library == "transformers":
         network = _build_transformers(base.get("config"), form, config.num_labels, config._attn_implementation)
     else:
-        require(form.has_classes or library == "timm", f"config.base: {library} has no networks for {form.task}")
         network = _build_by_name(library, base, config.num_labels if form.has_classes else 0)
     return apply_settings(network, base)
 
@@ -207,16 +207,15 @@ def _build_transformers(
             "custom type, import the module that registers it first"
         )
     config_class = CONFIG_MAPPING[kind]
-    known = config_class in form.networks and kind not in ("timm_wrapper", "isoprune")
+    named = {cls.__name__: cls for cls in networks_of(form, config_class)}
     named_task = "a transformers image classifier" if form.has_classes else f"a model of transformers for {form.task}"
+    known = bool(named) and kind not in ("timm_wrapper", "isoprune")
     require(known, f"config.base.config: {kind} is not {named_task}")
     values = check_config(config_class, values)
-    classes = form.networks[config_class]
-    named = {cls.__name__: cls for cls in (classes if isinstance(classes, tuple) else (classes,)) if cls is not None}
 
     def build() -> nn.Module:
         inner = config_class.from_dict(values)
-        if form.has_classes:
+        if form.names_classes:
             inner.num_labels = num_labels  # type: ignore[assignment]  # transformers types only the getter as optional
         inner.return_dict = True
         if attention not in (None, "sdpa"):  # which transformers sets by itself, also where the base has no sdpa

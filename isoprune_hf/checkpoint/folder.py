@@ -17,13 +17,13 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf import plain_files
 from isoprune_hf.checkpoint.finite import require_finite
+from isoprune_hf.checkpoint.modeling_isoprune import model_class_of
 from isoprune_hf.checkpoint.output_check import check_replaceable
 from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.checkpoint.stock import save_stock, stock_processor
 from isoprune_hf.checkpoint.structure import as_saved
 from isoprune_hf.checkpoint.sync import sync_file, sync_folder
 from isoprune_hf.checkpoint.target import Target, locked_target
-from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError, WriteError
 
 
@@ -57,7 +57,7 @@ def save_model_folder(
         require_finite(model)
         if model.config.layout == "uniform":
             save_stock(temporary, model)
-        elif task_of(model.config.base).has_classes:
+        elif isinstance(model, model_class_of(model.config)):
             model.save_pretrained(temporary)
         else:
             as_saved(model.config, model.model).save_pretrained(temporary)

@@ -18,7 +18,13 @@ from isoprune_hf.checkpoint.difference import (
 )
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.checkpoint.meta import move_to_meta
-from isoprune_hf.checkpoint.outputs import HiddenStates, call_classifier, call_features, call_stages
+from isoprune_hf.checkpoint.outputs import (
+    HiddenStates,
+    call_classifier,
+    call_features,
+    call_network,
+    call_stages,
+)
 from isoprune_hf.checkpoint.own_network import Builder
 from isoprune_hf.checkpoint.plain_values import require
 from isoprune_hf.checkpoint.pretrained import PARTS, IsoPrunePreTrainedModel, code_that_ships
@@ -27,6 +33,7 @@ from isoprune_hf.errors import CheckpointError, ImageError, IsoPruneError
 
 __all__ = [
     "FORMAT_VERSION",
+    "MODEL_CLASSES",
     "PARTS",
     "CheckpointError",
     "ImageError",
@@ -35,12 +42,14 @@ __all__ = [
     "IsoPruneConfig",
     "IsoPruneError",
     "IsoPruneForImageClassification",
+    "IsoPruneForSemanticSegmentation",
     "IsoPruneModel",
     "SkippedBlock",
     "apply_structure",
     "build_base",
     "check_structure",
     "code_that_ships",
+    "model_class_of",
     "skippable_blocks",
 ]
 
@@ -52,10 +61,7 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
     """
 
     def __init__(self, config: IsoPruneConfig, builder: Builder | None = None):
-        form = task_of(config.base)
-        require(
-            form.has_classes, f"config.base.task: the model is of the task {form.task}; open it with {form.auto_class}"
-        )
+        _require_task(config, IsoPruneForImageClassification)
         super().__init__(config, builder)
 
     @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
@@ -99,6 +105,47 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
         # transformers records the problem type that it infers from the first labels; the config stays as it is here.
         loss = self.loss_function(labels, output.logits.float(), copy.copy(self.config))
         return type(output)(**{**output, "loss": loss})
+
+
+class IsoPruneForSemanticSegmentation(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """A network of transformers that finds the class of every pixel, changed by `config.structure`."""
+
+    def __init__(self, config: IsoPruneConfig):
+        _require_task(config, IsoPruneForSemanticSegmentation)
+        super().__init__(config)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: HiddenStates = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute the logits of the classes of pixels; see `IsoPruneForImageClassification.forward`.
+
+        Args:
+            pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
+            labels: Class of each pixel, (B, H, W), for the loss of the base's class in transformers, which leaves out
+                the class `semantic_loss_ignore_index` of the base's config.
+            output_hidden_states: Whether to return the output of each block.
+            output_attentions: Whether to return the attention weights.
+            kwargs: Further arguments of the base's own forward.
+
+        Returns:
+            The output of the base's class in transformers: `logits` of shape (B, num_labels, h, w), of the resolution
+            that the base gives, and `loss` if there are labels.
+        """
+        if labels is not None:
+            kwargs["labels"] = labels
+        return call_network(
+            self.model,
+            self._cast(pixel_values),
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            self.config.output_attentions if output_attentions is None else output_attentions,
+            **kwargs,
+        )
 
 
 class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -179,3 +226,26 @@ class IsoPruneBackbone(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call
         maps = call_stages(self.model, self._cast(pixel_values), **kwargs)
         selected: Any = tuple(maps[name] for name in self.out_features)
         return BackboneOutput(feature_maps=selected)
+
+
+MODEL_CLASSES: dict[str, type[IsoPrunePreTrainedModel]] = {
+    kind.__name__: kind for kind in (IsoPruneForImageClassification, IsoPruneForSemanticSegmentation, IsoPruneModel)
+}  # by name, of which `TaskForm.model_class` is one
+
+
+def model_class_of(config: IsoPruneConfig) -> type[IsoPrunePreTrainedModel]:
+    """Return the class that a folder of the config's task opens as."""
+    return MODEL_CLASSES[task_of(config.base).model_class]
+
+
+def _require_task(config: IsoPruneConfig, kind: type[IsoPrunePreTrainedModel]) -> None:
+    """Check that a folder of the config's task opens as a class.
+
+    Raises:
+        CheckpointError: It opens as another one.
+    """
+    form = task_of(config.base)
+    require(
+        form.model_class == kind.__name__,
+        f"config.base.task: the model is of the task {form.task}; open it with {form.auto_class}",
+    )

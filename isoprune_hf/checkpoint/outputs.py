@@ -1,7 +1,8 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
 """Call a base network as its stock class in transformers is called (part of the shipped file).
 
-`call_classifier` and `call_features` return the outputs of transformers, for the networks of all three libraries.
+`call_classifier` and `call_features` return the outputs of transformers, for the networks of all three libraries;
+`call_network` returns those of a network of transformers with the head of its task.
 """
 
 import inspect
@@ -54,6 +55,20 @@ def call_classifier(
     timm_network: Any = network
     last, states = timm_network.forward_intermediates(pixel_values, **_selected(hidden_states), **options)
     return ImageClassifierOutput(logits=timm_network.forward_head(last), hidden_states=tuple(states))
+
+
+def call_network(
+    network: nn.Module,
+    pixel_values: torch.Tensor,
+    hidden_states: HiddenStates,
+    attentions: bool | None,
+    **options: Any,
+) -> ModelOutput:
+    """Return the output of the network's own class in transformers.
+
+    Args and errors are those of `call_classifier`; `labels` among the options are the targets of the network's loss.
+    """
+    return _call_transformers(cast(Any, network), pixel_values, hidden_states, attentions, options)
 
 
 def call_features(

@@ -48,8 +48,7 @@ AUTO_CLASSES = {
     "AutoBackbone": "IsoPruneBackbone",
     "AutoConfig": "IsoPruneConfig",
     "AutoImageProcessor": "IsoImageProcessor",
-    "AutoModel": "IsoPruneModel",
-    "AutoModelForImageClassification": "IsoPruneForImageClassification",
+    **{form.auto_class: form.model_class for form in TASK_FORMS.values()},
 }
 # Names of safetensors for data types -> names of torch; all floating-point types may be cast to one another.
 _DTYPE_NAMES = {
@@ -209,7 +208,7 @@ class IsoPrunePreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 def auto_map_of(config: IsoPruneConfig) -> dict[str, str]:
     """Return Auto class -> class in the shipped file, of those that open a folder of the config's task."""
     form = task_of(config.base)
-    others = {other.auto_class for other in TASK_FORMS.values() if other.has_classes and other is not form}
+    others = {other.auto_class for other in TASK_FORMS.values() if other is not form} - {"AutoModel"}
     return {auto: f"modeling_isoprune.{name}" for auto, name in AUTO_CLASSES.items() if auto not in others}
 
 

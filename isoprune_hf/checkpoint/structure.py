@@ -12,11 +12,11 @@ from isoprune_hf.checkpoint.meta import move_to_meta
 from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoPruneConfig,
     IsoPruneForImageClassification,
-    IsoPruneModel,
     SkippedBlock,
+    model_class_of,
 )
 from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
-from isoprune_hf.checkpoint.task_forms import task_of
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, task_of
 from isoprune_hf.errors import CheckpointError
 
 
@@ -27,11 +27,11 @@ def as_saved(config: IsoPruneConfig, network: nn.Module) -> IsoPrunePreTrainedMo
         config: Its config, which the model gets a copy of.
         network: The network.
     """
-    config, has_classes = copy.deepcopy(config), task_of(config.base).has_classes
-    if not has_classes:
+    config = copy.deepcopy(config)
+    if task_of(config.base) is not IMAGE_CLASSIFICATION:
         config.format_version = max(config.format_version, 3)
     with torch.device("meta"):
-        model = IsoPruneForImageClassification(config) if has_classes else IsoPruneModel(config)
+        model = model_class_of(config)(config)
     model.model = network
     model.training = network.training
     return model

@@ -4,7 +4,11 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    MODEL_MAPPING,
+)
 
 from isoprune_hf.errors import CheckpointError
 
@@ -13,35 +17,57 @@ class TaskForm(NamedTuple):
     """How a folder of a task opens.
 
     Args:
-        task: Name of the task, which is that of its pipeline in transformers.
+        task: Name of the task.
+        pipeline: Name of its pipeline in transformers.
         auto_class: Auto class of transformers that opens it.
         model_class: The class of this file that it opens as.
         networks: Config class of transformers -> the class, or classes, that the network is of.
-        has_classes: The network returns logits of the classes that the config names.
+        libraries: The libraries whose networks it takes.
+        has_classes: The network returns one vector of logits of classes for an image.
+        names_classes: The config names the classes of its logits, which may be those of pixels.
     """
 
     task: str
+    pipeline: str
     auto_class: str
     model_class: str
     networks: Mapping[type, Any]
+    libraries: tuple[str, ...]
     has_classes: bool
+    names_classes: bool
 
 
 IMAGE_CLASSIFICATION = TaskForm(
     task="image-classification",
+    pipeline="image-classification",
     auto_class="AutoModelForImageClassification",
     model_class="IsoPruneForImageClassification",
     networks=MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    libraries=("timm", "torchvision", "transformers", "python"),
     has_classes=True,
+    names_classes=True,
 )
 IMAGE_FEATURE_EXTRACTION = TaskForm(
     task="image-feature-extraction",
+    pipeline="image-feature-extraction",
     auto_class="AutoModel",
     model_class="IsoPruneModel",
     networks=MODEL_MAPPING,
+    libraries=("timm", "transformers"),
     has_classes=False,
+    names_classes=False,
 )
-TASK_FORMS = {form.task: form for form in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION)}
+SEMANTIC_SEGMENTATION = TaskForm(
+    task="semantic-segmentation",
+    pipeline="image-segmentation",
+    auto_class="AutoModelForSemanticSegmentation",
+    model_class="IsoPruneForSemanticSegmentation",
+    networks=MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    libraries=("transformers",),
+    has_classes=False,
+    names_classes=True,
+)
+TASK_FORMS = {form.task: form for form in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION)}
 
 
 def task_of(base: Mapping[str, Any] | None) -> TaskForm:
@@ -54,6 +80,12 @@ def task_of(base: Mapping[str, Any] | None) -> TaskForm:
     if not isinstance(name, str) or name not in TASK_FORMS:
         raise CheckpointError(f"config.base.task: {name!r:.99} is not supported; use {', '.join(TASK_FORMS)}")
     return TASK_FORMS[name]
+
+
+def networks_of(form: TaskForm, config_class: type) -> tuple[type, ...]:
+    """Return the classes of transformers that a network of a task with this config is of; none if there are none."""
+    found = form.networks.get(config_class, ())
+    return tuple(kind for kind in (found if isinstance(found, tuple) else (found,)) if kind is not None)
 
 
 def task_entry(form: TaskForm) -> dict[str, str]:

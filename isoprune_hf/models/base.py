@@ -15,7 +15,7 @@ from isoprune_hf.checkpoint.pretrained import align_tensors
 from isoprune_hf.checkpoint.rebuild import record_settings
 from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError, RecipeError, UnsupportedArchitectureError
-from isoprune_hf.models.feature_loss import FEATURES
+from isoprune_hf.models.drawn_targets import loss_without_labels
 from isoprune_hf.models.held import HeldModel
 
 OTHER_TASK = "not an image classifier; choose a model with a classification head"
@@ -76,17 +76,17 @@ def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageCl
 def _on_meta(config: IsoPruneConfig) -> IsoPruneForImageClassification:
     """Build the model of a config without weights; on a real device transformers would initialise all of them."""
     with torch.device("meta"):
-        return IsoPruneForImageClassification(config) if task_of(config.base).has_classes else hold_features(config)
+        return IsoPruneForImageClassification(config) if task_of(config.base).has_classes else hold_unlabelled(config)
 
 
-def hold_features(config: IsoPruneConfig, module: nn.Module | None = None) -> HeldModel:
-    """Return a network that gives features as the pipeline takes it, with the loss that it is scored for.
+def hold_unlabelled(config: IsoPruneConfig, module: nn.Module | None = None) -> HeldModel:
+    """Return a network of a task without labels as the pipeline takes it, with the loss that it is scored for.
 
     Args:
         config: Config that builds the network.
         module: The network; by default it is built.
     """
-    return HeldModel(config, module, FEATURES)
+    return HeldModel(config, module, loss_without_labels(task_of(config.base)))
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:

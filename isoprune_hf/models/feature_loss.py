@@ -1,14 +1,14 @@
 """The loss of a network that gives features and no classes: `FeatureLoss`, with its targets in `draw_signs`."""
 
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
 from isoprune_hf.models.objective import squared_distances
+from isoprune_hf.models.seeded import generator_of
 
 _POSITIONS = 8  # of an output with positions, such as tokens or a map, by which two networks are compared
 
@@ -72,6 +72,10 @@ class FeatureLoss:
             total = total + squared_distances(found, target) / norm
         return total
 
+    def draw_targets(self, images: Tensor, shapes: Sequence[Size]) -> Tensor:
+        """Return the signs of images, see `draw_signs`."""
+        return draw_signs(images, shapes)
+
 
 def draw_signs(images: Tensor, shapes: Sequence[Size]) -> Tensor:
     """Return random signs for images, the same for the same pixels wherever they are in a batch or on which rank.
@@ -84,11 +88,8 @@ def draw_signs(images: Tensor, shapes: Sequence[Size]) -> Tensor:
         1 and -1 in int8, (B, S), where S is the sum of all sizes in `shapes`.
     """
     count = sum(sum(shape) for shape in shapes)
-    rows = []
-    for image in images.detach().cpu().float():
-        generator = torch.Generator().manual_seed(zlib.crc32(image.contiguous().numpy().tobytes()))
-        rows.append(torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8) * 2 - 1)
-    return torch.stack(rows)
+    rows = [torch.randint(0, 2, (count,), generator=generator_of(image), dtype=torch.int8) for image in images]
+    return torch.stack(rows) * 2 - 1
 
 
 def _at_some_positions(value: Tensor) -> Tensor:
@@ -99,30 +100,6 @@ def _at_some_positions(value: Tensor) -> Tensor:
         flat = value.flatten(2)
         return flat[:, :, :: math.ceil(flat.shape[2] / _POSITIONS)]
     return value
-
-
-class SignBatches:
-    """Micro-batches of images with random signs in place of their labels.
-
-    Args:
-        batches: Micro-batches of images and labels, in the same order in every pass.
-        shapes: Shapes of the outputs without the dim of the batch.
-    """
-
-    def __init__(self, batches: Any, shapes: Sequence[Size]):
-        self._batches = batches
-        self._shapes = tuple(shapes)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.starting_at(0)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate from micro-batch `number` on."""
-        for images, _ in self._batches.starting_at(number):
-            yield images, draw_signs(images, self._shapes)
 
 
 FEATURES = FeatureLoss()

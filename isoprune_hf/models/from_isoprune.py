@@ -6,11 +6,11 @@ from typing import Any
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, IsoPruneModel
+from isoprune_hf.checkpoint.modeling_isoprune import MODEL_CLASSES
 from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.checkpoint.task_forms import TaskForm, task_of
 from isoprune_hf.errors import CheckpointError, RecipeError
-from isoprune_hf.models.base import BaseModel, hold_features, single_line
+from isoprune_hf.models.base import BaseModel, hold_unlabelled, single_line
 from isoprune_hf.models.head import redraw_weights
 from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions, describe_source
@@ -27,16 +27,7 @@ def open_isoprune(source: BaseSource, options: LoadOptions) -> BaseModel:
         CheckpointError: The folder is damaged.
     """
     form = task_of(source.config.get("base"))
-    if form.task not in options.tasks:
-        raise RecipeError(
-            f"model: {source.place} is of the task {form.task}, and this takes {' or '.join(options.tasks)} alone; "
-            "docs/tasks.md lists what there is for other tasks"
-        )
-    if not form.has_classes and options.num_labels is not None:
-        raise RecipeError(
-            f"model: {source.place} is of the task {form.task} and has no head; prune its base with "
-            "--prune.num_labels for a classifier"
-        )
+    options.check_task(source.place, form)
     model, processor = _read_folder(source, form)
     known = model.config.source or {}
     if is_cut(model.config):
@@ -62,9 +53,9 @@ def _read_folder(source: BaseSource, form: TaskForm) -> tuple[Any, BaseImageProc
     for _ in range(_ATTEMPTS):
         before = _identify(source.place)
         try:
-            kind = IsoPruneForImageClassification if form.has_classes else IsoPruneModel
-            model: Any = kind.from_pretrained(source.place, revision=source.revision or "main")
-            model = model if form.has_classes else hold_features(model.config, model.model)
+            kind: Any = MODEL_CLASSES[form.model_class]
+            model = kind.from_pretrained(source.place, revision=source.revision or "main")
+            model = model if form.has_classes else hold_unlabelled(model.config, model.model)
             model.eval()
             processor = saved_processor(source.place, source.revision)
         except (

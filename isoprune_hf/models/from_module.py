@@ -12,11 +12,18 @@ import torchvision
 from timm.data.config import resolve_data_config
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
-from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TaskForm, task_entry
+from isoprune_hf.checkpoint.task_forms import (
+    IMAGE_CLASSIFICATION,
+    IMAGE_FEATURE_EXTRACTION,
+    TASK_FORMS,
+    TaskForm,
+    networks_of,
+    task_entry,
+)
 from isoprune_hf.errors import CheckpointError, UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.from_torchvision import args_of_module
@@ -57,11 +64,13 @@ def recognise(module: nn.Module, image_size: list[int]) -> Recognised | None:
     return None
 
 
-def gives_features(module: nn.Module) -> bool:
-    """Return whether a module of transformers or timm is an encoder, whose outputs are features and no logits."""
+def form_without_labels(module: nn.Module) -> TaskForm | None:
+    """Return the task of a module of transformers or timm that is no classifier; None for all others."""
     if isinstance(module, PreTrainedModel):
-        return _form_of(module) is IMAGE_FEATURE_EXTRACTION
-    return bool(_timm_settings(module)) and getattr(module, "num_classes", None) == 0
+        form = _form_of(module)
+        return None if form is None or form.has_classes else form
+    is_encoder = bool(_timm_settings(module)) and getattr(module, "num_classes", None) == 0
+    return IMAGE_FEATURE_EXTRACTION if is_encoder else None
 
 
 def recognise_wrapper(wrapper: TimmWrapperForImageClassification) -> Recognised:
@@ -91,7 +100,7 @@ def _recognise_transformers(module: PreTrainedModel, image_size: list[int]) -> R
     config = IsoPruneConfig(
         base={"library": "transformers", "config": values, **task_entry(form)},
         image_size=image_size,
-        **(described if form.has_classes else {}),
+        **(described if form.names_classes else {}),
     )
     return Recognised(config) if _builds(config, module) else None
 
@@ -99,10 +108,9 @@ def _recognise_transformers(module: PreTrainedModel, image_size: list[int]) -> R
 def _form_of(module: PreTrainedModel) -> TaskForm | None:
     """Return the task that the class of a model of transformers is for; None if it is another one."""
     kind = type(module.config)
-    if kind in MODEL_MAPPING:
-        encoders = MODEL_MAPPING[kind]
-        if type(module) in (encoders if isinstance(encoders, tuple) else (encoders,)):
-            return IMAGE_FEATURE_EXTRACTION
+    for form in TASK_FORMS.values():
+        if type(module) in networks_of(form, kind):
+            return form
     return IMAGE_CLASSIFICATION if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else None
 
 

@@ -1,14 +1,14 @@
-"""Open an image classifier of transformers from a folder or the Hub."""
+"""Open a network of transformers from a folder or the Hub."""
 
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -18,7 +18,14 @@ from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, build_base, build_limit
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.nested_config import check_config, entries_of
 from isoprune_hf.checkpoint.stock import ENTRY, entry_fields
-from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TaskForm, task_entry
+from isoprune_hf.checkpoint.task_forms import (
+    IMAGE_CLASSIFICATION,
+    IMAGE_FEATURE_EXTRACTION,
+    TASK_FORMS,
+    TaskForm,
+    networks_of,
+    task_entry,
+)
 from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models.base import (
     OTHER_TASK,
@@ -46,7 +53,8 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
         CheckpointError: The image processor cannot be opened.
         UnsupportedArchitectureError: The model reads tokens.
     """
-    form = IMAGE_FEATURE_EXTRACTION if options.takes_features and _is_encoder(source) else IMAGE_CLASSIFICATION
+    form = _form_of(source, options)
+    options.check_task(source.place, form)
     _check_source(source, form)
     config = _read_config(source)
     processor = transformers_processor(source, config)
@@ -57,7 +65,7 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     outer = IsoPruneConfig(
         base={"library": "transformers", "config": values, **task_entry(form)},
         image_size=transformers_image_size(config, processor),
-        **(described if form.has_classes else {}),
+        **(described if form.names_classes else {}),
         **fields,
     )
     with torch.device("meta"):  # refuses an oversized model before memory is allocated
@@ -67,7 +75,7 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
         if missing and not form.has_classes:
             raise RecipeError(
                 f"model: {source.place} has no trained weights for {min(missing)}, by which {type(read).__name__} "
-                "computes its features; save it with all of its weights"
+                "computes its outputs; save it with all of its weights"
             )
         if missing:
             _check_missing(source, read, missing, options)
@@ -94,14 +102,16 @@ def _read_config(source: BaseSource) -> PreTrainedConfig:
     return config
 
 
-def _is_encoder(source: BaseSource) -> bool:
-    """Return whether a config names the class of a network that takes images and returns features."""
+def _form_of(source: BaseSource, options: LoadOptions) -> TaskForm:
+    """Return the task of the class that a config names; an encoder that gets a head is a classifier."""
     kind, named = source.config.get("model_type"), source.config.get("architectures")
     if not isinstance(kind, str) or not isinstance(named, list) or kind not in CONFIG_MAPPING:
-        return False
-    classes = MODEL_MAPPING.get(CONFIG_MAPPING[kind], ())
-    found = [one for one in (classes if isinstance(classes, tuple) else (classes,)) if one is not None]
-    return any(one.__name__ in named[:1] and one.main_input_name == "pixel_values" for one in found)
+        return IMAGE_CLASSIFICATION
+    for form in TASK_FORMS.values():
+        found = [one for one in networks_of(form, CONFIG_MAPPING[kind]) if one.__name__ in named[:1]]
+        if found and getattr(found[0], "main_input_name", None) == "pixel_values":
+            return form if form is not IMAGE_FEATURE_EXTRACTION or options.takes_features else IMAGE_CLASSIFICATION
+    return IMAGE_CLASSIFICATION
 
 
 def _check_source(source: BaseSource, form: TaskForm) -> None:
@@ -147,7 +157,7 @@ def _label_names(source: BaseSource, config: PreTrainedConfig) -> list[str]:
 
 def _read_model(source: BaseSource, form: TaskForm) -> tuple[PreTrainedModel, frozenset[str]]:
     """Read the model, and return it with the names of the tensors that the file does not contain."""
-    auto = AutoModelForImageClassification if form.has_classes else AutoModel
+    auto = getattr(transformers, form.auto_class)
     try:
         with torch.random.fork_rng():  # transformers draws the missing ones
             loaded = auto.from_pretrained(

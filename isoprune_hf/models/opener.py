@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TaskForm
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER
 from isoprune_hf.models.base import BaseModel, default_labels
@@ -39,6 +39,23 @@ class LoadOptions:
     def takes_features(self) -> bool:
         """Return whether an encoder without a head is opened as it is: it may be, and no head is asked for."""
         return IMAGE_FEATURE_EXTRACTION.task in self.tasks and self.num_labels is None
+
+    def check_task(self, place: str, form: TaskForm) -> None:
+        """Check that a model of a task may be opened.
+
+        Raises:
+            RecipeError: It may not, or a new head is asked for and the task has none.
+        """
+        if form.task not in self.tasks:
+            raise RecipeError(
+                f"model: {place} is of the task {form.task}, and this takes {' or '.join(self.tasks)} alone; "
+                "docs/tasks.md lists what there is for other tasks"
+            )
+        if not form.has_classes and self.num_labels is not None:
+            raise RecipeError(
+                f"model: {place} is of the task {form.task} and has no head of a classifier; leave out "
+                "--prune.num_labels, or prune an encoder with it"
+            )
 
     def __post_init__(self) -> None:
         args = self.model_args

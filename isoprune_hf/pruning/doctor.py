@@ -13,11 +13,11 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.folder import save_model_folder
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, IsoPruneModel
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, model_class_of
 from isoprune_hf.checkpoint.structure import image_size_of, meta_copy
 from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import IsoPruneError, UnsupportedArchitectureError, WriteError
-from isoprune_hf.models.base import hold_features
+from isoprune_hf.models.base import hold_unlabelled
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.cutting.uniform import to_stock
@@ -193,11 +193,10 @@ def _check_round_trip(model: IsoPruneForImageClassification, processor: BaseImag
         if _is_uniform(model):
             again = meta_copy(model)  # the wrapper, around the model that stock code opens
             again.model = AutoModelForImageClassification.from_pretrained(Path(folder) / "model")
-        elif task_of(model.config.base).has_classes:
-            again = IsoPruneForImageClassification.from_pretrained(Path(folder) / "model")
         else:
-            opened = IsoPruneModel.from_pretrained(Path(folder) / "model")
-            again = hold_features(opened.config, opened.model)
+            again = model_class_of(model.config).from_pretrained(Path(folder) / "model")
+            if not task_of(model.config.base).has_classes:
+                again = hold_unlabelled(again.config, again.model)
         different = _first_difference(again.model.state_dict(), model.model.state_dict())
         if different is None and not torch.equal(_logits(again), _logits(model)):
             different = "an output"

@@ -18,6 +18,8 @@ _METRICS = {
     "map": ("mAP", "mean average precision"),
     "loss": ("loss", "loss"),
     "cosine": ("cosine_similarity", "cosine similarity with the features of the base"),
+    "miou": ("mean_iou", "mean IoU of the classes of pixels"),
+    "same_class": ("accuracy", "share of the pixels whose class is that of the base"),
     "knn": ("accuracy", "accuracy of the 20 nearest other images (k-NN)"),
 }
 _MACS = ("macs", "MACs of one image (torch.utils.flop_counter)")
@@ -76,7 +78,7 @@ def describe_model(
         license_name=found.name if found else None,
         license_link=found.link if found else None,
         library_name="transformers",
-        pipeline_tag=task_of(config.get("base")).task,
+        pipeline_tag=task_of(config.get("base")).pipeline,
         tags=tags,
         base_model=base_model,
         # The Hub knows adapter, merge, quantized and finetune: other weights than those of the base.
@@ -143,7 +145,7 @@ def _list_results(config: Mapping[str, Any], figures: Mapping[str, Any]) -> list
     values |= {} if macs is None else {_MACS: macs}
     return [
         EvalResult(
-            task_type=task_of(config.get("base")).task,
+            task_type=task_of(config.get("base")).pipeline,
             dataset_type=show_place(data["dataset"]),
             dataset_name=show_place(data["dataset"]),
             dataset_split=_name_split(figures, data),

@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 from isoprune_hf.checkpoint.needed import NEEDED
 from isoprune_hf.checkpoint.own_network import inputs_of
 from isoprune_hf.checkpoint.stock import isoprune_fields
-from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.plain_files import read_json
 from isoprune_hf.pruning.plan import PLAN_FILE
@@ -29,8 +28,9 @@ from isoprune_hf.reporting.decision_text import describe_decision
 from isoprune_hf.reporting.places import show_note, show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.speed_picture import SPEED_PICTURE
-from isoprune_hf.reporting.tables import COLUMNS, Metrics, describe_sample, format_figure, on_same_images
+from isoprune_hf.reporting.tables import COLUMNS, Metrics, are_measured, describe_sample, format_figure, on_same_images
 from isoprune_hf.reporting.widths import PICTURE
+from isoprune_hf.tasks.registry import task_named
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _STAGES = ("base", "pruned", "finetuned")
@@ -135,6 +135,7 @@ def _read_files(folder: Path) -> _Files:
 def _describe_files(files: _Files) -> dict[str, Any]:
     """Return the variables of the template that describe the folder: config, plan, usage, digests."""
     folder, config = files.folder, files.config
+    task = task_named(config.get("base"), config.get("problem_type"))
     return {
         "config": plain_markdown(config),
         "stage": files.stage,
@@ -149,7 +150,8 @@ def _describe_files(files: _Files) -> dict[str, Any]:
         "reads_arrays": _reads_arrays(config, folder / "preprocessor_config.json"),
         "builder": _builder(config.get("base") or {}),
         "call": None if _has_pipeline(config, folder) else _call(config),
-        "form": task_of(config.get("base")),
+        "form": task.form,
+        "wording": task.wording,
         "hashes": {file: _digest_of(folder / file) for file in _HASHED if (folder / file).is_file()},
     }
 
@@ -164,7 +166,7 @@ def _describe_results(files: _Files) -> dict[str, Any]:
     return {
         "saved": _compare(cost),
         "sample": describe_sample(shown.values()),
-        "is_measured": any(shown.values()),
+        "is_measured": are_measured(shown.values()),
         "split": plain_markdown(last.get("split")),
         "is_held_out": "holdout_seed" in last,
         "left_out": [name for name in _STAGES if metrics.get(name) and name not in shown],

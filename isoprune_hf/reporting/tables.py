@@ -3,18 +3,36 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-FEATURE_COLUMNS = {"cosine": "cosine", "position_cosine": "cosine of positions", "knn": "k-NN %"}
-COLUMNS = {
-    "macs": "GMACs",
-    "params": "params",
+TASK_COLUMNS = {
     "top1": "top-1 %",
     "top5": "top-5 %",
     "map": "mAP %",
     "loss": "loss",
-    **FEATURE_COLUMNS,
+    "cosine": "cosine",
+    "position_cosine": "cosine of positions",
+    "knn": "k-NN %",
+    "miou": "mIoU %",
+    "pixel_accuracy": "pixels %",
+    "same_class": "pixels as base %",
+    "pixel_divergence": "divergence of pixels",
+}
+COLUMNS = {
+    "macs": "GMACs",
+    "params": "params",
+    **TASK_COLUMNS,
     "latency_ms": "latency ms",
 }
-PERCENTAGES = ("top1", "top5", "map", "knn", "ece", "agreement")  # fractions, shown in percent
+PERCENTAGES = (
+    "top1",
+    "top5",
+    "map",
+    "knn",
+    "miou",
+    "pixel_accuracy",
+    "same_class",
+    "ece",
+    "agreement",
+)  # fractions, shown in percent
 _DETAILS = {
     "ece": "calibration error %",
     "agreement": "agreement %",
@@ -31,8 +49,9 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, ece, agreement (fractions, shown in
-            percent), loss, cosine, position_cosine, latency_ms, file_mb, images or broken.
+        key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, miou, pixel_accuracy, same_class, ece,
+            agreement (fractions, shown in percent), loss, cosine, position_cosine, pixel_divergence, latency_ms,
+            file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """
@@ -43,7 +62,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
     if key in PERCENTAGES:
         return f"{100 * value:.2f}"
-    if key in ("loss", "cosine", "position_cosine"):
+    if key in ("loss", "cosine", "position_cosine", "pixel_divergence"):
         return f"{value:.4f}"
     shown = {"latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")
@@ -56,7 +75,7 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
 
     Args:
         rows: Model -> its figures: macs (or gmacs), params, top1, top5, map, knn, ece (fractions), loss, cosine,
-            position_cosine, latency_ms, images, broken. A missing figure is shown as a dash.
+            position_cosine, those of pixels, latency_ms, images, broken. A missing figure is shown as a dash.
         title: Heading of the first column.
         has_details: Show the calibration error, the agreement, the size of files and the numbers of images, too.
     """
@@ -77,6 +96,11 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
         table.append([name, *cells.values()])
     sample = describe_sample(rows.values())
     return align_columns(table) + (f"\nAccuracy and loss{sample}" if sample else "")
+
+
+def are_measured(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether there is a figure of a task among the figures of several models."""
+    return any(not TASK_COLUMNS.keys().isdisjoint(row) for row in rows)
 
 
 def describe_sample(rows: Iterable[Mapping[str, Any]]) -> str:

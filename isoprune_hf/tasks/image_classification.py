@@ -13,6 +13,7 @@ from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.pruning.calibration.resumable import Repeatable
+from isoprune_hf.tasks.task import Answer, Wording
 
 
 class ImageClassification:
@@ -21,6 +22,13 @@ class ImageClassification:
     form = task_forms.IMAGE_CLASSIFICATION
     reads_labels = True
     figures: tuple[str, ...] = ("top1", "top5", "loss", "ece")
+    wording = Wording(
+        verb="classify",
+        output="classes",
+        measured="Accuracy and loss",
+        quality="Accuracy",
+        answer=Answer("logits", ".logits", "print(model.config.id2label[logits.argmax(-1).item()])"),
+    )
 
     def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
         """Return the batches themselves: the targets are the labels."""

@@ -6,12 +6,25 @@ from typing import Any
 from transformers import pipeline
 
 from isoprune_hf.tasks.image_classification import ImageClassification
+from isoprune_hf.tasks.task import Answer, Wording
 
 
 class MultiLabelClassification(ImageClassification):
     """See `Task`; the labels are lists of classes, and each class has a probability of its own."""
 
     figures = ("map", "loss")
+    wording = Wording(
+        verb="classify",
+        output="classes, each with a probability of its own",
+        measured="Mean average precision over the classes, and binary cross-entropy (mean over classes and images)",
+        quality="Mean average precision",
+        answer=Answer(
+            "logits",
+            ".logits",
+            "for index, probability in enumerate(logits.sigmoid()[0].tolist()):\n"
+            "    print(model.config.id2label[index], round(probability, 3))",
+        ),
+    )
 
     def try_pipeline(self, folder: Path, image: Any, truth: str | None) -> str:
         """Find the classes of the image."""

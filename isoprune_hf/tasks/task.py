@@ -1,7 +1,7 @@
 """`Task`: what every task implements."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
 from transformers import BaseImageProcessor
@@ -14,6 +14,32 @@ from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.pruning.calibration.resumable import Repeatable
 
 
+class Answer(NamedTuple):
+    """The lines of Python that show the answer of a network: `NAME = model(...)END`, and then `SHOWN`."""
+
+    name: str
+    end: str
+    shown: str
+
+
+class Wording(NamedTuple):
+    """The words of a card for a task.
+
+    Args:
+        verb: What its pipeline does, as the name of a variable.
+        output: What a network returns; the number and the names of classes stand around it, if there are any.
+        measured: What its figures measure.
+        quality: What they measure, in short.
+        answer: How its answer is shown.
+    """
+
+    verb: str
+    output: str
+    measured: str
+    quality: str
+    answer: Answer
+
+
 class Task(Protocol):
     """A task of a network.
 
@@ -22,6 +48,7 @@ class Task(Protocol):
         reads_labels: Networks are scored, trained and measured by labels. Without them any images will do, and the
             dense network is the teacher.
         figures: Names of its figures in the order of a table; the largest value of the first one is the best.
+        wording: How a card speaks of it.
     """
 
     @property
@@ -32,6 +59,9 @@ class Task(Protocol):
 
     @property
     def figures(self) -> tuple[str, ...]: ...
+
+    @property
+    def wording(self) -> Wording: ...
 
     def with_targets(self, batches: Repeatable, model: IsoPruneForImageClassification) -> Repeatable:
         """Return micro-batches of images and labels with the targets of the loss in place of the labels."""

@@ -124,7 +124,7 @@ def test_folder_is_pruned_further(tmp_path: Path) -> None:
 
 def test_evaluation_of_classes_is_refused() -> None:
     module, _ = make("Dinov2Model")
-    with pytest.raises(RecipeError, match="Dinov2Model gives features"):
+    with pytest.raises(RecipeError, match="Dinov2Model is for image-feature-extraction"):
         evaluate_model(module, [], transformers.BitImageProcessor())
 
 

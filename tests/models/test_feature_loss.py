@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from isoprune_hf.models.feature_loss import FEATURES, SignBatches, draw_signs
+from isoprune_hf.models.feature_loss import FEATURES, draw_signs
 
 
 def test_mean_square_over_signs_is_exact() -> None:
@@ -36,27 +36,6 @@ def test_signs_depend_on_the_pixels_alone() -> None:
     assert signs.shape == (5, 22) and set(signs.unique().tolist()) == {-1, 1}
     assert torch.equal(draw_signs(images[2:4], shapes), signs[2:4])
     assert len({tuple(row) for row in signs.tolist()}) == 5
-
-
-def test_batches_have_signs_for_labels() -> None:
-    images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-
-    class Batches:
-        def __iter__(self):
-            return self.starting_at(0)
-
-        def __len__(self):
-            return 2
-
-        def starting_at(self, number):
-            return iter([(images[:2], torch.zeros(2)), (images[2:], torch.zeros(2))][number:])
-
-    made = SignBatches(Batches(), [torch.Size((3,))])
-    (first, signs), (_, others) = made
-    assert (
-        len(made) == 2 and torch.equal(first, images[:2]) and torch.equal(signs, draw_signs(first, [torch.Size((3,))]))
-    )
-    assert torch.equal(next(made.starting_at(1))[1], others)
 
 
 def test_networks_are_compared_at_few_positions() -> None:
