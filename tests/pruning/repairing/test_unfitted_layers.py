@@ -135,6 +135,7 @@ def isoprune_test_active_norm(num_classes: int = 5, **_: object) -> nn.Module:
 
 def test_norm_with_activation_is_left_as_cut() -> None:
     base = {"library": "timm", "architecture": "isoprune_test_active_norm", "args": {}}
+    torch.manual_seed(0)
     dense = Model(IsoPruneConfig(base=base, num_labels=5, image_size=[3, 32, 32])).eval()
     groups = trace_groups(dense)
     plan = PruningPlan({group.name: tuple(range(0, group.channels, 2)) for group in groups}, {})
