@@ -1,25 +1,29 @@
 """Training on lists of classes: binary cross-entropy, mixed targets, a teacher, and any number of ranks."""
 
+import contextlib
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.ranks import call_on_ranks
 from helpers.shapes import SHAPES, shape_rows
-from helpers.training import assert_equal_weights, make_net, make_recipe, train
+from helpers.training import ACCELERATOR, assert_equal_weights, make_net, make_recipe, train
 from timm.data.mixup import Mixup
 from timm.loss import BinaryCrossEntropy
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
+from isoprune_hf.checkpoint.snapshots import Snapshot
 from isoprune_hf.data.augmentation import seeded_generators
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.divergence import class_divergence, label_divergence
 from isoprune_hf.training.distillation import label_loss
 from isoprune_hf.training.mixing import mix
+from isoprune_hf.training.run import RunSettings, TrainingRun
 
 PLAIN = {"label_smoothing": 0.0, "weight": 0.5, "temperature": 1.0}
 TARGETS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
@@ -100,6 +104,29 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     train(alone, make_recipe(virtual_replicas=2, mixup=0.5), data=make_shapes(), teacher=make_net(1))
     together.load_state_dict(torch.load(tmp_path / "net", weights_only=True))
     assert_equal_weights(alone, together, atol=1e-6)
+
+
+def test_resumed_training_ends_with_equal_weights(tmp_path: Path) -> None:
+    recipe = make_recipe(batch_size=8, mixup=0.5, epochs=1)
+
+    def run(folder: str, net: torch.nn.Module, stop_after: int | None = None) -> torch.nn.Module:
+        opened = TrainingRun(tmp_path / folder, {}, ACCELERATOR, RunSettings(snapshot_every=1))
+        saved = []
+
+        def save(snapshot: Snapshot, **options: Any) -> None:
+            TrainingRun.save_snapshot(opened, snapshot, **options)
+            saved.append(snapshot.name)
+            if len(saved) == stop_after:
+                raise KeyboardInterrupt
+
+        opened.save_snapshot = save
+        with opened, contextlib.suppress(KeyboardInterrupt):
+            train(net, recipe, data=make_shapes(24), teacher=make_net(1), run=opened)
+        return net
+
+    whole = run("whole", make_net())
+    run("stopped", make_net(), stop_after=2)
+    assert_equal_weights(run("stopped", make_net(5)), whole, atol=0.0)
 
 
 def test_average_is_evaluated_by_the_same_figures() -> None:
