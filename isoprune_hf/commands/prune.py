@@ -26,7 +26,7 @@ def run(
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
-    from isoprune_hf.commands.steps.results import send_result, summarize, write_folder
+    from isoprune_hf.commands.steps.results import figures_of_cut, send_result, summarize, write_folder
     from isoprune_hf.commands.steps.settling import settle
     from isoprune_hf.hub.uploads import open_uploads
 
@@ -40,8 +40,8 @@ def run(
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
         result = cut_base(opened, output)
         metrics = evaluate_cut(opened, result.model)
-        achieved = result.plan.achieved
-        latency = {name: figures["latency_ms"] for name, figures in achieved.items() if "latency_ms" in figures}
+        found = figures_of_cut(result.plan, opened.base.model.config)
+        latency = {name: figures["latency_ms"] for name, figures in found.items() if "latency_ms" in figures}
         speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None
         write_folder(
             target,
@@ -51,7 +51,8 @@ def run(
             Records(result.plan.to_json(), speed, metrics),
         )
         forget_scoring(output, accelerator)
-        answer = summarize(result.model, metrics, latency, target.path, notes=result.plan.notes)
+        before = found.get("before") if latency else None
+        answer = summarize(result.model, metrics, latency, target.path, notes=result.plan.notes, before=before)
         return send_result(uploads, target.path, answer)
 
 

@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import replace_file, save_model_folder, write_file
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
+from isoprune_hf.checkpoint.structure import is_cut
 from isoprune_hf.checkpoint.target import Target
 from isoprune_hf.commands.stage import Answer
 from isoprune_hf.commands.steps.recording import Records
 from isoprune_hf.hub.uploads import Uploads
 from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.reporting.model_card import build_model_card
 from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.tables import Metrics, on_same_images, results_table
@@ -52,6 +54,19 @@ def write_folder(
     accelerator.wait_for_everyone()
 
 
+def figures_of_cut(plan: PruningPlan, base: IsoPruneConfig) -> dict[str, dict[str, float]]:
+    """Return the figures of a cut by their rows in a table: `base` and `pruned`.
+
+    Those of a model that was cut before are `before`: its base is another one, which is not measured here.
+
+    Args:
+        plan: Plan of the cut.
+        base: Config of the model that was cut.
+    """
+    start = "before" if is_cut(base) else "base"
+    return {start if name == "base" else name: dict(figures) for name, figures in plan.achieved.items()}
+
+
 def summarize(
     model: IsoPruneForImageClassification,
     metrics: Metrics,
@@ -59,6 +74,7 @@ def summarize(
     folder: Path,
     *,
     notes: Sequence[str] = (),
+    before: Mapping[str, float] | None = None,
 ) -> Answer:
     """Return the table of base, pruned and finetuned model, and the lines of code that open the folder.
 
@@ -68,6 +84,7 @@ def summarize(
         latency: Milliseconds, by stage.
         folder: The folder.
         notes: Notes of the plan, which follow the table.
+        before: Figures of a model that was cut before, from which this cut began; it gets a row of its own.
     """
     costs = model.config.cost or {"base": count_cost(model).to_dict()}
     rows: dict[str, dict[str, Any]] = {}
@@ -77,6 +94,8 @@ def summarize(
         if cost and (name in metrics or name in costs):
             speed = {"latency_ms": latency[name]} if name in latency else {}
             rows[name] = {**cost, **metrics.get(name, {}), **speed}
+        if name == "base" and before is not None:
+            rows["before"] = dict(before)
     imports = "" if model.config.layout == "uniform" else "    import isoprune_hf\n"
     opening = (
         f"The model is in {folder}. Open it with:\n\n"
