@@ -10,17 +10,17 @@ ways: `default`, the preset `best` with 16 images, and `plain`, the criterion `l
 `coverage_case.py`. The models run in an order of which every beginning is a sample stratified by library and family.
 
 A row of the results (JSON lines) is written when a model is done; models with a row are skipped, and `--again` repeats
-those that failed.
+those that failed. When the default changes, `default` is removed from the rows: such models are run again.
 """
 
 import argparse
 from pathlib import Path
 
-from coverage_case import IMAGES
+from coverage_case import NUM_IMAGES
 from coverage_images import read_images
 from coverage_models import cases_of, sample
 from coverage_run import RESULTS, Run, describe_row, known_rows, run_cases
-from coverage_table import WAYS, documented, passed, tables
+from coverage_table import WAYS, documented, measured, passed, tables
 
 
 def main() -> None:
@@ -57,9 +57,10 @@ def main() -> None:
             )
         return
     if not args.table:
-        done = {name for name, row in rows.items() if not args.again or all(passed(row, way) for way in WAYS)}
+        is_done = passed if args.again else measured
+        done = {name for name, row in rows.items() if all(is_done(row, way) for way in WAYS)}
         todo = [case for case in cases if args.only or case.name not in done]
-        run = Run(read_images(args.images, 2 * IMAGES), args.seconds, args.gigabytes)
+        run = Run(read_images(args.images, NUM_IMAGES), args.seconds, args.gigabytes)
         run_cases(todo, run, args.workers, results)
     text = tables(cases, known_rows(args.population, results), args.population)
     print(text)

@@ -6,22 +6,17 @@ images; both to half of the MACs. The record of a model that does not pass has t
 """
 
 import copy
-import json
-import resource
 import tempfile
-import time
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
 import transformers
 from coverage_images import pixels
 from coverage_models import Case
+from coverage_record import Record, require
+from coverage_repair import MICRO_BATCH, check_repair, run
 from helpers.oracles import (
     NotComparableError,
     difference,
@@ -34,7 +29,7 @@ from helpers.oracles import (
 from PIL import Image
 from transformers import PreTrainedModel
 
-from isoprune_hf import BudgetError, IsoPruneError, IsoPruneForImageClassification, PruneRecipe, count_cost
+from isoprune_hf import BudgetError, IsoPruneForImageClassification, PruneRecipe, count_cost
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 
@@ -43,71 +38,11 @@ RECIPES = {
     "plain": PruneRecipe(criterion="l1", allocation="class", normalizer="none", max_ratio=1.0, target_macs="50%"),
 }
 IMAGES = 16  # for calibration, and as many held out
+MORE_IMAGES = 112  # held out, too, for a repair that the first ones do not judge clearly
+NUM_IMAGES = 2 * IMAGES + MORE_IMAGES
 ORACLE_IMAGES = 2
-MICRO_BATCH = 16
 PERMUTATION_TOLERANCE = 1e-9
 MASK_TOLERANCE = 1e-6
-_UNREPAIRED = "prune.reconstruct none is used"  # beginning of the note on a model that no repair brings nearer
-# Function of `prune_model` -> its stage.
-_STAGES = {
-    "_trace": "trace",
-    "rotate_base": "rotate",
-    "score": "score",
-    "decide": "solve",
-    "cut": "cut",
-    "repair": "repair",
-    "_check_finite": "finite",
-}
-
-
-class FailedError(Exception):
-    """Raised when the result of a step is wrong."""
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise a FailedError unless the condition holds."""
-    if not holds:
-        raise FailedError(message)
-
-
-class Record:
-    """The record of one model and way: a file with a line of JSON for each finished step."""
-
-    def __init__(self, path: Path):
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def add(self, **values: Any) -> None:
-        """Write one line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Write down the error of the steps in the block, of any type, and their time and memory."""
-        start = time.process_time()
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  # a failure of any type is a result
-            self.add(**describe(error))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.add(cpu_s=round(time.process_time() - start, 1), peak_mb=peak // 1024)
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """Return the kind of an error, its type and text, the stage of `prune_model`, and the innermost line of ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    kind = (
-        "refused" if isinstance(error, IsoPruneError) else "wrong" if isinstance(error, FailedError) else "traceback"
-    )
-    found = {"kind": kind, "type": type(error).__name__, "error": " ".join(str(error).split())[:300]}
-    names = [frame.name for frame in frames]
-    inside = names[names.index("prune_model") :] if "prune_model" in names else []
-    stages = [_STAGES[name] for name in inside if name in _STAGES]
-    found |= {"step": stages[0]} if stages else {}
-    if kind == "traceback":
-        line = ([frame for frame in frames if "isoprune_hf/" in frame.filename] or frames)[-1]
-        found["at"] = f"{Path(line.filename).name}:{line.lineno} {line.name}"
-    return found
 
 
 def prepare() -> None:
@@ -119,7 +54,7 @@ def prepare() -> None:
 
 
 def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[BaseModel, torch.Tensor, torch.Tensor]:
-    """Open a base; return it with the images (2 * IMAGES, 3, H, W) and its logits."""
+    """Open a base; return it with the images (NUM_IMAGES, 3, H, W) and its logits of the first 2 * IMAGES."""
     record.add(step="load")
     with tempfile.TemporaryDirectory() as folder:
         base = case.open(Path(folder))
@@ -129,10 +64,11 @@ def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[Ba
     size = list(values.shape[1:])
     require(size == list(model.config.image_size), f"images of {size} for a model of {model.config.image_size}")
     randomize(model, images=values[:IMAGES])
-    logits = run(model, values)
-    require(logits.shape == (len(values), model.config.num_labels), f"logits of shape {tuple(logits.shape)}")
+    used = values[: 2 * IMAGES]
+    logits = run(model, used)
+    require(logits.shape == (len(used), model.config.num_labels), f"logits of shape {tuple(logits.shape)}")
     require(bool(logits.isfinite().all()), "logits that are not finite")
-    require(torch.equal(run(model, values), logits), "logits differ between two passes of the same images")
+    require(torch.equal(run(model, used), logits), "logits differ between two passes of the same images")
     record.add(params=sum(parameter.numel() for parameter in model.parameters()), side=size[-1])
     return base, values, logits
 
@@ -140,6 +76,7 @@ def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[Ba
 def run_way(way: str, base: BaseModel, images: torch.Tensor, logits: torch.Tensor, record: Record) -> None:
     """Run all steps of one way of pruning."""
     model, recipe = base.model, RECIPES[way]
+    images, more = images[: 2 * IMAGES], images[2 * IMAGES :]
     if way == "plain":
         use_eager_attention(model)  # the mask oracle follows its operations
         logits = run(model, images)
@@ -167,7 +104,7 @@ def run_way(way: str, base: BaseModel, images: torch.Tensor, logits: torch.Tenso
     )
     if way == "default":
         record.add(step="closer")
-        check_repair(model, result, recipe, batches, (held_out, logits[IMAGES:]), record)
+        check_repair(model, result, recipe, batches, (held_out, more), record)
     else:
         check_oracles(model, result, images[:ORACLE_IMAGES], record)
     record.add(step="done")
@@ -216,35 +153,6 @@ def reopen(result: PruneResult, base: BaseModel, images: torch.Tensor, logits: t
     require(torch.equal(run(again, images), logits), "logits of the reopened model differ")
 
 
-def check_repair(
-    model: IsoPruneForImageClassification,
-    result: PruneResult,
-    recipe: PruneRecipe,
-    batches: Any,
-    held_out: tuple[torch.Tensor, torch.Tensor],
-    record: Record,
-) -> None:
-    """Check that the repair brings held-out logits closer to those of the base, in the mean of their squares.
-
-    A cut model that no repair changed is right if its plan says that none is nearest; the reason is written down.
-    """
-    images, logits = held_out
-    unrepaired = prune_model(model, replace(recipe, reconstruct="none"), batches, scores=result.scores)
-    require(unrepaired.plan.kept == result.plan.kept, "the plan differs without a repair")
-    weights = unrepaired.model.state_dict()
-    if all(torch.equal(value, weights[name]) for name, value in result.model.state_dict().items()):
-        reason = next((note for note in result.plan.notes if note.startswith(_UNREPAIRED)), None)
-        require(reason is not None, "no repair changed the weights, and the plan does not say why")
-        record.add(unrepaired=reason)
-        return
-    scale = float((logits - logits.mean(0)).square().mean())
-    before, after = (
-        float((run(cut, images) - logits).square().mean()) / scale for cut in (unrepaired.model, result.model)
-    )
-    record.add(error_unrepaired=float(f"{before:.3g}"), error_repaired=float(f"{after:.3g}"))
-    require(after < before, f"the error of the logits is {after:.3g} with the repair, {before:.3g} without")
-
-
 def check_oracles(
     model: IsoPruneForImageClassification, result: PruneResult, images: torch.Tensor, record: Record
 ) -> None:
@@ -271,12 +179,6 @@ def use_eager_attention(model: IsoPruneForImageClassification) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-
-
-def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, num_labels)."""
-    with torch.no_grad():
-        return model(images).logits
 
 
 def train(model: IsoPruneForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -15,8 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from coverage_case import Record, open_case, prepare, run_way
+from coverage_case import open_case, prepare, run_way
 from coverage_models import Case
+from coverage_record import Record
 from coverage_table import WAYS, read_rows
 from PIL import Image
 
@@ -34,10 +35,11 @@ class Run:
         images: Calibration images, then held-out images.
         seconds: CPU seconds of a way.
         gigabytes: Address space of a process.
+        ways: The ways that are run.
     """
 
-    def __init__(self, images: list[Image.Image], seconds: int, gigabytes: float):
-        self._images, self._seconds, self._bytes = images, seconds, int(gigabytes * 2**30)
+    def __init__(self, images: list[Image.Image], seconds: int, gigabytes: float, ways: Sequence[str] = WAYS):
+        self._images, self._seconds, self._bytes, self._ways = images, seconds, int(gigabytes * 2**30), ways
         self._running: dict[int, tuple[BaseProcess, Case, tempfile.TemporaryDirectory[str], float]] = {}
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ class Run:
         with record.measured():
             base, images, logits = open_case(case, self._images, record)
             record.add(step="done")
-            for way in WAYS:
+            for way in self._ways:
                 process = _FORK.Process(target=self._run_way, args=(way, base, images, logits, folder / way))
                 process.start()
                 process.join()

@@ -23,6 +23,11 @@ def read_rows(results: Path) -> dict[str, Row]:
     return {row["name"]: row for row in rows}
 
 
+def measured(row: Row, way: str) -> bool:
+    """Return whether a way was run, or its base could not be opened; rows of an earlier default have only `plain`."""
+    return way in row or "error" in row["load"]
+
+
 def passed(row: Row, way: str) -> bool:
     """Return whether all steps of a way passed."""
     return bool(row.get(way, {}).get("step") == "done")
@@ -73,7 +78,7 @@ def count_table(cases: Sequence[Case], rows: Mapping[str, Row], way: str) -> lis
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for library in (*sorted({case.library for case in cases}), "all"):
         names = [case.name for case in cases if library in (case.library, "all")]
-        found = [rows[name] for name in names if name in rows]
+        found = [rows[name] for name in names if name in rows and measured(rows[name], way)]
         kinds = [failure(row, way)["kind"] for row in found if not passed(row, way)]
         good = len(found) - len(kinds)
         share = f"{good} ({good / len(found):.1%})" if found else "-"
@@ -87,7 +92,7 @@ def failure_table(rows: Mapping[str, Row], way: str) -> list[str]:
     """List the models that do not pass one way."""
     lines = []
     for name, row in sorted(rows.items()):
-        if not passed(row, way):
+        if measured(row, way) and not passed(row, way):
             failed = failure(row, way)
             error = f"{failed['type']}: {failed['error']}".replace("|", "/")
             lines.append(f"| {name} | {failed['kind']} | {failed['step']} | {error[:160]} |")

@@ -54,6 +54,16 @@ def test_model_that_cannot_open_fails_both_ways() -> None:
         assert failure_table(rows, way)[2:] == ["| a | refused | load | RecipeError: no head |"]
 
 
+def test_row_without_a_way_is_not_counted() -> None:
+    rows = {"a": make_row("a"), "c": make_row("c")}
+    del rows["a"]["default"]
+    assert [count_table(CASES, rows, way)[-1] for way in ("default", "plain")] == [
+        "| all | 3 | 1 | 1 (100.0%) | 0 | 0 | 0 | 0 | 0 |",
+        "| all | 3 | 2 | 2 (100.0%) | 0 | 0 | 0 | 0 |",
+    ]
+    assert failure_table(rows, "default") == []
+
+
 def test_low_shares_are_listed_by_family() -> None:
     rows = {"a": make_row("a", share=0.5), "b": make_row("b", share=0.95)}
     assert share_table(rows)[2:] == ["| timm of a | 1 | 50.0% | 50.0% |"]

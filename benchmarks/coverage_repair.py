@@ -1,0 +1,75 @@
+"""Check that a repaired model is closer to its base than one that is only cut, on images that no repair saw."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from coverage_record import Record, require
+
+from isoprune_hf import IsoPruneForImageClassification, PruneRecipe
+from isoprune_hf.pruning.prune import PruneResult, prune_model
+
+MICRO_BATCH = 16
+_CLEAR = 2  # standard errors
+_UNREPAIRED = "prune.reconstruct none is used"  # beginning of the note on a model that no repair brings nearer
+
+
+def check_repair(
+    model: IsoPruneForImageClassification,
+    result: PruneResult,
+    recipe: PruneRecipe,
+    batches: Any,
+    held_out: tuple[torch.Tensor, torch.Tensor],
+    record: Record,
+) -> None:
+    """Check that the repair brings held-out logits closer to those of the base, in the mean of their squares.
+
+    If the first images show no difference of two standard errors, in either direction, all images decide. A cut model
+    that no repair changed is right if its plan says that none is nearest; the reason is written down.
+
+    Args:
+        model: The base.
+        result: Its cut.
+        recipe: The recipe of the cut.
+        batches: The calibration images.
+        held_out: Images that decide, and images that decide with them if needed.
+        record: The record.
+    """
+    unrepaired = prune_model(model, replace(recipe, reconstruct="none"), batches, scores=result.scores)
+    require(unrepaired.plan.kept == result.plan.kept, "the plan differs without a repair")
+    weights = unrepaired.model.state_dict()
+    if all(torch.equal(value, weights[name]) for name, value in result.model.state_dict().items()):
+        reason = next((note for note in result.plan.notes if note.startswith(_UNREPAIRED)), None)
+        require(reason is not None, "no repair changed the weights, and the plan does not say why")
+        record.add(unrepaired=reason)
+        return
+    seen: tuple[torch.Tensor, ...] = ()
+    for images in held_out:
+        seen = (*seen, images)
+        before, after = (errors_of(cut, model, torch.cat(seen)) for cut in (unrepaired.model, result.model))
+        gain = before - after
+        error = float(gain.std()) / len(gain) ** 0.5
+        if abs(float(gain.mean())) > _CLEAR * error:
+            break
+    text = f"{after.mean():.3g} with the repair, {before.mean():.3g} without"
+    record.add(error_unrepaired=float(f"{before.mean():.3g}"), error_repaired=float(f"{after.mean():.3g}"))
+    record.add(error_images=len(gain), error_deviation=float(f"{error:.2g}"))
+    require(
+        bool(gain.mean() > 0), f"the error of the logits of {len(gain)} images is {text} (standard error {error:.2g})"
+    )
+
+
+def errors_of(
+    cut: IsoPruneForImageClassification, base: IsoPruneForImageClassification, images: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean squared error of the logits of each image, as a share of their variance: (B,)."""
+    wanted, found = (
+        torch.cat([run(model, part) for part in images.split(MICRO_BATCH)]).double() for model in (base, cut)
+    )
+    return (found - wanted).square().mean(1) / (wanted - wanted.mean(0)).square().mean()
+
+
+def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, num_labels)."""
+    with torch.no_grad():
+        return model(images).logits
