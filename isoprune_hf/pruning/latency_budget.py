@@ -1,5 +1,6 @@
 """Meet a latency budget: `fit_base` predicts the time of any cut, `meet_latency` measures the cuts it tries."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,6 +33,9 @@ class MeasuredPair(NamedTuple):
 
 
 _FITTED_RATIOS = (0.25, 0.5, 0.75)
+_WIDTHS = 8
+_BLOCKS = (16, 32)  # channels that kernels may compute together, other than 8
+_PROBE_RATIO = 0.5
 _MAX_CUTS = 6
 # A cut that uses a smaller share of its budget is followed by one that aims higher.
 _MIN_USED_SHARE = 0.93
@@ -53,14 +57,16 @@ def fit_base(
 ) -> LatencyModel:
     """Measure the base and three cuts of it by random scores, and fit a time to each layer.
 
-    The times depend on the architecture and the machine alone, so they are kept for the next run; see `remembered`.
+    The widths of these cuts are multiples of 16, which suit most kernels. A fourth cut, whose widths are multiples of
+    8 (and of `round_to`), shows whether kernels compute 16 or 32 channels at once. The times depend on the
+    architecture and the machine alone, so they are kept for the next run; see `remembered`.
 
     Args:
         model: The base; left untouched.
         groups: Groups of `trace_groups(model)`.
         cost: Cost of this base.
         settings: Conditions of the measurement.
-        round_to: Widths of the cuts are multiples of this number.
+        round_to: Widths of all cuts are multiples of this number, too.
     """
     layer_macs = cost.layer_macs({}, {})
     record = record_measurement(model.device, settings.runtime, batch_size=settings.batch_size, repeats=FITTED_PASSES)
@@ -72,7 +78,8 @@ def fit_base(
         "image_size": list(image_size_of(model)),
         "dtype": str(model.dtype),
         "layer_macs": layer_macs,
-        "cuts": [*_FITTED_RATIOS, round_to],
+        "cuts": [*_FITTED_RATIOS, _PROBE_RATIO, round_to],
+        "blocks": list(_BLOCKS),
     }
     return remembered(conditions, layer_macs, record, lambda: _fit(model, groups, cost, settings, round_to=round_to))
 
@@ -86,15 +93,26 @@ def _fit(
     round_to: int,
 ) -> LatencyModel:
     scores = score_groups(model, groups, criterion="random")
-    variants = [(model, cost.layer_macs({}, {}))]
-    for ratio in _FITTED_RATIOS:
+
+    def cut(ratio: float, multiple: int) -> RemovedUnits:
         plan = make_plan(
             groups,
             scores,
-            PruneRecipe(criterion="random", allocation="class", scope="local", ratio=ratio, round_to=round_to),
+            PruneRecipe(criterion="random", allocation="class", scope="local", ratio=ratio, round_to=multiple),
         )
-        variants.append((apply_plan(model, plan, groups), cost.layer_macs(*RemovedUnits.of_plan(plan, groups))))
-    return fit_latency(model, variants, settings)
+        models.append(apply_plan(model, plan, groups))
+        return RemovedUnits.of_plan(plan, groups)
+
+    models = [model]
+    aligned = math.lcm(round_to, _BLOCKS[0])
+    removed = [RemovedUnits({}, {}, ()), *(cut(ratio, aligned) for ratio in _FITTED_RATIOS)]
+    step = math.lcm(round_to, _WIDTHS)
+    multiples = [1, *(block for block in _BLOCKS if block > step and block % step == 0)]
+    if len(multiples) > 1:
+        removed.append(cut(_PROBE_RATIO, step))
+    macs = {multiple: [cost.layer_macs(*units, multiple=multiple) for units in removed] for multiple in multiples}
+    variants = list(zip(models, macs[1], strict=True))
+    return fit_latency(model, variants, settings, fitted=1 + len(_FITTED_RATIOS), blocked=macs)
 
 
 def meet_latency(
@@ -126,7 +144,7 @@ def meet_latency(
     budget = recipe.budget
     if budget is None or budget.kind != "latency":
         raise RecipeError("prune.target_latency is not set")
-    predicted = latency.predict(cost.layer_macs({}, {}))
+    predicted = latency.predict_cut(cost)
     aim = budget.resolve(predicted)
     best: Cut | None = None
     best_share = 0.0

@@ -1,12 +1,18 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.tiny_models import make_base
+from torch import nn
 
 from isoprune_hf.errors import BudgetError
-from isoprune_hf.pruning.cost.latency import LatencyModel
-from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, Term
+from isoprune_hf.measuring.onnx_profile import LayerTimes
+from isoprune_hf.pruning.cost import latency, latency_cache
+from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings
+from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, Term, cost_model
+from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.widths import Width
-from isoprune_hf.pruning.latency_budget import MeasuredPair, meet_latency
+from isoprune_hf.pruning.latency_budget import MeasuredPair, fit_base, meet_latency
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.recipes import PruneRecipe
 
@@ -88,3 +94,36 @@ def test_unreachable_budget_is_refused_at_once() -> None:
 def test_budget_unmet_when_measured_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"target_latency 60ms .* 6 cuts .* 150 %"):
         meet(lambda aim: (100.0, 90.0), "60ms")
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_blocks_of_kernels_are_measured(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base("resnet", tmp_path)
+    seen: list[tuple[int, ...]] = []
+
+    def timed(variants, image_size, **_) -> list[LayerTimes]:
+        """Return a time of every convolution and linear layer: the product of its widths in begun blocks."""
+        found = []
+        for model, layer_macs in variants:
+            modules = {name: model.model.get_submodule(name) for name in layer_macs}
+            seen.append(tuple(m.out_channels for m in modules.values() if isinstance(m, nn.Conv2d)))
+            times = {}
+            for name, module in modules.items():
+                is_conv = isinstance(module, nn.Conv2d)
+                widths = module.weight.shape[:2]
+                is_cut = [True, module.in_channels > 3] if is_conv else [False, True]
+                times[name] = 1.0
+                for width, cut in zip(widths, is_cut, strict=True):
+                    times[name] *= -(-width // block) * block if cut else width
+            found.append(LayerTimes(times, sum(times.values())))
+        return found
+
+    monkeypatch.setattr(latency, "time_in_runtime", timed)
+    monkeypatch.setattr(latency_cache, "cache_folder", lambda: tmp_path)
+    groups = trace_groups(base)
+    fitted = fit_base(base, groups, cost_model(base, groups), LatencySettings(), round_to=8)
+    assert fitted.multiple == block
+    # The base and three cuts to multiples of 16, then one to multiples of 8.
+    dense, *cuts, probe = seen
+    assert len(cuts) == 3 and all(width % 16 == 0 or width in dense for cut in cuts for width in cut)
+    assert any(width % 16 == 8 for width in probe)

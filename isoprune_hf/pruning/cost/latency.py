@@ -1,7 +1,7 @@
 """Predict the latency of any cut from a time per layer, fitted on a few measured models: call `fit_latency`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,14 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.measuring.speed import record_measurement
 from isoprune_hf.pruning.cost.layer_times import LayerMacs, Variant
+from isoprune_hf.pruning.cost.macs import CostModel, RemovedUnits
 from isoprune_hf.pruning.cost.runtime_times import time_in_runtime
 
 FITTED_PASSES = 20  # timed passes of each variant by default
+_WHOLE_BASE = RemovedUnits({}, {}, ())
+# Kernels count as computing in blocks of channels if that leaves at most this share of the squared misfit: noise
+# decides between multiples that fit about as well.
+_MAX_MISFIT = 0.8
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,23 @@ class LatencyModel:
         fixed: Milliseconds that do not depend on any layer.
         layers: Layer -> (milliseconds if it has any MACs, milliseconds per MAC).
         record: Device and settings of the measurement, as plain values.
+        multiple: A width takes as long as the next multiple of this number.
     """
 
     fixed: float
     layers: Mapping[str, tuple[float, float]]
     record: Mapping[str, Any] = field(default_factory=dict)
+    multiple: int = 1
+
+    def predict_cut(self, cost: CostModel, removed: RemovedUnits = _WHOLE_BASE) -> float:
+        """Predict the milliseconds of one batch after a cut, by default of the base."""
+        return self.predict(cost.layer_macs(*removed, multiple=self.multiple))
 
     def predict(self, layer_macs: LayerMacs) -> float:
         """Predict the milliseconds of one batch.
 
         Args:
-            layer_macs: Layer -> MACs for one image; a removed layer has none.
+            layer_macs: Layer -> MACs for one image, of widths in multiples of `multiple`; a removed layer has none.
         """
         total = self.fixed
         for name, macs in layer_macs.items():
@@ -62,6 +73,8 @@ def fit_latency(
     variants: Sequence[Variant],
     settings: LatencySettings,
     *,
+    fitted: int | None = None,
+    blocked: Mapping[int, Sequence[LayerMacs]] | None = None,
     repeats: int = FITTED_PASSES,
 ) -> LatencyModel:
     """Measure some cuts of a model and fit a time to each of its layers.
@@ -71,6 +84,9 @@ def fit_latency(
         variants: Models of different widths, including the base, each with its MACs by layer. Layers are the modules
             of `model.model` that compute; the entry of an attention module is that of its two products.
         settings: Conditions of the measurement; see `time_in_runtime`.
+        fitted: The times are fitted to so many variants, by default to all; the others only choose the multiple.
+        blocked: Multiple -> MACs by layer of each variant, with its widths rounded up to the multiple. The MACs of the
+            multiple that explains the times of all variants best are taken.
         repeats: Timed passes of each variant: of its layers, and again of the whole model.
 
     Raises:
@@ -81,12 +97,44 @@ def fit_latency(
         variants, image_size, batch_size=settings.batch_size, runtime=settings.runtime, repeats=repeats
     )
     record = record_measurement(model.device, settings.runtime, batch_size=settings.batch_size, repeats=repeats)
-    return fit_times(
-        [layer_macs for _, layer_macs in variants],
-        [variant.layers for variant in times],
-        [variant.total for variant in times],
-        record,
-    )
+    layer_times = [variant.layers for variant in times]
+    macs = {1: [layer_macs for _, layer_macs in variants], **(blocked or {})}
+    multiple = find_multiple(macs, layer_times, fitted)
+    totals = [variant.total for variant in times]
+    latency = fit_times(macs[multiple][:fitted], layer_times[:fitted], totals[:fitted], record)
+    return replace(latency, multiple=multiple)
+
+
+def find_multiple(
+    macs: Mapping[int, Sequence[LayerMacs]], layer_times: Sequence[Mapping[str, float]], fitted: int | None = None
+) -> int:
+    """Return the number of channels that kernels compute together: the multiple whose MACs explain the times best.
+
+    Args:
+        macs: Multiple -> MACs by layer of each variant, with its widths rounded up to the multiple; 1 is among them.
+        layer_times: For each variant: layer -> milliseconds.
+        fitted: A time is fitted to so many variants, by default to all; the misfit is that of all.
+    """
+    misfits = {
+        multiple: _misfit(_fit_lines(variants[:fitted], layer_times[:fitted]), variants, layer_times)
+        for multiple, variants in macs.items()
+    }
+    best = min(misfits, key=lambda multiple: (misfits[multiple], multiple))
+    return best if misfits[best] < _MAX_MISFIT * misfits[1] else 1
+
+
+def _misfit(
+    lines: Mapping[str, tuple[float, float]], macs: Sequence[LayerMacs], layer_times: Sequence[Mapping[str, float]]
+) -> float:
+    """Return the sum of the squared residuals of all layers, each as a share of the layer's longest time."""
+    total = 0.0
+    for name, (constant, slope) in lines.items():
+        variants = zip(macs, layer_times, strict=True)
+        pairs = [(variant[name], times[name]) for variant, times in variants if variant.get(name)]
+        longest = max((spent for _, spent in pairs), default=0.0)
+        if longest > 0:
+            total += sum(((constant + slope * size - spent) / longest) ** 2 for size, spent in pairs)
+    return total
 
 
 def fit_times(
@@ -103,17 +151,25 @@ def fit_times(
         totals: For each variant: milliseconds of the whole model.
         record: Device and settings of the measurement.
     """
+    lines = _fit_lines(macs, layer_times)
+    unscaled = LatencyModel(0.0, lines)
+    # Norms, activations and sums have no line of their own and grow with the layers: the factor accounts for them.
+    fixed, factor = _fit_line([unscaled.predict(variant) for variant in macs], totals, is_factor=True)
+    scaled = {name: (factor * constant, factor * slope) for name, (constant, slope) in lines.items()}
+    return LatencyModel(fixed, scaled, dict(record or {}))
+
+
+def _fit_lines(
+    macs: Sequence[LayerMacs], layer_times: Sequence[Mapping[str, float]]
+) -> dict[str, tuple[float, float]]:
+    """Fit constant and slope of each layer to the variants that have it."""
     lines: dict[str, tuple[float, float]] = {}
     for name in dict.fromkeys(name for variant in macs for name in variant):
         present = [number for number, variant in enumerate(macs) if variant.get(name, 0) > 0]
         sizes = [macs[number][name] for number in present]
         times = [layer_times[number][name] for number in present]
         lines[name] = _fit_line(sizes, times) if present else (0.0, 0.0)
-    unscaled = LatencyModel(0.0, lines)
-    # Norms, activations and sums have no line of their own and grow with the layers: the factor accounts for them.
-    fixed, factor = _fit_line([unscaled.predict(variant) for variant in macs], totals, is_factor=True)
-    scaled = {name: (factor * constant, factor * slope) for name, (constant, slope) in lines.items()}
-    return LatencyModel(fixed, scaled, dict(record or {}))
+    return lines
 
 
 def _fit_line(sizes: Sequence[float], times: Sequence[float], *, is_factor: bool = False) -> tuple[float, float]:

@@ -49,7 +49,12 @@ def remembered(
         logger.info(f"the times of layers are those of an earlier run on this machine: {file}")
         return known
     fitted = fit()
-    values = {"conditions": conditions, "fixed": fitted.fixed, "layers": fitted.layers}
+    values = {
+        "conditions": conditions,
+        "fixed": fitted.fixed,
+        "layers": fitted.layers,
+        "multiple": fitted.multiple,
+    }
     try:
         write_file(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
     except WriteError as error:
@@ -74,9 +79,12 @@ def _read(file: Path, layers: Collection[str], record: Mapping[str, Any]) -> Lat
         numbers = [values["fixed"], *(number for pair in times.values() for number in pair)]
         if not all(type(number) in (int, float) and math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError("a time is no number from 0 on")
+        multiple = values["multiple"]
+        if type(multiple) is not int or multiple < 1:
+            raise ValueError("the multiple of widths is no whole number from 1 on")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
         logger.warning(f"{file} is damaged, so the layers are measured again ({type(error).__name__}: {error})")
         return None
-    return LatencyModel(values["fixed"], times, dict(record))
+    return LatencyModel(values["fixed"], times, dict(record), multiple)

@@ -130,14 +130,23 @@ class CostModel:
         self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str] = ()
     ) -> ModelCost:
         """Compute the cost after a cut; see `RemovedUnits` for the arguments."""
-        macs, params = self._values(removed, removed_heads, removed_blocks)
+        macs, params = self._values(RemovedUnits(removed, removed_heads, tuple(removed_blocks)))
         return ModelCost(int(macs.sum()), int(params.sum()))
 
     def layer_macs(
-        self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str] = ()
+        self,
+        removed: Mapping[str, int],
+        removed_heads: Mapping[str, int],
+        removed_blocks: Iterable[str] = (),
+        *,
+        multiple: int = 1,
     ) -> dict[str, int]:
-        """Compute module -> MACs after a cut; the entry of an attention module is that of its two products."""
-        macs, _ = self._values(removed, removed_heads, removed_blocks)
+        """Compute module -> MACs after a cut; the entry of an attention module is that of its two products.
+
+        With `multiple`, widths that a cut may change count as the next multiple of it: kernels that compute channels
+        in blocks need as long for a part of a block.
+        """
+        macs, _ = self._values(RemovedUnits(removed, removed_heads, tuple(removed_blocks)), multiple)
         found = dict.fromkeys((term.module for term in self.products), 0)
         for term, count in zip(self.products, macs.tolist(), strict=True):
             found[term.module] += count
@@ -177,20 +186,21 @@ class CostModel:
             heads=heads,
         )
 
-    def _values(
-        self, removed: Mapping[str, int], removed_heads: Mapping[str, int], removed_blocks: Iterable[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _values(self, removed: RemovedUnits, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Compute the MACs of every product and the elements of every parameter after a cut."""
         arrays = self._arrays
-        channels = np.array([removed.get(group, 0) for group in self.groups], dtype=np.int64)
-        heads = np.array([removed_heads.get(group, 0) for group in self.groups], dtype=np.int64)
+        channels = np.array([removed.channels.get(group, 0) for group in self.groups], dtype=np.int64)
+        heads = np.array([removed.heads.get(group, 0) for group in self.groups], dtype=np.int64)
         dims = arrays.channels // np.maximum(arrays.heads, 1)
         dims = dims - (arrays.channels - channels) // np.maximum(arrays.heads - heads, 1)
         sizes = arrays.sizes.copy()
         removed_units = np.concatenate([channels, heads, dims])
         np.subtract.at(sizes, arrays.rows, arrays.elements * removed_units[arrays.units])
+        if multiple > 1:
+            tied = np.unique(arrays.rows)
+            sizes[tied] = -(-sizes[tied] // multiple) * multiple
         values = sizes[arrays.factors].prod(axis=1)
-        for block in removed_blocks:
+        for block in removed.blocks:
             values[arrays.inside[block]] = 0
         return values[: len(self.products)], values[len(self.products) :]
 

@@ -1,7 +1,8 @@
 """The budget as a limit on an allocation; call `check_budget` before anything is scored."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from isoprune_hf.errors import BudgetError, RecipeError
 from isoprune_hf.pruning.cost.latency import LatencyModel
@@ -64,6 +65,16 @@ def budget_limit(budget: Budget, cost: CostModel | None, latency: LatencyModel |
     return limit
 
 
+def in_blocks(recipe: PruneRecipe, latency: LatencyModel | None) -> PruneRecipe:
+    """Return a recipe whose widths, for a latency budget, are also multiples of the block that the kernels compute.
+
+    A part of a block takes as long as the whole one, so that narrower widths would save nothing.
+    """
+    if latency is None or recipe.budget is None or recipe.budget.kind != "latency":
+        return recipe
+    return replace(recipe, round_to=math.lcm(recipe.round_to, latency.multiple))
+
+
 def check_budget(
     groups: Sequence[CoupledGroup],
     recipe: PruneRecipe,
@@ -78,7 +89,7 @@ def check_budget(
         RecipeError: A pattern or block of the recipe does not exist in the model.
     """
     limit = None if recipe.budget is None else budget_limit(recipe.budget, cost, latency)
-    problem = AllocationProblem.from_recipe(groups, None, recipe, blocks)
+    problem = AllocationProblem.from_recipe(groups, None, in_blocks(recipe, latency), blocks)
     # With fixed fractions the smallest figure depends on the scores: those budgets are checked after scoring.
     if limit is None or recipe.ratios or recipe.remove_blocks is not None:
         return
@@ -118,10 +129,8 @@ def _limit_latency(budget: Budget, cost: CostModel, latency: LatencyModel | None
         raise RecipeError(
             f"prune.{budget.setting} needs the latency of `fit_latency`: pass it to make_plan, or call prune_model"
         )
-    base = latency.predict(cost.layer_macs({}, {}))
-    return BudgetLimit(
-        budget.setting, budget.resolve(base), base, lambda removed: latency.predict(cost.layer_macs(*removed))
-    )
+    base = latency.predict_cut(cost)
+    return BudgetLimit(budget.setting, budget.resolve(base), base, lambda removed: latency.predict_cut(cost, removed))
 
 
 def _limit_cost(budget: Budget, cost: CostModel) -> BudgetLimit:

@@ -175,17 +175,26 @@ def _drop_head(
 
 
 def _narrower_widths(start: Round, tied: TiedGroups, position: int) -> Iterator[CandidateCut]:
-    """Yield a cut for every lower width; a figure is linear in one width while the others are constant."""
+    """Yield a cut for every lower width; a figure is linear in one width while the others are constant.
+
+    Where kernels compute whole blocks, a latency is linear in the widths that are multiples of the block; that of the
+    base may be another one, so that the first step from there has a saving of its own.
+    """
     widths, losses = start.tables.of(tied, start.allocation)
     first = bisect_left(widths, -start.allocation.widths[tied.name], key=neg)
     if first == len(losses):
         return
-    per_unit = start.saving(start.allocation.resized(tied, widths[first + 1])) / (widths[first] - widths[first + 1])
-    if per_unit <= 0:
+    saved = start.saving(start.allocation.resized(tied, widths[first + 1]))
+    per_unit = saved / (widths[first] - widths[first + 1])
+    if first + 1 < len(losses) and widths[first] - widths[first + 1] != widths[first + 1] - widths[first + 2]:
+        lowest = start.saving(start.allocation.resized(tied, widths[-1]))
+        per_unit = (lowest - saved) / (widths[first + 1] - widths[-1])
+    if min(saved, per_unit) <= 0:
         return
     rate = 0.0
     for number in range(first, len(losses)):
-        saved = per_unit * (widths[number] - widths[number + 1])
+        if number > first:
+            saved = per_unit * (widths[number] - widths[number + 1])
         rate = max(rate, losses[number] / saved)
         yield CandidateCut(rate, position, saved, tied, widths[number + 1])
 

@@ -10,7 +10,7 @@ from isoprune_hf.pruning.cost.macs import CostModel
 from isoprune_hf.pruning.deciding.allocation import Allocation
 from isoprune_hf.pruning.deciding.allocation_problem import AllocationProblem
 from isoprune_hf.pruning.deciding.allocators import ALLOCATORS
-from isoprune_hf.pruning.deciding.budget import budget_limit
+from isoprune_hf.pruning.deciding.budget import budget_limit, in_blocks
 from isoprune_hf.pruning.deciding.rounding import width_step
 from isoprune_hf.pruning.deciding.settings import Ratios
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
@@ -77,7 +77,8 @@ def make_plan(
         RecipeError: The scores are not of these groups, or the recipe names groups or blocks that do not exist.
     """
     check_scores(groups, scores)
-    recipe = recipe_of_scores(recipe, scores).settled(has_images=False)
+    asked = recipe_of_scores(recipe, scores).settled(has_images=False)
+    recipe = in_blocks(asked, latency)
     problem = AllocationProblem.from_recipe(groups, scores, recipe, blocks)
     limit = None if recipe.budget is None else budget_limit(recipe.budget, cost, latency)
     allocation, ratios, notes = ALLOCATORS[recipe.allocation or "class"](problem, limit, cost)
@@ -99,6 +100,7 @@ def make_plan(
             *_note_unscored("block", blocks, scores.blocks, scores),
             *_note_no_blocks(recipe, blocks),
             *notes,
+            *_note_blocks(asked, recipe),
             *_note_unaligned_widths(problem, allocation),
             *_note_spared_groups(allocation),
         ),
@@ -179,6 +181,15 @@ def _note_no_blocks(recipe: PruneRecipe, blocks: Sequence[ResidualBlock]) -> Ite
     """Yield a line if blocks are to be removed by ratio and there are none."""
     if recipe.remove_blocks == "auto" and not blocks:
         yield "prune.remove_blocks auto removes nothing: the model has no removable residual blocks"
+
+
+def _note_blocks(asked: PruneRecipe, recipe: PruneRecipe) -> Iterator[str]:
+    """Yield a line if a latency budget needs multiples of a larger number than the recipe asks for."""
+    if recipe.round_to != asked.round_to:
+        yield (
+            f"widths are multiples of {recipe.round_to}, not only of round_to {asked.round_to}: between them, "
+            f"{asked.latency_backend} takes as long on this machine as for the next larger one"
+        )
 
 
 def _note_unaligned_widths(problem: AllocationProblem, allocation: Allocation) -> Iterator[str]:

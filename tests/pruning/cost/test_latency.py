@@ -1,5 +1,6 @@
 """The latency model reproduces known times, never decreases with size, and restores hooks and modes."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import nn
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.measuring.runtimes.engine import Runtime
-from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, fit_latency, fit_times
+from isoprune_hf.pruning.cost.latency import LatencyModel, LatencySettings, find_multiple, fit_latency, fit_times
 from isoprune_hf.pruning.cost.layer_times import time_layers
-from isoprune_hf.pruning.cost.macs import cost_model
+from isoprune_hf.pruning.cost.macs import CostModel, ModelCost, RemovedUnits, Term, cost_model
 from isoprune_hf.pruning.graph.find_groups import trace_groups
+from isoprune_hf.pruning.graph.widths import Tie, Width
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import PruneRecipe
 
@@ -183,3 +185,42 @@ def test_a_number_that_is_too_small_is_refused(name: str, low: int) -> None:
 def test_time_of_model_is_sum_of_layers() -> None:
     model = LatencyModel(1.0, {"a": (0.5, 0.25), "b": (2.0, 0.0)})
     assert model.predict({"a": 4, "b": 7}) == 1.0 + 0.5 + 1.0 + 2.0
+
+
+# A layer of 16 to 64 channels whose kernel computes blocks of 16: 1 ms for each begun block, and 2 ms besides. The
+# first three widths are multiples of 16.
+WIDTHS = (64, 32, 16, 40, 24)
+BLOCKS = [{"conv": 2.0 + math.ceil(width / 16)} for width in WIDTHS]
+
+
+def rounded_up(multiple: int) -> list[dict[str, int]]:
+    """Return the MACs of the widths, 10 for each channel, rounded up to a multiple."""
+    return [{"conv": 10 * math.ceil(width / multiple) * multiple} for width in WIDTHS]
+
+
+def test_blocks_of_kernels_are_found() -> None:
+    macs = {multiple: rounded_up(multiple) for multiple in (1, 16, 32)}
+    assert find_multiple(macs, BLOCKS) == find_multiple(macs, BLOCKS, 3) == 16
+    # The times of single channels: 40 and 24 are no exceptions.
+    linear = [{"conv": 2.0 + width / 16} for width in WIDTHS]
+    assert find_multiple(macs, linear) == find_multiple(macs, linear, 3) == 1
+    assert find_multiple(macs, [{"conv": 0.0}] * 5) == 1
+
+
+def test_multiples_of_equal_misfit_are_not_believed() -> None:
+    # Without widths inside blocks both explain the times: the plain MACs are kept.
+    macs = {multiple: rounded_up(multiple)[:3] for multiple in (1, 16)}
+    assert find_multiple(macs, BLOCKS[:3]) == 1
+    noise = [{"conv": times["conv"] + error} for times, error in zip(BLOCKS, (0, 2, -2, 2, -2), strict=True)]
+    macs = {multiple: rounded_up(multiple) for multiple in (1, 16)}
+    assert find_multiple(macs, noise) == 1
+
+
+def test_cut_is_predicted_by_whole_blocks() -> None:
+    width = Width(40, (Tie("a", 1, "channel"),))
+    cost = CostModel(ModelCost(120, 0), [Term("conv", (Width(3), width))], [], {"a": (40, 0)})
+    model = LatencyModel(1.0, {"conv": (0.5, 0.25)}, multiple=16)
+    assert model.predict_cut(cost) == 1.0 + 0.5 + 0.25 * 3 * 48
+    removed = {count: model.predict_cut(cost, RemovedUnits({"a": count}, {}, ())) for count in (7, 8, 24)}
+    assert removed == {7: 1.5 + 0.75 * 48, 8: 1.5 + 0.75 * 32, 24: 1.5 + 0.75 * 16}
+    assert cost.layer_macs({"a": 7}, {}) == {"conv": 99} and cost.cost({"a": 7}, {}).macs == 99

@@ -11,7 +11,7 @@ from isoprune_hf.pruning.cost.latency import LatencyModel
 from isoprune_hf.pruning.cost.latency_cache import remembered
 
 RECORD = {"device": "cpu", "threads": 1}
-FITTED = LatencyModel(1.5, {"fc1": (0.25, 1e-7), "fc2": (0.0, 0.1)}, RECORD)
+FITTED = LatencyModel(1.5, {"fc1": (0.25, 1e-7), "fc2": (0.0, 0.1)}, RECORD, 16)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def fit_once(conditions: dict[str, object]) -> tuple[LatencyModel, int]:
 
 
 def times_of(model: LatencyModel) -> tuple[object, ...]:
-    return model.fixed, model.layers, model.record
+    return model.fixed, model.layers, model.record, model.multiple
 
 
 def test_second_run_takes_the_times_of_the_first(folder: Path) -> None:
@@ -54,6 +54,9 @@ def test_second_run_takes_the_times_of_the_first(folder: Path) -> None:
         '{"fixed": NaN, "layers": {"fc1": [0.25, 1e-7], "fc2": [0, 0.1]}}',
         '{"fixed": true, "layers": {"fc1": ["0.25", 1e-7], "fc2": [0, 0.1]}}',
         '{"fixed": 1.5, "layers": [[0.25, 1e-7], [0, 0.1]]}',
+        '{"fixed": 1.5, "layers": {"fc1": [0.25, 1e-7], "fc2": [0, 0.1]}}',
+        '{"fixed": 1.5, "layers": {"fc1": [0.25, 1e-7], "fc2": [0, 0.1]}, "multiple": 0}',
+        '{"fixed": 1.5, "layers": {"fc1": [0.25, 1e-7], "fc2": [0, 0.1]}, "multiple": "16"}',
     ],
 )
 def test_damaged_file_is_measured_again(content: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -305,3 +305,30 @@ def test_a_budget_of_the_whole_base_keeps_everything(vit) -> None:
     assert solve(groups, cost, scores, target_macs="100%").kept == {}
     with pytest.raises(BudgetError, match="nothing to cut"):
         solve(groups, cost, scores, target_macs="99G")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_latency_of_blocks_takes_their_multiples(seed: int) -> None:
+    # Kernels compute 16 channels at once: 200 of the base take as long as 208; other widths are multiples of 16.
+    sizes = {"a": 200, "b": 120, "c": 328}
+    groups, cost = chain(sizes)
+    scores = draw(seed, sizes)
+    latency = LatencyModel(1.0, dict.fromkeys((*sizes, "out"), (0.5, 1e-3)), multiple=16)
+
+    def time(kept: dict[str, int]) -> float:
+        ends = [3, *(-(-width // 16) * 16 for width in kept.values()), 5]
+        return 1.0 + 4 * 0.5 + 1e-3 * sum(x * y for x, y in itertools.pairwise(ends))
+
+    target = 0.6 * time(sizes)
+    plan = solve(groups, cost, scores, latency=latency, target_latency="60%", latency_batch_size=1, round_to=8)
+    found = widths(plan, groups)
+    assert time(found) <= target
+    every = itertools.product(*([*range(16, size, 16), size] for size in sizes.values()))
+    tried = (dict(zip(sizes, kept, strict=True)) for kept in every)
+    best = min(loss_of(scores, kept) for kept in tried if time(kept) <= target)
+    assert best * (1 - 1e-6) <= loss_of(scores, found) <= best + 0.04 * loss_of(scores, dict.fromkeys(sizes, 0))
+    assert [note for note in plan.notes if note.startswith("widths are multiples of 16, not only of round_to 8")]
+    assert plan.settings["round_to"] == 16
+    # A budget of MACs keeps the multiples of 8.
+    by_macs = solve(groups, cost, scores, latency=latency, target_macs="60%", round_to=8)
+    assert by_macs.settings["round_to"] == 8 and any(kept % 16 == 8 for kept in widths(by_macs, groups).values())
