@@ -7,16 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn, cast
 
+import torch
 from accelerate import Accelerator
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.errors import RecipeError
+from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.errors import RecipeError, UnsupportedArchitectureError
 from isoprune_hf.pruning.calibration.calibration import Batches, Calibration
+from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.finite import check_inputs, check_logits
 from isoprune_hf.pruning.graph.blocks import find_blocks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.precision import in_float32
+from isoprune_hf.pruning.graph.tracer import FORWARD_ERRORS
 from isoprune_hf.pruning.groups import CoupledGroup, ResidualBlock
 from isoprune_hf.pruning.repairing.rotation import Rotated, rotate_heads
 from isoprune_hf.pruning.scoring.score_groups import score_groups
@@ -66,10 +70,13 @@ def rotate_base(
 
     Raises:
         RecipeError: The logits of the base are not finite; see also `check_calibration` and `rotate_heads`.
+        UnsupportedArchitectureError: The base does not run in float32.
     """
     if recipe.reads_images is None:
         return Rotated(model, (), ())
     wide = in_float32(model)
+    if wide is not model:
+        _check_runs(wide)
     if calibration is not None:
         check_logits(wide, calibration)
     if not recipe.rotate:
@@ -77,6 +84,19 @@ def rotate_base(
     if calibration is None:
         _refuse_missing_data("rotate")
     return rotate_heads(wide, groups, calibration.batches, calibration.accelerator)
+
+
+def _check_runs(wide: IsoPruneForImageClassification) -> None:
+    """Raise an UnsupportedArchitectureError if a copy in float32 does not run on a blank image."""
+    image = torch.zeros(1, *image_size_of(wide), device=wide.device)
+    try:
+        with scoring_mode(wide, requires_grad=False), torch.no_grad():
+            wide(pixel_values=image)
+    except FORWARD_ERRORS as error:
+        raise UnsupportedArchitectureError(
+            f"{type(wide.model).__name__} does not run in float32, in which half precision is scored ({error}): cast "
+            "to the type of a weight, as in x.to(self.layer.weight.dtype), instead of a fixed type"
+        ) from error
 
 
 def score_with_recipe(

@@ -143,6 +143,15 @@ def test_part_of_torchscript_is_refused_by_name() -> None:
         prune(net, make_batches())
 
 
+def test_fixed_half_precision_is_refused_with_advice() -> None:
+    class Fixed(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(torch.bfloat16))
+
+    with pytest.raises(UnsupportedArchitectureError, match=r"^Fixed does not run in float32.*weight\.dtype"):
+        prune(Fixed().to(torch.bfloat16), make_batches())
+
+
 @pytest.mark.parametrize("setting", ["criterion", "allocation", "reconstruct", "head_dims"])
 def test_unknown_choice_is_refused_with_all(setting: str) -> None:
     with pytest.raises(RecipeError, match=rf"^prune\.{setting} must be one of \w+, .*, got 'nonsense'"):
