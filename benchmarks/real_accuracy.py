@@ -14,13 +14,16 @@ with other settings of the recipe.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -33,6 +36,7 @@ from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.evaluation.metrics import calibration_error
 from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.repairing.repairs import least_squares
 from isoprune_hf.pruning.score import score_model
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 from isoprune_hf.recipes.presets import PRESETS
@@ -44,6 +48,9 @@ OURS: dict[str, dict[str, Any]] = {
     "best_bn": {"reconstruct": "bn"},
     "best_none": {"reconstruct": "none"},
     "best_round8": {"round_to": 8},
+    "best_unscaled": {},
+    "best_to_bf16": {},
+    "best_of_bf16": {},
 }
 PEERS: dict[str, Method] = {
     "tp_iso": with_torch_pruning,
@@ -94,6 +101,19 @@ def prune_with_recipe(net: Net, budget: float, images: int, settings: Mapping[st
     return result.model, dict(result.seconds)
 
 
+def prune_variant(net: Net, method: str, budget: float, args: argparse.Namespace) -> Pruned:
+    """Prune with a recipe of ours; `_unscaled` without the last scale of the logits, `bf16` in that type at the end.
+
+    The base of `_of_bf16` is in bf16 as well, and has scores of its own.
+    """
+    if method == "best_of_bf16":
+        net = net._replace(name=f"{net.name}_bf16", model=copy.deepcopy(net.model).to(torch.bfloat16))
+    scaling = patch.object(least_squares, "scale_logits", return_value=True)
+    with scaling if method == "best_unscaled" else nullcontext():
+        pruned, seconds = prune_with_recipe(net, budget, args.images, args.methods_by_name[method])
+    return pruned.to(torch.bfloat16) if method == "best_to_bf16" else pruned, seconds
+
+
 def prune_with_peer(net: Net, budget: float, images: int, method: Method) -> Pruned:
     """Prune with a method that is not ours."""
     ((pixels, labels),) = net.photographs.batches(net.calibration(images), images)
@@ -125,7 +145,7 @@ def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace)
     if method in PEERS:
         pruned, seconds = prune_with_peer(net, budget, args.images, PEERS[method])
     else:
-        pruned, seconds = prune_with_recipe(net, budget, args.images, args.methods_by_name[method])
+        pruned, seconds = prune_variant(net, method, budget, args)
     spent = time.process_time() - start
     indices = net.held_out(args.held_out)
     logits = logits_of(pruned, net.photographs, indices)

@@ -106,6 +106,6 @@ def split_classes(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def logits_of(model: IsoPruneForImageClassification, photographs: Photographs, indices: torch.Tensor) -> torch.Tensor:
-    """Compute the logits of photographs: (N, classes)."""
+    """Compute the logits of photographs, (N, classes), in the dtype of the model; the result is in fp32."""
     batches = photographs.batches(indices, EVALUATION_BATCH)
-    return torch.cat([model(pixel_values=pixels).logits for pixels, _ in batches])
+    return torch.cat([model(pixel_values=pixels.to(model.dtype)).logits.float() for pixels, _ in batches])
