@@ -19,12 +19,19 @@ TIMES = (
     "Times are medians of 20 forward passes, measured in turns on this machine when the page was started; threads: "
     f"{torch.get_num_threads()}."
 )
-# On a phone: table cells do not break within words, and the picture of the widths scrolls instead of shrinking.
+# On a phone: table cells do not break within words, the picture of the widths scrolls instead of shrinking, and two
+# images stand in a row. The answers for an image are shown whole, in several lines if need be, and all images at once.
 CSS = """
 .prose td, .prose th { padding: 6px; word-break: normal; overflow-wrap: normal; }
 .widths { overflow-x: auto !important; }
 .widths button { justify-content: flex-start; }
 .widths img { min-width: 44rem; }
+.caption-label { white-space: normal !important; max-width: 100% !important; text-align: left; }
+.answers .grid-wrap { max-height: none !important; }
+@media (max-width: 640px) {
+  .answers .grid-container { grid-template-columns: repeat(2, 1fr) !important; }
+  .answers .caption-label { font-size: 0.7rem; padding: 2px 4px; }
+}
 """
 # Fonts of the visitor's system: the page requests nothing from other servers.
 LAUNCH: dict[str, Any] = {
@@ -52,11 +59,19 @@ def build_app(pair: Pair) -> gr.Blocks:
         answered = answer_examples(pair)
         if answered:
             gr.Gallery(
-                answered, label="The same images, both models", columns=3, height="auto", interactive=False, buttons=[]
+                answered,
+                label="The same images, both models",
+                columns=3,
+                height="auto",
+                interactive=False,
+                buttons=[],
+                elem_classes="answers",
             )
         with gr.Row():
             with gr.Column(scale=1):
                 file = gr.File(label="An image", file_types=["image"], type="filepath", height=140)
+                if answered:
+                    gr.Examples([[path] for path, _ in answered], file, label="Or take one of these")
                 seen = gr.Image(label="Input of the models", interactive=False, height=220, buttons=["fullscreen"])
             with gr.Column(scale=2):
                 summary = gr.Markdown(WAITING)
@@ -68,8 +83,6 @@ def build_app(pair: Pair) -> gr.Blocks:
         gr.Image(
             str(pair.widths), show_label=False, container=False, interactive=False, buttons=[], elem_classes="widths"
         )
-        if answered:
-            gr.Examples([[path] for path, _ in answered], file, label="Or take one of these")
         file.change(answer, file, [summary, seen, base, pruned], api_name="compare")
     return app
 

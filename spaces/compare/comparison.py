@@ -29,6 +29,7 @@ from isoprune_hf.commands.steps.sources import open_source
 from isoprune_hf.data.decoding import DECODE_ERRORS, decode_image
 from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.plain_files import read_json
+from isoprune_hf.recipes.values import MULTI_LABEL
 from isoprune_hf.reporting.plain_text import plain_markdown
 from isoprune_hf.reporting.tables import on_same_images
 from isoprune_hf.reporting.widths import PICTURE, draw_widths, layer_widths
@@ -49,7 +50,8 @@ class Pair(NamedTuple):
         processors: The image processor of each model.
         widths: PNG of the width of every layer, before and after pruning.
         milliseconds: Model -> median time of a forward pass of one image, measured in turns when the pair is opened.
-        accuracy: Model -> measured top-1 (a fraction) on the same images; empty if it is not known of both.
+        accuracy: Model -> measured top-1 or mean average precision (fractions) on the same images; empty if it is not
+            known of both.
         examples: Images to begin with.
     """
 
@@ -68,10 +70,12 @@ class Comparison(NamedTuple):
     Args:
         image: The decoded image, upright and in RGB.
         answers: Model -> label -> probability, highest first.
+        is_multi_label: Each label has a probability of its own.
     """
 
     image: Image.Image
     answers: dict[str, dict[str, float]]
+    is_multi_label: bool = False
 
 
 def open_pair(name: str, base: str | None = None) -> Pair:
@@ -128,16 +132,22 @@ def compare(pair: Pair, encoded: bytes) -> Comparison:
     except DECODE_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise IsoPruneError(f"this file cannot be read as an image ({reason}); try a JPEG or a PNG") from error
-    answers = {}
+    answers, is_multi_label = {}, has_lists(pair)
     for name, model in pair.models.items():
         pixels = pair.processors[name](image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            probabilities = model(pixels.to(model.device)).logits[0].float().softmax(dim=0)
+            logits = model(pixels.to(model.device)).logits[0].float()
+        probabilities = logits.sigmoid() if is_multi_label else logits.softmax(dim=0)
         best = probabilities.topk(min(TOP, len(probabilities)))
         places = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         labels = show_labels(model.config.id2label)
         answers[name] = {labels[index]: probability for index, probability in places}
-    return Comparison(image, answers)
+    return Comparison(image, answers, is_multi_label)
+
+
+def has_lists(pair: Pair) -> bool:
+    """Return whether the models give each label a probability of its own, by the config of the pruned one."""
+    return pair.models["pruned"].config.problem_type == MULTI_LABEL
 
 
 def show_labels(names: dict[int, str]) -> dict[int, str]:
@@ -155,8 +165,17 @@ def show_labels(names: dict[int, str]) -> dict[int, str]:
 
 def summarize(found: Comparison) -> str:
     """Return as Markdown which classes both models predict; names stand in code, where nothing is a link or a tag."""
-    base, pruned = (f"`{plain_markdown(next(iter(found.answers[name])))}`" for name in ("base", "pruned"))
+    base, pruned = (
+        ", ".join(f"`{plain_markdown(label)}`" for label, _ in predicted(found, name)) or "no class"
+        for name in ("base", "pruned")
+    )
     return f"Both predict {base}." if base == pruned else f"The base predicts {base}, the pruned model {pruned}."
+
+
+def predicted(found: Comparison, name: str) -> list[tuple[str, float]]:
+    """Return what a model predicts, with the probability: the first class, or of several those above 1/2."""
+    answers = [*found.answers[name].items()]
+    return [(label, chance) for label, chance in answers if chance > 0.5] if found.is_multi_label else answers[:1]
 
 
 def answer_examples(pair: Pair) -> list[tuple[str, str]]:
@@ -184,9 +203,12 @@ def list_examples(folder: Path) -> list[Path]:
 
 
 def caption(found: Comparison) -> str:
-    """Return the first answers of both models and their probabilities in one line."""
-    best = {name: next(iter(labels.items())) for name, labels in found.answers.items()}
-    return " | ".join(f"{name}: {label} {probability:.0%}" for name, (label, probability) in best.items())
+    """Return what both models predict, and with which probabilities, in one line."""
+    lines = {
+        name: ", ".join(f"{label} {chance:.0%}" for label, chance in predicted(found, name)) or "no class"
+        for name in found.answers
+    }
+    return " | ".join(f"{name}: {line}" for name, line in lines.items())
 
 
 def headline(pair: Pair) -> str:
@@ -195,15 +217,17 @@ def headline(pair: Pair) -> str:
     gains = [f"{cost['pruned'][key] / cost['base'][key]:.0%} of the {name}" for key, name in KEPT.items()]
     text = f"{' and '.join(gains)}, {times['base'] / times['pruned']:.2f}x as fast on this machine"
     if pair.accuracy:
-        text += f", {pair.accuracy['pruned']:.1%} right instead of {pair.accuracy['base']:.1%}"
+        what = "mean average precision" if has_lists(pair) else "right"
+        text += f", {pair.accuracy['pruned']:.1%} {what} instead of {pair.accuracy['base']:.1%}"
     return text
 
 
 def _read_accuracy(folder: Path, stage: str) -> dict[str, float]:
-    """Return the top-1 of base and pruned model if both were measured on the same images."""
+    """Return top-1 or mean average precision of both models if they were measured on the same images."""
     metrics = read_records(str(folder)).metrics
     shown = on_same_images(metrics, metrics.get(stage, {}))
-    found = {"base": shown.get("base", {}).get("top1"), "pruned": shown.get(stage, {}).get("top1")}
+    rows = {"base": shown.get("base", {}), "pruned": shown.get(stage, {})}
+    found = {name: row.get("top1", row.get("map")) for name, row in rows.items()}
     return {name: float(value) for name, value in found.items() if value is not None} if all(found.values()) else {}
 
 

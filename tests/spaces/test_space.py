@@ -1,5 +1,6 @@
 """The Space that compares base and pruned model: its functions, and the page in a real browser."""
 
+import copy
 import importlib
 import io
 import json
@@ -92,13 +93,32 @@ def test_table_shows_costs_of_the_config(comparison: ModuleType, pair) -> None:
 
 def test_headline_has_gain_and_accuracy(comparison: ModuleType, pair) -> None:
     costs = {"base": {"macs": 200, "params": 100}, "pruned": {"macs": 100, "params": 60}}
-    config = SimpleNamespace(cost=costs)
+    config = SimpleNamespace(cost=costs, problem_type=None)
     models = {name: SimpleNamespace(config=config) for name in ("base", "pruned")}
     known = pair._replace(models=models, milliseconds={"base": 6.0, "pruned": 4.0}, accuracy={})
     text = "50% of the MACs and 60% of the parameters, 1.50x as fast on this machine"
     assert comparison.headline(known) == text
     measured = known._replace(accuracy={"base": 0.9, "pruned": 0.875})
     assert comparison.headline(measured) == f"{text}, 87.5% right instead of 90.0%"
+
+
+def test_labels_have_probabilities_of_their_own(comparison: ModuleType, pair) -> None:
+    configs = {name: copy.deepcopy(model.config) for name, model in pair.models.items()}
+    configs["pruned"].problem_type = "multi_label_classification"
+    models = {name: type(model)(configs[name]).eval() for name, model in pair.models.items()}
+    lists = pair._replace(models=models, accuracy={"base": 0.9, "pruned": 0.875})
+    answers = comparison.compare(lists, png(32, 32)).answers["pruned"]
+    pixels = lists.processors["pruned"](Image.new("RGB", (32, 32), (200, 30, 90)), return_tensors="pt")["pixel_values"]
+    wanted = models["pruned"](pixels).logits[0].sigmoid().sort(descending=True).values[:5]
+    assert [*answers.values()] == pytest.approx(wanted.tolist())
+    assert comparison.headline(lists).endswith("87.5% mean average precision instead of 90.0%")
+
+
+def test_several_labels_are_named(comparison: ModuleType) -> None:
+    answers = {"base": {"ant": 0.9, "bee": 0.6, "cat": 0.2}, "pruned": {"bee": 0.4, "ant": 0.3}}
+    found = comparison.Comparison(Image.new("RGB", (1, 1)), answers, is_multi_label=True)
+    assert comparison.summarize(found) == "The base predicts `ant`, `bee`, the pruned model no class."
+    assert comparison.caption(found) == "base: ant 90%, bee 60% | pruned: no class"
 
 
 def test_accuracy_is_that_of_the_same_images(comparison: ModuleType, tmp_path: Path) -> None:
