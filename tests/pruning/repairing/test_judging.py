@@ -121,6 +121,18 @@ def test_scale_within_its_error_is_one(tmp_path: Path) -> None:
         hook.remove()
 
 
+@pytest.mark.parametrize(("parts", "scale"), [(1, 0.5), (2, 2.0)])
+def test_scale_of_few_images_keeps_squares(parts: int, scale: float) -> None:
+    kept = [SCALES.index(each) for each in (0.5, 1.0, 2.0)]
+    sums = torch.zeros(3, len(SCALES), dtype=torch.float64)
+    sums[0] = 20
+    sums[0, kept] = torch.tensor([2.0, 10, 5], dtype=torch.float64)  # divergences of ten images
+    sums[2, kept] = torch.tensor([50.0, 40, 30], dtype=torch.float64)  # squares
+    sums[1, kept] = (sums[0, kept] - 10).square() / 10  # the gain of all images is equal
+    found = judge([Divergences(sums, torch.zeros(4, dtype=torch.float64), 10, 10)] * parts)
+    assert (found.scale, found.distance) == (scale, {0.5: 5.0, 2.0: 3.0}[scale])
+
+
 def test_logits_halfway_to_their_mean_are_scaled(tmp_path: Path) -> None:
     task = task_of("vit", tmp_path)
     halved = copy.deepcopy(task.dense)
