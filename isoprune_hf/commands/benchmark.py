@@ -23,6 +23,7 @@ def run(
     device: Literal["auto", "cpu", "cuda"],
 ) -> Answer:
     """Benchmark a folder's model against its base, and store the figures in the folder and its card."""
+    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.exporting import read_exported
     from isoprune_hf.commands.steps.recording import open_result_folder, record_benchmark
     from isoprune_hf.commands.steps.sources import open_source
@@ -40,7 +41,7 @@ def run(
     hardware = choose_device(device)
     if threads is not None and threads < 1:
         raise RecipeError(f"threads must be at least 1, got {threads}")
-    pruned = load_base(folder).model
+    pruned = load_base(folder, tasks=TASK_FORMS).model
     files = [read_exported(path, pruned) for path in exported]
     settings = BenchmarkSettings(batch_sizes, dtypes, runtimes, files, repeats, seconds)
     dense = open_source(pruned, base).model

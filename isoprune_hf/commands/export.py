@@ -19,8 +19,9 @@ def run(
     calibration_images: int,
     overwrite: bool,
 ) -> Answer:
-    """Export a model, and report how far its logits are from those of PyTorch, and its accuracy with images."""
+    """Export a model, and report how far its outputs are from those of PyTorch, and its figures with images."""
     from isoprune_hf.checkpoint.target import open_target
+    from isoprune_hf.checkpoint.task_forms import TASK_FORMS
     from isoprune_hf.commands.steps.exporting import open_export_images, write_results
     from isoprune_hf.export.comparison import Export
     from isoprune_hf.export.export import check_export, export_model
@@ -34,7 +35,7 @@ def run(
     with open_target(output, overwrite=overwrite) as target:
         target.check_inputs({"--folder": folder, "data.dataset": data.dataset})
         check_export(format, precision, has_images=data.dataset is not None)
-        base = load_base(folder)
+        base = load_base(folder, tasks=TASK_FORMS)
         images = open_export_images(data, base) if data.dataset is not None else None
         base = base if images is None else images.base
         metrics: Metrics = {}

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from isoprune_hf.errors import ExportError
-from isoprune_hf.export.sensitivity import Nodes, Unit, choose_left_out, mean_divergence
+from isoprune_hf.export.sensitivity import DIVERGENCE, Harm, Nodes, Unit, choose_left_out
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 MAX_DIVERGENCE = 0.02  # nats; EfficientNet-Lite0 loses 0.2 points of top-1 at 0.01
+MAX_DISTANCE = 0.01  # of the squared norm: a cosine similarity of about 0.995
 _SEARCH_IMAGES = 64
 _MAX_UNITS = 32  # of layers with weights
 _MIN_SHARE = 0.5  # of the weights that must be stored in eight bits
@@ -22,11 +23,12 @@ def quantize_bounded(
     *,
     weights: Mapping[str, int],
     between: Mapping[str, Sequence[str]],
+    harm: Harm = DIVERGENCE,
 ) -> dict[str, Any]:
     """Quantise all but the layers whose quantisation changes the predictions most.
 
     Layers with weights are left out in at most `_MAX_UNITS` groups of consecutive ones, those between them by type, as
-    few as needed for `MAX_DIVERGENCE`.
+    few as needed for `MAX_DIVERGENCE`, or without classes for `MAX_DISTANCE`.
 
     Args:
         write: Writes the model with all nodes but the given ones in eight bits, and opens it; called last with the
@@ -35,6 +37,7 @@ def quantize_bounded(
         batches: Pixels (B, C, H, W) of the calibration images.
         weights: Number of weights of each layer that has some, in the order of the network.
         between: Type -> names of the nodes between these layers that are quantised too.
+        harm: What is bounded.
 
     Returns:
         How the model was quantised, for `export.json`.
@@ -43,22 +46,22 @@ def quantize_bounded(
         ExportError: The bound leaves less than half of the weights in eight bits.
     """
     sample = _first_images(batches, _SEARCH_IMAGES)
-    reference = _run(dense, sample)
+    reference, bound = _run(dense, sample), MAX_DIVERGENCE if harm is DIVERGENCE else MAX_DISTANCE
 
     def effect(left_out: Nodes) -> float:
-        return mean_divergence(reference, _run(write(left_out), sample))
+        return harm.measure(reference, _run(write(left_out), sample))
 
-    choice = choose_left_out(_list_units(list(weights), between), effect, MAX_DIVERGENCE)
+    choice = choose_left_out(_list_units(list(weights), between), effect, bound)
     share = 1 - sum(weights.get(node, 0) for node in choice.nodes) / max(sum(weights.values()), 1)
     if share < _MIN_SHARE:
         raise ExportError(
-            f"--precision int8 would store {share:.0%} of the weights in eight bits: with more, the predictions "
-            f"differ from fp32 by more than {MAX_DIVERGENCE} nats; use --precision fp16"
+            f"--precision int8 would store {share:.0%} of the weights in eight bits: with more, the "
+            f"{harm.text.format(f'more than {bound}')}; use --precision fp16"
         )
     write(choice.nodes)
     return {
         "calibration_images": sum(map(len, batches)),
-        "divergence": choice.divergence,
+        harm.key: choice.divergence,
         "left_out": [unit.name for unit in choice.left_out],
         "share_of_weights": share,
     }
@@ -75,7 +78,7 @@ def _first_images(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]
 
 
 def _run(run: Run, batches: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the logits for all batches."""
+    """Return the outputs for all batches."""
     return np.concatenate([run(pixels) for pixels in batches])
 
 

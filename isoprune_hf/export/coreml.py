@@ -4,17 +4,19 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from isoprune_hf.errors import ExportError
-from isoprune_hf.export.values import ExportPrecision, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
+from isoprune_hf.measuring.tracing import side_by_side
 
 _LAYERS = ("aten.conv2d.default", "aten.linear.default")
 
@@ -30,10 +32,16 @@ class CoreMlFormat:
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = (
         "coremltools",
-        'coremltools.models.MLModel(str(folder / "model.mlpackage")).predict({"pixel_values": pixels})["logits"]',
+        'coremltools.models.MLModel(str(folder / "model.mlpackage")).predict({"pixel_values": pixels})["$name"]',
     )
 
-    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run | None:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        file: Path,
+        labels: Mapping[int, str],
+        outputs: Sequence[str] = LOGITS,
+    ) -> Run | None:
         """Write a traced model and open it again on macOS; see `ExportFormat.write`.
 
         Raises:
@@ -46,19 +54,26 @@ class CoreMlFormat:
                 convert_to="mlprogram",
                 compute_precision=tools.precision.FLOAT32,
                 minimum_deployment_target=tools.target.iOS16,
-                outputs=[tools.TensorType(name="logits")],
+                outputs=[tools.TensorType(name=name) for name in outputs],
                 skip_model_load=True,
             )
         converted.user_defined_metadata["id2label"] = json.dumps(labels)
         converted.save(str(file))
-        _check(tools.models.MLModel(str(file), skip_model_load=True).get_spec(), program, labels)
+        _check(tools.models.MLModel(str(file), skip_model_load=True).get_spec(), program, labels, outputs)
         if self.limitation is not None:
             return None
         opened = tools.models.MLModel(str(file))
-        return lambda pixels: opened.predict({"pixel_values": pixels})["logits"]
+
+        def run(pixels: np.ndarray) -> np.ndarray:
+            found = opened.predict({"pixel_values": pixels})
+            return side_by_side([found[name] for name in outputs])
+
+        return run
 
 
-def _check(spec: Any, program: torch.export.ExportedProgram, labels: Mapping[int, str]) -> None:
+def _check(
+    spec: Any, program: torch.export.ExportedProgram, labels: Mapping[int, str], outputs: Sequence[str]
+) -> None:
     """Check the specification of a saved model against the traced one."""
     (images, *_), _ = program.example_inputs
     names = ([entry.name for entry in spec.description.input], [entry.name for entry in spec.description.output])
@@ -66,8 +81,10 @@ def _check(spec: Any, program: torch.export.ExportedProgram, labels: Mapping[int
     shape = [(size.lowerBound, size.upperBound) for size in sizes]
     stored = json.loads(spec.description.metadata.userDefined["id2label"])
     missing = _weights(program) - _constants(spec)
-    if names != (["pixel_values"], ["logits"]):
-        raise ExportError(f"the file of coreml has the inputs and outputs {names}, not pixel_values and logits")
+    if names != (["pixel_values"], [*outputs]):
+        raise ExportError(
+            f"the file of coreml has the inputs and outputs {names}, not pixel_values and {' and '.join(outputs)}"
+        )
     if [low for low, _ in shape] != [1, *images.shape[1:]] or [high for _, high in shape][1:] != [*images.shape[1:]]:
         raise ExportError(f"the file of coreml reads images of the sizes {shape}, not {[*images.shape[1:]]}")
     if stored != {str(index): name for index, name in labels.items()}:

@@ -1,14 +1,15 @@
 """Export to ExecuTorch for phones and other small devices, with the kernels of XNNPACK."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from isoprune_hf.export.values import ExportPrecision, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
+from isoprune_hf.measuring.tracing import side_by_side
 
 
 class ExecuTorchFormat:
@@ -23,10 +24,16 @@ class ExecuTorchFormat:
     script = (
         "torch, executorch.runtime",
         'executorch.runtime.Runtime.get().load_program(folder / "model.pte").load_method("forward")'
-        ".execute([torch.from_numpy(pixels)])[0].numpy()",
+        ".execute([torch.from_numpy(pixels)])[$number].numpy()",
     )
 
-    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        file: Path,
+        labels: Mapping[int, str],
+        outputs: Sequence[str] = LOGITS,
+    ) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`. The labels are in config.json alone."""
         xnnpack = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         lower = import_module("executorch.exir").to_edge_transform_and_lower
@@ -35,7 +42,7 @@ class ExecuTorchFormat:
         method = opened.load_method("forward")
 
         def run(pixels: np.ndarray) -> np.ndarray:
-            logits: np.ndarray = method.execute([torch.from_numpy(pixels)])[0].numpy()
-            return logits.copy()  # the memory belongs to the method, which writes the next logits into it
+            found = [value.numpy() for value in method.execute([torch.from_numpy(pixels)])]
+            return side_by_side(found).copy()  # the memory is the method's, which writes the next outputs into it
 
         return run

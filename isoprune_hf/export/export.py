@@ -1,6 +1,6 @@
 """Write the folder of an exported model: `check_export` first, then `export_model`.
 
-The folder is kept only if the exported model returns the logits of PyTorch, wherever its runtime exists.
+The folder is kept only if the exported model returns the outputs of PyTorch, wherever its runtime exists.
 """
 
 import hashlib
@@ -22,15 +22,17 @@ from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification, code_that_ships
 from isoprune_hf.checkpoint.pretrained import PROCESSOR_PARTS
 from isoprune_hf.checkpoint.target import Target
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import ExportError, RecipeError
-from isoprune_hf.export.comparison import Export, compare_logits, without_comparison
+from isoprune_hf.export.comparison import Export, compare_outputs, without_comparison
 from isoprune_hf.export.formats import FORMATS, Format, packages_of, precisions_of
 from isoprune_hf.export.pictures import draw_pictures
-from isoprune_hf.export.script import PROCESSOR_FILE, SCRIPT_FILE, write_script
+from isoprune_hf.export.script import PROCESSOR_FILE, script_file, write_script
+from isoprune_hf.export.sensitivity import DISTANCE, DIVERGENCE
 from isoprune_hf.export.values import DTYPES, ExportPrecision
 from isoprune_hf.extras import require_package
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
-from isoprune_hf.measuring.tracing import EXPORT_ERRORS, labels_of, plain_copy, trace_model
+from isoprune_hf.measuring.tracing import EXPORT_ERRORS, labels_of, output_names, plain_copy, run_traced, trace_model
 
 
 def export_model(
@@ -45,8 +47,9 @@ def export_model(
 ) -> Export:
     """Write a folder with the exported model, its labels and its image processor, completely or not at all.
 
-    The exported model maps `pixel_values` (B, C, H, W) in fp32 to `logits` (B, num_labels), for any batch size B
-    unless its format takes one image (`ExportFormat.takes_batches`).
+    The exported model maps `pixel_values` (B, C, H, W) in fp32 to `logits` (B, num_labels), or to the outputs of a
+    network of another task by their names, for any batch size B unless its format takes one image
+    (`ExportFormat.takes_batches`).
 
     Args:
         model: The model in eval mode; it is not changed.
@@ -57,39 +60,45 @@ def export_model(
             that this would harm in fp32; int8-dynamic stores the weights alone in eight bits.
         calibration: Batches of pixels (B, C, H, W) of training images, for int8.
         finish: Writes further files into the new folder before it is renamed, given what was exported and the function
-            that maps pixels to its logits, None if this machine cannot run it.
+            that maps pixels to its outputs, None if this machine cannot run it.
 
     Raises:
         RecipeError: The format does not have the precision, or int8 has no calibration images.
         MissingExtraError: A package is missing.
-        ExportError: The model cannot be exported, or its logits differ from those of PyTorch.
+        ExportError: The model cannot be exported, or its outputs differ from those of PyTorch.
         CheckpointError: The folder cannot be written, or a tensor is not finite.
     """
     check_export(target, precision, has_images=len(calibration) > 0)
     require_finite(model)
     batches = draw_pictures(processor) if precision != "int8" else _one_and_four(calibration)
     plain = plain_copy(model)
-    with torch.inference_mode():
-        expected = [plain(torch.from_numpy(pixels)).logits.numpy() for pixels in batches]
+    outputs, labels, has_classes = output_names(plain), labels_of(plain), task_of(plain.config.base).has_classes
+    expected = [run_traced(plain, pixels) for pixels in batches]
     results: list[Export] = []
 
     def write(temporary: Path) -> None:
         file = temporary / FORMATS[target].file
         try:
             program = trace_model(plain, torch.from_numpy(batches[-1]), DTYPES.get(precision, torch.float32))
-            run = FORMATS[target].write(program, file, labels_of(plain))
+            run = FORMATS[target].write(program, file, labels, outputs)
             quantization: Mapping[str, Any] = {}
             if precision in FORMATS[target].quantizers:
-                run, quantization = FORMATS[target].quantizers[precision].quantize(file, calibration)
+                run, quantization = (
+                    FORMATS[target]
+                    .quantizers[precision]
+                    .quantize(file, calibration, DIVERGENCE if has_classes else DISTANCE)
+                )
             found = [run(pixels) for pixels in batches] if run is not None else None
         except ExportError:
             raise
         except EXPORT_ERRORS as error:
             raise ExportError(f"the model cannot be exported to {target}: {describe_error(error)}") from error
         if found is None:
-            results.append(without_comparison(target))
+            results.append(without_comparison(target, outputs))
         else:
-            compared = compare_logits(expected, found, target=target, precision=precision)
+            compared = compare_outputs(
+                expected, found, target=target, precision=precision, outputs=outputs, has_classes=has_classes
+            )
             results.append(compared._replace(quantization=quantization))
         _write_config_and_processor(temporary, plain, processor)
         record = {
@@ -100,7 +109,8 @@ def export_model(
         }
         record["weights"] = fingerprint_weights(model)
         _write_text(temporary / "export.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-        _write_text(temporary / SCRIPT_FILE, write_script(FORMATS[target], processor))
+        script = write_script(FORMATS[target], processor, outputs, has_classes=has_classes)
+        _write_text(temporary / script_file(has_classes=has_classes), script)
         if finish is not None:
             finish(temporary, results[0], run)
 

@@ -3,7 +3,7 @@
 `FORMATS` maps each name in `Format` to an `ExportFormat`, which is implemented in a file of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,7 +15,7 @@ from isoprune_hf.export.litert import LiteRtFormat
 from isoprune_hf.export.onnx import OnnxFormat
 from isoprune_hf.export.openvino import OpenVinoFormat
 from isoprune_hf.export.torch_export import TorchExportFormat
-from isoprune_hf.export.values import ExportPrecision, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 Format = Literal["onnx", "openvino", "torch-export", "executorch", "litert", "coreml"]
@@ -58,20 +58,28 @@ class ExportFormat(Protocol):
     def script(self) -> tuple[str, str]:
         """Python that runs the file: name of the runtime's package, and an expression.
 
-        The expression gives the logits (B, classes) as an array, of `folder` (Path) and `pixels` (array).
+        The expression gives an output as an array, of `folder` (Path) and `pixels` (array). In it, `$name` stands for
+        the name of the output, `$number` for its number, and `$place` for `[number]` if there are several.
         """
         ...
 
-    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run | None:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        file: Path,
+        labels: Mapping[int, str],
+        outputs: Sequence[str] = LOGITS,
+    ) -> Run | None:
         """Write a traced model and open it again.
 
         Args:
-            program: The model, from `pixel_values` (B, C, H, W) to `logits` (B, classes), both in fp32.
+            program: The model, from `pixel_values` (B, C, H, W) to its outputs, all in fp32.
             file: File to write.
             labels: Class -> its name, stored in the file.
+            outputs: Names of the outputs: of a classifier `logits`, (B, classes).
 
         Returns:
-            Function that maps pixels to logits, computed by the runtime of the format on the CPU; None if this
+            Function that maps pixels to the outputs, computed by the runtime of the format on the CPU; None if this
             machine cannot run it.
         """
         ...

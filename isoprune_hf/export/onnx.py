@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from isoprune_hf.export.sensitivity import Harm
 from isoprune_hf.export.static_int8 import quantize_static
-from isoprune_hf.export.values import ExportPrecision, Quantized, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantized, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, convert_onnx, open_onnx, save_onnx
 
 
@@ -23,7 +24,7 @@ class OnnxFormat:
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")  # the CPU has no kernels of bf16
     script = (
         "onnxruntime",
-        'onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], {"pixel_values": pixels})[0]',
+        'onnxruntime.InferenceSession(folder / "model.onnx").run(["$name"], {"pixel_values": pixels})[0]',
     )
 
     @property
@@ -31,15 +32,21 @@ class OnnxFormat:
         """Function for each precision of eight bits."""
         return {"int8": Quantizer(quantize_static), "int8-dynamic": Quantizer(quantize_dynamic)}
 
-    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        file: Path,
+        labels: Mapping[int, str],
+        outputs: Sequence[str] = LOGITS,
+    ) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`."""
-        converted = convert_onnx(program)
+        converted = convert_onnx(program, outputs)
         converted.model.metadata_props["id2label"] = json.dumps(labels)
         save_onnx(converted, program, file)
         return open_onnx(file)
 
 
-def quantize_dynamic(file: Path, batches: Sequence[np.ndarray]) -> Quantized:
+def quantize_dynamic(file: Path, batches: Sequence[np.ndarray], harm: Harm) -> Quantized:
     """Store the weights of an ONNX file in eight bits, activations being rounded at run time, and open it."""
     tools = import_module("onnxruntime.quantization")
     prepared = file.with_name("prepared.onnx")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from isoprune_hf.export.bounded_int8 import quantize_bounded
-from isoprune_hf.export.sensitivity import Nodes
+from isoprune_hf.export.sensitivity import DIVERGENCE, Harm, Nodes
 from isoprune_hf.export.values import Quantized
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.runtimes.openvino import open_openvino
@@ -25,15 +25,16 @@ _ATTENTION = ("ScaledDotProductAttention", "Softmax")
 _BETWEEN = ("Add", "AvgPool", "Concat", "Gelu", "MatMul", "MaxPool", "Multiply", "ReduceMean", "Swish", *_ATTENTION)
 
 
-def quantize_openvino(file: Path, batches: Sequence[np.ndarray]) -> Quantized:
+def quantize_openvino(file: Path, batches: Sequence[np.ndarray], harm: Harm = DIVERGENCE) -> Quantized:
     """Replace a model of OpenVINO by one with weights and activations of eight bits, made by nncf, and open it.
 
     Weights have a scale for each output channel; activations have the range that they take on the images, biases are
-    corrected. Layers whose quantisation changes the predictions most stay in fp32, see `quantize_bounded`.
+    corrected. Layers whose quantisation changes the outputs most stay in fp32, see `quantize_bounded`.
 
     Args:
         file: The model in fp32 (XML); its weights are in the file beside it.
         batches: Pixels (B, C, H, W) of the calibration images.
+        harm: What is bounded.
 
     Raises:
         ExportError: The bound leaves less than half of the weights in eight bits.
@@ -47,7 +48,7 @@ def quantize_openvino(file: Path, batches: Sequence[np.ndarray]) -> Quantized:
             return open_openvino(candidate)
 
         weights, between = _list_nodes(_read(file))
-        record = quantize_bounded(write, open_openvino(file), batches, weights=weights, between=between)
+        record = quantize_bounded(write, open_openvino(file), batches, weights=weights, between=between, harm=harm)
         for suffix in (".xml", ".bin"):
             candidate.with_suffix(suffix).replace(file.with_suffix(suffix))
     return Quantized(open_openvino(file), record)

@@ -1,7 +1,7 @@
-"""Choose the layers that stay in floating point: `choose_left_out`, with `mean_divergence` as the measured effect."""
+"""Choose the layers that stay in floating point: `choose_left_out`, with the measured effect as a `Harm`."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -88,7 +88,42 @@ def mean_divergence(reference: np.ndarray, found: np.ndarray) -> float:
     return float((np.exp(expected) * (expected - answer)).sum(axis=1).mean())
 
 
+def mean_distance(reference: np.ndarray, found: np.ndarray) -> float:
+    """Compute the squared distance of outputs from those of a reference, relative to the squared norm of these.
+
+    Args:
+        reference: Outputs (B, ...).
+        found: Outputs (B, ...) to compare.
+
+    Returns:
+        Mean over the images; infinite if an entry is not finite.
+    """
+    if not np.isfinite(found).all():
+        return float("inf")
+    wanted = reference.reshape(len(reference), -1).astype(np.float64)
+    squares = ((found.reshape(len(found), -1) - wanted) ** 2).sum(axis=1)
+    return float((squares / (wanted**2).sum(axis=1)).mean())
+
+
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     logarithms: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return logarithms
+
+
+class Harm(NamedTuple):
+    """What eight bits change, measured against the outputs in fp32.
+
+    Args:
+        key: Its name in the record of a quantised model.
+        text: The sentence about a value `{}` of it.
+        measure: Returns it for the outputs in fp32 and those to compare.
+    """
+
+    key: Literal["divergence", "distance"]
+    text: str
+    measure: Callable[[np.ndarray, np.ndarray], float]
+
+
+DIVERGENCE = Harm("divergence", "predictions differ from fp32 by {} nats", mean_divergence)
+DISTANCE = Harm("distance", "outputs differ from fp32 by {} of their squared norm", mean_distance)

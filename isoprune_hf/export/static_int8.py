@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from isoprune_hf.export.bounded_int8 import quantize_bounded
-from isoprune_hf.export.sensitivity import Nodes
+from isoprune_hf.export.sensitivity import DIVERGENCE, Harm, Nodes
 from isoprune_hf.export.values import Quantized
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, open_onnx
 
@@ -23,15 +23,16 @@ _BETWEEN = (
 )
 
 
-def quantize_static(file: Path, batches: Sequence[np.ndarray]) -> Quantized:
+def quantize_static(file: Path, batches: Sequence[np.ndarray], harm: Harm = DIVERGENCE) -> Quantized:
     """Replace an ONNX file by one with weights and activations of eight bits, and open it.
 
     Weights have a scale for each output channel; activations have the range that they take on the images. Layers whose
-    quantisation changes the predictions most stay in fp32, see `quantize_bounded`.
+    quantisation changes the outputs most stay in fp32, see `quantize_bounded`.
 
     Args:
         file: The model in fp32.
         batches: Pixels (B, C, H, W) of the calibration images.
+        harm: What is bounded.
 
     Raises:
         ExportError: The bound leaves less than half of the weights in eight bits.
@@ -47,7 +48,7 @@ def quantize_static(file: Path, batches: Sequence[np.ndarray]) -> Quantized:
             return open_onnx(candidate)
 
         weights, between = _list_nodes(prepared)
-        record = quantize_bounded(write, open_onnx(prepared), batches, weights=weights, between=between)
+        record = quantize_bounded(write, open_onnx(prepared), batches, weights=weights, between=between, harm=harm)
         candidate.replace(file)
     return Quantized(open_onnx(file), record)
 

@@ -1,14 +1,15 @@
 """Export to the format of `torch.export.save`, which PyTorch opens without the code of the model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from isoprune_hf.export.values import ExportPrecision, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantizer
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
+from isoprune_hf.measuring.tracing import side_by_side
 
 
 class TorchExportFormat:
@@ -22,10 +23,16 @@ class TorchExportFormat:
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
     script = (
         "torch",
-        'torch.export.load(folder / "model.pt2").module()(torch.from_numpy(pixels)).detach().numpy()',
+        'torch.export.load(folder / "model.pt2").module()(torch.from_numpy(pixels))$place.detach().numpy()',
     )
 
-    def write(self, program: torch.export.ExportedProgram, file: Path, labels: Mapping[int, str]) -> Run:
+    def write(
+        self,
+        program: torch.export.ExportedProgram,
+        file: Path,
+        labels: Mapping[int, str],
+        outputs: Sequence[str] = LOGITS,
+    ) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`."""
         program.example_inputs = None  # they would be saved with the program
         torch.export.save(program, file, extra_files={"id2label.json": json.dumps(labels)})
@@ -33,7 +40,7 @@ class TorchExportFormat:
 
         def run(pixels: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
-                logits: torch.Tensor = opened(torch.from_numpy(pixels))
-            return logits.numpy()
+                found = opened(torch.from_numpy(pixels))
+            return side_by_side([value.numpy() for value in (found if isinstance(found, tuple) else (found,))])
 
         return run

@@ -7,9 +7,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from isoprune_hf.export.sensitivity import Harm
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 ExportPrecision = Literal["fp32", "fp16", "bf16", "int8", "int8-dynamic"]
+
+LOGITS = ("logits",)  # names of the outputs of a classifier
 
 # Precisions of a traced model; the others are made of the file in fp32.
 DTYPES: Mapping[ExportPrecision, torch.dtype] = {
@@ -36,9 +39,9 @@ class Quantizer(NamedTuple):
 
     Args:
         quantize: Rewrites a file in fp32 with eight bits; the pixels (B, C, H, W) are calibration images, none if it
-            needs none.
+            needs none, and the harm is what it bounds, if it does.
         packages: Packages that it needs besides those of the format.
     """
 
-    quantize: Callable[[Path, Sequence[np.ndarray]], Quantized]
+    quantize: Callable[[Path, Sequence[np.ndarray], Harm], Quantized]
     packages: tuple[str, ...] = ()

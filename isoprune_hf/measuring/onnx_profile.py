@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.measuring.images import draw_images
 from isoprune_hf.measuring.runtimes.onnx_runtime import convert_onnx, save_onnx
-from isoprune_hf.measuring.tracing import plain_copy, trace_model
+from isoprune_hf.measuring.tracing import output_names, plain_copy, trace_model
 
 _NETWORK = "model.model."  # from the traced module to the network
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -73,7 +73,7 @@ def time_onnx_layers(
         repeats: Timed passes.
     """
     program = trace_model(plain_copy(model), draw_images(model, image_size, 2).float().cpu())
-    converted = convert_onnx(program)
+    converted = convert_onnx(program, output_names(model))
     pixels = draw_images(model, image_size, batch_size).float().cpu().numpy()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"

@@ -12,14 +12,11 @@ from isoprune_hf.reporting.card_metadata import describe_model
 from isoprune_hf.reporting.export_text import describe_quantization
 from isoprune_hf.reporting.places import show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
-from isoprune_hf.reporting.tables import Figures, Metrics, describe_sample, format_figure
+from isoprune_hf.reporting.tables import TASK_COLUMNS, Figures, Metrics, describe_sample, format_figure
 
 _TEMPLATE = Path(__file__).with_name("export_card.md")
 _COLUMNS = {
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "map": "mAP %",
-    "loss": "loss",
+    **TASK_COLUMNS,
     "agreement": "agreement %",
     "file_mb": "MB",
     "images": "images",
@@ -47,9 +44,14 @@ def build_export_card(folder: Path, *, name: str) -> ModelCard:
     config, record = _read(folder / "config.json"), _read(folder / "export.json")
     metrics: Metrics = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
     row: Figures = next((figures for name, figures in metrics.items() if "+" in name), {})
-    metadata = describe_model(config, row, title=name, is_isomorphic=False, base_license=None)
+    # Figures of both rows: the others compare the exported model with the one in PyTorch.
+    plain = next((figures for name, figures in metrics.items() if "+" not in name), {})
+    figures = {key: value for key, value in row.items() if key in plain}
+    metadata = describe_model(config, figures, title=name, is_isomorphic=False, base_license=None)
     metadata.library_name = _RUNTIMES.get(str(record["format"]))
     metadata.tags = [*(metadata.tags or []), str(record["format"]), str(record["precision"])]
+    outputs = record.get("outputs", ["logits"])
+    script = "classify.py" if (folder / "classify.py").is_file() else "extract.py"
     source = config.get("source") or {}
     has_code = (folder / "image_processing_isoprune.py").is_file()  # otherwise it is a processor of transformers
     card: ModelCard = ModelCard.from_template(
@@ -60,13 +62,16 @@ def build_export_card(folder: Path, *, name: str) -> ModelCard:
         stage=config.get("stage", "base"),
         saved=_describe_cost(config.get("cost") or {}),
         record=plain_markdown(record),
+        outputs=[str(plain_markdown(name)) for name in outputs],
+        has_classes=record.get("same_class") is not None,
         quantization=plain_markdown(describe_quantization(record["quantization"])) if record["quantization"] else None,
         table=_tabulate(metrics),
         split=plain_markdown(row.get("split")),
         sample=describe_sample(metrics.values()),
         packages=f"{_RUNTIMES.get(str(record['format']))} transformers pillow{'' if has_code else ' torchvision'}",
         has_code=has_code,
-        script=read_text(folder / "classify.py"),
+        script_file=script,
+        script=read_text(folder / script),
     )
     return card
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from isoprune_hf.export.comparison import Export
+from isoprune_hf.export.sensitivity import DISTANCE, DIVERGENCE
 from isoprune_hf.export.values import ExportPrecision
 from isoprune_hf.reporting.tables import Metrics, results_table
 
 
 def describe_export(file: Path, target: str, precision: ExportPrecision, exported: Export, metrics: Metrics) -> str:
-    """Return what was written, how far its logits are from those of PyTorch, and the table of its figures."""
+    """Return what was written, how far its outputs are from those of PyTorch, and the table of its figures."""
     images, quantization = sum(exported.batches), exported.quantization
     lines = [f"{file}: {target}, {precision}, {'any batch size' if exported.takes_batches else 'one image at a time'}"]
     if exported.difference is None:
@@ -18,10 +19,11 @@ def describe_export(file: Path, target: str, precision: ExportPrecision, exporte
             f"not compared with PyTorch: {exported.limitation}; inputs, outputs, labels and weights were checked"
         )
     else:
+        names = " and ".join(exported.outputs)
+        same = None if exported.same_class is None else f"; the same class for {exported.same_class} of {images}"
         lines.append(
-            f"largest difference to PyTorch: {exported.difference:.3g}, logits up to {exported.largest:.3g} "
-            f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}); "
-            f"the same class for {exported.same_class} of {images}"
+            f"largest difference to PyTorch: {exported.difference:.3g}, {names} up to {exported.largest:.3g} "
+            f"({images} pictures in batches of {' and '.join(map(str, exported.batches))}){same or ''}"
         )
     if quantization:
         lines.append(describe_quantization(quantization))
@@ -37,9 +39,9 @@ def describe_quantization(record: Mapping[str, Any]) -> str:
         record: The entry `quantization` of `export.json`.
     """
     left_out = record["left_out"]
-    kept = "all layers" if not left_out else f"all layers but {', '.join(left_out)}, which changed predictions most,"
+    harm = DIVERGENCE if DIVERGENCE.key in record else DISTANCE
+    kept = "all layers" if not left_out else f"all layers but {', '.join(left_out)}, which changed the outputs most,"
     return (
         f"{kept} in eight bits ({record['share_of_weights']:.0%} of the weights), ranges of "
-        f"{record['calibration_images']:,} training images; predictions differ from fp32 by "
-        f"{record['divergence']:.3g} nats"
+        f"{record['calibration_images']:,} training images; {harm.text.format(format(record[harm.key], '.3g'))}"
     )

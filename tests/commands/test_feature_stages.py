@@ -166,9 +166,9 @@ def test_settings_of_classes_are_refused_at_once(words: list[str], text: str, pl
     assert "score on" not in done.err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("stage", ["export", "benchmark"])
-def test_stages_of_logits_refuse_in_one_line(stage: str, place: Path, tmp_path: Path) -> None:
-    output = [] if stage == "benchmark" else ["--output", tmp_path / "out"]
-    done = isoprune(stage, place / "pruned", *output)
-    line = done.err.strip().splitlines()[-1]
-    assert done.code == 2 and line.startswith("isoprune: error: ") and not (tmp_path / "out").exists()
+@pytest.mark.families
+def test_benchmark_times_the_network_of_features(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "pruned", tmp_path / "pruned")
+    words = ["--batch_sizes", "[1]", "--dtypes", '["fp32"]', "--runtimes", '["eager"]', "--repeats", "5"]
+    assert "eager" in succeed("benchmark", folder, *words)
+    assert "benchmark" in json.loads((folder / "speed.json").read_text())

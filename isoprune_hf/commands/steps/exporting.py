@@ -22,16 +22,18 @@ from isoprune_hf.evaluation.predictions import Predictions
 from isoprune_hf.export.comparison import Export
 from isoprune_hf.export.export import fingerprint_weights
 from isoprune_hf.export.formats import FORMATS, Format
-from isoprune_hf.export.running import ExportedModel
+from isoprune_hf.export.running import ExportedModel, ExportedOutputs
 from isoprune_hf.export.values import ExportPrecision
 from isoprune_hf.measuring.exported import ExportedFile
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.models import BaseModel
+from isoprune_hf.models.held import HeldModel, output_shapes
 from isoprune_hf.recipes import DataRecipe
 from isoprune_hf.recipes.values import RuntimeName
 from isoprune_hf.reporting.export_card import build_export_card
 from isoprune_hf.reporting.ornaments import ornament
 from isoprune_hf.reporting.tables import Metrics
+from isoprune_hf.tasks.registry import find_task
 
 _BATCH = 16  # images of a calibration batch
 _SEED = 0
@@ -68,15 +70,35 @@ class ExportImages:
     def measure(self, exported: Run, precision: ExportPrecision) -> Metrics:
         """Return the figures of the model in PyTorch and of the exported one, by name of the table row."""
         stage = self.base.model.config.stage
+        size = sum(tensor.nbytes for tensor in self.base.model.state_dict().values()) / 1e6
+        if isinstance(self.base.model, HeldModel):
+            return self._compare(self.base.model, exported, {stage: size}, f"{stage}+{precision}")
         before, after = self._predict(self.base.model), self._predict(ExportedModel(exported))
         same = before.agreement(after)
         first, second = (self.images.with_provenance(compute_figures(found)) for found in (before, after))
-        size = sum(tensor.nbytes for tensor in self.base.model.state_dict().values()) / 1e6
         return {stage: {**first, "file_mb": size}, f"{stage}+{precision}": {**second, "agreement": same}}
 
+    def _compare(self, model: HeldModel, exported: Run, sizes: Mapping[str, float], name: str) -> Metrics:
+        """Return the figures of a model that is measured by another one: the exported one by that of PyTorch."""
+        (stage,) = sizes
+        found = HeldModel(model.config, ExportedOutputs(exported, output_shapes(model)), model.objective)
+        split, options = evaluation_split(self.images, self.data), self._options
+        pairs = ((stage, model, None), (name, found, model))
+        figures = {
+            row: self.images.with_provenance(
+                find_task(model.config).evaluate(each, other, split, self.base.processor, options)
+            )
+            for row, each, other in pairs
+        }
+        return {stage: {**figures[stage], "file_mb": sizes[stage]}, name: figures[name]}
+
+    @property
+    def _options(self) -> LoaderOptions:
+        return LoaderOptions(self.data.batch_size, self.data.num_workers, self.images.decoding)
+
     def _predict(self, model: nn.Module) -> Predictions:
-        options = LoaderOptions(self.data.batch_size, self.data.num_workers, self.images.decoding)
-        return predict_split(model, evaluation_split(self.images, self.data), self.base.processor, options)
+        split = evaluation_split(self.images, self.data)
+        return predict_split(model, split, self.base.processor, self._options)
 
 
 def open_export_images(data: DataRecipe, base: BaseModel) -> ExportImages:

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU in fp32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from isoprune_hf.checkpoint.dense import describe_error
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.measuring.runtimes.engine import OpenModel, Pass, Runtime, RuntimeFailedError
-from isoprune_hf.measuring.tracing import EXPORT_ERRORS, plain_copy, trace_model
+from isoprune_hf.measuring.tracing import EXPORT_ERRORS, output_names, plain_copy, side_by_side, trace_model
 from isoprune_hf.recipes.values import DType
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
-Run = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, H, W) -> logits (B, classes), both fp32
+# Pixels (B, C, H, W) -> logits (B, classes), or several outputs as `side_by_side` returns them, in fp32.
+Run = Callable[[np.ndarray], np.ndarray]
 _MAX_FILE_BYTES = 2**31 - 2**24  # the limit of protobuf, minus space for the graph
 
 
@@ -46,7 +47,7 @@ class OnnxRuntimeEngine:
             program = trace_model(plain_copy(model), images.float().cpu())
             with TemporaryDirectory() as folder:
                 file = Path(folder) / "model.onnx"
-                save_onnx(convert_onnx(program), program, file)
+                save_onnx(convert_onnx(program, output_names(model)), program, file)
                 run = open_onnx(file, threads=runtime.threads or torch.get_num_threads())
         except EXPORT_ERRORS as error:
             raise RuntimeFailedError(
@@ -55,10 +56,10 @@ class OnnxRuntimeEngine:
         return OpenModel(lambda pixels: numpy_pass(run, pixels))
 
 
-def convert_onnx(program: torch.export.ExportedProgram) -> "ONNXProgram":
-    """Convert a traced model, from `pixel_values` to `logits`."""
+def convert_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str] = ("logits",)) -> "ONNXProgram":
+    """Convert a traced model, from `pixel_values` to outputs with these names."""
     exported = torch.onnx.export(
-        program, dynamo=True, input_names=["pixel_values"], output_names=["logits"], verbose=False
+        program, dynamo=True, input_names=["pixel_values"], output_names=[*outputs], verbose=False
     )
     return cast("ONNXProgram", exported)  # torch types it as optional for dynamo=False
 
@@ -73,18 +74,18 @@ def open_onnx(file: Path, *, threads: int = 0) -> Run:
     """Open an ONNX model with ONNX Runtime on the CPU.
 
     Args:
-        file: File of the model, with the input `pixel_values` and the output `logits`.
+        file: File of the model, with the input `pixel_values`.
         threads: Threads of one operator; 0 uses all cores.
 
     Returns:
-        Function that maps pixels (B, C, H, W) to logits (B, classes).
+        Function that maps pixels (B, C, H, W) to the outputs.
     """
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda pixels: session.run(["logits"], {"pixel_values": pixels})[0]
+    return lambda pixels: side_by_side(session.run(None, {"pixel_values": pixels}))
 
 
 def numpy_pass(run: Run, images: torch.Tensor) -> Pass:

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU, in fp32 or bf16."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -11,7 +12,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassificat
 from isoprune_hf.measuring.runtimes.engine import OpenModel, Runtime, RuntimeFailedError
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, numpy_pass
 from isoprune_hf.measuring.runtimes.signal_stack import kept_signal_stack
-from isoprune_hf.measuring.tracing import EXPORT_ERRORS, plain_copy, trace_model
+from isoprune_hf.measuring.tracing import EXPORT_ERRORS, output_names, plain_copy, side_by_side, trace_model
 from isoprune_hf.recipes.values import DType
 
 
@@ -37,7 +38,8 @@ class OpenVinoEngine:
     def open(self, model: IsoPruneForImageClassification, images: torch.Tensor, runtime: Runtime) -> OpenModel:
         """Convert a copy and compile it."""
         try:
-            converted = convert_openvino(trace_model(plain_copy(model), images.float().cpu()))
+            program = trace_model(plain_copy(model), images.float().cpu())
+            converted = convert_openvino(program, output_names(model))
             threads = runtime.threads or torch.get_num_threads()
             run = open_openvino(converted, dtype=runtime.dtype or "fp32", threads=threads)
         except EXPORT_ERRORS as error:
@@ -47,13 +49,14 @@ class OpenVinoEngine:
         return OpenModel(lambda pixels: numpy_pass(run, pixels))
 
 
-def convert_openvino(program: torch.export.ExportedProgram) -> Any:
-    """Convert a traced model, from images of any batch size to `logits`."""
+def convert_openvino(program: torch.export.ExportedProgram, outputs: Sequence[str] = ("logits",)) -> Any:
+    """Convert a traced model, from images of any batch size to outputs with these names."""
     converted = import_module("openvino").convert_model(program)
     (images, *_), _ = program.example_inputs
     _, *size = images.shape
     converted.reshape([-1, *size])
-    converted.output(0).get_tensor().set_names({"logits"})
+    for number, name in enumerate(outputs):
+        converted.output(number).get_tensor().set_names({name})
     return converted
 
 
@@ -71,7 +74,7 @@ def open_openvino(model: Any, *, dtype: DType = "fp32", threads: int = 0) -> Run
         settings["INFERENCE_NUM_THREADS"] = threads
     with kept_signal_stack():
         compiled = _core().compile_model(model, "CPU", settings)
-    return lambda pixels: compiled(pixels)["logits"]
+    return lambda pixels: side_by_side([*compiled(pixels).values()])
 
 
 def _core() -> Any:
