@@ -9,13 +9,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from transformers import CONFIG_MAPPING, MODEL_FOR_BACKBONE_MAPPING
+
 from isoprune_hf.checkpoint.plain_values import is_plain, require
 
 # Entries that do not describe an architecture: implementation names could fetch kernels, and transformers acts on the
 # others.
 IGNORED_ENTRIES = re.compile("_.*|.*implementation|quantization.*|layer_types|per_layer_config|use_return_dict")
 _LABELS = ("id2label", "label2id")  # any texts
-_FETCHING = re.compile("backbone.*|use_(pretrained|timm)_backbone|auto_map|trust_remote_code")
+_BACKBONE = "backbone_config"
+_FETCHING = re.compile(
+    "backbone(?!_(out_indices|featmap_shape)$).*|use_(pretrained|timm)_backbone|auto_map|trust_remote_code"
+)
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://.*|(hf[-_]hub|local-dir):.*", re.DOTALL)
 
 
@@ -29,20 +34,24 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
 
     Raises:
         CheckpointError: An entry is not a plain value, is an address or names something to fetch, or a nested config
-            is of another kind than the class has at this place, or of none that it fixes.
+            is of another kind than the class has at this place, or of none that it fixes. A backbone is of any kind
+            of transformers.
     """
     nested = {name: getattr(kind, "model_type", None) for name, kind in config_class.sub_configs.items()}
     for name, kind in nested.items():
-        require(bool(kind), f"{place}: {config_class.model_type} has a {name} of any kind and is not supported")
+        is_known = bool(kind) or name == _BACKBONE
+        require(is_known, f"{place}: {config_class.model_type} has a {name} of any kind and is not supported")
     checked = {}
     for name, value in values.items():
         if IGNORED_ENTRIES.fullmatch(name) or name == "auto_map":
             continue
         require(is_plain(value), f"{place}: {name}={value!r:.99} is not allowed")
         if name in nested and isinstance(value, dict):
-            found = value.get("model_type", nested[name])
-            require(found == nested[name], f"{place}.{name}: model_type {found!r:.99} is not {nested[name]!r}")
-            checked[name] = check_config(config_class.sub_configs[name], value, f"{place}.{name}")
+            wanted = nested[name]
+            found = value.get("model_type", wanted)
+            kind = config_class.sub_configs[name] if wanted else _backbone_of(found, f"{place}.{name}")
+            require(wanted in (None, found), f"{place}.{name}: model_type {found!r:.99} is not {wanted!r}")
+            checked[name] = check_config(kind, value, f"{place}.{name}")
             continue
         for key, text in entries_of(name, value):
             is_kind = key == "model_type" != name
@@ -51,6 +60,18 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
             require(not fetches and not is_address, f"{place}: {name}={value!r:.99} is not allowed")
         checked[name] = value
     return checked
+
+
+def _backbone_of(model_type: Any, place: str) -> Any:
+    """Return the class of the config of a backbone of transformers; those of timm are fetched by their names.
+
+    Raises:
+        CheckpointError: There is no such backbone.
+    """
+    kind = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
+    is_backbone = kind is not None and kind in MODEL_FOR_BACKBONE_MAPPING and model_type != "timm_backbone"
+    require(is_backbone, f"{place}: model_type {model_type!r:.99} is not a backbone of transformers")
+    return kind
 
 
 def entries_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers.fresh_python import FreshPython
-from helpers.segmenters import make_segformer
+from helpers.segmenters import make_beit, make_dpt, make_segformer, make_upernet
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -16,10 +16,12 @@ from transformers import (
     AutoModelForSemanticSegmentation,
 )
 
-from isoprune_hf import FinetuneRecipe, IsoPruneForSemanticSegmentation, evaluate_model, finetune, prune
+from isoprune_hf import FinetuneRecipe, IsoPruneForSemanticSegmentation, evaluate_model, finetune, load_base, prune
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.pixel_loss import PIXEL_CLASSES
 
+OTHERS = {"UperNet": make_upernet, "BEiT": make_beit, "DPT": make_dpt}
 CUT = {"target_macs": "60%", "round_to": 1, "criterion": "gate_fisher"}
 SCRIPT = """
 import json, sys, torch
@@ -102,6 +104,26 @@ def test_folder_is_pruned_further(tmp_path: Path) -> None:
     again.save(tmp_path / "again")
     reopened = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "again")
     assert torch.equal(logits_of(reopened.eval(), images), logits_of(again.model, images))
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_keep_maps_and_reload(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = OTHERS[name]().eval()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    dense = logits_of(network, images)
+    pruned = prune(network, [images], **CUT)
+    cut = logits_of(pruned.model, images)
+    assert cut.shape == dense.shape and pruned.pruned_cost.macs <= 0.6 * pruned.base_cost.macs
+    pruned.save(tmp_path / "folder")
+    again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "folder").eval()
+    assert torch.equal(logits_of(again, images), cut)
+    network.save_pretrained(tmp_path / "base")
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
+    opened = load_base(str(tmp_path / "base"), tasks=TASK_FORMS).model
+    with torch.no_grad():
+        assert torch.equal(opened(images).outputs[0], dense)
 
 
 @pytest.mark.families

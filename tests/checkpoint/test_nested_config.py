@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, CLIPConfig, ViTConfig
+from transformers import CONFIG_MAPPING, CLIPConfig, DPTConfig, ResNetConfig, UperNetConfig, ViTConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base
@@ -57,6 +57,30 @@ def test_entry_that_would_be_fetched_is_refused(name: str, tmp_path: Path, monke
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(IsoPruneError):
         load_base(str(tmp_path), pretrained=False)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"model_type": "timm_backbone", "backbone": "resnet18"},
+        {"model_type": "detr"},
+        {"model_type": ["resnet"]},
+        {"hidden_sizes": [8]},
+        {"model_type": "resnet", "use_pretrained_backbone": True},
+        {"model_type": "resnet", "_commit": {"backbone": "someone/model"}, "backbone": "someone/model"},
+    ],
+    ids=str,
+)
+def test_backbone_that_would_be_fetched_is_refused(backbone: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"^config\.base\.config\.backbone_config: "):
+        check_config(UperNetConfig, {"backbone_config": backbone})
+
+
+def test_honest_backbone_passes() -> None:
+    values = UperNetConfig(backbone_config=ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1])).to_diff_dict()
+    checked = check_config(UperNetConfig, values)
+    assert checked["backbone_config"]["hidden_sizes"] == [8, 8]
+    assert check_config(DPTConfig, {"backbone_out_indices": [0, 1], "backbone_config": None}).keys()
 
 
 def test_implementations_of_nested_configs_are_dropped() -> None:
