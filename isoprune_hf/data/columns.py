@@ -16,7 +16,10 @@ _USUAL: dict[Column, tuple[str, ...]] = {
     "image_column": ("image", "jpg", "jpeg", "png", "webp"),
     "label_column": ("label", "labels", "class", "target", "cls"),
 }
-_NO_LABELS = frozenset({"id", "index", "idx", "image_id", "width", "height", "size"})
+# Columns of images with the class of each pixel, in this order.
+_MASKS = ("annotation", "mask", "label", "labels", "segmentation_mask")
+MASK = "mask"  # their name in a split
+_NO_LABELS = frozenset({MASK, "id", "index", "idx", "image_id", "width", "height", "size"})
 
 
 def find_column(split: Split, setting: Column, recipe: DataRecipe, place: str) -> str:
@@ -50,6 +53,15 @@ def has_label_column(split: Split, recipe: DataRecipe) -> bool:
     features: Mapping[str, Any] = split.features
     named = any(name in features and _fits("label_column", features[name]) for name in _USUAL["label_column"])
     return recipe.label_column in features or named or bool(_of_type(features, "label_column"))
+
+
+def find_mask_column(split: Split, recipe: DataRecipe) -> str | None:
+    """Return the column of images with the class of each pixel; None if there is none beside the images."""
+    features: Mapping[str, Any] = split.features
+    names = _MASKS if recipe.label_column in _MASKS else (recipe.label_column, *_MASKS)
+    found = [name for name in names if isinstance(features.get(name), Image) and name != recipe.image_column]
+    has_images = any(isinstance(feature, Image) and name not in found for name, feature in features.items())
+    return found[0] if found and has_images else None
 
 
 def is_label_name(name: str, recipe: DataRecipe) -> bool:

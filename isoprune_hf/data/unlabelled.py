@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from isoprune_hf.data.columns import has_label_column
+from isoprune_hf.data.columns import MASK, find_mask_column, has_label_column
 from isoprune_hf.data.image_folders import image_files
 from isoprune_hf.data.label_columns import Split
 from isoprune_hf.recipes import DataRecipe
@@ -29,22 +30,36 @@ def read_flat_folder(folder: Path) -> Dataset:
 def with_label_column(splits: Mapping[str, Sequence[Split]], recipe: DataRecipe) -> dict[str, list[Split]]:
     """Return the parts of all splits, with a column of labels if there is none in any of them.
 
-    A column that the recipe names must exist; it is not added.
+    A column that the recipe names must exist; it is not added. A column of masks gets the name `MASK`, and is no
+    column of labels.
     """
-    parts = [part for found in splits.values() for part in found]
-    is_default = recipe.label_column == DataRecipe.label_column
-    if not is_default or any(has_label_column(part, recipe) for part in parts):
-        return {name: list(found) for name, found in splits.items()}
-    return {name: [_labelled(part) for part in found] for name, found in splits.items()}
+    masked = {name: [_name_masks(part, recipe) for part in found] for name, found in splits.items()}
+    parts = [part for found in masked.values() for part in found]
+    name = recipe.label_column
+    was_mask = any(MASK in part.features and name not in part.features for part in parts)
+    is_default = name == DataRecipe.label_column
+    is_missing = not any(has_label_column(part, recipe) for part in parts) if is_default else was_mask
+    if not is_missing:
+        return masked
+    return {place: [_labelled(part, name) for part in found] for place, found in masked.items()}
 
 
-def _labelled(part: Split) -> Split:
+def _name_masks(part: Split, recipe: DataRecipe) -> Split:
+    """Return a part whose masks, which stay encoded, are in the column `MASK`."""
+    name = find_mask_column(part, recipe)
+    if name is None:
+        return part
+    part = part.cast_column(name, Image(decode=False))
+    return part if name == MASK else part.rename_column(name, MASK)
+
+
+def _labelled(part: Split, name: str) -> Split:
     if isinstance(part, IterableDataset):
-        features = Features({**part.features, "label": _FEATURE})
-        return part.map(_label_row, features=features)
-    labelled: Dataset = part.add_column("label", np.zeros(len(part), dtype=np.int64), feature=_FEATURE)
+        features = Features({**part.features, name: _FEATURE})
+        return part.map(partial(_label_row, name), features=features)
+    labelled: Dataset = part.add_column(name, np.zeros(len(part), dtype=np.int64), feature=_FEATURE)
     return labelled
 
 
-def _label_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "label": 0}
+def _label_row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, name: 0}

@@ -1,4 +1,4 @@
-"""Semantic segmentation: scored without labels, measured by the classes of pixels of the dense network."""
+"""Semantic segmentation: scored without labels, measured by masks and by the dense network."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ class SemanticSegmentation:
 
     form = task_forms.SEMANTIC_SEGMENTATION
     reads_labels = False
-    figures = ("same_class", "pixel_divergence")
+    figures = ("same_class", "pixel_divergence", "miou", "pixel_accuracy")
     wording = Wording(
         verb="segment",
         output="classes, of which every pixel has one",
-        measured="Share of the pixels whose class is that of the base, and divergence of their probabilities from it",
+        measured="Mean IoU of the classes and share of right pixels, where there are masks; share of the pixels whose "
+        "class is that of the base, and divergence of their probabilities from it",
         quality="The likeness of the classes of pixels",
         answer=Answer("outputs", "", "print(processor.post_process_semantic_segmentation(outputs)[0])"),
     )
