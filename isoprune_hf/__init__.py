@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForDepthEstimation,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
@@ -15,6 +16,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoImageProcessor,
     IsoPruneBackbone,
     IsoPruneConfig,
+    IsoPruneForDepthEstimation,
     IsoPruneForImageClassification,
     IsoPruneForSemanticSegmentation,
     IsoPruneModel,
@@ -90,6 +92,7 @@ __all__ = [
     "IsoPruneBackbone",
     "IsoPruneConfig",
     "IsoPruneError",
+    "IsoPruneForDepthEstimation",
     "IsoPruneForImageClassification",
     "IsoPruneForSemanticSegmentation",
     "IsoPruneModel",
@@ -121,6 +124,7 @@ AutoConfig.register("isoprune", IsoPruneConfig)
 AutoBackbone.register(IsoPruneConfig, IsoPruneBackbone)
 AutoModel.register(IsoPruneConfig, IsoPruneModel)
 AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassification)
+AutoModelForDepthEstimation.register(IsoPruneConfig, IsoPruneForDepthEstimation)
 AutoModelForSemanticSegmentation.register(IsoPruneConfig, IsoPruneForSemanticSegmentation)
 AutoImageProcessor.register(
     IsoPruneConfig, image_processor_classes={"pil": IsoImageProcessor, "torchvision": IsoImageProcessor}

@@ -41,6 +41,7 @@ __all__ = [
     "IsoPruneBackbone",
     "IsoPruneConfig",
     "IsoPruneError",
+    "IsoPruneForDepthEstimation",
     "IsoPruneForImageClassification",
     "IsoPruneForSemanticSegmentation",
     "IsoPruneModel",
@@ -107,11 +108,11 @@ class IsoPruneForImageClassification(IsoPrunePreTrainedModel):  # type: ignore[n
         return type(output)(**{**output, "loss": loss})
 
 
-class IsoPruneForSemanticSegmentation(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
-    """A network of transformers that finds the class of every pixel, changed by `config.structure`."""
+class IsoPruneWithHead(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """A network of transformers with the head of its task, changed by `config.structure`."""
 
     def __init__(self, config: IsoPruneConfig):
-        _require_task(config, IsoPruneForSemanticSegmentation)
+        _require_task(config, type(self))
         super().__init__(config)
 
     @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
@@ -123,19 +124,20 @@ class IsoPruneForSemanticSegmentation(IsoPrunePreTrainedModel):  # type: ignore[
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Compute the logits of the classes of pixels; see `IsoPruneForImageClassification.forward`.
+        """Compute the outputs of the task; see `IsoPruneForImageClassification.forward`.
 
         Args:
             pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
-            labels: Class of each pixel, (B, H, W), for the loss of the base's class in transformers, which leaves out
-                the class `semantic_loss_ignore_index` of the base's config.
+            labels: Targets for the loss of the base's class in transformers, if it has one; of segmentation the class
+                of each pixel, (B, H, W), without the class `semantic_loss_ignore_index` of the base's config.
             output_hidden_states: Whether to return the output of each block.
             output_attentions: Whether to return the attention weights.
             kwargs: Further arguments of the base's own forward.
 
         Returns:
-            The output of the base's class in transformers: `logits` of shape (B, num_labels, h, w), of the resolution
-            that the base gives, and `loss` if there are labels.
+            The output of the base's class in transformers, and `loss` if there are labels. Of segmentation `logits` of
+            shape (B, num_labels, h, w), of depth `predicted_depth` of shape (B, h, w), of the resolution that the base
+            gives.
         """
         if labels is not None:
             kwargs["labels"] = labels
@@ -146,6 +148,14 @@ class IsoPruneForSemanticSegmentation(IsoPrunePreTrainedModel):  # type: ignore[
             self.config.output_attentions if output_attentions is None else output_attentions,
             **kwargs,
         )
+
+
+class IsoPruneForSemanticSegmentation(IsoPruneWithHead):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """A network that finds the class of every pixel, see `IsoPruneWithHead`."""
+
+
+class IsoPruneForDepthEstimation(IsoPruneWithHead):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """A network that finds the depth of every pixel, see `IsoPruneWithHead`."""
 
 
 class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -229,7 +239,13 @@ class IsoPruneBackbone(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call
 
 
 MODEL_CLASSES: dict[str, type[IsoPrunePreTrainedModel]] = {
-    kind.__name__: kind for kind in (IsoPruneForImageClassification, IsoPruneForSemanticSegmentation, IsoPruneModel)
+    kind.__name__: kind
+    for kind in (
+        IsoPruneForDepthEstimation,
+        IsoPruneForImageClassification,
+        IsoPruneForSemanticSegmentation,
+        IsoPruneModel,
+    )
 }  # by name, of which `TaskForm.model_class` is one
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transformers import (
+    MODEL_FOR_DEPTH_ESTIMATION_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     MODEL_MAPPING,
@@ -67,7 +68,20 @@ SEMANTIC_SEGMENTATION = TaskForm(
     has_classes=False,
     names_classes=True,
 )
-TASK_FORMS = {form.task: form for form in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION)}
+DEPTH_ESTIMATION = TaskForm(
+    task="depth-estimation",
+    pipeline="depth-estimation",
+    auto_class="AutoModelForDepthEstimation",
+    model_class="IsoPruneForDepthEstimation",
+    networks=MODEL_FOR_DEPTH_ESTIMATION_MAPPING,
+    libraries=("transformers",),
+    has_classes=False,
+    names_classes=False,
+)
+TASK_FORMS = {
+    form.task: form
+    for form in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION, DEPTH_ESTIMATION)
+}
 
 
 def task_of(base: Mapping[str, Any] | None) -> TaskForm:

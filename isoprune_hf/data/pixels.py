@@ -5,6 +5,7 @@ whole batch on the model's device. With the decoder `pil` the values are exactly
 would not be, the transform is the processor's own.
 """
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
@@ -176,7 +177,13 @@ class RandomCrop:
 
 
 def evaluation_transform(processor: BaseImageProcessor, decoding: Decoding) -> Transform:
-    """Return the evaluation transform for the output of the decoder; `normalised` completes it."""
+    """Return the evaluation transform for the output of the decoder; `normalised` completes it.
+
+    A processor that keeps the aspect ratio of images, and crops none, makes images of its size: they form batches.
+    """
+    if getattr(processor, "keep_aspect_ratio", False):
+        processor = copy.deepcopy(processor)
+        vars(processor)["keep_aspect_ratio"] = False
     if decoding.decoder == "torchvision":
         return PixelTransform(processor)
     return PillowTransform(processor) if PillowTransform.is_exact(processor) else EvaluationTransform(processor)

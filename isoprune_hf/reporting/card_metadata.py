@@ -20,6 +20,7 @@ _METRICS = {
     "cosine": ("cosine_similarity", "cosine similarity with the features of the base"),
     "miou": ("mean_iou", "mean IoU of the classes of pixels"),
     "same_class": ("accuracy", "share of the pixels whose class is that of the base"),
+    "delta1": ("accuracy", "share of the pixels whose depth is within 1.25 times that of the base"),
     "knn": ("accuracy", "accuracy of the 20 nearest other images (k-NN)"),
 }
 _MACS = ("macs", "MACs of one image (torch.utils.flop_counter)")

@@ -15,6 +15,8 @@ TASK_COLUMNS = {
     "pixel_accuracy": "pixels %",
     "same_class": "pixels as base %",
     "pixel_divergence": "divergence of pixels",
+    "delta1": "depths within 1.25 %",
+    "depth_difference": "difference of depths",
 }
 COLUMNS = {
     "macs": "GMACs",
@@ -30,6 +32,7 @@ PERCENTAGES = (
     "miou",
     "pixel_accuracy",
     "same_class",
+    "delta1",
     "ece",
     "agreement",
 )  # fractions, shown in percent
@@ -49,9 +52,9 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
     """Return a figure as text, in the unit of its column.
 
     Args:
-        key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, miou, pixel_accuracy, same_class, ece,
-            agreement (fractions, shown in percent), loss, cosine, position_cosine, pixel_divergence, latency_ms,
-            file_mb, images or broken.
+        key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, miou, pixel_accuracy, same_class, delta1,
+            ece, agreement (fractions, shown in percent), loss, cosine, position_cosine, pixel_divergence,
+            depth_difference, latency_ms, file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """
@@ -62,7 +65,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
     if key in PERCENTAGES:
         return f"{100 * value:.2f}"
-    if key in ("loss", "cosine", "position_cosine", "pixel_divergence"):
+    if key in ("loss", "cosine", "position_cosine", "pixel_divergence", "depth_difference"):
         return f"{value:.4f}"
     shown = {"latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")

@@ -6,6 +6,7 @@ from typing import Any
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.recipes.values import MULTI_LABEL
+from isoprune_hf.tasks.depth_estimation import DEPTH_ESTIMATION
 from isoprune_hf.tasks.image_classification import IMAGE_CLASSIFICATION
 from isoprune_hf.tasks.image_feature_extraction import IMAGE_FEATURE_EXTRACTION
 from isoprune_hf.tasks.multi_label_classification import MULTI_LABEL_CLASSIFICATION
@@ -13,7 +14,8 @@ from isoprune_hf.tasks.semantic_segmentation import SEMANTIC_SEGMENTATION
 from isoprune_hf.tasks.task import Task
 
 TASKS: dict[str, Task] = {
-    task.form.task: task for task in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION)
+    task.form.task: task
+    for task in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION, DEPTH_ESTIMATION)
 }
 
 
