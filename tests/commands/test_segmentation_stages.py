@@ -1,8 +1,11 @@
 """The command line prunes, measures and finetunes a network of semantic segmentation without labels."""
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -62,6 +65,25 @@ def test_finetuning_needs_no_labels(place: Path, tmp_path: Path) -> None:
     assert metrics["finetuned"]["same_class"] > 0.8
     opened = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out")
     assert opened(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.faults
+def test_maps_are_exported_and_compared_at_sizes(place: Path, tmp_path: Path) -> None:
+    data = ["--data", place / "images"]
+    succeed("export", place / "pruned", *data, "--output", tmp_path / "onnx")
+    record, metrics = (json.loads((tmp_path / "onnx" / f"{name}.json").read_text()) for name in ("export", "metrics"))
+    assert record["outputs"] == ["logits"] and record["same_class"] is None
+    assert metrics["pruned+fp32"]["same_class"] == 1.0
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = AutoModelForSemanticSegmentation.from_pretrained(place / "pruned").eval()(pixels).logits.numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    (found,) = session.run(["logits"], {"pixel_values": pixels.numpy()})
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    settings = ["--prune.round_to", "1", "--prune.criterion", "l1", "--sizes", "80%,60%"]
+    succeed("frontier", place / "segformer", *settings, *data, "--output", tmp_path / "sizes")
+    _, large, small = csv.DictReader((tmp_path / "sizes" / "frontier.csv").read_text().splitlines())
+    assert 1 > float(large["same_class"]) > float(small["same_class"]) > 0.4
 
 
 @pytest.mark.parametrize(
