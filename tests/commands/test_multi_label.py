@@ -119,6 +119,7 @@ def test_new_head_takes_the_type_of_the_labels(root: Path, tmp_path: Path) -> No
     assert AutoConfig.from_pretrained(tmp_path / "out").problem_type == "multi_label_classification"
 
 
+@pytest.mark.faults
 def test_pruned_folder_is_finetuned_on_lists(root: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "one", "single_label_classification")
     succeed("prune", base, "--prune.criterion", "l1", "--prune.ratio", "0.5", "--output", tmp_path / "cut")

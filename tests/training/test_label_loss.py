@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Image
 from helpers.ranks import call_on_ranks
 from helpers.shapes import SHAPES, shape_rows
 from helpers.training import ACCELERATOR, assert_equal_weights, make_net, make_recipe, train
@@ -96,6 +97,14 @@ def test_training_learns_the_labels() -> None:
     assert figures[-1]["loss"] < figures[0]["loss"] and figures[-1]["map"] > figures[0]["map"]
     best = max(figures[1:], key=lambda entry: entry["map"])
     assert found["best_epoch"] == best["epoch"] and "top1" not in best
+
+
+def test_stream_of_lists_is_trained_on() -> None:
+    stored = shape_rows(40).cast_column("image", Image(decode=False))
+    data = replace(make_shapes(), train=stored.to_iterable_dataset(), buffer=8)
+    recipe = make_recipe(epochs=2, batch_size=8, steps_per_epoch=3, mixup=0.5)
+    figures = train(make_net(), recipe, data=data)["history"]
+    assert [entry["epoch"] for entry in figures] == [0, 1, 2] and figures[-1]["loss"] < figures[0]["loss"]
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
