@@ -98,7 +98,9 @@ def results_table(rows: Mapping[str, Mapping[str, Any]], *, title: str = "model"
             cells["params"] += " M"
         table.append([name, *cells.values()])
     sample = describe_sample(rows.values())
-    return align_columns(table) + (f"\nAccuracy and loss{sample}" if sample else "")
+    is_classified = any("top1" in row or "map" in row for row in figures.values())
+    named = "Accuracy and loss" if is_classified else "Figures"
+    return align_columns(table) + (f"\n{named}{sample}" if sample else "")
 
 
 def are_measured(rows: Iterable[Mapping[str, Any]]) -> bool:

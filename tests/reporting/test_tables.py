@@ -31,6 +31,15 @@ def test_table_has_only_measured_columns() -> None:
     assert results_table(rows).endswith("\nAccuracy and loss (30 of 1,000 training images, held out by seed 0)")
 
 
+def test_sample_of_other_tasks_is_of_figures() -> None:
+    rows = {"pruned": {"same_class": 0.5, "pixel_divergence": 0.25, "images": 3, "split_images": 9}}
+    assert results_table(rows).splitlines() == [
+        "model   pixels as base %  divergence of pixels",
+        "pruned             50.00                0.2500",
+        "Figures (sample of 3 of 9 images)",
+    ]
+
+
 def test_long_name_loses_its_middle() -> None:
     assert shorten("abcdefghij", 10) == "abcdefghij"
     assert shorten("abcdefghijk", 7) == "abc…ijk"
