@@ -24,7 +24,7 @@ def require_finite(model: nn.Module) -> None:
 def describe_not_finite(model: nn.Module) -> str | None:
     """Return a line on the first saved tensor with nan or inf; None if there is none.
 
-    A buffer may hold -inf, as the masks of attention do.
+    A buffer may hold -inf, as the masks of attention do, and one without dims also inf, as the limits of a clamp do.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict().items():
@@ -34,6 +34,7 @@ def describe_not_finite(model: nn.Module) -> str | None:
         is_allowed = torch.isfinite(tensor)
         if name not in parameters:
             is_allowed |= tensor == -math.inf
+            is_allowed |= (tensor == math.inf) & (tensor.ndim == 0)
         if not is_allowed.all():
             wrong = tensor[~is_allowed]
             return (

@@ -38,6 +38,17 @@ def test_one_value_decides(value: float, name: str, dtype: torch.dtype) -> None:
             require_finite(net)
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_limits_may_be_infinite(value: float) -> None:
+    net = Net(torch.float32)
+    net.register_buffer("limit", torch.tensor(value))
+    if math.isinf(value):
+        require_finite(net)
+    else:
+        with pytest.raises(CheckpointError, match="1 of 1 values of 'limit' "):
+            require_finite(net)
+
+
 def test_models_without_values_pass() -> None:
     require_finite(Net(torch.float32).to("meta"))
 
