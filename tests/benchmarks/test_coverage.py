@@ -41,7 +41,7 @@ from isoprune_hf.pruning.scoring.score_groups import score_groups
 from isoprune_hf.recipes import PruneRecipe
 
 LABELS, SIDE = 7, 64
-SAMPLED, CHEAP = 12, 4.0
+SAMPLED, CHEAP = 10, 4.0
 TINY = Case("tiny", "timm", "vision_transformer", "test_vit", {"img_size": 64, "depth": 1})
 _VIT = {
     "image_size": SIDE,
