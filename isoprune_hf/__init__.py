@@ -1,4 +1,4 @@
-"""Isomorphic Pruning for Hugging Face image classifiers: score, cut to a budget, finetune, open anywhere."""
+"""Isomorphic Pruning for Hugging Face vision models: score, cut to a budget, finetune, open anywhere."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -6,7 +6,7 @@ from isoprune_hf.cli.table import EXIT_CODES, GROUPS, HEADINGS, STAGES, SWITCHES
 from isoprune_hf.version import __version__
 
 USAGE = "isoprune [STAGE] [--config RECIPE.yaml] [--SECTION.KEY VALUE ...]"
-TEXT = "Prune image classifiers by isomorphic classes, finetune them, and open them anywhere."
+TEXT = "Prune vision models by isomorphic classes, finetune them, and open them anywhere."
 _EXAMPLES = """  isoprune
       the embedded default: real handwritten digits and a small ViT, in one to two minutes
   isoprune prune timm/resnet50.a1_in1k --target-macs 50% --data DIR --output pruned

@@ -105,8 +105,8 @@ def run(
 STAGE = Stage(
     name="evaluate",
     run=run,
-    text="Evaluate MODEL: MACs, parameters, accuracy, loss and calibration error. The results are stored in MODEL if "
-    "it is an isoprune folder.",
+    text="Evaluate MODEL: MACs, parameters, and the figures of its task, such as accuracy, loss and calibration error "
+    "of a classifier. The results are stored in MODEL if it is an isoprune folder.",
     heading=Heading.MEASURE,
     order=9,
     positional=("model",),
