@@ -14,6 +14,8 @@ from isoprune_hf.recipes.named import as_flags, named_settings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_SIZES = "80%,60%,50%,40%,30%"  # those of them that cannot be reached are left out
+
 
 def run(
     *,
@@ -49,7 +51,7 @@ def run(
         prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
         task = find_task(opened.base.model.config)
-        cuts = cut_sizes(opened, shares, output)
+        cuts = cut_sizes(opened, shares, output, may_leave_out=sizes == _SIZES)
         rows = measure_sizes(opened, cuts)
         record = record_sizes(opened, cuts, rows)
         if accelerator.is_main_process:
@@ -104,7 +106,7 @@ STAGE = Stage(
     sections=("prune", "data"),
     flags=(
         BASE_MODEL,
-        Flag("sizes", str, "80%,60%,50%,40%,30%", "Shares of the base's MACs, separated by commas."),
+        Flag("sizes", str, _SIZES, "Shares of the base's MACs, separated by commas."),
         SCORES,
         output_flag("output/frontier"),
         OVERWRITE,

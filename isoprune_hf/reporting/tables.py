@@ -15,7 +15,7 @@ TASK_COLUMNS = {
     "pixel_accuracy": "pixels %",
     "same_class": "pixels as base %",
     "pixel_divergence": "divergence of pixels",
-    "delta1": "depths within 1.25 %",
+    "delta1": "delta1 %",
     "depth_difference": "difference of depths",
 }
 COLUMNS = {

@@ -116,6 +116,16 @@ def test_frontier_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     assert "are not a result of this command" in line
 
 
+def test_default_sizes_out_of_reach_are_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed = succeed(*L1, "--prune.max_ratio", "0.3", "--output", out)
+    sizes = [row["size"] for row in table_of(out)]
+    left_out = [line for line in printed.splitlines() if "is left out" in line]
+    assert sizes == ["1.0", "0.8", "0.6"] and len(left_out) == 3
+    assert "the size 30% is left out: prune.target_macs" in left_out[0] and "cannot be reached" in left_out[0]
+    assert "cannot be reached" in refuse(*L1, "--prune.max_ratio", "0.01", "--output", tmp_path / "none")
+
+
 BAD = {
     "word": (["--sizes", "half"], "--sizes"),
     "none": (["--sizes", ""], "got ''"),

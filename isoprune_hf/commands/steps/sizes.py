@@ -6,6 +6,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from isoprune_hf.checkpoint.folder import write_file
 from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.commands.steps.estimating import estimate_sizes, log_estimate
 from isoprune_hf.commands.steps.opening import Opened, evaluate_on
+from isoprune_hf.errors import BudgetError
 from isoprune_hf.measuring.speed import measure_latency, record_measurement, runtime_of
 from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
 from isoprune_hf.pruning.prune import PruneResult, prune_model
@@ -26,6 +28,7 @@ from isoprune_hf.reporting.pictures import draw_frontier
 from isoprune_hf.reporting.tables import results_table
 from isoprune_hf.tasks.task import Task
 
+logger = logging.getLogger(__name__)
 _TIMED_PASSES = 20
 
 
@@ -42,8 +45,14 @@ class Cuts:
     scores: ImportanceScores
 
 
-def cut_sizes(opened: Opened, shares: Sequence[float], output: str) -> Cuts:
+def cut_sizes(opened: Opened, shares: Sequence[float], output: str, *, may_leave_out: bool) -> Cuts:
     """Score unless scores were read, and cut to each share of the base's MACs.
+
+    Args:
+        opened: The base.
+        shares: The sizes.
+        output: Folder of the results, which keeps the state of the scoring.
+        may_leave_out: A size that cannot be reached is left out with a line, unless none can be.
 
     Raises:
         BudgetError: A size cannot be reached. The smallest is tried first, and refused before the scoring.
@@ -53,14 +62,21 @@ def cut_sizes(opened: Opened, shares: Sequence[float], output: str) -> Cuts:
     results: dict[float, PruneResult] = {}
     scores = opened.scores
     for share in sorted(shares):
-        results[share] = prune_model(
-            opened.base.model,
-            recipe_of_budget(opened.prune, f"{100 * share:.10g}%"),
-            calibration.batches,
-            opened.accelerator,
-            scores=scores,
-            sample=calibration.sample,
-        )
+        size = f"{100 * share:.10g}%"
+        try:
+            results[share] = prune_model(
+                opened.base.model,
+                recipe_of_budget(opened.prune, size),
+                calibration.batches,
+                opened.accelerator,
+                scores=scores,
+                sample=calibration.sample,
+            )
+        except BudgetError as error:
+            if not may_leave_out or share == max(shares):
+                raise
+            logger.warning("the size %s is left out: %s", size, error)
+            continue
         scores = results[share].scores
     return Cuts(results, results[max(shares)].scores)
 
