@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.fresh_python import FreshPython
 from safetensors.torch import save_file
 from torch import nn
 
@@ -197,10 +198,6 @@ def test_memory_of_other_threads_is_not_bounded(monkeypatch: pytest.MonkeyPatch)
 
 LARGE_SIDES = {
     "levit": {"library": "transformers", "config": {"model_type": "levit", "image_size": 1024}},
-    "levit of pixels": {
-        "library": "transformers",
-        "config": {"model_type": "levit", "image_size": 2**20, "patch_size": 1},
-    },
     "efficientvit": {
         "library": "timm",
         "architecture": "efficientvit_m0",
@@ -216,6 +213,23 @@ LARGE_SIDES = {
 def test_networks_with_large_sides_are_refused(name: str) -> None:
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"more than|cannot be built"):
         build_base(IsoPruneConfig(base=LARGE_SIDES[name], num_labels=3))
+
+
+LIST_OF_PIXELS = """
+import torch
+from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base
+
+config = {"model_type": "levit", "image_size": 2**20, "patch_size": 1}
+with torch.device("meta"):
+    build_base(IsoPruneConfig(base={"library": "transformers", "config": config}, num_labels=3))
+"""
+
+
+@pytest.mark.faults
+def test_list_of_all_pixels_is_refused(fresh_python: FreshPython) -> None:
+    # In a process of its own: the memory of one with other threads is not bounded.
+    done = fresh_python.run(LIST_OF_PIXELS)
+    assert done.returncode == 1 and "bytes of memory" in done.stderr, done.stderr
 
 
 def test_views_and_small_tables_pass() -> None:
