@@ -11,6 +11,7 @@ import transformers
 from helpers.fresh_python import FreshPython
 from helpers.marks import one_of_each
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
@@ -37,13 +38,14 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 }
 SCRIPT = """
 import json, sys, torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, pipeline
 folder, image = sys.argv[1:]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-pixels = torch.load(f"{folder}/../pixels.pt")
+pixels = load_file(f"{folder}/../pixels.safetensors")["pixels"]
 with torch.no_grad():
     out = model(pixels)
-torch.save(dict(out), f"{folder}/../found.pt")
+save_file({key: value.contiguous() for key, value in out.items()}, f"{folder}/../found.safetensors")
 extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
 print(json.dumps([len(extract(image)[0]), bool(sys.modules.get("isoprune_hf"))]))
 """
@@ -95,12 +97,12 @@ def test_folder_opens_without_the_package(tmp_path: Path, fresh_python: FreshPyt
     pruned = prune(module, images, round_to=1, criterion="l1")
     processor = transformers.BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     pruned.save(tmp_path / "folder", processor)
-    torch.save(images, tmp_path / "pixels.pt")
+    save_file({"pixels": images}, tmp_path / "pixels.safetensors")
     Image.new("RGB", (20, 24), "red").save(tmp_path / "image.png")
     done = fresh_python.run(SCRIPT, tmp_path / "folder", tmp_path / "image.png", absent=["isoprune_hf"])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [17, False]
-    found = torch.load(tmp_path / "found.pt")
+    found = load_file(tmp_path / "found.safetensors")
     assert all(torch.equal(value, found[key]) for key, value in outputs_of(pruned.model, images).items())
     extract = pipeline("image-feature-extraction", model=str(tmp_path / "folder"))
     assert len(extract(str(tmp_path / "image.png"))[0]) == 17  # 16 patches and the class token

@@ -9,6 +9,7 @@ import transformers
 from helpers.fresh_python import FreshPython
 from helpers.segmenters import make_beit, make_dpt, make_segformer, make_upernet
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -25,13 +26,14 @@ OTHERS = {"UperNet": make_upernet, "BEiT": make_beit, "DPT": make_dpt}
 CUT = {"target_macs": "60%", "round_to": 1, "criterion": "gate_fisher"}
 SCRIPT = """
 import json, sys, torch
+from safetensors.torch import load_file, save_file
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 folder, image = sys.argv[1:]
 model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
 with torch.no_grad():
-    out = model(torch.load(f"{folder}/../pixels.pt"))
-torch.save(dict(out), f"{folder}/../found.pt")
+    out = model(load_file(f"{folder}/../pixels.safetensors")["pixels"])
+save_file({key: value.contiguous() for key, value in out.items()}, f"{folder}/../found.safetensors")
 segments = pipeline("image-segmentation", model=folder, trust_remote_code=True)(image)
 print(json.dumps([sorted(part["label"] for part in segments), segments[0]["mask"].size,
                   bool(sys.modules.get("isoprune_hf"))]))
@@ -75,11 +77,11 @@ def test_folder_opens_without_the_package(tmp_path: Path, fresh_python: FreshPyt
     pruned = prune(network, images, round_to=1, criterion="l1")
     processor = transformers.SegformerImageProcessor(size={"height": 16, "width": 16})
     pruned.save(tmp_path / "folder", processor)
-    torch.save(images, tmp_path / "pixels.pt")
+    save_file({"pixels": images}, tmp_path / "pixels.safetensors")
     Image.new("RGB", (20, 24), "red").save(tmp_path / "image.png")
     done = fresh_python.run(SCRIPT, tmp_path / "folder", tmp_path / "image.png", absent=["isoprune_hf"])
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt")["logits"]
+    found = load_file(tmp_path / "found.safetensors")["logits"]
     assert torch.equal(found, logits_of(pruned.model, images))
     again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "folder").eval()
     opened = AutoImageProcessor.from_pretrained(tmp_path / "folder")
