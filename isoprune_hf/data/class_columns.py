@@ -1,4 +1,4 @@
-"""Give the label columns of all splits of a data set the same names of classes; call `name_classes`."""
+"""Name the classes in the label columns of all splits of a data set alike; call `name_classes`."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What a classifier predicts for the images of a split, and the figures of that: `predictions_of` chooses the kind."""
+"""Collect the predictions of a classifier for a split and compute their figures: `predictions_of` chooses the kind."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -112,7 +112,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Harm(NamedTuple):
-    """What eight bits change, measured against the outputs in fp32.
+    """Measures what eight bits change, against the outputs in fp32.
 
     Args:
         key: Its name in the record of a quantised model.

@@ -14,7 +14,7 @@ class _Stack(ctypes.Structure):
 
 @contextmanager
 def kept_signal_stack() -> Iterator[None]:
-    """Give the thread back the alternate signal stack that it had before, on Linux.
+    """Restore the alternate signal stack of the thread in the end, on Linux.
 
     Each CPU plugin of OpenVINO puts a stack of its own in place and notes the one before. When it ends it frees its
     own, and puts back the noted one if its own is still in place. So of two that end in the order in which they began,
