@@ -109,9 +109,11 @@ def rows_of(
 
 
 class WaitingRows:
-    """Rows that are passed on when they are at least as many as their features.
+    """Rows that are passed on once they are at least as many as their features.
 
-    The equations of a fit have the size of the features squared: to add few rows takes as long as to add many.
+    The equations of a fit have the size of the features squared: to add few rows takes as long as to add many. Rows
+    that wait do so in float64, so that their products do not depend on the others that they are joined with, and a
+    repair not on the number of ranks.
 
     Args:
         size: Size of the fit.
@@ -119,22 +121,24 @@ class WaitingRows:
     """
 
     def __init__(self, size: FitSize, *receivers: Callable[[Rows], None]):
-        self._least, self._receivers = size.features, receivers
-        self._pieces: list[Rows] = []
+        self._enough, self._receivers = size.features, receivers
+        self._waiting: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
         """Add rows."""
-        self._pieces.append(rows)
-        if sum(piece.features.shape[1] for piece in self._pieces) >= self._least:
+        if rows.features.shape[1] >= self._enough:
+            self._pass_on(rows)
+            return
+        self._waiting.append(Rows(*(values.double() for values in rows)))
+        if sum(each.features.shape[1] for each in self._waiting) >= self._enough:
             self.flush()
 
     def flush(self) -> None:
-        """Pass all rows on."""
-        if not self._pieces:
-            return
-        rows = self._pieces[0]
-        if len(self._pieces) > 1:
-            rows = Rows(*(torch.cat(values, 1) for values in zip(*self._pieces, strict=True)))
-        self._pieces.clear()
+        """Pass on the rows that wait."""
+        if self._waiting:
+            self._pass_on(Rows(*(torch.cat(values, 1) for values in zip(*self._waiting, strict=True))))
+            self._waiting.clear()
+
+    def _pass_on(self, rows: Rows) -> None:
         for receive in self._receivers:
             receive(rows)

@@ -55,8 +55,9 @@ class KernelEquations:
 
     def add(self, rows: Rows) -> None:
         """Add rows, in place."""
-        self.features.append(rows.features)
-        self.missing.append(rows.missing)
+        dtype = self.features[0].dtype
+        self.features.append(rows.features.to(dtype))
+        self.missing.append(rows.missing.to(dtype))
         self.totals += rows.totals()
 
     def add_ranks(self, accelerator: Accelerator | None) -> None:
