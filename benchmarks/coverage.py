@@ -9,8 +9,8 @@ and small images where its constructor allows (`coverage_reduce.py`). Every mode
 ways: `default`, the preset `best` with 16 images, and `plain`, the criterion `l1` without images; the steps are in
 `coverage_case.py`. The models run in an order of which every beginning is a sample stratified by library and family.
 
-A row of the results (JSON lines) is written when a model is done; models with a row are skipped, and `--again` repeats
-those that failed. When the default changes, `default` is removed from the rows: such models are run again.
+A row of the results (JSON lines) is written when a model is done; the ways that a row has are skipped, and `--again`
+repeats those that failed. When the default changes, `default` is removed from the rows: it is run again.
 """
 
 import argparse
@@ -58,10 +58,10 @@ def main() -> None:
         return
     if not args.table:
         is_done = passed if args.again else measured
-        done = {name for name, row in rows.items() if all(is_done(row, way) for way in WAYS)}
-        todo = [case for case in cases if args.only or case.name not in done]
+        ways = {name: [way for way in WAYS if args.only or not is_done(row, way)] for name, row in rows.items()}
+        todo = [(case, ways.get(case.name, WAYS)) for case in cases]
         run = Run(read_images(args.images, NUM_IMAGES), args.seconds, args.gigabytes)
-        run_cases(todo, run, args.workers, results)
+        run_cases([(case, open_ways) for case, open_ways in todo if open_ways], run, args.workers, results)
     text = tables(cases, known_rows(args.population, results), args.population)
     print(text)
     if args.page is not None:

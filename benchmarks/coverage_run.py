@@ -35,20 +35,19 @@ class Run:
         images: Calibration images, then held-out images.
         seconds: CPU seconds of a way.
         gigabytes: Address space of a process.
-        ways: The ways that are run.
     """
 
-    def __init__(self, images: list[Image.Image], seconds: int, gigabytes: float, ways: Sequence[str] = WAYS):
-        self._images, self._seconds, self._bytes, self._ways = images, seconds, int(gigabytes * 2**30), ways
+    def __init__(self, images: list[Image.Image], seconds: int, gigabytes: float):
+        self._images, self._seconds, self._bytes = images, seconds, int(gigabytes * 2**30)
         self._running: dict[int, tuple[BaseProcess, Case, tempfile.TemporaryDirectory[str], float]] = {}
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, case: Case) -> None:
-        """Start the process of a model."""
+    def start(self, case: Case, ways: Sequence[str] = WAYS) -> None:
+        """Start the process of a model, which prunes it in some ways."""
         folder = tempfile.TemporaryDirectory()
-        process = _FORK.Process(target=self._run_model, args=(case, Path(folder.name)))
+        process = _FORK.Process(target=self._run_model, args=(case, ways, Path(folder.name)))
         process.start()
         self._running[process.sentinel] = (process, case, folder, time.monotonic())
 
@@ -63,13 +62,13 @@ class Run:
             rows.append(row | {"wall_s": round(time.monotonic() - start, 1)})
         return rows
 
-    def _run_model(self, case: Case, folder: Path) -> None:
+    def _run_model(self, case: Case, ways: Sequence[str], folder: Path) -> None:
         self._limit()
         record = Record(folder / "load")
         with record.measured():
             base, images, logits = open_case(case, self._images, record)
             record.add(step="done")
-            for way in self._ways:
+            for way in ways:
                 process = _FORK.Process(target=self._run_way, args=(way, base, images, logits, folder / way))
                 process.start()
                 process.join()
@@ -125,18 +124,30 @@ def versions() -> str:
     return " ".join([commit.strip() or "no commit", *(f"{name} {version(name)}" for name in LIBRARIES)])
 
 
-def run_cases(cases: Sequence[Case], run: Run, workers: int, results: Path) -> None:
-    """Run cases, some at a time, and append their rows to a file."""
+def run_cases(todo: Sequence[tuple[Case, Sequence[str]]], run: Run, workers: int, results: Path) -> None:
+    """Run the ways of each case, some cases at a time, and append their rows to a file.
+
+    The records of the other ways are those of the row before, each with the versions with which it was made.
+    """
     results.parent.mkdir(parents=True, exist_ok=True)
-    waiting, stamp = list(cases), versions()
+    waiting, stamp, before = list(todo), versions(), read_rows(results)
     with results.open("a", encoding="utf-8") as file:
         while waiting or len(run):
             while waiting and len(run) < workers:
-                run.start(waiting.pop(0))
+                run.start(*waiting.pop(0))
             for row in run.wait():
-                file.write(json.dumps(row | {"versions": stamp}) + "\n")
+                row = joined(before.get(row["name"]), row | {"versions": stamp})
+                file.write(json.dumps(row) + "\n")
                 file.flush()
                 print(describe_row(row), f"({len(waiting)} to go)", flush=True)
+
+
+def joined(before: Row | None, row: Row) -> Row:
+    """Return a row with the records of the ways that only the row before it has, and their versions."""
+    if before is None:
+        return row
+    kept = {way: {"versions": before["versions"]} | before[way] for way in WAYS if way in before and way not in row}
+    return row | kept
 
 
 def known_rows(population: str, results: Path) -> dict[str, Row]:

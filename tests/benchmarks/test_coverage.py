@@ -21,7 +21,7 @@ from coverage_images import read_images
 from coverage_models import Case, cases_of, in_strata
 from coverage_record import FailedError, Record, describe
 from coverage_repair import check_repair, errors_of
-from coverage_run import RESULTS, Run, known_rows, read_records, run_cases
+from coverage_run import RESULTS, Run, joined, known_rows, read_records, run_cases
 from coverage_table import WAYS, read_rows
 from helpers.marks import one_of_each
 from helpers.oracles import exact_logits, make_images, mask_error, permutation_error, prunable_share, randomize
@@ -196,8 +196,8 @@ def sampled() -> list[Case]:
 
 
 def run_case(case: Case, ways: Sequence[str], folder: Path) -> dict[str, Any]:
-    run = Run(read_images(None, NUM_IMAGES), seconds=100, gigabytes=12, ways=ways)
-    run_cases([case], run, workers=1, results=folder / "rows")
+    run = Run(read_images(None, NUM_IMAGES), seconds=100, gigabytes=12)
+    run_cases([(case, ways)], run, workers=1, results=folder / "rows")
     row = read_rows(folder / "rows")[case.name]
     for part in ("load", *ways):
         assert row[part]["step"] == "done", row[part]
@@ -226,9 +226,17 @@ def test_sampled_model_passes_by_default(case: Case, tmp_path: Path) -> None:
 
 def test_model_that_does_not_open_is_refused(tmp_path: Path) -> None:
     case = Case("none", "timm", "resnet", "no_such_model")
-    run_cases([case], Run(read_images(None, 2), seconds=100, gigabytes=12), 1, tmp_path / "rows")
+    run_cases([(case, WAYS)], Run(read_images(None, 2), seconds=100, gigabytes=12), 1, tmp_path / "rows")
     row = read_rows(tmp_path / "rows")["none"]
     assert row["load"]["kind"] == "refused" and row["load"]["step"] == "load" and not row.keys() & set(WAYS)
+
+
+def test_row_keeps_ways_of_the_one_before() -> None:
+    before = {"name": "a", "load": {"params": 1}, "plain": {"step": "done"}, "versions": "old"}
+    row = {"name": "a", "load": {"params": 2}, "default": {"step": "closer"}, "versions": "new"}
+    assert joined(before, row) == row | {"plain": {"step": "done", "versions": "old"}}
+    assert joined(before | {"default": {"step": "done"}}, row)["default"] == {"step": "closer"}
+    assert joined(None, row) == row
 
 
 def test_killed_process_is_over_a_limit(tmp_path: Path) -> None:
