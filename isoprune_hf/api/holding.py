@@ -18,7 +18,7 @@ from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.calling import CallForm, adapt, input_dtype
 from isoprune_hf.models.from_module import Recognised, form_without_labels, recognise
-from isoprune_hf.models.held import HeldModel
+from isoprune_hf.models.held import HeldModel, require_repeatable
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.processors import processed_size
 from isoprune_hf.pruning.calibration.calibration import Batch
@@ -133,7 +133,7 @@ def hold(
         known: The config that builds the module, if it is known.
 
     Raises:
-        UnsupportedArchitectureError: The module does not run on the first batch.
+        UnsupportedArchitectureError: The module does not run on the first batch, or its features are random.
         RecipeError, DatasetError: See `choose_objective`.
     """
     first = batches[0]
@@ -159,6 +159,8 @@ def hold(
     config.source = config.source or {}  # where the weights come from may be unknown
     model = HeldModel(config, copied, objective)
     model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
+    if task is not None:
+        require_repeatable(model)
 
     def read(batch: CallerBatch) -> Batch:
         inputs = form.pack(batch.inputs)

@@ -5,6 +5,7 @@ import copy
 from typing import Any
 
 import torch
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -173,7 +174,7 @@ class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  
 
         Returns:
             The output of the base's class in transformers: `last_hidden_state` and, as the base has it,
-            `pooler_output`.
+            `pooler_output`; of a tower with a projection `image_embeds`, of a backbone `feature_maps`.
         """
         return call_features(
             self.model,
@@ -187,7 +188,8 @@ class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  
 class IsoPruneBackbone(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
     """The same network as the backbone of a detector or segmenter: the feature maps of some of its stages.
 
-    `out_features` (names) or `out_indices` of `from_pretrained` select stages; without them the last one is returned.
+    `out_features` (names) or `out_indices` of `from_pretrained` select stages; without them the last one is returned,
+    and of a base that is a backbone all that it returns.
     """
 
     def __init__(self, config: IsoPruneConfig):
@@ -216,8 +218,9 @@ class IsoPruneBackbone(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call
             ValueError: There is no such stage.
         """
         count, wanted = len(self.stage_names), self.config.out_features
+        default = [*range(count)] if isinstance(self.model, BackboneMixin) else [count - 1]
         chosen = [self.stage_names.index(name) if name in self.stage_names else count for name in wanted or ()]
-        chosen = chosen or [index + count if index < 0 else index for index in self.config.out_indices or [count - 1]]
+        chosen = chosen or [index + count if index < 0 else index for index in self.config.out_indices or default]
         if not all(0 <= index < count for index in chosen):
             raise ValueError(
                 f"out_features or out_indices: {wanted or self.config.out_indices} are no stages; there are "

@@ -12,8 +12,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import ModelOutput, TransformersKwargs
+
+from isoprune_hf.checkpoint.task_forms import IMAGE_FEATURE_EXTRACTION, networks_of
 
 # True, or the indices of the blocks, which only networks of timm select.
 HiddenStates = bool | Sequence[int] | None
@@ -78,12 +81,14 @@ def call_features(
     attentions: bool | None,
     **options: Any,
 ) -> ModelOutput:
-    """Return an output with `last_hidden_state` and `pooler_output`: what the head of a classifier reads.
+    """Return the output of an encoder, or what the head of a classifier reads.
+
+    It has `last_hidden_state` and, as the base has it, `pooler_output`; of backbones `feature_maps`.
 
     Args and errors are those of `call_classifier`.
     """
     if isinstance(network, PreTrainedModel):
-        return _call_transformers(cast(Any, network.base_model), pixel_values, hidden_states, attentions, options)
+        return _call_transformers(_encoder_of(network), pixel_values, hidden_states, attentions, options)
     _check_requests(network, hidden_states, attentions)
     if not hasattr(network, "forward_features"):
         raise ValueError(f"{type(network).__name__} has no method forward_features, which returns features")
@@ -103,13 +108,17 @@ def call_stages(network: nn.Module, pixel_values: torch.Tensor, **options: Any) 
 
     The stages of timm are those of its `feature_info`; those of transformers are its hidden states, named stem,
     stage1, ... as in its backbones, without the norms that some of these add untrained. Tokens of patches become maps.
+    Of a backbone they are those that it returns.
 
     Raises:
         ValueError: The network has no stages that are maps.
     """
     unknown = f"{type(network).__name__} does not return feature maps of its stages"
     if isinstance(network, PreTrainedModel):
-        base: Any = network.base_model
+        base = _encoder_of(network)
+        if isinstance(base, BackboneMixin):
+            chosen: Any = _call_transformers(cast(Any, base), pixel_values, None, None, options)
+            return dict(zip(base.out_features, chosen.feature_maps, strict=True))
         taken = inspect.signature(base.encoder.forward).parameters if hasattr(base, "encoder") else {}
         of_stages = {name: True for name in _STAGE_SETTINGS if name in taken}
         output: Any = _call_transformers(base, pixel_values, True, None, options, **of_stages)
@@ -126,6 +135,12 @@ def call_stages(network: nn.Module, pixel_values: torch.Tensor, **options: Any) 
     timm_network: Any = network
     maps = timm_network.forward_intermediates(pixel_values, intermediates_only=True, **options)
     return {stage["module"]: found for stage, found in zip(info, maps, strict=True)}
+
+
+def _encoder_of(network: PreTrainedModel) -> Any:
+    """Return an encoder itself, which may hold an inner one, and of a network with a head its encoder."""
+    is_encoder = type(network) in networks_of(IMAGE_FEATURE_EXTRACTION, type(network.config))
+    return network if is_encoder else network.base_model
 
 
 def _as_map(state: torch.Tensor, images: torch.Tensor, patch: Any) -> torch.Tensor | None:

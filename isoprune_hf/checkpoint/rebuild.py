@@ -164,6 +164,8 @@ def _are_equal(first: torch.Tensor | str | None, second: torch.Tensor | str | No
     """Return whether two answers are the same; nan is equal to nan."""
     if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return first == second
+    if first.shape != second.shape:
+        return False
     return first.dtype == second.dtype and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 

@@ -4,7 +4,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import transformers
 from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
     MODEL_FOR_DEPTH_ESTIMATION_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
@@ -12,6 +14,8 @@ from transformers import (
 )
 
 from isoprune_hf.errors import CheckpointError
+
+_ENCODERS = ("Model", "ModelWithProjection")  # ends of the names of classes that hold an encoder of images alone
 
 
 class TaskForm(NamedTuple):
@@ -96,10 +100,20 @@ def task_of(base: Mapping[str, Any] | None) -> TaskForm:
     return TASK_FORMS[name]
 
 
-def networks_of(form: TaskForm, config_class: type) -> tuple[type, ...]:
+def networks_of(form: TaskForm, config_class: type) -> tuple[Any, ...]:
     """Return the classes of transformers that a network of a task with this config is of; none if there are none."""
     found = form.networks.get(config_class, ())
-    return tuple(kind for kind in (found if isinstance(found, tuple) else (found,)) if kind is not None)
+    first = tuple(kind for kind in (found if isinstance(found, tuple) else (found,)) if kind is not None)
+    return (*first, *_other_encoders(config_class, first)) if form is IMAGE_FEATURE_EXTRACTION else first
+
+
+def _other_encoders(config_class: type, known: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the encoders of a config that no Auto class, or that of backbones alone, opens: a tower of CLIP, ..."""
+    stem = config_class.__name__.removesuffix("Config")
+    named = (getattr(transformers, f"{stem}{end}", None) for end in _ENCODERS)
+    found: tuple[Any, ...] = (*named, MODEL_FOR_BACKBONE_MAPPING.get(config_class, None))
+    takes_images = (kind for kind in found if getattr(kind, "main_input_name", None) == "pixel_values")
+    return tuple(kind for kind in takes_images if kind not in known and kind.config_class is config_class)
 
 
 def task_entry(form: TaskForm) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Size, Tensor, nn
 from isoprune_hf.checkpoint.task_forms import TaskForm, task_of
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.models.feature_loss import FEATURES
-from isoprune_hf.models.held import HeldModel, output_shapes
+from isoprune_hf.models.held import HeldModel, output_shapes, require_repeatable
 from isoprune_hf.models.objective import Objective
 from isoprune_hf.models.pixel_loss import PIXEL_CLASSES
 
@@ -43,7 +43,12 @@ def held(model: nn.Module) -> HeldModel:
 
 
 def draw_for(batches: Any, model: HeldModel) -> "DrawnBatches":
-    """Return micro-batches of images with the targets of a network in place of their labels, see `DrawnBatches`."""
+    """Return micro-batches of images with the targets of a network in place of their labels, see `DrawnBatches`.
+
+    Raises:
+        UnsupportedArchitectureError: The outputs of the network are random.
+    """
+    require_repeatable(model)
     shapes = [torch.Size(shape) for shape in output_shapes(model)]
     return DrawnBatches(batches, loss_without_labels(task_of(model.config.base)), shapes)
 

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.checkpoint.rebuild import record_settings
 from isoprune_hf.checkpoint.task_forms import (
     IMAGE_CLASSIFICATION,
     IMAGE_FEATURE_EXTRACTION,
@@ -102,6 +103,9 @@ def _recognise_transformers(module: PreTrainedModel, image_size: list[int]) -> R
         image_size=image_size,
         **(described if form.names_classes else {}),
     )
+    built = _build(config)
+    if built is not None and not _has_tensors_of(built, module):
+        record_settings(config, built, module)  # such as a pooler that it does not have
     return Recognised(config) if _builds(config, module) else None
 
 
@@ -190,10 +194,19 @@ def _outputs_of(module: nn.Module) -> int | None:
 
 def _builds(config: IsoPruneConfig, module: nn.Module) -> bool:
     """Return whether a config builds a module with the same tensors."""
+    built = _build(config)
+    return built is not None and _has_tensors_of(built, module)
+
+
+def _build(config: IsoPruneConfig) -> nn.Module | None:
+    """Return the module that a config builds, on the meta device; None if it builds none."""
     try:
         with torch.device("meta"):
-            built = build_base(copy.deepcopy(config))
+            return build_base(copy.deepcopy(config))
     except CheckpointError:
-        return False
+        return None
+
+
+def _has_tensors_of(built: nn.Module, module: nn.Module) -> bool:
     shapes = ({name: tensor.shape for name, tensor in part.state_dict().items()} for part in (built, module))
     return next(shapes) == next(shapes)

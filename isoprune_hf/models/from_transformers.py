@@ -7,6 +7,8 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
     AutoConfig,
     AutoModel,
     PreTrainedConfig,
@@ -43,6 +45,9 @@ from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions
 from isoprune_hf.models.processors import transformers_image_size, transformers_processor
 
+_PRETRAINING = (MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING, MODEL_FOR_PRETRAINING_MAPPING)
+_POOLER = "pooler"  # the module of an encoder that computes its `pooler_output`, which its classes may be without
+
 
 def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     """Open a folder that transformers wrote, or a Hub id.
@@ -71,7 +76,9 @@ def open_transformers(source: BaseSource, options: LoadOptions) -> BaseModel:
     with torch.device("meta"):  # refuses an oversized model before memory is allocated
         build_base(outer)
     if options.pretrained:
-        read, missing = _read_model(source, form)
+        read, missing = _read_model(source, config, form)
+        if missing and form is IMAGE_FEATURE_EXTRACTION:
+            missing -= _leave_out_pooler(read, missing)
         if missing and not form.has_classes:
             raise RecipeError(
                 f"model: {source.place} has no trained weights for {min(missing)}, by which {type(read).__name__} "
@@ -111,7 +118,16 @@ def _form_of(source: BaseSource, options: LoadOptions) -> TaskForm:
         found = [one for one in networks_of(form, CONFIG_MAPPING[kind]) if one.__name__ in named[:1]]
         if found and getattr(found[0], "main_input_name", None) == "pixel_values":
             return form if form is not IMAGE_FEATURE_EXTRACTION or options.takes_features else IMAGE_CLASSIFICATION
-    return IMAGE_CLASSIFICATION
+    return _form_of_pretrained(CONFIG_MAPPING[kind], named, options)
+
+
+def _form_of_pretrained(kind: type[PreTrainedConfig], named: list[Any], options: LoadOptions) -> TaskForm:
+    """Return the task of a network with the head of a pretraining without labels, which is opened as its encoder."""
+    of_pretraining: list[Any] = [mapping.get(kind, None) for mapping in _PRETRAINING]
+    is_pretrained = any(one is not None and one.__name__ in named[:1] for one in of_pretraining)
+    has_encoder = any(one.main_input_name == "pixel_values" for one in networks_of(IMAGE_FEATURE_EXTRACTION, kind))
+    takes_it = is_pretrained and has_encoder and options.takes_features
+    return IMAGE_FEATURE_EXTRACTION if takes_it else IMAGE_CLASSIFICATION
 
 
 def _check_source(source: BaseSource, form: TaskForm) -> None:
@@ -123,9 +139,15 @@ def _check_source(source: BaseSource, form: TaskForm) -> None:
         UnsupportedArchitectureError: The model reads tokens.
     """
     values = {name: value for name, value in source.config.items() if name != ENTRY}
-    kind = values.get("model_type")
+    kind, named = values.get("model_type"), values.get("architectures")
     if not isinstance(kind, str):
         raise RecipeError(f"model: {source.place}/config.json has no model_type")
+    first = str((named or [""])[0])
+    if form is IMAGE_FEATURE_EXTRACTION and first.endswith("Backbone"):
+        raise RecipeError(
+            f"model: {source.place} is a {first}, whose feature maps no pipeline takes; prune it in Python, or "
+            "name the encoder in architectures of its config.json"
+        )
     for name, value in values.items():
         for key, text in entries_of(name, value):
             if "implementation" in f"{name} {key}" and isinstance(text, str) and not text.isidentifier():
@@ -155,12 +177,15 @@ def _label_names(source: BaseSource, config: PreTrainedConfig) -> list[str]:
     return [named[index] for index in range(len(named))]
 
 
-def _read_model(source: BaseSource, form: TaskForm) -> tuple[PreTrainedModel, frozenset[str]]:
+def _read_model(
+    source: BaseSource, config: PreTrainedConfig, form: TaskForm
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """Read the model, and return it with the names of the tensors that the file does not contain."""
-    auto = getattr(transformers, form.auto_class)
+    named: dict[str, Any] = {one.__name__: one for one in networks_of(form, type(config))}
+    kind = named.get((config.architectures or [""])[0], getattr(transformers, form.auto_class))
     try:
         with torch.random.fork_rng():  # transformers draws the missing ones
-            loaded = auto.from_pretrained(
+            loaded = kind.from_pretrained(
                 source.place,
                 revision=source.revision or "main",
                 use_safetensors=True,
@@ -171,6 +196,19 @@ def _read_model(source: BaseSource, form: TaskForm) -> tuple[PreTrainedModel, fr
         raise unreadable(source.place, error) from error
     module, info = loaded
     return module, frozenset(info["missing_keys"])
+
+
+def _leave_out_pooler(encoder: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:
+    """Remove a pooler without trained weights from an encoder, in place, and return the names of its tensors.
+
+    Published encoders often have none: it was trained for a head that they were published without.
+    """
+    pooler = getattr(encoder, _POOLER, None)
+    names = {f"{_POOLER}.{name}" for name in pooler.state_dict()} if isinstance(pooler, torch.nn.Module) else set()
+    if not names or not names <= missing:
+        return frozenset()
+    encoder._modules[_POOLER] = None
+    return frozenset(names)
 
 
 def _check_missing(source: BaseSource, module: PreTrainedModel, missing: frozenset[str], options: LoadOptions) -> None:

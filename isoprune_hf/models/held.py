@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss, chooses_class
 
@@ -24,6 +25,8 @@ LOSS_NAMES: Mapping[str | None, str] = MappingProxyType(
         "regression": "squared_error",
     }
 )  # of the problem types of transformers
+
+_REPEATED = 1e-2  # by which two passes may differ, relative to the norm: kernels of GPUs add in any order
 
 
 @dataclass
@@ -87,6 +90,23 @@ def output_shapes(model: IsoPruneForImageClassification) -> list[list[int]]:
     """Return the shapes of all outputs of a held model for one image."""
     blank = torch.zeros(1, *(model.config.image_size or ()), device=model.device)
     return [list(value.shape[1:]) for value in model(pixel_values=blank).outputs or ()]
+
+
+@torch.no_grad()
+def require_repeatable(model: HeldModel) -> None:
+    """Check that a network without labels gives the same outputs in two passes, so that a cut network can keep them.
+
+    Raises:
+        UnsupportedArchitectureError: It draws random numbers in eval mode, as ViTMAE its masks.
+    """
+    blank = torch.zeros(1, *(model.config.image_size or ()), device=model.device)
+    passes = [model(pixel_values=blank).outputs or () for _ in range(2)]
+    for first, second in zip(*passes, strict=True):
+        if (first - second).float().norm() > _REPEATED * first.float().norm():
+            raise UnsupportedArchitectureError(
+                f"{type(model.model).__name__}: its outputs are random in eval mode, and no cut can keep them; open "
+                "its weights as a class that draws nothing, such as those of ViTMAE as ViTModel"
+            )
 
 
 def loss_of_batch(model: IsoPruneForImageClassification, pixel_values: Tensor, labels: Tensor) -> Tensor:

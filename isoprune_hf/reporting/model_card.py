@@ -5,7 +5,6 @@ All figures are read from the files of the folder; figures that it does not cont
 
 import hashlib
 import json
-import re
 import shlex
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,6 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from isoprune_hf.checkpoint.needed import NEEDED
-from isoprune_hf.checkpoint.own_network import inputs_of
 from isoprune_hf.checkpoint.stock import isoprune_fields
 from isoprune_hf.errors import CheckpointError
 from isoprune_hf.plain_files import read_json
@@ -24,6 +22,7 @@ from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.recipes.named import named_settings
 from isoprune_hf.reporting.benchmark import benchmark_table
 from isoprune_hf.reporting.card_metadata import License, describe_model
+from isoprune_hf.reporting.card_usage import describe_usage
 from isoprune_hf.reporting.decision_text import describe_decision
 from isoprune_hf.reporting.places import show_note, show_place
 from isoprune_hf.reporting.plain_text import plain_markdown
@@ -45,7 +44,6 @@ _HASHED = ("model.safetensors", "pruning_plan.json", "modeling_isoprune.py")
 _MARK = "<!-- written by isoprune_hf from the files of this folder, and again when it is pushed unedited: {digest} -->"
 _MAX_NAMED_CLASSES = 20
 _SECTIONS = {"prune": PruneRecipe, "data": DataRecipe, "finetune": FinetuneRecipe}
-_BUILDER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)  # of a network of no library
 _LIBRARIES = ("isoprune-hf", "torch", "transformers", "timm", "torchvision", "torch-pruning", "huggingface_hub")
 
 
@@ -148,8 +146,7 @@ def _describe_files(files: _Files) -> dict[str, Any]:
         "has_picture": (folder / PICTURE).is_file(),
         "speed_picture": SPEED_PICTURE if (folder / SPEED_PICTURE).is_file() else None,
         "reads_arrays": _reads_arrays(config, folder / "preprocessor_config.json"),
-        "builder": _builder(config.get("base") or {}),
-        "call": None if _has_pipeline(config, folder) else _call(config),
+        **describe_usage(folder, config),
         "form": task.form,
         "wording": task.wording,
         "hashes": {file: _digest_of(folder / file) for file in _HASHED if (folder / file).is_file()},
@@ -184,28 +181,6 @@ def _digest(text: str) -> str:
 def _digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _has_pipeline(config: dict[str, Any], folder: Path) -> bool:
-    """Return whether `pipeline` opens a folder: it has an image processor and needs no builder."""
-    return (folder / "preprocessor_config.json").is_file() and (config.get("base") or {}).get("library") != "python"
-
-
-def _builder(base: dict[str, Any]) -> dict[str, str] | None:
-    """Return module and name of the builder of a network of no library, if they are names."""
-    place = base.get("architecture")
-    if base.get("library") != "python" or not isinstance(place, str) or not _BUILDER.fullmatch(place):
-        return None
-    module, _, name = place.partition(":")
-    return {"place": place, "module": module, "name": name, "first": name.partition(".")[0]}
-
-
-def _call(config: dict[str, Any]) -> str:
-    """Return the arguments of a call of the network with random inputs."""
-    inputs = inputs_of(config.get("base"), config.get("image_size"))
-    made = [(name, f"torch.randn({', '.join(map(str, [1, *shape]))})") for name, shape in inputs]
-    given = [value for name, value in made if name is None]
-    return ", ".join(given + [f"{name}={value}" for name, value in made if name is not None])
 
 
 def _reads_arrays(config: dict[str, Any], file: Path) -> bool:

@@ -60,10 +60,43 @@ def test_classifier_stays_a_classifier(tmp_path: Path) -> None:
     assert "task" not in load_base(str(tmp_path), tasks=TASK_FORMS).model.config.base
 
 
-def test_missing_pooler_is_named(tmp_path: Path) -> None:
-    config = transformers.ViTConfig(**TOWER)
-    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match=r"no trained weights for pooler\.dense\.bias"):
+def test_encoder_without_pooler_opens_as_published(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    published = transformers.ViTModel(transformers.ViTConfig(**TOWER), add_pooling_layer=False).eval()
+    published.save_pretrained(tmp_path / "encoder")
+    base = load_base(str(tmp_path / "encoder"), tasks=TASK_FORMS)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = published(images).last_hidden_state
+        assert [torch.equal(value, wanted) for value in base.model(images).outputs] == [True]
+    save_model_folder(tmp_path / "saved", *base)
+    again, info = AutoModel.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()) and [*again(images)] == ["last_hidden_state"]
+    assert torch.equal(again.eval()(images).last_hidden_state, wanted)
+
+
+def test_other_missing_weights_are_named(tmp_path: Path) -> None:
+    encoder = transformers.ViTModel(transformers.ViTConfig(**TOWER))
+    state = {name: value for name, value in encoder.state_dict().items() if not name.startswith("layernorm")}
+    encoder.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(RecipeError, match=r"no trained weights for layernorm\.bias"):
+        load_base(str(tmp_path), tasks=TASK_FORMS)
+
+
+def test_pretrained_network_opens_as_its_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**TOWER, vocab_size=8)).eval()
+    network.save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), tasks=TASK_FORMS)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = network.beit(images).last_hidden_state
+        assert [torch.equal(value, wanted) for value in base.model(images).outputs] == [True]
+
+
+def test_backbone_is_refused_by_name(tmp_path: Path) -> None:
+    transformers.Dinov2Backbone(transformers.Dinov2Config(**TOWER)).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="is a Dinov2Backbone"):
         load_base(str(tmp_path), tasks=TASK_FORMS)
 
 
