@@ -110,7 +110,7 @@ def test_steps_that_do_not_apply_are_noted_once(tmp_path: Path) -> None:
     model = make_base("resnet", tmp_path)
     result = prune_model(model, PruneRecipe(target_macs="60%", round_to=1), batches_of(model, [4, 4]))
     assert [note for note in result.plan.notes if "prune.rotate" in note] == [
-        "prune.rotate changes nothing: the model has no attention heads"
+        "prune.rotate changes nothing: the model has no attention heads that can be cut"
     ]
     tiny = open_odd("group_norm_per_channel").model  # its only block is no entry of a list
     steps = {"remove_blocks": "auto", "rotate": False, "reconstruct": "bn"}

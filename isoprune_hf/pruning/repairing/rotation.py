@@ -78,7 +78,7 @@ def rotate_heads(
     """
     attentions = [group.name for group in groups if group.num_heads]
     if not attentions:
-        return Rotated(model, (), ("prune.rotate changes nothing: the model has no attention heads",))
+        return Rotated(model, (), ("prune.rotate changes nothing: the model has no attention heads that can be cut",))
     pairs = find_pairs(model, groups)
     moments = _moments(model, pairs, batches, accelerator) if pairs else []
     bases = [(pair, _basis(*sides)) for pair, sides in zip(pairs, moments, strict=True)]

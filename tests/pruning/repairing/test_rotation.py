@@ -187,7 +187,7 @@ def test_queries_with_shared_keys_are_rotated_together() -> None:
 
 def test_rotation_without_attention_or_images() -> None:
     model = load_base("timm/resnet10t", False, num_labels=7).model
-    note = "prune.rotate changes nothing: the model has no attention heads"
+    note = "prune.rotate changes nothing: the model has no attention heads that can be cut"
     assert rotate_heads(model, trace_groups(model), []) == Rotated(model, (), (note,))
     vit = load_base("timm/vit_tiny_patch16_224", False, model_args=VIT, num_labels=7).model
     with pytest.raises(RecipeError, match=r"no image: prune\.rotate"):
