@@ -82,7 +82,12 @@ STAGE = Stage(
             "fp32",
             "int8 needs --data for its ranges; int8-dynamic stores the weights alone in 8 bits, in ONNX.",
         ),
-        Flag("calibration_images", int, 256, "Training images that the ranges of int8 are measured on."),
+        Flag(
+            "calibration_images",
+            int,
+            256,
+            "Training images for int8: its ranges, and a quarter (at most 64) to choose its layers.",
+        ),
         OVERWRITE,
     ),
     sections=("data",),

@@ -1,4 +1,4 @@
-"""Quantise a model with as few layers in fp32 as its predictions need: `quantize_bounded`."""
+"""Quantise a model with as few layers in fp32 as its predictions need: `hold_out`, then `quantize_bounded`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,15 +11,31 @@ from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 
 MAX_DIVERGENCE = 0.02  # nats; EfficientNet-Lite0 loses 0.2 points of top-1 at 0.01
 MAX_DISTANCE = 0.01  # of the squared norm: a cosine similarity of about 0.995
-_SEARCH_IMAGES = 64
+_HELD_OUT = 64
 _MAX_UNITS = 32  # of layers with weights
 _MIN_SHARE = 0.5  # of the weights that must be stored in eight bits
+
+
+def hold_out(batches: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Divide calibration images, so that layers are chosen on other images than those that ranges were fitted to.
+
+    Args:
+        batches: Pixels (B, C, H, W).
+
+    Returns:
+        Batches to measure ranges on, and the last quarter of the images, at most 64. Fewer than four are in both.
+    """
+    count = sum(map(len, batches))
+    held_out = min(_HELD_OUT, count // 4)
+    if held_out == 0:
+        return list(batches), list(batches)
+    return _slice(batches, 0, count - held_out), _slice(batches, count - held_out, count)
 
 
 def quantize_bounded(
     write: Callable[[Nodes], Run],
     dense: Run,
-    batches: Sequence[np.ndarray],
+    held_out: Sequence[np.ndarray],
     *,
     weights: Mapping[str, int],
     between: Mapping[str, Sequence[str]],
@@ -34,7 +50,7 @@ def quantize_bounded(
         write: Writes the model with all nodes but the given ones in eight bits, and opens it; called last with the
             nodes that were chosen.
         dense: The model in fp32.
-        batches: Pixels (B, C, H, W) of the calibration images.
+        held_out: Pixels (B, C, H, W) of images that no range was fitted to.
         weights: Number of weights of each layer that has some, in the order of the network.
         between: Type -> names of the nodes between these layers that are quantised too.
         harm: What is bounded.
@@ -45,11 +61,10 @@ def quantize_bounded(
     Raises:
         ExportError: The bound leaves less than half of the weights in eight bits.
     """
-    sample = _first_images(batches, _SEARCH_IMAGES)
-    reference, bound = _run(dense, sample), MAX_DIVERGENCE if harm is DIVERGENCE else MAX_DISTANCE
+    reference, bound = _run(dense, held_out), MAX_DIVERGENCE if harm is DIVERGENCE else MAX_DISTANCE
 
     def effect(left_out: Nodes) -> float:
-        return harm.measure(reference, _run(write(left_out), sample))
+        return harm.measure(reference, _run(write(left_out), held_out))
 
     choice = choose_left_out(_list_units(list(weights), between), effect, bound)
     share = 1 - sum(weights.get(node, 0) for node in choice.nodes) / max(sum(weights.values()), 1)
@@ -60,20 +75,21 @@ def quantize_bounded(
         )
     write(choice.nodes)
     return {
-        "calibration_images": sum(map(len, batches)),
+        "held_out_images": len(reference),
         harm.key: choice.divergence,
         "left_out": [unit.name for unit in choice.left_out],
         "share_of_weights": share,
     }
 
 
-def _first_images(batches: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """Return the first batches, with `count` images in all."""
-    found, left = [], count
+def _slice(batches: Sequence[np.ndarray], start: int, stop: int) -> list[np.ndarray]:
+    """Return the images from `start` to `stop`, in the batches that they are in."""
+    found, first = [], 0
     for batch in batches:
-        if left > 0:
-            found.append(batch[:left])
-            left -= len(batch)
+        part = batch[max(start - first, 0) : max(stop - first, 0)]
+        first += len(batch)
+        if len(part):
+            found.append(part)
     return found
 
 

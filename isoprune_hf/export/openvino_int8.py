@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from isoprune_hf.export.bounded_int8 import quantize_bounded
+from isoprune_hf.export.bounded_int8 import hold_out, quantize_bounded
 from isoprune_hf.export.sensitivity import DIVERGENCE, Harm, Nodes
 from isoprune_hf.export.values import Quantized
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
@@ -39,19 +39,20 @@ def quantize_openvino(file: Path, batches: Sequence[np.ndarray], harm: Harm = DI
     Raises:
         ExportError: The bound leaves less than half of the weights in eight bits.
     """
+    ranges, judged = hold_out(batches)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".quantize.") as name:
         candidate = Path(name, file.name)
 
         def write(left_out: Nodes) -> Run:
-            quantized = _quantize(file, batches, left_out)
+            quantized = _quantize(file, ranges, left_out)
             import_module("openvino").save_model(quantized, candidate, compress_to_fp16=False)
             return open_openvino(candidate)
 
         weights, between = _list_nodes(_read(file))
-        record = quantize_bounded(write, open_openvino(file), batches, weights=weights, between=between, harm=harm)
+        record = quantize_bounded(write, open_openvino(file), judged, weights=weights, between=between, harm=harm)
         for suffix in (".xml", ".bin"):
             candidate.with_suffix(suffix).replace(file.with_suffix(suffix))
-    return Quantized(open_openvino(file), record)
+    return Quantized(open_openvino(file), {"calibration_images": sum(map(len, ranges)), **record})
 
 
 def _quantize(file: Path, batches: Sequence[np.ndarray], left_out: Nodes) -> Any:

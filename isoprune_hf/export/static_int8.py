@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from isoprune_hf.export.bounded_int8 import quantize_bounded
+from isoprune_hf.export.bounded_int8 import hold_out, quantize_bounded
 from isoprune_hf.export.sensitivity import DIVERGENCE, Harm, Nodes
 from isoprune_hf.export.values import Quantized
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, open_onnx
@@ -38,23 +38,24 @@ def quantize_static(file: Path, batches: Sequence[np.ndarray], harm: Harm = DIVE
         ExportError: The bound leaves less than half of the weights in eight bits.
     """
     tools = import_module("onnxruntime.quantization")
+    ranges, judged = hold_out(batches)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".quantize.") as name:
-        prepared, candidate = Path(name, "prepared.onnx"), Path(name, "candidate.onnx")
+        prepared, candidate = (Path(name, f"{step}.onnx") for step in ("prepared", "int8"))
         # Folds BatchNorm and infers shapes.
         tools.quant_pre_process(file, prepared, skip_symbolic_shape=True)
 
         def write(left_out: Nodes) -> Run:
-            _write(prepared, candidate, batches, left_out)
+            _write(prepared, candidate, ranges, left_out)
             return open_onnx(candidate)
 
         weights, between = _list_nodes(prepared)
-        record = quantize_bounded(write, open_onnx(prepared), batches, weights=weights, between=between, harm=harm)
+        record = quantize_bounded(write, open_onnx(prepared), judged, weights=weights, between=between, harm=harm)
         candidate.replace(file)
-    return Quantized(open_onnx(file), record)
+    return Quantized(open_onnx(file), {"calibration_images": sum(map(len, ranges)), **record})
 
 
 def _write(prepared: Path, file: Path, batches: Sequence[np.ndarray], left_out: Nodes) -> None:
-    """Write a quantised file; the ranges are measured by the first call and kept beside the prepared file."""
+    """Write a quantised file; the ranges are measured by the first call and kept beside it."""
     tools = import_module("onnxruntime.quantization")
     tools.quantize_static(
         prepared,
@@ -67,7 +68,7 @@ def _write(prepared: Path, file: Path, batches: Sequence[np.ndarray], left_out: 
         activation_type=tools.QuantType.QUInt8,
         weight_type=tools.QuantType.QInt8,
         nodes_to_exclude=sorted(left_out),
-        calibration_cache_path=prepared.with_name("ranges.json"),
+        calibration_cache_path=file.with_name("ranges.json"),
     )
 
 

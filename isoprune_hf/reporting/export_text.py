@@ -43,5 +43,6 @@ def describe_quantization(record: Mapping[str, Any]) -> str:
     kept = "all layers" if not left_out else f"all layers but {', '.join(left_out)}, which changed the outputs most,"
     return (
         f"{kept} in eight bits ({record['share_of_weights']:.0%} of the weights), ranges of "
-        f"{record['calibration_images']:,} training images; {harm.text.format(format(record[harm.key], '.3g'))}"
+        f"{record['calibration_images']:,} training images; on {record['held_out_images']} others "
+        f"{harm.text.format(format(record[harm.key], '.3g'))}"
     )

@@ -82,7 +82,8 @@ def test_weights_are_int8_with_scale_per_channel(family: str, exported: Callable
         assert scales.size in weights.shape
         assert 100 < abs(weights.astype(int)).max() <= 127
     record = read(folder, "export.json")["quantization"]
-    assert record["calibration_images"] == 10 and record["divergence"] <= bounded_int8.MAX_DIVERGENCE
+    assert record["calibration_images"] == 8 and record["held_out_images"] == 2
+    assert record["divergence"] <= bounded_int8.MAX_DIVERGENCE
     assert not list(folder.glob(".*"))
 
 
@@ -105,8 +106,9 @@ def test_openvino_weights_are_int8_with_channel_scales(
     assert {(len(array), array.ndim) for array in weights} <= scales
     record = read(folder, "export.json")
     assert record["quantization"] | {"divergence": 0} == {
-        "calibration_images": 10,
+        "calibration_images": 8,
         "divergence": 0,
+        "held_out_images": 2,
         "left_out": [],
         "share_of_weights": 1,
     }
