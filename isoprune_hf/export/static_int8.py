@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from isoprune_hf.export.bias_correction import correct_biases, measure_shifts
 from isoprune_hf.export.bounded_int8 import hold_out, quantize_bounded
 from isoprune_hf.export.sensitivity import DIVERGENCE, Harm, Nodes
 from isoprune_hf.export.values import Quantized
@@ -26,8 +27,9 @@ _BETWEEN = (
 def quantize_static(file: Path, batches: Sequence[np.ndarray], harm: Harm = DIVERGENCE) -> Quantized:
     """Replace an ONNX file by one with weights and activations of eight bits, and open it.
 
-    Weights have a scale for each output channel; activations have the range that they take on the images. Layers whose
-    quantisation changes the outputs most stay in fp32, see `quantize_bounded`.
+    Weights have a scale for each output channel, and biases make up for the mean error of their rounding. Activations
+    have the range that they take on the images. Layers whose quantisation changes the outputs most stay in fp32, see
+    `quantize_bounded`.
 
     Args:
         file: The model in fp32.
@@ -40,12 +42,17 @@ def quantize_static(file: Path, batches: Sequence[np.ndarray], harm: Harm = DIVE
     tools = import_module("onnxruntime.quantization")
     ranges, judged = hold_out(batches)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".quantize.") as name:
-        prepared, candidate = (Path(name, f"{step}.onnx") for step in ("prepared", "int8"))
+        prepared, corrected, candidate = (
+            Path(name, f"{part}.onnx") for part in ("prepared", "corrected", "candidate")
+        )
         # Folds BatchNorm and infers shapes.
         tools.quant_pre_process(file, prepared, skip_symbolic_shape=True)
+        _write(prepared, candidate, ranges, frozenset())
+        shifts = measure_shifts(prepared, candidate, ranges)
 
         def write(left_out: Nodes) -> Run:
-            _write(prepared, candidate, ranges, left_out)
+            correct_biases(prepared, corrected, shifts, left_out)
+            _write(corrected, candidate, ranges, left_out)
             return open_onnx(candidate)
 
         weights, between = _list_nodes(prepared)

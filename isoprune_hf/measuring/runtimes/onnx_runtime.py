@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -80,12 +80,22 @@ def open_onnx(file: Path, *, threads: int = 0) -> Run:
     Returns:
         Function that maps pixels (B, C, H, W) to the outputs.
     """
+    session = _open_session(file, threads)
+    return lambda pixels: side_by_side(session.run(None, {"pixel_values": pixels}))
+
+
+def open_onnx_outputs(file: Path, names: Sequence[str]) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Open an ONNX model as `open_onnx` does; the function returns the outputs of these names."""
+    session = _open_session(file, 0)
+    return lambda pixels: cast("list[np.ndarray]", session.run([*names], {"pixel_values": pixels}))
+
+
+def _open_session(file: Path, threads: int) -> Any:
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda pixels: side_by_side(session.run(None, {"pixel_values": pixels}))
+    return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def numpy_pass(run: Run, images: torch.Tensor) -> Pass:
