@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForDepthEstimation,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
 )
 
@@ -18,6 +19,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoPruneConfig,
     IsoPruneForDepthEstimation,
     IsoPruneForImageClassification,
+    IsoPruneForObjectDetection,
     IsoPruneForSemanticSegmentation,
     IsoPruneModel,
 )
@@ -94,6 +96,7 @@ __all__ = [
     "IsoPruneError",
     "IsoPruneForDepthEstimation",
     "IsoPruneForImageClassification",
+    "IsoPruneForObjectDetection",
     "IsoPruneForSemanticSegmentation",
     "IsoPruneModel",
     "MissingExtraError",
@@ -125,6 +128,7 @@ AutoBackbone.register(IsoPruneConfig, IsoPruneBackbone)
 AutoModel.register(IsoPruneConfig, IsoPruneModel)
 AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassification)
 AutoModelForDepthEstimation.register(IsoPruneConfig, IsoPruneForDepthEstimation)
+AutoModelForObjectDetection.register(IsoPruneConfig, IsoPruneForObjectDetection)
 AutoModelForSemanticSegmentation.register(IsoPruneConfig, IsoPruneForSemanticSegmentation)
 AutoImageProcessor.register(
     IsoPruneConfig, image_processor_classes={"pil": IsoImageProcessor, "torchvision": IsoImageProcessor}

@@ -24,7 +24,7 @@ from isoprune_hf.data.labels import align_labels, classes_of, is_own_network
 from isoprune_hf.errors import DatasetError, RecipeError
 from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.drawn_targets import loss_without_labels
-from isoprune_hf.models.from_module import form_without_labels
+from isoprune_hf.models.from_module import classes_in, form_without_labels
 from isoprune_hf.models.held import LOSS_NAMES, HeldModel
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import LOSSES, chooses_class
@@ -161,7 +161,9 @@ def _finetune_batches(
         if start is None:
             raise DatasetError("data: no batch")
         first = read_batch(start, keys)
-        form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs))
+        task = form_without_labels(inner_of(module))
+        kept = task.outputs if task is not None and loss is None else ()
+        form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs), kept)
         output = run_module(share(module).eval(), form, first.inputs)
         chosen = _choose(model, module, first, form, loss, output)
         objective = chosen.objective
@@ -210,8 +212,8 @@ def _choose(
 ) -> Chosen:
     """Choose the loss by the first batch."""
     task = form_without_labels(inner_of(module))
-    if loss is None and task is not None and (not task.names_classes or first.targets is None):
-        return Chosen(loss_without_labels(task), None)
+    if loss is None and task is not None and not (task.names_classes and isinstance(first.targets, Tensor)):
+        return Chosen(loss_without_labels(task, classes_in(inner_of(module))), None)
     known = model.loss if isinstance(model, Pruned) else None
     if loss is None and known in LOSSES and first.targets is not None:
         loss = known

@@ -17,7 +17,7 @@ from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.base import default_labels, label_fields
 from isoprune_hf.models.calling import CallForm, adapt, input_dtype
-from isoprune_hf.models.from_module import Recognised, form_without_labels, recognise
+from isoprune_hf.models.from_module import Recognised, classes_in, form_without_labels, recognise
 from isoprune_hf.models.held import HeldModel, require_repeatable
 from isoprune_hf.models.nested import separate
 from isoprune_hf.models.processors import processed_size
@@ -137,7 +137,9 @@ def hold(
         RecipeError, DatasetError: See `choose_objective`.
     """
     first = batches[0]
-    form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs))
+    task = form_without_labels(module)
+    kept = task.outputs if task is not None and loss is None else ()
+    form = CallForm(first.names, tuple(value.shape[1:] for value in first.inputs), kept)
     copied = share(module).eval()
     output = run_module(copied, form, first.inputs)
     seen = batches if reads_targets else [first._replace(targets=None)]
@@ -145,9 +147,9 @@ def hold(
     if known is None and form.names == (None,):
         known = recognise(copied, size)
     described = config_of(copied, known)
-    task = form_without_labels(module)
-    if loss is None and task is not None and (not task.names_classes or all(one.targets is None for one in seen)):
-        chosen = drawn_objective(output, task)
+    has_targets = any(isinstance(one.targets, Tensor) for one in seen)
+    if loss is None and task is not None and not (task.names_classes and has_targets):
+        chosen = drawn_objective(output, task, classes_in(module))
     else:
         chosen = choose_objective(output, seen, form, loss, None if described is None else described.problem_type)
     objective = chosen.objective

@@ -17,7 +17,7 @@ from isoprune_hf.models.calling import CallForm
 from isoprune_hf.models.divergence import DIVERGENCES
 from isoprune_hf.models.drawn_targets import loss_without_labels
 from isoprune_hf.models.held import LOSS_NAMES
-from isoprune_hf.models.nested import separate
+from isoprune_hf.models.nested import separate, tensors_of
 from isoprune_hf.models.objective import LOSSES, Objective, OutputNorm, TargetLoss, side_by_side
 
 Loss = str | Callable[[Any, Any], Tensor]
@@ -75,15 +75,16 @@ def choose_objective(
     return chosen
 
 
-def drawn_objective(output: Any, form: TaskForm) -> Chosen:
+def drawn_objective(output: Any, form: TaskForm, classes: int | None) -> Chosen:
     """Return the loss of a network of a task without labels; those of the batches are not looked at.
 
     Args:
         output: The output of the network for a batch.
         form: The task.
+        classes: The number of classes, if the network has any.
     """
-    shapes = [value.shape[1:] for value in separate(output)[0]]
-    objective = loss_without_labels(form)
+    shapes = [value.shape[1:] for value in tensors_of(output, form.outputs)]
+    objective = loss_without_labels(form, classes)
     return Chosen(objective, lambda batch: objective.draw_targets(batch.inputs[0], shapes))
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "IsoPruneError",
     "IsoPruneForDepthEstimation",
     "IsoPruneForImageClassification",
+    "IsoPruneForObjectDetection",
     "IsoPruneForSemanticSegmentation",
     "IsoPruneModel",
     "SkippedBlock",
@@ -120,7 +121,7 @@ class IsoPruneWithHead(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call
     def forward(
         self,
         pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        labels: Any = None,
         output_hidden_states: HiddenStates = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -130,15 +131,16 @@ class IsoPruneWithHead(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call
         Args:
             pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
             labels: Targets for the loss of the base's class in transformers, if it has one; of segmentation the class
-                of each pixel, (B, H, W), without the class `semantic_loss_ignore_index` of the base's config.
+                of each pixel, (B, H, W), without the class `semantic_loss_ignore_index` of the base's config; of
+                detection a mapping for each image with `class_labels` (N,) and `boxes` (N, 4).
             output_hidden_states: Whether to return the output of each block.
             output_attentions: Whether to return the attention weights.
-            kwargs: Further arguments of the base's own forward.
+            kwargs: Further arguments of the base's own forward, such as `pixel_mask` of detection.
 
         Returns:
             The output of the base's class in transformers, and `loss` if there are labels. Of segmentation `logits` of
             shape (B, num_labels, h, w), of depth `predicted_depth` of shape (B, h, w), of the resolution that the base
-            gives.
+            gives; of detection `logits` and `pred_boxes` (B, queries, 4) of centres and sizes, in shares of the image.
         """
         if labels is not None:
             kwargs["labels"] = labels
@@ -157,6 +159,10 @@ class IsoPruneForSemanticSegmentation(IsoPruneWithHead):  # type: ignore[no-unty
 
 class IsoPruneForDepthEstimation(IsoPruneWithHead):  # type: ignore[no-untyped-call]  # untyped in transformers
     """A network that finds the depth of every pixel, see `IsoPruneWithHead`."""
+
+
+class IsoPruneForObjectDetection(IsoPruneWithHead):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """A network that finds boxes of objects and their classes, see `IsoPruneWithHead`."""
 
 
 class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -246,6 +252,7 @@ MODEL_CLASSES: dict[str, type[IsoPrunePreTrainedModel]] = {
     for kind in (
         IsoPruneForDepthEstimation,
         IsoPruneForImageClassification,
+        IsoPruneForObjectDetection,
         IsoPruneForSemanticSegmentation,
         IsoPruneModel,
     )

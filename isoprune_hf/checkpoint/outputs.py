@@ -70,7 +70,10 @@ def call_network(
     """Return the output of the network's own class in transformers.
 
     Args and errors are those of `call_classifier`; `labels` among the options are the targets of the network's loss.
+    A `pixel_mask`, which image processors of detection make, is left out where the network has no use for it.
     """
+    if "pixel_mask" not in inspect.signature(network.forward).parameters:
+        options.pop("pixel_mask", None)
     return _call_transformers(cast(Any, network), pixel_values, hidden_states, attentions, options)
 
 

@@ -9,6 +9,7 @@ from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     MODEL_FOR_DEPTH_ESTIMATION_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     MODEL_MAPPING,
 )
@@ -29,7 +30,8 @@ class TaskForm(NamedTuple):
         networks: Config class of transformers -> the class, or classes, that the network is of.
         libraries: The libraries whose networks it takes.
         has_classes: The network returns one vector of logits of classes for an image.
-        names_classes: The config names the classes of its logits, which may be those of pixels.
+        names_classes: The config names the classes of its logits, which may be those of pixels or of boxes.
+        outputs: The names of the outputs that stay as they are; all of them if none are named.
     """
 
     task: str
@@ -40,6 +42,7 @@ class TaskForm(NamedTuple):
     libraries: tuple[str, ...]
     has_classes: bool
     names_classes: bool
+    outputs: tuple[str, ...] = ()
 
 
 IMAGE_CLASSIFICATION = TaskForm(
@@ -82,9 +85,26 @@ DEPTH_ESTIMATION = TaskForm(
     has_classes=False,
     names_classes=False,
 )
+OBJECT_DETECTION = TaskForm(
+    task="object-detection",
+    pipeline="object-detection",
+    auto_class="AutoModelForObjectDetection",
+    model_class="IsoPruneForObjectDetection",
+    networks=MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    libraries=("transformers",),
+    has_classes=False,
+    names_classes=True,
+    outputs=("logits", "pred_boxes"),
+)
 TASK_FORMS = {
     form.task: form
-    for form in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION, DEPTH_ESTIMATION)
+    for form in (
+        IMAGE_CLASSIFICATION,
+        IMAGE_FEATURE_EXTRACTION,
+        SEMANTIC_SEGMENTATION,
+        DEPTH_ESTIMATION,
+        OBJECT_DETECTION,
+    )
 }
 
 

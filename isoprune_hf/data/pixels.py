@@ -181,12 +181,29 @@ def evaluation_transform(processor: BaseImageProcessor, decoding: Decoding) -> T
 
     A processor that keeps the aspect ratio of images, and crops none, makes images of its size: they form batches.
     """
-    if getattr(processor, "keep_aspect_ratio", False):
-        processor = copy.deepcopy(processor)
-        vars(processor)["keep_aspect_ratio"] = False
+    processor = _of_one_size(processor)
     if decoding.decoder == "torchvision":
         return PixelTransform(processor)
     return PillowTransform(processor) if PillowTransform.is_exact(processor) else EvaluationTransform(processor)
+
+
+def _of_one_size(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """Return a processor whose images are all of one size: the same object if it crops, or keeps no aspect ratio.
+
+    Of a processor that names the shortest and the longest edge (DETR), images become squares of the shortest one.
+    """
+    size = getattr(processor, "size", None)
+    has_edges = isinstance(size, SizeDict) and size.shortest_edge and size.longest_edge
+    is_cropped = getattr(processor, "do_center_crop", False)
+    if not getattr(processor, "keep_aspect_ratio", False) and (not has_edges or is_cropped):
+        return processor
+    processor = copy.deepcopy(processor)
+    if has_edges:
+        edge = settings_of(processor).size.shortest_edge
+        vars(processor)["size"] = SizeDict(height=edge, width=edge)
+    else:
+        vars(processor)["keep_aspect_ratio"] = False
+    return processor
 
 
 def normalisation(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:

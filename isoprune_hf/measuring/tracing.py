@@ -62,7 +62,7 @@ def output_names(model: IsoPruneForImageClassification) -> tuple[str, ...]:
         return ("logits",)
     blank = torch.zeros(1, *image_size_of(model), device=model.device, dtype=model.dtype)
     with torch.no_grad():
-        return tuple(_named_tensors(model.model(blank)))
+        return tuple(_named_tensors(model.model(blank), task_of(model.config.base).outputs))
 
 
 def labels_of(model: IsoPruneForImageClassification) -> dict[int, str]:
@@ -76,11 +76,13 @@ def side_by_side(outputs: Sequence[np.ndarray]) -> np.ndarray:
     return outputs[0] if len(outputs) == 1 else np.concatenate([value.reshape(len(value), -1) for value in outputs], 1)
 
 
-def _named_tensors(output: Any) -> dict[str, torch.Tensor]:
+def _named_tensors(output: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of an output by their names: those of `names`, or all if there are none."""
     if isinstance(output, torch.Tensor):
         return {"pooler_output": output}
     named = output if isinstance(output, Mapping) else {f"output_{number}": one for number, one in enumerate(output)}
-    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    kept = names or named
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and name in kept}
 
 
 class _TensorsOnly(nn.Module):
@@ -88,14 +90,14 @@ class _TensorsOnly(nn.Module):
 
     def __init__(self, model: IsoPruneForImageClassification, dtype: torch.dtype):
         super().__init__()
-        self.has_classes = task_of(model.config.base).has_classes
+        self.form = task_of(model.config.base)
         self.model = model
         self.dtype = dtype
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         pixel_values = pixel_values.to(self.dtype)
-        if self.has_classes:
+        if self.form.has_classes:
             found = [self.model(pixel_values).logits]
         else:
-            found = [*_named_tensors(self.model.model(pixel_values)).values()]
+            found = [*_named_tensors(self.model.model(pixel_values), self.form.outputs).values()]
         return found[0].float() if len(found) == 1 else tuple(value.float() for value in found)

@@ -86,7 +86,7 @@ def hold_unlabelled(config: IsoPruneConfig, module: nn.Module | None = None) -> 
         config: Config that builds the network.
         module: The network; by default it is built.
     """
-    return HeldModel(config, module, loss_without_labels(task_of(config.base)))
+    return HeldModel(config, module, loss_without_labels(task_of(config.base), config.num_labels))
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:

@@ -10,22 +10,24 @@ import torch
 from torch import Size, Tensor, nn
 
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.models.nested import separate
+from isoprune_hf.models.nested import tensors_of
 
 _FORM = "_call_form"  # attribute of an adapted module
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """The inputs of a module.
+    """The inputs of a module, and the outputs that count.
 
     Args:
         names: For each input, its keyword; None for one that is given by position.
         shapes: For each input, its shape without the dim of the batch.
+        outputs: Names of outputs; all tensors count if none are named.
     """
 
     names: tuple[str | None, ...]
     shapes: tuple[Size, ...]
+    outputs: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallForm":
         return self  # a value: copies of a module share it
@@ -51,6 +53,10 @@ class CallForm:
         named = {name: value for name, value in pairs if name is not None}
         return function(*(value for name, value in pairs if name is None), **named)
 
+    def tensors(self, output: Any) -> tuple[Tensor, ...]:
+        """Return the outputs that count of what a module returned."""
+        return tensors_of(output, self.outputs)
+
 
 def input_dtype(module: nn.Module) -> torch.dtype:
     """Return the type of the inputs of a module: that of its first parameter of real numbers, or of its first one."""
@@ -59,7 +65,7 @@ def input_dtype(module: nn.Module) -> torch.dtype:
 
 
 def adapt(module: nn.Module, form: CallForm) -> None:
-    """Make a module take one packed tensor and return a tuple of all its output tensors, in place.
+    """Make a module take one packed tensor and return a tuple of its output tensors that count, in place.
 
     Its class becomes a child of its class, so its tensors and modules keep their names.
 
@@ -85,7 +91,6 @@ def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, packed: Tensor) -> tuple[Tensor, ...]:
         form: CallForm = vars(self)[_FORM]
         inputs = form.unpack(packed)
-        outputs, _ = separate(form.call(lambda *args, **named: kind.forward(self, *args, **named), inputs))
-        return outputs
+        return form.tensors(form.call(lambda *args, **named: kind.forward(self, *args, **named), inputs))
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Size, Tensor, nn
 
-from isoprune_hf.checkpoint.task_forms import TaskForm, task_of
+from isoprune_hf.checkpoint.task_forms import OBJECT_DETECTION, TaskForm, task_of
 from isoprune_hf.errors import CheckpointError
+from isoprune_hf.models.detection_loss import DetectionLoss
 from isoprune_hf.models.feature_loss import FEATURES
 from isoprune_hf.models.held import HeldModel, output_shapes, require_repeatable
 from isoprune_hf.models.objective import Objective
@@ -26,8 +27,15 @@ class DrawnObjective(Objective, Protocol):
         """
 
 
-def loss_without_labels(form: TaskForm) -> DrawnObjective:
-    """Return the loss of a network whose outputs are logits of classes, or else values of any kind."""
+def loss_without_labels(form: TaskForm, classes: int | None = None) -> DrawnObjective:
+    """Return the loss of a network whose outputs are boxes, or logits of classes, or else values of any kind.
+
+    Args:
+        form: The task of the network.
+        classes: The number of classes, if it has any.
+    """
+    if form is OBJECT_DETECTION:
+        return DetectionLoss(classes or 1)
     return PIXEL_CLASSES if form.names_classes else FEATURES
 
 
@@ -50,7 +58,8 @@ def draw_for(batches: Any, model: HeldModel) -> "DrawnBatches":
     """
     require_repeatable(model)
     shapes = [torch.Size(shape) for shape in output_shapes(model)]
-    return DrawnBatches(batches, loss_without_labels(task_of(model.config.base)), shapes)
+    objective = loss_without_labels(task_of(model.config.base), model.config.num_labels)
+    return DrawnBatches(batches, objective, shapes)
 
 
 class DrawnBatches:

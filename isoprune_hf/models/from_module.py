@@ -74,6 +74,11 @@ def form_without_labels(module: nn.Module) -> TaskForm | None:
     return IMAGE_FEATURE_EXTRACTION if is_encoder else None
 
 
+def classes_in(module: nn.Module) -> int | None:
+    """Return the number of classes in the config of a model of transformers; None for other modules."""
+    return module.config.num_labels if isinstance(module, PreTrainedModel) else None
+
+
 def recognise_wrapper(wrapper: TimmWrapperForImageClassification) -> Recognised:
     """Return the config that builds the module of timm in a model of transformers."""
     labels = {int(index): label for index, label in (wrapper.config.id2label or {}).items()}

@@ -12,8 +12,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.errors import UnsupportedArchitectureError
-from isoprune_hf.models.nested import separate
+from isoprune_hf.models.nested import tensors_of
 from isoprune_hf.models.objective import Objective, OutputNorm, TargetLoss, chooses_class
 
 CLASSES = TargetLoss("cross_entropy", has_logits=True)
@@ -34,7 +35,7 @@ class HeldOutput(ImageClassifierOutput):
     """The outputs of a held model: `logits`, by which models are compared, and all tensors that the module returned.
 
     Args:
-        outputs: The tensors.
+        outputs: The tensors; of a task that names outputs, these.
     """
 
     outputs: tuple[Tensor, ...] | None = None
@@ -67,7 +68,7 @@ class HeldModel(IsoPruneForImageClassification):
             labels: Targets for the loss, (B, ...).
         """
         pixel_values = pixel_values.to(self.dtype)
-        outputs, _ = separate(self.model(pixel_values))
+        outputs = tensors_of(self.model(pixel_values), task_of(self.config.base).outputs)
         loss = None if labels is None else self.objective.summed_loss(outputs, labels, pixel_values) / len(labels)
         return HeldOutput(loss=loss, logits=self.objective.logits(outputs), outputs=outputs)
 

@@ -21,6 +21,7 @@ _METRICS = {
     "miou": ("mean_iou", "mean IoU of the classes of pixels"),
     "same_class": ("accuracy", "share of the pixels whose class is that of the base"),
     "delta1": ("accuracy", "share of the pixels whose depth is within 1.25 times that of the base"),
+    "same_objects": ("f1", "share of the objects that the base finds, too (F1)"),
     "knn": ("accuracy", "accuracy of the 20 nearest other images (k-NN)"),
 }
 _MACS = ("macs", "MACs of one image (torch.utils.flop_counter)")

@@ -17,6 +17,8 @@ TASK_COLUMNS = {
     "pixel_divergence": "divergence of pixels",
     "delta1": "delta1 %",
     "depth_difference": "difference of depths",
+    "same_objects": "objects as base %",
+    "detection_divergence": "divergence of objects",
 }
 COLUMNS = {
     "macs": "GMACs",
@@ -33,9 +35,11 @@ PERCENTAGES = (
     "pixel_accuracy",
     "same_class",
     "delta1",
+    "same_objects",
     "ece",
     "agreement",
 )  # fractions, shown in percent
+_DIFFERENCES = ("pixel_divergence", "depth_difference", "detection_divergence")  # from the base
 _DETAILS = {
     "ece": "calibration error %",
     "agreement": "agreement %",
@@ -53,8 +57,8 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
 
     Args:
         key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, miou, pixel_accuracy, same_class, delta1,
-            ece, agreement (fractions, shown in percent), loss, cosine, position_cosine, pixel_divergence,
-            depth_difference, latency_ms, file_mb, images or broken.
+            same_objects, ece, agreement (fractions, shown in percent), loss, cosine, position_cosine,
+            pixel_divergence, depth_difference, detection_divergence, latency_ms, file_mb, images or broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """
@@ -65,7 +69,7 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
         return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
     if key in PERCENTAGES:
         return f"{100 * value:.2f}"
-    if key in ("loss", "cosine", "position_cosine", "pixel_divergence", "depth_difference"):
+    if key in ("loss", "cosine", "position_cosine", *_DIFFERENCES):
         return f"{value:.4f}"
     shown = {"latency_ms": f"{value:.2f}", "file_mb": f"{value:.3g}"}
     return shown.get(key, f"{value:,}")

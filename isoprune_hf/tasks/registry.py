@@ -10,12 +10,19 @@ from isoprune_hf.tasks.depth_estimation import DEPTH_ESTIMATION
 from isoprune_hf.tasks.image_classification import IMAGE_CLASSIFICATION
 from isoprune_hf.tasks.image_feature_extraction import IMAGE_FEATURE_EXTRACTION
 from isoprune_hf.tasks.multi_label_classification import MULTI_LABEL_CLASSIFICATION
+from isoprune_hf.tasks.object_detection import OBJECT_DETECTION
 from isoprune_hf.tasks.semantic_segmentation import SEMANTIC_SEGMENTATION
 from isoprune_hf.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     task.form.task: task
-    for task in (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, SEMANTIC_SEGMENTATION, DEPTH_ESTIMATION)
+    for task in (
+        IMAGE_CLASSIFICATION,
+        IMAGE_FEATURE_EXTRACTION,
+        SEMANTIC_SEGMENTATION,
+        DEPTH_ESTIMATION,
+        OBJECT_DETECTION,
+    )
 }
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models.calling import CallForm, input_dtype
-from isoprune_hf.models.nested import separate
 from isoprune_hf.models.objective import Objective, as_classes, chooses_class
 from isoprune_hf.recipes import FinetuneRecipe
 from isoprune_hf.training.acceleration import accelerated, autocast
@@ -55,7 +54,7 @@ class OwnLoss:
 
     Args:
         objective: The loss of the targets, and the outputs by which two models are compared.
-        form: Inputs of the module, and of the teacher.
+        form: Inputs of the module, and of the teacher, and the outputs that count.
         recipe: How much of the loss is the teacher's.
         teacher: A module with the outputs of the one that is trained, which is moved and becomes float32; None without
             a teacher.
@@ -73,11 +72,11 @@ class OwnLoss:
             For classes see `training_loss`, for other outputs `Objective.distances`.
         """
         recipe, objective = self.recipe, self.objective
-        outputs, _ = separate(self.form.call(module, batch.inputs))
+        outputs = self.form.tensors(self.form.call(module, batch.inputs))
         wanted = None
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = separate(self.form.call(self.teacher, batch.inputs))[0]
+                wanted = self.form.tensors(self.form.call(self.teacher, batch.inputs))
         if chooses_class(objective) and batch.targets is not None:
             return training_loss(
                 objective.logits(outputs),

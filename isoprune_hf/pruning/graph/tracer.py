@@ -56,6 +56,7 @@ _LAYOUT_OPS = frozenset(
 # A linear layer runs one or the other, depending on its input's strides.
 _EQUIVALENT_OPS = {"addmm": "mm"}
 _COLLECTIONS = (list, tuple)
+_KEPT = ("logits", "pred_boxes")  # in names of outputs whose sizes stay
 _VALUE_READERS = ("tolist", "numpy")  # methods of a tensor that no operation of aten sees
 # The errors that the code of a network may raise when it reads values, which the meta device does not have, or when it
 # does not support the size of the image. It is code of any author, so no narrower list is right.
@@ -244,11 +245,12 @@ def run_traced(network: nn.Module, trace: Trace, image: Tensor) -> Any:
 
 
 def _outputs_in(output: Any) -> list[Tensor]:
-    """Return the outputs whose sizes stay: of named ones the logits, or all if there are none; otherwise all."""
+    """Return the outputs whose sizes stay: of named ones logits and boxes, or all if there are none; otherwise all."""
     if isinstance(output, Tensor | tuple | list):
         return [*tensors_in([output])]
-    logits = [value for name, value in output.items() if "logits" in name and isinstance(value, Tensor)]
-    return logits or [value for value in output.values() if isinstance(value, Tensor)]
+    named = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    kept = [value for name, value in named.items() if any(part in name for part in _KEPT)]
+    return kept or [*named.values()]
 
 
 @contextmanager
