@@ -6,7 +6,7 @@ kernel of attention, a nested config of any kind that does so in turn.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_BACKBONE_MAPPING
@@ -18,6 +18,12 @@ from isoprune_hf.checkpoint.plain_values import is_plain, require
 IGNORED_ENTRIES = re.compile("_.*|.*implementation|quantization.*|layer_types|per_layer_config|use_return_dict")
 _LABELS = ("id2label", "label2id")  # any texts
 _BACKBONE = "backbone_config"
+_TIMM = "timm_backbone"
+_TIMM_NAME = re.compile(
+    r"[\w.]+", re.ASCII
+)  # an architecture of timm, built without its weights; others are addresses
+# Kinds whose configs may name an architecture of timm in place of a config of the backbone.
+_NAMING_TIMM = ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer")
 _FETCHING = re.compile(
     "backbone(?!_(out_indices|featmap_shape)$).*|use_(pretrained|timm)_backbone|auto_map|trust_remote_code"
 )
@@ -35,15 +41,19 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
     Raises:
         CheckpointError: An entry is not a plain value, is an address or names something to fetch, or a nested config
             is of another kind than the class has at this place, or of none that it fixes. A backbone is of any kind
-            of transformers.
+            of transformers, or an architecture of timm.
     """
     nested = {name: getattr(kind, "model_type", None) for name, kind in config_class.sub_configs.items()}
     for name, kind in nested.items():
         is_known = bool(kind) or name == _BACKBONE
         require(is_known, f"{place}: {config_class.model_type} has a {name} of any kind and is not supported")
     checked = {}
+    harmless = _names_of_timm(config_class.model_type, values)
     for name, value in values.items():
         if IGNORED_ENTRIES.fullmatch(name) or name == "auto_map":
+            continue
+        if name in harmless:
+            checked[name] = value
             continue
         require(is_plain(value), f"{place}: {name}={value!r:.99} is not allowed")
         if name in nested and isinstance(value, dict):
@@ -63,15 +73,28 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
 
 
 def _backbone_of(model_type: Any, place: str) -> Any:
-    """Return the class of the config of a backbone of transformers; those of timm are fetched by their names.
+    """Return the class of the config of a backbone of transformers.
 
     Raises:
         CheckpointError: There is no such backbone.
     """
     kind = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
-    is_backbone = kind is not None and kind in MODEL_FOR_BACKBONE_MAPPING and model_type != "timm_backbone"
+    is_backbone = kind is not None and kind in MODEL_FOR_BACKBONE_MAPPING
     require(is_backbone, f"{place}: model_type {model_type!r:.99} is not a backbone of transformers")
     return kind
+
+
+def _names_of_timm(kind: str, values: dict[str, Any]) -> Collection[str]:
+    """Return the entries that name an architecture of timm, which transformers builds without its weights."""
+    name = values.get("backbone")
+    if not isinstance(name, str) or not _TIMM_NAME.fullmatch(name):
+        return ()
+    if kind == _TIMM:
+        return ("backbone",)
+    is_plain_name = values.get(_BACKBONE) is None and not values.get("backbone_kwargs")
+    if kind in _NAMING_TIMM and is_plain_name and values.get("use_timm_backbone", True) is True:
+        return ("backbone", "use_timm_backbone", "use_pretrained_backbone")
+    return ()
 
 
 def entries_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import CONFIG_MAPPING, CLIPConfig, DPTConfig, ResNetConfig, UperNetConfig, ViTConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
@@ -13,6 +14,7 @@ from isoprune_hf.checkpoint.nested_config import check_config
 from isoprune_hf.errors import CheckpointError, IsoPruneError
 from isoprune_hf.models import load_base
 
+NAMING_TIMM = ["detr", "conditional_detr", "deformable_detr", "dab-detr", "table-transformer"]
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "vision of another kind": ("clip", {"vision_config": {"model_type": "timm_wrapper", "architecture": "resnet18"}}),
@@ -62,7 +64,9 @@ def test_entry_that_would_be_fetched_is_refused(name: str, tmp_path: Path, monke
 @pytest.mark.parametrize(
     "backbone",
     [
-        {"model_type": "timm_backbone", "backbone": "resnet18"},
+        {"model_type": "timm_backbone", "backbone": "someone/model"},
+        {"model_type": "timm_backbone", "backbone": "hf-hub:someone"},
+        {"model_type": "timm_backbone", "backbone": "resnet18", "use_pretrained_backbone": True},
         {"model_type": "detr"},
         {"model_type": ["resnet"]},
         {"hidden_sizes": [8]},
@@ -81,6 +85,36 @@ def test_honest_backbone_passes() -> None:
     checked = check_config(UperNetConfig, values)
     assert checked["backbone_config"]["hidden_sizes"] == [8, 8]
     assert check_config(DPTConfig, {"backbone_out_indices": [0, 1], "backbone_config": None}).keys()
+
+
+@pytest.mark.parametrize("kind", NAMING_TIMM)
+def test_backbone_of_timm_is_built_without_fetching(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an old config by its name alone, and in a config of transformers 5 as it writes itself."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("contacted"))
+    old = {"model_type": kind, "backbone": "resnet18", "use_timm_backbone": True, "use_pretrained_backbone": True}
+    check_config(CONFIG_MAPPING[kind], old)
+    read = CONFIG_MAPPING[kind](**old)
+    assert read.backbone_config.backbone == "resnet18"
+    base = {"library": "transformers", "config": read.to_diff_dict(), "task": "object-detection"}
+    with torch.device("meta"):
+        network = build_base(IsoPruneConfig(base=base, num_labels=2))
+    assert sum(name.endswith("layer4.1.conv2.weight") for name, _ in network.named_parameters()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "someone/model"},
+        {"backbone": "local-dir:/etc"},
+        {"backbone": "resnet18", "use_timm_backbone": False},
+        {"backbone": "resnet18", "backbone_kwargs": {"out_indices": [1]}},
+        {"backbone": "resnet18", "backbone_config": {"model_type": "resnet"}},
+    ],
+    ids=str,
+)
+def test_named_backbone_that_would_be_fetched_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"backbone.* is not allowed$"):
+        check_config(CONFIG_MAPPING["detr"], changes)
 
 
 def test_implementations_of_nested_configs_are_dropped() -> None:
