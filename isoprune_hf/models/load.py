@@ -89,7 +89,9 @@ def load_base(
     _check_processor(source.name, base)
     known = base.model.config.problem_type
     is_same_problem = label_names is None or known in (None, problem_type or ONE_CLASS)
-    if num_labels is None or (num_labels == base.model.config.num_labels and is_same_problem):
+    # Trained weights know classes of their own; random ones take any names.
+    is_named = pretrained or label_names is None or tuple((base.model.config.id2label or {}).values()) == label_names
+    if num_labels is None or (num_labels == base.model.config.num_labels and is_same_problem and is_named):
         return _with_fingerprint(base)
     problem = (known or problem_type) if is_same_problem else problem_type
     headed = replace_head(base, options.head_labels(num_labels), seed=seed, problem=problem)

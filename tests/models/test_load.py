@@ -80,6 +80,18 @@ def test_labels_are_those_of_base_or_given() -> None:
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
+def test_random_head_of_same_size_takes_names(tmp_path: Path) -> None:
+    names = ("one", "two", "three", "four")
+    folder = str(save_timm(tmp_path))
+    drawn = load_base(folder, pretrained=False)
+    named = load_base(folder, pretrained=False, num_labels=4, label_names=names).model
+    assert named.config.id2label == dict(enumerate(names))
+    assert_same(weights(named), weights(drawn.model))
+    # The classes of trained weights are those of their training.
+    kept = load_base(folder, num_labels=4, label_names=names).model
+    assert kept.config.id2label == {0: "ant", 1: "bee", 2: "cat", 3: "dog"}
+
+
 def test_number_of_label_names_must_match() -> None:
     with pytest.raises(RecipeError, match="num_labels"):
         tiny(num_labels=3, label_names=("cat", "dog"))
