@@ -124,7 +124,7 @@ def _described(model: nn.Module) -> nn.Module:
     return model
 
 
-def train(name: str, data: Path, output: Path, flags: list[str]) -> int:
+def train(name: str, data: Path, output: Path, flags: list[str], start: Path | None = None) -> int:
     """Train a net by the stage `finetune`; return its exit code.
 
     Args:
@@ -132,8 +132,9 @@ def train(name: str, data: Path, output: Path, flags: list[str]) -> int:
         data: CIFAR-10 with the splits train and test.
         output: Folder of `base`, the net with random weights, and of `dense`, the trained one.
         flags: Further flags of the stage.
+        start: Folder of a net to go on from, in place of random weights.
     """
-    base = output / "base"
+    base = start or output / "base"
     if not (base / "config.json").is_file():
         model, processor = load_base(f"timm/cifar_{name}", pretrained=False)
         processor.save_pretrained(base)
@@ -148,8 +149,9 @@ def main() -> int:
     parser.add_argument("name", choices=TRAINING)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10: folder or Hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder of base and dense")
+    parser.add_argument("--start", type=Path, help="trained folder to go on from; by default random weights")
     args, flags = parser.parse_known_args()
-    return train(args.name, args.data, args.output, flags)
+    return train(args.name, args.data, args.output, flags, args.start)
 
 
 if __name__ == "__main__":

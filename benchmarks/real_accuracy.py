@@ -33,6 +33,7 @@ from pruned_accuracy_methods import (
     MICRO_BATCH,
     Case,
     Method,
+    MethodError,
     Pruned,
     with_best_of_torch_pruning,
     with_torch_pruning,
@@ -205,7 +206,11 @@ def measure(args: argparse.Namespace) -> None:
         cell |= {"images": args.images, "held_out": args.held_out}
         if key_of(cell) in done:
             continue
-        record = {**cell, **measure_cell(Net(name, *opened, seed, args.workdir), method, budget, args)}
+        try:
+            record = {**cell, **measure_cell(Net(name, *opened, seed, args.workdir), method, budget, args)}
+        except MethodError as error:
+            print(f"{name} {method} {budget:.0%} seed {seed}: {error}", flush=True)
+            continue
         with args.results.open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = ", ".join(f"{key} {record[key]:.3f}" for key in FIGURES)

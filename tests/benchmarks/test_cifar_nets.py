@@ -63,6 +63,8 @@ def test_trained_net_is_opened_for_measuring(tmp_path: Path) -> None:
     trained = load_base(str(output / "dense")).model
     pixels = torch.from_numpy(photographs.pixels[evaluated.numpy()])
     assert torch.equal(model(pixel_values=pixels).logits, trained(pixel_values=pixels).logits)
+    assert train("resnet20", images, tmp_path / "again", short, output / "dense") == 0
+    assert not (tmp_path / "again" / "base").exists()  # no random weights
 
 
 def test_missing_weights_name_the_training(tmp_path: Path) -> None:
