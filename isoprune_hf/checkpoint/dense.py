@@ -222,9 +222,21 @@ def _build_transformers(
             inner._attn_implementation = attention
         architecture = (inner.architectures or [""])[0]
         model: nn.Module = named.get(architecture, next(iter(named.values())))(inner)
-        return model
+        return _tied(model)
 
     return build_limited(f"config.base.config: {kind} cannot be built", build)
+
+
+def _tied(network: Any) -> nn.Module:
+    """Share the tensors that a network of transformers shares, in place; return it.
+
+    Its constructor does so, too, but not within `from_pretrained`, where a cut needs to know which are shared.
+    """
+    for name, source in network.get_expanded_tied_weights_keys(all_submodels=True).items():
+        path, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(path), leaf, network.get_parameter(source))
+    tied: nn.Module = network
+    return tied
 
 
 def build_limited(complaint: str, build: Callable[[], nn.Module]) -> nn.Module:

@@ -48,7 +48,7 @@ def evaluate_objects(
     objective = DetectionLoss(model.config.num_labels or 1)
 
     def same_objects(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-        pairs = zip(_objects(objective, outputs), _objects(objective, wanted), strict=True)
+        pairs = zip(objects_of(objective, outputs), objects_of(objective, wanted), strict=True)
         return torch.tensor([share_of_same(*found, *target) for found, target in pairs], dtype=torch.float64)
 
     measures = {"same_objects": same_objects, "detection_divergence": objective.distances}
@@ -82,7 +82,7 @@ def share_of_same(boxes: Tensor, classes: Tensor, wanted_boxes: Tensor, wanted_c
     return 2 * pairs / (len(boxes) + len(wanted_boxes))
 
 
-def _objects(objective: DetectionLoss, outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def objects_of(objective: DetectionLoss, outputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return for each image the corners of the likely boxes, (N, 4), and their classes (N,), the likeliest first."""
     found = objective.found(outputs)
     scores, classes = found.probabilities.max(2)

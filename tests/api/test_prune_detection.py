@@ -1,12 +1,13 @@
 """Networks of object detection are pruned without labels, and open by the Auto class of their task."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers.detectors import make_yolos
+from helpers.detectors import OTHERS, make_detr, make_rt_detr, make_timm_detr, make_yolos
 from helpers.fresh_python import FreshPython
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,13 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from isoprune_hf import FinetuneRecipe, IsoPruneForObjectDetection, finetune, load_base, prune
 from isoprune_hf.checkpoint.task_forms import TASK_FORMS
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.detection_loss import DetectionLoss
+from isoprune_hf.models.nested import tensors_of
 
 CUT = {"target_macs": "60%", "round_to": 1, "criterion": "gate_fisher"}
 PLAIN = {"round_to": 1, "criterion": "l1", "reconstruct": "none", "rotate": False}
+NETWORKS = {"DETR": make_detr, "DETR on timm": make_timm_detr, "RT-DETR": make_rt_detr, **OTHERS}
 SCRIPT = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
@@ -93,6 +97,43 @@ def test_folder_opens_without_the_package(tmp_path: Path, fresh_python: FreshPyt
     text = (tmp_path / "folder" / "README.md").read_text()
     assert "pipeline_tag: object-detection" in text and "AutoModelForObjectDetection.from_pretrained" in text
     assert "of which every box has one" in text
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_networks_keep_objects_and_reload(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = NETWORKS[name](), make_images(64)[:4]
+    dense = outputs_of(network, images)
+    pruned = prune(network, images, **{**PLAIN, "target_macs": "80%"})
+    cut = outputs_of(pruned.model, images)
+    assert [value.shape for value in cut] == [value.shape for value in dense]
+    assert pruned.pruned_cost.macs <= 0.8 * pruned.base_cost.macs and not are_equal(cut, dense)
+    pruned.save(tmp_path / "folder")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("contacted"))
+    again = AutoModelForObjectDetection.from_pretrained(tmp_path / "folder").eval()
+    assert are_equal(outputs_of(again, images), cut)
+    mask = torch.ones(4, 64, 64, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(again(pixel_values=images, pixel_mask=mask).logits, cut[0])
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("make", [make_detr, make_rt_detr])
+def test_repair_brings_objects_nearer(make: Callable[[], transformers.PreTrainedModel]) -> None:
+    network, random = make(), torch.Generator().manual_seed(1)
+    images = torch.nn.functional.interpolate(torch.randn(48, 3, 8, 8, generator=random), size=64, mode="bilinear")
+    settings = {"target_macs": "70%", "round_to": 1, "criterion": "l1"}
+    wanted = outputs_of(network, images[32:])
+    distances = [
+        float(DetectionLoss(2).distances(outputs_of(pruned.model, images[32:]), wanted).mean())
+        for pruned in (prune(network, images[:32], **settings, **ways) for ways in ({"reconstruct": "none"}, {}))
+    ]
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_network_without_boxes_is_refused() -> None:
+    with pytest.raises(UnsupportedArchitectureError, match="returns logits, and no pred_boxes"):
+        tensors_of({"logits": torch.zeros(1, 2, 3)}, ("logits", "pred_boxes"))
 
 
 @pytest.mark.families
