@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotImageClassification,
 )
 
 from isoprune_hf.checkpoint.modeling_isoprune import (
@@ -21,6 +22,7 @@ from isoprune_hf.checkpoint.modeling_isoprune import (
     IsoPruneForImageClassification,
     IsoPruneForObjectDetection,
     IsoPruneForSemanticSegmentation,
+    IsoPruneForZeroShotImageClassification,
     IsoPruneModel,
 )
 from isoprune_hf.errors import (
@@ -98,6 +100,7 @@ __all__ = [
     "IsoPruneForImageClassification",
     "IsoPruneForObjectDetection",
     "IsoPruneForSemanticSegmentation",
+    "IsoPruneForZeroShotImageClassification",
     "IsoPruneModel",
     "MissingExtraError",
     "PruneRecipe",
@@ -130,6 +133,7 @@ AutoModelForImageClassification.register(IsoPruneConfig, IsoPruneForImageClassif
 AutoModelForDepthEstimation.register(IsoPruneConfig, IsoPruneForDepthEstimation)
 AutoModelForObjectDetection.register(IsoPruneConfig, IsoPruneForObjectDetection)
 AutoModelForSemanticSegmentation.register(IsoPruneConfig, IsoPruneForSemanticSegmentation)
+AutoModelForZeroShotImageClassification.register(IsoPruneConfig, IsoPruneForZeroShotImageClassification)
 AutoImageProcessor.register(
     IsoPruneConfig, image_processor_classes={"pil": IsoImageProcessor, "torchvision": IsoImageProcessor}
 )

@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, 
 from isoprune_hf.api.batches import CallerBatch
 from isoprune_hf.api.objectives import Loss, choose_objective, drawn_objective
 from isoprune_hf.checkpoint.dense import LIBRARY_ERRORS, describe_error
+from isoprune_hf.checkpoint.image_pass import take_images
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, model_class_of
 from isoprune_hf.checkpoint.pretrained import IsoPrunePreTrainedModel
 from isoprune_hf.errors import UnsupportedArchitectureError
@@ -67,7 +68,8 @@ def share(module: nn.Module) -> nn.Module:
     """Copy a module tree; parameters keep their memory, which the pipeline only reads, and buffers are copied.
 
     Of its hooks, those that belong to the model are copied: methods of its modules, and those of torch, such as
-    `weight_norm`. The others observe or train the caller's model, and are left out.
+    `weight_norm`. The others observe or train the caller's model, and are left out. A network of images and texts
+    takes images first and alone, see `take_images`.
     """
 
     def shared(tensor: Tensor) -> Tensor:
@@ -82,7 +84,8 @@ def share(module: nn.Module) -> nn.Module:
             vars(new)[table].update({number: hook for number, hook in kept.items() if hook is not None})
             flags = f"{table}_with_kwargs"
             vars(new)[flags].update({number: flag for number, flag in vars(old)[flags].items() if kept[number]})
-    return copied
+    form = form_without_labels(copied)
+    return take_images(copied) if form is not None and form.reads_texts else copied
 
 
 def count_hooks(module: nn.Module) -> int:

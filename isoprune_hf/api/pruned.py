@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, ProcessorMixin
 
 from isoprune_hf.api.holding import inner_of
 from isoprune_hf.api.program import save_program
@@ -65,7 +65,7 @@ class Pruned:
     def save(
         self,
         folder: str | Path,
-        processor: BaseImageProcessor | None = None,
+        processor: BaseImageProcessor | ProcessorMixin | None = None,
         *,
         builder: Builder | None = None,
         arguments: Mapping[str, Any] | None = None,
@@ -77,7 +77,8 @@ class Pruned:
 
         Args:
             folder: Folder to write; the folder of a model is replaced.
-            processor: Image processor; by default that of the base, if it is known.
+            processor: Image processor; by default that of the base, if it is known. Of a network that reads texts
+                the processor of images and texts, whose tokenizer is written, too.
             builder: Class of the module, or a function that returns it, if it is not one of timm, torchvision or
                 transformers. A program that opens the folder passes it again: `from_pretrained(folder, builder=...)`.
             arguments: Arguments of the builder, by name: text, numbers, None, and lists and mappings of these.
@@ -99,7 +100,9 @@ class Pruned:
             folder, inner_of(self.model), config, self.processor if processor is None else processor, self.plan
         )
 
-    def push_to_hub(self, repo: str, processor: BaseImageProcessor | None = None, **options: Any) -> str:
+    def push_to_hub(
+        self, repo: str, processor: BaseImageProcessor | ProcessorMixin | None = None, **options: Any
+    ) -> str:
         """Save the model and upload its folder in one commit; return the address of the commit.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, ProcessorMixin
 
 from isoprune_hf.checkpoint.dense import build_base
 from isoprune_hf.checkpoint.folder import save_model_folder, write_file
@@ -25,7 +25,7 @@ def save_module(
     folder: str | Path,
     module: nn.Module,
     config: IsoPruneConfig,
-    processor: BaseImageProcessor | None,
+    processor: BaseImageProcessor | ProcessorMixin | None,
     plan: PruningPlan,
 ) -> None:
     """Write the folder of a pruned module, whole or not at all; what its config builds must compute the same.

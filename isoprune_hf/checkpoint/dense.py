@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from isoprune_hf.checkpoint.image_pass import take_images
 from isoprune_hf.checkpoint.meta import build_on_meta
 from isoprune_hf.checkpoint.nested_config import IGNORED_ENTRIES, check_config
 from isoprune_hf.checkpoint.own_network import find_builder, inputs_of, with_classes
@@ -222,7 +223,8 @@ def _build_transformers(
             inner._attn_implementation = attention
         architecture = (inner.architectures or [""])[0]
         model: nn.Module = named.get(architecture, next(iter(named.values())))(inner)
-        return _tied(model)
+        model = _tied(model)
+        return take_images(model) if form.reads_texts else model
 
     return build_limited(f"config.base.config: {kind} cannot be built", build)
 

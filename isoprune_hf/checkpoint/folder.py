@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, ProcessorMixin
 
 from isoprune_hf import plain_files
 from isoprune_hf.checkpoint.finite import require_finite
@@ -24,13 +24,14 @@ from isoprune_hf.checkpoint.stock import save_stock, stock_processor
 from isoprune_hf.checkpoint.structure import as_saved
 from isoprune_hf.checkpoint.sync import sync_file, sync_folder
 from isoprune_hf.checkpoint.target import Target, locked_target
+from isoprune_hf.checkpoint.tokenizer import save_tokenizer
 from isoprune_hf.errors import CheckpointError, WriteError
 
 
 def save_model_folder(
     folder: str | Path | Target,
     model: IsoPrunePreTrainedModel,
-    processor: BaseImageProcessor | None,
+    processor: BaseImageProcessor | ProcessorMixin | None,
     *,
     plan: str | None = None,
     metrics: dict[str, Any] | None = None,
@@ -42,7 +43,7 @@ def save_model_folder(
     Args:
         folder: Folder to write, or the one that this process has locked.
         model: Model to save; all its tensors must be finite.
-        processor: Image processor of the model; None if it has none.
+        processor: Image processor of the model, or that of images and texts; None if it has none.
         plan: Pruning plan as JSON.
         metrics: `{base, pruned, finetuned}`, each `{top1, top5, loss, images}`.
         keep: Name of a subfolder of an existing folder that is not replaced.
@@ -61,7 +62,11 @@ def save_model_folder(
             model.save_pretrained(temporary)
         else:
             as_saved(model.config, model.model).save_pretrained(temporary)
-        if processor is not None:
+        save_tokenizer(temporary, model.config)
+        if isinstance(processor, ProcessorMixin):
+            for part in (processor.image_processor, processor.tokenizer):
+                part.save_pretrained(temporary)
+        elif processor is not None:
             saved = stock_processor(processor) if model.config.layout == "uniform" else processor
             saved.save_pretrained(temporary)
         if plan is not None:

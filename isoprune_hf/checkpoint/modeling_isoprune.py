@@ -5,26 +5,22 @@ import copy
 from typing import Any
 
 import torch
-from transformers.backbone_utils import BackboneMixin
-from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
+from isoprune_hf.checkpoint.backbone import IsoPruneBackbone
 from isoprune_hf.checkpoint.dense import FORMAT_VERSION, IsoPruneConfig, build_base
 from isoprune_hf.checkpoint.difference import (
     SkippedBlock,
     apply_structure,
-    build_pruned,
     check_structure,
     skippable_blocks,
 )
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
-from isoprune_hf.checkpoint.meta import move_to_meta
 from isoprune_hf.checkpoint.outputs import (
     HiddenStates,
     call_classifier,
     call_features,
     call_network,
-    call_stages,
 )
 from isoprune_hf.checkpoint.own_network import Builder
 from isoprune_hf.checkpoint.plain_values import require
@@ -46,6 +42,7 @@ __all__ = [
     "IsoPruneForImageClassification",
     "IsoPruneForObjectDetection",
     "IsoPruneForSemanticSegmentation",
+    "IsoPruneForZeroShotImageClassification",
     "IsoPruneModel",
     "SkippedBlock",
     "apply_structure",
@@ -165,6 +162,44 @@ class IsoPruneForObjectDetection(IsoPruneWithHead):  # type: ignore[no-untyped-c
     """A network that finds boxes of objects and their classes, see `IsoPruneWithHead`."""
 
 
+class IsoPruneForZeroShotImageClassification(IsoPruneWithHead):  # type: ignore[no-untyped-call]  # untyped in transformers
+    """A network that compares images with texts, see `IsoPruneWithHead`; its tower of texts is that of the base."""
+
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as in the base class
+
+    def __init__(self, config: IsoPruneConfig):
+        super().__init__(config)
+        # The pipeline of transformers pads the texts of SigLIP, and takes the sigmoid of its logits, by this name. A
+        # saved config has the name of its class.
+        vars(self.config)["model_type"] = f"{IsoPruneConfig.model_type}_{self.model.config.model_type}"
+
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Compare images with texts.
+
+        Args:
+            pixel_values: Images of shape (B, C, H, W), normalised by the image processor of the folder.
+            input_ids: Texts of shape (T, N), by the tokenizer of the folder.
+            kwargs: Further arguments of the base's own forward, such as `attention_mask`.
+
+        Returns:
+            The output of the base's class in transformers: `logits_per_image` of shape (B, T), `logits_per_text`,
+            `image_embeds` of shape (B, C) and `text_embeds`. Without texts `image_embeds` alone.
+        """
+        return super().forward(pixel_values, input_ids=input_ids, **kwargs)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """Return the output of the tower of images, of the base's class in transformers."""
+        network: Any = self.model
+        return network.get_image_features(self._cast(pixel_values), **kwargs)
+
+    def get_text_features(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        """Return the output of the tower of texts, of the base's class in transformers."""
+        network: Any = self.model
+        return network.get_text_features(input_ids, **kwargs)
+
+
 class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
     """The features of a network: of a classifier those that its head reads, of an encoder its outputs."""
 
@@ -191,62 +226,6 @@ class IsoPruneModel(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  
         )
 
 
-class IsoPruneBackbone(IsoPrunePreTrainedModel):  # type: ignore[no-untyped-call]  # untyped in transformers
-    """The same network as the backbone of a detector or segmenter: the feature maps of some of its stages.
-
-    `out_features` (names) or `out_indices` of `from_pretrained` select stages; without them the last one is returned,
-    and of a base that is a backbone all that it returns.
-    """
-
-    def __init__(self, config: IsoPruneConfig):
-        super().__init__(config)
-        with torch.device("meta"):
-            image = torch.zeros(1, *(config.image_size or []))
-            maps = call_stages(move_to_meta(build_pruned(config)).eval(), image)
-        self.stage_names = [*maps]
-        self.num_features = [found.shape[1] for found in maps.values()]
-        self.out_indices = self._choose_stages()
-
-    @property
-    def out_features(self) -> list[str]:
-        """The names of the stages that are returned."""
-        return [self.stage_names[index] for index in self.out_indices]
-
-    @property
-    def channels(self) -> list[int]:
-        """The number of channels of each feature map."""
-        return [self.num_features[index] for index in self.out_indices]
-
-    def _choose_stages(self) -> list[int]:
-        """Return the indices of the stages that the config asks for, in their order.
-
-        Raises:
-            ValueError: There is no such stage.
-        """
-        count, wanted = len(self.stage_names), self.config.out_features
-        default = [*range(count)] if isinstance(self.model, BackboneMixin) else [count - 1]
-        chosen = [self.stage_names.index(name) if name in self.stage_names else count for name in wanted or ()]
-        chosen = chosen or [index + count if index < 0 else index for index in self.config.out_indices or default]
-        if not all(0 <= index < count for index in chosen):
-            raise ValueError(
-                f"out_features or out_indices: {wanted or self.config.out_indices} are no stages; there are "
-                f"{self.stage_names}"
-            )
-        return sorted(chosen)
-
-    @can_return_tuple  # type: ignore[untyped-decorator]  # untyped in transformers
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        """Compute the feature maps (B, C, H, W) of the selected stages, as `feature_maps`.
-
-        Args:
-            pixel_values: Images of shape (B, C, H, W).
-            kwargs: Further arguments of the base's own forward.
-        """
-        maps = call_stages(self.model, self._cast(pixel_values), **kwargs)
-        selected: Any = tuple(maps[name] for name in self.out_features)
-        return BackboneOutput(feature_maps=selected)
-
-
 MODEL_CLASSES: dict[str, type[IsoPrunePreTrainedModel]] = {
     kind.__name__: kind
     for kind in (
@@ -254,6 +233,7 @@ MODEL_CLASSES: dict[str, type[IsoPrunePreTrainedModel]] = {
         IsoPruneForImageClassification,
         IsoPruneForObjectDetection,
         IsoPruneForSemanticSegmentation,
+        IsoPruneForZeroShotImageClassification,
         IsoPruneModel,
     )
 }  # by name, of which `TaskForm.model_class` is one

@@ -37,9 +37,9 @@ from isoprune_hf.errors import CheckpointError
 _ALIGNMENT_BYTES = 64  # alignment of torch's own allocations
 _PACKAGE = "isoprune_hf"
 # Paths inside the package, in the order of their imports.
-_VALUES = ("needed", "building", "meta", "plain_values", "own_network", "nested_config", "task_forms")
+_VALUES = ("needed", "building", "meta", "plain_values", "own_network", "nested_config", "image_pass", "task_forms")
 _BASES = ("settings", "dense", "transfer", "difference")
-_MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "modeling_isoprune")
+_MODELS = ("image_processor", "outputs", "rebuild", "pretrained", "backbone", "modeling_isoprune")
 PROCESSOR_PARTS = ("errors.py", "limits.py", "checkpoint/image_processor.py")  # without torch
 PARTS = ("errors.py", "limits.py", *(f"checkpoint/{name}.py" for name in (*_VALUES, *_BASES, *_MODELS)))
 # Auto classes of transformers -> the classes that they open a folder with. IsoImageProcessor is used unless

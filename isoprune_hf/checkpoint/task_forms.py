@@ -1,6 +1,7 @@
 # Copyright 2026 the isoprune_hf authors. Licensed under the Apache License, Version 2.0.
 """The tasks of a network and how a folder of each opens (part of the shipped file): `TASK_FORMS` and `task_of`."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_OBJECT_DETECTION_MAPPING,
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
 
@@ -32,6 +34,7 @@ class TaskForm(NamedTuple):
         has_classes: The network returns one vector of logits of classes for an image.
         names_classes: The config names the classes of its logits, which may be those of pixels or of boxes.
         outputs: The names of the outputs that stay as they are; all of them if none are named.
+        reads_texts: The network also takes texts, and runs on images alone as `take_images` makes it.
     """
 
     task: str
@@ -43,6 +46,7 @@ class TaskForm(NamedTuple):
     has_classes: bool
     names_classes: bool
     outputs: tuple[str, ...] = ()
+    reads_texts: bool = False
 
 
 IMAGE_CLASSIFICATION = TaskForm(
@@ -96,6 +100,17 @@ OBJECT_DETECTION = TaskForm(
     names_classes=True,
     outputs=("logits", "pred_boxes"),
 )
+ZERO_SHOT_IMAGE_CLASSIFICATION = TaskForm(
+    task="zero-shot-image-classification",
+    pipeline="zero-shot-image-classification",
+    auto_class="AutoModelForZeroShotImageClassification",
+    model_class="IsoPruneForZeroShotImageClassification",
+    networks=MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    libraries=("transformers",),
+    has_classes=False,
+    names_classes=False,
+    reads_texts=True,
+)
 TASK_FORMS = {
     form.task: form
     for form in (
@@ -104,6 +119,7 @@ TASK_FORMS = {
         SEMANTIC_SEGMENTATION,
         DEPTH_ESTIMATION,
         OBJECT_DETECTION,
+        ZERO_SHOT_IMAGE_CLASSIFICATION,
     )
 }
 
@@ -124,7 +140,11 @@ def networks_of(form: TaskForm, config_class: type) -> tuple[Any, ...]:
     """Return the classes of transformers that a network of a task with this config is of; none if there are none."""
     found = form.networks.get(config_class, ())
     first = tuple(kind for kind in (found if isinstance(found, tuple) else (found,)) if kind is not None)
-    return (*first, *_other_encoders(config_class, first)) if form is IMAGE_FEATURE_EXTRACTION else first
+    if form.reads_texts:
+        return tuple(filter(_embeds_images, first))
+    if form is not IMAGE_FEATURE_EXTRACTION:
+        return first
+    return tuple(filter(_takes_images, (*first, *_other_encoders(config_class, first))))
 
 
 def _other_encoders(config_class: type, known: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -132,8 +152,17 @@ def _other_encoders(config_class: type, known: tuple[Any, ...]) -> tuple[Any, ..
     stem = config_class.__name__.removesuffix("Config")
     named = (getattr(transformers, f"{stem}{end}", None) for end in _ENCODERS)
     found: tuple[Any, ...] = (*named, MODEL_FOR_BACKBONE_MAPPING.get(config_class, None))
-    takes_images = (kind for kind in found if getattr(kind, "main_input_name", None) == "pixel_values")
-    return tuple(kind for kind in takes_images if kind not in known and kind.config_class is config_class)
+    return tuple(kind for kind in found if kind not in (None, *known) and kind.config_class is config_class)
+
+
+def _embeds_images(kind: Any) -> bool:
+    """Return whether a class of two towers has a pass of its own for images, which gives one embedding for each."""
+    return hasattr(kind, "get_image_features") and "pixel_values" in inspect.signature(kind.forward).parameters
+
+
+def _takes_images(kind: Any) -> bool:
+    """Return whether a class is a network of transformers that takes images first, and not texts."""
+    return getattr(kind, "main_input_name", None) == "pixel_values"
 
 
 def task_entry(form: TaskForm) -> dict[str, str]:

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.difference import build_pruned
 from isoprune_hf.checkpoint.finite import describe_not_finite
+from isoprune_hf.checkpoint.image_pass import take_images
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.checkpoint.pretrained import align_tensors
 from isoprune_hf.checkpoint.rebuild import record_settings
@@ -68,7 +69,7 @@ def wrap_module(config: IsoPruneConfig, module: nn.Module) -> IsoPruneForImageCl
                 f"{found.get(name, 'not in it')} and would be {built.get(name, 'missing')}"
             )
     align_tensors(module)
-    model.model = module
+    model.model = take_images(module) if task_of(config.base).reads_texts else module
     model.eval()  # type: ignore[no-untyped-call]  # untyped in transformers
     return model
 

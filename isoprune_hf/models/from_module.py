@@ -15,6 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImag
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.dense import build_base
+from isoprune_hf.checkpoint.image_pass import class_as_made
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.checkpoint.rebuild import record_settings
 from isoprune_hf.checkpoint.task_forms import (
@@ -118,7 +119,7 @@ def _form_of(module: PreTrainedModel) -> TaskForm | None:
     """Return the task that the class of a model of transformers is for; None if it is another one."""
     kind = type(module.config)
     for form in TASK_FORMS.values():
-        if type(module) in networks_of(form, kind):
+        if class_as_made(module) in networks_of(form, kind):
             return form
     return IMAGE_CLASSIFICATION if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING else None
 

@@ -116,7 +116,7 @@ def _form_of(source: BaseSource, options: LoadOptions) -> TaskForm:
         return IMAGE_CLASSIFICATION
     for form in TASK_FORMS.values():
         found = [one for one in networks_of(form, CONFIG_MAPPING[kind]) if one.__name__ in named[:1]]
-        if found and getattr(found[0], "main_input_name", None) == "pixel_values":
+        if found and (form.reads_texts or getattr(found[0], "main_input_name", None) == "pixel_values"):
             return form if form is not IMAGE_FEATURE_EXTRACTION or options.takes_features else IMAGE_CLASSIFICATION
     return _form_of_pretrained(CONFIG_MAPPING[kind], named, options)
 
@@ -125,8 +125,7 @@ def _form_of_pretrained(kind: type[PreTrainedConfig], named: list[Any], options:
     """Return the task of a network with the head of a pretraining without labels, which is opened as its encoder."""
     of_pretraining: list[Any] = [mapping.get(kind, None) for mapping in _PRETRAINING]
     is_pretrained = any(one is not None and one.__name__ in named[:1] for one in of_pretraining)
-    has_encoder = any(one.main_input_name == "pixel_values" for one in networks_of(IMAGE_FEATURE_EXTRACTION, kind))
-    takes_it = is_pretrained and has_encoder and options.takes_features
+    takes_it = is_pretrained and networks_of(IMAGE_FEATURE_EXTRACTION, kind) and options.takes_features
     return IMAGE_FEATURE_EXTRACTION if takes_it else IMAGE_CLASSIFICATION
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.folder import save_model_folder
@@ -116,15 +117,28 @@ def prune_model(
     plan, pruned = run.cut_to_budget(recipe, scores)
     notes = run.repair(pruned, plan, recipe, earlier).notes
     pruned, wide = in_usable_types(pruned, model, images)
-    untraced = graph_of(model, traced.groups).trace.notes
-    neighbours = _note_neighbours(plan, traced.groups)
-    plan = replace(plan, notes=(*plan.notes, *untraced, *neighbours, *rotated.notes, *notes, *wide))
+    trace = graph_of(model, traced.groups).trace
+    parts = (*_note_unread(model.model, trace.tensors), *_note_neighbours(plan, traced.groups))
+    plan = replace(plan, notes=(*plan.notes, *trace.notes, *parts, *rotated.notes, *notes, *wide))
     if recipe.layout == "uniform":
         pruned = to_stock(pruned, _first_images(calibration))
     _record_origin(pruned, model, recipe, scores)
     pruned_cost = _recorded_cost(pruned)
     _log_result(model, traced.cost.base, pruned_cost, clock.seconds)
     return PruneResult(pruned, plan, scores, traced.groups, traced.cost.base, pruned_cost, clock.seconds)
+
+
+def _note_unread(network: nn.Module, read: Collection[str]) -> tuple[str, ...]:
+    """Return the note on the parts of a network that a pass reads no parameter of, such as a tower of texts."""
+    sizes = {
+        part: sum(value.numel() for value in module.parameters())
+        for part, module in network.named_children()
+        if not any(name.startswith(f"{part}.") for name in read)
+    }
+    names = [part for part, size in sizes.items() if size]
+    total = sum(value.numel() for value in network.parameters())
+    reason = f"{sum(sizes.values()):,} of {total:,} parameters, which images do not reach"
+    return note_left("left whole", "part", {reason: names} if names else {})
 
 
 def _note_neighbours(plan: PruningPlan, groups: Iterable[CoupledGroup]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from isoprune_hf.tasks.multi_label_classification import MULTI_LABEL_CLASSIFICAT
 from isoprune_hf.tasks.object_detection import OBJECT_DETECTION
 from isoprune_hf.tasks.semantic_segmentation import SEMANTIC_SEGMENTATION
 from isoprune_hf.tasks.task import Task
+from isoprune_hf.tasks.zero_shot_image_classification import ZERO_SHOT_IMAGE_CLASSIFICATION
 
 TASKS: dict[str, Task] = {
     task.form.task: task
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
         SEMANTIC_SEGMENTATION,
         DEPTH_ESTIMATION,
         OBJECT_DETECTION,
+        ZERO_SHOT_IMAGE_CLASSIFICATION,
     )
 }
 
