@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -128,6 +130,22 @@ def test_evaluation_of_classes_is_refused() -> None:
     module, _ = make("Dinov2Model")
     with pytest.raises(RecipeError, match="Dinov2Model is for image-feature-extraction"):
         evaluate_model(module, [], transformers.BitImageProcessor())
+
+
+def test_result_is_compared_with_its_base() -> None:
+    module, images = make("Dinov2Model")
+    pruned = prune(module, [images], target_macs="60%", round_to=1, criterion="l1", reconstruct="none", rotate=False)
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+    split = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}).cast_column(
+        "label", datasets.ClassLabel(names=["a", "b"])
+    )
+    figures = evaluate_model(pruned, split, processor)
+    pixels = processor(pictures, return_tensors="pt").pixel_values
+    found, wanted = (outputs_of(part, pixels)["pooler_output"].double() for part in (pruned.model, module))
+    assert figures["images"] == 4 and set(figures) == {"images", "cosine", "position_cosine", "knn"}
+    assert figures["cosine"] == pytest.approx(float(torch.cosine_similarity(found, wanted).mean()), abs=1e-6)
 
 
 def test_finetuning_brings_features_nearer() -> None:
