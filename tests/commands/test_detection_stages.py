@@ -70,7 +70,8 @@ def test_finetuning_needs_no_labels(place: Path, tmp_path: Path) -> None:
 def test_boxes_are_exported_and_compared_at_sizes(place: Path, tmp_path: Path) -> None:
     data = ["--data", place / "images"]
     succeed("export", place / "pruned", *data, "--output", tmp_path / "onnx")
-    record = json.loads((tmp_path / "onnx" / "export.json").read_text())
+    record, metrics = (json.loads((tmp_path / "onnx" / f"{name}.json").read_text()) for name in ("export", "metrics"))
+    assert metrics["pruned+fp32"]["same_objects"] == 1.0
     assert record["outputs"] == ["logits", "pred_boxes"] and record["same_class"] is None
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -82,4 +83,5 @@ def test_boxes_are_exported_and_compared_at_sizes(place: Path, tmp_path: Path) -
     settings = ["--prune.round_to", "1", "--prune.criterion", "l1", "--sizes", "80%,60%"]
     succeed("frontier", place / "yolos", *settings, *data, "--output", tmp_path / "sizes")
     _, large, small = csv.DictReader((tmp_path / "sizes" / "frontier.csv").read_text().splitlines())
-    assert float(large["detection_divergence"]) < float(small["detection_divergence"])
+    assert float(large["macs"]) > float(small["macs"])
+    assert all(0 < float(row["detection_divergence"]) < 0.2 < float(row["same_objects"]) for row in (large, small))
