@@ -116,6 +116,24 @@ def test_openvino_weights_are_int8_with_channel_scales(
     assert 1e-4 < record["difference"] / record["largest"] < 0.25
 
 
+@pytest.mark.export
+def test_ranges_of_openvino_cover_all_images(
+    pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf")
+    monkeypatch.setattr(bounded_int8, "MAX_DIVERGENCE", np.inf)
+    sample, file = pruned("resnet"), tmp_path / "openvino_model.xml"
+    pixels = np.random.default_rng(0).standard_normal((8, *sample.images.shape[1:]), dtype=np.float32)
+    pixels[0] *= 4  # the mean of the images' ranges is less than half of the range over all
+    OpenVinoFormat().write(trace_model(plain_copy(sample.model), torch.from_numpy(pixels)), file, LABELS)
+    quantize_openvino(file, [pixels])
+    nodes = openvino.Core().read_model(file).get_ordered_ops()
+    rounding = [node for node in nodes if node.get_type_name() == "FakeQuantize"]
+    (first,) = (node for node in rounding if node.input_value(0).get_node().get_type_name() == "Parameter")
+    low, high = (first.input_value(place).get_node().data.item() for place in (1, 2))
+    assert (low, high) == pytest.approx((pixels.min(), pixels.max()), rel=0.02)
+
+
 @pytest.mark.faults
 def test_sensitive_layers_of_openvino_stay_in_fp32(
     pruned: Callable[[str], Pruned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
