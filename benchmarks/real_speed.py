@@ -42,6 +42,7 @@ from isoprune_hf.pruning.scoring.scores import ImportanceScores
 
 DEFAULTS = {"min_keep": 2, "round_to": 8}  # those of the command line
 OPENERS: dict[Format, Callable[..., Run]] = {"onnx": open_onnx, "openvino": open_openvino}
+INT8_IMAGES = 256  # the default of the command line
 SAME_TIME = 0.01
 MAX_CUTS = 6
 Models = Mapping[str, IsoPruneForImageClassification]
@@ -145,7 +146,7 @@ def measure_steps(net: Net, processor: BaseImageProcessor, args: argparse.Namesp
     }
     models = {"dense": net.model}
     for share in args.budgets:
-        models[f"{share:.0%} of the MACs"], _ = prune_with_recipe(net, share, args.images, DEFAULTS)
+        models[f"{share:.0%} of the MACs"] = prune_once(net, share, args)
     pixels = images.numpy()
     for (kind, model), form in ((pair, form) for form in args.formats for pair in models.items()):
         for precision in ("fp32", "int8"):
@@ -159,6 +160,14 @@ def measure_steps(net: Net, processor: BaseImageProcessor, args: argparse.Namesp
     ]
 
 
+def prune_once(net: Net, share: float, args: argparse.Namespace) -> IsoPruneForImageClassification:
+    """Prune to a share of the MACs, or open the model of an earlier call."""
+    folder = args.workdir / f"{net.name}_{net.seed}_{args.images}_{share:g}"
+    if not folder.is_dir():
+        prune_with_recipe(net, share, args.images, DEFAULTS)[0].save_pretrained(folder)
+    return IsoPruneForImageClassification.from_pretrained(folder).eval()
+
+
 def measure_export(
     net: Net,
     model: IsoPruneForImageClassification,
@@ -167,8 +176,11 @@ def measure_export(
     precision: ExportPrecision,
     args: argparse.Namespace,
 ) -> tuple[Run, Record]:
-    """Export a model, and return the function of the file, its size and its accuracy."""
-    batches = net.photographs.batches(net.calibration(args.images), EVALUATION_BATCH)
+    """Export a model, and return the function of the file, its size and its accuracy.
+
+    The images of int8 are others than those that scores and repair were computed from.
+    """
+    batches = net.photographs.batches(net.calibration(args.images + INT8_IMAGES)[args.images :], EVALUATION_BATCH)
     calibration = [pixels.numpy() for pixels, _ in batches] if precision == "int8" else []
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "exported"
