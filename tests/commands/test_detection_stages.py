@@ -51,6 +51,7 @@ def test_figures_are_those_of_both_networks(place: Path) -> None:
     assert 0.5 < metrics["pruned"]["same_objects"] <= 1
 
 
+@pytest.mark.families
 def test_doctor_finds_nothing(place: Path) -> None:
     printed = succeed("doctor", place / "pruned")
     assert "FAIL" not in printed and "save-load" in printed
