@@ -40,6 +40,7 @@ def quantize_bounded(
     weights: Mapping[str, int],
     between: Mapping[str, Sequence[str]],
     harm: Harm = DIVERGENCE,
+    always_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Quantise all but the layers whose quantisation changes the predictions most.
 
@@ -54,6 +55,7 @@ def quantize_bounded(
         weights: Number of weights of each layer that has some, in the order of the network.
         between: Type -> names of the nodes between these layers that are quantised too.
         harm: What is bounded.
+        always_out: Layers with weights that stay in fp32 in any case.
 
     Returns:
         How the model was quantised, for `export.json`.
@@ -64,20 +66,22 @@ def quantize_bounded(
     reference, bound = _run(dense, held_out), MAX_DIVERGENCE if harm is DIVERGENCE else MAX_DISTANCE
 
     def effect(left_out: Nodes) -> float:
-        return harm.measure(reference, _run(write(left_out), held_out))
+        return harm.measure(reference, _run(write(left_out.union(always_out)), held_out))
 
-    choice = choose_left_out(_list_units(list(weights), between), effect, bound)
-    share = 1 - sum(weights.get(node, 0) for node in choice.nodes) / max(sum(weights.values()), 1)
+    units = _list_units([name for name in weights if name not in always_out], between)
+    choice = choose_left_out(units, effect, bound)
+    nodes = choice.nodes.union(always_out)
+    share = 1 - sum(weights.get(node, 0) for node in nodes) / max(sum(weights.values()), 1)
     if share < _MIN_SHARE:
         raise ExportError(
             f"--precision int8 would store {share:.0%} of the weights in eight bits: with more, the "
             f"{harm.text.format(f'more than {bound}')}; use --precision fp16"
         )
-    write(choice.nodes)
+    write(nodes)
     return {
         "held_out_images": len(reference),
         harm.key: choice.divergence,
-        "left_out": [unit.name for unit in choice.left_out],
+        "left_out": [*always_out, *(unit.name for unit in choice.left_out)],
         "share_of_weights": share,
     }
 

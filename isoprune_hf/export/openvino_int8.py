@@ -29,7 +29,8 @@ def quantize_openvino(file: Path, batches: Sequence[np.ndarray], harm: Harm = DI
     """Replace a model of OpenVINO by one with weights and activations of eight bits, made by nncf, and open it.
 
     Weights have a scale for each output channel; activations have the range that they take on the images, biases are
-    corrected. Layers whose quantisation changes the outputs most stay in fp32, see `quantize_bounded`.
+    corrected. The first layer and those whose quantisation changes the outputs most stay in fp32, see
+    `quantize_bounded`.
 
     Args:
         file: The model in fp32 (XML); its weights are in the file beside it.
@@ -49,7 +50,16 @@ def quantize_openvino(file: Path, batches: Sequence[np.ndarray], harm: Harm = DI
             return open_openvino(candidate)
 
         weights, between = _list_nodes(_read(file))
-        record = quantize_bounded(write, open_openvino(file), judged, weights=weights, between=between, harm=harm)
+        record = quantize_bounded(
+            write,
+            open_openvino(file),
+            judged,
+            weights=weights,
+            between=between,
+            harm=harm,
+            # nncf would give it seven bits, lest sums overflow on older CPUs, at which Lite0 loses most.
+            always_out=list(weights)[:1],
+        )
         for suffix in (".xml", ".bin"):
             candidate.with_suffix(suffix).replace(file.with_suffix(suffix))
     return Quantized(open_openvino(file), {"calibration_images": sum(map(len, ranges)), **record})
