@@ -7,8 +7,6 @@ import transformers
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING,
-    MODEL_FOR_PRETRAINING_MAPPING,
     AutoConfig,
     AutoModel,
     PreTrainedConfig,
@@ -45,7 +43,7 @@ from isoprune_hf.models.identify import BaseSource
 from isoprune_hf.models.opener import LoadOptions
 from isoprune_hf.models.processors import transformers_image_size, transformers_processor
 
-_PRETRAINING = (MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING, MODEL_FOR_PRETRAINING_MAPPING)
+_PRETRAINING = ("ForMaskedImageModeling", "ForPreTraining")  # ends of names; no mapping of transformers has them all
 _POOLER = "pooler"  # the module of an encoder that computes its `pooler_output`, which its classes may be without
 
 
@@ -118,15 +116,11 @@ def _form_of(source: BaseSource, options: LoadOptions) -> TaskForm:
         found = [one for one in networks_of(form, CONFIG_MAPPING[kind]) if one.__name__ in named[:1]]
         if found and (form.reads_texts or getattr(found[0], "main_input_name", None) == "pixel_values"):
             return form if form is not IMAGE_FEATURE_EXTRACTION or options.takes_features else IMAGE_CLASSIFICATION
-    return _form_of_pretrained(CONFIG_MAPPING[kind], named, options)
-
-
-def _form_of_pretrained(kind: type[PreTrainedConfig], named: list[Any], options: LoadOptions) -> TaskForm:
-    """Return the task of a network with the head of a pretraining without labels, which is opened as its encoder."""
-    of_pretraining: list[Any] = [mapping.get(kind, None) for mapping in _PRETRAINING]
-    is_pretrained = any(one is not None and one.__name__ in named[:1] for one in of_pretraining)
-    takes_it = is_pretrained and networks_of(IMAGE_FEATURE_EXTRACTION, kind) and options.takes_features
-    return IMAGE_FEATURE_EXTRACTION if takes_it else IMAGE_CLASSIFICATION
+    # A network with the head of a pretraining without labels is opened as its encoder.
+    is_pretrained = any(str(name).endswith(_PRETRAINING) for name in named[:1])
+    encoders = networks_of(IMAGE_FEATURE_EXTRACTION, CONFIG_MAPPING[kind]) if is_pretrained else ()
+    takes_images = any(getattr(one, "main_input_name", None) == "pixel_values" for one in encoders)
+    return IMAGE_FEATURE_EXTRACTION if takes_images and options.takes_features else IMAGE_CLASSIFICATION
 
 
 def _check_source(source: BaseSource, form: TaskForm) -> None:
