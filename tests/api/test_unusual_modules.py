@@ -118,6 +118,17 @@ def test_channels_without_gradients_are_ranked(call: Callable[[nn.Module, Tensor
     assert (scores > 0).all() and len(scores.unique()) == 32
 
 
+def test_channels_without_gradients_count_without_classes() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    batches = [(images, torch.randn(len(images), 4, generator=generator)) for images, _ in make_batches()]
+    scores = prune(Tokens(without_gradients), batches, target_macs="50%", round_to=1).scores.scores
+    # Their loss is the mean of those of the other groups: here there is one.
+    assert (scores[MLP_CHANNELS] > 0).all() and len(scores[MLP_CHANNELS].unique()) == 32
+    others = [values.sum() for name, values in scores.items() if name != MLP_CHANNELS]
+    torch.testing.assert_close(scores[MLP_CHANNELS].sum(), sum(others) / len(others))
+
+
 def test_saturated_classifier_is_ranked_by_trial_cuts() -> None:
     def make() -> nn.Module:
         net = Tokens()

@@ -53,9 +53,9 @@ class TrialLoss:
         batches = task.calibration.batches
         several = replace(task.calibration, batches=list(batches) if isinstance(batches, Iterator) else batches)
         losses = gate_fisher_joint(task.model, task.groups, several)
+        losses |= losses_of_weights(task, losses)
         if objective_of(task.model).divergence is None:
             return score_losses(task, losses)
-        losses |= losses_of_weights(task, losses)
         groups = [group for group in task.groups if group.name in losses and losses[group.name].isfinite().all()]
         known = {group.name: losses[group.name].numpy() for group in groups}
         candidates = {group.name: _trial_cuts(group, known[group.name]) for group in _by_class(groups)}
@@ -75,7 +75,7 @@ def losses_of_weights(task: ScoringTask, losses: Mapping[str, torch.Tensor]) -> 
     """Return losses for groups in which all are zero: the channels differ by the sums of their absolute weights.
 
     The loss of all channels together is that of the mean of the other groups, and 1 nat without others: trial cuts
-    correct it.
+    correct it, of a model whose outputs have probabilities.
 
     Args:
         task: Its weights are read.
