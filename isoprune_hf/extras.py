@@ -19,6 +19,7 @@ EXTRAS = {
     "shtab": "prune",
     "torch_pruning": "prune",
     "psutil": "prune",
+    "scipy": "prune",
     "sklearn": "train",
     "matplotlib": "publish",
     "onnx": "export",

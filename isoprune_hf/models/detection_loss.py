@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Size, Tensor, nn
 
 from isoprune_hf.models.seeded import generator_of
 
 _SHARE = 0.1  # of its sides, by which a box is wrong as much as by 1 standard deviation
 _SHORTEST = 0.05  # sides of boxes for that, at least, as a share of those of the image
+_WORST = 1e9  # divergence of a pair that is not finite
 _CELLS = 8  # rows and columns of the places by which two networks are compared
 
 
@@ -102,11 +105,12 @@ class DetectionLoss:
     def distances(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
         """Return the mean divergence from the wanted objects, (B,) in nats, whatever the order of the queries.
 
-        Each wanted query is compared with the nearest one, and each query with the nearest wanted one. The divergence
+        Queries are matched one to one so that the sum of the divergences of the pairs is the smallest. The divergence
         of a pair is that of its classes and, as likely as the wanted one is an object, of its boxes; beyond one
         standard deviation the latter grows linearly, as the loss of DETR does.
 
         Source:
+            Carion et al., End-to-end object detection with transformers, ECCV 2020, equation 1, for the matching.
             The squares of differences below one deviation: the divergence of two normal distributions of the same
             variance; sqrt(1 + x^2) - 1 instead of x^2 / 2 as in Charbonnier et al., 1994.
         """
@@ -120,7 +124,7 @@ class DetectionLoss:
             off = target.boxes[..., dim, None] - found.boxes[..., dim][:, None]
             off = off / _deviations(target.boxes)[..., dim, None]
             costs = costs + target.objects[..., None] * ((1 + off.square()).sqrt() - 1)
-        return (costs.amin(2).mean(1) + costs.amin(1).mean(1)) / 2
+        return costs.gather(2, _matched(costs)).mean((1, 2))
 
     def draw_targets(self, images: Tensor, shapes: Sequence[Size]) -> Tensor:
         """Return uniform random numbers for the classes and the four sides of each query, (B, N)."""
@@ -134,6 +138,13 @@ class DetectionLoss:
         if logits.shape[2] > self.classes:
             return Found(logits.log_softmax(2), None, boxes)
         return Found(nn.functional.logsigmoid(logits), nn.functional.logsigmoid(-logits), boxes)
+
+
+def _matched(costs: Tensor) -> Tensor:
+    """Return for each row the column that it is matched with, one to one at the smallest sum of costs: (B, N, 1)."""
+    tables = costs.detach().nan_to_num(nan=_WORST, posinf=_WORST).cpu().double().numpy()
+    columns = [linear_sum_assignment(table)[1] for table in tables]
+    return torch.from_numpy(np.stack(columns)).to(costs.device)[..., None]
 
 
 def _deviations(boxes: Tensor) -> Tensor:

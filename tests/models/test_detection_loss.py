@@ -59,6 +59,20 @@ def test_distance_of_one_query_by_hand() -> None:
     torch.testing.assert_close(DetectionLoss(1).distances(found, wanted), torch.tensor([classes + boxes]))
 
 
+def test_each_query_is_matched_with_one_other() -> None:
+    logits = torch.tensor([[0.75, 0.25]]).log().expand(1, 2, 2)
+    apart = torch.tensor([[[0.3, 0.5, 0.2, 0.4], [0.36, 0.5, 0.2, 0.4]]])  # by three deviations of 0.1 * 0.2
+    found = [logits, apart[:, :1].expand(1, 2, 4)]  # twice the first one
+    boxes = 0.75 * (math.sqrt(1 + 3**2) - 1)
+    torch.testing.assert_close(DetectionLoss(1).distances(found, [logits, apart]), torch.tensor([boxes / 2]))
+
+
+def test_distance_of_numbers_that_overflowed_is_not_finite() -> None:
+    logits = torch.full((1, 2, 2), math.nan)
+    boxes = BOXES.expand(1, 2, 4)
+    assert DetectionLoss(1).distances([logits, boxes], [torch.zeros(1, 2, 2), boxes]).isnan().all()
+
+
 def test_order_of_queries_makes_no_difference() -> None:
     random = torch.Generator().manual_seed(0)
     for logits in (torch.randn(2, 7, 3, generator=random), torch.randn(2, 7, 2, generator=random)):
