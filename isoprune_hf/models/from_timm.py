@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from isoprune_hf.checkpoint.dense import build_limited
+from isoprune_hf.checkpoint.task_forms import IMAGE_FEATURE_EXTRACTION
 from isoprune_hf.errors import CheckpointError, RecipeError
 from isoprune_hf.models.base import OTHER_TASK, UNTRAINED, BaseModel, unreadable, without_head
 from isoprune_hf.models.head import with_new_head
@@ -158,7 +159,7 @@ def _create(
             f"model: {name} has no {missing[0]}; a custom builder must set num_classes, and pretrained_cfg such as "
             "{'input_size': (3, 224, 224), 'num_classes': 1000}"
         )
-    if not module.num_classes and not options.takes_features:
+    if not module.num_classes and not options.takes_as_is(IMAGE_FEATURE_EXTRACTION):
         raise without_head(name) if labels is None else RecipeError(f"model: {name} is {OTHER_TASK}")
     return module
 

@@ -115,12 +115,14 @@ def _form_of(source: BaseSource, options: LoadOptions) -> TaskForm:
     for form in TASK_FORMS.values():
         found = [one for one in networks_of(form, CONFIG_MAPPING[kind]) if one.__name__ in named[:1]]
         if found and (form.reads_texts or getattr(found[0], "main_input_name", None) == "pixel_values"):
-            return form if form is not IMAGE_FEATURE_EXTRACTION or options.takes_features else IMAGE_CLASSIFICATION
+            is_tower = form is IMAGE_FEATURE_EXTRACTION or form.reads_texts  # which may get a head
+            return IMAGE_CLASSIFICATION if is_tower and not options.takes_as_is(form) else form
     # A network with the head of a pretraining without labels is opened as its encoder.
     is_pretrained = any(str(name).endswith(_PRETRAINING) for name in named[:1])
     encoders = networks_of(IMAGE_FEATURE_EXTRACTION, CONFIG_MAPPING[kind]) if is_pretrained else ()
     takes_images = any(getattr(one, "main_input_name", None) == "pixel_values" for one in encoders)
-    return IMAGE_FEATURE_EXTRACTION if takes_images and options.takes_features else IMAGE_CLASSIFICATION
+    takes_it = takes_images and options.takes_as_is(IMAGE_FEATURE_EXTRACTION)
+    return IMAGE_FEATURE_EXTRACTION if takes_it else IMAGE_CLASSIFICATION
 
 
 def _check_source(source: BaseSource, form: TaskForm) -> None:

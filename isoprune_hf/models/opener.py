@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TaskForm
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, TaskForm
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.limits import MAX_CONFIG_NUMBER
 from isoprune_hf.models.base import BaseModel, default_labels
@@ -35,10 +35,9 @@ class LoadOptions:
     seed: int
     tasks: Collection[str] = (IMAGE_CLASSIFICATION.task,)
 
-    @property
-    def takes_features(self) -> bool:
-        """Return whether an encoder without a head is opened as it is: it may be, and no head is asked for."""
-        return IMAGE_FEATURE_EXTRACTION.task in self.tasks and self.num_labels is None
+    def takes_as_is(self, form: TaskForm) -> bool:
+        """Return whether a network without a head of classes is opened as it is: it may be, and no head is wanted."""
+        return form.task in self.tasks and self.num_labels is None
 
     def check_task(self, place: str, form: TaskForm) -> None:
         """Check that a model of a task may be opened.
