@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Size, Tensor, nn
 
+from isoprune_hf.extras import require_package
 from isoprune_hf.models.seeded import generator_of
 
 _SHARE = 0.1  # of its sides, by which a box is wrong as much as by 1 standard deviation
@@ -143,7 +143,8 @@ class DetectionLoss:
 def _matched(costs: Tensor) -> Tensor:
     """Return for each row the column that it is matched with, one to one at the smallest sum of costs: (B, N, 1)."""
     tables = costs.detach().nan_to_num(nan=_WORST, posinf=_WORST).cpu().double().numpy()
-    columns = [linear_sum_assignment(table)[1] for table in tables]
+    optimize = require_package("scipy.optimize", "the comparison of detectors")
+    columns = [optimize.linear_sum_assignment(table)[1] for table in tables]
     return torch.from_numpy(np.stack(columns)).to(costs.device)[..., None]
 
 
