@@ -18,9 +18,8 @@ def start_holder(folder: Path) -> tuple[int, int]:
     if holder == 0:
         lock = TargetLock(folder)
         lock.acquire("--output")
-        child = os.fork()
-        if child:
-            os.write(writing, f"{child}\n".encode())
+        if os.fork() == 0:  # the copy of the lock is closed in it before fork returns
+            os.write(writing, f"{os.getpid()}\n".encode())
         while True:
             signal.pause()
     os.close(writing)
