@@ -81,6 +81,7 @@ def quantize_bounded(
     return {
         "held_out_images": len(reference),
         harm.key: choice.divergence,
+        "always_out": list(always_out),
         "left_out": [*always_out, *(unit.name for unit in choice.left_out)],
         "share_of_weights": share,
     }

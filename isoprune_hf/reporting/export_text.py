@@ -33,14 +33,17 @@ def describe_export(file: Path, target: str, precision: ExportPrecision, exporte
 
 
 def describe_quantization(record: Mapping[str, Any]) -> str:
-    """Return in one sentence which layers stayed in fp32, and the effect of quantising the others.
+    """Return in one sentence which layers stayed in fp32 and why, and the effect of quantising the others.
 
     Args:
         record: The entry `quantization` of `export.json`.
     """
-    left_out = record["left_out"]
     harm = DIVERGENCE if DIVERGENCE.key in record else DISTANCE
-    kept = "all layers" if not left_out else f"all layers but {', '.join(left_out)}, which changed the outputs most,"
+    always = record.get("always_out", [])  # files of earlier versions do not tell these layers from the measured ones
+    measured = [name for name in record["left_out"] if name not in always]
+    reasons = [(always, "always in fp32 in this format"), (measured, "which changed the outputs most")]
+    parts = [f"{', '.join(names)}, {reason}," for names, reason in reasons if names]
+    kept = f"all layers but {' and '.join(parts)}" if parts else "all layers"
     return (
         f"{kept} in eight bits ({record['share_of_weights']:.0%} of the weights), ranges of "
         f"{record['calibration_images']:,} training images; on {record['held_out_images']} others "

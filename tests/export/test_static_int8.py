@@ -106,15 +106,18 @@ def test_openvino_weights_are_int8_with_channel_scales(
     scales = {(array.size, array.ndim) for array in kinds[openvino.Type.f32]}
     assert {(len(array), array.ndim) for array in weights} <= scales
     record = read(folder, "export.json")
-    assert record["quantization"] | {"divergence": 0, "left_out": []} == {
+    quantization = record["quantization"]
+    assert quantization["always_out"] == quantization["left_out"]
+    assert quantization | {"divergence": 0, "left_out": [], "always_out": []} == {
+        "always_out": [],
         "calibration_images": 8,
         "divergence": 0,
         "held_out_images": 2,
         "left_out": [],
         "share_of_weights": pytest.approx(1 - sizes[0] / sum(sizes)),
     }
-    assert len(record["quantization"]["left_out"]) == 1
-    assert record["quantization"]["divergence"] <= bounded_int8.MAX_DIVERGENCE and "nncf" in record["versions"]
+    assert len(quantization["left_out"]) == 1
+    assert quantization["divergence"] <= bounded_int8.MAX_DIVERGENCE and "nncf" in record["versions"]
     assert 1e-4 < record["difference"] / record["largest"] < 0.25
 
 
