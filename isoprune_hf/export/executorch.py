@@ -13,11 +13,11 @@ from isoprune_hf.measuring.tracing import side_by_side
 
 
 class ExecuTorchFormat:
-    """A program of ExecuTorch, opened with its Python runtime."""
+    """A program of ExecuTorch for one image at a time, opened with its Python runtime."""
 
     file = "model.pte"
     packages = ("executorch",)
-    takes_batches = True
+    takes_batches = False
     limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32",)
     quantizers: Mapping[ExportPrecision, Quantizer] = {}
@@ -35,14 +35,20 @@ class ExecuTorchFormat:
         outputs: Sequence[str] = LOGITS,
     ) -> Run:
         """Write a traced model and open it again; see `ExportFormat.write`. The labels are in config.json alone."""
+        (images, *_), _ = program.example_inputs
+        # The memory of all layers is laid out for the largest batch, and an unbounded one cannot be laid out.
+        single = torch.export.export(program.module(), (images[:1],), strict=False)
         xnnpack = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         lower = import_module("executorch.exir").to_edge_transform_and_lower
-        file.write_bytes(lower(program, partitioner=[xnnpack.XnnpackPartitioner()]).to_executorch().buffer)
+        file.write_bytes(lower(single, partitioner=[xnnpack.XnnpackPartitioner()]).to_executorch().buffer)
         opened = import_module("executorch.runtime").Runtime.get().load_program(file)
         method = opened.load_method("forward")
 
         def run(pixels: np.ndarray) -> np.ndarray:
-            found = [value.numpy() for value in method.execute([torch.from_numpy(pixels)])]
-            return side_by_side(found).copy()  # the memory is the method's, which writes the next outputs into it
+            rows = []
+            for image in torch.from_numpy(pixels):
+                found = [value.numpy() for value in method.execute([image[None]])]
+                rows.append(side_by_side(found).copy())  # the method writes its next outputs into the same memory
+            return np.concatenate(rows)
 
         return run

@@ -23,8 +23,10 @@ from transformers import AutoImageProcessor
 
 from isoprune_hf.errors import ExportError
 from isoprune_hf.export import export
+from isoprune_hf.export.executorch import ExecuTorchFormat
 from isoprune_hf.export.export import export_model
 from isoprune_hf.export.formats import FORMATS
+from isoprune_hf.measuring.tracing import plain_copy, trace_model
 
 ROOT = Path(__file__).parents[2]
 FILES = {"config.json", "export.json", "modeling_isoprune.py", "preprocessor_config.json", "README.md", "classify.py"}
@@ -53,8 +55,9 @@ def answers(target: str, folder: Path, pixels: torch.Tensor) -> np.ndarray:
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         return openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)(pixels.numpy())["logits"]
     if target == "executorch":
-        method = pytest.importorskip("executorch.runtime").Runtime.get().load_program(folder / "model.pte")
-        return method.load_method("forward").execute([pixels])[0].numpy().copy()
+        program = pytest.importorskip("executorch.runtime").Runtime.get().load_program(folder / "model.pte")
+        method = program.load_method("forward")
+        return np.concatenate([method.execute([image[None]])[0].numpy().copy() for image in pixels])
     if target == "litert":
         interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter(str(folder / "model.tflite"))
         interpreter.allocate_tensors()
@@ -113,11 +116,22 @@ def test_exported_logits_match_pytorch_for_any_batch_size(
             expected = sample.model(pixels).logits.numpy()
         np.testing.assert_allclose(answers(target, out, pixels), expected, atol=1e-5, rtol=0)
     record = read(out, "export.json")
-    assert ("any batch size" in printed) == record["takes_batches"] == (target != "litert")
+    assert ("any batch size" in printed) == record["takes_batches"] == (target not in APART)
     found, largest = record["difference"], record["largest"]
     assert f"largest difference to PyTorch: {found:.3g}, logits up to {largest:.3g}" in printed
     assert found < 1e-5 < 0.1 < largest
     assert (record["batches"], record["same_class"], record["precision"]) == ([1, 4], 5, "fp32")
+
+
+@pytest.mark.export
+def test_executorch_runs_batches_of_any_size(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    plain = plain_copy(pruned("vit").model)
+    pixels = torch.randn(40, *plain.config.image_size, generator=torch.Generator().manual_seed(0))
+    run = ExecuTorchFormat().write(trace_model(plain, pixels[:4]), tmp_path / "model.pte", LABELS)
+    with torch.inference_mode():
+        expected = plain(pixels).logits.numpy()
+    np.testing.assert_allclose(run(pixels.numpy()), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.export
