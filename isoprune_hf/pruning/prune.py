@@ -111,7 +111,8 @@ def prune_model(
         rotated = rotate_base(model, recipe, traced.groups, images)
     run = PruningRun(model, traced, rotated, images, accelerator, sample, clock)
     if scores is None:
-        scores = assign_to_base(run.score(recipe, rotated.model, traced.groups, traced.blocks), model, recipe)
+        scores = run.score(recipe, rotated.model, traced.groups, traced.blocks)
+        scores = assign_to_base(scores, rotated.model, model, recipe)
     recipe = _with_scoring_of(recipe, scores)
     scores, earlier = _cut_in_steps(run, recipe, scores)
     plan, pruned = run.cut_to_budget(recipe, scores)

@@ -55,7 +55,7 @@ def score_model(
     groups = trace_groups(model, recipe.signature, recipe.engine)
     rotated = rotate_base(model, recipe, groups, images)
     scores = score_with_recipe(rotated.model, recipe, groups, images, blocks=find_blocks(model), sample=sample)
-    return assign_to_base(scores, model, recipe)
+    return assign_to_base(scores, rotated.model, model, recipe)
 
 
 def rotate_base(
@@ -129,10 +129,21 @@ def score_with_recipe(
 
 
 def assign_to_base(
-    scores: ImportanceScores, model: IsoPruneForImageClassification, recipe: PruneRecipe
+    scores: ImportanceScores,
+    scored: IsoPruneForImageClassification,
+    base: IsoPruneForImageClassification,
+    recipe: PruneRecipe,
 ) -> ImportanceScores:
-    """Return scores of a base in float32, with or without rotated heads, with the fingerprint of the base itself."""
-    return replace(scores, fingerprint=fingerprint(model.model), rotated=bool(recipe.rotate))
+    """Return scores of a base in float32, with or without rotated heads, with the fingerprint of the base itself.
+
+    Args:
+        scores: Scores of `scored`.
+        scored: The base itself, or a copy in float32 or with rotated heads.
+        base: The base.
+        recipe: Its `rotate` is recorded.
+    """
+    key = scores.fingerprint if scored is base else fingerprint(base.model)
+    return replace(scores, fingerprint=key, rotated=bool(recipe.rotate))
 
 
 def check_scores(model: IsoPruneForImageClassification, recipe: PruneRecipe, scores: ImportanceScores) -> None:

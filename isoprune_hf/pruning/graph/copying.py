@@ -117,27 +117,43 @@ def copy_modules(
     modules = _walk(root, set(memo))
     for old in modules:
         memo[id(old)] = old.__new__(type(old))
-        for tensor in [*vars(old).values(), *own_parameters(old).values(), *own_buffers(old).values()]:
-            if type(tensor) not in _IMMUTABLE and isinstance(tensor, Tensor) and id(tensor) not in memo:
+        for tensor in _held_tensors(old):
+            if id(tensor) not in memo:
                 memo[id(tensor)] = _copy_tensor(tensor, copy_tensor)
-        for value in vars(old).values():
-            if isinstance(value, dict | list | tuple | deque):
-                for tensor in _nested_tensors(value):
-                    if id(tensor) not in memo:
-                        memo[id(tensor)] = _copy_tensor(tensor, copy_tensor)
+    memo[id(None)] = None
     for old in modules:
         values = vars(memo[id(old)])
+        tables = _registered(old)
         for name, value in vars(old).items():
-            if name == _HOOKS_SET and not with_hooks:
-                continue
-            if type(value) in _IMMUTABLE:
-                values[name] = value
-            elif type(value) in _TABLES and (not value or (not with_hooks and "_hooks" in name)):
-                values[name] = type(value)()
+            kind = type(value)
+            if kind in _IMMUTABLE:
+                if name != _HOOKS_SET or with_hooks:
+                    values[name] = value
+            elif kind in _TABLES and (not value or (not with_hooks and "_hooks" in name)):
+                values[name] = kind()
+            elif kind in _TABLES and any(value is table for table in tables):
+                values[name] = kind((key, memo[id(part)]) for key, part in value.items())
             elif not isinstance(getattr(value, "__func__", None), _CACHED):  # a cache refers to the old tensors
                 values[name] = _copy_value(value, memo)
     copied: _ModuleT = memo[id(root)]
     return copied
+
+
+def _registered(module: nn.Module) -> tuple[Mapping[str, Any], ...]:
+    """Return the tables of the parameters, buffers and children of a module itself."""
+    return own_parameters(module), own_buffers(module), own_modules(module)
+
+
+def _held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a module itself holds: parameters, buffers, attributes, and those in containers."""
+    children = own_modules(module)
+    for value in vars(module).values():
+        if type(value) in _IMMUTABLE or value is children:
+            continue
+        if isinstance(value, Tensor):
+            yield value
+        elif value and isinstance(value, dict | list | tuple | deque):
+            yield from _nested_tensors(value)
 
 
 def replace_tensor(tensor: Tensor, value: Tensor) -> Tensor:

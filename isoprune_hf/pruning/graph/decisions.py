@@ -94,6 +94,8 @@ def freeze_choices(network: nn.Module, trace: Trace) -> None:
 
 def _choices(network: nn.Module, trace: Trace) -> list[Choice]:
     """Return the modules that decide by values, with a module in them that did not run."""
+    if not trace.decisions:
+        return []
     idle: list[str] = []
     for path, part in network.named_modules():
         names = [f"{path}.{name}" for name, _ in part.named_parameters()]
