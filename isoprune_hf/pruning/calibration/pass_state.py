@@ -127,7 +127,7 @@ class _State:
     def restore(self) -> None:
         """Restore the state, in place."""
         for attributes in self._attributes:
-            if not _has_same(attributes.now, attributes.last):
+            if not attributes.are_restored():
                 attributes.restore()
         for value, content in self._contents.values():
             if _has_same(value, content):
@@ -137,12 +137,19 @@ class _State:
 
 
 class _Attributes:
-    """The attributes of a module: those of now, those to restore, and all of them after they were restored last."""
+    """The attributes of a module: those of now, and those to restore."""
 
     def __init__(self, module: nn.Module):
         self.now = vars(module)
         self.values = {name: value for name, value in self.now.items() if _is_plain(name)}
-        self.last = dict(self.now)
+        self._names = tuple(self.now)
+
+    def are_restored(self) -> bool:
+        """Return whether no attribute to restore has changed, and there are no others than after `restore`.
+
+        It is called for every module in each pass, and a pass changes hardly any: the loops over names run in C.
+        """
+        return tuple(self.now) == self._names and all(map(is_, map(self.now.get, self.values), self.values.values()))
 
     def restore(self) -> None:
         """Restore the values, in place."""
@@ -151,7 +158,7 @@ class _Attributes:
         for name, value in self.values.items():
             if self.now.get(name) is not value:
                 self.now[name] = value
-        self.last = dict(self.now)
+        self._names = tuple(self.now)
 
 
 @cache
@@ -162,10 +169,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _has_same(one: Any, other: Any) -> bool:
-    """Return whether two containers have the same objects in the same order, under the same names if they are dicts.
-
-    It is called for every module in each pass, and a pass changes hardly any: the loop over the parts runs in C.
-    """
+    """Return whether two containers have the same objects in the same order, and names if they are dicts."""
     if len(one) != len(other) or not all(map(is_, one, other)):
         return False
     return not isinstance(one, dict) or all(map(is_, one.values(), other.values()))

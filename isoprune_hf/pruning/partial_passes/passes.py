@@ -5,7 +5,7 @@ needs are stored for all images, and later passes start there: a fit of all laye
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from isoprune_hf.pruning.partial_passes.waypoints import (
     Stop,
     Waypoint,
     Waypoints,
+    kept_outputs,
     replaced_outputs,
     run_until,
 )
@@ -85,6 +86,27 @@ class Passes:
         stop = self.stop_before(layer)
         if stop is not None:
             self.start_at(stop, [run_until(self.network, stop, pixels, given) for pixels, given in self.batches()])
+
+    def through(self, layer: str) -> Iterator[tuple[torch.Tensor, Begin]]:
+        """Yield like `__iter__`; the passes, which go on at least until a layer runs, serve those of `reach` as well.
+
+        Later passes start at the waypoint only when all were run.
+        """
+        stop = self.stop_before(layer)
+        if stop is None:
+            yield from self
+            return
+        outputs: list[Mapping[str, Any]] = []
+        for pixels, given in self.batches():
+            yield pixels, partial(self._keeping, stop, given, outputs)
+        self.start_at(stop, outputs)
+
+    @contextmanager
+    def _keeping(self, stop: Stop, given: Given, outputs: list[Mapping[str, Any]]) -> Iterator[None]:
+        """Run a pass within the context from stored outputs, and append those that a waypoint needs."""
+        with kept_outputs(self.network, stop, given) as found, replaced_outputs(self.network, given):
+            yield
+        outputs.append(found)
 
     def stop_before(self, layer: str) -> Stop | None:
         """Return the waypoint that `reach` starts at, with the room; None if it is the one that was reached last."""

@@ -206,7 +206,7 @@ def run_until(
 
 @contextmanager
 def kept_outputs(
-    network: IsoPruneForImageClassification, stop: Stop, given: Given, on_end: Callable[[], None]
+    network: IsoPruneForImageClassification, stop: Stop, given: Given, on_end: Callable[[], None] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Keep, of a pass within the context, the outputs that a waypoint needs, and blanks for the modules before it.
 
@@ -226,7 +226,7 @@ def kept_outputs(
         else:
             keep = partial(stop.keep, is_copied=name in stop.written)
             found[name] = tree_map_only(torch.Tensor, keep, output)
-        if name == way.name:
+        if name == way.name and on_end is not None:
             on_end()
 
     names = (*way.before, *way.held)
@@ -250,7 +250,8 @@ def replaced_outputs(network: IsoPruneForImageClassification, given: Given) -> I
             return leaf.to(network.device, copy=is_copied)
         key = leaf.shape, leaf.dtype
         if key not in blanks:
-            blanks[key] = torch.full_like(leaf, float("nan"), device=network.device)
+            # ten times as fast as full_like, which computes the layout of a tensor on the meta device in Python
+            blanks[key] = torch.empty_like(leaf, device=network.device).fill_(math.nan)
         return blanks[key]
 
     def return_output(name: str, /, *args: Any, **kwargs: Any) -> Any:

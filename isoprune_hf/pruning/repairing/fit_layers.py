@@ -148,7 +148,6 @@ def _fit_networks(
     """
     reason: str | None = None
     for share, passes in fits:
-        passes.reach(layer.name)
         own = layer.in_network(passes.network)
         halves = [equations() for _ in range(2)]
         moments = DenseMoments.empty(size_of(own.module, is_bias_only=is_bias_only), passes.network.device)
@@ -179,7 +178,8 @@ def _add_images(
     """
     size = size_of(layer.module, is_bias_only=is_bias_only)
     waiting = [WaitingRows(size, half.add, moments.add) for half in halves]
-    for (images, begin), wanted_calls in zip(passes, outputs, strict=False):  # there may be more outputs than images
+    through = passes.through(layer.name)
+    for (images, begin), wanted_calls in zip(through, outputs, strict=False):  # there may be more outputs than images
         with begin():
             found_calls = observe_calls(passes.network, layer, images)
         if [call.output.shape for call in wanted_calls] != [call.output.shape for call in found_calls]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
@@ -140,7 +140,11 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
     """Run a forward pass and return all calls of a layer; the pass stops after the last one, or after its sum."""
     calls: list[LayerCall] = []
 
+    def on_start(*_: Any) -> None:
+        within.enter_context(functions)  # slows down the functions of other modules
+
     def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+        within.close()
         call = functions.call_of(module, output)
         inputs = read_tensor(args, kwargs) if call is None else call.inputs
         calls.append(LayerCall(inputs, output.clone() if layer.is_added else output))
@@ -156,14 +160,14 @@ def observe_calls(model: IsoPruneForImageClassification, layer: FittedLayer, ima
     probe = ResidualProbe()
     module = model.model.get_submodule(layer.name)
     functions = FunctionalProbe([module])
-    handle = module.register_forward_hook(on_call, with_kwargs=True)
-    try:
-        with functions, probe if layer.is_added else nullcontext():
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(on_start).remove)
+        stack.callback(module.register_forward_hook(on_call, with_kwargs=True).remove)
+        if layer.is_added:
+            stack.enter_context(probe)
+        within = stack.enter_context(ExitStack())
+        with suppress(PassStopped):
             model(pixel_values=images)
-    except PassStopped:
-        pass
-    finally:
-        handle.remove()
     return calls
 
 

@@ -198,9 +198,11 @@ def _observe(
             layer = model.model.get_submodule(name)
             handle = layer.register_forward_pre_hook(partial(on_call, name), with_kwargs=True)
             stack.callback(handle.remove)
+        through = iter(passes)
         if not course.is_first(portion):
-            passes.reach(min((course.first(name) for name in portion), key=course.waypoints.starts.__getitem__))
-        for images, begin in passes if moments else ():
+            first = min((course.first(name) for name in portion), key=course.waypoints.starts.__getitem__)
+            through = passes.through(first)
+        for images, begin in through if moments else ():
             count, left = len(images), dict(waiting)
             with begin(), suppress(PassStopped):
                 model(pixel_values=images)

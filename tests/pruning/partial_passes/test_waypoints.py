@@ -255,6 +255,28 @@ def test_passes_start_at_the_last_waypoint_before_layer(tmp_path: Path, monkeypa
                 assert ran == expected
 
 
+def test_passes_through_a_layer_also_reach_it(tmp_path: Path) -> None:
+    model = reader("stem", tmp_path)
+    batches = batches_of(model, [2, 3])
+    reaching, through, ended = (stages_of(model, batches) for _ in range(3))
+    with torch.no_grad():
+        wanted = [model(pixel_values=images).logits for images, _ in batches]
+        for layer in ("first.0", "third.0"):
+            reaching.reach(layer)
+            for (images, begin), logits in zip(through.through(layer), wanted, strict=True):
+                with begin():
+                    assert torch.equal(model(pixel_values=images).logits, logits)
+            assert through._current == reaching._current
+            for (_, one), (_, other) in zip(through.batches(), reaching.batches(), strict=True):
+                assert one.outputs.keys() == other.outputs.keys()
+                kept = [name for name, output in one.outputs.items() if not output.is_meta]
+                assert kept and all(torch.equal(one.outputs[name], other.outputs[name]) for name in kept)
+        _, begin = next(ended.through("third.0"))
+        with begin():
+            model(pixel_values=batches[0][0])
+    assert ended._current is None
+
+
 def test_outputs_above_the_byte_limit_are_not_stored(tmp_path: Path) -> None:
     model = reader("nothing", tmp_path)
     batches = batches_of(model, [2, 3])
