@@ -20,6 +20,8 @@ EXTRAS = {
     "torch_pruning": "prune",
     "psutil": "prune",
     "scipy": "prune",
+    "torchmetrics": "detection",
+    "pycocotools": "detection",
     "sklearn": "train",
     "matplotlib": "publish",
     "onnx": "export",

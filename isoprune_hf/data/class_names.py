@@ -75,7 +75,7 @@ def renumber_split(split: Split, names: Sequence[str], table: np.ndarray) -> Spl
         is_known = (labels >= 0) & (labels < len(table))
         numbers = np.where(is_known, table[np.where(is_known, labels, 0)], -1)
     renumbered: Dataset = split.remove_columns("label").add_column("label", numbers, feature=feature)
-    return renumbered.select_columns(["image", "label"])
+    return renumbered.select_columns(split.column_names)
 
 
 def number_texts(parts: Sequence[Dataset], where: str) -> list[Split]:
@@ -100,7 +100,7 @@ def number_texts(parts: Sequence[Dataset], where: str) -> list[Split]:
     for part, column in zip(parts, columns, strict=True):
         labels = [_number(found, places, in_lists=in_lists) for found in column]
         added: Dataset = part.remove_columns("label").add_column("label", labels, feature=feature)
-        numbered.append(added.select_columns(["image", "label"]))
+        numbered.append(added.select_columns(part.column_names))
     return numbered
 
 

@@ -19,6 +19,9 @@ _USUAL: dict[Column, tuple[str, ...]] = {
 # Columns of images with the class of each pixel, in this order.
 _MASKS = ("annotation", "mask", "label", "labels", "segmentation_mask")
 MASK = "mask"  # their name in a split
+_OBJECTS = "objects"  # the boxes of an image and their categories, in data sets of the Hub
+OBJECTS = "annotated_objects"  # their name in a split
+BOX = "bbox"  # the field of their boxes
 _NO_LABELS = frozenset({MASK, "id", "index", "idx", "image_id", "width", "height", "size"})
 
 
@@ -49,10 +52,16 @@ def find_column(split: Split, setting: Column, recipe: DataRecipe, place: str) -
 
 
 def has_label_column(split: Split, recipe: DataRecipe) -> bool:
-    """Return whether a split has a column that can be meant by `label_column`."""
+    """Return whether a split has a column that can be meant by `label_column`.
+
+    Beside boxes, numbers and text of other names than usual are no classes of the images.
+    """
     features: Mapping[str, Any] = split.features
     named = any(name in features and _fits("label_column", features[name]) for name in _USUAL["label_column"])
-    return recipe.label_column in features or named or bool(_of_type(features, "label_column"))
+    typed = _of_type(features, "label_column")
+    if OBJECTS in features:
+        typed = [name for name in typed if isinstance(label_kind(features[name]), ClassLabel)]
+    return recipe.label_column in features or named or bool(typed)
 
 
 def find_mask_column(split: Split, recipe: DataRecipe) -> str | None:
@@ -62,6 +71,21 @@ def find_mask_column(split: Split, recipe: DataRecipe) -> str | None:
     found = [name for name in names if isinstance(features.get(name), Image) and name != recipe.image_column]
     has_images = any(isinstance(feature, Image) and name not in found for name, feature in features.items())
     return found[0] if found and has_images else None
+
+
+def find_objects_column(split: Split, recipe: DataRecipe) -> str | None:
+    """Return the column of boxes and their categories; None if there is none."""
+    features: Mapping[str, Any] = split.features
+    names = (recipe.label_column, _OBJECTS)
+    return next((name for name in names if BOX in object_fields(features.get(name))), None)
+
+
+def object_fields(feature: Any) -> Mapping[str, Any]:
+    """Return the types of the fields of objects, lists in a struct or structs in a list; empty for another column."""
+    kind = label_kind(feature)
+    if not isinstance(kind, Mapping):
+        return {}
+    return kind if is_list(feature) else {name: label_kind(field) for name, field in kind.items()}
 
 
 def is_label_name(name: str, recipe: DataRecipe) -> bool:

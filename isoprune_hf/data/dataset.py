@@ -14,7 +14,7 @@ from datasets import Array3D, Dataset, Features, Image, IterableDataset, List, V
 from PIL import Image as PILImage
 
 from isoprune_hf.data.class_columns import name_classes
-from isoprune_hf.data.columns import MASK, find_column, is_file, is_image
+from isoprune_hf.data.columns import MASK, OBJECTS, find_column, is_file, is_image
 from isoprune_hf.data.decoding import DECODE_ERRORS, Decoding, Rows
 from isoprune_hf.data.fingerprint import fingerprint_images
 from isoprune_hf.data.holdout import HOLDOUT_SEED, divide
@@ -218,7 +218,10 @@ def with_encoded_images(rows: Rows) -> Rows:
 
 
 def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
-    """Reduce a split to the columns `image`, `label` and `MASK`, if it has masks; images are encoded or arrays."""
+    """Reduce a split to the columns `image`, `label`, and `MASK` and `OBJECTS` if it has any of them.
+
+    Images are encoded or arrays.
+    """
     image = find_column(split, "image_column", recipe, name)
     label = find_column(split, "label_column", recipe, name)
     feature = split.features[image]
@@ -233,7 +236,7 @@ def _select(split: Split, name: str, recipe: DataRecipe) -> Split:
         # A stream must be cast here: any later operation on it would decode its images.
         split = split.cast_column(image, Image(decode=not is_stream))
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-    kept = [image, label, *([MASK] if MASK in split.features else [])]
+    kept = [image, label, *(name for name in (MASK, OBJECTS) if name in split.features)]
     return split.select_columns(kept).rename_columns(renamed)
 
 

@@ -186,6 +186,21 @@ def match_labels(label_names: Sequence[str], id2label: dict[int, str], *, is_sor
     return list(range(len(model_names)))
 
 
+def place_names(label_names: Sequence[str], model_names: Sequence[str], *, is_numbered: bool) -> list[int] | None:
+    """Return the class of the model for each name by the rules of `match_labels`; None if a name is none of them.
+
+    Args:
+        label_names: Names of classes.
+        model_names: Names of the classes of the model by index.
+        is_numbered: The names are in the order of the model where one side has none and their numbers are equal.
+    """
+    by_name = _match_names(list(label_names), list(model_names))
+    if by_name is not None or not is_numbered or len(label_names) != len(model_names):
+        return by_name
+    has_none = _are_generic(dict(enumerate(model_names))) or _are_numbers(label_names)
+    return list(range(len(model_names))) if has_none else None
+
+
 def _match_names(data_names: list[str], model_names: list[str]) -> list[int] | None:
     """Return the place in the model of each name of the data; None if the names do not show it."""
     data_names, model_names = _spelled_alike(data_names, model_names)

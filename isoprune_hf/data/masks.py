@@ -1,28 +1,19 @@
-"""Masks, images with the class of each pixel, in the column `MASK` of a split: `divide_masks`, `read_mask`."""
+"""Masks, images with the class of each pixel, in the column `MASK` of a split: `read_mask`."""
 
 import io
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from isoprune_hf.data.columns import MASK
-from isoprune_hf.data.decoding import DECODE_ERRORS, Rows
+from isoprune_hf.data.decoding import DECODE_ERRORS
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.limits import MAX_IMAGE_BYTES
 from isoprune_hf.plain_files import read_bytes
 
 IGNORED = 255  # the class of 8-bit masks whose pixels are left out, where a config names no other one
-
-
-def divide_masks(split: Rows) -> tuple[Rows, Rows | None]:
-    """Return a split without its masks, and a split with them; None if it has none."""
-    if not isinstance(split, Dataset) or MASK not in split.column_names:
-        return split, None
-    return split.remove_columns(MASK), split.select_columns(MASK)
 
 
 def read_mask(stored: Any, *, reduces_labels: bool) -> Tensor:

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
 
-from isoprune_hf.data.columns import is_label_name
+from isoprune_hf.data.columns import BOX, is_label_name
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -16,14 +17,15 @@ _TYPES: dict[type, str] = {int: "int64", str: "string"}
 
 
 def read_table(file: Path, recipe: DataRecipe) -> Dataset:
-    """Return the rows of a file with its columns: images, whole numbers, text, and lists of numbers or of text.
+    """Return the rows of a file with its columns: images, whole numbers, text, lists of them, and boxes of JSONL.
 
     Lists in cells of CSV are written as in JSON. Other columns are left out. Paths of images are relative to the
     folder of the file. Without a column `data.image_column`, the one whose first row is the path of a file has the
     images.
 
     Raises:
-        DatasetError: It has no rows, no column or several columns with paths, or a list of labels is not one of JSON.
+        DatasetError: It has no rows, no column or several columns with paths, a list of labels is not one of JSON, or
+            boxes are of several types.
     """
     columns = _read_lines(file) if file.suffix.lower() == ".jsonl" else _read_csv(file, recipe)
     paths = [name for name, cells in columns.items() if _is_place(cells[0], file.parent)]
@@ -37,7 +39,7 @@ def read_table(file: Path, recipe: DataRecipe) -> Dataset:
     values: dict[str, list[Any]] = {}
     features: dict[str, Any] = {}
     for name, cells in columns.items():
-        feature = Image() if name == image else _type_of(cells)
+        feature = Image() if name == image else _type_of(cells) or _type_of_objects(name, cells)
         if feature is not None:
             values[name] = [str(file.parent / str(cell)) for cell in cells] if name == image else cells
             features[name] = feature
@@ -82,6 +84,18 @@ def _read_lines(file: Path) -> dict[str, list[Any]]:
 
 def _is_place(cell: Any, folder: Path) -> bool:
     return isinstance(cell, str) and bool(cell) and (folder / cell).is_file()
+
+
+def _type_of_objects(name: str, cells: list[Any]) -> Any:
+    """Return the type of a column of boxes with their categories; None for another one."""
+    known = [cell[0] if isinstance(cell, list) and cell else cell for cell in cells]
+    if not any(isinstance(cell, dict) and BOX in cell for cell in known):
+        return None
+    try:
+        return Features.from_arrow_schema(pa.schema({name: pa.array(cells).type}))[name]
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"data: the values in column {name!r} are of several types ({reason})") from error
 
 
 def _type_of(cells: list[Any]) -> Value | List | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from isoprune_hf.data.columns import MASK, find_mask_column, has_label_column
+from isoprune_hf.data.columns import MASK, OBJECTS, find_mask_column, find_objects_column, has_label_column
 from isoprune_hf.data.image_folders import image_files
 from isoprune_hf.data.label_columns import Split
 from isoprune_hf.recipes import DataRecipe
@@ -30,22 +30,25 @@ def read_flat_folder(folder: Path) -> Dataset:
 def with_label_column(splits: Mapping[str, Sequence[Split]], recipe: DataRecipe) -> dict[str, list[Split]]:
     """Return the parts of all splits, with a column of labels if there is none in any of them.
 
-    A column that the recipe names must exist; it is not added. A column of masks gets the name `MASK`, and is no
-    column of labels.
+    A column that the recipe names must exist; it is not added. A column of masks gets the name `MASK`, one of boxes
+    `OBJECTS`, and they are no columns of labels.
     """
-    masked = {name: [_name_masks(part, recipe) for part in found] for name, found in splits.items()}
-    parts = [part for found in masked.values() for part in found]
+    annotated = {name: [_name_annotations(part, recipe) for part in found] for name, found in splits.items()}
+    parts, given = ([part for found in both.values() for part in found] for both in (annotated, splits))
     name = recipe.label_column
-    was_mask = any(MASK in part.features and name not in part.features for part in parts)
+    was_annotation = any(name in part.features for part in given) and not any(name in part.features for part in parts)
     is_default = name == DataRecipe.label_column
-    is_missing = not any(has_label_column(part, recipe) for part in parts) if is_default else was_mask
+    is_missing = not any(has_label_column(part, recipe) for part in parts) if is_default else was_annotation
     if not is_missing:
-        return masked
-    return {place: [_labelled(part, name) for part in found] for place, found in masked.items()}
+        return annotated
+    return {place: [_labelled(part, name) for part in found] for place, found in annotated.items()}
 
 
-def _name_masks(part: Split, recipe: DataRecipe) -> Split:
-    """Return a part whose masks, which stay encoded, are in the column `MASK`."""
+def _name_annotations(part: Split, recipe: DataRecipe) -> Split:
+    """Return a part whose masks, which stay encoded, are in the column `MASK`, and its boxes in `OBJECTS`."""
+    objects = find_objects_column(part, recipe)
+    if objects is not None:
+        part = part.rename_column(objects, OBJECTS)
     name = find_mask_column(part, recipe)
     if name is None:
         return part

@@ -30,7 +30,7 @@ def compare_outputs(
     measures: Mapping[str, Measure],
     *,
     accelerator: Accelerator | None = None,
-    visit: Callable[[list[int], Tensor], None] | None = None,
+    visit: Callable[[list[int], Sequence[Tensor]], None] | None = None,
 ) -> Figures:
     """Compute the means, over the images of a split, of figures of the outputs of a network and the dense ones.
 
@@ -42,7 +42,7 @@ def compare_outputs(
         options: How the images are loaded.
         measures: The figures by name; without `dense` left out.
         accelerator: The ranks that share the work. All must call this with the same split.
-        visit: Called with the positions of the images of this rank that could be read, and their first output.
+        visit: Called with the positions of the images of this rank that could be read, and their outputs.
 
     Returns:
         The figures, `images`, and `broken` if images could not be read.
@@ -67,7 +67,8 @@ def compare_outputs(
                 for row, measure in zip(found, measures.values(), strict=False):
                     row[positions] = measure(outputs, wanted).double().cpu()
             if visit is not None:
-                visit(positions[~is_replacement].tolist(), outputs[0][~is_replacement.to(outputs[0].device)])
+                is_read = ~is_replacement
+                visit(positions[is_read].tolist(), [part[is_read.to(part.device)] for part in outputs])
     if accelerator is not None and ranks.world > 1:
         # Each place was written by one rank, so the sum is a union.
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()

@@ -1,5 +1,6 @@
-"""Compare the objects that a network finds with those of the dense network: call `evaluate_objects`."""
+"""Compare the objects that a network finds with boxes and with the dense network: call `evaluate_objects`."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,12 +9,20 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 from transformers import BaseImageProcessor
 
+from isoprune_hf.data.annotations import divide_annotations
+from isoprune_hf.data.boxes import ObjectReader
+from isoprune_hf.data.columns import OBJECTS
 from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.labels import classes_of
 from isoprune_hf.data.loading import LoaderOptions
+from isoprune_hf.errors import MissingExtraError
+from isoprune_hf.evaluation.box_precision import BoxPrecision
 from isoprune_hf.evaluation.comparing import compare_outputs
 from isoprune_hf.evaluation.predictions import Figures
 from isoprune_hf.models.detection_loss import DetectionLoss
 from isoprune_hf.models.held import HeldModel
+
+logger = logging.getLogger(__name__)  # not accelerate's, which needs an accelerator
 
 _LIKELY = 0.5  # least probability of an object that counts, as in the pipeline of transformers
 _OVERLAP = 0.5  # least intersection over union of two boxes of one object
@@ -28,22 +37,24 @@ def evaluate_objects(
     *,
     accelerator: Accelerator | None = None,
 ) -> Figures:
-    """Compute how near the objects that a network finds are to those of the dense base.
+    """Compute how near the objects that a network finds are to boxes, and to those of the dense base.
 
     Args:
         model: Gives logits of classes and boxes for queries, on its current device.
         dense: The dense network, on the same device; None if the model is the dense one, or it is not known.
-        split: Images with the columns `image` and `label`, which is not looked at.
+        split: Images with the columns `image` and `label`, which is not looked at, and `OBJECTS` if there are boxes.
         processor: Makes the pixel values.
         options: How the images are loaded.
         accelerator: The ranks that share the work. All must call this with the same split.
 
     Returns:
         `same_objects`: mean share of the objects that both have found, and `detection_divergence`: mean divergence of
-        `DetectionLoss`, in nats; both without `dense` left out. `images`, and `broken` if images could not be read.
+        `DetectionLoss`, in nats; both without `dense` left out. With boxes those of `box_figures`, of all boxes that
+        the image processor makes of the outputs; they are left out, with a warning, if a package for them is not
+        installed. `images`, and `broken` if images could not be read.
 
     Raises:
-        DatasetError: An image cannot be read, or more images than the policy allows.
+        DatasetError: An image cannot be read, or more images than the policy allows, or boxes do not fit.
     """
     objective = DetectionLoss(model.config.num_labels or 1)
 
@@ -51,8 +62,25 @@ def evaluate_objects(
         pairs = zip(objects_of(objective, outputs), objects_of(objective, wanted), strict=True)
         return torch.tensor([share_of_same(*found, *target) for found, target in pairs], dtype=torch.float64)
 
-    measures = {"same_objects": same_objects, "detection_divergence": objective.distances}
-    return compare_outputs(model, dense, split, processor, options, measures, accelerator=accelerator)
+    rows, objects = divide_annotations(split, OBJECTS)
+    precision = None
+    if objects is not None:
+        try:
+            reader = ObjectReader(objects, classes_of(model.config))
+            precision = BoxPrecision(reader, rows, processor, options.decoding)
+        except MissingExtraError as error:
+            logger.warning(f"data: the boxes of the images are not looked at: {error}")
+    figures = compare_outputs(
+        model,
+        dense,
+        rows,
+        processor,
+        options,
+        {"same_objects": same_objects, "detection_divergence": objective.distances},
+        accelerator=accelerator,
+        visit=None if precision is None else precision.add,
+    )
+    return figures if precision is None else {**figures, **precision.figures(accelerator)}
 
 
 def share_of_same(boxes: Tensor, classes: Tensor, wanted_boxes: Tensor, wanted_classes: Tensor) -> float:

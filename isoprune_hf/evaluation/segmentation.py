@@ -7,10 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
+from isoprune_hf.data.annotations import divide_annotations
 from isoprune_hf.data.columns import MASK
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
-from isoprune_hf.data.masks import IGNORED, divide_masks, read_mask
+from isoprune_hf.data.masks import IGNORED, read_mask
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.comparing import compare_outputs
 from isoprune_hf.evaluation.masks import classes_at, count_pixels, mask_figures
@@ -49,7 +50,7 @@ def evaluate_pixels(
     Raises:
         DatasetError: An image cannot be read, or more images than the policy allows, or a mask does not fit.
     """
-    rows, masks = divide_masks(split)
+    rows, masks = divide_annotations(split, MASK)
     if masks is not None and getattr(processor, "do_center_crop", False):
         raise DatasetError(
             "data: masks are compared with whole images, and the image processor crops them (do_center_crop); leave "
@@ -59,8 +60,8 @@ def evaluate_pixels(
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     reduces_labels = bool(getattr(processor, "do_reduce_labels", False))
 
-    def count(places: list[int], logits: Tensor) -> None:
-        for place, found in zip(places, logits, strict=True):
+    def count(places: list[int], outputs: Sequence[Tensor]) -> None:
+        for place, found in zip(places, outputs[0], strict=True):
             mask = read_mask(masks[place][MASK], reduces_labels=reduces_labels) if masks is not None else None
             if mask is not None:
                 counts.add_(count_pixels(classes_at(found, mask.shape).cpu(), mask, classes, _ignored(model)))

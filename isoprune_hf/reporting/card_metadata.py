@@ -22,6 +22,8 @@ _METRICS = {
     "same_class": ("accuracy", "share of the pixels whose class is that of the base"),
     "delta1": ("accuracy", "share of the pixels whose depth is within 1.25 times that of the base"),
     "same_objects": ("f1", "share of the objects that the base finds, too (F1)"),
+    "box_map": ("mAP", "mean average precision of boxes, at overlaps from 0.5 to 0.95 (COCO)"),
+    "box_map_50": ("mAP", "mean average precision of boxes, at an overlap of 0.5"),
     "knn": ("accuracy", "accuracy of the 20 nearest other images (k-NN)"),
 }
 _MACS = ("macs", "MACs of one image (torch.utils.flop_counter)")

@@ -17,6 +17,8 @@ TASK_COLUMNS = {
     "pixel_divergence": "divergence of pixels",
     "delta1": "delta1 %",
     "depth_difference": "difference of depths",
+    "box_map": "mAP of boxes %",
+    "box_map_50": "mAP50 of boxes %",
     "same_objects": "objects as base %",
     "detection_divergence": "divergence of objects",
 }
@@ -35,6 +37,8 @@ PERCENTAGES = (
     "pixel_accuracy",
     "same_class",
     "delta1",
+    "box_map",
+    "box_map_50",
     "same_objects",
     "ece",
     "agreement",
@@ -57,8 +61,9 @@ def format_figure(key: str, value: float | None, missing: str = "-") -> str:
 
     Args:
         key: macs (shown in 10^9), params (in 10^6), top1, top5, map, knn, miou, pixel_accuracy, same_class, delta1,
-            same_objects, ece, agreement (fractions, shown in percent), loss, cosine, position_cosine,
-            pixel_divergence, depth_difference, detection_divergence, latency_ms, file_mb, images or broken.
+            box_map, box_map_50, same_objects, ece, agreement (fractions, shown in percent), loss, cosine,
+            position_cosine, pixel_divergence, depth_difference, detection_divergence, latency_ms, file_mb, images or
+            broken.
         value: The figure, or None if it was not measured.
         missing: Text for a figure that was not measured.
     """

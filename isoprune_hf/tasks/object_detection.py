@@ -1,4 +1,4 @@
-"""Object detection: scored without labels, measured by the objects of the dense network."""
+"""Object detection: scored without labels, measured by boxes and by the objects of the dense network."""
 
 from typing import Any
 
@@ -14,12 +14,13 @@ def _ask(detect: Any, image: Any) -> str:
 
 OBJECT_DETECTION = LabelFree(
     form=task_forms.OBJECT_DETECTION,
-    figures=("same_objects", "detection_divergence"),
+    figures=("same_objects", "detection_divergence", "box_map", "box_map_50"),
     wording=Wording(
         verb="detect",
         output="classes, of which every box has one",
-        measured="Share of the objects that the network and the base both find (F1 of boxes of one class that overlap "
-        "by half, of probabilities from 0.5), and divergence of all boxes and classes from those of the base",
+        measured="Mean average precision of the boxes (COCO), where there are boxes; share of the objects that the "
+        "network and the base both find (F1 of boxes of one class that overlap by half, of probabilities from 0.5), "
+        "and divergence of all boxes and classes from those of the base",
         quality="The likeness of the objects found",
         answer=Answer("outputs", "", "print(processor.post_process_object_detection(outputs)[0])"),
     ),

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,11 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from helpers.command_line import succeed
+from helpers.command_line import isoprune, succeed
 from helpers.detectors import make_yolos
 from PIL import Image
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_convert
 from transformers import AutoModelForObjectDetection
 
 from isoprune_hf.models.detection_loss import DetectionLoss
@@ -49,6 +53,50 @@ def test_figures_are_those_of_both_networks(place: Path) -> None:
     divergence = DetectionLoss(2).distances(*pairs).mean()
     assert metrics["pruned"]["detection_divergence"] == pytest.approx(float(divergence), rel=1e-4)
     assert 0.5 < metrics["pruned"]["same_objects"] <= 1
+
+
+def write_boxes(place: Path, folder: Path, objects: list[dict[str, list]]) -> Path:
+    """Copy the images for evaluation, with their objects."""
+    (folder / "val").mkdir(parents=True)
+    files = sorted((place / "images" / "val").iterdir())
+    for file in files:
+        shutil.copy(file, folder / "val" / file.name)
+    lines = [{"file_name": file.name, "objects": found} for file, found in zip(files, objects, strict=True)]
+    (folder / "val" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_precision_of_boxes_is_measured(place: Path, tmp_path: Path) -> None:
+    square = transformers.YolosImageProcessor(size={"height": 32, "width": 32})
+    images = [Image.open(file) for file in sorted((place / "images" / "val").iterdir())]
+    network = AutoModelForObjectDetection.from_pretrained(place / "pruned").eval()
+    with torch.no_grad():
+        outputs = network(square(images, return_tensors="pt").pixel_values)
+    found = square.post_process_object_detection(outputs, 0.0, [image.size[::-1] for image in images])
+    wanted = []
+    for one, image in zip(found, images, strict=True):  # two of the boxes that are found, moved a little
+        boxes = one["boxes"][:2].round().clamp(min=0)
+        boxes[:, 2:] = boxes[:, 2:].minimum(torch.tensor(image.size))
+        wanted.append({"boxes": boxes, "labels": one["labels"][:2]})
+    metric = MeanAveragePrecision(box_format="xyxy")
+    metric.update(found, wanted)
+    precision = metric.compute()
+    boxes = [box_convert(one["boxes"], "xyxy", "xywh").tolist() for one in wanted]
+    objects = [{"bbox": box, "categories": one["labels"].tolist()} for box, one in zip(boxes, wanted, strict=True)]
+    data = write_boxes(place, tmp_path / "boxed", objects)
+    heads, cells = succeed("evaluate", place / "pruned", "--data", data).splitlines()[-2:]
+    shown = dict(zip(re.split(" {2,}", heads), re.split(" {2,}", cells), strict=True))
+    for head, name in (("mAP of boxes %", "map"), ("mAP50 of boxes %", "map_50")):
+        assert 0 < float(shown[head]) == pytest.approx(100 * float(precision[name]), abs=0.006)
+
+
+def test_wrong_box_is_one_line(place: Path, tmp_path: Path) -> None:
+    data = write_boxes(place, tmp_path / "boxed", [{"bbox": [[5, 4, 37, 12]], "categories": [0]}] * 4)
+    done = isoprune("evaluate", place / "pruned", "--data", data)
+    line = done.err.strip().splitlines()[-1]
+    assert done.code == 2 and line.startswith(
+        "isoprune: error: data: the objects of image 0 of its split have the box"
+    )
 
 
 @pytest.mark.families

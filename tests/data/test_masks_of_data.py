@@ -6,8 +6,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
+from isoprune_hf.data.annotations import divide_annotations
+from isoprune_hf.data.columns import MASK
 from isoprune_hf.data.dataset import load_data
-from isoprune_hf.data.masks import divide_masks, read_mask
+from isoprune_hf.data.masks import read_mask
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
@@ -28,7 +30,7 @@ def save(place, *, image: str = "image", mask: str = "annotation", more: dict | 
 def test_masks_are_found_by_name(names: tuple[str, str], tmp_path) -> None:
     images = load_data(save(tmp_path, image=names[0], mask=names[1]))
     assert images.label_names == ("unlabelled",)
-    rows, masks = divide_masks(images.evaluation)
+    rows, masks = divide_annotations(images.evaluation, MASK)
     assert rows.column_names == ["image", "label"] and masks.column_names == ["mask"] and len(rows) == 2
     colours = [np.asarray(row["image"])[0, 0, 0] // 60 for row in rows]
     found = [read_mask(row["mask"], reduces_labels=False) for row in masks]
@@ -37,14 +39,14 @@ def test_masks_are_found_by_name(names: tuple[str, str], tmp_path) -> None:
 
 def test_masks_have_the_name_of_the_recipe(tmp_path) -> None:
     recipe = save(tmp_path, mask="ground_truth")
-    assert divide_masks(load_data(recipe).train)[1] is None
+    assert divide_annotations(load_data(recipe).train, MASK)[1] is None
     named = DataRecipe(dataset=recipe.dataset, holdout=0.5, label_column="ground_truth")
-    assert divide_masks(load_data(named).train)[1] is not None
+    assert divide_annotations(load_data(named).train, MASK)[1] is not None
 
 
 def test_classes_of_images_stay_beside_masks(tmp_path) -> None:
     images = load_data(save(tmp_path, more={"label": [0, 1, 0, 1]}))
-    assert images.label_names == ("a", "b") and divide_masks(images.train)[1] is not None
+    assert images.label_names == ("a", "b") and divide_annotations(images.train, MASK)[1] is not None
 
 
 def test_reduced_masks_leave_out_class_zero(tmp_path) -> None:
