@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import BaseImageProcessor
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.export.executorch import open_executorch
 from isoprune_hf.export.export import export_model
 from isoprune_hf.export.formats import FORMATS, Format
 from isoprune_hf.export.values import ExportPrecision
@@ -41,7 +43,11 @@ from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.scoring.scores import ImportanceScores
 
 DEFAULTS = {"min_keep": 2, "round_to": 8}  # those of the command line
-OPENERS: dict[Format, Callable[..., Run]] = {"onnx": open_onnx, "openvino": open_openvino}
+OPENERS: dict[Format, Callable[..., Run]] = {
+    "onnx": partial(open_onnx, threads=1),
+    "openvino": partial(open_openvino, threads=1),
+    "executorch": open_executorch,  # on all threads
+}
 INT8_IMAGES = 256  # the default of the command line
 SAME_TIME = 0.01
 MAX_CUTS = 6
@@ -187,7 +193,7 @@ def measure_export(
         export = export_model(model, processor, folder, target=form, precision=precision, calibration=calibration)
         file = folder / FORMATS[form].file
         megabytes = sum(part.stat().st_size for part in folder.glob(f"{file.stem}.*")) / 1e6
-        run = OPENERS[form](file, threads=1)
+        run = OPENERS[form](file)
     held_out = net.photographs.batches(net.held_out(args.held_out), EVALUATION_BATCH)
     logits = torch.from_numpy(np.concatenate([run(pixels.numpy()) for pixels, _ in held_out]))
     return run, {"megabytes": megabytes, **accuracy_of(net, logits, args), "quantization": dict(export.quantization)}

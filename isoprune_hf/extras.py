@@ -30,6 +30,7 @@ EXTRAS = {
     "openvino": "openvino",
     "nncf": "openvino",
     "executorch": "executorch",
+    "torchao": "executorch",
     "litert_torch": "litert",
     "ai_edge_litert": "litert",
     "coremltools": "coreml",

@@ -55,7 +55,9 @@ def setup() -> configparser.ConfigParser:
 def test_each_package_is_in_its_named_extra(setup: configparser.ConfigParser) -> None:
     # datasets brings pyarrow; executorch and litert are no part of `all`, because they bring torchao. An environment
     # that is older than the use of nncf lacks it; coremltools is of use on macOS alone.
-    apart = {name: [name] for name in ("executorch", "litert_torch", "ai_edge_litert", "nncf", "coremltools")}
+    apart = {
+        name: [name] for name in ("executorch", "torchao", "litert_torch", "ai_edge_litert", "nncf", "coremltools")
+    }
     distributions = packages_distributions() | {"pyarrow": ["datasets"]} | apart
     extras = setup["options.extras_require"]
     for package, extra in EXTRAS.items():

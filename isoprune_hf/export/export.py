@@ -86,7 +86,7 @@ def export_model(
                 run, quantization = (
                     FORMATS[target]
                     .quantizers[precision]
-                    .quantize(file, calibration, DIVERGENCE if has_classes else DISTANCE)
+                    .quantize(program, file, calibration, DIVERGENCE if has_classes else DISTANCE)
                 )
             found = [run(pixels) for pixels in batches] if run is not None else None
         except ExportError:

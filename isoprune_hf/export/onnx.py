@@ -10,7 +10,7 @@ import torch
 
 from isoprune_hf.export.sensitivity import Harm
 from isoprune_hf.export.static_int8 import quantize_static
-from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantized, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantized, Quantizer, reading_file
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run, convert_onnx, open_onnx, save_onnx
 
 
@@ -30,7 +30,7 @@ class OnnxFormat:
     @property
     def quantizers(self) -> Mapping[ExportPrecision, Quantizer]:
         """Function for each precision of eight bits."""
-        return {"int8": Quantizer(quantize_static), "int8-dynamic": Quantizer(quantize_dynamic)}
+        return {"int8": reading_file(quantize_static), "int8-dynamic": reading_file(quantize_dynamic)}
 
     def write(
         self,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from isoprune_hf.export.openvino_int8 import quantize_openvino
-from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantizer
+from isoprune_hf.export.values import LOGITS, ExportPrecision, Quantizer, reading_file
 from isoprune_hf.measuring.runtimes.onnx_runtime import Run
 from isoprune_hf.measuring.runtimes.openvino import convert_openvino, open_openvino
 
@@ -20,7 +20,7 @@ class OpenVinoFormat:
     takes_batches = True
     limitation = None
     floats: tuple[ExportPrecision, ...] = ("fp32", "fp16")
-    quantizers: Mapping[ExportPrecision, Quantizer] = {"int8": Quantizer(quantize_openvino, ("nncf",))}
+    quantizers: Mapping[ExportPrecision, Quantizer] = {"int8": reading_file(quantize_openvino, ("nncf",))}
     script = (
         "openvino",  # which computes in bf16 where the processor can, unless it is told otherwise
         'openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})'

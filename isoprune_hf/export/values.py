@@ -38,10 +38,17 @@ class Quantizer(NamedTuple):
     """How a format gets a precision of eight bits.
 
     Args:
-        quantize: Rewrites a file in fp32 with eight bits; the pixels (B, C, H, W) are calibration images, none if it
-            needs none, and the harm is what it bounds, if it does.
+        quantize: Rewrites a file in fp32 with eight bits, given the traced model that it was written from; the pixels
+            (B, C, H, W) are calibration images, none if it needs none, and the harm is what it bounds, if it does.
         packages: Packages that it needs besides those of the format.
     """
 
-    quantize: Callable[[Path, Sequence[np.ndarray], Harm], Quantized]
+    quantize: Callable[[torch.export.ExportedProgram, Path, Sequence[np.ndarray], Harm], Quantized]
     packages: tuple[str, ...] = ()
+
+
+def reading_file(
+    quantize: Callable[[Path, Sequence[np.ndarray], Harm], Quantized], packages: tuple[str, ...] = ()
+) -> Quantizer:
+    """Return the quantizer of a function that reads the file in fp32, not the traced model."""
+    return Quantizer(lambda program, file, batches, harm: quantize(file, batches, harm), packages)
