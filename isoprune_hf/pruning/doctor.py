@@ -21,6 +21,7 @@ from isoprune_hf.models.base import hold_unlabelled
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.cutting.uniform import to_stock
+from isoprune_hf.pruning.graph.copying import copy_zeros
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
 from isoprune_hf.pruning.reach import describe_reach
@@ -110,7 +111,7 @@ def _check_cost(model: IsoPruneForImageClassification) -> Finding:
     if model.config.cost is None:
         return Finding("cost", "skip", "the config records none")
     # The config of a uniform layout does not describe its base.
-    base = model.config.cost["base"] if _is_uniform(model) else count_cost(meta_copy(model, dense=True)).to_dict()
+    base = model.config.cost["base"] if _is_uniform(model) else count_cost(_dense_copy(model)).to_dict()
     now = {"base": base, "pruned": count_cost(model).to_dict()}
     if model.config.cost != now:
         return Finding("cost", "FAIL", f"config.cost is {model.config.cost}, counted anew it is {now}")
@@ -126,7 +127,7 @@ def _check_structure(model: IsoPruneForImageClassification, plan: PruningPlan | 
     if (model.config.source or {}).get("fingerprint") != plan.fingerprint:
         # The plan belongs to a model that had been cut before: only the resulting widths can be compared.
         return _check_widths(model, plan)
-    planned = apply_plan(meta_copy(model, dense=True), plan).config.structure or {}
+    planned = apply_plan(_dense_copy(model), plan).config.structure or {}
     recorded = model.config.structure or {}
     for kind in ("shapes", "attributes"):
         first, second = recorded.get(kind) or {}, planned[kind]
@@ -213,9 +214,16 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _check_reach(model: IsoPruneForImageClassification) -> Finding:
-    dense = meta_copy(model, dense=True)
+    dense = _dense_copy(model)
     groups = trace_groups(dense)
     return Finding("reach", "ok" if groups else "FAIL", "\n".join(describe_reach(dense, groups)))
+
+
+def _dense_copy(model: IsoPruneForImageClassification) -> IsoPruneForImageClassification:
+    """Return the dense base of a model with zeros as its weights."""
+    dense = meta_copy(model, dense=True)
+    dense.model = copy_zeros(dense.model)
+    return dense
 
 
 def _first_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str | None:

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command_line import read
+from helpers.detectors import make_detr
 from helpers.marks import one_of_each
 from helpers.pruned_models import Pruned
 from helpers.tiny_models import make_base
 from safetensors.torch import load_file, save_file
+from transformers import DetrImageProcessor
 
+from isoprune_hf import prune
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.errors import WriteError
 from isoprune_hf.models import load_base
 from isoprune_hf.pruning import doctor
@@ -55,6 +59,15 @@ def test_a_sound_model_passes_every_check(family: str, pruned: Callable[[str], P
     assert list(findings) == CHECKS
     assert {finding.verdict for finding in findings.values()} == {"ok"}, findings
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
+
+
+def test_network_that_reads_its_mask_passes(tmp_path: Path) -> None:
+    settings = {"criterion": "l1", "reconstruct": "none", "rotate": False, "round_to": 1}
+    made = prune(make_detr(), torch.zeros(1, 3, 64, 64), target_macs="80%", **settings)
+    made.save(tmp_path / "folder", DetrImageProcessor(size={"height": 64, "width": 64}))
+    opened = load_base(str(tmp_path / "folder"), tasks=TASK_FORMS)
+    found = check_model(opened.model, opened.processor, PruningPlan.load(tmp_path / "folder"))
+    assert {finding.check: finding.verdict for finding in found} == dict.fromkeys(CHECKS, "ok")
 
 
 def test_wrong_recorded_cost_is_found(vit: Pruned) -> None:

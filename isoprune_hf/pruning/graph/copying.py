@@ -1,4 +1,4 @@
-"""Copies of a module tree: `copy_modules`, `copy_shapes` without weights, and `copy_simplified` for counting.
+"""Copies of a module tree: `copy_modules`, `copy_shapes` and `copy_zeros` without weights, `copy_simplified` to count.
 
 `copy.deepcopy` would do the same as `copy_modules`, but spends most of its time on empty hook tables and on tuples of
 numbers.
@@ -45,6 +45,16 @@ def copy_shapes(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
     return copy_modules(module, empty, with_hooks=False)
+
+
+def copy_zeros(module: nn.Module) -> nn.Module:
+    """Copy a module tree to the CPU with zeros as its weights, for networks that read values as they run (DETR)."""
+
+    def zeros(tensor: Tensor) -> Tensor:
+        blank = torch.zeros_like(tensor, device="cpu", requires_grad=False)
+        return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+
+    return copy_modules(module, zeros, with_hooks=False)
 
 
 def copy_simplified(base: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
