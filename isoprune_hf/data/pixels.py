@@ -181,13 +181,13 @@ def evaluation_transform(processor: BaseImageProcessor, decoding: Decoding) -> T
 
     A processor that keeps the aspect ratio of images, and crops none, makes images of its size: they form batches.
     """
-    processor = _of_one_size(processor)
+    processor = of_one_size(processor)
     if decoding.decoder == "torchvision":
         return PixelTransform(processor)
     return PillowTransform(processor) if PillowTransform.is_exact(processor) else EvaluationTransform(processor)
 
 
-def _of_one_size(processor: BaseImageProcessor) -> BaseImageProcessor:
+def of_one_size(processor: BaseImageProcessor) -> BaseImageProcessor:
     """Return a processor whose images are all of one size: the same object if it crops, or keeps no aspect ratio.
 
     Of a processor that names the shortest and the longest edge (DETR), images become squares of the shortest one.

@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.image_processor import channels_of, convert_image, layout_of
+from isoprune_hf.data.pixels import of_one_size
 
 _SIZES = ((500, 375), (375, 500), (320, 240), (400, 400), (640, 427))  # width and height
 
@@ -17,8 +18,9 @@ def draw_pictures(processor: BaseImageProcessor) -> list[np.ndarray]:
     The contrast of a picture falls with the frequency as it does in photographs.
 
     Args:
-        processor: Turns the pictures into pixels (B, C, H, W).
+        processor: Turns the pictures into pixels (B, C, H, W), all of one size, see `of_one_size`.
     """
+    processor = of_one_size(processor)
     channels = channels_of(processor)
     generator = np.random.default_rng(0)
     pictures = [_draw_picture(generator, width, height, channels) for width, height in _SIZES]

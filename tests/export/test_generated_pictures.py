@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from transformers import DetrImageProcessor
 
 from isoprune_hf.checkpoint.image_processor import IsoImageProcessor
 from isoprune_hf.export.pictures import draw_pictures
@@ -23,6 +24,11 @@ def test_pictures_have_channels_of_model_and_differ(channels: int) -> None:
     pictures = np.concatenate(first).reshape(5, -1)
     assert np.corrcoef(pictures)[~np.eye(5, dtype=bool)].max() < 0.9
     assert (pictures.std(axis=1) > 0.1).all()
+
+
+def test_pictures_of_detector_have_one_size() -> None:
+    batches = draw_pictures(DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 48}))
+    assert [batch.shape for batch in batches] == [(1, 3, 32, 32), (4, 3, 32, 32)]
 
 
 def test_neighbouring_pixels_resemble_each_other() -> None:
