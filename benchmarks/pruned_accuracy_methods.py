@@ -109,7 +109,7 @@ def with_torch_pruning(
     seconds["cut"] = time.perf_counter() - start
     if recalibrate:
         start = time.perf_counter()
-        recalibrate_batchnorm(pruned, case)
+        recalibrate_batchnorm(pruned, [images for images, _ in case.batches()])
         seconds["recalibrate"] = time.perf_counter() - start
     return pruned, seconds
 
@@ -196,7 +196,7 @@ def is_embedding(name: str, module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, case: Case) -> None:
+def recalibrate_batchnorm(model: nn.Module, batches: list[torch.Tensor]) -> None:
     """Re-estimate the statistics of BatchNorm from the calibration images, in place."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -204,7 +204,7 @@ def recalibrate_batchnorm(model: nn.Module, case: Case) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
         norm.train()
-    for images, _ in case.batches():
+    for images in batches:
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

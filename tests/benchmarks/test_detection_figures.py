@@ -42,5 +42,5 @@ def test_scenes_have_exact_boxes() -> None:
 def test_right_answers_find_all_objects() -> None:
     images, truths = draw_scenes(6, seed=5)
     right, blind = (Knowing(images, truths, is_blind=is_blind) for is_blind in (False, True))
-    assert measure(right, right, images, truths) == ["100.0", "100.0", "0.0000"]
-    assert measure(blind, right, images, truths)[:2] == ["0.0", "0.0"]
+    assert measure(right, right, images, truths) == [*["100.0"] * 4, "0.0000"]
+    assert measure(blind, right, images, truths)[2:4] == ["0.0", "0.0"]
