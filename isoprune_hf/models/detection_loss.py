@@ -114,7 +114,8 @@ class DetectionLoss:
             The squares of differences below one deviation: the divergence of two normal distributions of the same
             variance; sqrt(1 + x^2) - 1 instead of x^2 / 2 as in Charbonnier et al., 1994.
         """
-        found, target = self.found(outputs), self.found(wanted)
+        queries = wanted[0].shape[1]  # in train mode LW-DETR and RF-DETR have more, in groups that eval mode has not
+        found, target = self.found([value[:, :queries] for value in outputs[:2]]), self.found(wanted)
         likely = target.log_yes.exp()
         costs = (likely * target.log_yes).sum(2)[..., None] - likely @ found.log_yes.mT  # (B, wanted, found)
         if found.log_no is not None and target.log_no is not None:

@@ -51,6 +51,14 @@ def test_mean_square_is_fisher_of_each_class() -> None:
     assert math.isclose(mean, variance + max(shares) * of_box, rel_tol=1e-4)
 
 
+def test_queries_of_other_groups_are_left_out() -> None:
+    wanted = [torch.tensor([[[2.0, -1.0]]]), BOXES]
+    wrong, right = torch.tensor([[[-2.0, 1.0]]]), wanted[0]
+    alone = DetectionLoss(2).distances([wrong, BOXES], wanted)
+    in_train_mode = [torch.cat([wrong, right], 1), BOXES.repeat(1, 2, 1)]  # LW-DETR has the second group there alone
+    torch.testing.assert_close(DetectionLoss(2).distances(in_train_mode, wanted), alone)
+
+
 def test_distance_of_one_query_by_hand() -> None:
     wanted = [torch.tensor([[0.75, 0.25]]).log()[None], BOXES]  # one class, and no object
     found = [torch.tensor([[0.5, 0.5]]).log()[None], BOXES + torch.tensor([0.06, 0.0, 0.0, 0.0])]
