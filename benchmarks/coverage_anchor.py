@@ -10,7 +10,7 @@ import timm
 import torch
 
 LABELS = 10
-_VIT = {
+VIT = {
     "image_size": 64,
     "patch_size": 16,
     "hidden_size": 96,
@@ -19,7 +19,7 @@ _VIT = {
     "intermediate_size": 192,
 }
 _DINO = {"image_size": 56, "patch_size": 14, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
-_TOWERS = {"vision_config": _VIT, "text_config": {"vocab_size": 64, "num_hidden_layers": 1}}
+_TOWERS = {"vision_config": VIT, "text_config": {"vocab_size": 64, "num_hidden_layers": 1}}
 _SWIN = {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 _PYRAMID = {
     "image_size": 64,
@@ -38,7 +38,7 @@ _SHIELD = {
         "num_key_value_heads": 1,
         "head_dim": 32,
     },
-    "vision_config": _VIT,
+    "vision_config": VIT,
     "mm_tokens_per_image": 4,
     "boi_token_index": 125,
     "eoi_token_index": 126,
@@ -48,14 +48,14 @@ _SHIELD = {
 }
 # Type of transformers -> its small config.
 TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "beit": {**_VIT, "use_relative_position_bias": True},
+    "beit": {**VIT, "use_relative_position_bias": True},
     "bit": {"embedding_size": 64, "hidden_sizes": [64, 128, 192, 256], "depths": [1, 1, 1, 1], "num_groups": 8},
     "clip": _TOWERS,
     "convnext": {"image_size": 64, "depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]},
     "convnextv2": {"image_size": 64, "depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]},
     "cvt": {"embed_dim": [32, 64, 96], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
-    "data2vec-vision": {**_VIT, "use_relative_position_bias": True, "out_indices": [0, 1, 1, 1]},
-    "deit": _VIT,
+    "data2vec-vision": {**VIT, "use_relative_position_bias": True, "out_indices": [0, 1, 1, 1]},
+    "deit": VIT,
     "dinat": {},
     "dinov2": _DINO,
     "dinov2_with_registers": _DINO,
@@ -90,7 +90,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "masked_unit_size": [4, 4],
         "masked_unit_attention": [True, True, False],
     },
-    "ijepa": _VIT,
+    "ijepa": VIT,
     "imagegpt": {"vocab_size": 65, "n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 3},
     "levit": {"image_size": 64, "hidden_sizes": [64, 96, 128], "num_attention_heads": [2, 3, 4], "depths": [2, 2, 2]},
     "metaclip_2": _TOWERS,
@@ -125,14 +125,14 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "segformer": _PYRAMID,
     "shieldgemma2": _SHIELD,
     "siglip": _TOWERS,
-    "siglip2": {**_TOWERS, "vision_config": {key: value for key, value in _VIT.items() if key != "image_size"}},
+    "siglip2": {**_TOWERS, "vision_config": {key: value for key, value in VIT.items() if key != "image_size"}},
     "swiftformer": {"image_size": 64, "depths": [1, 1, 2, 1], "embed_dims": [32, 48, 64, 96]},
     "swin": _SWIN,
     "swinv2": _SWIN,
     "timm_wrapper": {"architecture": "resnet18"},
     "textnet": {"image_size": [64, 64], "stem_out_channels": 32, "hidden_sizes": [32, 32, 48, 64, 96]},
-    "vit": _VIT,
-    "vit_msn": _VIT,
+    "vit": VIT,
+    "vit_msn": VIT,
 }
 # Model file of timm -> its smallest classifier, found by `find_timm` in timm 1.0.31.
 TIMM = {

@@ -1,13 +1,15 @@
 """Run the steps of `coverage.py` for one model, and write a line of JSON for each finished step.
 
 The base has random weights that keep all units active (`randomize`), BatchNorm statistics of real images, and labels
-that are its own most likely classes. `default` prunes it by the preset `best`, `plain` by the criterion `l1` without
-images; both to half of the MACs. The record of a model that does not pass has the step and the error.
+that are its own most likely classes, or of other tasks the targets that it draws. `default` prunes it by the preset
+`best`, `plain` by the criterion `l1` without images; both to half of the MACs. The record of a model that does not
+pass has the step and the error.
 """
 
 import copy
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +32,10 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from isoprune_hf import BudgetError, IsoPruneForImageClassification, PruneRecipe, count_cost
+from isoprune_hf.checkpoint.modeling_isoprune import model_class_of
+from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.models import BaseModel
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 
 RECIPES = {
@@ -44,6 +49,8 @@ ORACLE_IMAGES = 2
 PERMUTATION_TOLERANCE = 1e-9
 MASK_TOLERANCE = 1e-6
 
+Outputs = tuple[torch.Tensor, ...]
+
 
 def prepare() -> None:
     """Set up a process that runs cases."""
@@ -53,8 +60,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
 
 
-def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[BaseModel, torch.Tensor, torch.Tensor]:
-    """Open a base; return it with the images (NUM_IMAGES, 3, H, W) and its logits of the first 2 * IMAGES."""
+def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[BaseModel, torch.Tensor, Outputs]:
+    """Open a base; return it with the images (NUM_IMAGES, 3, H, W) and its outputs of the first 2 * IMAGES."""
     record.add(step="load")
     with tempfile.TemporaryDirectory() as folder:
         base = case.open(Path(folder))
@@ -65,49 +72,65 @@ def open_case(case: Case, images: list[Image.Image], record: Record) -> tuple[Ba
     require(size == list(model.config.image_size), f"images of {size} for a model of {model.config.image_size}")
     randomize(model, images=values[:IMAGES])
     used = values[: 2 * IMAGES]
-    logits = run(model, used)
-    require(logits.shape == (len(used), model.config.num_labels), f"logits of shape {tuple(logits.shape)}")
-    require(bool(logits.isfinite().all()), "logits that are not finite")
-    require(torch.equal(run(model, used), logits), "logits differ between two passes of the same images")
+    outputs = run(model, used)
+    if task_of(model.config.base).has_classes:
+        shape = tuple(outputs[0].shape)
+        require(shape == (len(used), model.config.num_labels), f"logits of shape {shape}")
+    require(are_finite(outputs), "outputs that are not finite")
+    require(are_equal(run(model, used), outputs), "outputs differ between two passes of the same images")
     record.add(params=sum(parameter.numel() for parameter in model.parameters()), side=size[-1])
-    return base, values, logits
+    return base, values, outputs
 
 
-def run_way(way: str, base: BaseModel, images: torch.Tensor, logits: torch.Tensor, record: Record) -> None:
+def run_way(way: str, base: BaseModel, images: torch.Tensor, outputs: Outputs, record: Record) -> None:
     """Run all steps of one way of pruning."""
     model, recipe = base.model, RECIPES[way]
     images, more = images[: 2 * IMAGES], images[2 * IMAGES :]
     if way == "plain":
         use_eager_attention(model)  # the mask oracle follows its operations
-        logits = run(model, images)
-    batches = list(zip(images[:IMAGES].split(MICRO_BATCH), logits[:IMAGES].argmax(1).split(MICRO_BATCH), strict=True))
-    batches = batches if recipe.reads_images else None
+        outputs = run(model, images)
+    targets = targets_of(model, images[:IMAGES], outputs)
+    batches = list(zip(images[:IMAGES].split(MICRO_BATCH), targets.split(MICRO_BATCH), strict=True))
     record.add(step="prune")
     try:
-        result = prune_model(model, recipe, batches)
+        result = prune_model(model, recipe, batches if recipe.reads_images else None)
     except BudgetError as error:  # the reason why half of the MACs cannot be removed
         record.add(over=" ".join(str(error).split())[:200])
         recipe = replace(recipe, target_macs=None)
-        result = prune_model(model, recipe, batches)
+        result = prune_model(model, recipe, batches if recipe.reads_images else None)
     report_result(model, result, record)
     check_result(model, result, recipe, record)
     held_out = images[IMAGES:]
     record.add(step="forward")
     found = run(result.model, held_out)
-    require(found.shape == logits[IMAGES:].shape, f"logits of shape {tuple(found.shape)}")
-    require(bool(found.isfinite().all()), "logits that are not finite")
+    shapes = [[tuple(value.shape[1:]) for value in values] for values in (found, outputs)]
+    require(shapes[0] == shapes[1], f"outputs of shapes {shapes[0]}, and of the base {shapes[1]}")
+    require(are_finite(found), "outputs that are not finite")
     record.add(step="reopen")
     reopen(result, base, held_out, found, eager=way == "plain")
     record.add(step="train")
-    train(
-        copy.deepcopy(result.model), *batches[0] if batches else (images[:MICRO_BATCH], logits[:MICRO_BATCH].argmax(1))
-    )
+    train(copy.deepcopy(result.model), *batches[0], [value[:MICRO_BATCH] for value in outputs])
     if way == "default":
         record.add(step="closer")
         check_repair(model, result, recipe, batches, (held_out, more), record)
     else:
         check_oracles(model, result, images[:ORACLE_IMAGES], record)
     record.add(step="done")
+
+
+def targets_of(model: IsoPruneForImageClassification, images: torch.Tensor, outputs: Outputs) -> torch.Tensor:
+    """Return the most likely classes of images, or the targets that a task without labels draws: (B, ...)."""
+    if isinstance(model, HeldModel):
+        return model.objective.draw_targets(images, [value.shape[1:] for value in outputs])
+    return outputs[0][: len(images)].argmax(1)
+
+
+def are_finite(outputs: Outputs) -> bool:
+    return all(bool(value.isfinite().all()) for value in outputs)
+
+
+def are_equal(outputs: Outputs, others: Outputs) -> bool:
+    return all(torch.equal(*pair) for pair in zip(outputs, others, strict=True))
 
 
 def report_result(model: IsoPruneForImageClassification, result: PruneResult, record: Record) -> None:
@@ -143,14 +166,15 @@ def check_result(
         )
 
 
-def reopen(result: PruneResult, base: BaseModel, images: torch.Tensor, logits: torch.Tensor, *, eager: bool) -> None:
-    """Save a cut model, and check that the one opened from the folder has the same logits, bit for bit."""
+def reopen(result: PruneResult, base: BaseModel, images: torch.Tensor, outputs: Outputs, *, eager: bool) -> None:
+    """Save a cut model, and check that the one opened from the folder has the same outputs, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "pruned", base.processor)
-        again = IsoPruneForImageClassification.from_pretrained(Path(folder) / "pruned")
+        again = model_class_of(result.model.config).from_pretrained(Path(folder) / "pruned")
     if eager:
         use_eager_attention(again)
-    require(torch.equal(run(again, images), logits), "logits of the reopened model differ")
+    found = run(again, images)[-len(outputs) :]  # an encoder of timm returns the map before its pooling, too
+    require(are_equal(found, outputs), "outputs of the reopened model differ")
 
 
 def check_oracles(
@@ -181,11 +205,23 @@ def use_eager_attention(model: IsoPruneForImageClassification) -> None:
             module.fused_attn = False
 
 
-def train(model: IsoPruneForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Take one step of SGD in train mode, in place, and check gradients and weights."""
+def train(
+    model: IsoPruneForImageClassification, images: torch.Tensor, labels: torch.Tensor, wanted: Sequence[torch.Tensor]
+) -> None:
+    """Take one step of SGD in train mode, in place, and check gradients and weights.
+
+    Args:
+        model: The model.
+        images: (B, C, H, W).
+        labels: The labels of a classifier.
+        wanted: The outputs of the base, which teach a model of a task without labels.
+    """
     model.train().requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    loss = model(images, labels=labels).loss
+    if isinstance(model, HeldModel):
+        loss = model.objective.distances(model(images).outputs, wanted).mean()
+    else:
+        loss = model(images, labels=labels).loss
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     require(bool(gradients), "no gradients")

@@ -1,4 +1,4 @@
-"""List the models of `coverage.py`: the populations `anchor` and `named`, and stratified samples of them."""
+"""List the models of `coverage.py`: the populations `anchor`, `named` and `tasks`, and stratified samples of them."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,10 +6,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+import transformers
 from coverage_anchor import LABELS, NOT_APPLICABLE, TIMM, TRANSFORMERS
+from coverage_tasks import ENCODERS_OF_TIMM, NETWORKS, OTHER_NETWORKS, SIDES
 from transformers import CONFIG_MAPPING, PreTrainedConfig, ViTImageProcessor
 
 from isoprune_hf import IsoImageProcessor
+from isoprune_hf.api.batches import read_batches
+from isoprune_hf.api.holding import hold
+from isoprune_hf.checkpoint.task_forms import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, TASK_FORMS
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.from_timm import is_encoder
 
@@ -32,6 +38,7 @@ class Case:
         args: Arguments of the architecture, or values of the config of transformers.
         side: Height and width of the images in pixels, for a network that reads any size; None for its own.
         num_labels: Size of a new head; None for its own.
+        task: The task of the model.
     """
 
     name: str
@@ -41,6 +48,12 @@ class Case:
     args: dict[str, Any] = field(default_factory=dict)
     side: int | None = None
     num_labels: int | None = None
+    task: str = IMAGE_CLASSIFICATION.task
+
+    @property
+    def kind(self) -> str:
+        """The line of the tables that counts it: its library, or its task if it is no classifier."""
+        return self.library if self.task == IMAGE_CLASSIFICATION.task else self.task
 
     def open(self, folder: Path) -> BaseModel:
         """Open the base with random weights; the files of a transformers model are written to `folder`.
@@ -49,14 +62,22 @@ class Case:
             IsoPruneError: The model cannot be opened.
         """
         if self.library == "transformers":
-            config = CONFIG_MAPPING[self.family](**self.args, num_labels=self.num_labels)
+            head = {} if self.num_labels is None else {"num_labels": self.num_labels}
+            config = CONFIG_MAPPING[self.family](**self.args, **head)
             config.architectures = [self.model] if self.model else None
             config.save_pretrained(folder)
             if self.side is not None:
-                ViTImageProcessor(size={"height": self.side, "width": self.side}).save_pretrained(folder)
-            return load_base(str(folder), pretrained=False)
+                processor = ViTImageProcessor(size={"height": self.side, "width": self.side})
+                processor.save_pretrained(folder)
+            if self.model.endswith("Backbone"):
+                return open_backbone(self.model, config, processor)
+            return load_base(str(folder), pretrained=False, tasks=TASK_FORMS)
         base = load_base(
-            f"{self.library}/{self.model}", pretrained=False, model_args=self.args, num_labels=self.num_labels
+            f"{self.library}/{self.model}",
+            pretrained=False,
+            model_args=self.args,
+            num_labels=self.num_labels,
+            tasks=TASK_FORMS,
         )
         return base if self.side is None else at_size(base, self.side)
 
@@ -73,6 +94,15 @@ def at_size(base: BaseModel, side: int) -> BaseModel:
         image_std=list(old.image_std),
     )
     return BaseModel(base.model, processor)
+
+
+def open_backbone(name: str, config: PreTrainedConfig, processor: ViTImageProcessor) -> BaseModel:
+    """Return a backbone, which is passed in Python: no name opens it."""
+    torch.manual_seed(0)
+    network = getattr(transformers, name)(config).eval()
+    images = torch.zeros(1, 3, processor.size["height"], processor.size["width"])
+    batches = read_batches([images], samples=1, batch_size=1, keys=None)
+    return BaseModel(hold(network, batches, None, reads_targets=False).model, processor)
 
 
 def anchor() -> list[Case]:
@@ -93,7 +123,19 @@ def named() -> list[Case]:
     ]
 
 
-def found_case(name: str, row: dict[str, Any]) -> Case:
+def tasks() -> list[Case]:
+    """Return networks of the tasks without labels, see `coverage_tasks.py`."""
+    rows = found_rows()
+    cases = [found_case(name, rows[name], IMAGE_FEATURE_EXTRACTION.task) for name in ENCODERS_OF_TIMM]
+    for task, networks in NETWORKS.items():
+        for model, (kind, args) in networks.items():
+            cases.append(
+                Case(f"transformers/{model}", "transformers", kind, model, args, SIDES.get(model, SIDE), task=task)
+            )
+    return cases
+
+
+def found_case(name: str, row: dict[str, Any], task: str = IMAGE_CLASSIFICATION.task) -> Case:
     """Return the case of a row that `coverage_reduce.py` found."""
     library, _, model = name.partition("/")
     args, side = row["args"], row["side"]
@@ -102,8 +144,9 @@ def found_case(name: str, row: dict[str, Any]) -> Case:
     else:
         is_sized = "img_size" in args
     has_no_head = library == "timm" and is_encoder(model)  # its head would be drawn twice
-    num_labels = LABELS if has_no_head or library == "transformers" else None
-    return Case(name, library, row["family"], model, args, None if is_sized else side, num_labels)
+    is_classifier = task == IMAGE_CLASSIFICATION.task
+    num_labels = LABELS if is_classifier and (has_no_head or library == "transformers") else None
+    return Case(name, library, row["family"], model, args, None if is_sized else side, num_labels, task)
 
 
 def default_tower(kind: str) -> PreTrainedConfig:
@@ -131,13 +174,18 @@ def not_applicable(population: str) -> dict[str, str]:
     """Return the models of a population that are no classifiers of images here, with the reason."""
     if population == "anchor":
         return NOT_APPLICABLE
+    if population == "tasks":
+        return OTHER_NETWORKS
     return {name: row["reason"] for name, row in found_rows().items() if "reason" in row}
 
 
 def cases_of(population: str) -> list[Case]:
-    """Return the cases of `anchor` or `named` that are classifiers of images."""
-    cases = anchor() if population == "anchor" else named()
+    """Return the cases of a population that are counted."""
+    cases = POPULATIONS[population]()
     return [case for case in cases if case.name not in NOT_APPLICABLE]
+
+
+POPULATIONS = {"anchor": anchor, "named": named, "tasks": tasks}
 
 
 def in_strata(cases: list[Case], seed: int) -> list[Case]:
@@ -145,7 +193,7 @@ def in_strata(cases: list[Case], seed: int) -> list[Case]:
     random = Random(seed)
     strata: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
-        strata.setdefault((case.library, case.family), []).append(case)
+        strata.setdefault((case.kind, case.family), []).append(case)
     places = {}
     for stratum in strata.values():
         random.shuffle(stratum)

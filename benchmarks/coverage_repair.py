@@ -7,6 +7,9 @@ import torch
 from coverage_record import Record, require
 
 from isoprune_hf import IsoPruneForImageClassification, PruneRecipe
+from isoprune_hf.checkpoint.task_forms import task_of
+from isoprune_hf.models.held import HeldModel
+from isoprune_hf.models.nested import tensors_of
 from isoprune_hf.pruning.prune import PruneResult, prune_model
 
 MICRO_BATCH = 16
@@ -22,7 +25,7 @@ def check_repair(
     held_out: tuple[torch.Tensor, torch.Tensor],
     record: Record,
 ) -> None:
-    """Check that the repair brings held-out logits closer to those of the base, in the mean of their squares.
+    """Check that the repair brings held-out outputs closer to those of the base, see `errors_of`.
 
     If the first images show no difference of two standard errors, in either direction, all images decide. A cut model
     that no repair changed is right if its plan says that none is nearest; the reason is written down.
@@ -55,21 +58,32 @@ def check_repair(
     record.add(error_unrepaired=float(f"{before.mean():.3g}"), error_repaired=float(f"{after.mean():.3g}"))
     record.add(error_images=len(gain), error_deviation=float(f"{error:.2g}"))
     require(
-        bool(gain.mean() > 0), f"the error of the logits of {len(gain)} images is {text} (standard error {error:.2g})"
+        bool(gain.mean() > 0), f"the error of the outputs of {len(gain)} images is {text} (standard error {error:.2g})"
     )
 
 
 def errors_of(
     cut: IsoPruneForImageClassification, base: IsoPruneForImageClassification, images: torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean squared error of the logits of each image, as a share of their variance: (B,)."""
+    """Return the error of the outputs of each image, (B,).
+
+    Of logits of classes it is their mean squared error as a share of their variance, of the outputs of other tasks the
+    distance by which they are trained: relative squares of features, divergences of pixels and of objects.
+    """
     wanted, found = (
-        torch.cat([run(model, part) for part in images.split(MICRO_BATCH)]).double() for model in (base, cut)
+        [torch.cat(parts) for parts in zip(*(run(model, part) for part in images.split(MICRO_BATCH)), strict=True)]
+        for model in (base, cut)
     )
+    if isinstance(base, HeldModel):
+        return base.objective.distances(found, wanted).double()
+    wanted, found = wanted[0].double(), found[0].double()
     return (found - wanted).square().mean(1) / (wanted - wanted.mean(0)).square().mean()
 
 
-def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, num_labels)."""
+def run(model: IsoPruneForImageClassification, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the logits (B, num_labels), or the outputs of another task that a cut keeps."""
     with torch.no_grad():
-        return model(images).logits
+        output = model(images)
+    if isinstance(model, HeldModel):
+        return output.outputs
+    return tensors_of(output, task_of(model.config.base).outputs)

@@ -66,20 +66,20 @@ class Run:
         self._limit()
         record = Record(folder / "load")
         with record.measured():
-            base, images, logits = open_case(case, self._images, record)
+            base, images, outputs = open_case(case, self._images, record)
             record.add(step="done")
             for way in ways:
-                process = _FORK.Process(target=self._run_way, args=(way, base, images, logits, folder / way))
+                process = _FORK.Process(target=self._run_way, args=(way, base, images, outputs, folder / way))
                 process.start()
                 process.join()
                 if process.exitcode:
                     Record(folder / way).add(**_death(process.exitcode))
 
-    def _run_way(self, way: str, base: Any, images: Any, logits: Any, path: Path) -> None:
+    def _run_way(self, way: str, base: Any, images: Any, outputs: Any, path: Path) -> None:
         self._limit()
         record = Record(path)
         with record.measured():
-            run_way(way, base, images, logits, record)
+            run_way(way, base, images, outputs, record)
 
     def _limit(self) -> None:
         prepare()

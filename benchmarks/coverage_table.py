@@ -47,14 +47,12 @@ def passed_unrepaired(row: Row) -> bool:
 def tables(cases: Sequence[Case], rows: Mapping[str, Row], population: str) -> str:
     """Return all tables as Markdown."""
     rows = {name: rows[name] for name in sorted(case.name for case in cases) if name in rows}
-    blocks = [count_table(cases, rows, way) for way in WAYS]
-    blocks += [failure_table(rows, way) for way in WAYS]
+    ways = [way for way in WAYS if any(measured(row, way) for row in rows.values())]
+    blocks = [count_table(cases, rows, way) for way in ways]
+    blocks += [failure_table(rows, way) for way in ways]
     blocks += [worst_table(rows, "cpu_s", "CPU s"), worst_table(rows, "peak_mb", "memory in MB")]
     blocks += [share_table(rows), over_table(rows), unrepaired_table(rows)]
-    reasons = not_applicable(population)
-    blocks.append(
-        [f"{len(reasons)} are not in the count:", "", *(f"- {name}: {why}" for name, why in reasons.items())]
-    )
+    blocks.append(reason_list(not_applicable(population)))
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
@@ -66,7 +64,7 @@ def documented(page: str, population: str, text: str) -> str:
 
 
 def count_table(cases: Sequence[Case], rows: Mapping[str, Row], way: str) -> list[str]:
-    """Count the results of one way by library; some models pass the default without a repair."""
+    """Count the results of one way by library or task; some models pass the default without a repair."""
     titles = [
         way,
         "models",
@@ -76,15 +74,15 @@ def count_table(cases: Sequence[Case], rows: Mapping[str, Row], way: str) -> lis
         *KINDS.values(),
     ]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
-    for library in (*sorted({case.library for case in cases}), "all"):
-        names = [case.name for case in cases if library in (case.library, "all")]
+    for kind in (*sorted({case.kind for case in cases}), "all"):
+        names = [case.name for case in cases if kind in (case.kind, "all")]
         found = [rows[name] for name in names if name in rows and measured(rows[name], way)]
         kinds = [failure(row, way)["kind"] for row in found if not passed(row, way)]
         good = len(found) - len(kinds)
         share = f"{good} ({good / len(found):.1%})" if found else "-"
         unrepaired = [sum(map(passed_unrepaired, found))] if way == "default" else []
         cells = [len(names), len(found), share, *unrepaired, *(kinds.count(kind) for kind in KINDS)]
-        lines.append(f"| {library} | {' | '.join(map(str, cells))} |")
+        lines.append(f"| {kind} | {' | '.join(map(str, cells))} |")
     return lines
 
 
@@ -143,6 +141,18 @@ def unrepaired_table(rows: Mapping[str, Row]) -> list[str]:
         f"| {name} | {row['default']['unrepaired']} |" for name, row in sorted(rows.items()) if passed_unrepaired(row)
     ]
     return _table("| no repair is used | why |", "|---|---|", lines)
+
+
+def reason_list(reasons: Mapping[str, str]) -> list[str]:
+    """List the models that are not in the count, those of one reason in one line."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return [
+        f"{len(reasons)} are not in the count:",
+        "",
+        *(f"- {', '.join(some)}: {why}" for why, some in names.items()),
+    ]
 
 
 def _table(title: str, alignment: str, lines: list[str]) -> list[str]:

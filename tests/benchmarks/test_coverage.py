@@ -11,7 +11,6 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +25,15 @@ from coverage_table import WAYS, read_rows
 from helpers.marks import one_of_each
 from helpers.oracles import exact_logits, make_images, mask_error, permutation_error, prunable_share, randomize
 from timm.layers import set_fused_attn
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from isoprune_hf.checkpoint.folder import save_model_folder
-from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
 from isoprune_hf.models import BaseModel, load_base
+from isoprune_hf.models.feature_loss import FEATURES
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.cutting.cut import apply_plan
 from isoprune_hf.pruning.deciding.make_plan import make_plan
@@ -213,6 +215,12 @@ def test_tiny_model_passes_in_both_ways(tmp_path: Path) -> None:
     assert "not_comparable" in row["plain"] or row["plain"]["mask"] <= 1e-6
 
 
+def test_backbone_of_a_task_passes_in_both_ways(tmp_path: Path) -> None:
+    case = next(case for case in cases_of("tasks") if case.name == "transformers/PixioBackbone")
+    row = run_case(case, WAYS, tmp_path)
+    assert row["plain"]["permutation"] <= 1e-9 and row["plain"]["mask"] <= 1e-6
+
+
 SAMPLE = [
     pytest.param(case, marks=pytest.mark.faults if number % 3 == 2 else pytest.mark.families)
     for number, case in enumerate(sampled())
@@ -259,10 +267,32 @@ def test_unrepaired_weights_need_a_reason(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "record").read_text()) == {"unrepaired": reason}
 
 
+class Scaled:
+    """A classifier whose logits are multiples of its images."""
+
+    def __init__(self, scale: float):
+        self.scale, self.config = scale, IsoPruneConfig()
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.scale * images}
+
+
 def test_errors_are_shares_of_the_variance() -> None:
     images = torch.tensor([[0.0, 0.0], [2.0, 4.0]])  # variances 1 and 4 around the mean image
-    found = errors_of(*(lambda x, s=scale: SimpleNamespace(logits=s * x) for scale in (0.5, 1.0)), images)
+    found = errors_of(Scaled(0.5), Scaled(1.0), images)
     torch.testing.assert_close(found, torch.tensor([0.0, (1 + 4) / 2 / 2.5], dtype=torch.float64))
+
+
+def test_errors_of_features_are_relative_squares() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    config = IsoPruneConfig(base={"library": "transformers", "task": "image-feature-extraction"})
+    base = HeldModel(config, module, FEATURES)
+    cut = copy.deepcopy(base)
+    with torch.no_grad():
+        module.weight.copy_(torch.eye(2))
+        cut.model.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
+    found = errors_of(cut, base, torch.tensor([[3.0, 0.0], [3.0, 4.0]]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 2**2 / 5**2], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,9 @@ from coverage_anchor import NOT_APPLICABLE, TRANSFORMERS
 from coverage_models import MAX_MILLIONS, Case, cases_of, config_args, found_rows, in_strata, not_applicable, sample
 from coverage_reduce import all_names
 from timm import list_modules
+from transformers import CONFIG_MAPPING
+
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS, networks_of
 
 
 def make_cases(**sizes: int) -> list[Case]:
@@ -33,6 +37,23 @@ def test_named_models_are_small_enough() -> None:
 def test_reasons_are_those_of_models_outside_the_count() -> None:
     names = {case.name for case in cases_of("named")}
     assert not names & not_applicable("named").keys()
+
+
+@pytest.mark.families
+def test_every_class_of_a_task_has_a_case() -> None:
+    names = set()
+    for form in (form for form in TASK_FORMS.values() if not form.has_classes):
+        for kind in CONFIG_MAPPING.keys() - {"isoprune"}:
+            with suppress(AttributeError, ImportError, ValueError):  # classes that this environment does not have
+                names |= {f"transformers/{found.__name__}" for found in networks_of(form, CONFIG_MAPPING[kind])}
+    known = {case.name for case in cases_of("tasks")}
+    assert not known & not_applicable("tasks").keys()
+    assert len(names - known - not_applicable("tasks").keys()) < 0.05 * len(names)  # newer versions have more
+
+
+def test_models_of_tasks_are_counted_by_task() -> None:
+    counts = Counter(case.kind for case in cases_of("tasks"))
+    assert counts.keys() == {form.task for form in TASK_FORMS.values() if not form.has_classes}
 
 
 def test_every_beginning_is_a_stratified_sample() -> None:

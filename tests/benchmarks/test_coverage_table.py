@@ -10,6 +10,7 @@ from coverage_table import (
     over_table,
     passed,
     read_rows,
+    reason_list,
     share_table,
     unrepaired_table,
     worst_table,
@@ -76,6 +77,11 @@ def test_worst_models_come_first() -> None:
 
 def test_unreached_budgets_are_listed_with_the_reason() -> None:
     assert over_table({"a": make_row("a", over="the smallest is 60%")})[2:] == ["| a | the smallest is 60% |"]
+
+
+def test_models_of_one_reason_are_in_one_line() -> None:
+    found = reason_list({"a": "texts", "b": "videos", "c": "texts"})
+    assert found == ["3 are not in the count:", "", "- a, c: texts", "- b: videos"]
 
 
 def test_later_row_replaces_an_earlier_one(tmp_path: Path) -> None:

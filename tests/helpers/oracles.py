@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning.groups import CoupledGroup, Member
 from isoprune_hf.pruning.plan import PruningPlan
 
@@ -124,10 +125,17 @@ def _in_float64() -> Iterator[None]:
 
 
 def exact_logits(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
-    """Run a fresh float64 copy of a model: (B, num_labels)."""
+    """Run a fresh float64 copy of a model: (B, num_labels), or all outputs of another task, (B, N)."""
     model = fresh_copy(model).double().eval()
     with _in_float64():
-        return model(images.double()).logits
+        return _compared(model, images.double())
+
+
+def _compared(model: IsoPruneForImageClassification, images: torch.Tensor) -> torch.Tensor:
+    output = model(images)
+    if isinstance(model, HeldModel):
+        return torch.cat([value.flatten(1) for value in output.outputs], 1)
+    return output.logits
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -241,7 +249,7 @@ def mask_error(
     images = images.double()
     pruned = without_neighbours(pruned, groups).double().eval()
     masked = zero_removed(without_neighbours(model, groups), groups, plan).double().eval()
-    return difference(*follow(lambda: pruned(images).logits, lambda: masked(images).logits))
+    return difference(*follow(lambda: _compared(pruned, images), lambda: _compared(masked, images)))
 
 
 def follow(
