@@ -6,6 +6,7 @@ All figures are read from the files of the folder; figures that it does not cont
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,6 +140,7 @@ def _describe_files(files: _Files) -> dict[str, Any]:
         "stage": files.stage,
         "source": plain_markdown(config.get("source") or {}),
         "base": plain_markdown(config.get("base") or {}),
+        "needs_timm": _needs_timm(config.get("base") or {}),
         "recipe": {key: plain_markdown(files.recipe.get(key) or {}) for key in ("prune", "data", "finetune")},
         "commands": _commands(files.recipe, files.stage),
         "notes": [show_note(note) for note in files.plan.get("notes") or ()],
@@ -271,3 +273,9 @@ def _list_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def _needs_timm(base: Mapping[str, Any]) -> bool:
+    """Return whether a base, or the backbone of a detector, is built by timm."""
+    backbone = (base.get("config") or {}).get("backbone_config") or {}
+    return base.get("library") == "timm" or backbone.get("model_type") == "timm_backbone"

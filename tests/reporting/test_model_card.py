@@ -72,6 +72,12 @@ def read_table(text: str, heading: str) -> list[list[str]]:
     return [row for row in rows if not set("".join(row)) <= set("-:")]
 
 
+@pytest.mark.parametrize(("kind", "packages"), [("timm_backbone", "pillow timm`"), ("resnet", "pillow`")])
+def test_card_names_timm_for_its_backbone(kind: str, packages: str, tmp_path: Path) -> None:
+    base = {"library": "transformers", "task": "object-detection", "config": {"backbone_config": {"model_type": kind}}}
+    assert f"{packages})" in build_model_card(make_folder(tmp_path / "model", base=base)).content
+
+
 def test_results_equal_their_sources(tmp_path: Path) -> None:
     metrics = {
         "base": {"top1": 0.79854, "top5": 0.9495, "loss": 0.91231, "images": 50_000},
