@@ -2,7 +2,7 @@
 
 A small SegFormer is trained on shapes on the textures of photographs, whose masks are known exactly, and cut to shares
 of its MACs in several ways. Each line has the mean IoU and the share of right pixels on other scenes, and the
-share of pixels whose class is that of the base.
+share of pixels whose class is that of the base. torch-pruning is measured, too; its Taylor importance gets the masks.
 
 Run from the top of the repository:
 
@@ -10,11 +10,11 @@ Run from the top of the repository:
 """
 
 import argparse
-import copy
+from functools import partial
 
 import numpy as np
 import torch
-import torch_pruning as tp
+from peer_cuts import peer_cuts
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ NETWORK = {
     "num_attention_heads": [1, 2, 4, 8],
     "decoder_hidden_size": 64,
 }
+# torch-pruning keeps the logits and the residual streams of the stages: it cuts these to networks that do not run.
+KEPT = ("classifier", "patch_embeddings", "o_proj", "fc2", "sequence_reduction")
 WAYS = {
     "scores of weights (l1)": {"criterion": "l1", "reconstruct": "none", "rotate": False},
     "default, without repair": {"reconstruct": "none", "rotate": False},
@@ -101,26 +103,9 @@ def measure(network: nn.Module, dense: nn.Module, images: Tensor, masks: Tensor)
     return [f"{100 * value:.1f}" for value in (figures["miou"], figures["pixel_accuracy"], float(same))]
 
 
-def prune_by_torch_pruning(dense: nn.Module, batches: list[Tensor], share: float) -> nn.Module:
-    """Cut a copy by torch-pruning to a share of the MACs: global magnitudes, the logits are kept."""
-    network = copy.deepcopy(dense)
-    example = {"pixel_values": batches[0][:1]}
-    pruner = tp.pruner.MagnitudePruner(
-        network,
-        example,
-        importance=tp.importance.MagnitudeImportance(p=2),
-        global_pruning=True,
-        pruning_ratio=0.95,
-        iterative_steps=100,
-        ignored_layers=[network.decode_head.classifier],
-        output_transform=lambda output: output.logits.sum(),
-    )
-    macs, _ = tp.utils.count_ops_and_params(network, example)
-    for _ in range(100):
-        if tp.utils.count_ops_and_params(network, example)[0] <= share * macs:
-            break
-        pruner.step()
-    return network.eval()
+def loss_of(network: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
+    """Return the network's own loss."""
+    return network(images, labels=masks).loss
 
 
 def main() -> None:
@@ -131,19 +116,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="passes of the finetuning over 512 scenes")
     args = parser.parse_args()
     dense = train(*draw_scenes(args.scenes, seed=0), args.steps)
-    calibration, _ = draw_scenes(512, seed=1)
+    calibration, truths = draw_scenes(512, seed=1)
     held_out = draw_scenes(300, seed=2)
     batches = list(calibration.split(BATCH))
+    losses = [
+        partial(loss_of, images=images, masks=masks)
+        for images, masks in zip(batches, truths.split(BATCH), strict=True)
+    ]
     print("| MACs | way | mIoU % | right pixels % | pixels as the base % |")
     print("|---:|---|---:|---:|---:|")
     print(f"| 100 % | base | {' | '.join(measure(dense, dense, *held_out))} |", flush=True)
     for share in args.shares:
-        try:
-            network = prune_by_torch_pruning(dense, batches, share / 100)
-            cells = measure(network, dense, *held_out)
-        except RuntimeError as error:  # its cut does not run: attributes that divide channels into heads stay
-            cells = [f"does not run: {' '.join(str(error).split())[:60]}", "-", "-"]
-        print(f"| {share} % | torch-pruning, magnitudes | {' | '.join(cells)} |", flush=True)
+        peers = peer_cuts(
+            dense,
+            batches,
+            losses,
+            share / 100,
+            is_kept=lambda name: any(part in name for part in KEPT),
+            output=lambda output: output.logits.sum(),
+        )
+        for name, left, network in peers:
+            cells = [network, "-", "-"] if left is None else measure(network, dense, *held_out)
+            print(f"| {100 * (left or share / 100):.0f} % | {name} | {' | '.join(cells)} |", flush=True)
         for name, settings in WAYS.items():
             pruned = isoprune_hf.prune(dense, batches, target_macs=f"{share}%", round_to=1, **settings)
             left = f"{100 * pruned.pruned_cost.macs / pruned.base_cost.macs:.0f} %"
