@@ -22,7 +22,7 @@ def run(
 ) -> Answer:
     """Cut the base and write the folder of the pruned model."""
     from isoprune_hf.checkpoint.target import open_target
-    from isoprune_hf.commands.steps.cutting import cut_base, evaluate_cut
+    from isoprune_hf.commands.steps.cutting import cut_and_evaluate
     from isoprune_hf.commands.steps.holding_out import settle_holdout
     from isoprune_hf.commands.steps.opening import forget_scoring, open_data, open_inputs
     from isoprune_hf.commands.steps.recording import Records
@@ -38,8 +38,7 @@ def run(
         images = open_data(data, accelerator) if data.dataset else None
         prune, known, reader = settle(prune, images, scores)
         opened = open_inputs(prune, data, images, accelerator, reader=reader, scores=known)
-        result = cut_base(opened, output)
-        metrics = evaluate_cut(opened, result.model)
+        result, metrics = cut_and_evaluate(opened, output)
         found = figures_of_cut(result.plan, opened.base.model.config)
         latency = {name: figures["latency_ms"] for name, figures in found.items() if "latency_ms" in figures}
         speed = {**result.plan.settings["latency"], "milliseconds": latency} if latency else None

@@ -18,6 +18,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 from transformers import AutoModelForObjectDetection
 
+from isoprune_hf.commands.steps import cutting
 from isoprune_hf.models.detection_loss import DetectionLoss
 
 CUT = ["--target-macs", "60%", "--prune.round_to", "1", "--prune.criterion", "gate_fisher"]
@@ -97,6 +98,15 @@ def test_wrong_box_is_one_line(place: Path, tmp_path: Path) -> None:
     assert done.code == 2 and line.startswith(
         "isoprune: error: data: the objects of image 0 of its split have the box"
     )
+
+
+def test_wrong_box_ends_prune_before_cut(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_boxes(place, tmp_path / "boxed", [{"bbox": [[5, 4, 37, 12]], "categories": [0]}] * 4)
+    monkeypatch.setattr(cutting, "prune_model", lambda *_, **__: pytest.fail("the cut has begun"))
+    words = ["--target-macs", "60%", "--prune.criterion", "l1", "--prune.reconstruct", "none", "--data", data]
+    done = isoprune("prune", place / "yolos", *words, "--output", tmp_path / "out")
+    assert done.code == 2 and "have the box [5, 4, 37, 12], which reaches out" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.families

@@ -84,7 +84,7 @@ def stop_at(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Each step of a run, in order: before it, the one before is complete.
-STEPS = ["cut_base", "save_model_folder", "forget_scoring", "open_teacher", "_measure", "finish"]
+STEPS = ["cut_and_evaluate", "save_model_folder", "forget_scoring", "open_teacher", "_measure", "finish"]
 
 
 @pytest.mark.kills
@@ -153,7 +153,7 @@ def test_failure_before_any_work_leaves_nothing(case: Case, tmp_path: Path, monk
     def fail(*_: object) -> None:
         raise CheckpointError("no")
 
-    monkeypatch.setattr(pipeline, "cut_base", fail)
+    monkeypatch.setattr(pipeline, "cut_and_evaluate", fail)
     refuse(*run_command(case.images), "--output", tmp_path / "deep" / "out")
     assert contents(tmp_path) == {}
 

@@ -1,4 +1,4 @@
-"""Cut the opened base of a stage (`cut_base`), and measure the result against the dense base (`evaluate_cut`)."""
+"""Cut the opened base of a stage, and measure the result against the dense base: `cut_and_evaluate`."""
 
 from dataclasses import replace
 
@@ -44,19 +44,21 @@ def cut_base(opened: Opened, output: str) -> PruneResult:
     return replace(result, plan=record_transform(result.plan, opened.data.transform))
 
 
-def evaluate_cut(opened: Opened, pruned: IsoPruneForImageClassification) -> Metrics:
-    """Evaluate the dense base and the cut model; nothing without images for evaluation.
+def cut_and_evaluate(opened: Opened, output: str) -> tuple[PruneResult, Metrics]:
+    """Evaluate the dense base, cut, and evaluate the cut model; without images for evaluation only cut.
+
+    The base is the first, so that an image, a mask or a box that cannot be read ends the stage before the long work.
 
     Of a model that was cut before, the row `base` is its dense base, whose costs stand in the same row; it is left out
     if it cannot be opened. The figures before this cut are logged.
 
     Args:
         opened: Inputs of the stage.
-        pruned: The result of `cut_base`.
+        output: As of `cut_base`.
     """
     images, (given, processor) = opened.images, opened.base
     if images is None or images.evaluation is None:
-        return {}
+        return cut_base(opened, output), {}
     dense: IsoPruneForImageClassification | None = given
     if is_cut(given.config):
         found = reopen_base(given)
@@ -67,5 +69,7 @@ def evaluate_cut(opened: Opened, pruned: IsoPruneForImageClassification) -> Metr
     metrics: Metrics = {}
     if dense is not None:
         metrics["base"] = evaluate_on(images, dense, processor, opened.data, opened.accelerator)
-    metrics["pruned"] = evaluate_on(images, pruned, processor, opened.data, opened.accelerator, dense=dense or given)
-    return metrics
+    result = cut_base(opened, output)
+    target = dense or given
+    metrics["pruned"] = evaluate_on(images, result.model, processor, opened.data, opened.accelerator, dense=target)
+    return result, metrics

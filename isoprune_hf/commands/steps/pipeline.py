@@ -16,7 +16,7 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.checkpoint.target import CHECKPOINTS, Target
 from isoprune_hf.checkpoint.task_forms import TASK_FORMS
 from isoprune_hf.commands.stage import Answer
-from isoprune_hf.commands.steps.cutting import cut_base, evaluate_cut
+from isoprune_hf.commands.steps.cutting import cut_and_evaluate
 from isoprune_hf.commands.steps.opening import Opened, forget_scoring
 from isoprune_hf.commands.steps.recording import Records, read_metrics, read_records
 from isoprune_hf.commands.steps.results import summarize, write_folder
@@ -114,8 +114,7 @@ def _cut(opened: Opened, work: Unfinished) -> Cut:
         model.to(accelerator.device)
         return Cut(model, PruningPlan.load(work.pruned), read_metrics(str(work.pruned)))
     output = str(work.target.path)
-    result = cut_base(opened, output)
-    metrics = evaluate_cut(opened, result.model)
+    result, metrics = cut_and_evaluate(opened, output)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_file(work.result / "importance.safetensors", result.scores.save)
