@@ -22,7 +22,7 @@ from isoprune_hf.pruning.graph.rules.registry import AxisRule
 from isoprune_hf.pruning.graph.rules.sizes import CALLS_WITHOUT_SIZES, assume_constant, traced_count, traced_shape
 from isoprune_hf.pruning.graph.rules.tables import AXIS_RULES, SIZE_RULES
 from isoprune_hf.pruning.graph.tensor_notes import Note, Source, attach_note, read_note
-from isoprune_hf.pruning.graph.torch_private import GET_SHAPE, DispatchMode, OpOverload, op_name
+from isoprune_hf.pruning.graph.torch_private import GET_SHAPE, DispatchMode, OpOverload, op_name, tree_leaves
 from isoprune_hf.pruning.graph.trace import ONE, Axes, Decision, Trace, TracedOp
 from isoprune_hf.pruning.graph.traced_int import TracedInt, mark_attributes
 
@@ -247,10 +247,14 @@ def run_traced(network: nn.Module, trace: Trace, image: Tensor) -> Any:
 def _outputs_in(output: Any) -> list[Tensor]:
     """Return the outputs whose sizes stay: of named ones logits and boxes, or all if there are none; otherwise all."""
     if isinstance(output, Tensor | tuple | list):
-        return [*tensors_in([output])]
-    named = {name: value for name, value in output.items() if isinstance(value, Tensor)}
-    kept = [value for name, value in named.items() if any(part in name for part in _KEPT)]
-    return kept or [*named.values()]
+        return _leaves_of(output)
+    kept = [value for name, value in output.items() if any(part in name for part in _KEPT)]
+    return _leaves_of(kept) or _leaves_of([*output.values()])
+
+
+def _leaves_of(value: Any) -> list[Tensor]:
+    """Return all tensors in a value, in named outputs within others, too."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

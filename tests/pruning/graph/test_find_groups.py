@@ -16,6 +16,8 @@ from torch_pruning.dependency import index_mapping
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models import load_base
+from isoprune_hf.models.feature_loss import FEATURES
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.graph.torch_pruning.index_maps import Positions, apply_mapping
 from isoprune_hf.pruning.groups import CoupledGroup
@@ -284,6 +286,23 @@ def test_classifier_outputs_are_in_no_group(family: str, tmp_path: Path) -> None
         for member in group.members:
             size = model.model.state_dict()[member.parameter].shape[0]
             assert not (member.dim == 0 and size == 7), member.parameter
+
+
+class Maps(nn.Module):
+    """Returns the last map by a name, and an earlier one within a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.last = (nn.Conv2d(*widths, 3, padding=1) for widths in ((3, 4), (4, 5), (5, 6)))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        stem = self.stem(images)
+        return {"last_hidden_state": self.last(self.middle(stem.relu())), "maps": (stem,)}
+
+
+def test_outputs_within_named_tuples_are_in_no_group() -> None:
+    model = HeldModel(IsoPruneConfig(image_size=[3, 8, 8]), Maps(), FEATURES)
+    assert [group.name for group in trace_groups(model)] == ["middle"]
 
 
 def test_tracing_leaves_model_unchanged(tmp_path: Path) -> None:
