@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers.odd_networks import open_odd
 from helpers.oracles import make_images, mask_error, permutation_error, prunable_share, randomize
+from torch import nn
 
 from isoprune_hf import (
     IsoPruneForImageClassification,
@@ -16,6 +18,8 @@ from isoprune_hf import (
     score_groups,
     trace_groups,
 )
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
+from isoprune_hf.models.held import HeldModel
 
 # The trace follows all sizes in their code, so that only biases of the head and kernels along channels stay whole.
 FOLLOWED = ("channel_attention", "sizes_in_configs", "split_paths")
@@ -46,6 +50,24 @@ def test_sizes_in_a_shared_config_follow_the_cut() -> None:
     assert pruned.config.structure["attributes"][""] == {"config.widths": [24, 40], "options.last": 24}
     assert pruned.model.mlp.config is pruned.model.config
     assert model.model.config.widths == [32, 64]
+
+
+class Numbered(nn.Module):
+    """Reads the width of its norm as a number of positions, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.norm = 8, nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) + torch.arange(self.hidden_size).float().mean()
+
+
+def test_width_that_also_counts_positions_stays() -> None:
+    network = nn.Sequential(nn.Flatten(2), nn.Linear(6, 8), Numbered(), nn.Linear(8, 3))
+    model = HeldModel(IsoPruneConfig(image_size=[3, 2, 3]), network)
+    pruned = apply_plan(model, PruningPlan(kept={"1": [0, 2, 3, 5]}, heads={})).model
+    assert (pruned[2].hidden_size, pruned[2].norm.normalized_shape) == (8, (4,))
 
 
 def test_kernel_along_channels_belongs_to_the_stream() -> None:

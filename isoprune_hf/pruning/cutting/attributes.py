@@ -49,12 +49,19 @@ def set_attributes(
         _set_layer_sizes(module)
         _clear_tensor_tables(module)
     _set_attention_scales(graph, sizes, modules)
-    known = {(attribute.module, attribute.name) for attribute in solved}
+    known = {(attribute.module, attribute.name) for attribute in [*solved, *_read_attributes(graph)]}
     modules_before = dict(before.named_modules())
     for path, module in modules_before.items():
         if path in modules:
             _set_unused_widths(path, module, modules[path], known)
     _restore_compared_widths(graph, sizes, number_tables(before), tables, known)
+
+
+def _read_attributes(graph: AxisGraph) -> Iterator[Attribute]:
+    """Yield the attributes from which the code computes sizes; those that are not solved keep their values."""
+    for equation in graph.trace.equations:
+        for side in (equation.left, equation.right):
+            yield from (atom for atom in atoms(side) if isinstance(atom, Attribute))
 
 
 def _restore_compared_widths(

@@ -115,7 +115,7 @@ def _sum_elements(value: torch.Tensor, dims: Sequence[int], *, squared: bool) ->
     value = value.reshape(-1) if value.ndim == 0 else value
     rows: list[torch.Tensor] = []
     columns = torch.zeros((), dtype=torch.float64, device=value.device)
-    for part in torch.split(value, max(1, _CHUNK_ELEMENTS * len(value) // value.numel())):
+    for part in torch.split(value, max(1, _CHUNK_ELEMENTS * len(value) // max(1, value.numel()))):
         wide = part.to(torch.float64, copy=True)
         wide = wide.square_() if squared else wide.abs_()
         rows.append(wide.flatten(1).sum(1) if wide.ndim > 1 else wide)

@@ -12,6 +12,7 @@ from helpers.plain_cut import PLAIN
 from helpers.plain_scores import Batches, batches_of
 from helpers.tiny_models import VIT, make_base, make_images
 from helpers.traced_models import make_timm
+from timm.models.vision_transformer import VisionTransformer
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
@@ -213,6 +214,18 @@ def test_attention_that_cannot_be_rotated_stays(broken: str, tmp_path: Path, mon
     ]
     assert len(rotated.notes) == 1 and rotated.notes[0].startswith("not rotated, values: 1 attention (1: ")
     images = make_images(model, 3, seed=8)
+    assert_same(logits(rotated.model, images), logits(model, images), 1e-5)
+
+
+def test_network_that_makes_float32_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_base("vit", tmp_path)
+    batches, images = batches_of(model, [4]), make_images(model, 3, seed=8)
+    usual, embed = turned(model, batches), VisionTransformer._pos_embed
+    monkeypatch.setattr(VisionTransformer, "_pos_embed", lambda self, x: embed(self, x).float())
+    rotated = turned(model, batches)  # it does not run in float64
+    assert [(pair.group.name, pair.kind) for pair in rotated.pairs] == [
+        (pair.group.name, pair.kind) for pair in usual.pairs
+    ]
     assert_same(logits(rotated.model, images), logits(model, images), 1e-5)
 
 

@@ -17,7 +17,9 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from isoprune_hf.checkpoint.fingerprint import fingerprint
+from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.groups import ResidualBlock
 from isoprune_hf.pruning.prune import prune_model
@@ -75,6 +77,28 @@ def test_l1_and_l2_are_norms_of_channels(tmp_path: Path) -> None:
     l2 = score_groups(model, groups, criterion="l2").scores["blocks.0.mlp.fc1"]
     torch.testing.assert_close(l1, rows.abs().sum(1))
     torch.testing.assert_close(l2, rows.norm(dim=1))
+
+
+class NoRegisters(nn.Module):
+    """A number of register tokens is a setting, and may be 0: their parameter is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.registers = nn.Parameter(torch.zeros(1, 0, 8))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.first(images.flatten(2))
+        return self.last(torch.cat([tokens, self.registers.expand(len(images), -1, -1)], 1).relu().mean(1))
+
+
+def test_empty_parameters_add_nothing_to_scores() -> None:
+    model = HeldModel(IsoPruneConfig(image_size=[3, 2, 3]), NoRegisters())
+    first, last = model.model.first, model.model.last
+    rows = torch.cat([first.weight, first.bias[:, None], last.weight.T], 1).detach()
+    for criterion, wanted in (("l1", rows.abs().sum(1)), ("l2", rows.norm(dim=1))):
+        found = score_groups(model, trace_groups(model), criterion=criterion).scores
+        torch.testing.assert_close(list(found.values()), [wanted])
 
 
 def test_random_scores_follow_from_their_seed(tmp_path: Path) -> None:
