@@ -86,7 +86,7 @@ def fit_layers(
         selecting: Modules whose code selects by values what the layers in them read.
 
     Returns:
-        A note on the layers that were left as they were cut.
+        Notes on the layers that were left as they were cut.
 
     Raises:
         RecipeError: There is no image.
@@ -117,9 +117,10 @@ def fit_layers(
             reason = _fit_networks(layer, fits, wanted.of_next(), equations, accelerator, is_bias_only)
             if reason is not None:
                 left.setdefault(reason, []).append(layer.name)
-    if not layers and not left:
-        return ("prune.reconstruct changes nothing: the model has no layer that can be fitted",)
-    return note_left("left as cut by prune.reconstruct", "layer", left)
+    notes = note_left("left as cut by prune.reconstruct", "layer", left)
+    return (
+        notes if layers else ("prune.reconstruct changes nothing: the model has no layer that can be fitted", *notes)
+    )
 
 
 def _count_images(images: Images, device: torch.device, accelerator: Accelerator | None) -> int:

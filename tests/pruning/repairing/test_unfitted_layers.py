@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from isoprune_hf import PruneRecipe, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig, IsoPruneForImageClassification
 from isoprune_hf.errors import RecipeError
+from isoprune_hf.models.feature_loss import FEATURES
+from isoprune_hf.models.held import HeldModel
 from isoprune_hf.pruning import pipeline
 from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
@@ -145,6 +147,27 @@ def test_norm_with_activation_is_left_as_cut() -> None:
     assert "norm" in note and "plain" not in note
     assert torch.equal(pruned.model.norm.weight, before.norm.weight)
     assert not torch.equal(pruned.model.plain.weight, before.plain.weight)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised in each pass, as those of BiT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+def test_model_without_fitted_layers_says_so() -> None:
+    network = nn.Sequential(Standardised(3, 8, 1), nn.ReLU(), Standardised(8, 4, 1))
+    dense = HeldModel(IsoPruneConfig(image_size=[3, 4, 4]), network, FEATURES).eval()
+    plan = PruningPlan({"0": (0, 2, 5)}, {})
+    pruned = apply_plan(dense, plan)
+    calibration = Calibration([(torch.randn(4, 3, 4, 4), torch.zeros(4))])
+    notes = fit_layers(dense, pruned, keep_masks(plan, trace_groups(dense), dense.model), calibration)
+    assert notes == (
+        "prune.reconstruct changes nothing: the model has no layer that can be fitted",
+        "left as cut by prune.reconstruct: 2 layers (2: they are of types that it cannot fit: 0, 2)",
+    )
 
 
 def test_layer_above_the_limit_is_left_as_cut() -> None:
