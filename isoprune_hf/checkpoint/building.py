@@ -71,8 +71,9 @@ class Building(TorchFunctionMode):
             tensor = arguments[0] if arguments else options["tensor"]
             if tensor.is_meta:
                 return tensor
-        # Others than these allocate memory and fill it.
-        if not name.startswith("empty") and not (name.endswith("_") and not name.endswith("__")):
+        # Others than these allocate memory and fill it, and a copy is as large as a tensor that was checked.
+        is_copy = name == "__deepcopy__"
+        if not name.startswith("empty") and not is_copy and not (name.endswith("_") and not name.endswith("__")):
             _check_result(function, arguments, options)
         return function(*arguments, **options)
 

@@ -1,5 +1,6 @@
 """The budget of constructors: tables of any size are refused before they are allocated."""
 
+import copy
 import itertools
 import json
 import resource
@@ -161,6 +162,12 @@ def test_work_outside_of_torch_is_bounded(name: str, reads_values: bool, monkeyp
     with torch.device("meta"), pytest.raises(ValueError, match=rf"^more than [\d,]+ {words}$"):
         build_on_meta(build)
     assert sys.getprofile() is None and resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def test_copies_of_modules_are_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MAX_BUILD_STEPS", 1_000_000)  # each copy was checked with all that were made before
+    copied = build_on_meta(lambda: copy.deepcopy(nn.Sequential(*(nn.BatchNorm1d(9) for _ in range(100)))))
+    assert copied[99].running_mean.shape == (9,)
 
 
 def test_ordinary_loops_and_lists_pass() -> None:
