@@ -90,7 +90,7 @@ def test_recalibrated_batchnorm_has_statistics_of_calibration_images() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1)).eval()
     images = 3 + 2 * torch.randn(128, 1, 4, 4)
-    methods.recalibrate_batchnorm(model, methods.Case(model, images, torch.zeros(128).long(), 1.0, 0))
+    methods.recalibrate_batchnorm(model, list(images.split(64)))
     assert torch.allclose(model[0].running_mean, images.mean((0, 2, 3)))
     parts = torch.stack([part.var((0, 2, 3)) for part in images.split(64)])
     assert torch.allclose(model[0].running_var, parts.mean(0))
