@@ -71,9 +71,10 @@ class Building(TorchFunctionMode):
             tensor = arguments[0] if arguments else options["tensor"]
             if tensor.is_meta:
                 return tensor
-        # Others than these allocate memory and fill it, and a copy is as large as a tensor that was checked.
-        is_copy = name == "__deepcopy__"
-        if not name.startswith("empty") and not is_copy and not (name.endswith("_") and not name.endswith("__")):
+        if name == "__deepcopy__":  # its second argument holds all tensors that were copied before
+            _check_copied(arguments[0])
+        # Others than these allocate memory and fill it.
+        elif not name.startswith("empty") and not (name.endswith("_") and not name.endswith("__")):
             _check_result(function, arguments, options)
         return function(*arguments, **options)
 
@@ -166,6 +167,12 @@ def on_meta(value: Any) -> Any:
 def _require(size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(f"buffers of {size:,} bytes that are not saved; the limit is {limit:,}")
+
+
+def _check_copied(tensor: torch.Tensor) -> None:
+    """Check the size of a tensor on the CPU before it is copied: an empty one has not been filled."""
+    if not tensor.is_meta:
+        _require(tensor.untyped_storage().nbytes(), MAX_TABLE_BYTES)
 
 
 def _check_result(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

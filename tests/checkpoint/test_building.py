@@ -170,6 +170,15 @@ def test_copies_of_modules_are_few_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert copied[99].running_mean.shape == (9,)
 
 
+def test_empty_table_is_refused_before_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MAX_TABLE_BYTES", 1000)
+    with Building():
+        allowed, larger = torch.empty(250), torch.empty(251)
+        assert copy.deepcopy(allowed).shape == (250,)
+        with pytest.raises(ValueError, match=r"^buffers of 1,004 bytes"):
+            copy.deepcopy(larger)
+
+
 def test_ordinary_loops_and_lists_pass() -> None:
     with torch.device("meta"):
         assert build_on_meta(lambda: nn.Linear(len(set(relate_positions(7))), 3)).in_features == 7 * 7
