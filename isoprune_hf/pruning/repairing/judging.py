@@ -168,17 +168,19 @@ class Judge:
         return sum_over_ranks(values.to(device), self._calibration.accelerator).cpu()
 
 
-def judge(parts: Sequence[Divergences]) -> Judgement:
+def judge(parts: Sequence[Divergences], *, is_repaired: bool = True) -> Judgement:
     """Return the divergence of a cut network over all images that it was compared on, and its best scale.
 
     The parts of few images are two halves (`split_images`). Their divergence may be least far from the dense logits,
-    so only scales at which the squared distance is not larger than at scale 1 are compared.
+    so only scales at which the squared distance is not larger than at scale 1 are compared; and the logits of a cut
+    without a repair are not scaled, as no ridge has pulled them anywhere.
     """
     images = sum(part.images for part in parts)
     sums, logits = (sum(values) / images for values in zip(*((part.sums, part.logits) for part in parts), strict=True))
     means, squares, distances = sums.nan_to_num(nan=torch.inf)
     if len(parts) > 1:
-        means = means.where(distances <= distances[_PLAIN], torch.inf)
+        is_nearer = distances <= distances[_PLAIN] if is_repaired else torch.tensor(SCALES) == 1
+        means = means.where(is_nearer, torch.inf)
     best = int(means.argmin())
     gain = float(means[_PLAIN] - means[best])
     error = max(float(squares[best]) - gain**2, 0.0) / max(images - 1, 1)  # squared, of the mean gain

@@ -133,6 +133,16 @@ def test_scale_of_few_images_keeps_squares(parts: int, scale: float) -> None:
     assert (found.scale, found.distance) == (scale, {0.5: 5.0, 2.0: 3.0}[scale])
 
 
+@pytest.mark.parametrize(("parts", "scale", "divergence"), [(1, 0.5, 0.2), (2, 1.0, 1.0)])
+def test_unrepaired_logits_of_few_keep_scale(parts: int, scale: float, divergence: float) -> None:
+    sums = torch.zeros(3, len(SCALES), dtype=torch.float64)
+    sums[0] = 20
+    sums[0, [SCALES.index(0.5), SCALES.index(1.0)]] = torch.tensor([2.0, 10], dtype=torch.float64)  # of ten images
+    sums[1, SCALES.index(0.5)] = 6.4  # the gain of all images is equal
+    found = judge([Divergences(sums, torch.zeros(4, dtype=torch.float64), 10, 10)] * parts, is_repaired=False)
+    assert (found.scale, found.divergence) == (scale, pytest.approx(divergence))
+
+
 def test_logits_halfway_to_their_mean_are_scaled(tmp_path: Path) -> None:
     task = task_of("vit", tmp_path)
     halved = copy.deepcopy(task.dense)

@@ -40,7 +40,7 @@ class LeastSquaresRepair:
         if not all(each.images for each in judges):
             return _fit(task, task.calibration, None)
         before = _state(task.pruned)
-        found = {"none": judge([each.compare(task.pruned) for each in judges])}
+        found = {"none": judge([each.compare(task.pruned) for each in judges], is_repaired=False)}
         if any(isinstance(module, BatchNorm) for module in task.pruned.modules()):
             found["bn"] = _judge_batchnorm(task, folds, judges, before)
         notes, found["least_squares"] = _fit_and_judge(task, folds, judges)
