@@ -24,8 +24,9 @@ _TIMM_NAME = re.compile(
 )  # an architecture of timm, built without its weights; others are addresses
 # Kinds whose configs may name an architecture of timm in place of a config of the backbone.
 _NAMING_TIMM = ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer")
+_SIZES_OF_BACKBONE = "out_indices|featmap_shape|channel_list|feature_sizes"
 _FETCHING = re.compile(
-    "backbone(?!_(out_indices|featmap_shape)$).*|use_(pretrained|timm)_backbone|auto_map|trust_remote_code"
+    f"backbone(?!_({_SIZES_OF_BACKBONE})$).*|use_(pretrained|timm)_backbone|auto_map|trust_remote_code"
 )
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://.*|(hf[-_]hub|local-dir):.*", re.DOTALL)
 
@@ -40,8 +41,8 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
 
     Raises:
         CheckpointError: An entry is not a plain value, is an address or names something to fetch, or a nested config
-            is of another kind than the class has at this place, or of none that it fixes. A backbone is of any kind
-            of transformers, or an architecture of timm.
+            is of another kind than the class has at this place, or of none that it fixes. A backbone is one of
+            transformers, of any kind, or the encoder that the class has by default, or an architecture of timm.
     """
     nested = {name: getattr(kind, "model_type", None) for name, kind in config_class.sub_configs.items()}
     for name, kind in nested.items():
@@ -59,7 +60,7 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
         if name in nested and isinstance(value, dict):
             wanted = nested[name]
             found = value.get("model_type", wanted)
-            kind = config_class.sub_configs[name] if wanted else _backbone_of(found, f"{place}.{name}")
+            kind = config_class.sub_configs[name] if wanted else _backbone_of(config_class, found, f"{place}.{name}")
             require(wanted in (None, found), f"{place}.{name}: model_type {found!r:.99} is not {wanted!r}")
             checked[name] = check_config(kind, value, f"{place}.{name}")
             continue
@@ -72,14 +73,16 @@ def check_config(config_class: Any, values: dict[str, Any], place: str = "config
     return checked
 
 
-def _backbone_of(model_type: Any, place: str) -> Any:
-    """Return the class of the config of a backbone of transformers.
+def _backbone_of(config_class: Any, model_type: Any, place: str) -> Any:
+    """Return the class of the config of a backbone of transformers, or of the encoder that a class has in its place.
 
     Raises:
-        CheckpointError: There is no such backbone.
+        CheckpointError: It is neither, or a wrapper of timm, which would pass any arguments to timm.
     """
     kind = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
-    is_backbone = kind is not None and kind in MODEL_FOR_BACKBONE_MAPPING
+    default = config_class.sub_configs_defaults.get(_BACKBONE)
+    is_default = default is not None and model_type == default.model_type != "timm_wrapper"
+    is_backbone = kind is not None and (kind in MODEL_FOR_BACKBONE_MAPPING or is_default)
     require(is_backbone, f"{place}: model_type {model_type!r:.99} is not a backbone of transformers")
     return kind
 

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, CLIPConfig, DPTConfig, ResNetConfig, UperNetConfig, ViTConfig
+from transformers import (
+    CONFIG_MAPPING,
+    CLIPConfig,
+    DPTConfig,
+    EdgeTamVisionConfig,
+    ResNetConfig,
+    Sam2VisionConfig,
+    UperNetConfig,
+    ViTConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from isoprune_hf.checkpoint.dense import IsoPruneConfig, build_base
@@ -85,6 +94,20 @@ def test_honest_backbone_passes() -> None:
     checked = check_config(UperNetConfig, values)
     assert checked["backbone_config"]["hidden_sizes"] == [8, 8]
     assert check_config(DPTConfig, {"backbone_out_indices": [0, 1], "backbone_config": None}).keys()
+
+
+def test_encoder_of_the_class_passes_as_backbone() -> None:
+    """SAM 2's encoder is none of transformers' backbones; the wrapper of timm takes arguments for timm."""
+    values = Sam2VisionConfig().to_diff_dict()
+    checked = check_config(Sam2VisionConfig, values)
+    assert checked["backbone_config"]["model_type"] == "sam2_hiera_det_model"
+    assert checked["backbone_channel_list"] == [768, 384, 192, 96]
+    wrapper = {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"pretrained": True}}
+    for kind in (EdgeTamVisionConfig, UperNetConfig):
+        with pytest.raises(CheckpointError, match=r"'timm_wrapper' is not a backbone of transformers$"):
+            check_config(kind, {"backbone_config": wrapper})
+    with pytest.raises(CheckpointError, match=r"'sam2_hiera_det_model' is not a backbone of transformers$"):
+        check_config(UperNetConfig, {"backbone_config": values["backbone_config"]})
 
 
 @pytest.mark.parametrize("kind", NAMING_TIMM)
