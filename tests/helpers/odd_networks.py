@@ -322,6 +322,40 @@ class RotaryTable(TokenNet):
         return self.mlp(x + self.project(out.transpose(1, 2).flatten(2)))
 
 
+class RotaryAttention(nn.Module):
+    """Attention whose queries and keys are rotated by angles that others made; it keeps heads and dims as numbers."""
+
+    def __init__(self, heads: int = 4):
+        super().__init__()
+        self.heads, self.dim = heads, WIDTH // heads
+        self.query, self.key, self.value, self.project = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def turn(self, x: Tensor, angles: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        query, key, value = (
+            layer(x).view(*x.shape[:2], self.heads, self.dim).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        out = functional.scaled_dot_product_attention(self.turn(query, angles), self.turn(key, angles), value)
+        return x + self.project(out.transpose(1, 2).flatten(2))
+
+
+@odd
+class RotaryFrequencies(TokenNet):
+    """Two attentions have their dims in common, as both rotate them by the same frequencies (DINOv3)."""
+
+    def build(self) -> None:
+        self.register_buffer("frequencies", torch.logspace(0, -2, 4), persistent=False)
+        self.first, self.second, self.mlp = RotaryAttention(), RotaryAttention(), Mlp()
+
+    def body(self, x: Tensor) -> Tensor:
+        angles = (torch.arange(64)[:, None] * self.frequencies).tile(2)
+        return self.mlp(self.second(self.first(x, angles), angles))
+
+
 @odd
 class Recurrent(TokenNet):
     def build(self) -> None:

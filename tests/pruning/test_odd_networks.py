@@ -36,6 +36,7 @@ HANDLED = (
     "pads_by_itself",
     "recurrent",
     "reused",
+    "rotary_frequencies",
     "rotary_table",
     "selected_experts",
     "shared_parameter",

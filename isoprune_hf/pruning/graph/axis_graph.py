@@ -1,7 +1,7 @@
 """The axis graph of a network: `build_axis_graph` traces it and finds its free, linked and head leaves."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -176,6 +176,7 @@ def _resolve_head_conflict(paths: Sequence[tuple[Axis, ...]], solution: Solution
     """
     return (
         any(_freeze_outer_factor(path) for path in paths)
+        or _freeze_common_dims(paths, solution)
         or _unite_dims_of_heads(paths)
         or _freeze_shared_dims(paths, solution)
     )
@@ -210,11 +211,34 @@ def _unite_dims_of_heads(paths: Sequence[tuple[Axis, ...]]) -> bool:
     return False
 
 
+def _freeze_common_dims(paths: Sequence[tuple[Axis, ...]], solution: Solution) -> bool:
+    """Freeze dims that several attentions have in common, and nothing else; returns whether there were any.
+
+    The frequencies of rotary positions are such dims. The heads of each attention stay free: there are more of them,
+    and each attention can lose its own.
+    """
+    heads_of = _heads_of_dims(paths)
+    links = [{dim} for dim in heads_of.keys() - set().union(*solution.links)] + solution.links
+    common = [
+        link for link in links if link <= heads_of.keys() and len({head for dim in link for head in heads_of[dim]}) > 1
+    ]
+    for _, dim in paths:
+        if any(id(dim) in link for link in common):
+            freeze(dim, "several attentions have its dims in common")
+    return bool(common)
+
+
+def _heads_of_dims(paths: Iterable[tuple[Axis, ...]]) -> dict[int, dict[int, Axis]]:
+    """Return the leaves of heads that each leaf of dims belongs to; all by identity."""
+    found: dict[int, dict[int, Axis]] = {}
+    for head, dim in paths:
+        found.setdefault(id(dim), {})[id(head)] = head
+    return found
+
+
 def _freeze_shared_dims(paths: Sequence[tuple[Axis, ...]], solution: Solution) -> bool:
     """Freeze the heads of dims that belong to several heads, or that are linked; returns whether there were any."""
-    heads_of: dict[int, dict[int, Axis]] = {}
-    for head, dim in paths:
-        heads_of.setdefault(id(dim), {})[id(head)] = head
+    heads_of = _heads_of_dims(paths)
     all_heads = {id(head) for head, _ in paths}
     linked: set[int] = set().union(*solution.links)
     for dim_id, heads in heads_of.items():

@@ -7,6 +7,7 @@ import timm
 import torch
 from helpers.engine_reference import plain_groups, reference_groups
 from helpers.marks import one_of_each
+from helpers.odd_networks import open_odd
 from helpers.tiny_models import ALL_FAMILIES, FAMILIES, make_base, make_images
 from helpers.traced_models import make_timm, shuffle
 from torch import nn
@@ -333,6 +334,18 @@ def test_attention_with_norms_is_rejected(tmp_path: Path) -> None:
     ).model
     with pytest.raises(UnsupportedArchitectureError, match=r"blocks\.0\.attn \(Attention\)"):
         trace_groups(model, engine="torch-pruning")
+
+
+def test_common_frequencies_leave_heads_to_each_attention() -> None:
+    """Both attentions rotate their eight dims by the same four frequencies: these stay, and the heads go."""
+    model = open_odd("rotary_frequencies").model
+    groups = {group.name.removeprefix("model."): group for group in trace_groups(model)}
+    for path in ("first", "second"):
+        group = groups[f"{path}.query"]
+        places = {(member.parameter.removeprefix("model."), member.dim): member.index for member in group.members}
+        rows = [(f"{path}.{layer}.{leaf}", 0) for layer in ("query", "key", "value") for leaf in ("weight", "bias")]
+        assert places.keys() == {*rows, (f"{path}.project.weight", 1)}
+        assert all(index.tolist() == np.arange(32).reshape(4, 8).tolist() for index in places.values())
 
 
 @pytest.mark.parametrize(
