@@ -1,7 +1,7 @@
-"""Find the columns of the images and of the classes by their type; call `find_columns`."""
+"""Find the columns of the images, of the classes and of other annotations by their names and types: `find_column`."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from datasets import Array3D, ClassLabel, Image, Value
 
@@ -10,6 +10,7 @@ from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
 Column = Literal["image_column", "label_column"]
+Annotation = Literal["classes", "masks", "boxes"]
 
 # In this order, whatever else there is. The last ones are those of tar files, by the convention of WebDataset.
 _USUAL: dict[Column, tuple[str, ...]] = {
@@ -18,11 +19,31 @@ _USUAL: dict[Column, tuple[str, ...]] = {
 }
 # Columns of images with the class of each pixel, in this order.
 _MASKS = ("annotation", "mask", "label", "labels", "segmentation_mask")
-MASK = "mask"  # their name in a split
+MASK = "annotated_mask"  # their name in a split
 _OBJECTS = "objects"  # the boxes of an image and their categories, in data sets of the Hub
 OBJECTS = "annotated_objects"  # their name in a split
 BOX = "bbox"  # the field of their boxes
-_NO_LABELS = frozenset({MASK, "id", "index", "idx", "image_id", "width", "height", "size"})
+_NO_LABELS = frozenset({MASK, "mask", "id", "index", "idx", "image_id", "width", "height", "size"})
+
+
+class NamedColumn(NamedTuple):
+    """The column that `data.label_column` names, and its annotations."""
+
+    name: str
+    holds: Annotation
+
+
+def named_column(parts: Iterable[Split], recipe: DataRecipe) -> NamedColumn | None:
+    """Return the column of parts of a data set that a recipe names; None for the default setting."""
+    name = recipe.label_column
+    if name == DataRecipe.label_column:
+        return None
+    parts = list(parts)
+    if any(find_mask_column(part, recipe) == name for part in parts):
+        return NamedColumn(name, "masks")
+    if any(find_objects_column(part, recipe) == name for part in parts):
+        return NamedColumn(name, "boxes")
+    return NamedColumn(name, "classes")
 
 
 def find_column(split: Split, setting: Column, recipe: DataRecipe, place: str) -> str:
@@ -54,12 +75,12 @@ def find_column(split: Split, setting: Column, recipe: DataRecipe, place: str) -
 def has_label_column(split: Split, recipe: DataRecipe) -> bool:
     """Return whether a split has a column that can be meant by `label_column`.
 
-    Beside boxes, numbers and text of other names than usual are no classes of the images.
+    Beside boxes or masks, numbers and text of other names than usual are no classes of the images.
     """
     features: Mapping[str, Any] = split.features
     named = any(name in features and _fits("label_column", features[name]) for name in _USUAL["label_column"])
     typed = _of_type(features, "label_column")
-    if OBJECTS in features:
+    if OBJECTS in features or MASK in features:
         typed = [name for name in typed if isinstance(label_kind(features[name]), ClassLabel)]
     return recipe.label_column in features or named or bool(typed)
 
@@ -67,9 +88,10 @@ def has_label_column(split: Split, recipe: DataRecipe) -> bool:
 def find_mask_column(split: Split, recipe: DataRecipe) -> str | None:
     """Return the column of images with the class of each pixel; None if there is none beside the images."""
     features: Mapping[str, Any] = split.features
-    names = _MASKS if recipe.label_column in _MASKS else (recipe.label_column, *_MASKS)
-    found = [name for name in names if isinstance(features.get(name), Image) and name != recipe.image_column]
-    has_images = any(isinstance(feature, Image) and name not in found for name, feature in features.items())
+    names = _MASKS if recipe.label_column == DataRecipe.label_column else (recipe.label_column, *_MASKS)
+    images = {name for name, feature in features.items() if isinstance(feature, Image) or is_file(feature)}
+    found = [name for name in names if name in images and name != recipe.image_column]
+    has_images = any(is_image(feature) or name in images for name, feature in features.items() if name not in found)
     return found[0] if found and has_images else None
 
 
@@ -91,6 +113,11 @@ def object_fields(feature: Any) -> Mapping[str, Any]:
 def is_label_name(name: str, recipe: DataRecipe) -> bool:
     """Return whether a column has a name that columns of classes have, or that of the recipe."""
     return name in (recipe.label_column, *_USUAL["label_column"])
+
+
+def is_mask_name(name: str, recipe: DataRecipe) -> bool:
+    """Return whether a column has a name that columns of masks have, or that of the recipe."""
+    return name in (recipe.label_column, *_MASKS)
 
 
 def is_file(feature: Any) -> bool:
@@ -121,7 +148,7 @@ def _of_type(features: Mapping[str, Any], setting: Column) -> list[str]:
     for is_kind in kinds:
         found = [name for name, feature in features.items() if name not in _NO_LABELS and is_kind(feature)]
         if found:
-            return found
+            return [name for name in found if name not in _MASKS or setting == "label_column"] or found
     return []
 
 

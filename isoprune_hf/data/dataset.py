@@ -14,7 +14,7 @@ from datasets import Array3D, Dataset, Features, Image, IterableDataset, List, V
 from PIL import Image as PILImage
 
 from isoprune_hf.data.class_columns import name_classes
-from isoprune_hf.data.columns import MASK, OBJECTS, find_column, is_file, is_image
+from isoprune_hf.data.columns import MASK, OBJECTS, NamedColumn, find_column, is_file, is_image
 from isoprune_hf.data.decoding import DECODE_ERRORS, Decoding, Rows
 from isoprune_hf.data.fingerprint import fingerprint_images
 from isoprune_hf.data.holdout import HOLDOUT_SEED, divide
@@ -53,6 +53,7 @@ class ImageData:
         is_undivided: The data set has no splits, and `train` is all of it, or the part that the recipe names.
         holdout: Share of the training images that `evaluation` is held out of; 0 if it is all of them, None if it is a
             split of its own.
+        named: The column that `data.label_column` names; None with the default.
     """
 
     train: Dataset | IterableDataset | None
@@ -68,6 +69,7 @@ class ImageData:
     is_order_ambiguous: bool = False
     is_undivided: bool = False
     holdout: float | None = None
+    named: NamedColumn | None = None
 
     @property
     def is_multi_label(self) -> bool:
@@ -158,6 +160,7 @@ def load_data(recipe: DataRecipe) -> ImageData:
         is_order_ambiguous=(opened.is_sorted or has_texts) and list(label_names) != sorted(label_names),
         is_undivided=opened.chosen.is_undivided,
         holdout=None if division.held_out_of is None else recipe.held_out,
+        named=opened.named,
     )
 
 

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -57,16 +57,20 @@ def _class_lists(path: str) -> dict[str, list[str]]:
     return {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
 
 
-def name_by_list(names: list[str], place: str, recipe: DataRecipe, load: Callable[[], list[Split]]) -> list[Split]:
-    """Load a split, and name the classes of integer labels by the lines of `classes.txt`, if there are any.
+def name_by_list(part: Split, place: str, names: Sequence[str], recipe: DataRecipe) -> Split:
+    """Return a part of a split whose integer labels have the lines of `classes.txt` as names, if there are any.
+
+    Args:
+        part: Rows with a column of labels, which may be that of `unlabelled`.
+        place: Name of the split.
+        names: Lines of the file.
+        recipe: Names the column.
 
     Raises:
-        DatasetError: A label has no name.
+        DatasetError: A label has no name, or there is no column of labels.
     """
-    return [_named(part, place, names, recipe) if names else part for part in load()]
-
-
-def _named(part: Split, place: str, names: list[str], recipe: DataRecipe) -> Split:
+    if not names:
+        return part
     column = find_column(part, "label_column", recipe, place)
     feature = part.features[column]
     kind = label_kind(feature)

@@ -11,8 +11,10 @@ from datasets import ClassLabel, Dataset
 from timm.data.imagenet_info import ImageNetInfo
 from transformers import PreTrainedConfig
 
+from isoprune_hf.checkpoint import task_forms
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneConfig
 from isoprune_hf.data.class_names import renumber_split, shorten
+from isoprune_hf.data.columns import Annotation
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.label_columns import label_kind
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)  # not accelerate's, which needs an acceler
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _MAX_DIFFERING_SHARE = 0.1  # of the class names; spellings differ between sources
+IMAGE_CLASSES: tuple[Annotation, ...] = ("classes",)  # those that classifiers use
 _NEW_HEAD = "set `--prune.num_labels data` (in finetune and evaluate: `--num_labels data`) for a new head"
 
 
@@ -56,12 +59,33 @@ def check_problem(config: PreTrainedConfig, *, is_multi_label: bool) -> None:
         )
 
 
+def check_named(images: ImageData, used: Sequence[Annotation], task: str) -> None:
+    """Check that a task uses the column that `data.label_column` names, if it names one.
+
+    Args:
+        images: The images.
+        used: Annotations that the task uses.
+        task: Its name.
+
+    Raises:
+        DatasetError: It uses others, or none.
+    """
+    if images.named is None or images.named.holds in used:
+        return
+    reads, advice = (" or ".join(used), f"name a column of {' or '.join(used)}") if used else ("no annotations", "")
+    raise DatasetError(
+        f"data.label_column: the column {images.named.name!r} of {images.name!r} has {images.named.holds}, and {task} "
+        f"reads {reads}; {advice}{', or ' * bool(advice)}leave the setting out"
+    )
+
+
 def require_labels(images: ImageData) -> None:
     """Check that images have labels, as a classifier needs.
 
     Raises:
         DatasetError: They have none.
     """
+    check_named(images, IMAGE_CLASSES, task_forms.IMAGE_CLASSIFICATION.task)
     if images.label_names == (UNLABELLED,):
         raise DatasetError(
             f"data: the images of {images.name} have no labels, which an image classifier needs: put them into "

@@ -24,8 +24,12 @@ def read_mask(stored: Any, *, reduces_labels: bool) -> Tensor:
         reduces_labels: The class 0 is left out, and the others count from 1, as in ADE20K.
 
     Raises:
-        DatasetError: The mask cannot be read, or has several channels.
+        DatasetError: The mask is missing, cannot be read, or has several channels.
     """
+    if stored is None:
+        raise DatasetError(
+            "data: an image has no mask; give every image one, of pixels of an ignored class if need be"
+        )
     try:
         encoded = read_bytes(stored["path"], MAX_IMAGE_BYTES) if stored["bytes"] is None else stored["bytes"]
         with Image.open(io.BytesIO(encoded)) as opened:

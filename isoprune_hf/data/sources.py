@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tarfile import TarError
@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
 from isoprune_hf.data.archives import unpack
+from isoprune_hf.data.columns import NamedColumn, named_column
 from isoprune_hf.data.datasets_internals import only_labels_decoded, with_known_features
 from isoprune_hf.data.files import KINDS, load_files, name_by_list, sort_by_split
 from isoprune_hf.data.image_folders import class_folders, holds_images, read_class_folders
@@ -40,19 +41,25 @@ class Opened:
         splits: Parts by the name of the split; each part has columns and names of classes of its own.
         chosen: Names of the splits.
         is_sorted: The order of the classes is that of their sorted names, which nothing else declares.
+        named: The column that the recipe names as that of the labels; None with the default.
     """
 
     splits: dict[str, list[Split]]
     chosen: ChosenSplits
     is_sorted: bool
+    named: NamedColumn | None
 
 
 @dataclass(frozen=True)
 class _Available:
-    """Functions that load the parts of each split of a data set; `is_sorted` as in `Opened`."""
+    """Functions that load the parts of each split of a data set; `is_sorted` as in `Opened`.
+
+    `names` are the lines of `classes.txt`.
+    """
 
     splits: Mapping[str, Callable[[], list[Split]]]
     is_sorted: bool = False
+    names: tuple[str, ...] = ()
 
 
 def open_splits(recipe: DataRecipe) -> Opened:
@@ -87,7 +94,12 @@ def _load_chosen(recipe: DataRecipe) -> Opened:
             splits[name] = [
                 with_known_features(part) if isinstance(part, IterableDataset) else part for part in loaded
             ]
-    return Opened(with_label_column(splits, recipe), chosen, available.is_sorted)
+    named = named_column([part for parts in splits.values() for part in parts], recipe)
+    labelled = {
+        name: [name_by_list(part, name, available.names, recipe) for part in parts]
+        for name, parts in with_label_column(splits, recipe).items()
+    }
+    return Opened(labelled, chosen, available.is_sorted, named)
 
 
 def _find(recipe: DataRecipe, *, streaming: bool, only: str | None = None) -> _Available:
@@ -130,33 +142,33 @@ def _find_in_file(file: Path, recipe: DataRecipe, *, streaming: bool) -> _Availa
 
 
 def _find_in_folder(folder: Path, recipe: DataRecipe, *, streaming: bool) -> _Available:
+    file = folder / "classes.txt"
+    names = tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+    return replace(_find_unnamed(folder, recipe, names, streaming=streaming), names=names)
+
+
+def _find_unnamed(folder: Path, recipe: DataRecipe, names: tuple[str, ...], *, streaming: bool) -> _Available:
+    """Find the splits of a folder; integer labels have no names yet, and class folders have the order of `names`."""
     if (folder / "dataset_dict.json").is_file():
         return _in_memory(load_from_disk(str(folder)), streaming=streaming)
     if (folder / "state.json").is_file():
         return _in_memory({UNDIVIDED: load_from_disk(str(folder))}, streaming=streaming)
-    file = folder / "classes.txt"
-    names = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for ending, kind in KINDS.items():
         files = sort_by_split(folder, ending, recipe)
         if files:
             return _Available(
-                {
-                    name: partial(
-                        name_by_list, names, name, recipe, partial(load_files, kind, paths, streaming=streaming)
-                    )
-                    for name, paths in files.items()
-                }
+                {name: partial(load_files, kind, paths, streaming=streaming) for name, paths in files.items()}
             )
     return _find_images(folder, recipe, names, streaming=streaming)
 
 
-def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streaming: bool) -> _Available:
+def _find_images(folder: Path, recipe: DataRecipe, names: tuple[str, ...], *, streaming: bool) -> _Available:
     """Find folders of classes, below folders of splits or directly in the folder, or else CSV or JSONL files.
 
     Files named metadata come first, as for `datasets`. Otherwise images without labels, in folders of splits or
     directly in the folder.
     """
-    described = _find_tables(folder, recipe, names, stem="metadata")
+    described = _find_tables(folder, recipe, stem="metadata")
     if described:
         return _in_memory(described, streaming=streaming, is_sorted=not names)
     children = class_folders(folder)
@@ -169,7 +181,7 @@ def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streamin
     if divided:
         loaders = {name: partial(_load_images, path, names, streaming=streaming) for name, path in divided.items()}
         return _Available(loaders, is_sorted=not names)
-    read = _find_tables(folder, recipe, names)
+    read = _find_tables(folder, recipe)
     if not read and holds_images(folder, depth=1):
         return _in_memory({UNDIVIDED: read_flat_folder(folder)}, streaming=streaming)
     if not read:
@@ -179,17 +191,13 @@ def _find_images(folder: Path, recipe: DataRecipe, names: list[str], *, streamin
     return _in_memory(read, streaming=streaming, is_sorted=not names)
 
 
-def _find_tables(folder: Path, recipe: DataRecipe, names: list[str], stem: str = "*") -> dict[str, Dataset]:
-    """Read the CSV or JSONL file of each split; numbers have the names of `classes.txt`, if there is one."""
+def _find_tables(folder: Path, recipe: DataRecipe, stem: str = "*") -> dict[str, Dataset]:
+    """Read the CSV or JSONL file of each split."""
     found = [sort_by_split(folder, ending, recipe, stem) for ending in ENDINGS]
-    return {
-        name: name_by_list(names, name, recipe, partial(list, [read_table(Path(paths[0]), recipe)]))[0]
-        for files in found
-        for name, paths in files.items()
-    }
+    return {name: read_table(Path(paths[0]), recipe) for files in found for name, paths in files.items()}
 
 
-def _load_images(folder: Path, names: list[str], *, streaming: bool) -> list[Split]:
+def _load_images(folder: Path, names: tuple[str, ...], *, streaming: bool) -> list[Split]:
     images = read_class_folders(folder, names)
     return [_in_shards(images) if streaming else images]
 

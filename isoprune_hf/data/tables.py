@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
 
-from isoprune_hf.data.columns import BOX, is_label_name
+from isoprune_hf.data.columns import BOX, is_label_name, is_mask_name
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.recipes import DataRecipe
 
 ENDINGS = ("csv", "jsonl")
+_PATHS = "file_name"  # the column of paths that `datasets` reads, and the end of the names of others
 _TYPES: dict[type, str] = {int: "int64", str: "string"}
 
 
@@ -21,7 +22,7 @@ def read_table(file: Path, recipe: DataRecipe) -> Dataset:
 
     Lists in cells of CSV are written as in JSON. Other columns are left out. Paths of images are relative to the
     folder of the file. Without a column `data.image_column`, the one whose first row is the path of a file has the
-    images.
+    images; of several, `file_name`, or the only one that has no name of masks. The others with such a name are masks.
 
     Raises:
         DatasetError: It has no rows, no column or several columns with paths, a list of labels is not one of JSON, or
@@ -29,7 +30,10 @@ def read_table(file: Path, recipe: DataRecipe) -> Dataset:
     """
     columns = _read_lines(file) if file.suffix.lower() == ".jsonl" else _read_csv(file, recipe)
     paths = [name for name, cells in columns.items() if _is_place(cells[0], file.parent)]
-    image = recipe.image_column if recipe.image_column in columns else paths[0] if len(paths) == 1 else None
+    masks = {name: _name_of_masks(name) for name in paths if is_mask_name(_name_of_masks(name), recipe)}
+    others = paths if len(paths) == 1 else [name for name in paths if name not in masks]
+    named = [name for name, known in ((recipe.image_column, columns), (_PATHS, others)) if name in known]
+    image = named[0] if named else others[0] if len(others) == 1 else None
     if image is None:
         raise DatasetError(
             f"data.image_column: {str(file)!r} needs one column with the paths of existing images, from the folder of "
@@ -39,10 +43,13 @@ def read_table(file: Path, recipe: DataRecipe) -> Dataset:
     values: dict[str, list[Any]] = {}
     features: dict[str, Any] = {}
     for name, cells in columns.items():
-        feature = Image() if name == image else _type_of(cells) or _type_of_objects(name, cells)
-        if feature is not None:
-            values[name] = [str(file.parent / str(cell)) for cell in cells] if name == image else cells
-            features[name] = feature
+        if name == image:
+            values[name], features[name] = [str(file.parent / str(cell)) for cell in cells], Image()
+        elif name in masks:
+            values[masks[name]] = [None if cell in (None, "") else str(file.parent / str(cell)) for cell in cells]
+            features[masks[name]] = Image()
+        elif (feature := _type_of(cells) or _type_of_objects(name, cells)) is not None:
+            values[name], features[name] = cells, feature
     return Dataset.from_dict(values, features=Features(features))
 
 
@@ -80,6 +87,11 @@ def _read_lines(file: Path) -> dict[str, list[Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise DatasetError(f"data.dataset: {str(file)!r} needs a JSON object in each line, with the path of an image")
     return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+
+def _name_of_masks(name: str) -> str:
+    """Return the name of a column of images whose paths are in another one, as `datasets` gives it."""
+    return name.removesuffix(f"_{_PATHS}")
 
 
 def _is_place(cell: Any, folder: Path) -> bool:

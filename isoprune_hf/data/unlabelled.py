@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 
-from isoprune_hf.data.columns import MASK, OBJECTS, find_mask_column, find_objects_column, has_label_column
+from isoprune_hf.data.columns import (
+    MASK,
+    OBJECTS,
+    find_column,
+    find_mask_column,
+    find_objects_column,
+    has_label_column,
+)
 from isoprune_hf.data.image_folders import image_files
 from isoprune_hf.data.label_columns import Split
 from isoprune_hf.recipes import DataRecipe
@@ -32,10 +39,19 @@ def with_label_column(splits: Mapping[str, Sequence[Split]], recipe: DataRecipe)
 
     A column that the recipe names must exist; it is not added. A column of masks gets the name `MASK`, one of boxes
     `OBJECTS`, and they are no columns of labels.
+
+    Raises:
+        DatasetError: No part has the column that the recipe names.
     """
+    place, name = next(iter(splits)), recipe.label_column
+    if name != DataRecipe.label_column and not any(
+        name in part.features for found in splits.values() for part in found
+    ):
+        find_column(
+            splits[place][0], "label_column", recipe, place
+        )  # raises, and tells the columns by their own names
     annotated = {name: [_name_annotations(part, recipe) for part in found] for name, found in splits.items()}
     parts, given = ([part for found in both.values() for part in found] for both in (annotated, splits))
-    name = recipe.label_column
     was_annotation = any(name in part.features for part in given) and not any(name in part.features for part in parts)
     is_default = name == DataRecipe.label_column
     is_missing = not any(has_label_column(part, recipe) for part in parts) if is_default else was_annotation
@@ -53,7 +69,7 @@ def _name_annotations(part: Split, recipe: DataRecipe) -> Split:
     if name is None:
         return part
     part = part.cast_column(name, Image(decode=False))
-    return part if name == MASK else part.rename_column(name, MASK)
+    return part.rename_column(name, MASK)
 
 
 def _labelled(part: Split, name: str) -> Split:

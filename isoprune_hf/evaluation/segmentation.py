@@ -36,7 +36,8 @@ def evaluate_pixels(
     Args:
         model: Gives logits of classes for pixels, on its current device.
         dense: The dense network, on the same device; None if the model is the dense one, or it is not known.
-        split: Images with the columns `image` and `label`, which is not looked at, and `mask` if there are masks.
+        split: Images with the columns `image` and `label`, which is not looked at, and `MASK` if there are
+            masks.
         processor: Makes the pixel values.
         options: How the images are loaded.
         accelerator: The ranks that share the work. All must call this with the same split.

@@ -42,8 +42,8 @@ class DataRecipe:
             one per line.
         revision: Git revision of a Hub data set.
         image_column: Column of the images; by default found by its name or type.
-        label_column: Column of the classes, which are class labels, whole numbers from 0 on, or text; by default found
-            by its name or type.
+        label_column: Column of the classes, which are class labels, whole numbers from 0 on, or text; for segmentation
+            that of the masks, for detection that of the boxes; by default found by its name or type.
         train_split: Split for calibration and finetuning, or a part of it such as train[:80%].
         eval_split: Split for evaluation, or a part; by default validation, valid, val, dev or test in any case.
         eval_images: Evaluate on a sample of so many images of that split, drawn once and equal for every model; by

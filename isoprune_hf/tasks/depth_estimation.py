@@ -16,6 +16,7 @@ def _ask(estimate: Any, image: Any) -> str:
 
 DEPTH_ESTIMATION = LabelFree(
     form=task_forms.DEPTH_ESTIMATION,
+    annotations=(),
     figures=("delta1", "depth_difference"),
     wording=Wording(
         verb="estimate",

@@ -9,6 +9,7 @@ from transformers import BaseImageProcessor, pipeline
 from isoprune_hf.checkpoint import task_forms
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.data.decoding import Rows
+from isoprune_hf.data.labels import IMAGE_CLASSES
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.evaluation.predictions import Figures
@@ -21,6 +22,7 @@ class ImageClassification:
 
     form = task_forms.IMAGE_CLASSIFICATION
     reads_labels = True
+    annotations = IMAGE_CLASSES
     figures: tuple[str, ...] = ("top1", "top5", "loss", "ece")
     wording = Wording(
         verb="classify",

@@ -16,6 +16,7 @@ def _ask(extract: Any, image: Any) -> str:
 
 IMAGE_FEATURE_EXTRACTION = LabelFree(
     form=task_forms.IMAGE_FEATURE_EXTRACTION,
+    annotations=("classes",),
     figures=("cosine", "position_cosine", "knn"),
     wording=Wording(
         verb="extract",

@@ -11,6 +11,7 @@ from transformers import BaseImageProcessor, pipeline
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.task_forms import TaskForm
+from isoprune_hf.data.columns import Annotation
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.evaluation.predictions import Figures
@@ -41,6 +42,7 @@ class LabelFree:
 
     Args:
         form: As in `Task`.
+        annotations: As in `Task`.
         figures: As in `Task`.
         wording: As in `Task`.
         compare: Computes the figures.
@@ -48,6 +50,7 @@ class LabelFree:
     """
 
     form: TaskForm
+    annotations: tuple[Annotation, ...]
     figures: tuple[str, ...]
     wording: Wording
     compare: Compare

@@ -14,6 +14,7 @@ def _ask(detect: Any, image: Any) -> str:
 
 OBJECT_DETECTION = LabelFree(
     form=task_forms.OBJECT_DETECTION,
+    annotations=("boxes",),
     figures=("same_objects", "detection_divergence", "box_map", "box_map_50"),
     wording=Wording(
         verb="detect",

@@ -14,6 +14,7 @@ def _ask(segment: Any, image: Any) -> str:
 
 SEMANTIC_SEGMENTATION = LabelFree(
     form=task_forms.SEMANTIC_SEGMENTATION,
+    annotations=("masks",),
     figures=("same_class", "pixel_divergence", "miou", "pixel_accuracy"),
     wording=Wording(
         verb="segment",

@@ -8,6 +8,7 @@ from transformers import BaseImageProcessor
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.task_forms import TaskForm
+from isoprune_hf.data.columns import Annotation
 from isoprune_hf.data.decoding import Rows
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.evaluation.predictions import Figures
@@ -47,6 +48,7 @@ class Task(Protocol):
         form: Its name, and how a folder of it opens.
         reads_labels: Networks are scored, trained and measured by labels. Without them any images will do, and the
             dense network is the teacher.
+        annotations: Columns beside the images that it uses, where `data.label_column` names one.
         figures: Names of its figures in the order of a table; the largest value of the first one is the best.
         wording: How a card speaks of it.
     """
@@ -56,6 +58,9 @@ class Task(Protocol):
 
     @property
     def reads_labels(self) -> bool: ...
+
+    @property
+    def annotations(self) -> tuple[Annotation, ...]: ...
 
     @property
     def figures(self) -> tuple[str, ...]: ...

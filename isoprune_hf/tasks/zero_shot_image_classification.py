@@ -17,6 +17,7 @@ def _ask(match: Any, image: Any) -> str:
 
 ZERO_SHOT_IMAGE_CLASSIFICATION = LabelFree(
     form=task_forms.ZERO_SHOT_IMAGE_CLASSIFICATION,
+    annotations=("classes",),
     figures=("cosine", "knn"),
     wording=Wording(
         verb="match",

@@ -31,9 +31,9 @@ def test_masks_are_found_by_name(names: tuple[str, str], tmp_path) -> None:
     images = load_data(save(tmp_path, image=names[0], mask=names[1]))
     assert images.label_names == ("unlabelled",)
     rows, masks = divide_annotations(images.evaluation, MASK)
-    assert rows.column_names == ["image", "label"] and masks.column_names == ["mask"] and len(rows) == 2
+    assert rows.column_names == ["image", "label"] and masks.column_names == [MASK] and len(rows) == 2
     colours = [np.asarray(row["image"])[0, 0, 0] // 60 for row in rows]
-    found = [read_mask(row["mask"], reduces_labels=False) for row in masks]
+    found = [read_mask(row[MASK], reduces_labels=False) for row in masks]
     assert [int(mask.unique()) for mask in found] == colours and found[0].shape == (4, 6)
 
 

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from torch import nn
 
 from isoprune_hf import IsoPruneConfig
+from isoprune_hf.data.columns import MASK
 from isoprune_hf.data.loading import LoaderOptions
 from isoprune_hf.errors import DatasetError
 from isoprune_hf.evaluation.segmentation import evaluate_pixels
@@ -57,7 +58,7 @@ def make_network(seed: int) -> HeldModel:
 
 def measure(images: int, batch_size: int, accelerator: Accelerator | None = None) -> dict[str, float | int]:
     masks = [{"bytes": encode(mask), "path": None} for mask in make_masks(13)]
-    split = make_split(13).add_column("mask", masks, feature=Image(decode=False))
+    split = make_split(13).add_column(MASK, masks, feature=Image(decode=False))
     options = LoaderOptions(batch_size)
     networks = make_network(0), make_network(1)
     return evaluate_pixels(*networks, split.select(range(images)), make_processor(), options, accelerator=accelerator)
@@ -88,7 +89,7 @@ def test_figures_equal_those_of_single_pixels() -> None:
 
 
 def test_cropping_processor_is_refused_for_masks() -> None:
-    split = make_split(2).add_column("mask", [{"bytes": b"", "path": None}] * 2, feature=Image(decode=False))
+    split = make_split(2).add_column(MASK, [{"bytes": b"", "path": None}] * 2, feature=Image(decode=False))
     processor = make_processor()
     processor.do_center_crop = True
     with pytest.raises(DatasetError, match="do_center_crop"):

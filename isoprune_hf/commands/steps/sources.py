@@ -12,7 +12,14 @@ from isoprune_hf.checkpoint.task_forms import task_of
 from isoprune_hf.checkpoint.transfer import find_class_dims
 from isoprune_hf.commands.steps.holding_out import has_seen, may_have_seen
 from isoprune_hf.data.dataset import ImageData
-from isoprune_hf.data.labels import adopt_problem, align_labels, check_labels, check_problem, classes_of
+from isoprune_hf.data.labels import (
+    adopt_problem,
+    align_labels,
+    check_labels,
+    check_named,
+    check_problem,
+    classes_of,
+)
 from isoprune_hf.errors import CheckpointError, DatasetError, IsoPruneError, RecipeError
 from isoprune_hf.models import BaseModel, load_base
 from isoprune_hf.models.head import replace_head
@@ -218,10 +225,12 @@ def align_images(images: ImageData, model: IsoPruneForImageClassification) -> Im
     place. A warning says if the model has seen images for evaluation, or may have.
 
     Raises:
-        DatasetError: It has other classes or another problem type.
+        DatasetError: It has other classes or another problem type, or does not use the column that was named.
     """
     aligned = images
-    if find_task(model.config).reads_labels:
+    task = find_task(model.config)
+    check_named(images, task.annotations, task.form.task)
+    if task.reads_labels:
         aligned = align_labels(images, class_names(model))
         check_problem(model.config, is_multi_label=images.is_multi_label)
         adopt_problem(model.config, is_multi_label=images.is_multi_label)
