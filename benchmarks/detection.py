@@ -13,20 +13,18 @@ Run from the top of the repository:
 
 import argparse
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from cut_table import add_arguments, open_base, print_cuts
 from peer_cuts import peer_cuts
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, RTDetrResNetConfig
 
-import isoprune_hf
 from isoprune_hf.data.boxes import Objects
 from isoprune_hf.evaluation.box_precision import FoundBoxes, box_figures
 from isoprune_hf.evaluation.detection import objects_of, share_of_same
@@ -48,11 +46,6 @@ NETWORK = {
     "num_denoising": 0,
     "num_labels": len(SHAPES),
     "freeze_backbone_batch_norms": False,
-}
-WAYS = {
-    "scores of weights (l1)": {"criterion": "l1", "reconstruct": "none", "rotate": False},
-    "default, without repair": {"reconstruct": "none", "rotate": False},
-    "default": {},
 }
 # torch-pruning keeps the outputs, the points of deformable attention, and the residual streams of the transformers: it
 # cuts these without the embeddings of positions that are added to them, and the network does not run.
@@ -97,18 +90,6 @@ def draw_scenes(count: int, seed: int) -> tuple[Tensor, Boxes]:
 def make_network() -> RTDetrForObjectDetection:
     backbone = RTDetrResNetConfig(**BACKBONE, out_features=["stage2", "stage3", "stage4"])
     return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, **NETWORK))
-
-
-def open_base(weights: Path | None, scenes: int, steps: int) -> RTDetrForObjectDetection:
-    """Open the trained network, or train it and save its weights."""
-    if weights is not None and weights.exists():
-        network = make_network()
-        network.load_state_dict(load_file(weights))
-        return network.eval()
-    network = train(*draw_scenes(scenes, seed=0), steps)
-    if weights is not None:
-        save_file({name: value.contiguous().clone() for name, value in network.state_dict().items()}, weights)
-    return network
 
 
 def train(images: Tensor, truths: Boxes, steps: int) -> RTDetrForObjectDetection:
@@ -166,15 +147,16 @@ def loss_of(network: nn.Module, images: Tensor, truths: Boxes) -> Tensor:
     return network(images, labels=truths).loss
 
 
+def sum_of_outputs(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the sum of the logits and boxes of images."""
+    found = network(images)
+    return found.logits.sum() + found.pred_boxes.sum()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", type=int, nargs="+", default=[70, 50], help="per cent of the MACs")
-    parser.add_argument("--steps", type=int, default=1200, help="updates of the base")
-    parser.add_argument("--scenes", type=int, default=3000, help="scenes that the base is trained on")
-    parser.add_argument("--epochs", type=int, default=10, help="passes of the finetuning over 256 scenes")
-    parser.add_argument("--weights", type=Path, help="weights of the base: opened if they exist, written if not")
-    args = parser.parse_args()
-    dense = open_base(args.weights, args.scenes, args.steps)
+    args = add_arguments(parser, steps=1200, scenes=3000, learning_rate=1e-4).parse_args()
+    dense = open_base(args.weights, make_network, lambda: train(*draw_scenes(args.scenes, seed=0), args.steps))
     calibration, boxes = draw_scenes(256, seed=1)
     held_out = draw_scenes(300, seed=2)
     batches = list(calibration.split(BATCH))
@@ -182,30 +164,16 @@ def main() -> None:
         partial(loss_of, images=images, truths=boxes[BATCH * number : BATCH * (number + 1)])
         for number, images in enumerate(batches)
     ]
-    print("| MACs | way | mAP % | mAP50 % | objects found % | objects as the base % | divergence |")
-    print("|---:|---|---:|---:|---:|---:|---:|")
-    print(f"| 100 % | base | {' | '.join(measure(dense, dense, *held_out))} |", flush=True)
-    for share in args.shares:
-        peers = peer_cuts(
-            dense,
-            batches,
-            losses,
-            share / 100,
-            is_kept=lambda name: any(part in name for part in KEPT),
-            output=lambda output: output.logits.sum() + output.pred_boxes.sum(),
-        )
-        for name, left, network in peers:
-            cells = [network, *"----"] if left is None else measure(network, dense, *held_out)
-            print(f"| {100 * (left or share / 100):.0f} % | {name} | {' | '.join(cells)} |", flush=True)
-        for name, settings in WAYS.items():
-            pruned = isoprune_hf.prune(dense, batches, target_macs=f"{share}%", round_to=1, **settings)
-            left = f"{100 * pruned.pruned_cost.macs / pruned.base_cost.macs:.0f} %"
-            print(f"| {left} | {name} | {' | '.join(measure(pruned.model, dense, *held_out))} |", flush=True)
-        isoprune_hf.finetune(
-            pruned, batches, recipe=isoprune_hf.FinetuneRecipe(epochs=args.epochs, learning_rate=1e-4)
-        )
-        figures = measure(pruned.model, dense, *held_out)
-        print(f"| {left} | default, finetuned without labels | {' | '.join(figures)} |", flush=True)
+    peers = partial(
+        peer_cuts,
+        dense,
+        batches,
+        losses,
+        is_kept=lambda name: any(part in name for part in KEPT),
+        output=sum_of_outputs,
+    )
+    titles = ["mAP %", "mAP50 %", "objects found %", "objects as the base %", "divergence"]
+    print_cuts(dense, batches, titles, lambda network: measure(network, dense, *held_out), peers, args)
 
 
 if __name__ == "__main__":

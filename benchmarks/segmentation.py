@@ -14,13 +14,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from cut_table import add_arguments, open_base, print_cuts
 from peer_cuts import peer_cuts
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-import isoprune_hf
 from isoprune_hf.evaluation.masks import classes_at, count_pixels, mask_figures
 
 SIDE, SHAPES, BATCH = 64, ("ellipse", "rectangle", "triangle"), 16
@@ -33,11 +33,6 @@ NETWORK = {
 }
 # torch-pruning keeps the logits and the residual streams of the stages: it cuts these to networks that do not run.
 KEPT = ("classifier", "patch_embeddings", "o_proj", "fc2", "sequence_reduction")
-WAYS = {
-    "scores of weights (l1)": {"criterion": "l1", "reconstruct": "none", "rotate": False},
-    "default, without repair": {"reconstruct": "none", "rotate": False},
-    "default": {},
-}
 
 
 def draw_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -71,10 +66,14 @@ def draw_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(masks)
 
 
+def make_network() -> SegformerForSemanticSegmentation:
+    return SegformerForSemanticSegmentation(SegformerConfig(**NETWORK))
+
+
 def train(images: Tensor, masks: Tensor, steps: int) -> SegformerForSemanticSegmentation:
     """Train a network on scenes."""
     torch.manual_seed(0)
-    network = SegformerForSemanticSegmentation(SegformerConfig(**NETWORK))
+    network = make_network()
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
@@ -110,12 +109,8 @@ def loss_of(network: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", type=int, nargs="+", default=[70, 50], help="per cent of the MACs")
-    parser.add_argument("--steps", type=int, default=1500, help="updates of the base")
-    parser.add_argument("--scenes", type=int, default=2000, help="scenes that the base is trained on")
-    parser.add_argument("--epochs", type=int, default=10, help="passes of the finetuning over 512 scenes")
-    args = parser.parse_args()
-    dense = train(*draw_scenes(args.scenes, seed=0), args.steps)
+    args = add_arguments(parser, steps=1500, scenes=2000, learning_rate=1e-3).parse_args()
+    dense = open_base(args.weights, make_network, lambda: train(*draw_scenes(args.scenes, seed=0), args.steps))
     calibration, truths = draw_scenes(512, seed=1)
     held_out = draw_scenes(300, seed=2)
     batches = list(calibration.split(BATCH))
@@ -123,29 +118,16 @@ def main() -> None:
         partial(loss_of, images=images, masks=masks)
         for images, masks in zip(batches, truths.split(BATCH), strict=True)
     ]
-    print("| MACs | way | mIoU % | right pixels % | pixels as the base % |")
-    print("|---:|---|---:|---:|---:|")
-    print(f"| 100 % | base | {' | '.join(measure(dense, dense, *held_out))} |", flush=True)
-    for share in args.shares:
-        peers = peer_cuts(
-            dense,
-            batches,
-            losses,
-            share / 100,
-            is_kept=lambda name: any(part in name for part in KEPT),
-            output=lambda output: output.logits.sum(),
-        )
-        for name, left, network in peers:
-            cells = [network, "-", "-"] if left is None else measure(network, dense, *held_out)
-            print(f"| {100 * (left or share / 100):.0f} % | {name} | {' | '.join(cells)} |", flush=True)
-        for name, settings in WAYS.items():
-            pruned = isoprune_hf.prune(dense, batches, target_macs=f"{share}%", round_to=1, **settings)
-            left = f"{100 * pruned.pruned_cost.macs / pruned.base_cost.macs:.0f} %"
-            print(f"| {left} | {name} | {' | '.join(measure(pruned.model, dense, *held_out))} |", flush=True)
-        recipe = isoprune_hf.FinetuneRecipe(epochs=args.epochs, learning_rate=1e-3)
-        isoprune_hf.finetune(pruned, batches, recipe=recipe)
-        figures = measure(pruned.model, dense, *held_out)
-        print(f"| {left} | default, finetuned without labels | {' | '.join(figures)} |", flush=True)
+    peers = partial(
+        peer_cuts,
+        dense,
+        batches,
+        losses,
+        is_kept=lambda name: any(part in name for part in KEPT),
+        output=lambda network, images: network(images).logits.sum(),
+    )
+    titles = ["mIoU %", "right pixels %", "pixels as the base %"]
+    print_cuts(dense, batches, titles, lambda network: measure(network, dense, *held_out), peers, args)
 
 
 if __name__ == "__main__":

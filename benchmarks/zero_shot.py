@@ -3,6 +3,7 @@
 A small CLIP is trained contrastively on shapes on the textures of photographs with captions such as "a red circle".
 Each line has, on other scenes, the share of images whose own caption fits best of all captions, the share whose best
 caption is that of the base, and the cosine similarity of the embeddings of images with those of the base.
+torch-pruning is measured, too; its Taylor importance gets the true captions, by the network's own loss.
 
 Run from the top of the repository:
 
@@ -10,11 +11,13 @@ Run from the top of the repository:
 """
 
 import argparse
+from functools import partial
 from itertools import product
 
 import numpy as np
 import torch
-from cut_table import add_arguments, print_cuts
+from cut_table import add_arguments, open_base, print_cuts
+from peer_cuts import peer_cuts
 from PIL import Image
 from scenes import SHAPES, shape_mask, texture
 from torch import Tensor, nn
@@ -66,22 +69,31 @@ def draw_scenes(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.from_numpy(kinds)
 
 
+def make_network() -> CLIPModel:
+    return CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=32))
+
+
 def train(images: Tensor, kinds: Tensor, steps: int) -> CLIPModel:
     """Train both towers on batches that have each caption once."""
     torch.manual_seed(0)
-    network = CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=32))
+    network = make_network()
     places = [torch.nonzero(kinds == kind)[:, 0] for kind in range(len(CAPTIONS))]
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    tokens = tokens_of(CAPTIONS)
     for _ in range(steps):
         chosen = torch.stack([place[torch.randint(len(place), ())] for place in places])
         optimizer.zero_grad()
-        network(input_ids=tokens, pixel_values=images[chosen], return_loss=True).loss.backward()
+        loss_of(network, images[chosen], torch.arange(len(CAPTIONS))).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return network.eval()
+
+
+def loss_of(network: nn.Module, images: Tensor, kinds: Tensor) -> Tensor:
+    """Return the network's own loss for images with captions of which each occurs once."""
+    tokens = tokens_of([CAPTIONS[kind] for kind in kinds])
+    return network(input_ids=tokens, pixel_values=images, return_loss=True).loss
 
 
 @torch.no_grad()
@@ -102,13 +114,22 @@ def measure(network: nn.Module, dense: nn.Module, images: Tensor, kinds: Tensor)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, steps=1200, scenes=4800)
-    args = parser.parse_args()
-    dense = train(*draw_scenes(args.scenes, seed=0), args.steps)
-    batches = list(draw_scenes(512, seed=1)[0].split(BATCH))
+    args = add_arguments(parser, steps=1200, scenes=4800).parse_args()
+    dense = open_base(args.weights, make_network, lambda: train(*draw_scenes(args.scenes, seed=0), args.steps))
+    scenes, kinds = draw_scenes(512, seed=1)
+    batches = list(scenes.split(BATCH))
+    pairs = zip(scenes.split(len(CAPTIONS)), kinds.split(len(CAPTIONS)), strict=True)  # each caption once
+    peers = partial(
+        peer_cuts,
+        dense,
+        batches,
+        [partial(loss_of, images=images, kinds=numbers) for images, numbers in pairs],
+        is_kept=lambda name: name == "visual_projection",
+        output=lambda network, images: network.get_image_features(images).pooler_output.sum(),
+    )
     held_out = draw_scenes(1200, seed=2)
     titles = ["caption found %", "caption as the base %", "cosine"]
-    print_cuts(dense, batches, titles, lambda network: measure(network, dense, *held_out), args)
+    print_cuts(dense, batches, titles, lambda network: measure(network, dense, *held_out), peers, args)
 
 
 if __name__ == "__main__":
