@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 from coverage_anchor import LABELS, NOT_APPLICABLE, TIMM, TRANSFORMERS
-from coverage_tasks import ENCODERS_OF_TIMM, NETWORKS, OTHER_NETWORKS, SIDES
+from coverage_left_out import OTHER_NETWORKS
+from coverage_tasks import ENCODERS_OF_TIMM, NETWORKS, SIDES
 from transformers import CONFIG_MAPPING, PreTrainedConfig, ViTImageProcessor
 
 from isoprune_hf import IsoImageProcessor

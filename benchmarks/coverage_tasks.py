@@ -80,6 +80,16 @@ _SAM2 |= {"window_positional_embedding_background_size": [4, 4]}
 _SAM2_NECK = {"backbone_config": {"model_type": "sam2_hiera_det_model", **_SAM2}, "fpn_hidden_size": 64}
 _SAM2_NECK |= {"backbone_channel_list": [128, 96, 64, 32], "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
 
+_SAM3_NECK = {"backbone_config": {"model_type": "sam3_vit_model", **_VIT}, "fpn_hidden_size": 64}
+_UVDOC = {"resnet_head": [[3, 32], [32, 32]], "stage_configs": [[[64, 1]], [[64, 2], [64, 3]]]}
+_UVDOC |= {"resnet_configs": [[[32, 32, 1, False], [32, 32, 3, False]], [[32, 64, 1, True], [64, 64, 3, False]]]}
+_UVDOC |= {"out_features": ["stage1", "stage2"]}
+_UVDOC_HEAD = {
+    "backbone_config": {"model_type": "uvdoc_backbone", **_UVDOC},
+    "bridge_connector": [64, 64],
+    "out_point_positions2D": [[64, 32], [32, 2]],
+}
+
 # Type of transformers -> the classes of its encoders, which have the config of the anchor.
 _SHARED = {
     "beit": ("BeitModel", "BeitBackbone"),
@@ -174,7 +184,10 @@ _OTHER_ENCODERS: dict[str, Network] = {
     "RTDetrResNetBackbone": ("rt_detr_resnet", _RT_RESNET),
     "Sam2HieraDetModel": ("sam2_hiera_det_model", _SAM2),
     "Sam2VisionModel": ("sam2_vision_model", _SAM2_NECK),
+    "Sam3VisionModel": ("sam3_vision_model", _SAM3_NECK),
     "Swin2SRModel": ("swin2sr", {**_SWIN, "patch_size": 1, "window_size": 8}),
+    "UVDocBackbone": ("uvdoc_backbone", _UVDOC),
+    "UVDocModel": ("uvdoc", _UVDOC_HEAD),
 }
 
 
@@ -255,33 +268,3 @@ ENCODERS_OF_TIMM = (
     "timm/vit_small_patch16_dinov3",
     "timm/vit_tiny_patch16_dinov3_qkvb",
 )
-# Reason -> classes that open for a task of this page and are not counted.
-_REASONS = {
-    "a detector without its head, which is counted with it": "ConditionalDetrModel DFineModel DabDetrModel "
-    "DeformableDetrModel Deimv2Model DetrModel LwDetrModel PPDocLayoutV2Model PPDocLayoutV3Model PPDocLayoutV4Model "
-    "RfDetrModel RTDetrModel RTDetrV2Model TableTransformerModel",
-    "a network of panoptic masks, whose head no task here opens": "Mask2FormerModel MaskFormerModel",
-    "it reads texts, boxes, prompts or a second image beside the image": "Blip2Model EdgeTamModel EdgeTamVideoModel "
-    "EfficientLoFTRModel GroundingDinoModel InstructBlipModel InstructBlipVideoModel Kosmos2Model "
-    "LightGlueForKeypointMatching MMGroundingDinoModel OmDetTurboForObjectDetection SamHQModel SamModel Sam2Model "
-    "Sam2VideoModel Sam3LiteTextModel Sam3LiteTextTextModel Sam3Model Sam3TrackerModel Sam3TrackerVideoModel "
-    "Sam3VideoModel SegGptModel VisionEncoderDecoderModel",
-    "it reads patches and their places, which its processor makes": "Cosmos3EdgeVisionModel Dots3NoteVisionModel "
-    "GlmImageVisionModel HYV4VLVisionModel HunYuanVLVisionTransformer Inkling2VisionModel MiniCPMOcrVisionModel "
-    "MiniCPMV4_7VisionModel MiniMaxM3VLVisionModel Molmo2VisionModel MuseGlimmerVisionModel MuseSparkVisionModel "
-    "PaddleOCRVisionModel PixtralVisionModel Siglip2Model Siglip2VisionModel VideoLlama3VisionModel",
-    "it reads videos": "TimesformerModel VideoMAEModel VivitModel XCLIPVisionModel",
-    "it reads lines of text, or tables, and writes tokens": "MgpstrForSceneTextRecognition PPFormulaNetModel "
-    "PPFormulaNetTextModel PPFormulaNetVisionModel PPOCRV5MobileRecModel PPOCRV5ServerRecModel PPOCRV6SmallRecModel "
-    "PPOCRV6TinyRecModel",
-    "a detector of text that returns no boxes": "PPOCRV5MobileDetForObjectDetection PPOCRV5MobileDetModel "
-    "PPOCRV5ServerDetForObjectDetection PPOCRV5ServerDetModel PPOCRV6MediumDetForObjectDetection "
-    "PPOCRV6MediumDetModel PPOCRV6SmallDetForObjectDetection PPOCRV6SmallDetModel",
-    "its outputs are random": "ViTMAEModel",
-    "a network of timm, passed as `timm_model`": "TimmBackbone TimmWrapperModel",
-    "it needs the library natten": "DinatBackbone DinatModel",
-    "no small config was written": "Apertus1p5VisionTokenizerModel DepthProForDepthEstimation DepthProModel "
-    "EdgeTamVisionModel PPDocLayoutV2ForObjectDetection PPDocLayoutV4ForObjectDetection Sam3VisionModel "
-    "UVDocBackbone UVDocModel",
-}
-OTHER_NETWORKS = {f"transformers/{name}": reason for reason, names in _REASONS.items() for name in names.split()}
