@@ -15,7 +15,8 @@ WAYS = {
     "default": {},
 }
 Measure = Callable[[nn.Module], list[str]]
-Peers = Callable[[float], Iterator[tuple[str, float | None, nn.Module | str]]]
+Cut = tuple[str, float | None, nn.Module | str]
+Peers = Callable[[float], Iterator[Cut]]
 
 
 def add_arguments(

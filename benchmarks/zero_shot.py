@@ -11,12 +11,13 @@ Run from the top of the repository:
 """
 
 import argparse
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 
 import numpy as np
 import torch
-from cut_table import add_arguments, open_base, print_cuts
+from cut_table import Cut, add_arguments, open_base, print_cuts
 from peer_cuts import peer_cuts
 from PIL import Image
 from scenes import SHAPES, shape_mask, texture
@@ -45,6 +46,8 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": len(_WORDS) - 1,
 }
+KEPT = ("visual_projection",)  # by torch-pruning: the width of the embeddings
+STREAM = ("patch_embedding", "out_proj", "fc2")  # layers that write to the residual stream
 
 
 def tokens_of(captions: list[str]) -> Tensor:
@@ -112,6 +115,13 @@ def measure(network: nn.Module, dense: nn.Module, images: Tensor, kinds: Tensor)
     return [*(f"{share:.1f}" for share in shares), f"{cosine:.4f}"]
 
 
+def cuts_with_and_without_stream(cuts: Callable[..., Iterator[Cut]], share: float) -> Iterator[Cut]:
+    """Yield the cuts of all widths but that of the embeddings, then those that keep the residual stream, too."""
+    yield from cuts(share, is_kept=lambda name: name in KEPT)
+    for name, left, network in cuts(share, is_kept=lambda name: name.endswith(KEPT + STREAM)):
+        yield f"{name}, stream kept", left, network
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = add_arguments(parser, steps=1200, scenes=4800).parse_args()
@@ -119,14 +129,14 @@ def main() -> None:
     scenes, kinds = draw_scenes(512, seed=1)
     batches = list(scenes.split(BATCH))
     pairs = zip(scenes.split(len(CAPTIONS)), kinds.split(len(CAPTIONS)), strict=True)  # each caption once
-    peers = partial(
+    cuts = partial(
         peer_cuts,
         dense,
         batches,
         [partial(loss_of, images=images, kinds=numbers) for images, numbers in pairs],
-        is_kept=lambda name: name == "visual_projection",
         output=lambda network, images: network.get_image_features(images).pooler_output.sum(),
     )
+    peers = partial(cuts_with_and_without_stream, cuts)
     held_out = draw_scenes(1200, seed=2)
     titles = ["caption found %", "caption as the base %", "cosine"]
     print_cuts(dense, batches, titles, lambda network: measure(network, dense, *held_out), peers, args)
