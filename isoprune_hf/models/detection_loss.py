@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.extras import require_package
 from isoprune_hf.models.seeded import generator_of
 
 _SHARE = 0.1  # of its sides, by which a box is wrong as much as by 1 standard deviation
 _SHORTEST = 0.05  # sides of boxes for that, at least, as a share of those of the image
 _WORST = 1e9  # divergence of a pair that is not finite
+_SIDES = 4  # numbers of a box
 _CELLS = 8  # rows and columns of the places by which two networks are compared
 
 
@@ -128,8 +130,17 @@ class DetectionLoss:
         return costs.gather(2, _matched(costs)).mean((1, 2))
 
     def draw_targets(self, images: Tensor, shapes: Sequence[Size]) -> Tensor:
-        """Return uniform random numbers for the classes and the four sides of each query, (B, N)."""
+        """Return uniform random numbers for the classes and the four sides of each query, (B, N).
+
+        Raises:
+            UnsupportedArchitectureError: The boxes are other shapes than rectangles.
+        """
         queries, logits = shapes[0]
+        if shapes[1][-1] != _SIDES:
+            raise UnsupportedArchitectureError(
+                f"the network gives boxes of {shapes[1][-1]} numbers, and detectors whose boxes have a centre and two "
+                "sides are pruned; it cannot be"
+            )
         count = queries * ((1 if logits > self.classes else logits) + 4)
         return torch.stack([torch.rand(count, generator=generator_of(image)) for image in images])
 

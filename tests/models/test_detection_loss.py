@@ -3,9 +3,11 @@
 import itertools
 import math
 
+import pytest
 import torch
 
 from isoprune_hf.checkpoint.task_forms import OBJECT_DETECTION
+from isoprune_hf.errors import UnsupportedArchitectureError
 from isoprune_hf.models.detection_loss import DetectionLoss
 from isoprune_hf.models.drawn_targets import loss_without_labels
 
@@ -102,3 +104,9 @@ def test_random_numbers_fit_the_kind_of_logits() -> None:
         drawn = loss.draw_targets(images, shapes)
         assert drawn.shape == (3, 10 * (count + 4)) and torch.equal(loss.draw_targets(images[1:], shapes), drawn[1:])
         assert loss.summed_loss([torch.zeros(3, 10, logits), torch.full((3, 10, 4), 0.5)], drawn, images).isfinite()
+
+
+def test_quadrilaterals_are_refused() -> None:
+    """PP-DocLayoutV4 gives a centre and four corners."""
+    with pytest.raises(UnsupportedArchitectureError, match="boxes of 10 numbers"):
+        DetectionLoss(5).draw_targets(torch.zeros(1, 3, 4, 4), [torch.Size((12, 5)), torch.Size((12, 10))])
