@@ -244,7 +244,10 @@ def transformers_image_size(config: PreTrainedConfig, processor: BaseImageProces
         size = plain_size(_setting(processor, "crop_size" if cropped else "size"))
         side = size.get("height") or size.get("shortest_edge")
         if side is None:
-            raise RecipeError(f"model: no image size in config.json, nor in the image processor: {size}")
+            raise RecipeError(
+                f"model: no image size in config.json, nor in the image processor: {size}; save one beside the model "
+                'that names it, such as ViTImageProcessor(size={"height": 480, "width": 640}, do_normalize=False)'
+            )
         named = (side, size.get("width") or side)
     return [_config_channels(config), *named]
 

@@ -17,16 +17,20 @@ from helpers.bases import (
     refused,
     weights,
 )
+from helpers.depth_networks import make_glpn
 from helpers.tiny_models import TRANSFORMERS
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
     BertConfig,
+    GLPNImageProcessor,
     ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 from isoprune_hf.checkpoint.folder import save_model_folder
-from isoprune_hf.errors import CheckpointError, IsoPruneError, UnsupportedArchitectureError
+from isoprune_hf.checkpoint.task_forms import TASK_FORMS
+from isoprune_hf.errors import CheckpointError, IsoPruneError, RecipeError, UnsupportedArchitectureError
 from isoprune_hf.models import load_base
 
 TOWER = {
@@ -103,6 +107,16 @@ def test_processor_produces_images_of_the_model_size(
         pixels = base.processor(image, return_tensors="pt").pixel_values
         assert list(pixels.shape[1:]) == base.model.config.image_size
     assert output_of(base.model, pixels).isfinite().all()
+
+
+def test_processor_without_size_is_refused_with_advice(tmp_path: Path) -> None:
+    """As GLPN is published: its processor rounds the sides of an image, whatever they are."""
+    make_glpn().save_pretrained(tmp_path)
+    GLPNImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="no image size in "):
+        load_base(str(tmp_path), tasks=TASK_FORMS)
+    ViTImageProcessor(size={"height": 64, "width": 96}, do_normalize=False).save_pretrained(tmp_path)
+    assert load_base(str(tmp_path), tasks=TASK_FORMS).model.config.image_size == [3, 64, 96]
 
 
 @pytest.mark.parametrize("name", OTHER_CONFIGS)
