@@ -20,15 +20,27 @@ Peers = Callable[[float], Iterator[Cut]]
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, *, steps: int, scenes: int, learning_rate: float = 3e-4
+    parser: argparse.ArgumentParser,
+    *,
+    steps: int,
+    scenes: int | None = None,
+    shares: Sequence[int] = (70, 50),
+    epochs: int = 10,
+    learning_rate: float = 3e-4,
 ) -> argparse.ArgumentParser:
-    """Add the arguments of a benchmark of a trained network to a parser, with its defaults."""
-    parser.add_argument("--shares", type=int, nargs="+", default=[70, 50], help="per cent of the MACs")
+    """Add the arguments of a benchmark of a trained network to a parser, with its defaults.
+
+    `--scenes` and `--weights` are those of a base that is trained on drawn scenes.
+    """
+    parser.add_argument("--shares", type=int, nargs="+", default=list(shares), help="per cent of the MACs")
     parser.add_argument("--steps", type=int, default=steps, help="updates of the base")
-    parser.add_argument("--scenes", type=int, default=scenes, help="scenes that the base is trained on")
-    parser.add_argument("--epochs", type=int, default=10, help="passes of the finetuning over the calibration scenes")
+    parser.add_argument(
+        "--epochs", type=int, default=epochs, help="passes of the finetuning over the calibration images"
+    )
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="of the finetuning")
-    parser.add_argument("--weights", type=Path, help="weights of the base: opened if they exist, written if not")
+    if scenes is not None:
+        parser.add_argument("--scenes", type=int, default=scenes, help="scenes that the base is trained on")
+        parser.add_argument("--weights", type=Path, help="weights of the base: opened if they exist, written if not")
     return parser
 
 

@@ -4,27 +4,25 @@
 
 A small Dinov2 is trained with a head on 1,347 of the handwritten digits of scikit-learn; the encoder alone is pruned,
 on 512 of them without their labels, and measured on the other 450 images. `head` is the accuracy of the head that was
-trained with the dense encoder, on the features of the pruned one. Prints a table in Markdown.
+trained with the dense encoder, on the features of the pruned one. torch-pruning gets the digits with their labels, and
+keeps the stream of tokens, which the features are. Prints a table in Markdown.
 """
 
 import argparse
-from typing import Any
+from functools import partial
 
 import torch
+from cut_table import add_arguments, print_cuts
+from peer_cuts import peer_cuts
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-import isoprune_hf
 from isoprune_hf.evaluation.features import find_by_neighbours
 
 TRAINED, CALIBRATION, BATCH = 1347, 512, 64
 NETWORK = {"image_size": 16, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-WAYS: dict[str, dict[str, Any]] = {
-    "scores of weights (l1)": {"criterion": "l1", "reconstruct": "none", "rotate": False},
-    "default, without repair": {"reconstruct": "none", "rotate": False},
-    "default": {},
-}
+KEPT = ("projection", "output.dense", "fc2")  # layers that write the features
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
@@ -43,11 +41,15 @@ def train(images: Tensor, labels: Tensor, steps: int) -> tuple[Dinov2Model, nn.L
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
     for _ in range(steps):
         chosen = torch.randint(0, len(images), (BATCH,))
-        logits = head(encoder(images[chosen]).pooler_output)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1).backward()
+        loss_of(encoder, head, images[chosen], labels[chosen]).backward()
         optimizer.step()
     return encoder.eval(), head
+
+
+def loss_of(encoder: nn.Module, head: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss that an encoder and its head are trained by."""
+    return nn.functional.cross_entropy(head(encoder(images).pooler_output), labels, label_smoothing=0.1)
 
 
 @torch.no_grad()
@@ -64,26 +66,24 @@ def measure(encoder: nn.Module, dense: nn.Module, head: nn.Module, images: Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shares", type=int, nargs="+", default=[50, 25], help="per cent of the MACs")
-    parser.add_argument("--steps", type=int, default=400, help="updates of the base")
-    parser.add_argument("--epochs", type=int, default=20, help="passes of the finetuning")
-    args = parser.parse_args()
+    args = add_arguments(parser, steps=400, shares=[50, 25], epochs=20).parse_args()
     images, labels = read_digits()
     dense, head = train(images[:TRAINED], labels[:TRAINED], args.steps)
+    batches, truths = (list(part[:CALIBRATION].split(BATCH)) for part in (images, labels))
+    peers = partial(
+        peer_cuts,
+        dense,
+        batches,
+        [
+            partial(loss_of, head=head, images=some, labels=classes)
+            for some, classes in zip(batches, truths, strict=True)
+        ],
+        is_kept=lambda name: name.endswith(KEPT),
+        output=lambda network, images: network(images).pooler_output.sum(),
+    )
     held_out = images[TRAINED:], labels[TRAINED:]
-    batches = list(images[:CALIBRATION].split(BATCH))
-    print("| MACs | way | cosine | cosine of positions | k-NN % | head % |")
-    print("|---:|---|---:|---:|---:|---:|")
-    print(f"| 100 % | base | {' | '.join(measure(dense, dense, head, *held_out))} |")
-    for share in args.shares:
-        for name, settings in WAYS.items():
-            pruned = isoprune_hf.prune(dense, batches, target_macs=f"{share}%", round_to=1, **settings)
-            left = f"{100 * pruned.pruned_cost.macs / pruned.base_cost.macs:.0f} %"
-            print(f"| {left} | {name} | {' | '.join(measure(pruned.model, dense, head, *held_out))} |", flush=True)
-        recipe = isoprune_hf.FinetuneRecipe(epochs=args.epochs, learning_rate=3e-4)
-        isoprune_hf.finetune(pruned, batches, recipe=recipe)
-        figures = measure(pruned.model, dense, head, *held_out)
-        print(f"| {left} | default, finetuned without labels | {' | '.join(figures)} |", flush=True)
+    titles = ["cosine", "cosine of positions", "k-NN %", "head %"]
+    print_cuts(dense, batches, titles, lambda network: measure(network, dense, head, *held_out), peers, args)
 
 
 if __name__ == "__main__":
