@@ -94,7 +94,7 @@ class DetectionLoss:
         found = self.found(outputs)
         queries = found.boxes.shape[1]
         numbers = targets.to(found.boxes).reshape(len(targets), queries, -1)
-        drawn, signs = numbers[..., :-4], (numbers[..., -4:] < 0.5).to(found.boxes) * 2 - 1
+        drawn, signs = numbers[..., :-_SIDES], (numbers[..., -_SIDES:] < 0.5).to(found.boxes) * 2 - 1
         if found.log_no is None:
             limits = found.log_yes.detach().exp().cumsum(2)
             classes = (limits < drawn).sum(2, keepdim=True).clamp(max=limits.shape[2] - 1)
@@ -123,7 +123,7 @@ class DetectionLoss:
         if found.log_no is not None and target.log_no is not None:
             unlikely = target.log_no.exp()
             costs = costs + (unlikely * target.log_no).sum(2)[..., None] - unlikely @ found.log_no.mT
-        for dim in range(4):
+        for dim in range(_SIDES):
             off = target.boxes[..., dim, None] - found.boxes[..., dim][:, None]
             off = off / _deviations(target.boxes)[..., dim, None]
             costs = costs + target.objects[..., None] * ((1 + off.square()).sqrt() - 1)
@@ -138,10 +138,10 @@ class DetectionLoss:
         queries, logits = shapes[0]
         if shapes[1][-1] != _SIDES:
             raise UnsupportedArchitectureError(
-                f"the network gives boxes of {shapes[1][-1]} numbers, and detectors whose boxes have a centre and two "
-                "sides are pruned; it cannot be"
+                f"the network gives boxes of {shapes[1][-1]} numbers; a detector is pruned if each box has {_SIDES}, "
+                "its centre, width and height"
             )
-        count = queries * ((1 if logits > self.classes else logits) + 4)
+        count = queries * ((1 if logits > self.classes else logits) + _SIDES)
         return torch.stack([torch.rand(count, generator=generator_of(image)) for image in images])
 
     def found(self, outputs: Sequence[Tensor]) -> Found:
