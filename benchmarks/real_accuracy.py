@@ -11,7 +11,9 @@ the classes into two halves: calibration images are taken from one half, the oth
 Pixels, dense logits and scores are kept in the workdir. `measure` appends one line of JSON for each net, budget, seed,
 number of calibration images and method; existing cells are skipped, so that it can be stopped and restarted. Channels
 are removed, not masked, and MACs are counted by `count_cost`. With `--set KEY=VALUE` and `--label NAME`, ours is
-measured with other settings of the recipe.
+measured with other settings of the recipe. With `--epochs N`, the pruned nets of `cifar_nets.py` are also finetuned by
+`isoprune_hf.finetune`, those of all methods alike: settings of their first training, a tenth of its learning rate, and
+half of the loss from the dense net as the teacher.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,8 @@ from unittest.mock import patch
 
 import torch
 import yaml
+from accelerate import Accelerator
+from cifar_nets import TRAINING
 from corp import with_corp
 from pruned_accuracy_methods import (
     MICRO_BATCH,
@@ -40,8 +45,9 @@ from pruned_accuracy_methods import (
 )
 from real_accuracy_data import NETS, Photographs, logits_of, open_net, open_photographs
 from safetensors.torch import load_file, save_file
+from transformers import BaseImageProcessor
 
-from isoprune_hf import PruneRecipe, prune_model
+from isoprune_hf import DataRecipe, FinetuneRecipe, PruneRecipe, finetune, load_data, prune_model
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.evaluation.metrics import calibration_error
 from isoprune_hf.pruning.cost.macs import count_cost
@@ -77,6 +83,7 @@ class Net(NamedTuple):
 
     name: str
     model: IsoPruneForImageClassification
+    processor: BaseImageProcessor
     photographs: Photographs
     seed: int
     workdir: Path
@@ -162,8 +169,23 @@ def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace)
     logits = logits_of(pruned, net.photographs, indices)
     dense, labels = net.dense_logits()[indices], net.photographs.labels[indices]
     share = count_cost(pruned).macs / count_cost(net.model).macs
-    times = {"seconds": seconds, "cpu_seconds": spent}
-    return {"share": share, "dense": figures_of(dense, dense, labels), **figures_of(logits, dense, labels), **times}
+    record = {"share": share, "dense": figures_of(dense, dense, labels), **figures_of(logits, dense, labels)}
+    record |= {"seconds": seconds, "cpu_seconds": spent}
+    if args.epochs:
+        start = time.process_time()
+        finetune_pruned(net, pruned, args)
+        record |= {"epochs": args.epochs, "finetune_cpu_seconds": time.process_time() - start}
+        record["after"] = figures_of(logits_of(pruned, net.photographs, indices), dense, labels)
+    return record
+
+
+def finetune_pruned(net: Net, pruned: IsoPruneForImageClassification, args: argparse.Namespace) -> None:
+    """Finetune a pruned net in place on the whole split train, with the dense net as the teacher."""
+    settings = {key: yaml.safe_load(str(value)) for key, value in TRAINING[net.name].items()}
+    settings |= {"learning_rate": settings["learning_rate"] / 10, "warmup_epochs": 0, "epochs": args.epochs}
+    recipe = FinetuneRecipe(**{**settings, "crop_scale": tuple(settings["crop_scale"]), "seed": net.seed})
+    data = replace(load_data(DataRecipe(dataset=str(args.data), decoder="torchvision")), evaluation=None)
+    finetune(pruned, data, net.processor, recipe, accelerator=Accelerator(cpu=True), teacher=net.model)
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -176,21 +198,24 @@ def read_results(files: list[Path]) -> dict[tuple[Any, ...], Record]:
     return {key_of(record): record for record in map(json.loads, lines)}
 
 
-def open_nets(args: argparse.Namespace) -> dict[str, tuple[IsoPruneForImageClassification, Photographs]]:
+def open_nets(
+    args: argparse.Namespace,
+) -> dict[str, tuple[IsoPruneForImageClassification, BaseImageProcessor, Photographs]]:
     """Open nets and photographs; write what is computed only once into the workdir."""
     args.workdir.mkdir(parents=True, exist_ok=True)
     nets = {}
     for name in args.nets:
         model, processor = open_net(name, args.weights)
-        nets[name] = model, open_photographs(args.data, processor, args.workdir / f"{name}_pixels.npy")
+        nets[name] = model, processor, open_photographs(args.data, processor, args.workdir / f"{name}_pixels.npy")
     return nets
 
 
 def show_dense(args: argparse.Namespace) -> None:
     """Print the top-1 of the dense nets on all photographs."""
-    for name, (model, photographs) in open_nets(args).items():
-        logits = Net(name, model, photographs, 0, args.workdir).dense_logits()
-        figures = figures_of(logits, logits, photographs.labels)
+    for name, opened in open_nets(args).items():
+        net = Net(name, *opened, 0, args.workdir)
+        logits = net.dense_logits()
+        figures = figures_of(logits, logits, net.photographs.labels)
         print(name, f"{len(logits)} photographs:", ", ".join(f"{key} {figures[key]:.3f}" for key in FIGURES))
 
 
@@ -204,7 +229,7 @@ def measure(args: argparse.Namespace) -> None:
     ):
         cell = {"net": name, "method": method, "budget": budget, "seed": seed}
         cell |= {"images": args.images, "held_out": args.held_out}
-        if key_of(cell) in done:
+        if key_of(cell) in done and done[key_of(cell)].get("epochs", 0) >= args.epochs:
             continue
         try:
             record = {**cell, **measure_cell(Net(name, *opened, seed, args.workdir), method, budget, args)}
@@ -214,9 +239,10 @@ def measure(args: argparse.Namespace) -> None:
         with args.results.open("a") as file:
             file.write(json.dumps(record) + "\n")
         shown = ", ".join(f"{key} {record[key]:.3f}" for key in FIGURES)
+        finetuned = f"; finetuned: top1 {record['after']['top1']:.3f}" if args.epochs else ""
         print(
             f"{name} {method} {budget:.0%} seed {seed}: MACs {record['share']:.1%}, {shown}, "
-            f"{record['cpu_seconds']:.0f} CPU s",
+            f"{record['cpu_seconds']:.0f} CPU s{finetuned}",
             flush=True,
         )
 
@@ -224,18 +250,23 @@ def measure(args: argparse.Namespace) -> None:
 def write_table(results: dict[tuple[Any, ...], Record]) -> str:
     """Return a Markdown table for each number of calibration images: nets, splits and methods by budgets.
 
-    Splits are not averaged: they share photographs, so that their errors are not independent.
+    Cells that were finetuned are shown again, in a table for their epochs. Splits are not averaged: they share
+    photographs, so that their errors are not independent.
     """
-    tables: dict[tuple[int, int], dict[tuple[str, int], dict[str, dict[float, Record]]]] = {}
-    for record in results.values():
-        nets = tables.setdefault((record["images"], record["held_out"]), {})
+    tables: dict[tuple[int, int, int], dict[tuple[str, int], dict[str, dict[float, Record]]]] = {}
+    records = list(results.values())
+    cells = [(0, record) for record in records]
+    cells += [(record["epochs"], {**record, **record["after"]}) for record in records if "after" in record]
+    for epochs, record in cells:
+        nets = tables.setdefault((record["images"], record["held_out"], -epochs), {})
         methods = nets.setdefault((record["net"], record["seed"]), {})
         methods.setdefault(record["method"], {})[record["budget"]] = record
     parts = []
-    for (images, held_out), nets in sorted(tables.items(), reverse=True):
+    for (images, held_out, epochs), nets in sorted(tables.items(), reverse=True):
         budgets = sorted({budget for rows in nets.values() for cells in rows.values() for budget in cells})[::-1]
         parts += [
-            f"\n### {images} calibration images, {held_out} evaluated\n",
+            f"\n### {images} calibration images, {held_out} evaluated"
+            + (f", {-epochs} epochs of finetuning\n" if epochs else "\n"),
             f"| net | split | method | {' | '.join(f'{budget:.0%}' for budget in budgets)} |",
             f"|---|---:|---|{'---:|' * len(budgets)}",
         ]
@@ -288,6 +319,7 @@ def main() -> None:
             options.add_argument("--methods", nargs="+", choices=[*OURS, *PEERS])
             options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of ours")
             options.add_argument("--label", help="name of ours with the settings of --set")
+            options.add_argument("--epochs", type=int, default=0, help="finetune the pruned nets, too; CIFAR-10 only")
     options = commands.add_parser("table")
     options.add_argument("--results", nargs="+", type=Path, required=True)
     args = parser.parse_args()
@@ -295,6 +327,8 @@ def main() -> None:
     if args.command == "dense":
         show_dense(args)
     elif args.command == "measure":
+        if args.epochs and not set(args.nets) <= TRAINING.keys():
+            parser.error(f"--epochs finetunes on the split train of CIFAR-10: pass nets among {', '.join(TRAINING)}")
         args.methods_by_name = dict(OURS)
         if args.label:
             settings = (setting.partition("=") for setting in args.set)

@@ -15,6 +15,7 @@ from torch import nn
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
 from isoprune_hf.checkpoint.structure import image_size_of
+from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.measuring.speed import measure_latency
 from isoprune_hf.pruning.calibration.gradients import scoring_mode
 from isoprune_hf.pruning.cost.macs import count_cost
@@ -100,10 +101,24 @@ def forecast(
     )
 
 
-def time_pass(model: IsoPruneForImageClassification, images: float) -> float:
-    """Return the seconds of a forward pass over images, at the measured speed of a small batch."""
-    milliseconds = measure_latency({"": model}, image_size_of(model), batch_size=_TIMED_IMAGES, repeats=3, warmup=1)
-    return images * milliseconds[""] / 1e3 / _TIMED_IMAGES
+def time_pass(
+    model: IsoPruneForImageClassification,
+    images: float,
+    *,
+    batch_size: int = _TIMED_IMAGES,
+    runtime: Runtime = Runtime(),  # noqa: B008 a frozen value
+) -> float:
+    """Return the seconds of a forward pass over images, at the measured speed of a batch.
+
+    Args:
+        model: Left untouched.
+        images: Number of images.
+        batch_size: Images in the batch that is timed.
+        runtime: Where it runs.
+    """
+    size = image_size_of(model)
+    milliseconds = measure_latency({"": model}, size, batch_size=batch_size, runtime=runtime, repeats=3, warmup=1)
+    return images * milliseconds[""] / 1e3 / batch_size
 
 
 def count_bytes(model: nn.Module) -> int:

@@ -194,9 +194,10 @@ class Trainer:
         share = progress.waited / max(progress.seconds, 1e-9)
         if share > _DATA_WAIT_WARN_SHARE and not self._is_loader_named:
             self._is_loader_named = True
+            faster = ", or set data.decoder: torchvision" if self.options.decoding.decoder == "pil" else ""
             logger.info(
                 f"epoch {progress.epoch}: the loader is the bottleneck, {share:.0%} of the time is waiting for data; "
-                f"raise data.num_workers (now {batches.loader.num_workers}), or set data.decoder: torchvision"
+                f"raise data.num_workers (now {batches.loader.num_workers}){faster}"
             )
         samples = sum(batches.totals)
         entry = {

@@ -84,6 +84,16 @@ def test_table_has_a_row_for_each_split(tmp_path: Path) -> None:
     assert table[-1] == "| lite0 | 1 | `best` | 3.0 ± 3.0 (0.50) / 3.0 / 3.00 / 3.00 / 3.00 / 3.00 |  |"
 
 
+def test_finetuned_cells_have_their_own_table() -> None:
+    cell = {"net": "resnet20", "method": "best", "budget": 0.5, "images": 256, "held_out": 100, "seed": 0}
+    record = {**cell, "dense": dict.fromkeys(FIGURES, 8.0), **dict.fromkeys(FIGURES, 2.0)}
+    record |= {"epochs": 3, "after": dict.fromkeys(FIGURES, 4.0)}
+    before, after = write_table({("a",): record}).split("\n### ")[1:]
+    assert before.startswith("256 calibration images, 100 evaluated\n")
+    assert after.startswith("256 calibration images, 100 evaluated, 3 epochs of finetuning\n")
+    assert "| `best` | 2.0 ± 2.0 (0.25) /" in before and "| `best` | 4.0 ± 4.0 (0.50) /" in after
+
+
 @pytest.mark.parametrize("name", ["real_accuracy", "cifar_accuracy"])
 def test_published_tables_are_those_of_results(name: str) -> None:
     root = Path(__file__).parents[2]

@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -13,8 +14,10 @@ from helpers.tiny_models import make_base
 from isoprune_hf.commands.steps import estimating
 from isoprune_hf.commands.steps.opening import Opened
 from isoprune_hf.data.dataset import ImageData
+from isoprune_hf.measuring.runtimes.engine import Runtime
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
+from isoprune_hf.pruning.forecast import time_pass
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 
 
@@ -76,3 +79,21 @@ def test_training_counts_student_and_teacher(
     short = replace(recipe, steps_per_epoch=5, teacher="none")
     estimating.log_training(opened.base, images, short, None, 1)
     assert line_of(caplog).startswith("estimate for 40 images: train 15 passes (")
+
+
+def test_training_is_timed_as_it_runs(
+    opened: Opened, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[str, str | None, int]] = []
+
+    def note(model: Any, images: float, *, batch_size: int, runtime: Runtime) -> float:
+        timed.append((runtime.name, runtime.dtype, batch_size))
+        return time_pass(model, images, batch_size=batch_size, runtime=runtime)
+
+    monkeypatch.setattr(estimating, "_SHORT_MACS", 1)
+    monkeypatch.setattr(estimating, "time_pass", note)
+    images = ImageData(Dataset.from_dict({"label": [0] * 100}), None, (), "", "")
+    for recipe in (FinetuneRecipe(batch_size=8), FinetuneRecipe(precision="bf16", channels_last=True, teacher="none")):
+        estimating.log_training(opened.base, images, recipe, None, 1)
+    assert timed == [("eager", None, 8), ("channels_last", "bf16", 16)]
+    assert len(caplog.records) == 2

@@ -8,17 +8,20 @@ from accelerate.logging import get_logger
 from isoprune_hf.commands.steps.opening import Opened
 from isoprune_hf.data.dataset import ImageData
 from isoprune_hf.data.streaming import count_images
+from isoprune_hf.measuring.speed import runtime_of
 from isoprune_hf.models import BaseModel
 from isoprune_hf.pruning.cost.macs import count_cost
 from isoprune_hf.pruning.deciding.alternatives import recipe_of_budget
 from isoprune_hf.pruning.forecast import WITH_BACKWARD, Forecast, count_bytes, forecast, time_pass
 from isoprune_hf.recipes import FinetuneRecipe
+from isoprune_hf.recipes.values import Precision
 from isoprune_hf.reporting.plan_text import describe_forecast
 
 logger = get_logger(__name__)
 
 _SHORT_MACS = 1e9  # of a pass: a pruning takes about ten, in seconds on one core
 _PASSES = 10
+_TIMED_IMAGES = 16
 
 
 def estimate_cut(opened: Opened, images: int) -> Forecast:
@@ -65,7 +68,8 @@ def log_training(
 ) -> None:
     """Log the estimate of a training in one line, unless it takes only seconds; one small batch is timed.
 
-    An update counts three forward passes of the student and one of a teacher whose answers are not stored.
+    The batch is timed in the precision and the memory format of the recipe. An update counts three forward passes of
+    the student and one of a teacher whose answers are not stored.
     """
     macs, count = count_cost(student.model).macs, count_images(images, recipe)
     if recipe.steps_per_epoch is not None:
@@ -79,7 +83,10 @@ def log_training(
         "train": recipe.epochs * (WITH_BACKWARD + taught),
         "evaluate": evaluations * _count_evaluated(images) / count,
     }
-    seconds = time_pass(student.model, count / ranks)
+    precision: Precision = "no" if recipe.precision == "no" else "bf16"  # fp16 takes as long
+    runtime = runtime_of("channels_last" if recipe.channels_last else "eager", precision)
+    batch_size = min(recipe.batch_size, _TIMED_IMAGES)
+    seconds = time_pass(student.model, count / ranks, batch_size=batch_size, runtime=runtime)
     logger.info(describe_forecast(Forecast(count, passes, 0.0, seconds, count_bytes(student.model), 0, 0)))
 
 
