@@ -179,6 +179,15 @@ def describe_epoch(entry: Entry) -> str:
     return f"epoch {entry['epoch']}: " + describe_figures({name: entry[name] for name in entry if name != "epoch"})
 
 
+def describe_wait(epoch: int, share: float, *, workers: int, decoder: str) -> str:
+    """Return the line about a loader that is too slow: the share of the time that is waiting, and what helps."""
+    faster = ", or set data.decoder: torchvision" if decoder == "pil" else ""
+    return (
+        f"epoch {epoch}: the loader is the bottleneck, {share:.0%} of the time is waiting for data; raise "
+        f"data.num_workers (now {workers}){faster}"
+    )
+
+
 def describe_figures(figures: Entry) -> str:
     """Return figures as one line; fractions are shown in percent."""
     return ", ".join(_describe(name, value) for name, value in figures.items())

@@ -33,7 +33,7 @@ from isoprune_hf.terminal import with_bar
 from isoprune_hf.training.acceleration import float64_device
 from isoprune_hf.training.callbacks import Callback
 from isoprune_hf.training.judging import CLASSES, Judging
-from isoprune_hf.training.log import describe_epoch
+from isoprune_hf.training.log import describe_epoch, describe_wait
 from isoprune_hf.training.optimisation import learning_rate_at
 from isoprune_hf.training.optimizer_step import check_faults
 from isoprune_hf.training.progress import Entry, Progress, Update
@@ -194,11 +194,8 @@ class Trainer:
         share = progress.waited / max(progress.seconds, 1e-9)
         if share > _DATA_WAIT_WARN_SHARE and not self._is_loader_named:
             self._is_loader_named = True
-            faster = ", or set data.decoder: torchvision" if self.options.decoding.decoder == "pil" else ""
-            logger.info(
-                f"epoch {progress.epoch}: the loader is the bottleneck, {share:.0%} of the time is waiting for data; "
-                f"raise data.num_workers (now {batches.loader.num_workers}){faster}"
-            )
+            decoder, workers = self.options.decoding.decoder, batches.loader.num_workers
+            logger.info(describe_wait(progress.epoch, share, workers=workers, decoder=decoder))
         samples = sum(batches.totals)
         entry = {
             "epoch": progress.epoch,

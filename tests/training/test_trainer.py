@@ -39,6 +39,7 @@ from isoprune_hf.evaluation.evaluate import evaluate_model
 from isoprune_hf.pruning.prune import prune_model
 from isoprune_hf.recipes import DataRecipe, FinetuneRecipe, PruneRecipe
 from isoprune_hf.training.finetune import finetune
+from isoprune_hf.training.log import describe_wait
 from isoprune_hf.training.mixing import mix
 from isoprune_hf.training.optimisation import build_optimizer
 
@@ -166,6 +167,12 @@ def test_slow_loader_is_reported_once(seconds, said, caplog, monkeypatch):
     lines = [record.getMessage() for record in caplog.records if "bottleneck" in record.getMessage()]
     text = f"{said}% of the time is waiting for data; raise data.num_workers (now 0)"
     assert (len(lines) == 1 and text in lines[0]) if said else not lines
+
+
+def test_faster_decoder_is_named_unless_it_is_set():
+    slow = describe_wait(2, 0.3, workers=0, decoder="pil")
+    assert slow.endswith("raise data.num_workers (now 0), or set data.decoder: torchvision")
+    assert describe_wait(2, 0.3, workers=0, decoder="torchvision").endswith("raise data.num_workers (now 0)")
 
 
 def test_nonfinite_loss_raises():
