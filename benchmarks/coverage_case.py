@@ -27,6 +27,7 @@ from helpers.oracles import (
     permutation_error,
     prunable_share,
     randomize,
+    rounding_error,
 )
 from PIL import Image
 from transformers import PreTrainedModel
@@ -47,6 +48,9 @@ MORE_IMAGES = 112  # held out, too, for a repair that the first ones do not judg
 NUM_IMAGES = 2 * IMAGES + MORE_IMAGES
 ORACLE_IMAGES = 2
 PERMUTATION_TOLERANCE = 1e-9
+# A larger change is rounding if the last bits of the weights change the output nearly as much, and it is below this.
+MOST_ROUNDING = 1e-6
+TIMES_ROUNDING = 10
 MASK_TOLERANCE = 1e-6
 
 Outputs = tuple[torch.Tensor, ...]
@@ -184,6 +188,10 @@ def check_oracles(
     record.add(step="permutation")
     error = permutation_error(model, result.groups, images)
     record.add(permutation=float(f"{error:.1e}"))
+    if PERMUTATION_TOLERANCE < error <= MOST_ROUNDING:
+        rounding = rounding_error(model, images)
+        record.add(rounding=float(f"{rounding:.1e}"))
+        error = 0.0 if error <= TIMES_ROUNDING * rounding else error
     require(error <= PERMUTATION_TOLERANCE, f"the output changes by {error:.1e} when channels are permuted")
     record.add(step="mask")
     try:

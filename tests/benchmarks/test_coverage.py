@@ -9,10 +9,12 @@ import copy
 import json
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import coverage_case
 import pytest
 import torch
 from coverage_case import NUM_IMAGES
@@ -24,6 +26,7 @@ from coverage_run import RESULTS, Run, joined, known_rows, read_records, run_cas
 from coverage_table import WAYS, read_rows
 from helpers.marks import one_of_each
 from helpers.oracles import exact_logits, make_images, mask_error, permutation_error, prunable_share, randomize
+from helpers.tiny_models import make_base
 from timm.layers import set_fused_attn
 from torch import nn
 from transformers import CONFIG_MAPPING
@@ -213,6 +216,17 @@ def test_tiny_model_passes_in_both_ways(tmp_path: Path) -> None:
     assert row["default"]["error_images"] in (16, 128)
     assert row["plain"]["permutation"] <= 1e-9
     assert "not_comparable" in row["plain"] or row["plain"]["mask"] <= 1e-6
+
+
+@pytest.mark.parametrize(("error", "rounding", "passes"), [(5e-9, 2e-8, True), (5e-9, 1e-10, False), (1e-3, 1, False)])
+def test_only_rounding_excuses_a_permuted_output(error, rounding, passes, tmp_path: Path, monkeypatch) -> None:
+    base = make_base("vit", tmp_path)
+    result = prune_model(base, PruneRecipe(criterion="l1", ratio=0.5))
+    monkeypatch.setattr(coverage_case, "permutation_error", lambda *_: error)
+    monkeypatch.setattr(coverage_case, "rounding_error", lambda *_: rounding)
+    record = Record(tmp_path / "record.jsonl")
+    with nullcontext() if passes else pytest.raises(FailedError, match="when channels are permuted"):
+        coverage_case.check_oracles(base, result, make_images(base), record)
 
 
 def test_backbone_of_a_task_passes_in_both_ways(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from helpers.oracles import (
     permute_groups,
     prunable_share,
     randomize,
+    rounding_error,
     zero_removed,
 )
 from helpers.tiny_models import make_base
@@ -243,3 +244,11 @@ def test_float32_network_is_judged_in_float64(base) -> None:
     finally:
         model.model.head = head
     torch.testing.assert_close(logits.sum(-1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_last_bits_of_the_weights_move_the_output(base) -> None:
+    model, _ = base("vit")
+    images = make_images(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert 1e-17 < rounding_error(model, images) < 1e-13  # float64 has 2e-16
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
