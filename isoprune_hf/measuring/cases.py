@@ -87,6 +87,7 @@ class CaseRecord(TypedDict):
         cpu: Median milliseconds of CPU time, of all threads, by model.
         faster: Median of the base divided by that of the pruned model.
         of_promised: `faster` divided by the ratio of the MACs.
+        is_exported: The pruned model is an exported file.
         of_fastest: Median of the fastest base in any runtime and dtype, at this batch size, divided by that of the
             pruned model.
         busy: Why the machine counts as busy; such figures are shown, and not stored.
@@ -101,6 +102,7 @@ class CaseRecord(TypedDict):
     cpu: dict[str, float]
     faster: float
     of_promised: float
+    is_exported: NotRequired[bool]
     of_fastest: NotRequired[float]
     busy: NotRequired[str]
     memory: NotRequired[dict[str, int]]
@@ -200,7 +202,9 @@ def _measure_exported(
     with open_models({"base": models["base"]}, size, Runtime(name, "fp32")) as base:
         for batch_size in settings.batch_sizes:
             timing = pruned.time(batch_size, rounds, beside=base)
-            measured.rows.append(record_case(name, precision, batch_size, timing, promised=promised))
+            record = record_case(name, precision, batch_size, timing, promised=promised)
+            record["is_exported"] = True
+            measured.rows.append(record)
 
 
 def record_case(runtime: RuntimeName, dtype: str, batch_size: int, timing: Timing, *, promised: float) -> CaseRecord:

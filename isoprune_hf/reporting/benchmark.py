@@ -13,7 +13,7 @@ from isoprune_hf.checkpoint.structure import image_size_of
 from isoprune_hf.measuring.cases import BenchmarkSettings, describe_machine, measure_cases
 from isoprune_hf.measuring.module_times import share_of_modules
 from isoprune_hf.pruning.cost.macs import count_cost
-from isoprune_hf.reporting.speed_picture import RUNTIMES
+from isoprune_hf.reporting.speed_picture import RUNTIMES, runtime_label
 from isoprune_hf.reporting.speed_reasons import describe_layers, explain_speed_gap
 from isoprune_hf.reporting.tables import align_columns
 
@@ -85,7 +85,7 @@ def _compare_with_fastest(record: dict[str, Any]) -> None:
 def without_busy_rows(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a benchmark with the rows that may be published; the others are listed among those not measured."""
     busy = [
-        f"{RUNTIMES[row['runtime']]} in {row['dtype']}, batch {row['batch_size']}: machine busy ({row['busy']})"
+        f"{runtime_label(row)} in {row['dtype']}, batch {row['batch_size']}: machine busy ({row['busy']})"
         for row in record["rows"]
         if "busy" in row
     ]
@@ -100,7 +100,7 @@ def benchmark_table(record: Mapping[str, Any]) -> list[list[str]]:
         memory = row.get("memory") or {}
         body.append(
             [
-                RUNTIMES[row["runtime"]],
+                runtime_label(row),
                 row["dtype"],
                 str(row["batch_size"]),
                 *(format_quartiles(row[name]) for name in ("base", "pruned")),

@@ -38,10 +38,15 @@ def draw_times(record: Mapping[str, Any], path: Path, *, title: str, theme: Them
             times = f"{base} → {pruned} ms, {row['faster']:.2f}x"
             axes.text(max(100, 100 / row["faster"]) + 2, place, times, fontsize=9, va="center")
         axes.axvline(100 / record["promised"], color=theme.text, linestyle="--", linewidth=1)
-        names = [f"{RUNTIMES[row['runtime']]}, {row['dtype']}, batch {row['batch_size']}" for row in rows]
+        names = [f"{runtime_label(row)}, {row['dtype']}, batch {row['batch_size']}" for row in rows]
         label_rows(axes, names, bottom=len(rows) - 0.4, top=-0.6, fontsize=9)
         axes.set_xlim(0, 135 if all(row["faster"] >= 1 for row in rows) else None)
         figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def runtime_label(row: Mapping[str, Any]) -> str:
+    """Return the name of the runtime of a row, and whether its pruned model is an exported file."""
+    return RUNTIMES[row["runtime"]] + (", exported" if row.get("is_exported") else "")
 
 
 def describe_times(record: Mapping[str, Any]) -> str:

@@ -208,6 +208,8 @@ def test_exported_int8_is_a_row_of_its_own(
     rows = read(folder, "speed.json")["benchmark"]["rows"]
     cases = [(row["runtime"], row["dtype"], row["batch_size"]) for row in rows]
     assert cases == [("eager", "fp32", 1), ("eager", "fp32", 2)] + [("onnxruntime", "int8-dynamic", n) for n in (1, 2)]
+    assert [row.get("is_exported", False) for row in rows] == [False, False, True, True]
+    assert done.out.count("ONNX Runtime, exported  int8-dynamic") == 2
     for row in rows[2:]:
         bases = [other["base"]["median"] for other in rows if other["batch_size"] == row["batch_size"]]
         assert row["of_fastest"] == pytest.approx(min(bases) / row["pruned"]["median"])
