@@ -1,6 +1,8 @@
 """Draw top-1 accuracy against MACs from the results of `real_accuracy.py`, for light and for dark pages.
 
-python benchmarks/accuracy_picture.py --results benchmarks/results/real_accuracy.jsonl --output docs/accuracy
+    python benchmarks/accuracy_picture.py --results benchmarks/results/*_accuracy.jsonl --output docs/accuracy
+
+A net has a panel with the cells of one split; a dashed line shows what they reach after finetuning.
 """
 
 import argparse
@@ -11,7 +13,12 @@ from typing import Any
 
 from isoprune_hf.reporting.figures import CLASS_COLORS, DARK, DPI, LIGHT, Theme, open_figure
 
-NETS = {"lite0": "EfficientNet-Lite0", "lite1": "EfficientNet-Lite1", "lite2": "EfficientNet-Lite2"}
+NETS = {
+    "lite0": "EfficientNet-Lite0, ImageNet weights",
+    "lite1": "EfficientNet-Lite1, ImageNet weights",
+    "lite2": "EfficientNet-Lite2, ImageNet weights",
+    "resnet20": "ResNet-20, CIFAR-10",
+}
 # Method of `real_accuracy.py` -> its name in the picture and its colour; other methods are not drawn.
 METHODS = {
     "best": ("isoprune_hf", CLASS_COLORS[0]),
@@ -23,19 +30,26 @@ Point = tuple[float, float, float]  # percent of the MACs, top-1 in percent, its
 
 
 def select_rows(
-    rows: Sequence[Mapping[str, Any]], nets: Sequence[str], seed: int, images: int
+    rows: Sequence[Mapping[str, Any]], nets: Sequence[str], seed: int, images: Sequence[int]
 ) -> list[Mapping[str, Any]]:
-    """Return the rows of these nets, of one split and of one number of calibration images."""
-    return [row for row in rows if row["net"] in nets and (row["seed"], row["images"]) == (seed, images)]
+    """Return the rows of these nets, of one split and of these numbers of calibration images."""
+    return [row for row in rows if row["net"] in nets and row["seed"] == seed and row["images"] in images]
 
 
-def read_points(rows: Sequence[Mapping[str, Any]], net: str) -> dict[str, list[Point]]:
-    """Return method -> its points by MACs, the dense net among those of `best`; a repeated cell counts as last."""
+def read_points(rows: Sequence[Mapping[str, Any]], net: str, *, finetuned: bool = False) -> dict[str, list[Point]]:
+    """Return method -> its points by MACs, the dense net among those of `best`; a repeated cell counts as last.
+
+    Args:
+        rows: Rows of the results.
+        net: Name of the net.
+        finetuned: The points after finetuning, of the cells that were finetuned.
+    """
     cells = {(row["method"], row["budget"]): row for row in rows if row["net"] == net}
     points: dict[str, list[Point]] = {}
     for (method, _), row in sorted(cells.items(), key=lambda cell: cell[0][1]):
-        if method in METHODS:
-            points.setdefault(method, []).append((100 * row["share"], row["top1"], row["error"]))
+        figures = row.get("after") if finetuned else row
+        if method in METHODS and figures is not None:
+            points.setdefault(method, []).append((100 * row["share"], figures["top1"], figures["error"]))
     if "best" in points:
         dense = next(row["dense"] for row in rows if row["net"] == net)
         points["best"].append((100.0, dense["top1"], dense["error"]))
@@ -53,37 +67,43 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
     nets = [net for net in NETS if any(row["net"] == net for row in rows)]
     with open_figure((1.6 + 5.0 * len(nets), 4.0), dpi=DPI, layout="constrained", theme=theme) as figure:
         for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
-            points_of = read_points(rows, net)
-            for method in (method for method in METHODS if method in points_of):
-                points = points_of[method]
-                name, color = METHODS[method]
-                shares, values, errors = zip(*points, strict=True)
-                axes.errorbar(shares, values, errors, marker="o", color=color, label=name, capsize=2, linewidth=1.8)
-                below = method == "tp_iso"  # the lowest line
-                for share, value in zip(shares, values, strict=True):
-                    offset = (0, -16) if below else (-6, 9)
-                    place = {"xytext": offset, "textcoords": "offset points", "ha": "center", "fontsize": 9}
-                    axes.annotate(f"{value:.1f}", (share, value), color=theme.text, **place)
-            axes.set_title(f"{NETS[net]}, ImageNet weights, no training after the cut", fontsize=10.5)
+            epochs = max(row.get("epochs", 0) for row in rows if row["net"] == net)
+            _draw_lines(axes, read_points(rows, net), theme)
+            _draw_lines(axes, read_points(rows, net, finetuned=True), theme, finetuned=True)
+            said = f"{epochs} epochs after the cut dashed" if epochs else "no training after the cut"
+            axes.set_title(f"{NETS[net]}, {said}", fontsize=10.5)
             axes.set_xlabel("MACs, % of the dense network")
             axes.set_ylabel("top-1 %")
-            axes.set_xlim(47, 105)
+            axes.set_xlim(min(47, *(100 * row["share"] - 3 for row in rows if row["net"] == net)), 105)
             axes.set_ylim(-9, 100)
         labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(*labels, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
+def _draw_lines(axes: Any, points_of: Mapping[str, list[Point]], theme: Theme, *, finetuned: bool = False) -> None:
+    """Draw a line for each method; without labels and with dashes after finetuning."""
+    for method in (method for method in METHODS if method in points_of):
+        name, color = METHODS[method]
+        shares, values, errors = zip(*points_of[method], strict=True)
+        style: dict[str, Any] = {"linestyle": "--"} if finetuned else {"label": name}
+        axes.errorbar(shares, values, errors, marker="o", color=color, capsize=2, linewidth=1.8, **style)
+        below = method == "tp_iso" or finetuned  # the lowest line
+        for share, value in zip(shares, values, strict=True):
+            place = {"xytext": (0, -16) if below else (-6, 9), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{value:.1f}", (share, value), color=theme.text, fontsize=9, **place)
+
+
 def main() -> None:
     """Read the results and write both pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", nargs="+", type=Path, required=True)
     parser.add_argument("--output", required=True, help="Beginning of both names: OUTPUT-light.png, OUTPUT-dark.png.")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["lite0"])
     parser.add_argument("--seed", type=int, default=0, help="Number of the split.")
-    parser.add_argument("--images", type=int, default=200, help="Calibration images.")
+    parser.add_argument("--images", nargs="+", type=int, default=[200, 256], help="Calibration images.")
     arguments = parser.parse_args()
-    lines = arguments.results.read_text(encoding="utf-8").splitlines()
+    lines = [line for file in arguments.results for line in file.read_text(encoding="utf-8").splitlines()]
     rows = select_rows([json.loads(line) for line in lines], arguments.nets, arguments.seed, arguments.images)
     for name, theme in (("light", LIGHT), ("dark", DARK)):
         draw_accuracy(rows, Path(f"{arguments.output}-{name}.png"), theme=theme)

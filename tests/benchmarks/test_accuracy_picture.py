@@ -32,10 +32,15 @@ def test_points_are_those_of_the_results() -> None:
     }
 
 
+def test_points_after_finetuning_are_of_finetuned_cells() -> None:
+    rows = [row("best", 0.75, 70.0), {**row("best", 0.5, 50.0), "after": {"top1": 60.0, "error": 0.5}}]
+    assert read_points(rows, "lite0", finetuned=True) == {"best": [(50.0, 60.0, 0.5), (100.0, 80.0, 2.0)]}
+
+
 def test_one_split_is_selected() -> None:
     kept = {**row("best", 0.5, 50.0), "seed": 0, "images": 200}
     rows = [kept, {**kept, "seed": 1}, {**kept, "images": 64}, {**kept, "net": "lite2"}]
-    assert select_rows(rows, ["lite0", "lite1"], 0, 200) == [kept]
+    assert select_rows(rows, ["lite0", "lite1"], 0, [200]) == [kept]
 
 
 @pytest.mark.benchmarks

@@ -53,7 +53,7 @@ class Judgement(NamedTuple):
             over 1 is negligible or below its standard error.
         center: Mean logits of the cut network over the images, (classes,), in float64 on the CPU.
         nearer: Number of images for which it is as near as without a repair, or nearer.
-        distance: Mean squared distance of the outputs from the dense ones at the scale.
+        distance: Mean squared distance of the outputs from the dense ones, at scale 1.
     """
 
     divergence: float
@@ -186,7 +186,7 @@ def judge(parts: Sequence[Divergences], *, is_repaired: bool = True) -> Judgemen
     error = max(float(squares[best]) - gain**2, 0.0) / max(images - 1, 1)  # squared, of the mean gain
     best = best if gain > max(error**0.5, NEGLIGIBLE) else _PLAIN
     nearer = sum(part.nearer for part in parts)
-    return Judgement(float(means[best]), SCALES[best], logits, nearer, float(distances[best]))
+    return Judgement(float(means[best]), SCALES[best], logits, nearer, float(distances[_PLAIN]))
 
 
 def _logits(model: IsoPruneForImageClassification, calibration: Calibration) -> list[torch.Tensor]:

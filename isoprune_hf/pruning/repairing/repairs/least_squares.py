@@ -65,7 +65,8 @@ class LeastSquaresRepair:
 def _holds_for_few(repaired: Judgement, cut: Judgement, images: int) -> bool:
     """Return whether a repair is also nearer for most of few images, and its outputs in the mean of their squares.
 
-    The mean of few divergences depends on the largest, and hardly on the logits of classes that are improbable.
+    The mean of few divergences depends on the largest, and hardly on the logits of classes that are improbable. Both
+    are of the outputs at scale 1: those of a network that nothing resembles come nearer when they shrink.
     """
     return 2 * repaired.nearer > images and repaired.distance <= cut.distance
 
@@ -118,7 +119,9 @@ def _describe_choice(best: str, found: dict[str, Judgement], images: int) -> str
     )
     is_least = all(found[best].divergence <= judgement.divergence for judgement in found.values())
     reason = (
-        "it is nearest to the dense model" if is_least else "no other is nearer to the dense model for most of them"
+        "it is nearest to the dense model"
+        if is_least
+        else "no other is nearer to the dense model for most of them and in the mean square of its outputs"
     )
     return (
         f"prune.reconstruct {best} is used instead of least_squares: on {images} images that no repair saw, {reason} "
