@@ -26,6 +26,8 @@ from isoprune_hf.limits import MAX_BUILD_BYTES, MAX_BUILD_CALLS, MAX_BUILD_STEPS
 # Names of the functions and methods by which constructors draw weights.
 _DRAWING = ("add_", "clamp_", "constant_", "erfinv_", "kaiming_uniform_", "mul_", "normal_", "uniform_")
 _NUMBER_BYTES = 8  # of the largest type
+_MOST = math.isqrt(MAX_TABLE_BYTES // _NUMBER_BYTES)  # the square of more numbers is a table that may be too large
+_NUMBERS = frozenset((bool, float, int))
 
 
 class Building(TorchFunctionMode):
@@ -148,7 +150,7 @@ def nested_tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested lists, tuples and mappings."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, list | tuple | dict):
+    elif isinstance(value, list | tuple | dict) and not _has_only_numbers(value):
         for part in value.values() if isinstance(value, dict) else value:
             yield from nested_tensors(part)
 
@@ -157,11 +159,18 @@ def on_meta(value: Any) -> Any:
     """Return the value with its tensors on the meta device, in containers of the same kind."""
     if isinstance(value, torch.Tensor):
         return value.to("meta")
+    if _has_only_numbers(value):
+        return value
     if type(value) in (list, tuple):
         return type(value)(on_meta(part) for part in value)
     if type(value) is dict:
         return {name: on_meta(part) for name, part in value.items()}
     return value
+
+
+def _has_only_numbers(value: Any) -> bool:
+    """Return whether a value is a list or tuple of numbers; a table of a million is not looked at one by one."""
+    return type(value) in (list, tuple) and _NUMBERS.issuperset(map(type, value))
 
 
 def _require(size: int, limit: int) -> None:
@@ -198,9 +207,19 @@ def _check_result(function: Any, arguments: tuple[Any, ...], options: dict[str, 
 
 
 def _bound(value: Any) -> int:
-    """Return the product of all sizes and whole numbers in nested values."""
+    """Return a bound of the numbers that a function makes of nested values: the product of all whole numbers.
+
+    A list can also be the values of a table. A product above `_MOST` is not continued: that of the million indices of
+    an attention window has as many digits.
+    """
     if isinstance(value, torch.Tensor):
         return max(value.numel(), 1)
-    if isinstance(value, list | tuple | dict):
-        return math.prod(map(_bound, value.values() if isinstance(value, dict) else value))
-    return max(value, 1) if isinstance(value, int) else 1
+    if not isinstance(value, list | tuple | dict):
+        return max(value, 1) if isinstance(value, int) else 1
+    product, count = 1, len(value)
+    if count <= _MOST:
+        for part in value.values() if isinstance(value, dict) else value:
+            product *= _bound(part)
+            if product > _MOST:
+                break
+    return max(product, count)

@@ -170,6 +170,23 @@ def test_copies_of_modules_are_few_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert copied[99].running_mean.shape == (9,)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_long_list_of_numbers_is_few_steps(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product of so many indices has ten million digits, and each index was three calls."""
+    monkeypatch.setattr(building, "MAX_BUILD_STEPS", 10_000)
+    indices = kind(range(1, 2**20 + 1))
+    with Building():
+        assert torch.tensor(indices).sum() == 2**19 * (2**20 + 1)
+    with Building(), torch.device("meta"):
+        assert torch.tensor([indices, indices]).shape == (2, 2**20)
+
+
+def test_long_list_of_ones_is_a_table() -> None:
+    ones = [1] * (2**24 + 1)
+    with Building(has_weights=True), pytest.raises(ValueError, match=r"^buffers of 134,217,736 bytes"):
+        torch.tensor(ones)
+
+
 def test_empty_table_is_refused_before_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "MAX_TABLE_BYTES", 1000)
     with Building():
