@@ -341,7 +341,8 @@ def test_the_page_has_the_coverage_that_was_recorded(population: str) -> None:
     assert documented(page, population, tables(cases, rows, population)) == page
 
 
-def test_the_readme_has_the_coverage_of_the_page() -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/alternatives.md"])
+def test_comparisons_have_the_coverage_of_the_page(name: str) -> None:
     page = (ROOT / "docs" / "axes.md").read_text()
     counts = re.findall(r"^\| all \| (\d+) \| (\d+) \| (\d+) \(", page, re.M)
     (models, measured, default), (_, also_measured, plain) = counts[:2]
@@ -349,7 +350,15 @@ def test_the_readme_has_the_coverage_of_the_page() -> None:
     of = f"of {models}" if measured == models else f"of {measured} measured, of {models}"
     theirs = sum(TORCH_PRUNING.values())
     ours = f"architectures pruned, by `best` and by `l1`, {of} of timm and transformers | {default}, {plain}"
-    assert f"| {ours} | {theirs} of 139 |" in (ROOT / "README.md").read_text()
+    assert f"| {ours} | {theirs} of 139 |" in (ROOT / name).read_text()
+
+
+def test_the_readme_has_the_coverage_of_named_models() -> None:
+    counts = re.findall(r"^\| all \| (\d+) \| (\d+) \| (\d+) \(", (ROOT / "docs" / "axes.md").read_text(), re.M)
+    ((models, _, default), (_, _, plain)) = counts[2:]
+    assert default == plain
+    said = f"`--population named`, [{int(default):,} of {int(models):,}](docs/axes.md#named) pass both ways"
+    assert said in (ROOT / "README.md").read_text()
 
 
 def test_the_zoo_has_the_figures_of_the_recipes() -> None:
