@@ -68,13 +68,14 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
     with open_figure((1.6 + 5.0 * len(nets), 4.0), dpi=DPI, layout="constrained", theme=theme) as figure:
         for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
             epochs = max(row.get("epochs", 0) for row in rows if row["net"] == net)
-            _draw_lines(axes, read_points(rows, net), theme)
+            points_of = read_points(rows, net)
+            _draw_lines(axes, points_of, theme)
             _draw_lines(axes, read_points(rows, net, finetuned=True), theme, finetuned=True)
             said = f"{epochs} epochs after the cut dashed" if epochs else "no training after the cut"
             axes.set_title(f"{NETS[net]}, {said}", fontsize=10.5)
             axes.set_xlabel("MACs, % of the dense network")
             axes.set_ylabel("top-1 %")
-            axes.set_xlim(min(47, *(100 * row["share"] - 3 for row in rows if row["net"] == net)), 105)
+            axes.set_xlim(min(share for points in points_of.values() for share, _, _ in points) - 3, 105)
             axes.set_ylim(-9, 100)
         labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(*labels, frameon=False, loc="outside lower center", ncols=2, fontsize=9)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accuracy_picture import draw_accuracy, read_points, select_rows
+from accuracy_picture import draw_accuracy, main, read_points, select_rows
 from matplotlib.image import imread
 
 from isoprune_hf.reporting.figures import DARK
@@ -49,3 +49,16 @@ def test_dark_picture_has_no_background(tmp_path: Path) -> None:
     draw_accuracy([row("best", 0.5, 50.0)], tmp_path / "light.png")
     dark, light = imread(tmp_path / "dark.png"), imread(tmp_path / "light.png")
     assert dark[0, 0, 3] == 0 and light[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_recorded_results_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command beside the picture of the README; rows of methods that are not drawn have other entries."""
+    results = sorted(map(str, (Path(__file__).parents[2] / "benchmarks" / "results").glob("*_accuracy.jsonl")))
+    nets = ["lite0", "lite1", "resnet20"]
+    output = str(tmp_path / "accuracy")
+    monkeypatch.setattr(
+        "sys.argv", ["accuracy_picture.py", "--output", output, "--nets", *nets, "--results", *results]
+    )
+    main()
+    light, dark = (imread(f"{output}-{name}.png") for name in ("light", "dark"))
+    assert light.shape == dark.shape and light.shape[1] > 3 * light.shape[0]  # three panels side by side
