@@ -191,6 +191,26 @@ def test_joint_losses_need_one_set_of_matrices(tmp_path: Path, monkeypatch: pyte
     assert len(matrices) == len(groups)
 
 
+def test_matrices_are_created_after_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    check, products = gates._is_batch_way_right, criterion.triangle_of_products
+
+    def record_check(*args) -> bool:
+        order.append("check")
+        return check(*args)
+
+    def record_products(factors: torch.Tensor) -> torch.Tensor:
+        order.append("images" if len(factors) else "matrix")
+        return products(factors)
+
+    monkeypatch.setattr(gates, "_is_batch_way_right", record_check)
+    monkeypatch.setattr(criterion, "triangle_of_products", record_products)
+    model = make_base("vit", tmp_path)
+    groups = trace_groups(model)
+    gate_fisher_joint(model, groups, Calibration(batches_of(model, [2, 1])))
+    assert order == ["check", *["matrix"] * len(groups), *["images"] * 2 * len(groups)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_gates_equal_weight_gates(family: str, tmp_path: Path, monkeypatch) -> None:
     model = make_base(family, tmp_path)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from isoprune_hf.checkpoint.modeling_isoprune import IsoPruneForImageClassification
-from isoprune_hf.pruning.calibration.calibration import Calibration
+from isoprune_hf.pruning.calibration.calibration import Batch, Calibration
 from isoprune_hf.pruning.calibration.gradients import IMAGES, require_images, sum_over_ranks, zero_images
-from isoprune_hf.pruning.calibration.resumable import ResumableBatches, remaining
+from isoprune_hf.pruning.calibration.resumable import remaining
 from isoprune_hf.pruning.groups import CoupledGroup
 from isoprune_hf.pruning.scoring.criteria.criterion import RawScores, ScoringTask
 from isoprune_hf.pruning.scoring.gate_gradients import gate_gradients
@@ -146,14 +146,19 @@ def _mean_losses(
     points, factors = find_gate_points(model, groups)
     if not points:
         return
-    no_image = torch.zeros(0, dtype=torch.float64, device=model.device)
-    sums = {group.name: square(no_image.view(0, group.channels)) for group in groups if group.name in factors}
     images = zero_images(model)
+    sums: dict[str, torch.Tensor] = {}
+
+    def left() -> Iterator[Batch]:
+        """Create the sums when the first batch is asked for: the choice of the way needs as much memory before it."""
+        none = torch.zeros(0, dtype=torch.float64, device=model.device)
+        sums.update({group.name: square(none.view(0, group.channels)) for group in groups if group.name in factors})
+        yield from remaining({**sums, IMAGES: images}, calibration)
+
     # A resumed scoring chooses between the two ways of `gate_gradients` by the same images as the interrupted one.
-    is_resumable = isinstance(calibration.batches, ResumableBatches)
-    probe = list(itertools.islice(iter(calibration.batches), 1)) if is_resumable else None
-    left = remaining({**sums, IMAGES: images}, calibration)
-    for gradients, labels in gate_gradients(model, points, left, calibration.precision, probe):
+    is_once = isinstance(calibration.batches, Iterator)
+    probe = None if is_once else list(itertools.islice(iter(calibration.batches), 1))
+    for gradients, labels in gate_gradients(model, points, left(), calibration.precision, probe):
         totals: dict[str, torch.Tensor] = {}
         for point, gradient in zip(points, gradients, strict=True):
             part = factors[point.group] * gradient.double().sum(2)
