@@ -1,7 +1,7 @@
 """Count the passes, the time and the memory of the default preset, and print a Markdown table.
 
     PYTHONPATH=.:tests OMP_NUM_THREADS=1 python benchmarks/preset_cost.py [--models NAME ...] [--images 64 128]
-        [--predict 256] [--size 224]
+        [--predict 256 3200] [--size 224]
 
 Prunes to 70 % of the MACs by the preset `best`, with random weights that keep all units active, smooth random images
 and the labels that the base itself gives them: neither network nor data are needed.
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--images", type=int, nargs="+", default=[64])
-    parser.add_argument("--predict", type=int)
+    parser.add_argument("--predict", type=int, nargs="+", default=[])
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -179,9 +179,9 @@ def main() -> None:
         results = [run(name, images, args.size) for images in args.images]
         for found in results:
             print(row(name, found), flush=True)
-        if args.predict and len(results) > 1:
+        for images in args.predict if len(results) > 1 else ():
             first, second = results[-2:]
-            share = (args.predict - first["images"]) / (second["images"] - first["images"])
+            share = (images - first["images"]) / (second["images"] - first["images"])
             print(row(name, predict(first, second, share), " (predicted)"), flush=True)
 
 
