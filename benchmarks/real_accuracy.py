@@ -12,8 +12,8 @@ Pixels, dense logits and scores are kept in the workdir. `measure` appends one l
 number of calibration images and method; existing cells are skipped, so that it can be stopped and restarted. Channels
 are removed, not masked, and MACs are counted by `count_cost`. With `--set KEY=VALUE` and `--label NAME`, ours is
 measured with other settings of the recipe. With `--epochs N`, the pruned nets of `cifar_nets.py` are also finetuned by
-`isoprune_hf.finetune`, those of all methods alike: settings of their first training, a tenth of its learning rate, and
-half of the loss from the dense net as the teacher.
+`isoprune_hf.finetune`, those of all methods alike: settings of their first training, `--rate` times its learning rate,
+and half of the loss from the dense net as the teacher.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace)
     if args.epochs:
         start = time.process_time()
         finetune_pruned(net, pruned, args)
-        record |= {"epochs": args.epochs, "finetune_cpu_seconds": time.process_time() - start}
+        record |= {"epochs": args.epochs, "rate": args.rate, "finetune_cpu_seconds": time.process_time() - start}
         record["after"] = figures_of(logits_of(pruned, net.photographs, indices), dense, labels)
     return record
 
@@ -182,7 +182,7 @@ def measure_cell(net: Net, method: str, budget: float, args: argparse.Namespace)
 def finetune_pruned(net: Net, pruned: IsoPruneForImageClassification, args: argparse.Namespace) -> None:
     """Finetune a pruned net in place on the whole split train, with the dense net as the teacher."""
     settings = {key: yaml.safe_load(str(value)) for key, value in TRAINING[net.name].items()}
-    settings |= {"learning_rate": settings["learning_rate"] / 10, "warmup_epochs": 0, "epochs": args.epochs}
+    settings |= {"learning_rate": args.rate * settings["learning_rate"], "warmup_epochs": 0, "epochs": args.epochs}
     recipe = FinetuneRecipe(**{**settings, "crop_scale": tuple(settings["crop_scale"]), "seed": net.seed})
     data = replace(load_data(DataRecipe(dataset=str(args.data), decoder="torchvision")), evaluation=None)
     finetune(pruned, data, net.processor, recipe, accelerator=Accelerator(cpu=True), teacher=net.model)
@@ -320,6 +320,7 @@ def main() -> None:
             options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of ours")
             options.add_argument("--label", help="name of ours with the settings of --set")
             options.add_argument("--epochs", type=int, default=0, help="finetune the pruned nets, too; CIFAR-10 only")
+            options.add_argument("--rate", type=float, default=0.1, help="learning rate, of that of the training")
     options = commands.add_parser("table")
     options.add_argument("--results", nargs="+", type=Path, required=True)
     args = parser.parse_args()
