@@ -23,7 +23,7 @@ from isoprune_hf.training.callbacks import (
 from isoprune_hf.training.judging import Judging, judging_of
 from isoprune_hf.training.label_free import check_unlabelled
 from isoprune_hf.training.run import TrainingRun
-from isoprune_hf.training.teacher import TeacherModel
+from isoprune_hf.training.teacher import TeacherModel, lent_teacher
 from isoprune_hf.training.trainer import Trainer
 
 
@@ -58,7 +58,7 @@ def finetune(
         recipe: How to train.
         accelerator: The ranks. Its precision and its gradient accumulation are ignored; the recipe has its own.
         teacher: Returns logits of the same classes, or outputs of the same shapes for a model without labels, which
-            learns from it alone; moved to the device, frozen and put in eval mode.
+            learns from it alone; moved to the device, and frozen and in eval mode during the training.
         teacher_processor: Image processor of the teacher, if it normalises differently from the student's.
         eval_batch_size: Images in an evaluation batch on each rank.
         num_workers: Loader processes on each rank; None chooses them.
@@ -76,7 +76,7 @@ def finetune(
 
     Raises:
         RecipeError: The batch cannot be divided equally, or the model does not support a setting, or it learns from a
-            teacher alone and there is none.
+            teacher alone and there is none, or all its parameters are frozen.
         DivergedError: The loss or the gradient is not finite.
         Interrupted: A signal stopped the training; `run` has a snapshot of the last update.
         DatasetError: There is no training split, or it has fewer images than an update has parts, or the model does
@@ -99,16 +99,17 @@ def finetune(
         callbacks += [LogCallback(run), SignalCallback(run.interruption), SnapshotCallback(run)]
     if save is not None:
         callbacks.append(CheckpointCallback(save))
-    trainer = Trainer(
-        model,
-        data,
-        processor,
-        recipe,
-        accelerator=accelerator,
-        options=LoaderOptions(eval_batch_size, num_workers, data.decoding),
-        teacher=None if teacher is None else TeacherModel(teacher, teacher_processor),
-        judging=judging or judging_of(data),
-        callbacks=callbacks,
-    )
-    history = trainer.fit()
+    with lent_teacher(teacher):
+        trainer = Trainer(
+            model,
+            data,
+            processor,
+            recipe,
+            accelerator=accelerator,
+            options=LoaderOptions(eval_batch_size, num_workers, data.decoding),
+            teacher=None if teacher is None else TeacherModel(teacher, teacher_processor),
+            judging=judging or judging_of(data),
+            callbacks=callbacks,
+        )
+        history = trainer.fit()
     return {"history": history, "best_epoch": trainer.progress.best_epoch}

@@ -22,8 +22,13 @@ def build_optimizer(model: nn.Module, recipe: FinetuneRecipe) -> torch.optim.Opt
     With layer decay, groups of parameters have their share of the learning rate as `lr_scale`.
 
     Raises:
-        RecipeError: Layer decay is set, and the network does not name its layers.
+        RecipeError: Layer decay is set, and the network does not name its layers; or all parameters are frozen.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(
+            "finetune: no parameter of the model requires a gradient, so nothing can be trained; call "
+            "requires_grad_(True) on the model, or on the parameters to train"
+        )
     groups: list[dict[str, Any]] = _parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)

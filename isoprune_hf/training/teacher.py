@@ -1,7 +1,8 @@
 """The teacher of a distillation, computed for each batch; `teacher_cache.py` reads its logits from files instead."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,20 @@ class TeacherModel(NamedTuple):
 
     model: nn.Module
     processor: BaseImageProcessor | None = None
+
+
+@contextmanager
+def lent_teacher(model: nn.Module | None) -> Iterator[None]:
+    """Give the modules and parameters of a teacher back their modes and `requires_grad` after the block."""
+    modes = [] if model is None else [(module, module.training) for module in model.modules()]
+    flags = [] if model is None else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 class Teacher:

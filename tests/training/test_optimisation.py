@@ -29,6 +29,12 @@ def test_only_trainable_matrices_have_weight_decay():
     ]
 
 
+def test_frozen_model_is_refused() -> None:
+    net = TinyNet().requires_grad_(False)
+    with pytest.raises(RecipeError, match=r"no parameter of the model requires a gradient.*requires_grad_\(True\)"):
+        build_optimizer(net, FinetuneRecipe())
+
+
 def test_cosine_with_warm_up_follows_its_closed_form():
     recipe = FinetuneRecipe(epochs=5, learning_rate=1.0, min_learning_rate=0.2, warmup_epochs=1)
     rates = [learning_rate_at(update, recipe=recipe, updates_per_epoch=4) for update in range(20)]

@@ -104,8 +104,26 @@ def test_training_ends_in_eval_mode_without_gradients():
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     train(net, make_recipe(), teacher=teacher)
     assert not net.training and all(parameter.grad is None for parameter in net.parameters())
-    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_teacher_is_frozen_only_while_it_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = make_net(seed=1).train()
+    teacher.head.bias.requires_grad_(False)
+    teacher.dropout.eval()
+    during: list[bool] = []
+    forward = type(teacher).forward
+
+    def record(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        if self is teacher:
+            during.append(self.training or any(parameter.requires_grad for parameter in self.parameters()))
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(type(teacher), "forward", record)
+    train(make_net(), make_recipe(epochs=1), teacher=teacher)
+    assert during and not any(during)
+    assert [name for name, module in teacher.named_modules() if not module.training] == ["dropout"]
+    assert [name for name, parameter in teacher.named_parameters() if not parameter.requires_grad] == ["head.bias"]
 
 
 def test_each_epoch_and_each_best_are_saved():
