@@ -69,9 +69,10 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
         for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
             epochs = max(row.get("epochs", 0) for row in rows if row["net"] == net)
             points_of = read_points(rows, net)
-            _draw_lines(axes, points_of, theme)
-            _draw_lines(axes, read_points(rows, net, finetuned=True), theme, finetuned=True)
-            said = f"{epochs} epochs after the cut dashed" if epochs else "no training after the cut"
+            finetuned = read_points(rows, net, finetuned=True)
+            _draw_lines(axes, points_of, theme, below=("best", "tp_iso") if epochs else ("tp_iso",))
+            _draw_lines(axes, finetuned, theme, dashed=True)
+            said = f"dashed: {epochs} epochs after the cut" if epochs else "no training after the cut"
             axes.set_title(f"{NETS[net]}, {said}", fontsize=10.5)
             axes.set_xlabel("MACs, % of the dense network")
             axes.set_ylabel("top-1 %")
@@ -82,17 +83,23 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _draw_lines(axes: Any, points_of: Mapping[str, list[Point]], theme: Theme, *, finetuned: bool = False) -> None:
-    """Draw a line for each method; without labels and with dashes after finetuning."""
+def _draw_lines(
+    axes: Any, points_of: Mapping[str, list[Point]], theme: Theme, *, below: Sequence[str] = (), dashed: bool = False
+) -> None:
+    """Draw a line for each method, with its figures above, or below for some methods.
+
+    Dashed lines have no label, and only those of isoprune_hf have figures, since the points of several methods meet.
+    """
     for method in (method for method in METHODS if method in points_of):
         name, color = METHODS[method]
         shares, values, errors = zip(*points_of[method], strict=True)
-        style: dict[str, Any] = {"linestyle": "--"} if finetuned else {"label": name}
+        style: dict[str, Any] = {"linestyle": "--"} if dashed else {"label": name}
         axes.errorbar(shares, values, errors, marker="o", color=color, capsize=2, linewidth=1.8, **style)
-        below = method == "tp_iso" or finetuned  # the lowest line
-        for share, value in zip(shares, values, strict=True):
-            place = {"xytext": (0, -16) if below else (-6, 9), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{value:.1f}", (share, value), color=theme.text, fontsize=9, **place)
+        for share, value in zip(shares, values, strict=True) if method == "best" or not dashed else ():
+            is_again = dashed and share == 100  # the dense net, which is on both lines
+            place = {"xytext": (0, -16) if method in below else (-6, 9), "textcoords": "offset points", "ha": "center"}
+            if not is_again:
+                axes.annotate(f"{value:.1f}", (share, value), color=theme.text, fontsize=9, **place)
 
 
 def main() -> None:
@@ -100,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", nargs="+", type=Path, required=True)
     parser.add_argument("--output", required=True, help="Beginning of both names: OUTPUT-light.png, OUTPUT-dark.png.")
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=["lite0"])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["lite0", "resnet20"])
     parser.add_argument("--seed", type=int, default=0, help="Number of the split.")
     parser.add_argument("--images", nargs="+", type=int, default=[200, 256], help="Calibration images.")
     arguments = parser.parse_args()

@@ -31,7 +31,7 @@ COMMON = {
     "batch_size": 128,
     "warmup_epochs": 5,
     "label_smoothing": 0.0,
-    "crop_scale": "[0.6, 1.0]",
+    "crop_scale": "[0.8, 1.0]",
     "precision": "bf16",
     "channels_last": "true",
     "evaluate_every": 5,
