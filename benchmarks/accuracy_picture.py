@@ -70,7 +70,7 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
             epochs = max(row.get("epochs", 0) for row in rows if row["net"] == net)
             points_of = read_points(rows, net)
             finetuned = read_points(rows, net, finetuned=True)
-            _draw_lines(axes, points_of, theme, below=("best", "tp_iso") if epochs else ("tp_iso",))
+            _draw_lines(axes, points_of, theme, finetuned)
             _draw_lines(axes, finetuned, theme, dashed=True)
             said = f"dashed: {epochs} epochs after the cut" if epochs else "no training after the cut"
             axes.set_title(f"{NETS[net]}, {said}", fontsize=10.5)
@@ -84,21 +84,27 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, theme: Theme
 
 
 def _draw_lines(
-    axes: Any, points_of: Mapping[str, list[Point]], theme: Theme, *, below: Sequence[str] = (), dashed: bool = False
+    axes: Any,
+    points_of: Mapping[str, list[Point]],
+    theme: Theme,
+    above: Mapping[str, list[Point]] | None = None,
+    *,
+    dashed: bool = False,
 ) -> None:
-    """Draw a line for each method, with its figures above, or below for some methods.
+    """Draw a line for each method, with its figures above or, where other points lie above, below.
 
     Dashed lines have no label, and only those of isoprune_hf have figures, since the points of several methods meet.
     """
+    taken = {round(share) for share, _, _ in (above or {}).get("best", ())}
     for method in (method for method in METHODS if method in points_of):
         name, color = METHODS[method]
         shares, values, errors = zip(*points_of[method], strict=True)
         style: dict[str, Any] = {"linestyle": "--"} if dashed else {"label": name}
         axes.errorbar(shares, values, errors, marker="o", color=color, capsize=2, linewidth=1.8, **style)
         for share, value in zip(shares, values, strict=True) if method == "best" or not dashed else ():
-            is_again = dashed and share == 100  # the dense net, which is on both lines
-            place = {"xytext": (0, -16) if method in below else (-6, 9), "textcoords": "offset points", "ha": "center"}
-            if not is_again:
+            is_below = method == "tp_iso" or (bool(taken) and method != "best") or round(share) in taken
+            place = {"xytext": (0, -16) if is_below else (-6, 9), "textcoords": "offset points", "ha": "center"}
+            if not (dashed and share == 100):  # the dense net is on both lines
                 axes.annotate(f"{value:.1f}", (share, value), color=theme.text, fontsize=9, **place)
 
 
