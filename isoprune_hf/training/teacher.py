@@ -35,7 +35,7 @@ class TeacherModel(NamedTuple):
 
 @contextmanager
 def lent_teacher(model: nn.Module | None) -> Iterator[None]:
-    """Give the modules and parameters of a teacher back their modes and `requires_grad` after the block."""
+    """Restore the modes of the modules of a teacher, and the `requires_grad` of its parameters, after the block."""
     modes = [] if model is None else [(module, module.training) for module in model.modules()]
     flags = [] if model is None else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
