@@ -12,6 +12,7 @@ R is the sum, or the mean over the members that have values: buffers have none, 
 scored.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Literal, NoReturn
@@ -28,6 +29,44 @@ Norm = Literal["sum", "member", "channel"]
 DimSums = Mapping[str, Mapping[int, torch.Tensor]]  # parameter -> dim -> sums over all other dims
 
 
+class _ElementSums:
+    """Sums |v| or v^2 in float64, a few rows at a time: a float64 copy of a large tensor would not fit into the cache.
+
+    All tensors share the memory of these rows: freed after each, it would leave holes in the heap that no later rows
+    fit into, a MiB for each tensor.
+    """
+
+    def __init__(self, norm: Norm) -> None:
+        self._squared = norm != "sum"
+        self._room = torch.empty(_CHUNK_ELEMENTS, dtype=torch.float64)
+
+    def along(self, value: torch.Tensor, dims: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Sum over all dims but one, for each of `dims`; the tensor is read once."""
+        value = value.reshape(-1) if value.ndim == 0 else value
+        chunk = self._chunk_for(value)
+        rows = chunk.new_empty(len(value))
+        columns = chunk.new_zeros(value.shape[1:])
+        for part, sums in zip(torch.split(value, len(chunk)), torch.split(rows, len(chunk)), strict=True):
+            wide = chunk[: len(part)].copy_(part)
+            wide = wide.square_() if self._squared else wide.abs_()
+            torch.sum(wide.flatten(1) if wide.ndim > 1 else wide[:, None], 1, out=sums)
+            if max(dims):
+                columns += wide.sum(0)
+        found = {0: rows}
+        for dim in set(dims) - {0}:
+            others = [other for other in range(value.ndim - 1) if other != dim - 1]
+            found[dim] = columns.sum(others) if others else columns
+        return {dim: found[dim] for dim in dims}
+
+    def _chunk_for(self, value: torch.Tensor) -> torch.Tensor:
+        """Return memory for some rows of a tensor; rows that are too large, or elsewhere, get memory of their own."""
+        width = max(1, math.prod(value.shape[1:]))
+        shape = (max(1, min(len(value), _CHUNK_ELEMENTS // width)), *value.shape[1:])
+        if value.device != self._room.device or math.prod(shape) > len(self._room):
+            return self._room.new_empty(shape, device=value.device)
+        return self._room[: math.prod(shape)].view(shape)
+
+
 def score_elements(task: ScoringTask, values: Values, norm: Norm, missing: str = _SCORED_PARAMETER) -> RawScores:
     """Score groups by the formulas of the module, and blocks by the mean of |v| or the root of the mean of v^2.
 
@@ -41,12 +80,13 @@ def score_elements(task: ScoringTask, values: Values, norm: Norm, missing: str =
         Fang et al., Isomorphic Pruning, ECCV 2024: its script for ConvNeXt ranks blocks by the mean of |w dL/dw|.
     """
     sums = sum_along(task, values, norm)
+    elements = _ElementSums(norm)
 
     def score_block(block: ResidualBlock) -> float:
         parts = [values[name] for name in block.parameters if name in values]
         if not parts:
             refuse_unscored(task, block.name, missing)
-        total = sum(_sum_elements(part, [0], squared=norm != "sum")[0].sum().item() for part in parts)
+        total = sum(elements.along(part, [0])[0].sum().item() for part in parts)
         mean = total / sum(part.numel() for part in parts)
         return float(mean if norm == "sum" else mean**0.5)
 
@@ -98,34 +138,12 @@ def sum_along(task: ScoringTask, values: Values, norm: Norm) -> DimSums:
     dims: dict[str, set[int]] = {}
     for member in (member for group in task.groups for member in group.members):
         dims.setdefault(member.parameter, set()).add(member.dim)
+    elements = _ElementSums(norm)
     return {
-        name: {
-            dim: along.cpu() for dim, along in _sum_elements(values[name], sorted(own), squared=norm != "sum").items()
-        }
+        name: {dim: sums.cpu() for dim, sums in elements.along(values[name], sorted(own)).items()}
         for name, own in dims.items()
         if name in values
     }
-
-
-def _sum_elements(value: torch.Tensor, dims: Sequence[int], *, squared: bool) -> dict[int, torch.Tensor]:
-    """Sum |v| or v^2 in float64 over all dims but one, for each of `dims`.
-
-    The tensor is read a few rows at a time, once for all dims: a float64 copy of it would not fit into the cache.
-    """
-    value = value.reshape(-1) if value.ndim == 0 else value
-    rows: list[torch.Tensor] = []
-    columns = torch.zeros((), dtype=torch.float64, device=value.device)
-    for part in torch.split(value, max(1, _CHUNK_ELEMENTS * len(value) // max(1, value.numel()))):
-        wide = part.to(torch.float64, copy=True)
-        wide = wide.square_() if squared else wide.abs_()
-        rows.append(wide.flatten(1).sum(1) if wide.ndim > 1 else wide)
-        if max(dims):
-            columns = columns + wide.sum(0)
-    sums = {0: torch.cat(rows)}
-    for dim in set(dims) - {0}:
-        others = [other for other in range(value.ndim - 1) if other != dim - 1]
-        sums[dim] = columns.sum(others) if others else columns
-    return {dim: sums[dim] for dim in dims}
 
 
 def positions(index: np.ndarray) -> torch.Tensor:
