@@ -70,7 +70,7 @@ def open_net(name: str, weights: Path | None) -> tuple[IsoPruneForImageClassific
         if not file.is_file():
             raise SystemExit(f"{file} is missing: train it with `cifar_nets.py {name}`")
         base = load_base(f"timm/cifar_{name}", weights=file)
-        return base.model.eval(), base.processor
+        return base.model.float().eval(), base.processor  # a file may have 16 bits, to be smaller
     base = load_base(f"timm/tf_efficientnet_{name}", pretrained=False)
     state = torch.load(find_weights(name, weights), map_location="cpu", weights_only=True)
     base.model.model.load_state_dict(rename(state, base.model.model.state_dict()))
