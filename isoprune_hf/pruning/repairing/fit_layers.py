@@ -45,7 +45,7 @@ from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FittedModule, WaitingRows, pieces_of_halves, rows_of, size_of
 from isoprune_hf.pruning.repairing.layer_calls import FittedLayer, LayerCall, find_layers, observe_calls
 from isoprune_hf.pruning.repairing.output_variance import DenseMoments, match_variance
-from isoprune_hf.pruning.repairing.ridge import choose_ridge, form_of_fit, solve_within_bounds
+from isoprune_hf.pruning.repairing.ridge import RidgeSearch, form_of_fit, solve_within_bounds
 from isoprune_hf.pruning.repairing.trials import Share, Trial, shares_of
 from isoprune_hf.terminal import with_progress
 
@@ -108,13 +108,14 @@ def fit_layers(
         wanted = DenseOutputs(Passes(dense, images, cache(partial(find, dense)), storage), fitted)
         ways = cache(partial(find, pruned))  # those of its copies are the same
         fits = [(share, Passes(share.network, share.images, ways, storage)) for share in shares]
+        ridges = RidgeSearch()
         for layer in with_progress(layers, "repair", "layer", rank=calibration.rank):
             form = forms[layer.name]
             if form is None:
                 left.setdefault(_TOO_LARGE, []).append(layer.name)
                 continue
             equations = partial(form.empty, sizes[layer.name], pruned.device)
-            reason = _fit_networks(layer, fits, wanted.of_next(), equations, accelerator, is_bias_only)
+            reason = _fit_networks(layer, fits, wanted.of_next(), equations, ridges, accelerator, is_bias_only)
             if reason is not None:
                 left.setdefault(reason, []).append(layer.name)
     notes = note_left("left as cut by prune.reconstruct", "layer", left)
@@ -139,6 +140,7 @@ def _fit_networks(
     fits: Sequence[tuple[Share, Passes]],
     wanted: Sequence[Sequence[DenseOutput]],
     equations: Callable[[], Equations],
+    ridges: RidgeSearch,
     accelerator: Accelerator | None,
     is_bias_only: bool,
 ) -> str | None:
@@ -159,7 +161,7 @@ def _fit_networks(
         if sum_over_ranks(torch.tensor(not is_same, dtype=torch.int64, device=passes.network.device), accelerator):
             return _OTHER_ROWS
         if share.has_own_ridges:
-            ridge = _choose_ridge(own, *halves, is_bias_only=is_bias_only)
+            ridge = _choose_ridge(own, ridges, *halves, is_bias_only=is_bias_only)
         reason = _fit(passes.network, own, *halves, moments=moments, ridge=ridge)
     return reason
 
@@ -203,11 +205,13 @@ def _add_images(
     return True
 
 
-def _choose_ridge(layer: FittedLayer, first: Equations, second: Equations, *, is_bias_only: bool) -> float | None:
+def _choose_ridge(
+    layer: FittedLayer, ridges: RidgeSearch, first: Equations, second: Equations, *, is_bias_only: bool
+) -> float | None:
     """Return the ridge for a layer; None if the layer is best left as it was cut."""
     if _is_negligible(first, second):
         return None
-    return math.inf if is_bias_only else choose_ridge(first, second, has_shift=layer.has_shift)
+    return math.inf if is_bias_only else ridges.choose(layer.name, first, second, has_shift=layer.has_shift)
 
 
 def _is_negligible(first: Equations, second: Equations) -> bool:

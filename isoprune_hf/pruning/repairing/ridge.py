@@ -1,5 +1,6 @@
 """Choose the form of a least-squares fit by its cost (`form_of_fit`), and its ridge by cross-validation.
 
+`RidgeSearch` chooses the ridges of all layers of a network, `choose_ridge` that of one.
 `solve_within_bounds` raises the ridge of a fit that would make the weights of a layer many times larger.
 """
 
@@ -15,6 +16,7 @@ from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
 
 # Shares of a feature's variance. The last one fits the bias alone, as ever larger shares do.
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
+_MIDDLE = 0.3
 _RIDGE_OF_ONE_HALF = 0.1
 _MAX_COMPARED_OUTPUTS = 128
 # Largest norm of the weights of a layer, as a multiple of the norm after the cut. In a trained network fits made it at
@@ -40,16 +42,19 @@ def form_of_fit(size: FitSize, rows: int, max_bytes: int) -> type[Equations] | N
     return next((form for form in forms if form.bytes_of(size, rows) <= max_bytes), None)
 
 
-def choose_ridge(first: Equations, second: Equations, *, has_shift: bool) -> float | None:
+def choose_ridge(first: Equations, second: Equations, *, has_shift: bool, start: float = _MIDDLE) -> float | None:
     """Return the ridge of `RIDGES` by cross-validation between the halves of a sample.
 
     Each fit to one half removes a part of the squared error of the other half; the sum of both is compared. The best
-    ridge is searched from the middle of the finite ones in the direction in which it improves.
+    of the finite ridges is searched from one of them in the direction in which it improves, and the infinite one is
+    taken if it is better still.
 
     Args:
         first: Equations of one half of the images.
         second: Those of the other half, in the same form.
         has_shift: The layer has a bias to fit.
+        start: The ridge to compare with its neighbours first. Each comparison costs two solutions, so one near the
+            best ridge saves time.
 
     Returns:
         None if no fit removes any error: the layer is then best left as it is.
@@ -65,12 +70,31 @@ def choose_ridge(first: Equations, second: Equations, *, has_shift: bool) -> flo
         return -math.inf if math.isnan(total) else total  # a fit that cannot be solved is worse than any other
 
     last = len(RIDGES) - 1
-    best = last // 2
+    best = min(RIDGES.index(start), last - 1)
     for step in (1, -1):
-        while 0 <= best + step <= last and gain(best + step) > gain(best):
+        while 0 <= best + step < last and gain(best + step) > gain(best):
             best += step
     best = max(best, last, key=gain)
     return RIDGES[best] if gain(best) > 0 else None
+
+
+class RidgeSearch:
+    """Chooses the ridges of the layers of a network, in turn.
+
+    Each search starts from the ridge that was chosen last for a layer of the same kind, one whose path differs in
+    the numbers of blocks only: the layers of repeated blocks have similar ridges. After a layer without one, the next
+    search starts from the largest.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: dict[str, float] = {}
+
+    def choose(self, name: str, first: Equations, second: Equations, *, has_shift: bool) -> float | None:
+        """Return the ridge of the layer at a path; see `choose_ridge`."""
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        ridge = choose_ridge(first, second, has_shift=has_shift, start=self._chosen.get(kind, _MIDDLE))
+        self._chosen[kind] = math.inf if ridge is None else ridge
+        return ridge
 
 
 def solve_within_bounds(equations: Equations, weights: torch.Tensor, ridge: float, *, has_shift: bool) -> torch.Tensor:

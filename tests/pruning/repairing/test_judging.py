@@ -15,7 +15,7 @@ from isoprune_hf.pruning.calibration.calibration import Calibration
 from isoprune_hf.pruning.cutting.cut import apply_plan, keep_masks
 from isoprune_hf.pruning.graph.find_groups import trace_groups
 from isoprune_hf.pruning.plan import PruningPlan
-from isoprune_hf.pruning.repairing import fit_layers as fit_layers_module
+from isoprune_hf.pruning.repairing import ridge as ridge_module
 from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.judging import SCALES, Divergences, Judge, Judgement, judge, split_images
 from isoprune_hf.pruning.repairing.logit_scale import scale_logits
@@ -335,7 +335,7 @@ def test_kept_fit_is_that_to_all_images(tmp_path: Path, monkeypatch: pytest.Monk
     alone = copy.deepcopy(task.pruned)
     parts = [[*part.batches] for part in folds_of(task)[0]]
     ridge = 0.3  # which is otherwise chosen without the held-out images
-    monkeypatch.setattr(fit_layers_module, "choose_ridge", lambda *args, **kwargs: ridge)
+    monkeypatch.setattr(ridge_module, "choose_ridge", lambda *args, **kwargs: ridge)
     least_squares.fit_layers(task.dense, alone, task.masks, Calibration([*parts[0], *parts[1]]))
     monkeypatch.setattr(least_squares, "scale_logits", lambda *args: True)
     assert least_squares.LeastSquaresRepair().repair(task) == ()
@@ -347,11 +347,11 @@ def test_ridge_is_chosen_once_without_held_images(tmp_path: Path, monkeypatch: p
     task = task_of("vit", tmp_path, (60, 4))
     rows: list[float] = []
 
-    def choose(first: Equations, second: Equations, **kwargs: bool) -> float:
+    def choose(first: Equations, second: Equations, **kwargs: object) -> float:
         rows.append(float(first.totals[-1] + second.totals[-1]))
         return 0.3
 
-    monkeypatch.setattr(fit_layers_module, "choose_ridge", choose)
+    monkeypatch.setattr(ridge_module, "choose_ridge", choose)
     fitted, held = folds_of(task)[0]
     trial = Trial(copy.deepcopy(task.pruned), held.batches)
     least_squares.fit_layers(task.dense, task.pruned, task.masks, fitted, trial=trial)

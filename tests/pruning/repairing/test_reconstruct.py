@@ -234,7 +234,7 @@ def test_removed_copies_of_channels_are_compensated(family: str, tmp_path: Path,
     fit_layers(model, fitted, masks, Calibration(batches))
     assert error(bare, model, fresh) > 0.01
     assert error(fitted, model, fresh) < 0.3 * error(bare, model, fresh)  # the ridge keeps it from being exact
-    monkeypatch.setattr("isoprune_hf.pruning.repairing.fit_layers.choose_ridge", lambda *args, **kwargs: 1e-6)
+    monkeypatch.setattr("isoprune_hf.pruning.repairing.ridge.choose_ridge", lambda *args, **kwargs: 1e-6)
     exact = copy.deepcopy(bare)
     fit_layers(model, exact, masks, Calibration(batches))
     assert error(exact, model, fresh) < 1e-3

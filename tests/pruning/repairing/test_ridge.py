@@ -12,7 +12,14 @@ from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, rows_of, size_of
 from isoprune_hf.pruning.repairing.kernel_equations import KernelEquations
 from isoprune_hf.pruning.repairing.normal_equations import NormalEquations
-from isoprune_hf.pruning.repairing.ridge import MAX_GROWTH, RIDGES, choose_ridge, form_of_fit, solve_within_bounds
+from isoprune_hf.pruning.repairing.ridge import (
+    MAX_GROWTH,
+    RIDGES,
+    RidgeSearch,
+    choose_ridge,
+    form_of_fit,
+    solve_within_bounds,
+)
 
 FORMS: tuple[type[Equations], ...] = (NormalEquations, KernelEquations)
 LARGE = 2**40
@@ -42,6 +49,34 @@ def test_ridge_grows_with_the_noise(form: type[Equations]) -> None:
     assert chosen(60, slope=0, noise=1, shift=0) is None  # nothing
     empty = form.empty(size_of(layer), torch.device("cpu"))
     assert choose_ridge(noisy(60, 1, 1), empty, has_shift=True) in RIDGES
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0, 30.0])
+def test_ridge_does_not_depend_on_start(noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(40, 3, dtype=torch.float64)
+    halves = []
+    for _ in range(2):
+        x, error = (torch.randn(200, size, generator=generator, dtype=torch.float64) for size in (40, 3))
+        halves.append(equations_of(NormalEquations, layer, x, x[:, :3] + noise * error))
+    wanted = choose_ridge(*halves, has_shift=True)
+    assert {choose_ridge(*halves, has_shift=True, start=start) for start in RIDGES} == {wanted}
+
+
+def test_search_starts_from_last_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[float] = []
+    ridges = iter((10.0, 0.01, None, 1.0, 1.0, 3.0))
+
+    def choose(first: Equations, second: Equations, *, has_shift: bool, start: float) -> float | None:
+        starts.append(start)
+        return next(ridges)
+
+    monkeypatch.setattr("isoprune_hf.pruning.repairing.ridge.choose_ridge", choose)
+    search = RidgeSearch()
+    equations = NormalEquations.empty(FitSize(1, 1, 1, torch.float32), torch.device("cpu"))
+    for name in ("blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2", "blocks.12.fc1", "blocks.12.fc2"):
+        search.choose(name, equations, equations, has_shift=True)
+    assert starts == [0.3, 0.3, 10.0, 0.01, math.inf, 1.0]
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, 4.0, 16.0])

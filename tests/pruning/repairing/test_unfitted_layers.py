@@ -196,7 +196,7 @@ def test_fit_that_is_not_finite_leaves_the_layer(monkeypatch: pytest.MonkeyPatch
             return torch.full_like(solve(*args, **kwargs), float("nan"))
 
         monkeypatch.setattr(form, "solve", solve_nan)
-    monkeypatch.setattr("isoprune_hf.pruning.repairing.fit_layers.choose_ridge", lambda *args, **kwargs: 0.1)
+    monkeypatch.setattr("isoprune_hf.pruning.repairing.ridge.choose_ridge", lambda *args, **kwargs: 0.1)
     masks = keep_masks(plan, trace_groups(dense), dense.model)
     notes = fit_layers(dense, pruned, masks, Calibration(calibration_batches(3)))
     assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
