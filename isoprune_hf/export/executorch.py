@@ -1,6 +1,8 @@
 """Export to ExecuTorch for phones and other small devices, with the kernels of XNNPACK."""
 
+import io
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from importlib import import_module
 from pathlib import Path
 
@@ -65,7 +67,9 @@ class ExecuTorchFormat:
 
 def open_executorch(file: Path) -> Run:
     """Open a program for one image; the function runs the images of a batch one by one."""
-    method = import_module("executorch.runtime").Runtime.get().load_program(file).load_method("forward")
+    program = import_module("executorch.runtime").Runtime.get().load_program(file)
+    with redirect_stderr(io.StringIO()):  # where it found no description of an ARM processor
+        method = program.load_method("forward")
 
     def run(pixels: np.ndarray) -> np.ndarray:
         rows = []
