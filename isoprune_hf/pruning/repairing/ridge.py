@@ -47,7 +47,7 @@ def choose_ridge(first: Equations, second: Equations, *, has_shift: bool, start:
 
     Each fit to one half removes a part of the squared error of the other half; the sum of both is compared. The best
     of the finite ridges is searched from one of them in the direction in which it improves, and the infinite one is
-    taken if it is better still.
+    taken if it is better still. Where a fit cannot be solved, larger ridges are tried.
 
     Args:
         first: Equations of one half of the images.
@@ -71,6 +71,8 @@ def choose_ridge(first: Equations, second: Equations, *, has_shift: bool, start:
 
     last = len(RIDGES) - 1
     best = min(RIDGES.index(start), last - 1)
+    while gain(best) == -math.inf and best < last - 1:
+        best += 1
     for step in (1, -1):
         while 0 <= best + step < last and gain(best + step) > gain(best):
             best += step

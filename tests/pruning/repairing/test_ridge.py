@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from isoprune_hf.pruning.repairing.centred_equations import CentredEquations
 from isoprune_hf.pruning.repairing.equations import Equations
 from isoprune_hf.pruning.repairing.fitted_rows import FitSize, rows_of, size_of
 from isoprune_hf.pruning.repairing.kernel_equations import KernelEquations
@@ -61,6 +62,23 @@ def test_ridge_does_not_depend_on_start(noise: float) -> None:
         halves.append(equations_of(NormalEquations, layer, x, x[:, :3] + noise * error))
     wanted = choose_ridge(*halves, has_shift=True)
     assert {choose_ridge(*halves, has_shift=True, start=start) for start in RIDGES} == {wanted}
+
+
+def test_search_leaves_ridges_that_cannot_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(40, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    halves = []
+    for _ in range(2):
+        x, error = (torch.randn(200, size, generator=generator, dtype=torch.float64) for size in (40, 3))
+        halves.append(equations_of(NormalEquations, layer, x, x[:, :3] + error))
+    solve = CentredEquations.solve
+
+    def fail(self: CentredEquations, ridge: float, *, has_shift: bool) -> torch.Tensor:
+        change = solve(self, ridge, has_shift=has_shift)
+        return change if ridge >= 3 else torch.full_like(change, math.nan)
+
+    monkeypatch.setattr(CentredEquations, "solve", fail)
+    assert {choose_ridge(*halves, has_shift=True, start=start) for start in RIDGES} == {3.0}
 
 
 def test_search_starts_from_last_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
